@@ -1,0 +1,76 @@
+"""What is measured: a case, the inputs made from it, and the bytes and operations that it cannot do without."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+FORWARD = "forward"
+FORWARD_BACKWARD = "forward+backward"
+DIRECTIONS = (FORWARD, FORWARD_BACKWARD)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of a suite's grid. A suite subclasses this with the fields of its operation, all plain values."""
+
+    @property
+    def id(self) -> str:
+        """`rows=8,n=512`: made from the fields, so that it cannot drift from what it names."""
+        return ",".join(f"{f.name}={_text(getattr(self, f.name))}" for f in dataclasses.fields(self))
+
+    def fields(self) -> dict[str, object]:
+        """The fields by name, for the record."""
+        return dataclasses.asdict(self)
+
+    def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
+        """Random numbers that depend on nothing but the fields of the case."""
+        digest = hashlib.sha256(f"{type(self).__name__}:{self.id}".encode()).digest()
+        return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).removeprefix("torch.")
+
+
+@dataclass
+class Problem:
+    """The inputs of one case."""
+
+    inputs: dict[str, Tensor]
+    """Every tensor that an implementation receives, by the name of its argument."""
+
+    upstream: Tensor
+    """The gradient of the output, prepared outside any timed region."""
+
+    differentiable: tuple[str, ...] = ("scores",)
+    """The inputs whose gradient is asked for in forward+backward."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least that any implementation has to do: the numerator of the roofline."""
+
+    bytes: int
+    """Every input read once and every output written once."""
+
+    exponentials: int = 0
+    """Exponentials that have to be evaluated."""
+
+    flops: int = 0
+    """Floating-point operations on the matrix units; 0 for what has no matrix product."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a case should give, in fp64 from the same inputs."""
+
+    output: Tensor
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    """By input name; empty where only the forward direction is measured."""
+
+    at_kink: dict[str, Tensor] = field(default_factory=dict)
+    """By input name, bool: elements of a gradient where the definition is not differentiable, so that any value
+    between the one-sided derivatives is right. They are reported apart and never gated."""

@@ -1,0 +1,176 @@
+"""One measurement is one Record; a run is a JSON Lines file of them, written as it goes."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Literal
+
+import pandas as pd
+
+SCHEMA_VERSION = 1
+
+Status = Literal["ok", "wrong", "out_of_memory", "error", "skipped"]
+STATUSES: tuple[Status, ...] = ("ok", "wrong", "out_of_memory", "error", "skipped")
+FAILED: tuple[Status, ...] = ("wrong", "out_of_memory", "error")
+
+
+@dataclass
+class Timing:
+    """Samples of one time column of one implementation on one case and direction."""
+
+    column: str
+    """`cold`: GPU time, L2 flushed before each sample; `graph`: GPU time of a CUDA-graph replay; `wall`: host time."""
+
+    samples: list[float]
+    """Seconds, in the order taken."""
+
+    stopped: str
+    """Why sampling ended: `confident` (interval under the target), `max_samples` or `max_seconds`."""
+
+    relative_interval: float
+    """Width of the 95 % confidence interval of the median over the median."""
+
+    discarded: int = 0
+    """Samples repeated because the GPU was throttled while they were taken."""
+
+    sm_clock_mhz: float | None = None
+    """Median SM clock read around the samples; None without NVML."""
+
+
+@dataclass
+class Divergence:
+    """Distance of one tensor from its fp64 truth, over the elements that are not at a kink."""
+
+    largest: float
+    """Largest absolute difference."""
+
+    relative: float
+    """Euclidean norm of the difference over that of the truth."""
+
+    fraction_above: float
+    """Fraction of elements that differ by more than 1e-3."""
+
+    kinks: int = 0
+    """Elements at a kink, left out of the figures above."""
+
+    largest_at_kink: float = 0.0
+    """Largest absolute difference among these."""
+
+    budget: float | None = None
+    """What `largest` may be at most: set from the error of plain PyTorch on the same inputs; None: not gated."""
+
+
+@dataclass
+class Record:
+    """One implementation on one case in one direction: what was measured, under what, and how it ended."""
+
+    suite: str
+    case: str
+    fields: dict[str, object]
+    """The fields of the case: nobody has to parse its id."""
+
+    implementation: str
+    direction: str
+    device: str
+    """Model name of the device."""
+
+    status: Status
+    reason: str = ""
+    """Why the status is not ok, in one line."""
+
+    timings: dict[str, Timing] = field(default_factory=dict)
+    """By column."""
+
+    peak_bytes: int | None = None
+    """Most memory allocated at once during the call, beyond what was allocated before it."""
+
+    saved_bytes: int | None = None
+    """Bytes kept for the backward pass, inputs and outputs not counted."""
+
+    accuracy: dict[str, Divergence] = field(default_factory=dict)
+    """By tensor: `output`, and the gradient of each differentiable input under the name of the input."""
+
+    minimum_bytes: int | None = None
+    minimum_exponentials: int | None = None
+    minimum_flops: int | None = None
+    limit_seconds: float | None = None
+    """The least time the device needs for these, from its measured ceilings."""
+
+    kernels: list[dict[str, object]] = field(default_factory=list)
+    """Static facts of each Triton kernel launched: name, registers, spills, shared memory, warps."""
+
+    environment: str = ""
+    """Key of the run's environment line."""
+
+    schema: int = SCHEMA_VERSION
+
+    def seconds(self, column: str) -> float | None:
+        """Median of a time column."""
+        timing = self.timings.get(column)
+        return float(pd.Series(timing.samples).median()) if timing and timing.samples else None
+
+
+class Writer:
+    """Appends lines to a results file and flushes each, so that an interrupted run keeps what it has measured."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] = path.open("w", encoding="utf-8")
+
+    def environment(self, environment: dict[str, object]) -> None:
+        """The first line: what the records were measured under."""
+        self._line({"kind": "environment", **environment})
+
+    def record(self, record: Record) -> None:
+        self._line({"kind": "record", **asdict(record)})
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _line(self, content: dict[str, object]) -> None:
+        self._file.write(json.dumps(content, allow_nan=True) + "\n")
+        self._file.flush()
+
+
+def load(path: Path) -> tuple[dict[str, object], list[Record]]:
+    """The environment and the records of a results file; a last line that was cut off is left out.
+
+    Raises:
+        ValueError: the file is of another schema, or a line before the last cannot be read.
+    """
+    environment: dict[str, object] = {}
+    records: list[Record] = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            content = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+        if content.pop("kind") == "environment":
+            environment = content
+        else:
+            records.append(_record(content, f"{path}:{number}"))
+    return environment, records
+
+
+def _record(content: dict, where: str) -> Record:
+    if content.get("schema") != SCHEMA_VERSION:
+        raise ValueError(f"{where} has schema {content.get('schema')}, this version reads {SCHEMA_VERSION}")
+    content["timings"] = {name: Timing(**timing) for name, timing in content["timings"].items()}
+    content["accuracy"] = {name: Divergence(**divergence) for name, divergence in content["accuracy"].items()}
+    return Record(**content)
+
+
+def to_frame(records: Iterable[Record]) -> pd.DataFrame:
+    """A row a record: the fields of the case as columns, `<column>_ms` for each time column, `<tensor>_error`."""
+    rows = []
+    for record in records:
+        row = {**record.fields, **{k: v for k, v in asdict(record).items() if not isinstance(v, dict | list)}}
+        row.update({f"{column}_ms": 1e3 * (record.seconds(column) or float("nan")) for column in record.timings})
+        row.update({f"{tensor}_error": divergence.largest for tensor, divergence in record.accuracy.items()})
+        rows.append(row)
+    return pd.DataFrame(rows)

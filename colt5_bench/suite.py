@@ -1,0 +1,56 @@
+"""What a file in suites/ provides, and how the harness finds it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from colt5_bench.case import Case, Cost, Problem, Truth
+
+PRESETS = ("smoke", "default", "full")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute the operation of a suite."""
+
+    name: str
+
+    build: Callable[[Case], Callable[..., Tensor]]
+    """From a case to a function of `**problem.inputs` that returns the output."""
+
+    unavailable: Callable[[Case, torch.device], str | None] = lambda case, device: None
+    """Why this implementation cannot run the case on the device, or None. The reason goes into the record."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Everything the harness needs to know about one suite; each file in suites/ holds one as `SUITE`."""
+
+    name: str
+    description: str
+
+    cases: Callable[[str, torch.device], Sequence[Case]]
+    """From a preset and a device to the cases that it runs there."""
+
+    directions: Callable[[Case], Sequence[str]]
+    implementations: Mapping[str, Implementation]
+
+    reference: str
+    """The implementation that speed-ups are given over."""
+
+    problem: Callable[[Case, torch.device], Problem]
+    truth: Callable[[Case, Problem, str], Truth]
+    """The fp64 answer for a case, its problem and a direction."""
+
+    plain: Callable[[Case], Callable[..., Tensor]]
+    """Plain PyTorch in the dtype of the inputs: its error against the truth sets the accuracy budget."""
+
+    cost: Callable[[Case, str], Cost]
+
+    x_axis: str = "n"
+    """The case field that plots are drawn against."""
+
+    timed: bool = True
+    """False for a suite that measures divergence only."""

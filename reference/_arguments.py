@@ -1,0 +1,70 @@
+"""Definitions that the plain and the fused operations share: argument checks and the epsilon schedule."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def require(holds: bool, name: str, value: object, allowed: str) -> None:
+    """Raise ValueError that names the argument, its value and what is allowed, unless `holds`."""
+    if not holds:
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def check_scores(scores: Tensor, mask: Tensor | None) -> None:
+    """Scores are a float tensor (..., n) with n >= 1; a mask is boolean and broadcasts to their shape."""
+    require(scores.dtype in FLOAT_DTYPES, "scores", scores.dtype, "a tensor of a float dtype")
+    require(scores.ndim >= 1, "scores", "a tensor without dimensions", "of shape (..., n)")
+    require(scores.shape[-1] >= 1, "scores", f"shape {tuple(scores.shape)}", "of shape (..., n) with n >= 1")
+    if mask is not None:
+        require(mask.dtype == torch.bool, "mask", mask.dtype, "a tensor of dtype torch.bool")
+        _check_broadcast("mask", mask, scores.shape, "the shape of scores")
+        require(mask.device == scores.device, "mask", f"on {mask.device}", f"on {scores.device} as scores are")
+
+
+def check_k(k: float | Tensor, scores: Tensor) -> None:
+    """k is a positive number, or a tensor that broadcasts to scores.shape[:-1], one k a row.
+
+    The values of a tensor are not looked at, which would make the host wait for the device: a row whose k is not
+    positive is NaN.
+    """
+    if isinstance(k, Tensor):
+        require(not k.is_complex() and k.dtype != torch.bool, "k", k.dtype, "a number or a tensor of real numbers")
+        _check_broadcast("k", k, scores.shape[:-1], "scores.shape[:-1], one k a row")
+        require(k.device == scores.device, "k", f"on {k.device}", f"on {scores.device} as scores are")
+    else:
+        require(k > 0, "k", k, "> 0")
+
+
+def check_schedule(n_iters: int, eps: float, eps_init: float | None, eps_decay: float) -> None:
+    """At least one iteration, positive temperatures, and a decay in (0, 1]."""
+    require(n_iters >= 1, "n_iters", n_iters, ">= 1")
+    require(eps > 0, "eps", eps, "> 0")
+    require(eps_init is None or eps_init > 0, "eps_init", eps_init, "None or > 0")
+    require(0 < eps_decay <= 1, "eps_decay", eps_decay, "in (0, 1]")
+
+
+def _check_broadcast(name: str, tensor: Tensor, shape: torch.Size, allowed: str) -> None:
+    fits = tensor.ndim <= len(shape) and all(
+        size in (1, full) for size, full in zip(reversed(tensor.shape), reversed(shape), strict=False)
+    )
+    require(fits, name, f"shape {tuple(tensor.shape)}", f"of a shape that broadcasts to {tuple(shape)}, {allowed}")
+
+
+def first_temperature(eps: float, eps_init: float | None) -> float:
+    """The temperature of the first iteration: never below the last, eps."""
+    return eps if eps_init is None else max(eps_init, eps)
+
+
+def epsilon_schedule(n_iters: int, eps: float, eps_init: float | None, eps_decay: float) -> Iterator[float]:
+    """The temperatures of n_iters iterations, then the one of the output.
+
+    Epsilon scaling: Schmitzer 2016, https://arxiv.org/abs/1610.06519, section 3.
+    """
+    temperature = first_temperature(eps, eps_init)
+    for _ in range(n_iters + 1):
+        yield temperature
+        temperature = max(temperature * eps_decay, eps)
