@@ -1,0 +1,53 @@
+# `make bench` and `make test` go from a fresh clone to the result.
+#
+#   PYTHON   interpreter that the virtual environment is made with, 3.11 or newer
+#   VENV     where the virtual environment is
+#   ARGS     passed on: make bench ARGS="--preset smoke", make test ARGS="-k topk"
+#   WORKERS  processes that run tests in Triton's interpreter
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install bench test test-plain test-interpreted lint format clean
+
+help: ## what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: $(INSTALLED) ## a virtual environment with the pinned set
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: '$(PYTHON)' is not Python 3.11 or newer; name one, e.g. make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[peers,dev]'
+	@touch $@
+
+bench: $(INSTALLED) ## measure coordinate descent, on the GPU if there is one
+	$(BIN)/python bench.py --suite coor_descent $(ARGS)
+
+test: test-plain test-interpreted ## all tests
+
+test-plain: $(INSTALLED) ## tests as they are: CPU paths, compile checks, and the GPU if there is one
+	$(BIN)/python -m pytest tests $(ARGS)
+
+test-interpreted: $(INSTALLED) ## tests of the kernels with Triton's interpreter in place of a GPU
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -m "not compiled and not gpu" -n $(WORKERS) --benchmark-disable $(ARGS)
+
+lint: $(INSTALLED) ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## let ruff fix and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info
