@@ -1,0 +1,74 @@
+"""What the README shows works: its Python runs, and so do its commands, the long ones in short."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line and not line.startswith("#")]
+
+
+def run(arguments, **environment):
+    environment = {**os.environ, **environment}
+    done = subprocess.run(
+        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("source", blocks("python"))
+def test_python(source):
+    exec(compile(source, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command, tmp_path):
+    words = shlex.split(command)
+    environment = {}
+    while "=" in words[0]:
+        name, _, environment[name] = words.pop(0).partition("=")
+    check = {"make": make, "python": python, "pytest": pytest_, "pip": pip}[words[0]]
+    check(words[1:], environment, tmp_path)
+
+
+def make(arguments, environment, directory):
+    run(["make", "--dry-run", *arguments], **environment)
+
+
+def python(arguments, environment, directory):
+    if "--suite" in arguments:
+        arguments = [*arguments, "--out", str(directory)]
+        if "--preset" in arguments:
+            arguments[arguments.index("--preset") + 1] = "smoke"
+        else:
+            arguments += ["--preset", "smoke"]
+    assert run([sys.executable, *arguments], **environment).strip()
+    if "--suite" in arguments:
+        assert any(path.is_file() for path in directory.rglob("*"))
+
+
+def pytest_(arguments, environment, directory):
+    collected = run([sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments], **environment)
+    assert re.search(r"\d+ tests? collected|\d+/\d+ tests collected", collected)
+
+
+def pip(arguments, environment, directory):
+    """Installing is what `make install` does; here it is enough that everything named exists."""
+    assert arguments[:2] == ["install", "-c"]
+    assert (ROOT / arguments[2]).is_file()
+    extras = re.fullmatch(r"\.\[(.+)\]", arguments[-1])[1].split(",")
+    assert set(extras) <= set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
