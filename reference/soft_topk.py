@@ -1,0 +1,64 @@
+"""The exact soft top-k: what coordinate descent converges to."""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from reference._arguments import check_k, check_scores, require
+
+
+def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | None = None) -> Tensor:
+    """Relax the choice of the k largest scores of each row to y_i = min(1, exp((s_i + a) / eps)) with sum y = k.
+
+    This is the fixed point of coordinate descent at a constant temperature (Wright 2015,
+    https://arxiv.org/abs/1502.04759; CoLT5, https://arxiv.org/abs/2303.09752, section 3.1). The entries at 1 are the m
+    largest for some m < k; sorting finds m, and then a = eps (log(k - m) - logsumexp of the others / eps). The gradient
+    is that of this closed form; where an entry is exactly at the kink, it counts among the others. m is found in fp64,
+    the closed form is computed in the dtype of the scores.
+
+    Args:
+        scores: `... n`, any float dtype.
+        k: how many entries a row sums to. A number, or a tensor that broadcasts to `...`, one k a row; it has a
+            gradient.
+        eps: temperature, in units of the scores.
+        mask: bool, broadcasts to `... n`; entries that are False take part in nothing and come out as 0.
+
+    Returns:
+        `... n`, in the dtype of the scores. A row with no more than k valid entries is 1 at each of them, with gradient
+        0. A row with a NaN among its valid scores is NaN at its valid entries, and so is a row whose k (from a tensor)
+        is not positive.
+
+    Raises:
+        ValueError: an argument is out of its range, or shapes do not match.
+    """
+    check_scores(scores, mask)
+    check_k(k, scores)
+    require(eps > 0, "eps", eps, "> 0")
+
+    k = rearrange(torch.as_tensor(k, dtype=scores.dtype, device=scores.device), "... -> ... 1")
+    k = torch.where(k > 0, k, torch.nan)
+
+    hidden = torch.zeros_like(scores, dtype=torch.bool) if mask is None else ~mask.expand(scores.shape)
+    s = scores.masked_fill(hidden, 0.0)
+    full = (k >= (~hidden).sum(dim=-1, keepdim=True)) & ~s.isnan().any(dim=-1, keepdim=True)
+
+    with torch.no_grad():
+        # A NaN sorts first, where no entry can be at 1 before it.
+        ordered = s.masked_fill(hidden, -torch.inf).sort(dim=-1, descending=True).values
+        exponent = ordered.double() / eps
+        # log of the sum of exp(s / eps) over an entry and all below it
+        tails = exponent.flip(-1).logcumsumexp(dim=-1).flip(-1)
+        larger = torch.arange(scores.shape[-1], device=scores.device)
+        # An entry is at 1 if, with those before it at 1 and itself not, it would come out above 1.
+        at_one = torch.log((k.double() - larger).clamp(min=0)) + exponent > tails
+        n_at_one = at_one.cumprod(dim=-1).sum(dim=-1, keepdim=True)
+        largest_below_one = ordered.gather(-1, n_at_one.clamp(max=scores.shape[-1] - 1))
+        saturated = (s > largest_below_one) & ~hidden
+
+    # Rows without an equation to solve compute one with all their entries, so that their gradient is 0 and not NaN.
+    others = ~saturated & ~hidden | full
+    # Relative to the kink, exponents are exact where they matter. The shift cancels, so that it needs no gradient.
+    exponent = (s - torch.where(full, 0.0, largest_below_one)) / eps
+    log_sum = exponent.masked_fill(~others, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    log_y = exponent + torch.log(torch.where(full, 1.0, k - n_at_one)) - log_sum
+    return torch.exp(log_y.masked_fill(saturated | full, 0.0)).masked_fill(hidden, 0.0)
