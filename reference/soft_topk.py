@@ -61,4 +61,4 @@ def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | N
     exponent = (s - torch.where(full, 0.0, largest_below_one)) / eps
     log_sum = exponent.masked_fill(~others, -torch.inf).logsumexp(dim=-1, keepdim=True)
     log_y = exponent + torch.log(torch.where(full, 1.0, k - n_at_one)) - log_sum
-    return torch.exp(log_y.masked_fill(saturated | full, 0.0)).masked_fill(hidden, 0.0)
+    return torch.exp(log_y.masked_fill(saturated | full | hidden, 0.0)).masked_fill(hidden, 0.0)
