@@ -24,7 +24,9 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 
 
 def run(arguments, **environment):
-    environment = {**os.environ, **environment}
+    # Neither the interpreter nor what pytest tells its own workers is meant for a command of its own.
+    inherited = {name: v for name, v in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INTERPRET"))}
+    environment = {**inherited, **environment}
     done = subprocess.run(
         arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
