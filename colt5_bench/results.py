@@ -105,6 +105,11 @@ class Record:
 
     schema: int = SCHEMA_VERSION
 
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """Suite, case, direction and implementation: no two records of a run share it."""
+        return self.suite, self.case, self.direction, self.implementation
+
     def seconds(self, column: str) -> float | None:
         """Median of a time column."""
         timing = self.timings.get(column)

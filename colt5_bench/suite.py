@@ -6,9 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from colt5_bench.case import Case, Cost, Problem, Truth
+from colt5_bench.case import DIRECTIONS, Case, Cost, Problem, Truth
 
 PRESETS = ("smoke", "default", "full")
+
+
+def _within_budget(case: Case, tensor: str, expected: Tensor, budget: float) -> float:
+    """The bound of an implementation that states none of its own."""
+    return budget
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,13 @@ class Implementation:
 
     unavailable: Callable[[Case, torch.device], str | None] = lambda case, device: None
     """Why this implementation cannot run the case on the device, or None. The reason goes into the record."""
+
+    directions: Sequence[str] = DIRECTIONS
+    """The directions that this implementation has; it is skipped in the others."""
+
+    bound: Callable[[Case, str, Tensor, float], float] = _within_budget
+    """What the largest error of a tensor may be: from the case, the name of the tensor (`output` or an input, for its
+    gradient), its fp64 truth and the budget that plain PyTorch sets on the same inputs."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,236 @@
+"""One case in one direction, every implementation of it side by side: accuracy first, then memory, then time."""
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from colt5_bench import accuracy, environment, memory, roofline, static_facts, timing
+from colt5_bench.case import FORWARD, Case, Problem, Truth
+from colt5_bench.results import Divergence, Record, Status
+from colt5_bench.suite import Implementation, Suite
+
+LONGEST_REASON = 300
+"""Characters of an error message that go into a record."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What all records of a run are measured under."""
+
+    device: torch.device
+    device_name: str
+
+    environment: str
+    """Key of the run's environment line."""
+
+    ceilings: roofline.Ceilings
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The time columns; the first is the one that the figure of a case is."""
+        return ("cold", "graph", "wall") if self.device.type == "cuda" else ("wall",)
+
+    @classmethod
+    def on(cls, device: torch.device, environment_key: str) -> "Conditions":
+        """The conditions on a device, whose ceilings are measured for it."""
+        return cls(device, environment.device_name(device), environment_key, roofline.measure_ceilings(device))
+
+
+@dataclass(frozen=True)
+class _Oracle:
+    """The inputs of a case, what they should give, and how far from it plain PyTorch is."""
+
+    problem: Problem
+    truth: Truth
+    budgets: dict[str, float]
+
+    def expected(self) -> dict[str, Tensor]:
+        return {"output": self.truth.output, **self.truth.gradients}
+
+
+def measure(
+    suite: Suite, case: Case, direction: str, implementations: Sequence[str], conditions: Conditions
+) -> list[Record]:
+    """One record for each named implementation, whatever happens to it.
+
+    An implementation that cannot run here is skipped; one that misses its accuracy bound is wrong and is not timed; an
+    exception ends that implementation only, and one in the fp64 truth ends the case. Times are taken interleaved.
+    """
+    records = {name: _unmeasured(suite, case, direction, name, conditions) for name in implementations}
+    running: dict[str, Record] = {}
+    for name, record in records.items():
+        if why := _not_applicable(suite.implementations[name], case, direction, conditions.device):
+            record.status, record.reason = "skipped", why
+        else:
+            running[name] = record
+
+    oracle = None
+    if running:
+        with _failing(running.values(), "fp64 truth: ", out_of_memory="error"):
+            _describe_cost(suite, case, direction, running.values(), conditions)
+            oracle = _consult_oracle(suite, case, direction, conditions.device)
+    if oracle is not None:
+        _measure_each(suite, case, direction, running, oracle, conditions)
+    return list(records.values())
+
+
+def _unmeasured(suite: Suite, case: Case, direction: str, name: str, conditions: Conditions) -> Record:
+    return Record(
+        suite=suite.name,
+        case=case.id,
+        fields=case.fields(),
+        implementation=name,
+        direction=direction,
+        device=conditions.device_name,
+        status="error",
+        reason="not measured",
+        environment=conditions.environment,
+    )
+
+
+def _not_applicable(
+    implementation: Implementation, case: Case, direction: str, device: torch.device
+) -> str | None:
+    if direction not in implementation.directions:
+        return f"has no {direction}"
+    return implementation.unavailable(case, device)
+
+
+def _describe_cost(
+    suite: Suite, case: Case, direction: str, records: Iterable[Record], conditions: Conditions
+) -> None:
+    cost = suite.cost(case, direction)
+    for record in records:
+        record.minimum_bytes, record.minimum_exponentials = cost.bytes, cost.exponentials
+        record.minimum_flops = cost.flops
+        record.limit_seconds = roofline.limit_seconds(cost, conditions.ceilings)
+
+
+def _consult_oracle(suite: Suite, case: Case, direction: str, device: torch.device) -> _Oracle:
+    problem = suite.problem(case, device)
+    truth = suite.truth(case, problem, direction)
+    oracle = _Oracle(problem, truth, budgets={})
+    plain = _Call(suite.plain(case), problem, direction).results()
+    for tensor, expected in oracle.expected().items():
+        divergence = accuracy.diverge(plain[tensor], expected, truth.at_kink.get(tensor))
+        oracle.budgets[tensor] = accuracy.budget(divergence, expected, plain[tensor].dtype)
+    return oracle
+
+
+def _measure_each(
+    suite: Suite, case: Case, direction: str, records: dict[str, Record], oracle: _Oracle, conditions: Conditions
+) -> None:
+    calls: dict[str, _Call] = {}
+    pristine = {name: tensor.clone() for name, tensor in oracle.problem.inputs.items()}
+    for name, record in records.items():
+        implementation = suite.implementations[name]
+        with _failing([record]):
+            call = _Call(implementation.build(case), oracle.problem, direction)
+            record.accuracy = _divergences(implementation, case, call.results(), oracle)
+            record.status, record.reason = _verdict(record.accuracy)
+            if spoilt := _restore(oracle.problem.inputs, pristine):
+                record.status, record.reason = "wrong", f"writes to its input {spoilt}"
+            if record.status == "ok" and suite.timed:
+                record.peak_bytes = memory.measure_memory(call, device=conditions.device)
+                record.saved_bytes = call.saved_bytes()
+                if conditions.device.type == "cuda":
+                    record.kernels = static_facts.compiled_kernels(call)
+                calls[name] = call
+
+    if calls:
+        with _failing([records[name] for name in calls], "timing: "):
+            taken = timing.time_interleaved(calls, device=conditions.device, columns=conditions.columns)
+            for name, timings in taken.items():
+                records[name].timings = timings
+
+
+def _divergences(
+    implementation: Implementation, case: Case, results: dict[str, Tensor], oracle: _Oracle
+) -> dict[str, Divergence]:
+    divergences = {}
+    for tensor, expected in oracle.expected().items():
+        divergence = accuracy.diverge(results[tensor], expected, oracle.truth.at_kink.get(tensor))
+        divergence.budget = implementation.bound(case, tensor, expected, oracle.budgets[tensor])
+        divergences[tensor] = divergence
+    return divergences
+
+
+def _verdict(divergences: dict[str, Divergence]) -> tuple[Status, str]:
+    for tensor, divergence in divergences.items():
+        if not accuracy.passes(divergence):
+            what = tensor if tensor == "output" else f"gradient of {tensor}"
+            return "wrong", f"{what} is off by {divergence.largest:.2g}, allowed are {divergence.budget:.2g}"
+    return "ok", ""
+
+
+def _restore(inputs: dict[str, Tensor], pristine: dict[str, Tensor]) -> str:
+    """Undo what an implementation did to the inputs that all share, and name the input it spoilt."""
+    spoilt = [name for name, tensor in inputs.items() if not torch.equal(tensor, pristine[name])]
+    for name in spoilt:
+        inputs[name].copy_(pristine[name])
+    return ", ".join(spoilt)
+
+
+class _Call:
+    """What is timed: one call of an implementation, with the backward pass if that is measured.
+
+    Gradients are returned and not accumulated, so that nothing has to be reset between calls.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], problem: Problem, direction: str) -> None:
+        self._function = function
+        self._upstream = problem.upstream
+        self._wanted = () if direction == FORWARD else problem.differentiable
+        self._inputs = {
+            name: tensor.detach().requires_grad_(name in self._wanted) for name, tensor in problem.inputs.items()
+        }
+        self._sources = [self._inputs[name] for name in self._wanted]
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """The output, then the gradients."""
+        if not self._sources:
+            with torch.no_grad():
+                return (self._function(**self._inputs),)
+        output = self._function(**self._inputs)
+        return output, *torch.autograd.grad(output, self._sources, self._upstream)
+
+    def results(self) -> dict[str, Tensor]:
+        return dict(zip(("output", *self._wanted), self(), strict=True))
+
+    def saved_bytes(self) -> int | None:
+        if not self._sources:
+            return None
+        return memory.saved_bytes(lambda: self._function(**self._inputs), self._inputs.values())
+
+
+@contextmanager
+def _failing(
+    records: Iterable[Record], where: str = "", *, out_of_memory: Status = "out_of_memory"
+) -> Iterator[None]:
+    """An exception becomes the status and the reason of the records, and the run goes on."""
+    try:
+        yield
+    except Exception as error:
+        status: Status = out_of_memory if _is_out_of_memory(error) else "error"
+        message = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_REASON]
+        for record in records:
+            record.status, record.reason = status, where + message
+    else:
+        return
+    # Only now is the traceback gone that kept the tensors of the failed call alive.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch has a type of its own for a GPU's memory, and a RuntimeError with one of these texts for the host's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        text in str(error) for text in ("can't allocate memory", "not enough memory", "out of memory")
+    )

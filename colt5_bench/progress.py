@@ -1,0 +1,68 @@
+"""What is seen of a pytest session that the command line drives: a bar, and failures of the harness itself."""
+
+import os
+from types import TracebackType
+from typing import Self
+
+import pytest
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Watcher:
+    """A pytest plugin that shows a bar in place of pytest's own output, and keeps what no record tells of.
+
+    It draws on a copy of the error stream, since pytest captures the stream itself while something is measured.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.failures: list[str] = []
+        """Tracebacks of whatever failed outside a measurement."""
+
+        self._stream = os.fdopen(os.dup(2), "w")
+        console = Console(file=self._stream)
+        self._progress = Progress(
+            TextColumn(title),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[point]}", markup=False),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task(title, total=None, point="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._stream.close()
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_configure(self, config: pytest.Config) -> None:
+        config.pluginmanager.unregister(name="terminalreporter")
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._progress.update(self._task, total=len(session.items))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._progress.update(self._task, point=nodeid.partition("[")[2].removesuffix("]"))
+
+    def pytest_runtest_logfinish(self) -> None:
+        self._progress.advance(self._task)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.failures.append(report.longreprtext)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        recorded = dict(report.user_properties).get("status", "ok") != "ok"
+        if report.failed and not recorded:
+            self.failures.append(report.longreprtext)

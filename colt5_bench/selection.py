@@ -1,0 +1,84 @@
+"""What the user asked for: suites by name, cases by expression, a device, and help with what was mistyped."""
+
+import difflib
+import importlib
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from colt5_bench.suite import Suite
+
+
+class SelectionError(ValueError):
+    """The user asked for what there is not; the message says what is allowed."""
+
+
+def suite_files(checkout: Path) -> dict[str, Path]:
+    """The files that may hold a suite, by its name: those of suites/ that are not private."""
+    paths = sorted((checkout / "suites").glob("*.py"))
+    return {path.stem: path for path in paths if not path.name.startswith("_") and path.stem != "conftest"}
+
+
+def load_suites(checkout: Path) -> dict[str, Suite]:
+    """Every suite of the checkout. There is no registry: a suite is a file in suites/ with a `SUITE`."""
+    modules = (importlib.import_module(f"suites.{name}") for name in suite_files(checkout))
+    suites = (getattr(module, "SUITE", None) for module in modules)
+    return {suite.name: suite for suite in suites if suite is not None}
+
+
+def pick(kind: str, name: str, allowed: Iterable[str]) -> str:
+    """The name itself, if it is allowed.
+
+    Raises:
+        SelectionError: it is not.
+    """
+    names = list(allowed)
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise SelectionError(f"there is no {kind} {name!r}; there is {', '.join(names)}.{hint}")
+    return name
+
+
+def case_filter(expression: str) -> Callable[[str], bool]:
+    """Whether a case id satisfies an expression of substrings joined by `and`, `or`, `not` and parentheses.
+
+    An empty expression is satisfied by every id; `n=512` by that of `n=5120` too.
+
+    Raises:
+        SelectionError: the expression cannot be read.
+    """
+    if not expression.strip():
+        return lambda case_id: True
+    words = (word.strip() for word in re.split(r"(\band\b|\bor\b|\bnot\b|[()])", expression))
+    operators = {"and", "or", "not", "(", ")"}
+    source = " ".join(word if word in operators else f"({word!r} in case_id)" for word in words if word)
+    try:
+        code = compile(source, "<cases>", "eval")
+    except SyntaxError as error:
+        raise SelectionError(
+            f"cannot read the case expression {expression!r}: it joins substrings of case ids with and, or, not and "
+            "parentheses, as in 'n=512 and not dtype=bfloat16'"
+        ) from error
+    return lambda case_id: bool(eval(code, {"case_id": case_id}))
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        SelectionError: no such device is here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise SelectionError(f"there is no device {name!r}; there is auto, cpu, cuda and cuda:<index>.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SelectionError(f"device {name} was asked for and PyTorch sees {torch.cuda.device_count()} GPUs.")
+    return device

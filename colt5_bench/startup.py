@@ -1,0 +1,56 @@
+"""What has to hold before anything is measured; each check raises a sentence that says what to do."""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGES = ("reference", "kernels", "suites")
+"""What is used from the checkout and never installed."""
+
+
+class StartupError(Exception):
+    """The run cannot begin; the message is for the user."""
+
+
+def find_checkout(directory: Path) -> Path:
+    """The directory itself, if it is a checkout.
+
+    Raises:
+        StartupError: it is not, so that there are no suites to run.
+    """
+    missing = [name for name in PACKAGES if not (directory / name / "__init__.py").is_file()]
+    if missing:
+        raise StartupError(
+            f"{directory} is no checkout of colt5-bench: it has no {' and no '.join(f'{name}/' for name in missing)}. "
+            "The suites are run from a checkout: change to its root, then start again."
+        )
+    return directory
+
+
+def check(checkout: Path, packages: Sequence[str] = PACKAGES) -> None:
+    """Make the packages of the checkout importable and see that they are what an import finds.
+
+    PyPI has a package `kernels`, which transformers uses optionally.
+
+    Raises:
+        StartupError: another package shadows one of them, or Triton's interpreter is on.
+    """
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    for name in packages:
+        spec = find_spec(name)
+        found = _directory(spec)
+        if found != checkout / name:
+            raise StartupError(
+                f"`import {name}` finds {found or 'nothing'} instead of {checkout / name}. Another package of this name "
+                f"comes first on the path: start `python bench.py` in {checkout}, or `pip uninstall {name}`."
+            )
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise StartupError("TRITON_INTERPRET=1 is set: the interpreter's times mean nothing. Unset it to measure.")
+
+
+def _directory(spec: ModuleSpec | None) -> Path | None:
+    return Path(spec.origin).resolve().parent if spec is not None and spec.origin else None

@@ -1,0 +1,219 @@
+"""What the suites of coordinate descent share: the case, its inputs, its fp64 answer, its cost and its accuracy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import log
+from typing import Self
+
+import torch
+from torch import Tensor
+
+import kernels
+import reference
+from colt5_bench.case import DIRECTIONS, FORWARD, Case, Cost, Problem, Truth
+from colt5_bench.suite import Implementation
+from reference._arguments import epsilon_schedule
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """A schedule of temperatures: from `eps_init`, times `eps_decay` after each iteration, down to `eps`."""
+
+    eps: float
+    eps_init: float | None = None
+    eps_decay: float = 1.0
+
+
+CONSTANT = Temperature(0.1)
+"""The default of the system's document."""
+
+COLD = Temperature(0.03)
+
+DECAYING = Temperature(0.03, eps_init=4.0, eps_decay=0.7)
+"""With which 20 iterations are said to do what 50 do without: https://arxiv.org/abs/2304.04947, section 3.2."""
+
+HEAVY_SHARE = 16
+"""k = n / 16: the share of tokens that CoLT5 routes to its heavy branch (2303.09752, section 3)."""
+
+FORWARD_BOUND, GRADIENT_BOUND = 2e-6, 1e-4
+"""What the project promises of its own kernels in fp32: the largest error of an output, and of a gradient."""
+
+CHUNK_BYTES = 2**30
+"""About how much memory the fp64 answer may take at a time."""
+
+
+@dataclass(frozen=True)
+class DescentCase(Case):
+    """Coordinate descent over `rows n` normally distributed scores."""
+
+    rows: int
+    n: int
+    n_iters: int
+    k: int
+    eps: float
+    eps_init: float | None
+    eps_decay: float
+    std: float
+    """Standard deviation of the scores."""
+
+    ties: bool
+    """Whether scores are rounded to multiples of 0.25, so that many are equal."""
+
+    dtype: str
+
+    @classmethod
+    def at(
+        cls,
+        rows: int,
+        n: int,
+        n_iters: int,
+        temperature: Temperature,
+        *,
+        std: float = 1.0,
+        ties: bool = False,
+        dtype: str = "float32",
+        **more: int,
+    ) -> Self:
+        """The case with k = n / 16; `more` are the fields of a subclass."""
+        return cls(
+            rows=rows,
+            n=n,
+            n_iters=n_iters,
+            k=max(1, n // HEAVY_SHARE),
+            eps=temperature.eps,
+            eps_init=temperature.eps_init,
+            eps_decay=temperature.eps_decay,
+            std=std,
+            ties=ties,
+            dtype=dtype,
+            **more,
+        )
+
+    @property
+    def arguments(self) -> dict[str, float | None]:
+        """What every implementation of coordinate descent is called with, beside the scores."""
+        return {
+            "n_iters": self.n_iters,
+            "k": self.k,
+            "eps": self.eps,
+            "eps_init": self.eps_init,
+            "eps_decay": self.eps_decay,
+        }
+
+    def temperatures(self) -> list[float]:
+        """One for each iteration, and that of the output."""
+        return list(epsilon_schedule(self.n_iters, self.eps, self.eps_init, self.eps_decay))
+
+
+def both_directions(case: Case) -> tuple[str, ...]:
+    return DIRECTIONS
+
+
+def problem(case: DescentCase, device: torch.device) -> Problem:
+    """Scores and the gradient of the output, the same on every device."""
+    generator, dtype = case.generator(), getattr(torch, case.dtype)
+    scores = case.std * torch.randn(case.rows, case.n, generator=generator)
+    if case.ties:
+        scores = (4 * scores).round() / 4
+    upstream = torch.randn(case.rows, case.n, generator=generator)
+    return Problem({"scores": scores.to(device, dtype)}, upstream.to(device, dtype))
+
+
+def plain(case: DescentCase) -> Callable[..., Tensor]:
+    return partial(reference.coor_descent, **case.arguments)
+
+
+def truth(case: DescentCase, problem: Problem, direction: str) -> Truth:
+    """The definition in fp64 on the same scores, by autograd, a few rows at a time."""
+    # Autograd keeps about six tensors of the size of the scores for an iteration.
+    kept = 6 * 8 * case.n * (1 if direction == FORWARD else case.n_iters)
+    rows = max(1, CHUNK_BYTES // kept)
+    outputs, gradients, at_kink = [], [], []
+    for scores, upstream in zip(
+        problem.inputs["scores"].split(rows), problem.upstream.split(rows), strict=True
+    ):
+        s = scores.detach().double().requires_grad_(direction != FORWARD)
+        y = plain(case)(s)
+        outputs.append(y.detach())
+        if direction != FORWARD:
+            gradients += torch.autograd.grad(y, s, upstream.double())
+            at_kink.append(rows_at_kink(case, s.detach()))
+    if direction == FORWARD:
+        return Truth(torch.cat(outputs))
+    whole_rows = torch.cat(at_kink).unsqueeze(-1).expand(case.rows, case.n)
+    return Truth(torch.cat(outputs), {"scores": torch.cat(gradients)}, {"scores": whole_rows})
+
+
+def rows_at_kink(case: DescentCase, scores: Tensor) -> Tensor:
+    """Which rows have a score within fp64 rounding of the kink s = -a of some iteration.
+
+    relu(s + a) has no derivative there, and fp64 itself cannot tell the side. Such an entry is or is not among those
+    that pass the gradient on to the a before, which every entry of the row depends on: so the whole row is marked.
+    """
+    log_k = log(case.k)
+    *temperatures, _ = case.temperatures()
+    resolution = 1e-13 * scores.abs().clamp(min=1)
+    a = torch.full_like(scores[:, :1], temperatures[0] * (log_k - log(case.n)))
+    near = ((scores + a).abs() <= resolution).any(dim=-1)
+    for temperature in temperatures[1:]:
+        a = temperature * (log_k - (torch.minimum(scores, -a) / temperature).logsumexp(dim=-1, keepdim=True))
+        near |= ((scores + a).abs() <= resolution).any(dim=-1)
+    return near
+
+
+def cost(case: DescentCase, direction: str) -> Cost:
+    """Scores read and output written; then scores and upstream gradient read and gradient written.
+
+    An entry costs one exponential for each temperature of the iterations after the first, which needs none, and one for
+    the output; the backward pass costs as many again.
+    """
+    _, *later, _ = case.temperatures()
+    entries, size = case.rows * case.n, getattr(torch, case.dtype).itemsize
+    exponentials = entries * (len(set(later)) + 1)
+    if direction == FORWARD:
+        return Cost(bytes=2 * size * entries, exponentials=exponentials)
+    return Cost(bytes=5 * size * entries, exponentials=2 * exponentials)
+
+
+def promised(case: DescentCase, tensor: str, expected: Tensor, budget: float) -> float:
+    """The bound of our own kernels: whatever plain PyTorch does, and half a unit in the last place of half precision."""
+    bound = FORWARD_BOUND if tensor == "output" else GRADIENT_BOUND
+    dtype = getattr(torch, case.dtype)
+    return bound if dtype.itemsize > 2 else bound + torch.finfo(dtype).eps / 2 * expected.abs().max().item()
+
+
+def lenient(case: Case, tensor: str, expected: Tensor, budget: float) -> float:
+    """The bound of code that rounds in another order than plain PyTorch.
+
+    In fp32 an entry next to a kink falls on either side of it by chance, which makes the largest error of a gradient
+    erratic: up to a thousandth of the largest gradient counts as rounding.
+    """
+    return max(budget, 1e-3 * expected.abs().max().item())
+
+
+def segments_of(case: DescentCase) -> int:
+    """Segments of five iterations, with which the published algorithm is at its best."""
+    return max(1, case.n_iters // 5)
+
+
+def in_segments(case: DescentCase, device: torch.device) -> str | None:
+    longest = 131072
+    return None if case.n <= longest else f"takes rows to {longest}"
+
+
+def compiled(case: DescentCase) -> Callable[..., Tensor]:
+    # A function is compiled for a few sets of arguments only, and runs uncompiled for more of them.
+    torch.compiler.reset()
+    return torch.compile(lambda scores: reference.coor_descent(scores, **case.arguments), fullgraph=True, dynamic=False)
+
+
+REFERENCE = Implementation("reference", plain)
+OURS = Implementation(
+    "ours", lambda case: partial(kernels.coor_descent, **case.arguments), bound=promised
+)
+
+
+def implementations(*listed: Implementation) -> dict[str, Implementation]:
+    return {implementation.name: implementation for implementation in listed}
+

@@ -1,0 +1,3 @@
+"""`pytest suites/` measures with the harness."""
+
+pytest_plugins = ("colt5_bench.plugin",)

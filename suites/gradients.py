@@ -1,0 +1,60 @@
+"""How far gradients are from fp64, and when: by spread, temperature, iterations, length, dtype and ties."""
+
+from itertools import product
+
+import torch
+
+from colt5_bench.case import FORWARD_BACKWARD
+from colt5_bench.replay import check
+from colt5_bench.suite import Suite
+from suites._descent import (
+    COLD,
+    CONSTANT,
+    DECAYING,
+    OURS,
+    REFERENCE,
+    DescentCase,
+    cost,
+    implementations,
+    plain,
+    problem,
+    truth,
+)
+
+ROWS = {2048: 32, 32768: 4, 1048576: 1}
+"""Rows by length."""
+
+
+def cases(preset: str, device: torch.device) -> list[DescentCase]:
+    spreads, iterations, lengths = (1.0, 5.0, 20.0), (5, 20, 50, 100, 200), tuple(ROWS)
+    dtypes = ("float32", "bfloat16", "float16")
+    if preset == "smoke":
+        spreads, iterations, lengths, dtypes = (1.0, 20.0), (5,), (2048,), ("float32", "bfloat16")
+    elif preset == "default" and device.type != "cuda":
+        iterations, lengths = (5, 20), (2048, 32768)
+    return [
+        DescentCase.at(ROWS[n], n, n_iters, temperature, std=std, ties=ties, dtype=dtype)
+        for n, dtype, ties, std, temperature, n_iters in product(
+            lengths, dtypes, (False, True), spreads, (CONSTANT, COLD, DECAYING), iterations
+        )
+    ]
+
+
+SUITE = Suite(
+    name="gradients",
+    description="divergence of outputs and gradients from fp64, elements at a kink apart",
+    cases=cases,
+    directions=lambda case: (FORWARD_BACKWARD,),
+    implementations=implementations(REFERENCE, OURS),
+    reference="reference",
+    problem=problem,
+    truth=truth,
+    plain=plain,
+    cost=cost,
+    x_axis="n_iters",
+    timed=False,
+)
+
+
+def test_gradients(record):
+    check(record)
