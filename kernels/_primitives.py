@@ -1,8 +1,8 @@
 """Pieces that two or more kernels share.
 
-A kernel that keeps a chunk of a row in registers holds it as a tile of REPEATS x WIDTH, where WIDTH is four elements
-a thread: a thread then adds up its own elements without talking to another, in fp32, and only one number a thread goes
-into the fp64 sum of the program.
+Scores are held in registers as a tile of REPEATS x ROWS x WIDTH, where WIDTH is four entries a thread. A thread then
+adds up its own entries of a row without talking to another, in fp32, and one number a thread goes into the wider sum
+of the row. Short rows share a warp, so that what is computed once a row is computed for ROWS of them at a time.
 """
 
 import triton
@@ -16,60 +16,107 @@ LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
 
 @triton.jit
 def tile_columns(REPEATS: tl.constexpr, WIDTH: tl.constexpr):
-    """Column numbers of a tile, REPEATS x WIDTH."""
-    return tl.arange(0, REPEATS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    """Column numbers of a tile: REPEATS x 1 x WIDTH."""
+    return (tl.arange(0, REPEATS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])[:, None, :]
 
 
 @triton.jit
-def sum_in_thread(x, WIDTH: tl.constexpr):
-    """One fp32 sum a thread of a tile: WIDTH // 4."""
-    return tl.sum(tl.reshape(tl.sum(x, axis=0), [WIDTH // 4, 4]), axis=1)
+def per_row(x):
+    """A number a row, ready to meet a tile: 1 x ROWS x 1."""
+    return x[None, :, None]
 
 
 @triton.jit
-def sum_tile(x, WIDTH: tl.constexpr):
-    """Sum of a tile as an fp64 scalar."""
-    return tl.sum(sum_in_thread(x, WIDTH).to(tl.float64), axis=0)
-
-
-@triton.jit
-def load_tile(scores_ptr, mask_ptr, columns, n, HAS_MASK: tl.constexpr):
-    """Scores of a row as fp32, LOWEST where there is none, and which of them take part."""
-    valid = columns < n
+def load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK: tl.constexpr):
+    """Scores as fp32, LOWEST where there is none to take part: REPEATS x ROWS x WIDTH."""
+    rows = per_row(rows)
+    valid = (rows < n_rows) & (columns < n)
     if HAS_MASK:
-        valid = valid & (tl.load(mask_ptr + columns, mask=valid, other=0) != 0)
-    scores = tl.load(scores_ptr + columns, mask=valid, other=-float("inf")).to(tl.float32)
-    return tl.where(scores < LOWEST, LOWEST, scores), valid
+        valid = valid & (tl.load(mask_ptr + rows * mask_stride + columns, mask=valid, other=0) != 0)
+    scores = tl.load(scores_ptr + rows * scores_stride + columns, mask=valid, other=-float("inf")).to(tl.float32)
+    return tl.where(scores < LOWEST, LOWEST, scores)
 
 
 @triton.jit
-def count_tile(scores, valid, WIDTH: tl.constexpr):
-    """Valid entries of a tile; NaN where one of them is NaN, which makes the row NaN."""
-    return sum_tile(tl.where(valid, tl.where(scores == scores, 1.0, float("nan")), 0.0), WIDTH)
+def sum_in_thread(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """One fp32 sum a thread and row of a tile: ROWS x WIDTH // 4."""
+    return tl.sum(tl.reshape(tl.sum(x, axis=0), [ROWS, WIDTH // 4, 4]), axis=2)
+
+
+@triton.jit
+def sum_tile(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """fp64 sum of each row of a tile: ROWS."""
+    return tl.sum(sum_in_thread(x, ROWS, WIDTH).to(tl.float64), axis=1)
+
+
+@triton.jit
+def present_in_thread(scores, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Entries that take part, a thread and row: ROWS x WIDTH // 4. NaN where one of them is NaN."""
+    present = tl.where(scores == LOWEST, 0.0, tl.where(scores == scores, 1.0, float("nan")))
+    return sum_in_thread(present, ROWS, WIDTH)
+
+
+@triton.jit
+def sum_and_count(x, counted, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """fp64 sum of each row of x, whose entries lie in [0, 1], and how many are counted: one reduction for both.
+
+    The numbers of a thread are put into one integer, the count above the sum in steps of 2**-33, which has room for
+    tiles of up to 2**14 entries. Integers add up to the same in any order.
+    """
+    total = (sum_in_thread(x, ROWS, WIDTH) * 8589934592.0).to(tl.int64)
+    count = sum_in_thread(tl.where(counted, 1.0, 0.0), ROWS, WIDTH).to(tl.int64)
+    both = tl.sum(total + (count << 48), axis=1)
+    return (both & 0xFFFFFFFFFFFF).to(tl.float64) * (1.0 / 8589934592.0), (both >> 48).to(tl.float64)
 
 
 @triton.jit
 def subtract(scores, threshold):
-    """fp32 scores minus an fp64 threshold, in fp32.
+    """fp32 scores minus an fp64 threshold a row, in fp32.
 
     The high part goes first, which is exact where the two are close (Sterbenz' lemma), and the sign is always right.
     """
     high = threshold.to(tl.float32)
     low = (threshold - high.to(tl.float64)).to(tl.float32)
-    return (scores - high) - low
+    return (scores - per_row(high)) - per_row(low)
 
 
 @triton.jit
-def exp_over(difference, temperature):
-    """exp(difference / temperature) for fp32 differences and an fp64 temperature.
+def log2_e_over(temperature):
+    """The factor that makes an exponent over a temperature one of 2, for `exp_times`."""
+    return (1.0 / temperature) * LOG2_E
 
-    The factor is an unevaluated fp32 pair: rounded to one fp32 it would shift every exponent of the row the same way,
-    and with them the threshold.
+
+@triton.jit
+def exp_times(x, factor):
+    """2 ** (x * factor) for fp32 x and an fp64 factor.
+
+    The factor is used as an unevaluated fp32 pair: rounded to one fp32 it would shift every exponent of a row the same
+    way, and with them the threshold.
     """
-    factor = (1.0 / temperature) * LOG2_E
     high = factor.to(tl.float32)
     low = (factor - high.to(tl.float64)).to(tl.float32)
-    return tl.exp2(difference * high + difference * low)
+    return tl.exp2(x * high + x * low)
+
+
+@triton.jit
+def log_normal(x):
+    """Natural logarithm of a positive normal fp64, to 2e-11.
+
+    x = m 2**e with m in [sqrt(1/2), sqrt(2)), and log m = 2 artanh(z) with z = (m - 1) / (m + 1), of which six terms
+    are enough. A fraction of the instructions of the library's, which every thread of a program would run.
+    """
+    bits = x.to(tl.int64, bitcast=True)
+    exponent = (bits - 0x3FE6A09E667F3BCD) >> 52
+    mantissa = (bits - (exponent << 52)).to(tl.float64, bitcast=True)
+    denominator = mantissa + 1.0
+    inverse = (1.0 / denominator.to(tl.float32)).to(tl.float64)
+    inverse += inverse * (1.0 - denominator * inverse)
+    z = (mantissa - 1.0) * inverse
+    square = z * z
+    series = 1.0 + square * (
+        (1.0 / 3.0) + square * ((1.0 / 5.0) + square * ((1.0 / 7.0) + square * ((1.0 / 9.0) + square * (1.0 / 11.0))))
+    )
+    return exponent.to(tl.int32).to(tl.float64) * 0.6931471805599453 + 2.0 * z * series
 
 
 @triton.jit
@@ -110,22 +157,22 @@ def exchange(mailbox_ptr, step, part, first, second, third, PROGRAMS: tl.constex
 
 @triton.jit
 def exchange_sum(mailbox_ptr, step, part, total, count, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr):
-    """Sum an fp64 total and a count (fp64, exact below 2**24) over the programs of a row, in their order."""
+    """Sum an fp64 total and a count (exact below 2**24) over the programs of a row, in their order. All are of 1 row."""
     high = total.to(tl.float32)
     low = (total - high.to(tl.float64)).to(tl.float32)
     numbers = exchange(mailbox_ptr, step, part, high, low, count.to(tl.float32), PROGRAMS, SLOTS).to(tl.float64)
     word = tl.arange(0, 4)[None, :]
     total = tl.sum(tl.sum(tl.where(word < 2, numbers, 0.0), axis=1), axis=0)
     count = tl.sum(tl.sum(tl.where(word == 2, numbers, 0.0), axis=1), axis=0)
-    return total, count
+    return total + tl.zeros([1], tl.float64), count + tl.zeros([1], tl.float64)
 
 
 @triton.jit
 def exchange_highest(mailbox_ptr, step, part, highest, count, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr):
-    """The largest fp32 number and the sum of a count (fp64) over the programs of a row."""
+    """The largest fp32 number, and the sum of an fp64 count, over the programs of a row. All are of 1 row."""
     numbers = exchange(mailbox_ptr, step, part, highest, highest, count.to(tl.float32), PROGRAMS, SLOTS)
     word = tl.arange(0, 4)[None, :]
     sent = (tl.arange(0, SLOTS) < PROGRAMS)[:, None]
     highest = tl.max(tl.max(tl.where(sent & (word == 0), numbers, -float("inf")), axis=1), axis=0)
     count = tl.sum(tl.sum(tl.where(word == 2, numbers, 0.0).to(tl.float64), axis=1), axis=0)
-    return highest, count
+    return highest + tl.zeros([1], tl.float32), count + tl.zeros([1], tl.float64)

@@ -18,13 +18,18 @@ from torch import Tensor
 from kernels import _coor_descent_torch as in_pytorch
 from kernels._launch import as_rows, k_as_rows, mask_as_rows, multiprocessors, runs_triton
 from kernels._primitives import (
-    count_tile,
+    log2_e_over,
+    LOWEST,
     exchange_highest,
     exchange_sum,
-    exp_over,
+    exp_times,
     load_tile,
+    log_normal,
+    per_row,
+    present_in_thread,
     round_down,
     subtract,
+    sum_and_count,
     sum_in_thread,
     sum_tile,
     tile_columns,
@@ -45,11 +50,11 @@ MAX_EXPONENT: tl.constexpr = tl.constexpr(in_pytorch.MAX_EXPONENT)
 
 
 @triton.jit
-def _load_k(k_ptr, row, k, HAS_K: tl.constexpr):
-    """k of a row as fp64; NaN, and with it the row, where it is not positive."""
-    k += tl.zeros((), tl.float64)
+def _load_k(k_ptr, rows, k, n_rows, HAS_K: tl.constexpr):
+    """k of each row as fp64; NaN, and with it the row, where it is not positive."""
+    k += tl.zeros([rows.shape[0]], tl.float64)
     if HAS_K:
-        k = tl.load(k_ptr + row).to(tl.float64)
+        k = tl.load(k_ptr + rows, mask=rows < n_rows, other=1.0).to(tl.float64)
     return tl.where(k > 0, k, float("nan"))
 
 
@@ -61,26 +66,29 @@ def _first_step(log_k, highest, n_valid, temperature):
 
 
 @triton.jit
-def _cool(temperature, eps_decay, eps):
-    """The next temperature of the schedule."""
+def _cool(temperature, factor, eps_decay, eps):
+    """The next temperature of the schedule, and log2(e) over it."""
     cooler = temperature * eps_decay
-    return tl.where(cooler > eps, cooler, eps + tl.zeros((), tl.float64))
+    last = cooler <= eps
+    return tl.where(last, eps, cooler), tl.where(last, log2_e_over(eps), factor / eps_decay)
 
 
 @triton.jit
-def _save(trace_ptr, ratio_ptr, temperature_ptr, row, part, n_iters, t, a, ratio, temperature):
-    """What the backward pass needs of iteration t. The first program of the row writes, the first row for all."""
-    place = tl.cast(row, tl.int64) * n_iters + t
-    tl.store(trace_ptr + place, a, mask=part == 0)
-    tl.store(ratio_ptr + place, ratio.to(tl.float32), mask=part == 0)
-    tl.store(temperature_ptr + t, temperature, mask=(part == 0) & (row == 0))
+def _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature):
+    """What the backward pass needs of iteration t. The first program of a row writes it."""
+    places = rows * n_iters + t
+    writes = (rows < n_rows) & (part == 0)
+    tl.store(trace_ptr + places, a, mask=writes)
+    tl.store(ratio_ptr + places, ratio, mask=writes)
+    tl.store(temperature_ptr + t, temperature, mask=tl.program_id(0) == 0)
 
 
 @triton.jit
-def _soft_selection(scores, a, temperature):
-    """exp(min(s + a, 0) / temperature); NaN stays NaN."""
+def _soft_selection(scores, a, factor):
+    """exp(min(s + a, 0) / temperature); NaN stays NaN, and what takes no part is 0."""
     excess = subtract(scores, -a)
-    return exp_over(tl.where(excess > 0, 0.0, excess), temperature)
+    y = exp_times(tl.where(excess > 0, 0.0, excess), factor)
+    return tl.where(scores == LOWEST, 0.0, y)
 
 
 @triton.jit
@@ -99,10 +107,11 @@ def _resident_kernel(
     n,
     n_iters,
     k: "fp64",
-    first_temperature: "fp64",
+    first: "fp64",
     eps_decay: "fp64",
     eps: "fp64",
     REPEATS: tl.constexpr,
+    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     PROGRAMS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -110,58 +119,61 @@ def _resident_kernel(
     HAS_K: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """Rows whose pieces fit into the registers of PROGRAMS programs."""
+    """Rows that fit into registers: ROWS of them in one program, or one in PROGRAMS of them."""
     group = tl.program_id(0) // PROGRAMS
     part = tl.program_id(0) % PROGRAMS
     mailbox_ptr += group * (8 * PROGRAMS)
     columns = part * (REPEATS * WIDTH) + tile_columns(REPEATS, WIDTH)
     step = 0
+    zero = tl.zeros((), tl.float64)
+    eps += zero
 
-    for row in range(group, n_rows, tl.num_programs(0) // PROGRAMS):
-        row_start = tl.cast(row, tl.int64)
-        scores, valid = load_tile(
-            scores_ptr + row_start * scores_stride, mask_ptr + row_start * mask_stride, columns, n, HAS_MASK
-        )
-        highest = tl.max(tl.max(scores, axis=0), axis=0)
-        n_valid = count_tile(scores, valid, WIDTH)
+    for first_row in range(group * ROWS, n_rows, tl.num_programs(0) // PROGRAMS * ROWS):
+        rows = first_row + tl.arange(0, ROWS).to(tl.int64)
+        scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
+        highest = tl.max(tl.max(scores, axis=0), axis=1)
+        n_valid = tl.sum(present_in_thread(scores, ROWS, WIDTH).to(tl.float64), axis=1)
         if PROGRAMS > 1:
             step += 1
             highest, n_valid = exchange_highest(mailbox_ptr, step, part, highest, n_valid, PROGRAMS, SLOTS)
 
-        log_k = tl.log(_load_k(k_ptr, row, k, HAS_K))
-        temperature = first_temperature + tl.zeros((), tl.float64)
+        log_k = tl.log(_load_k(k_ptr, rows, k, n_rows, HAS_K))
+        temperature = first + zero
+        factor = log2_e_over(temperature)
         a, highest = _first_step(log_k, highest, n_valid, temperature)
         if SAVE:
-            _save(trace_ptr, ratio_ptr, temperature_ptr, row, part, n_iters, 0, a, a * 0.0, temperature)
+            ratio = tl.zeros([ROWS], tl.float32)
+            _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, 0, a, ratio, temperature)
 
-        weights = tl.zeros([REPEATS, WIDTH], tl.float32)
-        base = tl.zeros((), tl.float64)
-        base_temperature = tl.zeros((), tl.float64)
+        weights = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
+        base = tl.zeros([ROWS], tl.float64)
+        base_temperature = zero
         for t in range(1, n_iters):
-            temperature = _cool(temperature, eps_decay, eps)
+            temperature, factor = _cool(temperature, factor, eps_decay, eps)
             anchor = tl.where(highest < -a, highest, -a)
-            if (temperature != base_temperature) | (tl.abs(anchor - base) > temperature * MAX_SHIFT):
+            moved = tl.max((tl.abs(anchor - base) > temperature * MAX_SHIFT).to(tl.int32), axis=0)
+            if (temperature != base_temperature) | (moved > 0):
                 base = anchor
                 base_temperature = temperature
-                weights = exp_over(subtract(scores, base), temperature)
-            scale = exp_over((base - anchor).to(tl.float32), temperature)
-            total = sum_tile(tl.minimum(weights * scale, 1.0), WIDTH)
-            above = total * 0.0
-            if SAVE:
-                above = sum_tile(tl.where(scores > round_down(-a), 1.0, 0.0), WIDTH)
+                weights = exp_times(subtract(scores, base), factor)
+            scale = exp_times((base - anchor).to(tl.float32), factor)
+            clipped = tl.minimum(weights * per_row(scale), 1.0)
+            above_threshold = scores > per_row(round_down(-a)) if SAVE else scores != scores
+            total, above = sum_and_count(clipped, above_threshold, ROWS, WIDTH)
             if PROGRAMS > 1:
                 step += 1
                 total, above = exchange_sum(mailbox_ptr, step, part, total, above, PROGRAMS, SLOTS)
             total = tl.where(n_valid == 0, 1.0, total)
-            a = temperature * (log_k - tl.log(total)) - anchor
+            a = temperature * (log_k - log_normal(total)) - anchor
             if SAVE:
-                _save(trace_ptr, ratio_ptr, temperature_ptr, row, part, n_iters, t, a, above / total, temperature)
+                ratio = above.to(tl.float32) / total.to(tl.float32)
+                _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature)
 
-        temperature = _cool(temperature, eps_decay, eps)
+        temperature, factor = _cool(temperature, factor, eps_decay, eps)
         if SAVE:
-            tl.store(temperature_ptr + n_iters, temperature, mask=(part == 0) & (row == 0))
-        y = tl.where(valid, _soft_selection(scores, a, temperature), 0.0)
-        tl.store(y_ptr + row_start * n + columns, y.to(y_ptr.dtype.element_ty), mask=columns < n)
+            tl.store(temperature_ptr + n_iters, temperature, mask=tl.program_id(0) == 0)
+        y = _soft_selection(scores, a, factor).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + per_row(rows) * n + columns, y, mask=(per_row(rows) < n_rows) & (columns < n))
 
 
 @triton.jit
@@ -180,11 +192,12 @@ def _streaming_kernel(
     n,
     n_iters,
     k: "fp64",
-    first_temperature: "fp64",
+    first: "fp64",
     eps_decay: "fp64",
     eps: "fp64",
     tiles,
     REPEATS: tl.constexpr,
+    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     PROGRAMS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -197,70 +210,74 @@ def _streaming_kernel(
     start = tl.cast(part, tl.int64) * tiles * (REPEATS * WIDTH)
     columns = start + tile_columns(REPEATS, WIDTH)
     step = 0
+    zero = tl.zeros((), tl.float64)
+    eps += zero
 
     for row in range(n_rows):
-        row_scores_ptr = scores_ptr + tl.cast(row, tl.int64) * scores_stride
-        row_mask_ptr = mask_ptr + tl.cast(row, tl.int64) * mask_stride
-
-        highest_in_lane = tl.full([WIDTH], -float("inf"), tl.float32)
-        count_in_thread = tl.zeros([WIDTH // 4], tl.float64)
+        rows = row + tl.arange(0, 1).to(tl.int64)
+        highest_in_thread = tl.full([1, WIDTH], -float("inf"), tl.float32)
+        count_in_thread = tl.zeros([1, WIDTH // 4], tl.float64)
         for tile in range(tiles):
             tile_cols = columns + tile * (REPEATS * WIDTH)
-            scores, valid = load_tile(row_scores_ptr, row_mask_ptr, tile_cols, n, HAS_MASK)
-            highest_in_lane = tl.maximum(highest_in_lane, tl.max(scores, axis=0))
-            present = tl.where(valid, tl.where(scores == scores, 1.0, float("nan")), 0.0)
-            count_in_thread += sum_in_thread(present, WIDTH).to(tl.float64)
+            scores = load_tile(scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK)
+            highest_in_thread = tl.maximum(highest_in_thread, tl.max(scores, axis=0))
+            count_in_thread += present_in_thread(scores, 1, WIDTH).to(tl.float64)
+        highest = tl.max(highest_in_thread, axis=1)
+        n_valid = tl.sum(count_in_thread, axis=1)
         step += 1
-        highest, n_valid = exchange_highest(
-            mailbox_ptr, step, part, tl.max(highest_in_lane, axis=0), tl.sum(count_in_thread, axis=0), PROGRAMS, SLOTS
-        )
+        highest, n_valid = exchange_highest(mailbox_ptr, step, part, highest, n_valid, PROGRAMS, SLOTS)
 
-        log_k = tl.log(_load_k(k_ptr, row, k, HAS_K))
-        temperature = first_temperature + tl.zeros((), tl.float64)
+        log_k = tl.log(_load_k(k_ptr, rows, k, n_rows, HAS_K))
+        temperature = first + zero
+        factor = log2_e_over(temperature)
         a, highest = _first_step(log_k, highest, n_valid, temperature)
         if SAVE:
-            _save(trace_ptr, ratio_ptr, temperature_ptr, row, part, n_iters, 0, a, a * 0.0, temperature)
+            ratio = tl.zeros([1], tl.float32)
+            _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, 0, a, ratio, temperature)
 
         for t in range(1, n_iters):
-            temperature = _cool(temperature, eps_decay, eps)
+            temperature, factor = _cool(temperature, factor, eps_decay, eps)
             anchor = tl.where(highest < -a, highest, -a)
-            threshold = round_down(-a)
-            total_in_thread = tl.zeros([WIDTH // 4], tl.float64)
-            above_in_thread = tl.zeros([WIDTH // 4], tl.float64)
+            threshold = per_row(round_down(-a))
+            total_in_thread = tl.zeros([1, WIDTH // 4], tl.float64)
+            above_in_thread = tl.zeros([1, WIDTH // 4], tl.float64)
             for tile in range(tiles):
                 tile_cols = columns + tile * (REPEATS * WIDTH)
-                scores, _ = load_tile(row_scores_ptr, row_mask_ptr, tile_cols, n, HAS_MASK)
-                clipped = exp_over(tl.minimum(subtract(scores, anchor), 0.0), temperature)
-                total_in_thread += sum_in_thread(clipped, WIDTH).to(tl.float64)
+                scores = load_tile(
+                    scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK
+                )
+                clipped = exp_times(tl.minimum(subtract(scores, anchor), 0.0), factor)
+                total_in_thread += sum_in_thread(clipped, 1, WIDTH).to(tl.float64)
                 if SAVE:
-                    above_in_thread += sum_in_thread(tl.where(scores > threshold, 1.0, 0.0), WIDTH).to(tl.float64)
+                    above_threshold = tl.where(scores > threshold, 1.0, 0.0)
+                    above_in_thread += sum_in_thread(above_threshold, 1, WIDTH).to(tl.float64)
+            total = tl.sum(total_in_thread, axis=1)
+            above = tl.sum(above_in_thread, axis=1)
             step += 1
-            total, above = exchange_sum(
-                mailbox_ptr, step, part, tl.sum(total_in_thread, axis=0), tl.sum(above_in_thread, axis=0),
-                PROGRAMS, SLOTS,
-            )  # fmt: skip
+            total, above = exchange_sum(mailbox_ptr, step, part, total, above, PROGRAMS, SLOTS)
             total = tl.where(n_valid == 0, 1.0, total)
-            a = temperature * (log_k - tl.log(total)) - anchor
+            a = temperature * (log_k - log_normal(total)) - anchor
             if SAVE:
-                _save(trace_ptr, ratio_ptr, temperature_ptr, row, part, n_iters, t, a, above / total, temperature)
+                ratio = above.to(tl.float32) / total.to(tl.float32)
+                _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature)
 
-        temperature = _cool(temperature, eps_decay, eps)
+        temperature, factor = _cool(temperature, factor, eps_decay, eps)
         if SAVE:
-            tl.store(temperature_ptr + n_iters, temperature, mask=(part == 0) & (row == 0))
+            tl.store(temperature_ptr + n_iters, temperature, mask=tl.program_id(0) == 0)
         for tile in range(tiles):
             tile_cols = columns + tile * (REPEATS * WIDTH)
-            scores, valid = load_tile(row_scores_ptr, row_mask_ptr, tile_cols, n, HAS_MASK)
-            y = tl.where(valid, _soft_selection(scores, a, temperature), 0.0)
-            y_ptrs = y_ptr + tl.cast(row, tl.int64) * n + tile_cols
-            tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=tile_cols < n)
+            scores = load_tile(scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK)
+            y = _soft_selection(scores, a, factor).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + per_row(rows) * n + tile_cols, y, mask=tile_cols < n)
 
 
 @triton.jit
-def _direct_gradient(scores, grad, valid, a, temperature):
+def _direct_gradient(scores, grad, a, temperature):
     """The gradient of the scores through the output alone, at constant a: g y / temperature where y < 1."""
     excess = subtract(scores, -a)
-    direct = grad * exp_over(tl.where(excess > 0, 0.0, excess), temperature) * (1.0 / temperature).to(tl.float32)
-    return tl.where(valid, tl.where(excess > 0, 0.0, direct), 0.0)
+    y = exp_times(tl.where(excess > 0, 0.0, excess), log2_e_over(temperature))
+    direct = grad * y * (1.0 / temperature).to(tl.float32)
+    return tl.where((excess > 0) | (scores == LOWEST), 0.0, direct)
 
 
 @triton.jit
@@ -274,23 +291,23 @@ def _grad_a_kernel(
     grad_stride,
     scores_stride,
     mask_stride,
+    n_rows,
     n,
     n_iters,
     chunks,
     REPEATS: tl.constexpr,
+    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """Each chunk's part of the gradient of the last a, for rows of several chunks."""
-    row = tl.cast(tl.program_id(0) // chunks, tl.int64)
+    """The part of one chunk of a row in the gradient of the last a."""
+    rows = tl.program_id(0) // chunks + tl.arange(0, ROWS).to(tl.int64)
     columns = (tl.program_id(0) % chunks) * (REPEATS * WIDTH) + tile_columns(REPEATS, WIDTH)
-    scores, valid = load_tile(
-        scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK
-    )
-    grad = tl.load(grad_ptr + row * grad_stride + columns, mask=valid, other=0.0).to(tl.float32)
-    a = tl.load(trace_ptr + row * n_iters + n_iters - 1)
-    direct = _direct_gradient(scores, grad, valid, a, tl.load(temperature_ptr + n_iters))
-    tl.store(grad_a_ptr + tl.program_id(0), sum_tile(direct, WIDTH))
+    scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
+    grad = tl.load(grad_ptr + per_row(rows) * grad_stride + columns, mask=columns < n, other=0.0).to(tl.float32)
+    a = tl.load(trace_ptr + rows * n_iters + n_iters - 1)
+    direct = _direct_gradient(scores, grad, a, tl.load(temperature_ptr + n_iters))
+    tl.store(grad_a_ptr + tl.program_id(0) + tl.arange(0, ROWS), sum_tile(direct, ROWS, WIDTH))
 
 
 @triton.jit
@@ -308,76 +325,90 @@ def _backward_kernel(
     grad_stride,
     scores_stride,
     mask_stride,
+    n_rows,
     n,
     n_iters,
     chunks,
     k: "fp64",
     REPEATS: tl.constexpr,
+    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_K: tl.constexpr,
 ):
-    """Gradient of one chunk of a row, from the last iteration to the first."""
-    row = tl.cast(tl.program_id(0) // chunks, tl.int64)
+    """Gradient of ROWS whole rows, or of one chunk of a row, from the last iteration to the first."""
+    rows = tl.program_id(0) // chunks * ROWS + tl.arange(0, ROWS).to(tl.int64)
     chunk = tl.program_id(0) % chunks
     columns = chunk * (REPEATS * WIDTH) + tile_columns(REPEATS, WIDTH)
-    scores, valid = load_tile(
-        scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK
-    )
-    grad = tl.load(grad_ptr + row * grad_stride + columns, mask=valid, other=0.0).to(tl.float32)
-    trace_ptr += row * n_iters
-    ratio_ptr += row * n_iters
-    k = _load_k(k_ptr, row, k, HAS_K)
+    row_exists = rows < n_rows
+    exists = per_row(row_exists) & (columns < n)
+    scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
+    grad = tl.load(grad_ptr + per_row(rows) * grad_stride + columns, mask=exists, other=0.0).to(tl.float32)
+    inverse_k = 1.0 / _load_k(k_ptr, rows, k, n_rows, HAS_K)
 
-    a = tl.load(trace_ptr + n_iters - 1)
-    ds = _direct_gradient(scores, grad, valid, a, tl.load(temperature_ptr + n_iters))
+    a_ptrs = trace_ptr + rows * n_iters + n_iters - 1
+    ratio_ptrs = ratio_ptr + rows * n_iters + n_iters - 1
+    a = tl.load(a_ptrs, mask=row_exists, other=0.0)
+    ds = _direct_gradient(scores, grad, a, tl.load(temperature_ptr + n_iters))
     if SLOTS == 1:
-        grad_a = sum_tile(ds, WIDTH)
+        grad_a = sum_tile(ds, ROWS, WIDTH)
     else:
-        grad_a = tl.zeros([SLOTS], tl.float64)
+        in_slot = tl.zeros([SLOTS], tl.float64)
         for start in range(0, chunks, SLOTS):
             slot = start + tl.arange(0, SLOTS)
-            grad_a += tl.load(grad_a_ptr + row * chunks + slot, mask=slot < chunks, other=0.0)
-        grad_a = tl.sum(grad_a, axis=0)
+            in_slot += tl.load(grad_a_ptr + tl.program_id(0) - chunk + slot, mask=slot < chunks, other=0.0)
+        grad_a = tl.sum(in_slot, axis=0) + tl.zeros([ROWS], tl.float64)
 
     # Iterations of one temperature whose a are close share the weights w = exp((s - base) / e), and only the
     # coefficients of w add up: an exponential for each such run, not for each iteration.
-    weights = tl.zeros([REPEATS, WIDTH], tl.float32)
-    coefficients = tl.zeros([REPEATS, WIDTH], tl.float32)
-    base = tl.zeros((), tl.float64)
+    weights = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
+    coefficients = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
+    base = tl.zeros([ROWS], tl.float64)
     base_temperature = tl.zeros((), tl.float64)
-    dk = tl.zeros((), tl.float64)
+    factor = tl.zeros((), tl.float64)
+    dk = tl.zeros([ROWS], tl.float64)
     for step in range(1, n_iters):
-        t = n_iters - step
-        previous = tl.load(trace_ptr + t - 1)
-        temperature = tl.load(temperature_ptr + t)
-        if (temperature != base_temperature) | (tl.abs(a + base) > temperature * MAX_SHIFT):
+        a_ptrs -= 1
+        previous = tl.load(a_ptrs, mask=row_exists, other=0.0)
+        temperature = tl.load(temperature_ptr + n_iters - step)
+        moved = tl.max((tl.abs(a + base) > temperature * MAX_SHIFT).to(tl.int32), axis=0)
+        if (temperature != base_temperature) | (moved > 0):
             ds -= coefficients * weights
-            coefficients = tl.zeros([REPEATS, WIDTH], tl.float32)
+            coefficients = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
             base = -a
             base_temperature = temperature
+            factor = log2_e_over(temperature)
             # At most k for an entry below the threshold; above it the weight is not used and must not overflow.
             limit = (temperature * MAX_EXPONENT).to(tl.float32)
-            weights = exp_over(tl.minimum(subtract(scores, base), limit), temperature)
-        coefficient = (grad_a / k).to(tl.float32) * exp_over((a + base).to(tl.float32), temperature)
-        coefficients += tl.where(scores <= round_down(-previous), coefficient, 0.0)
+            weights = exp_times(tl.minimum(subtract(scores, base), limit), factor)
+        coefficient = (grad_a * inverse_k).to(tl.float32) * exp_times((a + base).to(tl.float32), factor)
+        coefficients += tl.where(scores <= per_row(round_down(-previous)), per_row(coefficient), 0.0)
         dk += grad_a * temperature
-        grad_a *= tl.load(ratio_ptr + t).to(tl.float64)
+        grad_a *= tl.load(ratio_ptrs, mask=row_exists, other=0.0).to(tl.float64)
+        ratio_ptrs -= 1
         a = previous
     ds -= coefficients * weights
-    dk = (dk + grad_a * tl.load(temperature_ptr)) / k
+    dk = (dk + grad_a * tl.load(temperature_ptr)) * inverse_k
 
-    ds = tl.where(valid, ds, 0.0)
-    tl.store(ds_ptr + row * n + columns, ds.to(ds_ptr.dtype.element_ty), mask=columns < n)
-    tl.store(dk_ptr + row, dk, mask=chunk == 0)
+    ds = tl.where(scores == LOWEST, 0.0, ds).to(ds_ptr.dtype.element_ty)
+    tl.store(ds_ptr + per_row(rows) * n + columns, ds, mask=exists)
+    tl.store(dk_ptr + rows, dk, mask=row_exists & (chunk == 0))
 
 
-def _tile(entries: int) -> dict[str, int]:
-    """Launch settings for a tile of at least `entries`: 16 entries a thread, 32 in the largest."""
-    block = max(triton.next_power_of_2(entries), 128)
-    num_warps = min(max(block // 512, 1), 16)
-    return {"REPEATS": block // (128 * num_warps), "WIDTH": 128 * num_warps, "num_warps": num_warps}
+def _tile(entries: int, in_thread: int) -> dict[str, int]:
+    """Launch settings for rows of up to `entries`, `in_thread` of them in each thread.
+
+    At least 4 threads share a row, and rows that leave threads of a warp free share the warp.
+    """
+    threads = max(triton.next_power_of_2(entries) // in_thread, 4)
+    width = 4 * threads
+    return {
+        "REPEATS": triton.cdiv(triton.next_power_of_2(entries), width),
+        "ROWS": max(32 // threads, 1),
+        "WIDTH": width,
+        "num_warps": max(threads // 32, 1),
+    }
 
 
 def _launch_forward(
@@ -395,18 +426,19 @@ def _launch_forward(
     n_iters, eps, first, eps_decay = schedule
     available = multiprocessors(scores.device)
 
-    if n <= RESIDENT:
-        programs, groups, piece = 1, n_rows, n
-    else:
+    programs, in_thread, piece = 1, 64, n
+    if n > RESIDENT:
         # As few entries a program as there are programs to share them, but no fewer than are worth an exchange.
-        piece = RESIDENT if n_rows * triton.cdiv(n, RESIDENT // 2) > available else RESIDENT // 2
+        halve = n_rows * triton.cdiv(n, RESIDENT // 2) <= available
+        in_thread, piece = (32, RESIDENT // 2) if halve else (64, RESIDENT)
         programs = triton.cdiv(n, piece)
-        groups = min(n_rows, available // programs)
-    streams = groups == 0
+    streams = programs > available
     if streams:
-        programs, groups, piece = available, 1, STREAMED
-
+        programs, in_thread, piece = available, 16, STREAMED
+    tile = _tile(piece, in_thread)
     alone = programs == 1 and not streams
+    groups = triton.cdiv(n_rows, tile["ROWS"]) if alone else max(min(n_rows, available // programs), 1)
+    groups = 1 if streams else groups
     mailbox = y if alone else torch.zeros(groups * 8 * programs, dtype=torch.int64, device=y.device)
     arguments = (
         scores,
@@ -428,7 +460,7 @@ def _launch_forward(
         eps,
     )
     settings = {
-        **_tile(piece),
+        **tile,
         "PROGRAMS": programs,
         "SLOTS": triton.next_power_of_2(programs),
         "HAS_MASK": mask is not None,
@@ -457,7 +489,7 @@ def _launch_backward(
     n_rows, n = scores.shape
     n_iters = trace.shape[-1]
     chunks = triton.cdiv(n, BACKWARD)
-    settings = {**_tile(min(n, BACKWARD)), "HAS_MASK": mask is not None}
+    settings = {**_tile(min(n, BACKWARD), 32), "HAS_MASK": mask is not None}
     strides = (grad.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
     mask_or_any = scores if mask is None else mask
 
@@ -465,9 +497,9 @@ def _launch_backward(
     if chunks > 1:
         grad_a = torch.empty(n_rows * chunks, dtype=torch.float64, device=scores.device)
         _grad_a_kernel[(n_rows * chunks,)](
-            grad, scores, mask_or_any, trace, temperatures, grad_a, *strides, n, n_iters, chunks, **settings
+            grad, scores, mask_or_any, trace, temperatures, grad_a, *strides, n_rows, n, n_iters, chunks, **settings
         )
-    _backward_kernel[(n_rows * chunks,)](
+    _backward_kernel[(triton.cdiv(n_rows, settings["ROWS"]) * chunks,)](
         grad,
         scores,
         mask_or_any,
@@ -479,6 +511,7 @@ def _launch_backward(
         ds,
         dk,
         *strides,
+        n_rows,
         n,
         n_iters,
         chunks,
