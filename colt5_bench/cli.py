@@ -116,9 +116,7 @@ def _run(options: argparse.Namespace, suites: list[Suite], checkout: Path, passe
     return status
 
 
-def _run_suite(
-    options: argparse.Namespace, suite: Suite, checkout: Path, directory: Path, passed_on: list[str]
-) -> int:
+def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, directory: Path, passed_on: list[str]) -> int:
     results = directory / f"{suite.name}.jsonl"
     if results.exists():
         raise SelectionError(f"{results} is there already; --out has to name a place without results.")

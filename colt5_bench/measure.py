@@ -92,17 +92,13 @@ def _unmeasured(suite: Suite, case: Case, direction: str, name: str, conditions:
     )
 
 
-def _not_applicable(
-    implementation: Implementation, case: Case, direction: str, device: torch.device
-) -> str | None:
+def _not_applicable(implementation: Implementation, case: Case, direction: str, device: torch.device) -> str | None:
     if direction not in implementation.directions:
         return f"has no {direction}"
     return implementation.unavailable(case, device)
 
 
-def _describe_cost(
-    suite: Suite, case: Case, direction: str, records: Iterable[Record], conditions: Conditions
-) -> None:
+def _describe_cost(suite: Suite, case: Case, direction: str, records: Iterable[Record], conditions: Conditions) -> None:
     cost = suite.cost(case, direction)
     for record in records:
         record.minimum_bytes, record.minimum_exponentials = cost.bytes, cost.exponentials
@@ -208,9 +204,7 @@ class _Call:
 
 
 @contextmanager
-def _failing(
-    records: Iterable[Record], where: str = "", *, out_of_memory: Status = "out_of_memory"
-) -> Iterator[None]:
+def _failing(records: Iterable[Record], where: str = "", *, out_of_memory: Status = "out_of_memory") -> Iterator[None]:
     """An exception becomes the status and the reason of the records, and the run goes on."""
     try:
         yield

@@ -45,8 +45,8 @@ def check(checkout: Path, packages: Sequence[str] = PACKAGES) -> None:
         found = _directory(spec)
         if found != checkout / name:
             raise StartupError(
-                f"`import {name}` finds {found or 'nothing'} instead of {checkout / name}. Another package of this name "
-                f"comes first on the path: start `python bench.py` in {checkout}, or `pip uninstall {name}`."
+                f"`import {name}` finds {found or 'nothing'} instead of {checkout / name}. Another package of this "
+                f"name comes first on the path: start `python bench.py` in {checkout}, or `pip uninstall {name}`."
             )
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise StartupError("TRITON_INTERPRET=1 is set: the interpreter's times mean nothing. Unset it to measure.")

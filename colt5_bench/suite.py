@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from colt5_bench.case import DIRECTIONS, Case, Cost, Problem, Truth
+
+C = TypeVar("C", bound=Case)
+"""The suite's own kind of case."""
 
 PRESETS = ("smoke", "default", "full")
 
@@ -17,49 +21,49 @@ def _within_budget(case: Case, tensor: str, expected: Tensor, budget: float) -> 
 
 
 @dataclass(frozen=True)
-class Implementation:
+class Implementation(Generic[C]):
     """One way to compute the operation of a suite."""
 
     name: str
 
-    build: Callable[[Case], Callable[..., Tensor]]
+    build: Callable[[C], Callable[..., Tensor]]
     """From a case to a function of `**problem.inputs` that returns the output."""
 
-    unavailable: Callable[[Case, torch.device], str | None] = lambda case, device: None
+    unavailable: Callable[[C, torch.device], str | None] = lambda case, device: None
     """Why this implementation cannot run the case on the device, or None. The reason goes into the record."""
 
     directions: Sequence[str] = DIRECTIONS
     """The directions that this implementation has; it is skipped in the others."""
 
-    bound: Callable[[Case, str, Tensor, float], float] = _within_budget
+    bound: Callable[[C, str, Tensor, float], float] = _within_budget
     """What the largest error of a tensor may be: from the case, the name of the tensor (`output` or an input, for its
     gradient), its fp64 truth and the budget that plain PyTorch sets on the same inputs."""
 
 
 @dataclass(frozen=True)
-class Suite:
+class Suite(Generic[C]):
     """Everything the harness needs to know about one suite; each file in suites/ holds one as `SUITE`."""
 
     name: str
     description: str
 
-    cases: Callable[[str, torch.device], Sequence[Case]]
+    cases: Callable[[str, torch.device], Sequence[C]]
     """From a preset and a device to the cases that it runs there."""
 
-    directions: Callable[[Case], Sequence[str]]
-    implementations: Mapping[str, Implementation]
+    directions: Callable[[C], Sequence[str]]
+    implementations: Mapping[str, Implementation[C]]
 
     reference: str
     """The implementation that speed-ups are given over."""
 
-    problem: Callable[[Case, torch.device], Problem]
-    truth: Callable[[Case, Problem, str], Truth]
+    problem: Callable[[C, torch.device], Problem]
+    truth: Callable[[C, Problem, str], Truth]
     """The fp64 answer for a case, its problem and a direction."""
 
-    plain: Callable[[Case], Callable[..., Tensor]]
+    plain: Callable[[C], Callable[..., Tensor]]
     """Plain PyTorch in the dtype of the inputs: its error against the truth sets the accuracy budget."""
 
-    cost: Callable[[Case, str], Cost]
+    cost: Callable[[C, str], Cost]
 
     x_axis: str = "n"
     """The case field that plots are drawn against."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import log
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 import kernels
 import reference
 from colt5_bench.case import DIRECTIONS, FORWARD, Case, Cost, Problem, Truth
-from colt5_bench.suite import Implementation
+from colt5_bench.suite import C, Implementation
 from reference._arguments import epsilon_schedule
 
 
@@ -91,7 +91,7 @@ class DescentCase(Case):
         )
 
     @property
-    def arguments(self) -> dict[str, float | None]:
+    def arguments(self) -> dict[str, Any]:
         """What every implementation of coordinate descent is called with, beside the scores."""
         return {
             "n_iters": self.n_iters,
@@ -130,9 +130,7 @@ def truth(case: DescentCase, problem: Problem, direction: str) -> Truth:
     kept = 6 * 8 * case.n * (1 if direction == FORWARD else case.n_iters)
     rows = max(1, CHUNK_BYTES // kept)
     outputs, gradients, at_kink = [], [], []
-    for scores, upstream in zip(
-        problem.inputs["scores"].split(rows), problem.upstream.split(rows), strict=True
-    ):
+    for scores, upstream in zip(problem.inputs["scores"].split(rows), problem.upstream.split(rows), strict=True):
         s = scores.detach().double().requires_grad_(direction != FORWARD)
         y = plain(case)(s)
         outputs.append(y.detach())
@@ -145,13 +143,13 @@ def truth(case: DescentCase, problem: Problem, direction: str) -> Truth:
     return Truth(torch.cat(outputs), {"scores": torch.cat(gradients)}, {"scores": whole_rows})
 
 
-def rows_at_kink(case: DescentCase, scores: Tensor) -> Tensor:
+def rows_at_kink(case: DescentCase, scores: Tensor, k: float | None = None) -> Tensor:
     """Which rows have a score within fp64 rounding of the kink s = -a of some iteration.
 
     relu(s + a) has no derivative there, and fp64 itself cannot tell the side. Such an entry is or is not among those
     that pass the gradient on to the a before, which every entry of the row depends on: so the whole row is marked.
     """
-    log_k = log(case.k)
+    log_k = log(case.k if k is None else k)
     *temperatures, _ = case.temperatures()
     resolution = 1e-13 * scores.abs().clamp(min=1)
     a = torch.full_like(scores[:, :1], temperatures[0] * (log_k - log(case.n)))
@@ -177,7 +175,7 @@ def cost(case: DescentCase, direction: str) -> Cost:
 
 
 def promised(case: DescentCase, tensor: str, expected: Tensor, budget: float) -> float:
-    """The bound of our own kernels: whatever plain PyTorch does, and half a unit in the last place of half precision."""
+    """The bound of our own kernels, whatever plain PyTorch does; in half precision, plus the rounding of the result."""
     bound = FORWARD_BOUND if tensor == "output" else GRADIENT_BOUND
     dtype = getattr(torch, case.dtype)
     return bound if dtype.itemsize > 2 else bound + torch.finfo(dtype).eps / 2 * expected.abs().max().item()
@@ -209,11 +207,8 @@ def compiled(case: DescentCase) -> Callable[..., Tensor]:
 
 
 REFERENCE = Implementation("reference", plain)
-OURS = Implementation(
-    "ours", lambda case: partial(kernels.coor_descent, **case.arguments), bound=promised
-)
+OURS = Implementation[DescentCase]("ours", lambda case: partial(kernels.coor_descent, **case.arguments), bound=promised)
 
 
-def implementations(*listed: Implementation) -> dict[str, Implementation]:
+def implementations(*listed: Implementation[C]) -> dict[str, Implementation[C]]:
     return {implementation.name: implementation for implementation in listed}
-

@@ -50,7 +50,7 @@ ON_CPU = [
 
 def cases(preset: str, device: torch.device) -> list[DescentCase]:
     if preset == "smoke":
-        return [DescentCase.at(16, 256, 5, CONSTANT), DescentCase.at(2, 4096, 5, DECAYING)]
+        return [DescentCase.at(16, 256, 10, CONSTANT), DescentCase.at(2, 4096, 10, DECAYING)]
     if preset == "default":
         return MILESTONES + BY_ITERATIONS if device.type == "cuda" else ON_CPU
     shapes = [(8192, 512), (1024, 4096), (64, 32768), (8, 131072), (1, 1048576), (4, 4194304)]
@@ -75,7 +75,7 @@ SUITE = Suite(
     implementations=implementations(
         REFERENCE,
         Implementation("compile", compiled, compiling_takes_too_long, bound=lenient),
-        Implementation(
+        Implementation[DescentCase](
             "segmented",
             lambda case: partial(
                 kernels.segmented_coor_descent, **case.arguments, checkpoint_segments=segments_of(case)

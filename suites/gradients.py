@@ -26,12 +26,12 @@ ROWS = {2048: 32, 32768: 4, 1048576: 1}
 
 
 def cases(preset: str, device: torch.device) -> list[DescentCase]:
-    spreads, iterations, lengths = (1.0, 5.0, 20.0), (5, 20, 50, 100, 200), tuple(ROWS)
-    dtypes = ("float32", "bfloat16", "float16")
+    spreads, iterations, lengths = [1.0, 5.0, 20.0], [5, 20, 50, 100, 200], list(ROWS)
+    dtypes = ["float32", "bfloat16", "float16"]
     if preset == "smoke":
-        spreads, iterations, lengths, dtypes = (1.0, 20.0), (5,), (2048,), ("float32", "bfloat16")
+        spreads, iterations, lengths, dtypes = [1.0, 20.0], [5], [2048], ["float32", "bfloat16"]
     elif preset == "default" and device.type != "cuda":
-        iterations, lengths = (5, 20), (2048, 32768)
+        iterations, lengths = [5, 20], [2048, 32768]
     return [
         DescentCase.at(ROWS[n], n, n_iters, temperature, std=std, ties=ties, dtype=dtype)
         for n, dtype, ties, std, temperature, n_iters in product(

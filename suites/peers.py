@@ -11,14 +11,14 @@ from colt5_bench.suite import Implementation
 from suites._descent import DescentCase, in_segments, lenient, segments_of
 
 
-def _missing(case: Case, device: torch.device) -> str | None:
+def missing(case: Case, device: torch.device) -> str | None:
     return None if find_spec("colt5_attention") else "colt5-attention is not installed (pip install '.[peers]')"
 
 
-def _triton_missing(case: DescentCase, device: torch.device) -> str | None:
+def in_triton_missing(case: DescentCase, device: torch.device) -> str | None:
     if device.type != "cuda":
         return "its Triton kernel runs on a GPU only"
-    return _missing(case, device) or in_segments(case, device)
+    return missing(case, device) or in_segments(case, device)
 
 
 def _plain(case: DescentCase) -> Callable[..., Tensor]:
@@ -33,11 +33,19 @@ def in_triton(case: DescentCase, segments: int) -> Callable[..., Tensor]:
     return lambda scores: triton_coor_descent(scores, **case.arguments, checkpoint_segments=segments)
 
 
-COLT5_PLAIN = Implementation("colt5_plain", _plain, _missing, bound=lenient)
+def colt5_topk() -> Callable[..., tuple[Tensor, ...]]:
+    from colt5_attention.topk import topk
 
-COLT5_TRITON = Implementation("colt5_triton", lambda case: in_triton(case, 1), _triton_missing, bound=lenient)
+    return topk
 
-COLT5_TRITON_SEGMENTED = Implementation(
-    "colt5_triton_segmented", lambda case: in_triton(case, segments_of(case)), _triton_missing, bound=lenient
+
+COLT5_PLAIN = Implementation("colt5_plain", _plain, missing, bound=lenient)
+
+COLT5_TRITON = Implementation[DescentCase](
+    "colt5_triton", lambda case: in_triton(case, 1), in_triton_missing, bound=lenient
+)
+
+COLT5_TRITON_SEGMENTED = Implementation[DescentCase](
+    "colt5_triton_segmented", lambda case: in_triton(case, segments_of(case)), in_triton_missing, bound=lenient
 )
 """With segments of five iterations, which takes more memory and less time."""

@@ -36,10 +36,12 @@ def cases(preset: str, device: torch.device) -> list[SegmentCase]:
     if preset == "smoke":
         return [SegmentCase.at(4, 256, 10, CONSTANT, segments=segments) for segments in (1, 5)]
     shapes = [(1024, 4096)] if device.type == "cuda" else [(32, 2048)]
-    segments = (1, 2, 5, 10, 20, 50)
+    segments = [1, 2, 5, 10, 20, 50]
     if preset == "full":
-        shapes = [(8192, 512), (1024, 4096), (64, 32768), (8, 131072)] if device.type == "cuda" else [*shapes, (4, 32768)]
-        segments = (1, 2, 4, 5, 10, 20, 25, 50, 100)
+        shapes = (
+            [(8192, 512), (1024, 4096), (64, 32768), (8, 131072)] if device.type == "cuda" else [*shapes, (4, 32768)]
+        )
+        segments = [1, 2, 4, 5, 10, 20, 25, 50, 100]
     return [
         SegmentCase.at(*shape, n_iters, CONSTANT, segments=count)
         for shape, n_iters, count in product(shapes, (20, 50, 100), segments)
@@ -53,13 +55,13 @@ SUITE = Suite(
     cases=cases,
     directions=both_directions,
     implementations=implementations(
-        Implementation(
+        Implementation[SegmentCase](
             "segmented",
             lambda case: partial(kernels.segmented_coor_descent, **case.arguments, checkpoint_segments=case.segments),
             in_segments,
             bound=lenient,
         ),
-        Implementation(
+        Implementation[SegmentCase](
             "colt5_triton", lambda case: in_triton(case, case.segments), COLT5_TRITON.unavailable, bound=lenient
         ),
         OURS,

@@ -1,0 +1,105 @@
+"""The differentiable top-k of the system's document, beside the hard one that it cannot be faster than."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+import reference
+from colt5_bench.case import FORWARD, Cost, Problem, Truth
+from colt5_bench.replay import replay
+from colt5_bench.suite import Implementation, Suite
+from suites import _descent
+from suites._descent import CONSTANT, DescentCase, both_directions, implementations, lenient, problem
+from suites.peers import colt5_topk, in_triton_missing, missing
+
+COOR_DESCENT_K_RATIO = 9 / 8
+"""The default of the system's document: coordinate descent sums to 9 / 8 of what is selected."""
+
+
+def cases(preset: str, device: torch.device) -> list[DescentCase]:
+    """The document's example is 1024 x 512 with k = 10."""
+    document = replace(DescentCase.at(1024, 512, 20, CONSTANT), k=10)
+    if preset == "smoke":
+        return [replace(document, rows=16)]
+    shapes = [(1024, 512, 10)]
+    if preset == "full" or device.type == "cuda":
+        shapes += [(64, 32768, 1024), (8, 131072, 1024)]
+    return [replace(document, rows=rows, n=n, k=k) for rows, n, k in shapes]
+
+
+def selected_values(function: Callable[..., tuple[Any, ...]], case: DescentCase, fused: bool) -> Callable[..., Tensor]:
+    """The selected values times their gates: the part of the result through which both forward and gradient go."""
+    temperature = {"n_iters": case.n_iters, "eps": case.eps, "eps_init": case.eps_init, "eps_decay": case.eps_decay}
+    return lambda scores: function(
+        scores, case.k, coor_descent_k_ratio=COOR_DESCENT_K_RATIO, **temperature, fused=fused
+    )[0]
+
+
+def plain(case: DescentCase) -> Callable[..., Tensor]:
+    return selected_values(reference.topk, case, fused=False)
+
+
+def selection_problem(case: DescentCase, device: torch.device) -> Problem:
+    """The gradient of the output is one of k values a row."""
+    whole = problem(case, device)
+    return Problem(whole.inputs, whole.upstream[:, : case.k].contiguous())
+
+
+def truth(case: DescentCase, problem: Problem, direction: str) -> Truth:
+    """The definition in fp64. Rows at a kink are those of the coordinate descent inside."""
+    scores = problem.inputs["scores"].detach().double().requires_grad_(direction != FORWARD)
+    values = plain(case)(scores)
+    if direction == FORWARD:
+        return Truth(values)
+    (gradient,) = torch.autograd.grad(values, scores, problem.upstream.double())
+    sums_to = min(case.k * COOR_DESCENT_K_RATIO, case.n)
+    at_kink = _descent.rows_at_kink(case, scores.detach(), k=sums_to).unsqueeze(-1).expand_as(gradient)
+    return Truth(values.detach(), {"scores": gradient}, {"scores": at_kink})
+
+
+def cost(case: DescentCase, direction: str) -> Cost:
+    """Scores read, and a value and its index written for each selected entry; then all that again for the gradient."""
+    whole, size = _descent.cost(case, direction), getattr(torch, case.dtype).itemsize
+    entries, selected = case.rows * case.n, case.rows * case.k
+    bytes_forward = entries * size + selected * (size + 8)
+    backward = 0 if direction == FORWARD else 2 * entries * size + selected * size
+    return Cost(bytes=bytes_forward + backward, exponentials=whole.exponentials)
+
+
+SUITE = Suite(
+    name="topk",
+    description="differentiable top-k beside the hard one",
+    cases=cases,
+    directions=both_directions,
+    implementations=implementations(
+        Implementation("reference", plain),
+        Implementation[DescentCase](
+            "ours", lambda case: selected_values(kernels.topk, case, fused=True), bound=_descent.promised
+        ),
+        Implementation[DescentCase](
+            "colt5_plain", lambda case: selected_values(colt5_topk(), case, fused=False), missing, bound=lenient
+        ),
+        Implementation[DescentCase](
+            "colt5_triton",
+            lambda case: selected_values(colt5_topk(), case, fused=True),
+            in_triton_missing,
+            bound=lenient,
+        ),
+        Implementation[DescentCase](
+            "torch_topk", lambda case: lambda scores: scores.topk(case.k, dim=-1).values, directions=(FORWARD,)
+        ),
+    ),
+    reference="reference",
+    problem=selection_problem,
+    truth=truth,
+    plain=plain,
+    cost=cost,
+)
+
+
+def test_topk(record, benchmark):
+    replay(record, benchmark)
