@@ -12,6 +12,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from colt5_bench.selection import load_suites
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -47,6 +49,11 @@ def test_command(command):
         name, _, environment[name] = words.pop(0).partition("=")
     check = {"make": make, "python": python, "pytest": pytest_, "pip": pip}[words[0]]
     check(words[1:], environment)
+
+
+def test_every_suite_is_listed():
+    listed = re.findall(r"^\| `(\w+)` \| .*\?", README, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(load_suites(ROOT))
 
 
 def make(arguments, environment):
