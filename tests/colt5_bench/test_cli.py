@@ -1,0 +1,185 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from colt5_bench import cli
+from colt5_bench.results import load
+from colt5_bench.selection import SelectionError, case_filter, choose_device, pick
+from colt5_bench.startup import StartupError, check, find_checkout
+
+ROOT = Path(__file__).parents[2]
+TOY = Path(__file__).with_name("toy.py")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout that holds the toy suite and nothing else."""
+    for package in ("reference", "kernels", "suites"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    (tmp_path / "suites" / "toy.py").write_text(TOY.read_text())
+    (tmp_path / "suites" / "_shared.py").write_text("raise AssertionError('a private module is no suite')")
+    return tmp_path
+
+
+@pytest.fixture
+def bench(checkout):
+    """Run bench.py in the checkout; its exit status, its output and the records by suite file."""
+
+    def bench(implementations, *options):
+        # The address of pytest's own worker turns pytest-benchmark off.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        return subprocess.run(
+            [sys.executable, ROOT / "bench.py", "--suite", "toy", "--device", "cpu", "--out", "out", *options],
+            cwd=checkout,
+            env={**environment, "TOY": implementations},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+
+    return bench
+
+
+def test_a_run_prints_a_table_and_says_where_results_are(bench, checkout):
+    run = bench("good", "--", "--benchmark-json=benchmark.json")
+    assert run.returncode == cli.DONE, run.stderr
+    assert "reference" in run.stdout
+    assert "toy.jsonl" in run.stdout
+    assert run.stderr == ""
+    _, records = load(checkout / "out" / "toy.jsonl")
+    assert [record.status for record in records] == ["ok"] * 8
+    assert list((checkout / "out").glob("*.png"))
+    assert (checkout / "benchmark.json").exists()
+
+    # Measured results are never written over.
+    again = bench("good")
+    assert again.returncode == cli.USAGE
+    assert "is there already" in again.stderr
+
+
+def test_a_failed_accuracy_gate_is_the_exit_status(bench, checkout):
+    run = bench("good,wrong,raising", "--preset", "smoke")
+    assert run.returncode == cli.FAILURE
+    assert "output is off by" in run.stdout
+    assert "no luck with this" in run.stdout
+    assert "Traceback" not in run.stdout + run.stderr
+    _, records = load(checkout / "out" / "toy.jsonl")
+    assert {record.implementation: record.status for record in records} == {
+        "reference": "ok",
+        "good": "ok",
+        "wrong": "wrong",
+        "raising": "error",
+    }
+
+
+def test_an_interrupted_run_keeps_what_it_has(bench, checkout):
+    run = bench("interrupting")
+    assert run.returncode == cli.INTERRUPTED
+    _, records = load(checkout / "out" / "toy.jsonl")
+    assert {record.case for record in records} == {"rows=2,n=8"}
+    assert len(records) == 4
+    assert "toy.jsonl" in run.stdout
+
+
+def test_a_failure_of_the_harness_is_shown_and_fails(bench, checkout):
+    with (checkout / "suites" / "toy.py").open("a") as file:
+        file.write("\n\ndef test_more(no_such_fixture):\n    pass\n")
+    run = bench("good", "--preset", "smoke")
+    assert run.returncode == cli.FAILURE
+    assert "no_such_fixture" in run.stderr
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["--suite", "coor_decent"], ["no suite 'coor_decent'", "segments", "Did you mean coor_descent?"]),
+        (["--suite", "gradients", "--impl", "our"], ["in suite gradients 'our'", "reference", "Did you mean ours?"]),
+        (["--suite", "coor_descent", "-k", "n=513"], ["no case", "'n=513'"]),
+        (["--suite", "coor_descent", "-k", "(n=512"], ["cannot read"]),
+        (["--suite", "coor_descent", "--device", "tpu"], ["no device 'tpu'"]),
+        ([], ["--suite", "coor_descent", "gradients"]),
+    ],
+)
+def test_what_there_is_not_is_a_usage_error_that_says_what_there_is(here, capsys, arguments, messages):
+    assert cli.main([*arguments, "--device", "cpu"] if "--device" not in arguments else arguments) == cli.USAGE
+    error = capsys.readouterr().err
+    for message in messages:
+        assert message in error
+
+
+def test_list_says_what_there_is(here, capsys):
+    assert cli.main(["--list", "--device", "cpu"]) == cli.DONE
+    output = capsys.readouterr().out
+    assert "gradients: divergence" in output
+    assert "implementations: reference, compile, segmented, ours" in output
+    assert "peers" not in output
+
+
+def test_help_has_examples(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    assert "python bench.py --suite coor_descent" in capsys.readouterr().out
+
+
+def test_elsewhere_than_in_a_checkout_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["--list"]) == cli.USAGE
+    assert "is no checkout of colt5-bench" in capsys.readouterr().err
+
+
+def test_a_package_that_shadows_ours_is_told_of(checkout):
+    # In this process `kernels` is that of the real checkout.
+    with pytest.raises(StartupError, match=r"`import kernels` finds .* instead of .*pip uninstall kernels"):
+        check(find_checkout(checkout), ["kernels"])
+
+
+def test_times_of_the_interpreter_are_refused(here, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert cli.main(["--suite", "coor_descent"]) == cli.USAGE
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("expression", "selected"),
+    [
+        ("", {"n=512,std=1", "n=4096,std=1", "n=4096,std=5"}),
+        ("n=512", {"n=512,std=1"}),
+        ("n=4096 and not std=1", {"n=4096,std=5"}),
+        ("n=512 or std=5", {"n=512,std=1", "n=4096,std=5"}),
+        ("not (n=512 or std=5)", {"n=4096,std=1"}),
+        ("n=4096,std=1", {"n=4096,std=1"}),
+        ("__import__", set()),
+    ],
+)
+def test_case_expressions(expression, selected):
+    ids = {"n=512,std=1", "n=4096,std=1", "n=4096,std=5"}
+    assert set(filter(case_filter(expression), ids)) == selected
+
+
+def test_a_name_is_picked_from_those_allowed():
+    assert pick("suite", "topk", ["topk", "segments"]) == "topk"
+    with pytest.raises(SelectionError, match=r"no suite 'xyz'; there is topk, segments\.$"):
+        pick("suite", "xyz", ["topk", "segments"])
+
+
+def test_the_device_is_the_gpu_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto") == torch.device("cuda")
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(SelectionError, match="cuda:2 was asked for and PyTorch sees 2 GPUs"):
+        choose_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == torch.device("cpu")

@@ -1,0 +1,172 @@
+import pytest
+import torch
+
+from colt5_bench import measure as measuring
+from colt5_bench.case import DIRECTIONS, FORWARD, FORWARD_BACKWARD
+from colt5_bench.measure import Conditions, measure
+from colt5_bench.results import Timing
+from tests.colt5_bench import toy
+
+CASE = toy.ToyCase(2, 8)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def conditions():
+    return Conditions.on(CPU, "abc")
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Names of what is timed, in place of the time that it takes."""
+    names = []
+
+    def time_interleaved(calls, *, device, columns):
+        names.extend(calls)
+        return {name: {column: Timing(column, [1.0], "confident", 0.0) for column in columns} for name in calls}
+
+    monkeypatch.setattr(measuring.timing, "time_interleaved", time_interleaved)
+    return names
+
+
+def run(suite, conditions, direction=FORWARD_BACKWARD, names=None):
+    records = measure(suite, CASE, direction, list(names or suite.implementations), conditions)
+    return {record.implementation: record for record in records}
+
+
+def test_a_good_implementation_is_measured_in_full(conditions, timed):
+    record = run(toy.suite(toy.good), conditions)["good"]
+    assert (record.status, record.reason) == ("ok", "")
+    assert record.case == CASE.id
+    assert record.fields == {"rows": 2, "n": 8}
+    assert record.environment == "abc"
+    assert set(record.accuracy) == {"output", "scores"}
+    assert set(record.timings) == {"wall"}
+    assert record.minimum_bytes == 128
+    assert record.limit_seconds > 0
+    assert record.peak_bytes >= CASE.rows * CASE.n * 4
+    assert record.saved_bytes is not None
+    assert timed == ["reference", "good"]
+
+
+def test_forward_alone_has_no_gradient_and_saves_nothing(conditions, timed):
+    record = run(toy.suite(toy.good), conditions, FORWARD)["good"]
+    assert set(record.accuracy) == {"output"}
+    assert record.saved_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("function", "status", "reason"),
+    [
+        (toy.wrong, "wrong", "output is off by"),
+        (toy.wrong_gradient, "wrong", "gradient of scores is off by"),
+        (toy.spoiling, "wrong", "writes to its input scores"),
+        (toy.raising, "error", "RuntimeError: no luck with this"),
+        (toy.out_of_memory, "out_of_memory", "RuntimeError: "),
+    ],
+)
+def test_a_failure_is_recorded_and_not_timed_and_the_others_go_on(conditions, timed, function, status, reason):
+    records = run(toy.suite(function, toy.good), conditions)
+    record = records[function.__name__]
+    assert record.status == status
+    assert record.reason.startswith(reason)
+    assert "\n" not in record.reason
+    assert record.timings == {}
+    assert records["reference"].status == records["good"].status == "ok"
+    assert timed == ["reference", "good"]
+
+
+def test_a_wrong_gradient_is_right_forward(conditions, timed):
+    assert run(toy.suite(toy.wrong_gradient), conditions, FORWARD)["wrong_gradient"].status == "ok"
+
+
+def test_an_oracle_that_fails_fails_every_implementation(conditions, timed):
+    def truth(case, problem, direction):
+        raise MemoryError("too large")
+
+    records = run(toy.suite(toy.good, truth=truth), conditions)
+    assert {record.status for record in records.values()} == {"error"}
+    assert {record.reason for record in records.values()} == {"fp64 truth: MemoryError: too large"}
+    assert timed == []
+
+
+def test_a_timer_that_fails_fails_what_it_timed(conditions, monkeypatch):
+    def time_interleaved(calls, **_):
+        raise RuntimeError("lost the device")
+
+    monkeypatch.setattr(measuring.timing, "time_interleaved", time_interleaved)
+    records = run(toy.suite(toy.good, toy.wrong), conditions)
+    assert records["good"].reason == "timing: RuntimeError: lost the device"
+    assert records["wrong"].status == "wrong"
+
+
+def test_what_cannot_run_here_is_skipped_with_its_reason(conditions, timed):
+    absent = toy.Implementation("absent", lambda case: toy.raising, lambda case, device: f"needs more than {device}")
+    forward = toy.Implementation("forward", lambda case: toy.good, directions=(FORWARD,))
+    suite = toy.suite(toy.good)
+    suite = toy.suite(implementations={**suite.implementations, "absent": absent, "forward": forward})
+    records = run(suite, conditions)
+    assert (records["absent"].status, records["absent"].reason) == ("skipped", "needs more than cpu")
+    assert (records["forward"].status, records["forward"].reason) == ("skipped", "has no forward+backward")
+    assert run(suite, conditions, FORWARD)["forward"].status == "ok"
+
+
+def test_the_oracle_is_not_asked_when_everything_is_skipped(conditions, timed):
+    def truth(case, problem, direction):
+        raise AssertionError
+
+    absent = toy.Implementation("absent", lambda case: toy.raising, lambda case, device: "absent")
+    records = run(toy.suite(implementations={"absent": absent}, truth=truth), conditions)
+    assert records["absent"].status == "skipped"
+
+
+def test_a_bound_of_its_own_replaces_the_budget(conditions, timed):
+    seen = []
+
+    def bound(case, tensor, expected, budget):
+        seen.append((case, tensor, expected.dtype, budget))
+        return 10.0
+
+    lax = toy.Implementation("lax", lambda case: toy.wrong, bound=bound)
+    record = run(toy.suite(implementations={"lax": lax}), conditions)["lax"]
+    assert record.status == "ok"
+    assert record.accuracy["scores"].budget == 10.0
+    assert [(case, tensor, dtype) for case, tensor, dtype, _ in seen] == [
+        (CASE, "output", torch.float64),
+        (CASE, "scores", torch.float64),
+    ]
+
+
+@pytest.mark.parametrize("status", ["ok", "wrong"])
+def test_elements_at_a_kink_are_not_gated(conditions, timed, status):
+    def truth(case, problem, direction):
+        answer = toy.truth(case, problem, direction)
+        answer.at_kink["scores"] = torch.full((case.rows, case.n), status == "ok")
+        return answer
+
+    record = run(toy.suite(toy.wrong_gradient, truth=truth), conditions)["wrong_gradient"]
+    assert record.status == status
+    assert record.accuracy["scores"].kinks == (CASE.rows * CASE.n if status == "ok" else 0)
+
+
+def test_a_suite_that_is_not_timed_reports_accuracy_only(conditions, timed):
+    record = run(toy.suite(toy.good, timed=False), conditions)["good"]
+    assert record.status == "ok"
+    assert record.accuracy["scores"].largest == 0
+    assert record.timings == {}
+    assert timed == []
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_only_what_was_asked_for_is_recorded(conditions, timed, direction):
+    assert list(run(toy.suite(toy.good, toy.raising), conditions, direction, ["good"])) == ["good"]
+    assert timed == ["good"]
+
+
+def test_the_call_that_is_timed_leaves_no_gradient_behind():
+    problem = toy.problem(CASE, CPU)
+    call = measuring._Call(toy.good, problem, FORWARD_BACKWARD)
+    first, second = call(), call()
+    assert torch.equal(first[1], second[1])
+    assert torch.equal(first[1], 2 * problem.upstream)
+    assert problem.inputs["scores"].grad is None

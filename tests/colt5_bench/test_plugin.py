@@ -1,0 +1,107 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from colt5_bench.results import load
+
+pytest_plugins = ("pytester",)
+
+TOY = Path(__file__).with_name("toy.py")
+
+
+@pytest.fixture
+def run(pytester, monkeypatch):
+    """Run pytest on the toy suite with some implementations beside the reference."""
+    # pytest-benchmark turns itself off in a worker of pytest-xdist, which this process may be.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    pytester.makepyfile(test_toy=TOY.read_text())
+
+    def run(implementations, *options):
+        monkeypatch.setenv("TOY", implementations)
+        plugins = ("-p", "colt5_bench.plugin", "-p", "no:cacheprovider")
+        return pytester.runpytest_inprocess(*plugins, "--device=cpu", "--preset=smoke", *options)
+
+    return run
+
+
+def test_every_point_is_a_test_and_a_record(run, pytester):
+    result = run("good,wrong,raising", "--out=results", "--benchmark-json=benchmark.json")
+    result.assert_outcomes(passed=4, failed=4)
+    result.stdout.fnmatch_lines(["*wrong: output is off by*", "*error: RuntimeError: no luck with this*"])
+
+    environment, records = load(pytester.path / "results" / "toy.jsonl")
+    assert len({record.key for record in records}) == len(records) == 8
+    assert {record.environment for record in records} == {environment["key"]}
+
+    # What pytest-benchmark kept is what was measured, to the last bit, and nothing of what failed.
+    benchmarks = json.loads((pytester.path / "benchmark.json").read_text())["benchmarks"]
+    kept = {tuple(map(benchmark["params"].get, ("direction", "implementation"))): benchmark for benchmark in benchmarks}
+    measured = {(record.direction, record.implementation): record for record in records if record.status == "ok"}
+    assert set(kept) == set(measured)
+    for point, record in measured.items():
+        assert kept[point]["stats"]["data"] == record.timings["wall"].samples
+        assert kept[point]["extra_info"]["column"] == "wall"
+        assert kept[point]["extra_info"]["peak_bytes"] == record.peak_bytes
+        assert kept[point]["group"] == f"rows=2,n=8 {record.direction}"
+
+
+def test_options_select(run, pytester):
+    run("good,wrong", "--preset=default", "--impl=good", "--cases=n=16", "--out=results").assert_outcomes(passed=2)
+    _, records = load(pytester.path / "results" / "toy.jsonl")
+    assert [record.key for record in records] == [
+        ("toy", "rows=2,n=16", "forward", "good"),
+        ("toy", "rows=2,n=16", "forward+backward", "good"),
+    ]
+
+
+def test_what_pytest_deselects_is_not_measured(run, pytester):
+    run("good,raising", "-k", "good and not backward", "--out=results").assert_outcomes(passed=1, deselected=5)
+    assert len(load(pytester.path / "results" / "toy.jsonl")[1]) == 1
+
+
+def test_without_a_place_for_results_nothing_is_written(run, pytester):
+    before = set(pytester.path.rglob("*.jsonl"))
+    run("good").assert_outcomes(passed=4)
+    assert set(pytester.path.rglob("*.jsonl")) == before
+
+
+def test_no_case_is_no_failure_of_pytest(run):
+    run("good", "--cases=n=17").assert_outcomes(skipped=1)
+
+
+def test_what_is_expected_and_not_recorded_fails_the_run(run, pytester):
+    pytester.makeconftest(
+        """
+        import pytest
+
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_runtest_protocol(item):
+            return True if "reference" in item.name else None
+        """
+    )
+    pytester.makepyfile(test_toy=TOY.read_text().replace("def suite(", "def _suite(").replace("SUITE = suite", "SUITE = _suite"))
+    result = run("good", "--impl=reference")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["*expected and not measured*", "toy rows=2,n=8 forward reference"])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--device=tpu", "*there is no device 'tpu'; there is auto, cpu, cuda*"),
+        ("--preset=huge", "*invalid choice: 'huge'*"),
+        ("--cases=n=8 and and", "*cannot read the case expression*"),
+    ],
+)
+def test_a_wrong_option_is_a_usage_error(run, option, message):
+    result = run("good", option)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([message])
+
+
+def test_suites_are_not_spread_over_workers(run):
+    pytest.importorskip("xdist")
+    result = run("good", "-n", "1")
+    assert result.ret != pytest.ExitCode.OK
+    assert "leave out -n" in result.stdout.str() + result.stderr.str()

@@ -1,0 +1,94 @@
+"""A suite of which everything is known: y = 2 x, and implementations that go wrong in each way there is."""
+
+import os
+import signal
+from dataclasses import dataclass
+
+import torch
+
+from colt5_bench.case import DIRECTIONS, FORWARD, Case, Cost, Problem, Truth
+from colt5_bench.replay import replay
+from colt5_bench.suite import Implementation, Suite
+
+
+@dataclass(frozen=True)
+class ToyCase(Case):
+    rows: int
+    n: int
+
+
+def cases(preset, device):
+    return [ToyCase(2, 8)] if preset == "smoke" else [ToyCase(2, 8), ToyCase(2, 16)]
+
+
+def problem(case, device):
+    generator = case.generator()
+    scores, upstream = (torch.randn(case.rows, case.n, generator=generator) for _ in range(2))
+    return Problem({"scores": scores.to(device)}, upstream.to(device))
+
+
+def truth(case, problem, direction):
+    scores, upstream = problem.inputs["scores"].double(), problem.upstream.double()
+    return Truth(2 * scores) if direction == FORWARD else Truth(2 * scores, {"scores": 2 * upstream})
+
+
+def good(scores):
+    return 2 * scores
+
+
+def wrong(scores):
+    return 2.5 * scores
+
+
+def wrong_gradient(scores):
+    return scores + scores.detach()
+
+
+def raising(scores):
+    raise RuntimeError("no luck\nwith this")
+
+
+def out_of_memory(scores):
+    return torch.empty(2**60)
+
+
+def spoiling(scores):
+    y = 2 * scores
+    with torch.no_grad():
+        scores.zero_()
+    return y
+
+
+def interrupting(scores):
+    if scores.shape[-1] == 16:
+        os.kill(os.getpid(), signal.SIGINT)
+    return 2 * scores
+
+
+def _implementation(function, **more):
+    return Implementation(function.__name__, lambda case: function, **more)
+
+
+def suite(*functions, **more):
+    """The toy suite with these implementations beside the reference."""
+    implementations = {function.__name__: _implementation(function) for function in functions}
+    settings = {
+        "name": "toy",
+        "description": "twice the scores",
+        "cases": cases,
+        "directions": lambda case: DIRECTIONS,
+        "implementations": {"reference": Implementation("reference", lambda case: good), **implementations},
+        "reference": "reference",
+        "problem": problem,
+        "truth": truth,
+        "plain": lambda case: good,
+        "cost": lambda case, direction: Cost(bytes=8 * case.rows * case.n),
+    }
+    return Suite(**{**settings, **more})
+
+
+SUITE = suite(*(globals()[name] for name in os.environ.get("TOY", "good").split(",")))
+
+
+def test_toy(record, benchmark):
+    replay(record, benchmark)

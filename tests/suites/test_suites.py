@@ -1,0 +1,84 @@
+"""What holds for every suite, and that its implementations pass on its smallest cases."""
+
+import json
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from colt5_bench.case import DIRECTIONS, FORWARD, FORWARD_BACKWARD
+from colt5_bench.measure import Conditions, measure
+from colt5_bench.roofline import measure_ceilings
+from colt5_bench.selection import load_suites
+from colt5_bench.suite import PRESETS
+
+ROOT = Path(__file__).parents[2]
+SUITES = load_suites(ROOT)
+DEVICES = [torch.device("cpu"), torch.device("cuda")]
+
+
+@pytest.fixture(scope="module")
+def conditions():
+    return Conditions(DEVICES[0], "cpu", "abc", measure_ceilings(DEVICES[0]))
+
+
+def test_every_suite_is_found():
+    assert set(SUITES) == {"coor_descent", "segments", "gradients", "topk", "soft_topk"}
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_has_the_name_of_its_file_and_a_test(name):
+    module = import_module(f"suites.{name}")
+    assert module.SUITE.name == name
+    assert hasattr(module, f"test_{name}")
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES.keys())
+def test_cases_are_distinct_and_can_be_written_down(suite, preset, device):
+    cases = suite.cases(preset, device)
+    assert cases
+    assert len({case.id for case in cases}) == len(cases)
+    for case in cases:
+        assert suite.x_axis in json.loads(json.dumps(case.fields()))
+        for direction in suite.directions(case):
+            assert direction in DIRECTIONS
+            assert suite.cost(case, direction).bytes > 0
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES.keys())
+def test_implementations_go_by_their_names(suite):
+    assert suite.reference in suite.implementations
+    assert "ours" in suite.implementations
+    assert all(name == implementation.name for name, implementation in suite.implementations.items())
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES.keys())
+def test_backward_costs_more_than_forward(suite):
+    for case in suite.cases("default", DEVICES[0]):
+        forward, both = (suite.cost(case, direction) for direction in (FORWARD, FORWARD_BACKWARD))
+        assert forward.bytes < both.bytes
+        assert forward.exponentials <= both.exponentials
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES.keys())
+def test_problems_are_the_same_each_time(suite):
+    case = suite.cases("smoke", DEVICES[0])[0]
+    first, second = (suite.problem(case, DEVICES[0]) for _ in range(2))
+    assert torch.equal(first.inputs["scores"], second.inputs["scores"])
+    assert torch.equal(first.upstream, second.upstream)
+
+
+@pytest.mark.parametrize(
+    ("name", "case"), [(name, case) for name, suite in SUITES.items() for case in suite.cases("smoke", DEVICES[0])[::5]]
+)
+def test_every_implementation_that_runs_here_passes_its_gate(name, case, conditions):
+    suite = replace(SUITES[name], timed=False)
+    for direction in suite.directions(case):
+        records = measure(suite, case, direction, list(suite.implementations), conditions)
+        statuses = {record.implementation: (record.status, record.reason) for record in records}
+        assert {status for status, _ in statuses.values()} <= {"ok", "skipped"}, statuses
+        assert statuses["ours"][0] == "ok"
