@@ -125,6 +125,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Prepare the run, unless its options make none."""
+    if config.getoption("dist", "no") != "no":
+        raise pytest.UsageError("suites are measured one case at a time: leave out -n")
     try:
         config.stash[_RUN] = Run(
             device=choose_device(config.getoption("--device")),
@@ -161,10 +163,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What was collected, and not deselected since, is what has to be recorded."""
-    measured = [item for item in session.items if _is_measured(item)]
-    if measured and hasattr(session.config, "workerinput"):
-        raise pytest.UsageError("suites are measured one case at a time: leave out -n")
-    for item in measured:
+    for item in filter(_is_measured, session.items):
         if not hasattr(item, "_nodeid"):
             # pytest-benchmark up to 5.3.1 reads what pytest 9.2 no longer has:
             # https://github.com/ionelmc/pytest-benchmark/issues/321
