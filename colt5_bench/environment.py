@@ -1,0 +1,178 @@
+"""What a run was measured under: the machine, the versions, the revision. Nothing that names its owner or its paths."""
+
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePath
+from typing import Any
+
+import pynvml
+import torch
+
+PACKAGES = ("numpy", "pytest-benchmark", "colt5-attention")
+"""Packages besides torch and Triton whose version a result may depend on."""
+
+THROTTLE_REASONS = {
+    "sw_power_cap": pynvml.nvmlClocksEventReasonSwPowerCap,
+    "hw_slowdown": pynvml.nvmlClocksEventReasonHwSlowdown,
+    "sw_thermal_slowdown": pynvml.nvmlClocksEventReasonSwThermalSlowdown,
+    "hw_thermal_slowdown": pynvml.nvmlClocksEventReasonHwThermalSlowdown,
+    "hw_power_brake_slowdown": pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown,
+}
+"""Why a GPU may run below the clock that it could have: NVML's bits by a name for the record."""
+
+
+@dataclass(frozen=True)
+class GpuState:
+    """Clock and throttling of a GPU at one moment."""
+
+    sm_clock_mhz: int
+
+    reasons: tuple[str, ...]
+    """Names from `THROTTLE_REASONS`, of those that are active."""
+
+    @property
+    def throttled(self) -> bool:
+        """Whether times taken now are void. At its power limit a busy GPU runs as it is meant to: that is no reason."""
+        return any(reason != "sw_power_cap" for reason in self.reasons)
+
+
+def gpu_state(device: torch.device) -> GpuState | None:
+    """The state of a CUDA device now; None for another device, or where NVML cannot tell."""
+    handle = _nvml_handle(device)
+    if handle is None:
+        return None
+    try:
+        clock = pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)
+        active = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
+    except pynvml.NVMLError:
+        return None
+    return GpuState(clock, tuple(name for name, bit in THROTTLE_REASONS.items() if active & bit))
+
+
+def device_name(device: torch.device) -> str:
+    """Model name of a GPU, or of the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """The environment of a run on a device, ready for JSON; what does not apply or cannot be found out is None.
+
+    Clocks are in MHz, memory and cache in bytes, power in watts. The command line is given without directories.
+    """
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "gpu": _gpu(device) if device.type == "cuda" else None,
+        "git": _git(),
+        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(_without_directory(argument) for argument in sys.argv),
+    }
+
+
+def _gpu(device: torch.device) -> dict[str, object]:
+    properties = torch.cuda.get_device_properties(device)
+    state = gpu_state(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        **_settings(_nvml_handle(device)),
+        "at_start": None if state is None else asdict(state),
+    }
+
+
+def _settings(handle: Any) -> dict[str, object]:
+    """Driver, power limit and highest clocks, as far as NVML tells them."""
+    wanted = {
+        "driver": lambda: pynvml.nvmlSystemGetDriverVersion(),
+        "power_limit_w": lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,
+        "max_sm_clock_mhz": lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
+        "max_memory_clock_mhz": lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+    }
+    settings: dict[str, object] = dict.fromkeys(wanted)
+    if handle is not None:
+        for name, ask in wanted.items():
+            try:
+                settings[name] = ask()
+            except pynvml.NVMLError:
+                continue
+    return settings
+
+
+def _nvml_handle(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return None
+    return _nvml_handle_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _nvml_handle_of(index: int) -> Any:
+    """NVML counts all GPUs of a machine, CUDA those that are visible to it: they agree on the UUID."""
+    try:
+        pynvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+        return pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    except pynvml.NVMLError:
+        return None
+
+
+@cache
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+def _cores() -> int | None:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, object] | None:
+    """Revision of the checkout that holds bench.py, and whether anything in it differs from that revision."""
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / "bench.py").exists():
+        checkout = Path.cwd()
+    if not (checkout / "bench.py").exists():
+        return None
+    try:
+        revision = _run_git(checkout, "rev-parse", "HEAD")
+        return {"revision": revision, "dirty": _run_git(checkout, "status", "--porcelain") != ""}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _run_git(checkout: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(checkout), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+
+def _without_directory(argument: str) -> str:
+    """`--out=/data/me/run.jsonl` becomes `--out=run.jsonl`."""
+    option, equals, value = argument.rpartition("=")
+    return option + equals + (PurePath(value).name if PurePath(value).is_absolute() else value)

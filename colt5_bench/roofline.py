@@ -1,0 +1,133 @@
+"""The least time that a device needs for a piece of work, from what it has been seen to do."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from time import perf_counter
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from colt5_bench.case import Cost
+from colt5_bench.environment import device_name
+
+REPEATS = 10
+
+GPU_COPY_BYTES = 2**30
+"""Copied at a time: more than any L2 holds."""
+
+CPU_COPY_BYTES = 2**27
+
+CPU_ELEMENTS_PER_THREAD = 2**16
+"""Exponentiated at a time: what stays in a core's L2, and is worth a thread."""
+
+GPU_EXPONENTIALS = 2048
+"""In a row, for each element that `_exponentials_kernel` holds in registers."""
+
+SPIN_CYCLES = 500_000
+"""A quarter of a millisecond, several times as long as a launch takes."""
+
+EXPONENTIALS_PER_CLOCK = 16
+"""Of a multiprocessor of every NVIDIA GPU since Volta: CUDA C++ Programming Guide, arithmetic instructions."""
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device can do at most."""
+
+    copy_bandwidth: float
+    """Bytes a second, those read plus those written."""
+
+    exponentials: float
+    """fp32 exponentials a second."""
+
+    device: str
+    """Model name of the device."""
+
+    measured: bool
+    """Whether both were measured on this machine; False: the exponentials are from its data sheet."""
+
+
+def limit_seconds(cost: Cost, ceilings: Ceilings) -> float:
+    """The least time for a cost: that of its memory traffic or of its exponentials, whichever is longer."""
+    return max(cost.bytes / ceilings.copy_bandwidth, cost.exponentials / ceilings.exponentials)
+
+
+def measure_ceilings(device: torch.device) -> Ceilings:
+    """The ceilings of a device, the best of a few tries each, measured in under a second and once a process."""
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    return _measure_ceilings(device)
+
+
+@cache
+def _measure_ceilings(device: torch.device) -> Ceilings:
+    if device.type != "cuda":
+        return Ceilings(_copy_bandwidth(device, CPU_COPY_BYTES), _cpu_exponentials(), device_name(device), True)
+    with torch.cuda.device(device):
+        free, _ = torch.cuda.mem_get_info(device)
+        bandwidth = _copy_bandwidth(device, min(GPU_COPY_BYTES, free // 4))
+        compiles = not triton.knobs.runtime.interpret
+        exponentials = _gpu_exponentials(device) if compiles else _data_sheet_exponentials(device)
+    return Ceilings(bandwidth, exponentials, device_name(device), compiles)
+
+
+def _copy_bandwidth(device: torch.device, size: int) -> float:
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    destination = torch.zeros_like(source)
+    return 2 * size / _shortest(lambda: destination.copy_(source), device)
+
+
+def _cpu_exponentials() -> float:
+    x = torch.linspace(-1, 0, CPU_ELEMENTS_PER_THREAD * torch.get_num_threads())
+    y = torch.empty_like(x)
+    return x.numel() / _shortest(lambda: torch.exp(x, out=y), x.device)
+
+
+def _gpu_exponentials(device: torch.device) -> float:
+    block, programs = 2048, 16 * torch.cuda.get_device_properties(device).multi_processor_count
+    out = torch.empty(programs * block, device=device)
+    seconds = _shortest(lambda: _exponentials_kernel[(programs,)](out, GPU_EXPONENTIALS, block, num_warps=8), device)
+    return out.numel() * GPU_EXPONENTIALS / seconds
+
+
+def _data_sheet_exponentials(device: torch.device) -> float:
+    properties = torch.cuda.get_device_properties(device)
+    return EXPONENTIALS_PER_CLOCK * properties.multi_processor_count * properties.clock_rate * 1e3
+
+
+@triton.jit
+def _exponentials_kernel(out_ptr: Any, repeats: Any, BLOCK: tl.constexpr) -> None:
+    """x <- 2^-x, again and again: nothing to load, and each exponential needs the one before it."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = index.to(tl.float32) * 1e-9
+    for _ in range(repeats):
+        x = tl.exp2(-x)
+    tl.store(out_ptr + index, x)
+
+
+def _shortest(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the shortest of a few calls, after one that is not timed."""
+    call()
+    clock = _gpu_seconds if device.type == "cuda" else _cpu_seconds
+    return min(clock(call) for _ in range(REPEATS))
+
+
+def _gpu_seconds(call: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    # The GPU is kept busy while the host launches the call, or it would be seen waiting for that.
+    torch.cuda._sleep(SPIN_CYCLES)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start
