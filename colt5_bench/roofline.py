@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from time import perf_counter
-from typing import Any
 
 import torch
 import triton
@@ -99,7 +98,7 @@ def _data_sheet_exponentials(device: torch.device) -> float:
 
 
 @triton.jit
-def _exponentials_kernel(out_ptr: Any, repeats: Any, BLOCK: tl.constexpr) -> None:
+def _exponentials_kernel(out_ptr, repeats, BLOCK: tl.constexpr) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
     """x <- 2^-x, again and again: nothing to load, and each exponential needs the one before it."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = index.to(tl.float32) * 1e-9
