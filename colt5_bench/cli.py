@@ -126,7 +126,7 @@ def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, direct
             [
                 str(suite_files(checkout)[suite.name]),
                 # The project's settings of pytest are those of its tests.
-                *("-c", os.devnull, "--rootdir", str(checkout), "-p", "no:cacheprovider", "--benchmark-quiet"),
+                *("-c", os.devnull, "--rootdir", str(checkout), "-p", "no:cacheprovider"),
                 *("--preset", options.preset, "--device", options.device, "--cases", options.cases),
                 *("--out", str(directory)),
                 *(f"--impl={name}" for name in options.impl),

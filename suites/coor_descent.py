@@ -43,7 +43,6 @@ ON_CPU = [
     DescentCase.at(512, 512, 20, DECAYING),
     DescentCase.at(64, 4096, 5, CONSTANT),
     DescentCase.at(64, 4096, 50, CONSTANT),
-    DescentCase.at(8, 32768, 20, CONSTANT),
     DescentCase.at(1, 131072, 20, DECAYING),
 ]
 

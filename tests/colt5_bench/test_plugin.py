@@ -80,7 +80,9 @@ def test_what_is_expected_and_not_recorded_fails_the_run(run, pytester):
             return True if "reference" in item.name else None
         """
     )
-    pytester.makepyfile(test_toy=TOY.read_text().replace("def suite(", "def _suite(").replace("SUITE = suite", "SUITE = _suite"))
+    pytester.makepyfile(
+        test_toy=TOY.read_text().replace("def suite(", "def _suite(").replace("SUITE = suite", "SUITE = _suite")
+    )
     result = run("good", "--impl=reference")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(["*expected and not measured*", "toy rows=2,n=8 forward reference"])
