@@ -1,0 +1,187 @@
+"""The tables at the end of a run."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from textwrap import wrap
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from colt5_bench.report import label, severity, varying_fields, worst, worst_gradient
+from colt5_bench.results import Divergence, Record
+
+CASE_WIDTH = 26
+
+MOST_CASES = 40
+"""Of a suite of divergence, which has hundreds: the worst are shown."""
+
+NOTHING = "-"
+
+HEADERS = {"cold": "GPU ms\ncold L2", "graph": "GPU ms\ngraph", "host": "host\nms", "wall": "wall\nms"}
+
+STYLES = {"ok": "", "skipped": "dim", "wrong": "red", "out_of_memory": "yellow", "error": "red"}
+
+Group = list[Record]
+"""The records of one case and direction."""
+
+Column = tuple[str, Callable[[Record], str]]
+"""Header, and the cell of a record."""
+
+
+def summary(records: Sequence[Record], reference: str, console: Console) -> None:
+    """Print one table of all records of one suite, then how they ended and why.
+
+    Times are medians. Speed-up, bandwidth (the least bytes over the time) and share of the limit go by the first time
+    column: GPU time with a cold L2 on a GPU, wall time elsewhere. Of a suite without times the worst cases are shown.
+
+    Args:
+        records: of one suite.
+        reference: the implementation that speed-ups are over.
+        console: where to.
+    """
+    if not records:
+        console.print("nothing was measured")
+        return
+    groups = _by_case(records)
+    if any(record.timings for record in records):
+        _print(_table(records, groups, _time_columns(records, reference)), console)
+    else:
+        shown = sorted(groups, key=_severity_of_group, reverse=True)[:MOST_CASES]
+        _print(_table(records, shown, _divergence_columns()), console)
+        if len(shown) < len(groups):
+            console.print(f"the {len(shown)} of {len(groups)} cases that are farthest from fp64", highlight=False)
+    _print_endings(records, console)
+
+
+def _table(records: Sequence[Record], groups: Iterable[Group], columns: Sequence[Column]) -> Table:
+    """A row a group and a line a record, so that the case has room beside its implementations."""
+    varying = varying_fields(records)
+    table = Table(
+        title=f"{records[0].suite} on {records[0].device}",
+        title_justify="left",
+        caption=label(records[0].fields, (name for name in records[0].fields if name not in varying)),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        show_lines=True,
+        pad_edge=False,
+    )
+    table.add_column("case")
+    table.add_column("implementation")
+    for header, _ in columns:
+        table.add_column(header, justify="right", no_wrap=True)
+    for group in groups:
+        case = [*wrap(label(group[0].fields, varying), CASE_WIDTH), group[0].direction]
+        cells = ([cell(record) for record in group] for _, cell in columns)
+        lines = ([record.implementation for record in group], *cells)
+        styles = [STYLES[record.status] for record in group]
+        table.add_row("\n".join(case), *(_styled(column, styles) for column in lines))
+    return table
+
+
+def _styled(lines: Sequence[str], styles: Sequence[str]) -> Text:
+    return Text("\n").join(Text(line, style=style) for line, style in zip(lines, styles, strict=True))
+
+
+def _print(table: Table, console: Console) -> None:
+    """At full width, whatever that of the console: a line that it breaks is complete, a column cut short is not."""
+    table.width = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    console.print(table, crop=False, overflow="ignore", no_wrap=True)
+
+
+def _print_endings(records: Sequence[Record], console: Console) -> None:
+    """How many ended how, and each reason once."""
+    counts = Counter(record.status for record in records)
+    console.print(", ".join(f"{count} {_status(status)}" for status, count in counts.items()), highlight=False)
+    reasons = Counter((r.implementation, r.status, r.reason) for r in records if r.status != "ok")
+    for (implementation, status, reason), count in reasons.items():
+        times = f" ({count} times)" if count > 1 else ""
+        line = f"  {implementation}{times}: {_status(status)}: {reason or 'no reason given'}"
+        console.print(Text(line, style=STYLES[status]), soft_wrap=True)
+
+
+def _by_case(records: Iterable[Record]) -> list[Group]:
+    groups: dict[tuple[str, str], Group] = {}
+    for record in records:
+        groups.setdefault((record.case, record.direction), []).append(record)
+    return list(groups.values())
+
+
+def _severity_of_group(group: Group) -> float:
+    return max((severity(divergence) for record in group if (divergence := worst(record))), default=0.0)
+
+
+def _time_columns(records: Sequence[Record], reference: str) -> list[Column]:
+    on_gpu = any(record.seconds("cold") is not None for record in records)
+    main = "cold" if on_gpu else "wall"
+    baseline = {(r.case, r.direction): r.seconds(main) for r in records if r.implementation == reference}
+
+    def time(record: Record) -> str:
+        return _milliseconds(record, main) if record.status == "ok" else _status(record.status)
+
+    def speed_up(record: Record) -> str:
+        own, theirs = record.seconds(main), baseline.get((record.case, record.direction))
+        return f"{_short(theirs / own)}x" if own and theirs else NOTHING
+
+    def bandwidth(record: Record) -> str:
+        seconds = record.seconds(main)
+        return _short(record.minimum_bytes / seconds / 1e9) if seconds and record.minimum_bytes else NOTHING
+
+    def share_of_limit(record: Record) -> str:
+        seconds = record.seconds(main)
+        return f"{_short(100 * record.limit_seconds / seconds)}%" if seconds and record.limit_seconds else NOTHING
+
+    more_times: list[Column] = [
+        (HEADERS["graph"], lambda record: _milliseconds(record, "graph")),
+        (HEADERS["host"], lambda record: _milliseconds(record, "wall")),
+    ]
+    return [
+        (HEADERS[main], time),
+        (f"over\n{reference}", speed_up),
+        ("GB/s", bandwidth),
+        ("of\nlimit", share_of_limit),
+        *(more_times if on_gpu else []),
+        ("peak\nMB", lambda record: _megabytes(record.peak_bytes)),
+        ("saved\nMB", lambda record: _megabytes(record.saved_bytes)),
+        ("largest\nerror", lambda record: _error(worst(record))),
+    ]
+
+
+def _divergence_columns() -> list[Column]:
+    def of_gradient(figure: Callable[[Divergence], str]) -> Callable[[Record], str]:
+        return lambda record: figure(divergence) if (divergence := worst_gradient(record)) else NOTHING
+
+    return [
+        ("status", lambda record: _status(record.status)),
+        ("gradient:\nlargest", of_gradient(_error)),
+        ("\nrelative", of_gradient(lambda divergence: f"{divergence.relative:.1e}")),
+        ("\nabove 1e-3", of_gradient(lambda divergence: f"{_short(100 * divergence.fraction_above)}%")),
+        ("\nkinks", of_gradient(lambda divergence: str(divergence.kinks))),
+        ("largest\nat kink", of_gradient(lambda divergence: f"{divergence.largest_at_kink:.1e}")),
+        ("output:\nlargest", lambda record: _error(record.accuracy.get("output"))),
+    ]
+
+
+def _status(status: str) -> str:
+    return status.replace("_", " ")
+
+
+def _milliseconds(record: Record, column: str) -> str:
+    seconds = record.seconds(column)
+    return NOTHING if seconds is None else _short(1e3 * seconds)
+
+
+def _megabytes(size: int | None) -> str:
+    return NOTHING if size is None else _short(size / 1e6)
+
+
+def _error(divergence: Divergence | None) -> str:
+    return NOTHING if divergence is None else f"{divergence.largest:.1e}"
+
+
+def _short(value: float) -> str:
+    """Three digits, all of those before the point, and no exponent for what a table shows."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.3g}" if value >= 1e-3 or value == 0 else f"{value:.1e}"
