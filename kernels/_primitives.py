@@ -8,6 +8,8 @@ of the row. Short rows share a warp, so that what is computed once a row is comp
 import triton
 import triton.language as tl
 
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
@@ -34,68 +36,75 @@ def load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n
     if HAS_MASK:
         valid = valid & (tl.load(mask_ptr + rows * mask_stride + columns, mask=valid, other=0) != 0)
     scores = tl.load(scores_ptr + rows * scores_stride + columns, mask=valid, other=-float("inf")).to(tl.float32)
-    return tl.where(scores < LOWEST, LOWEST, scores)
+    return tl.maximum(scores, LOWEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def sum_in_thread(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """One fp32 sum a thread and row of a tile: ROWS x WIDTH // 4."""
-    return tl.sum(tl.reshape(tl.sum(x, axis=0), [ROWS, WIDTH // 4, 4]), axis=2)
+def sum_in_thread(x, REPEATS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """One fp64 sum a thread and row of a tile: ROWS x WIDTH // 4.
+
+    In fp32 it goes by fours, twice at most: the longer an fp32 sum, the larger its rounding.
+    """
+    if REPEATS >= 8:
+        x = tl.sum(tl.reshape(x, [REPEATS // 4, 4, ROWS, WIDTH]), axis=1)
+    columns = tl.sum(x, axis=0).to(tl.float64)
+    return tl.sum(tl.reshape(columns, [ROWS, WIDTH // 4, 4]), axis=2)
 
 
 @triton.jit
-def sum_tile(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """fp64 sum of each row of a tile: ROWS."""
-    return tl.sum(sum_in_thread(x, ROWS, WIDTH).to(tl.float64), axis=1)
+def count_in_thread(counted, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """How many entries of a thread and row of a tile are counted: ROWS x WIDTH // 4, int32."""
+    columns = tl.sum(tl.where(counted, 1.0, 0.0), axis=0)
+    return tl.sum(tl.reshape(columns, [ROWS, WIDTH // 4, 4]), axis=2).to(tl.int32)
 
 
 @triton.jit
-def present_in_thread(scores, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Entries that take part, a thread and row: ROWS x WIDTH // 4. NaN where one of them is NaN."""
-    present = tl.where(scores == LOWEST, 0.0, tl.where(scores == scores, 1.0, float("nan")))
-    return sum_in_thread(present, ROWS, WIDTH)
-
-
-@triton.jit
-def sum_and_count(x, counted, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def sum_and_count(x, counted, REPEATS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """fp64 sum of each row of x, whose entries lie in [0, 1], and how many are counted: one reduction for both.
 
     The numbers of a thread are put into one integer, the count above the sum in steps of 2**-33, which has room for
     tiles of up to 2**14 entries. Integers add up to the same in any order.
     """
-    total = (sum_in_thread(x, ROWS, WIDTH) * 8589934592.0).to(tl.int64)
-    count = sum_in_thread(tl.where(counted, 1.0, 0.0), ROWS, WIDTH).to(tl.int64)
+    total = (sum_in_thread(x, REPEATS, ROWS, WIDTH) * 8589934592.0).to(tl.int64)
+    count = count_in_thread(counted, ROWS, WIDTH).to(tl.int64)
     both = tl.sum(total + (count << 48), axis=1)
     return (both & 0xFFFFFFFFFFFF).to(tl.float64) * (1.0 / 8589934592.0), (both >> 48).to(tl.float64)
 
 
 @triton.jit
-def subtract(scores, threshold):
-    """fp32 scores minus an fp64 threshold a row, in fp32.
-
-    The high part goes first, which is exact where the two are close (Sterbenz' lemma), and the sign is always right.
-    """
-    high = threshold.to(tl.float32)
-    low = (threshold - high.to(tl.float64)).to(tl.float32)
-    return (scores - per_row(high)) - per_row(low)
-
-
-@triton.jit
 def log2_e_over(temperature):
-    """The factor that makes an exponent over a temperature one of 2, for `exp_times`."""
+    """The factor that makes an exponent over a temperature one of 2, for `exp_above`."""
     return (1.0 / temperature) * LOG2_E
 
 
 @triton.jit
-def exp_times(x, factor):
-    """2 ** (x * factor) for fp32 x and an fp64 factor.
+def exp2(x):
+    """2**x for fp32 x, results below 2**-126 as 0: one instruction, where keeping them takes four."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
-    The factor is used as an unevaluated fp32 pair: rounded to one fp32 it would shift every exponent of a row the same
-    way, and with them the threshold.
+
+@triton.jit
+def split(x):
+    """An fp64 number as an unevaluated sum of two fp32."""
+    high = x.to(tl.float32)
+    return high, (x - high.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def exp_above(scores, threshold, factor):
+    """2**((scores - threshold) * factor) for fp32 scores, an fp64 threshold a row and an fp64 factor.
+
+    Threshold and factor are used to more than fp32, since rounding them would shift every exponent of a row the same
+    way, and with them the next threshold. The high part of the threshold goes first, which is exact for scores close
+    to it (Sterbenz' lemma).
     """
-    high = factor.to(tl.float32)
-    low = (factor - high.to(tl.float64)).to(tl.float32)
-    return tl.exp2(x * high + x * low)
+    threshold_high, threshold_low = split(threshold)
+    factor_high, factor_low = split(factor)
+    shift = -threshold_low * factor_high
+    difference = scores - per_row(threshold_high)
+    return exp2(tl.fma(difference, factor_high, tl.fma(difference, factor_low, per_row(shift))))
 
 
 @triton.jit
@@ -150,26 +159,26 @@ def exchange(mailbox_ptr, step, part, first, second, third, PROGRAMS: tl.constex
     letter_ptrs = mailbox_ptr + slot[:, None] * 4 + word[None, :]
     present = (slot < PROGRAMS)[:, None] & (word < 4)[None, :]
     letters = tl.load(letter_ptrs, mask=present, other=stamp, volatile=True)
-    while tl.min(tl.min(letters, axis=1), axis=0) < stamp:
+    while tl.min((letters >> 32).to(tl.int32)) < step:
         letters = tl.load(letter_ptrs, mask=present, other=stamp, volatile=True)
     return (letters & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def exchange_sum(mailbox_ptr, step, part, total, count, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr):
-    """Sum an fp64 total and a count (exact below 2**24) over the programs of a row, in their order. All are of 1 row."""
-    high = total.to(tl.float32)
-    low = (total - high.to(tl.float64)).to(tl.float32)
+    """Sum an fp64 total and a count (exact below 2**24), each of one row, over the programs of the row in order."""
+    high, low = split(total)
     numbers = exchange(mailbox_ptr, step, part, high, low, count.to(tl.float32), PROGRAMS, SLOTS).to(tl.float64)
-    word = tl.arange(0, 4)[None, :]
-    total = tl.sum(tl.sum(tl.where(word < 2, numbers, 0.0), axis=1), axis=0)
-    count = tl.sum(tl.sum(tl.where(word == 2, numbers, 0.0), axis=1), axis=0)
+    word = tl.arange(0, 4)
+    sums = tl.sum(numbers, axis=0)
+    total = tl.sum(tl.where(word < 2, sums, 0.0), axis=0)
+    count = tl.sum(tl.where(word == 2, sums, 0.0), axis=0)
     return total + tl.zeros([1], tl.float64), count + tl.zeros([1], tl.float64)
 
 
 @triton.jit
 def exchange_highest(mailbox_ptr, step, part, highest, count, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr):
-    """The largest fp32 number, and the sum of an fp64 count, over the programs of a row. All are of 1 row."""
+    """The largest fp32 number and the sum of an fp64 count, each of one row, over the programs of the row."""
     numbers = exchange(mailbox_ptr, step, part, highest, highest, count.to(tl.float32), PROGRAMS, SLOTS)
     word = tl.arange(0, 4)[None, :]
     sent = (tl.arange(0, SLOTS) < PROGRAMS)[:, None]

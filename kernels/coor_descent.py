@@ -18,20 +18,19 @@ from torch import Tensor
 from kernels import _coor_descent_torch as in_pytorch
 from kernels._launch import as_rows, k_as_rows, mask_as_rows, multiprocessors, runs_triton
 from kernels._primitives import (
-    log2_e_over,
     LOWEST,
+    count_in_thread,
     exchange_highest,
     exchange_sum,
-    exp_times,
+    exp2,
+    exp_above,
     load_tile,
+    log2_e_over,
     log_normal,
     per_row,
-    present_in_thread,
     round_down,
-    subtract,
     sum_and_count,
     sum_in_thread,
-    sum_tile,
     tile_columns,
 )
 from reference._arguments import check_k, check_schedule, check_scores, epsilon_schedule, first_temperature
@@ -46,7 +45,19 @@ BACKWARD = 4096
 """Entries of a row that one program of the backward pass handles."""
 
 MAX_SHIFT: tl.constexpr = tl.constexpr(in_pytorch.MAX_SHIFT)
-MAX_EXPONENT: tl.constexpr = tl.constexpr(in_pytorch.MAX_EXPONENT)
+LARGEST: tl.constexpr = tl.constexpr(in_pytorch.LARGEST)
+
+
+@triton.jit
+def _masked_count_in_thread(
+    scores, REPEATS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HAS_MASK: tl.constexpr
+):
+    """Entries that a mask leaves, a thread and row: ROWS x WIDTH // 4, fp64; 0 without a mask. NaN where one is NaN."""
+    total = sum_in_thread(scores, REPEATS, ROWS, WIDTH)
+    count = tl.zeros([ROWS, WIDTH // 4], tl.float64)
+    if HAS_MASK:
+        count += count_in_thread(scores != LOWEST, ROWS, WIDTH)
+    return tl.where(total == total, count, float("nan"))
 
 
 @triton.jit
@@ -66,11 +77,11 @@ def _first_step(log_k, highest, n_valid, temperature):
 
 
 @triton.jit
-def _cool(temperature, factor, eps_decay, eps):
-    """The next temperature of the schedule, and log2(e) over it."""
+def _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor):
+    """The next temperature of the schedule, and log2(e) over it; the last two arguments save divisions."""
     cooler = temperature * eps_decay
     last = cooler <= eps
-    return tl.where(last, eps, cooler), tl.where(last, log2_e_over(eps), factor / eps_decay)
+    return tl.where(last, eps, cooler), tl.where(last, last_factor, factor * inverse_decay)
 
 
 @triton.jit
@@ -84,11 +95,12 @@ def _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, t,
 
 
 @triton.jit
-def _soft_selection(scores, a, factor):
-    """exp(min(s + a, 0) / temperature); NaN stays NaN, and what takes no part is 0."""
-    excess = subtract(scores, -a)
-    y = exp_times(tl.where(excess > 0, 0.0, excess), factor)
-    return tl.where(scores == LOWEST, 0.0, y)
+def _soft_selection(scores, a, factor, HAS_MASK: tl.constexpr):
+    """exp(min(s + a, 0) / temperature); NaN stays NaN, and what is masked is 0 also where a is not finite."""
+    y = tl.minimum(exp_above(scores, -a, factor), 1.0, propagate_nan=tl.PropagateNan.ALL)
+    if HAS_MASK:
+        y = tl.where(scores == LOWEST, 0.0, y)
+    return y
 
 
 @triton.jit
@@ -127,16 +139,18 @@ def _resident_kernel(
     step = 0
     zero = tl.zeros((), tl.float64)
     eps += zero
+    inverse_decay, last_factor = 1.0 / (eps_decay + zero), log2_e_over(eps)
 
     for first_row in range(group * ROWS, n_rows, tl.num_programs(0) // PROGRAMS * ROWS):
         rows = first_row + tl.arange(0, ROWS).to(tl.int64)
         scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
         highest = tl.max(tl.max(scores, axis=0), axis=1)
-        n_valid = tl.sum(present_in_thread(scores, ROWS, WIDTH).to(tl.float64), axis=1)
+        n_valid = tl.sum(_masked_count_in_thread(scores, REPEATS, ROWS, WIDTH, HAS_MASK), axis=1)
         if PROGRAMS > 1:
             step += 1
             highest, n_valid = exchange_highest(mailbox_ptr, step, part, highest, n_valid, PROGRAMS, SLOTS)
 
+        n_valid += 0 if HAS_MASK else n
         log_k = tl.log(_load_k(k_ptr, rows, k, n_rows, HAS_K))
         temperature = first + zero
         factor = log2_e_over(temperature)
@@ -149,17 +163,17 @@ def _resident_kernel(
         base = tl.zeros([ROWS], tl.float64)
         base_temperature = zero
         for t in range(1, n_iters):
-            temperature, factor = _cool(temperature, factor, eps_decay, eps)
+            temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
             anchor = tl.where(highest < -a, highest, -a)
             moved = tl.max((tl.abs(anchor - base) > temperature * MAX_SHIFT).to(tl.int32), axis=0)
             if (temperature != base_temperature) | (moved > 0):
                 base = anchor
                 base_temperature = temperature
-                weights = exp_times(subtract(scores, base), factor)
-            scale = exp_times((base - anchor).to(tl.float32), factor)
+                weights = exp_above(scores, base, factor)
+            scale = exp2(((base - anchor) * factor).to(tl.float32))
             clipped = tl.minimum(weights * per_row(scale), 1.0)
             above_threshold = scores > per_row(round_down(-a)) if SAVE else scores != scores
-            total, above = sum_and_count(clipped, above_threshold, ROWS, WIDTH)
+            total, above = sum_and_count(clipped, above_threshold, REPEATS, ROWS, WIDTH)
             if PROGRAMS > 1:
                 step += 1
                 total, above = exchange_sum(mailbox_ptr, step, part, total, above, PROGRAMS, SLOTS)
@@ -169,10 +183,10 @@ def _resident_kernel(
                 ratio = above.to(tl.float32) / total.to(tl.float32)
                 _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature)
 
-        temperature, factor = _cool(temperature, factor, eps_decay, eps)
+        temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
         if SAVE:
             tl.store(temperature_ptr + n_iters, temperature, mask=tl.program_id(0) == 0)
-        y = _soft_selection(scores, a, factor).to(y_ptr.dtype.element_ty)
+        y = _soft_selection(scores, a, factor, HAS_MASK).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + per_row(rows) * n + columns, y, mask=(per_row(rows) < n_rows) & (columns < n))
 
 
@@ -212,21 +226,23 @@ def _streaming_kernel(
     step = 0
     zero = tl.zeros((), tl.float64)
     eps += zero
+    inverse_decay, last_factor = 1.0 / (eps_decay + zero), log2_e_over(eps)
 
     for row in range(n_rows):
         rows = row + tl.arange(0, 1).to(tl.int64)
-        highest_in_thread = tl.full([1, WIDTH], -float("inf"), tl.float32)
-        count_in_thread = tl.zeros([1, WIDTH // 4], tl.float64)
+        highest_in_thread = tl.full([1, WIDTH], LOWEST, tl.float32)
+        n_valid_in_thread = tl.zeros([1, WIDTH // 4], tl.float64)
         for tile in range(tiles):
             tile_cols = columns + tile * (REPEATS * WIDTH)
             scores = load_tile(scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK)
             highest_in_thread = tl.maximum(highest_in_thread, tl.max(scores, axis=0))
-            count_in_thread += present_in_thread(scores, 1, WIDTH).to(tl.float64)
+            n_valid_in_thread += _masked_count_in_thread(scores, REPEATS, 1, WIDTH, HAS_MASK)
         highest = tl.max(highest_in_thread, axis=1)
-        n_valid = tl.sum(count_in_thread, axis=1)
+        n_valid = tl.sum(n_valid_in_thread, axis=1)
         step += 1
         highest, n_valid = exchange_highest(mailbox_ptr, step, part, highest, n_valid, PROGRAMS, SLOTS)
 
+        n_valid += 0 if HAS_MASK else n
         log_k = tl.log(_load_k(k_ptr, rows, k, n_rows, HAS_K))
         temperature = first + zero
         factor = log2_e_over(temperature)
@@ -236,23 +252,22 @@ def _streaming_kernel(
             _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, 0, a, ratio, temperature)
 
         for t in range(1, n_iters):
-            temperature, factor = _cool(temperature, factor, eps_decay, eps)
+            temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
             anchor = tl.where(highest < -a, highest, -a)
             threshold = per_row(round_down(-a))
             total_in_thread = tl.zeros([1, WIDTH // 4], tl.float64)
-            above_in_thread = tl.zeros([1, WIDTH // 4], tl.float64)
+            above_in_thread = tl.zeros([1, WIDTH // 4], tl.int32)
             for tile in range(tiles):
                 tile_cols = columns + tile * (REPEATS * WIDTH)
                 scores = load_tile(
                     scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK
                 )
-                clipped = exp_times(tl.minimum(subtract(scores, anchor), 0.0), factor)
-                total_in_thread += sum_in_thread(clipped, 1, WIDTH).to(tl.float64)
+                clipped = tl.minimum(exp_above(scores, anchor, factor), 1.0)
+                total_in_thread += sum_in_thread(clipped, REPEATS, 1, WIDTH)
                 if SAVE:
-                    above_threshold = tl.where(scores > threshold, 1.0, 0.0)
-                    above_in_thread += sum_in_thread(above_threshold, 1, WIDTH).to(tl.float64)
+                    above_in_thread += count_in_thread(scores > threshold, 1, WIDTH)
             total = tl.sum(total_in_thread, axis=1)
-            above = tl.sum(above_in_thread, axis=1)
+            above = tl.sum(above_in_thread, axis=1).to(tl.float64)
             step += 1
             total, above = exchange_sum(mailbox_ptr, step, part, total, above, PROGRAMS, SLOTS)
             total = tl.where(n_valid == 0, 1.0, total)
@@ -261,23 +276,24 @@ def _streaming_kernel(
                 ratio = above.to(tl.float32) / total.to(tl.float32)
                 _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature)
 
-        temperature, factor = _cool(temperature, factor, eps_decay, eps)
+        temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
         if SAVE:
             tl.store(temperature_ptr + n_iters, temperature, mask=tl.program_id(0) == 0)
         for tile in range(tiles):
             tile_cols = columns + tile * (REPEATS * WIDTH)
             scores = load_tile(scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK)
-            y = _soft_selection(scores, a, factor).to(y_ptr.dtype.element_ty)
+            y = _soft_selection(scores, a, factor, HAS_MASK).to(y_ptr.dtype.element_ty)
             tl.store(y_ptr + per_row(rows) * n + tile_cols, y, mask=tile_cols < n)
 
 
 @triton.jit
-def _direct_gradient(scores, grad, a, temperature):
+def _direct_gradient(scores, grad, a, temperature, HAS_MASK: tl.constexpr):
     """The gradient of the scores through the output alone, at constant a: g y / temperature where y < 1."""
-    excess = subtract(scores, -a)
-    y = exp_times(tl.where(excess > 0, 0.0, excess), log2_e_over(temperature))
-    direct = grad * y * (1.0 / temperature).to(tl.float32)
-    return tl.where((excess > 0) | (scores == LOWEST), 0.0, direct)
+    y = exp_above(scores, -a, log2_e_over(temperature))
+    direct = tl.where(scores > per_row(round_down(-a)), 0.0, grad * y * (1.0 / temperature).to(tl.float32))
+    if HAS_MASK:
+        direct = tl.where(scores == LOWEST, 0.0, direct)
+    return direct
 
 
 @triton.jit
@@ -306,8 +322,9 @@ def _grad_a_kernel(
     scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
     grad = tl.load(grad_ptr + per_row(rows) * grad_stride + columns, mask=columns < n, other=0.0).to(tl.float32)
     a = tl.load(trace_ptr + rows * n_iters + n_iters - 1)
-    direct = _direct_gradient(scores, grad, a, tl.load(temperature_ptr + n_iters))
-    tl.store(grad_a_ptr + tl.program_id(0) + tl.arange(0, ROWS), sum_tile(direct, ROWS, WIDTH))
+    direct = _direct_gradient(scores, grad, a, tl.load(temperature_ptr + n_iters), HAS_MASK)
+    grad_a = tl.sum(sum_in_thread(direct, REPEATS, ROWS, WIDTH), axis=1)
+    tl.store(grad_a_ptr + tl.program_id(0) + tl.arange(0, ROWS), grad_a)
 
 
 @triton.jit
@@ -350,9 +367,9 @@ def _backward_kernel(
     a_ptrs = trace_ptr + rows * n_iters + n_iters - 1
     ratio_ptrs = ratio_ptr + rows * n_iters + n_iters - 1
     a = tl.load(a_ptrs, mask=row_exists, other=0.0)
-    ds = _direct_gradient(scores, grad, a, tl.load(temperature_ptr + n_iters))
+    ds = _direct_gradient(scores, grad, a, tl.load(temperature_ptr + n_iters), HAS_MASK)
     if SLOTS == 1:
-        grad_a = sum_tile(ds, ROWS, WIDTH)
+        grad_a = tl.sum(sum_in_thread(ds, REPEATS, ROWS, WIDTH), axis=1)
     else:
         in_slot = tl.zeros([SLOTS], tl.float64)
         for start in range(0, chunks, SLOTS):
@@ -380,9 +397,8 @@ def _backward_kernel(
             base_temperature = temperature
             factor = log2_e_over(temperature)
             # At most k for an entry below the threshold; above it the weight is not used and must not overflow.
-            limit = (temperature * MAX_EXPONENT).to(tl.float32)
-            weights = exp_times(tl.minimum(subtract(scores, base), limit), factor)
-        coefficient = (grad_a * inverse_k).to(tl.float32) * exp_times((a + base).to(tl.float32), factor)
+            weights = tl.minimum(exp_above(scores, base, factor), LARGEST)
+        coefficient = (grad_a * inverse_k).to(tl.float32) * exp2(((a + base) * factor).to(tl.float32))
         coefficients += tl.where(scores <= per_row(round_down(-previous)), per_row(coefficient), 0.0)
         dk += grad_a * temperature
         grad_a *= tl.load(ratio_ptrs, mask=row_exists, other=0.0).to(tl.float64)
@@ -391,8 +407,9 @@ def _backward_kernel(
     ds -= coefficients * weights
     dk = (dk + grad_a * tl.load(temperature_ptr)) * inverse_k
 
-    ds = tl.where(scores == LOWEST, 0.0, ds).to(ds_ptr.dtype.element_ty)
-    tl.store(ds_ptr + per_row(rows) * n + columns, ds, mask=exists)
+    if HAS_MASK:
+        ds = tl.where(scores == LOWEST, 0.0, ds)
+    tl.store(ds_ptr + per_row(rows) * n + columns, ds.to(ds_ptr.dtype.element_ty), mask=exists)
     tl.store(dk_ptr + rows, dk, mask=row_exists & (chunk == 0))
 
 
