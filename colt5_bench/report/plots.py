@@ -1,0 +1,298 @@
+"""Figures of a suite: time, memory and divergence, as PNG and SVG. The same records give the same files."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+from colt5_bench.report import label, varying_fields, worst_gradient
+from colt5_bench.results import Record
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
+"""Okabe and Ito's palette, which every kind of colour vision tells apart."""
+
+MARKERS = "osD^vP*X"
+"""Tell implementations apart in grey."""
+
+PANELS_PER_ROW = 4
+
+MOST_PANELS = 8
+"""Of one direction; what combinations there are beyond that is said below the figure."""
+
+PANEL_WIDTH, PANEL_HEIGHT, LEGEND_WIDTH, TITLE_HEIGHT = 2.9, 2.4, 1.7, 0.4
+"""In inches."""
+
+MOST_TICKS = 8
+"""Values of x that are each given a tick."""
+
+SPREAD_FIELDS = ("score_std", "std")
+"""Divergence is laid out by the first of these that varies, from left to right."""
+
+SCHEDULE_FIELD = "eps"
+"""Divergence is laid out by this and the fields that begin with its name and `_`, from top to bottom."""
+
+STYLE: dict[Any, Any] = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 8,
+    "font.size": 8,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "lines.markersize": 4,
+    "savefig.dpi": 160,
+    # Identifiers within an SVG would be drawn at random without it.
+    "svg.hashsalt": "colt5-bench",
+}
+
+TIME_LABELS = {"cold": "GPU time, cold L2 [ms]", "wall": "wall time [ms]"}
+
+
+@dataclass(frozen=True)
+class _Quantity:
+    """What is drawn of a record."""
+
+    of: Callable[[Record], float | None]
+    line: str = "-"
+
+    name: str = ""
+    """For the legend, where there are several."""
+
+
+@dataclass(frozen=True)
+class _Panel:
+    title: str
+    records: Sequence[Record]
+
+
+def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n") -> list[Path]:
+    """Draw what the records of one suite hold: time and memory against a field of the case, and divergence.
+
+    What did not end ok is not drawn but named below the figure; divergence that was found wrong is drawn all the same,
+    hollow. There is no figure of what no record has.
+
+    Args:
+        records: of one suite.
+        directory: where `time`, `memory` and `divergence` go, each as .png and .svg; `divergence-<dtype>` each, if
+            there are several dtypes.
+        x: the field along the horizontal axis; that of divergence is `n_iters`, if that varies.
+
+    Returns:
+        The files written.
+    """
+    figures: dict[str, Figure] = {}
+    ok = [record for record in records if record.status == "ok" and x in record.fields]
+    main = "cold" if any(record.seconds("cold") for record in ok) else "wall"
+    compared = [record for record in records if record.status in ("ok", "wrong") and worst_gradient(record)]
+    with mpl.rc_context(STYLE):
+        if timed := [record for record in ok if record.seconds(main)]:
+            quantities = [_Quantity(lambda record: _times(record.seconds(main), 1e3))]
+            figures["time"] = _against(x, TIME_LABELS[main], quantities, timed, records)
+        if sized := [record for record in ok if record.peak_bytes]:
+            quantities = [
+                _Quantity(lambda record: _times(record.peak_bytes, 1e-6), name="peak"),
+                _Quantity(lambda record: _times(record.saved_bytes, 1e-6), ":", "saved for backward"),
+            ]
+            figures["memory"] = _against(x, "memory beyond the inputs [MB]", quantities, sized, records)
+        for name, of_one_dtype in _by_dtype(compared).items():
+            figures[name] = _divergence(x, of_one_dtype, records)
+        return [path for name, figure in figures.items() for path in _save(figure, directory, name)]
+
+
+def _against(
+    x: str, y_label: str, quantities: Sequence[_Quantity], drawn: Sequence[Record], records: Sequence[Record]
+) -> Figure:
+    """A panel for each direction and each combination of the fields that vary along with x."""
+    fields = [name for name in varying_fields(drawn) if name != x and not _follows_from(x, name, drawn)]
+    combinations = [name for name, _ in Counter(label(record.fields, fields) for record in drawn).most_common()]
+    shown, left_out = combinations[:MOST_PANELS], combinations[MOST_PANELS:]
+    rows = []
+    for direction in dict.fromkeys(record.direction for record in drawn):
+        of_direction = [record for record in drawn if record.direction == direction]
+        panels = [
+            _Panel(f"{direction} {combination}", [r for r in of_direction if label(r.fields, fields) == combination])
+            for combination in shown
+        ]
+        rows += [panels[start : start + PANELS_PER_ROW] for start in range(0, len(panels), PANELS_PER_ROW)]
+    remark = f"Measured, with no room here: {'; '.join(left_out)}." if left_out else ""
+    return _figure(rows, x, y_label, quantities, records, remark)
+
+
+def _divergence(x: str, drawn: Sequence[Record], records: Sequence[Record]) -> Figure:
+    """A panel for each spread of the scores and each schedule of temperatures; all else that varies is one cloud."""
+    varying = varying_fields(drawn)
+    x = "n_iters" if "n_iters" in varying else x
+    spread = [name for name in SPREAD_FIELDS if name in varying][:1]
+    schedule = [name for name in varying if name == SCHEDULE_FIELD or name.startswith(f"{SCHEDULE_FIELD}_")]
+    rows = [
+        [_Panel(label(panel[0].fields, [*spread, *schedule]), panel) for panel in _by_fields(row, spread)]
+        for row in _by_fields(drawn, schedule)
+    ]
+    pooled = [name for name in varying if name not in (x, *spread, *schedule)]
+    remark = f"Lines go through the largest of all {', '.join(pooled)}." if pooled else ""
+    return _figure(rows, x, "largest error of the gradient", [_Quantity(_largest_error)], records, remark)
+
+
+def _figure(
+    rows: Sequence[Sequence[_Panel]],
+    x: str,
+    y_label: str,
+    quantities: Sequence[_Quantity],
+    records: Sequence[Record],
+    remark: str,
+) -> Figure:
+    """Panels on common logarithmic axes, one legend, and below them what they do not show."""
+    per_row = max(len(row) for row in rows)
+    width = per_row * PANEL_WIDTH + LEGEND_WIDTH
+    caption = fill(" ".join(part for part in (remark, _missing(records)) if part), int(17 * width))
+    below = 0.15 * (caption.count("\n") + 2) if caption else 0.0
+    height = len(rows) * PANEL_HEIGHT + TITLE_HEIGHT + below
+    figure = Figure(
+        figsize=(width, height), layout=ConstrainedLayoutEngine(rect=(0, below / height, 1, 1 - below / height))
+    )
+    figure.text(0.01, 0.05 / height, caption, fontsize="small", color="0.35", va="bottom")
+    figure.suptitle(f"{records[0].suite} on {records[0].device}", x=0.01, ha="left", weight="bold")
+
+    styles = _styles(records)
+    grid = figure.subplots(len(rows), per_row, sharex=True, sharey=True, squeeze=False)
+    for ax in grid.flat:
+        ax.set_visible(False)
+    for axes, panels in zip(grid, rows, strict=True):
+        axes[0].set_ylabel(y_label)
+        for ax, panel in zip(axes, panels, strict=False):
+            ax.set_visible(True)
+            ax.set_title(fill(panel.title, 44))
+            _draw(ax, panel.records, x, quantities, styles)
+    for axes in grid.T:
+        lowest = [ax for ax in axes if ax.get_visible()][-1]
+        lowest.set_xlabel(x)
+        lowest.tick_params(labelbottom=True)
+    _scale(grid[0][0], [record.fields[x] for row in rows for panel in row for record in panel.records])
+    figure.legend(handles=_legend(rows, quantities, styles), loc="outside right upper")
+    return figure
+
+
+def _draw(
+    ax: Axes,
+    records: Sequence[Record],
+    x: str,
+    quantities: Sequence[_Quantity],
+    styles: Mapping[str, tuple[str, str]],
+) -> None:
+    """A marker a record, hollow for one that is wrong, and a line through the largest at each x."""
+    for own in _by(records, lambda record: record.implementation):
+        colour, marker = styles[own[0].implementation]
+        for quantity in quantities:
+            points: list[tuple[Any, float, str]] = [
+                (record.fields[x], value, record.status)
+                for record in own
+                if (value := quantity.of(record)) is not None and isfinite(value)
+            ]
+            highest = {at: max(value for where, value, _ in points if where == at) for at, _, _ in points}
+            ax.plot(sorted(highest), [highest[at] for at in sorted(highest)], quantity.line, color=colour, lw=1.2)
+            for status, face in (("ok", colour), ("wrong", "none")):
+                of_status = [(at, value) for at, value, which in points if which == status]
+                places, values = zip(*of_status, strict=True) if of_status else ((), ())
+                ax.plot(places, values, marker, color=colour, markerfacecolor=face, clip_on=False)
+
+
+def _scale(ax: Axes, values: Sequence[Any]) -> None:
+    """Logarithmic axes, which all panels share; a tick for each x, if these are few."""
+    ax.set_yscale("log")
+    distinct = sorted(set(values))
+    if all(isinstance(value, int | float) and value > 0 for value in distinct):
+        ax.set_xscale("log")
+        if len(distinct) <= MOST_TICKS:
+            ax.set_xticks(distinct, [_tick(value) for value in distinct])
+            ax.xaxis.set_minor_locator(NullLocator())
+
+
+def _tick(value: float) -> str:
+    """Powers of two as they are said: 4k, 1M."""
+    for unit, size in (("M", 2**20), ("k", 2**10)):
+        if value >= size and value % size == 0:
+            return f"{value // size:g}{unit}"
+    return f"{value:g}"
+
+
+def _styles(records: Sequence[Record]) -> dict[str, tuple[str, str]]:
+    """Colour and marker by implementation, the same in all figures of the records."""
+    names = dict.fromkeys(record.implementation for record in records)
+    return {name: (COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]) for place, name in enumerate(names)}
+
+
+def _legend(
+    rows: Sequence[Sequence[_Panel]], quantities: Sequence[_Quantity], styles: Mapping[str, tuple[str, str]]
+) -> list[Line2D]:
+    records = [record for row in rows for panel in row for record in panel.records]
+    drawn = {record.implementation for record in records}
+    handles = [
+        Line2D([], [], color=colour, marker=marker, label=name)
+        for name, (colour, marker) in styles.items()
+        if name in drawn
+    ]
+    handles += [Line2D([], [], color="0.35", ls=each.line, label=each.name) for each in quantities if each.name]
+    if any(record.status == "wrong" for record in records):
+        handles.append(Line2D([], [], color="0.35", ls="", marker="o", mfc="none", label="found wrong"))
+    return handles
+
+
+def _missing(records: Sequence[Record]) -> str:
+    """What did not end ok, in one sentence."""
+    counts = Counter((r.implementation, r.status) for r in records if r.status != "ok")
+    parts = [f"{name} ({status.replace('_', ' ')}, {count})" for (name, status), count in counts.items()]
+    return f"Not ok, with the number of cases: {', '.join(parts)}." if parts else ""
+
+
+def _follows_from(x: str, name: str, records: Iterable[Record]) -> bool:
+    """Whether a field has one value only for each x."""
+    pairs = {(str(record.fields[x]), str(record.fields.get(name))) for record in records}
+    return len(pairs) == len({at for at, _ in pairs})
+
+
+def _by(records: Iterable[Record], key: Callable[[Record], object]) -> list[list[Record]]:
+    """Records with the same key, in the order of the first of each."""
+    groups: dict[object, list[Record]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return list(groups.values())
+
+
+def _by_fields(records: Iterable[Record], names: Sequence[str]) -> list[list[Record]]:
+    return _by(records, lambda record: label(record.fields, names))
+
+
+def _by_dtype(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """By the name of the figure: errors of different dtypes have nothing in common."""
+    groups = _by_fields(records, ["dtype"])
+    names = [f"divergence-{group[0].fields.get('dtype')}" for group in groups] if len(groups) > 1 else ["divergence"]
+    return dict(zip(names, groups, strict=False))
+
+
+def _largest_error(record: Record) -> float | None:
+    """Zero cannot be drawn on a logarithmic axis, and is left out as what is not a number is."""
+    gradient = worst_gradient(record)
+    return gradient.largest or None if gradient else None
+
+
+def _times(value: float | None, unit: float) -> float | None:
+    return None if value is None else value * unit
+
+
+def _save(figure: Figure, directory: Path, name: str) -> list[Path]:
+    """Without the date and the version that would make each file new."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = [directory / f"{name}.png", directory / f"{name}.svg"]
+    figure.savefig(paths[0], metadata={"Software": None})
+    figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
+    return paths
