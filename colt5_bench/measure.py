@@ -29,15 +29,19 @@ class Conditions:
 
     ceilings: roofline.Ceilings
 
+    max_seconds: float = 2.0
+    """The longest that sampling one time column of a case may take."""
+
     @property
     def columns(self) -> tuple[str, ...]:
         """The time columns; the first is the one that the figure of a case is."""
         return ("cold", "graph", "wall") if self.device.type == "cuda" else ("wall",)
 
     @classmethod
-    def on(cls, device: torch.device, environment_key: str) -> "Conditions":
+    def on(cls, device: torch.device, environment_key: str, *, max_seconds: float = 2.0) -> "Conditions":
         """The conditions on a device, whose ceilings are measured for it."""
-        return cls(device, environment.device_name(device), environment_key, roofline.measure_ceilings(device))
+        ceilings = roofline.measure_ceilings(device)
+        return cls(device, environment.device_name(device), environment_key, ceilings, max_seconds)
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,9 @@ def _measure_each(
 
     if calls:
         with _failing([records[name] for name in calls], "timing: "):
-            taken = timing.time_interleaved(calls, device=conditions.device, columns=conditions.columns)
+            taken = timing.time_interleaved(
+                calls, device=conditions.device, columns=conditions.columns, max_seconds=conditions.max_seconds
+            )
             for name, timings in taken.items():
                 records[name].timings = timings
 

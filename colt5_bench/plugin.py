@@ -22,6 +22,10 @@ from colt5_bench.selection import SelectionError, case_filter, choose_device
 from colt5_bench.suite import PRESETS, Suite
 
 
+MAX_SECONDS = {"smoke": 0.1, "default": 2.0, "full": 2.0}
+"""How long sampling a time column of a case may take, by preset. A smoke run shows that everything runs."""
+
+
 class _Key(NamedTuple):
     """What is measured together."""
 
@@ -94,7 +98,7 @@ class Run:
             described = environment.describe(self._device)
             digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
             self._environment = {"key": digest, **described}
-            self._conditions = Conditions.on(self._device, str(self._environment["key"]))
+            self._conditions = Conditions.on(self._device, digest, max_seconds=MAX_SECONDS[self._preset])
         return self._conditions
 
     def _writer(self, suite: str, out: Path) -> Writer:

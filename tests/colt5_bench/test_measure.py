@@ -21,7 +21,7 @@ def timed(monkeypatch):
     """Names of what is timed, in place of the time that it takes."""
     names = []
 
-    def time_interleaved(calls, *, device, columns):
+    def time_interleaved(calls, *, device, columns, max_seconds):
         names.extend(calls)
         return {name: {column: Timing(column, [1.0], "confident", 0.0) for column in columns} for name in calls}
 
