@@ -95,12 +95,89 @@ def _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, t,
 
 
 @triton.jit
-def _soft_selection(scores, a, factor, HAS_MASK: tl.constexpr):
+def soft_selection(scores, a, factor, HAS_MASK: tl.constexpr):
     """exp(min(s + a, 0) / temperature); NaN stays NaN, and what is masked is 0 also where a is not finite."""
     y = tl.minimum(exp_above(scores, -a, factor), 1.0, propagate_nan=tl.PropagateNan.ALL)
     if HAS_MASK:
         y = tl.where(scores == LOWEST, 0.0, y)
     return y
+
+
+@triton.jit
+def descend(
+    scores,  # REPEATS ROWS WIDTH
+    rows,  # ROWS
+    part,
+    step,
+    k_ptr,
+    trace_ptr,
+    ratio_ptr,
+    temperature_ptr,
+    mailbox_ptr,
+    n_rows,
+    n,
+    n_iters,
+    k,
+    first,
+    eps_decay,
+    eps,
+    REPEATS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_K: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """All iterations on rows in registers: the last a, log2(e) over the temperature of the output, the next step."""
+    zero = tl.zeros((), tl.float64)
+    eps += zero
+    inverse_decay, last_factor = 1.0 / (eps_decay + zero), log2_e_over(eps)
+
+    highest = tl.max(tl.max(scores, axis=0), axis=1)
+    n_valid = tl.sum(_masked_count_in_thread(scores, REPEATS, ROWS, WIDTH, HAS_MASK), axis=1)
+    if PROGRAMS > 1:
+        step += 1
+        highest, n_valid = exchange_highest(mailbox_ptr, step, part, highest, n_valid, PROGRAMS, SLOTS)
+    n_valid += 0 if HAS_MASK else n
+
+    log_k = tl.log(_load_k(k_ptr, rows, k, n_rows, HAS_K))
+    temperature = first + zero
+    factor = log2_e_over(temperature)
+    a, highest = _first_step(log_k, highest, n_valid, temperature)
+    if SAVE:
+        ratio = tl.zeros([ROWS], tl.float32)
+        _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, 0, a, ratio, temperature)
+
+    weights = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
+    base = tl.zeros([ROWS], tl.float64)
+    base_temperature = zero
+    for t in range(1, n_iters):
+        temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
+        anchor = tl.where(highest < -a, highest, -a)
+        moved = tl.max((tl.abs(anchor - base) > temperature * MAX_SHIFT).to(tl.int32), axis=0)
+        if (temperature != base_temperature) | (moved > 0):
+            base = anchor
+            base_temperature = temperature
+            weights = exp_above(scores, base, factor)
+        scale = exp2(((base - anchor) * factor).to(tl.float32))
+        clipped = tl.minimum(weights * per_row(scale), 1.0)
+        above_threshold = scores > per_row(round_down(-a)) if SAVE else scores != scores
+        total, above = sum_and_count(clipped, above_threshold, REPEATS, ROWS, WIDTH)
+        if PROGRAMS > 1:
+            step += 1
+            total, above = exchange_sum(mailbox_ptr, step, part, total, above, PROGRAMS, SLOTS)
+        total = tl.where(n_valid == 0, 1.0, total)
+        a = temperature * (log_k - log_normal(total)) - anchor
+        if SAVE:
+            ratio = above.to(tl.float32) / total.to(tl.float32)
+            _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature)
+
+    temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
+    if SAVE:
+        tl.store(temperature_ptr + n_iters, temperature, mask=tl.program_id(0) == 0)
+    return a, factor, step
 
 
 @triton.jit
@@ -137,56 +214,14 @@ def _resident_kernel(
     mailbox_ptr += group * (8 * PROGRAMS)
     columns = part * (REPEATS * WIDTH) + tile_columns(REPEATS, WIDTH)
     step = 0
-    zero = tl.zeros((), tl.float64)
-    eps += zero
-    inverse_decay, last_factor = 1.0 / (eps_decay + zero), log2_e_over(eps)
-
     for first_row in range(group * ROWS, n_rows, tl.num_programs(0) // PROGRAMS * ROWS):
         rows = first_row + tl.arange(0, ROWS).to(tl.int64)
         scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
-        highest = tl.max(tl.max(scores, axis=0), axis=1)
-        n_valid = tl.sum(_masked_count_in_thread(scores, REPEATS, ROWS, WIDTH, HAS_MASK), axis=1)
-        if PROGRAMS > 1:
-            step += 1
-            highest, n_valid = exchange_highest(mailbox_ptr, step, part, highest, n_valid, PROGRAMS, SLOTS)
-
-        n_valid += 0 if HAS_MASK else n
-        log_k = tl.log(_load_k(k_ptr, rows, k, n_rows, HAS_K))
-        temperature = first + zero
-        factor = log2_e_over(temperature)
-        a, highest = _first_step(log_k, highest, n_valid, temperature)
-        if SAVE:
-            ratio = tl.zeros([ROWS], tl.float32)
-            _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, 0, a, ratio, temperature)
-
-        weights = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
-        base = tl.zeros([ROWS], tl.float64)
-        base_temperature = zero
-        for t in range(1, n_iters):
-            temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
-            anchor = tl.where(highest < -a, highest, -a)
-            moved = tl.max((tl.abs(anchor - base) > temperature * MAX_SHIFT).to(tl.int32), axis=0)
-            if (temperature != base_temperature) | (moved > 0):
-                base = anchor
-                base_temperature = temperature
-                weights = exp_above(scores, base, factor)
-            scale = exp2(((base - anchor) * factor).to(tl.float32))
-            clipped = tl.minimum(weights * per_row(scale), 1.0)
-            above_threshold = scores > per_row(round_down(-a)) if SAVE else scores != scores
-            total, above = sum_and_count(clipped, above_threshold, REPEATS, ROWS, WIDTH)
-            if PROGRAMS > 1:
-                step += 1
-                total, above = exchange_sum(mailbox_ptr, step, part, total, above, PROGRAMS, SLOTS)
-            total = tl.where(n_valid == 0, 1.0, total)
-            a = temperature * (log_k - log_normal(total)) - anchor
-            if SAVE:
-                ratio = above.to(tl.float32) / total.to(tl.float32)
-                _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature)
-
-        temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
-        if SAVE:
-            tl.store(temperature_ptr + n_iters, temperature, mask=tl.program_id(0) == 0)
-        y = _soft_selection(scores, a, factor, HAS_MASK).to(y_ptr.dtype.element_ty)
+        a, factor, step = descend(
+            scores, rows, part, step, k_ptr, trace_ptr, ratio_ptr, temperature_ptr, mailbox_ptr, n_rows, n, n_iters,
+            k, first, eps_decay, eps, REPEATS, ROWS, WIDTH, PROGRAMS, SLOTS, HAS_MASK, HAS_K, SAVE,
+        )  # fmt: skip
+        y = soft_selection(scores, a, factor, HAS_MASK).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + per_row(rows) * n + columns, y, mask=(per_row(rows) < n_rows) & (columns < n))
 
 
@@ -282,7 +317,7 @@ def _streaming_kernel(
         for tile in range(tiles):
             tile_cols = columns + tile * (REPEATS * WIDTH)
             scores = load_tile(scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK)
-            y = _soft_selection(scores, a, factor, HAS_MASK).to(y_ptr.dtype.element_ty)
+            y = soft_selection(scores, a, factor, HAS_MASK).to(y_ptr.dtype.element_ty)
             tl.store(y_ptr + per_row(rows) * n + tile_cols, y, mask=tile_cols < n)
 
 
@@ -413,7 +448,7 @@ def _backward_kernel(
     tl.store(dk_ptr + rows, dk, mask=row_exists & (chunk == 0))
 
 
-def _tile(entries: int, in_thread: int) -> dict[str, int]:
+def tile_settings(entries: int, in_thread: int) -> dict[str, int]:
     """Launch settings for rows of up to `entries`, `in_thread` of them in each thread.
 
     At least 4 threads share a row, and rows that leave threads of a warp free share the warp.
@@ -426,6 +461,12 @@ def _tile(entries: int, in_thread: int) -> dict[str, int]:
         "WIDTH": width,
         "num_warps": max(threads // 32, 1),
     }
+
+
+def entries_in_thread(n_rows: int, n: int, available: int) -> int:
+    """64 entries of a row in a thread, so that the scalar work of a row weighs little, but 16 where that leaves
+    multiprocessors without work."""
+    return 64 if n_rows * n >= 64 * 32 * 8 * available else 16
 
 
 def _launch_forward(
@@ -443,7 +484,7 @@ def _launch_forward(
     n_iters, eps, first, eps_decay = schedule
     available = multiprocessors(scores.device)
 
-    programs, in_thread, piece = 1, 64, n
+    programs, in_thread, piece = 1, entries_in_thread(n_rows, n, available), n
     if n > RESIDENT:
         # As few entries a program as there are programs to share them, but no fewer than are worth an exchange.
         halve = n_rows * triton.cdiv(n, RESIDENT // 2) <= available
@@ -452,7 +493,7 @@ def _launch_forward(
     streams = programs > available
     if streams:
         programs, in_thread, piece = available, 16, STREAMED
-    tile = _tile(piece, in_thread)
+    tile = tile_settings(piece, in_thread)
     alone = programs == 1 and not streams
     groups = triton.cdiv(n_rows, tile["ROWS"]) if alone else max(min(n_rows, available // programs), 1)
     groups = 1 if streams else groups
@@ -506,7 +547,7 @@ def _launch_backward(
     n_rows, n = scores.shape
     n_iters = trace.shape[-1]
     chunks = triton.cdiv(n, BACKWARD)
-    settings = {**_tile(min(n, BACKWARD), 32), "HAS_MASK": mask is not None}
+    settings = {**tile_settings(min(n, BACKWARD), 32), "HAS_MASK": mask is not None}
     strides = (grad.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
     mask_or_any = scores if mask is None else mask
 

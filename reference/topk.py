@@ -1,6 +1,7 @@
 """Differentiable top-k: a hard selection whose gradient is that of coordinate descent."""
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -53,18 +54,17 @@ def topk(
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
     """
-    return select_topk(
-        _descent(fused), x, k, coor_descent_k_ratio, n_iters, eps, eps_init, eps_decay, mask, non_differentiable
-    )
+    rest = (coor_descent_k_ratio, n_iters, eps, eps_init, eps_decay, mask)
+    if fused:
+        # The one place where the reference reaches for a kernel, and only when asked to.
+        return import_module("kernels.topk").topk(x, k, *rest, fused=True, non_differentiable=non_differentiable)
+    return select_topk(coor_descent, x, k, *rest, non_differentiable)
 
 
-def _descent(fused: bool) -> Callable[..., Tensor]:
-    """The one place where the reference reaches for a kernel, and only when asked to."""
-    if not fused:
-        return coor_descent
-    from importlib import import_module
-
-    return import_module("kernels.coor_descent").coor_descent
+def check_topk(x: Tensor, k: int, coor_descent_k_ratio: float) -> None:
+    """k is from 1 to n and the ratio at least 1."""
+    require(1 <= k <= x.shape[-1], "k", k, f"from 1 to n = {x.shape[-1]}")
+    require(coor_descent_k_ratio >= 1, "coor_descent_k_ratio", coor_descent_k_ratio, ">= 1")
 
 
 def select_topk(
@@ -81,8 +81,7 @@ def select_topk(
 ) -> TopkReturn:
     """`topk` on top of any implementation of `coor_descent`."""
     check_scores(x, mask)
-    require(1 <= k <= x.shape[-1], "k", k, f"from 1 to n = {x.shape[-1]}")
-    require(coor_descent_k_ratio >= 1, "coor_descent_k_ratio", coor_descent_k_ratio, ">= 1")
+    check_topk(x, k, coor_descent_k_ratio)
 
     candidates = x.detach() if mask is None else x.detach().masked_fill(~mask, -torch.inf)
     indices = candidates.topk(k, dim=-1).indices

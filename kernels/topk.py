@@ -1,0 +1,238 @@
+"""Differentiable top-k in one kernel: coordinate descent, selection and gates of a row while it is in registers."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+import reference.topk
+from kernels._launch import as_rows, mask_as_rows, multiprocessors, runs_triton
+from kernels._primitives import LOWEST, load_tile, per_row, tile_columns
+from kernels.coor_descent import coor_descent, descend, entries_in_thread, soft_selection, tile_settings
+from reference._arguments import check_schedule, check_scores, first_temperature
+from reference.topk import TopkReturn, check_topk, select_topk
+
+LONGEST = 4096
+"""Longest row that the kernel takes; longer ones go through `coor_descent` and torch.topk."""
+
+MOST = 32
+"""Most entries that the kernel selects from a row, one after the other."""
+
+
+@triton.jit
+def _sortable(scores, columns):
+    """int64 in the order of the scores, those of equal scores in the reverse order of their columns."""
+    bits = scores.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - columns).to(tl.int64)
+
+
+@triton.jit
+def _topk_kernel(
+    x_ptr,  # rows n
+    mask_ptr,  # rows n
+    values_ptr,  # rows selected
+    indices_ptr,  # rows selected, int64
+    soft_ptr,  # rows selected
+    gates_ptr,  # rows selected
+    trace_ptr,  # rows n_iters, fp64
+    ratio_ptr,  # rows n_iters, fp32
+    temperature_ptr,  # n_iters + 1, fp64
+    x_stride,
+    mask_stride,
+    n_rows,
+    n,
+    n_iters,
+    selected,
+    k: "fp64",
+    first: "fp64",
+    eps_decay: "fp64",
+    eps: "fp64",
+    REPEATS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SELECTED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """The largest entries of ROWS rows, one by one, with the relaxed selection at these."""
+    columns = tile_columns(REPEATS, WIDTH)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    x = load_tile(x_ptr, mask_ptr, rows, columns, x_stride, mask_stride, n_rows, n, HAS_MASK)
+    a, factor, _ = descend(
+        x, rows, 0, 0, x_ptr, trace_ptr, ratio_ptr, temperature_ptr, x_ptr, n_rows, n, n_iters, k, first, eps_decay,
+        eps, REPEATS, ROWS, WIDTH, 1, 1, HAS_MASK, False, SAVE,
+    )  # fmt: skip
+
+    # Columns beyond the row stand behind its masked entries, which stand behind all others.
+    left = tl.where(columns < n, _sortable(x, columns), -9223372036854775808)
+    place = tl.arange(0, SELECTED)[None, :]
+    chosen = tl.zeros([ROWS, SELECTED], tl.int64)
+    for i in range(selected):
+        best = tl.max(tl.max(left, axis=0), axis=1)
+        chosen = tl.where(place == i, best[:, None], chosen)
+        left = tl.where(left == per_row(best), -9223372036854775808, left)
+
+    ordered = (chosen >> 32).to(tl.int32)
+    value = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    soft = tl.reshape(soft_selection(value[None, :, :], a, factor, HAS_MASK), [ROWS, SELECTED])
+    gate = soft + (1.0 - soft)
+    if HAS_MASK:
+        gate = tl.where(value == LOWEST, 0.0, gate)
+        value = tl.where(value == LOWEST, 0.0, value)
+
+    out = rows[:, None] * selected + place
+    writes = (rows[:, None] < n_rows) & (place < selected)
+    tl.store(indices_ptr + out, 0x7FFFFFFF - (chosen & 0x7FFFFFFF), mask=writes)
+    tl.store(values_ptr + out, (value * gate).to(values_ptr.dtype.element_ty), mask=writes)
+    tl.store(soft_ptr + out, soft.to(soft_ptr.dtype.element_ty), mask=writes)
+    tl.store(gates_ptr + out, gate.to(gates_ptr.dtype.element_ty), mask=writes)
+
+
+def _launch(
+    x: Tensor,
+    mask: Tensor | None,
+    selected: int,
+    k: float,
+    schedule: tuple[int, float, float, float],
+    outputs: tuple[Tensor, ...],
+) -> None:
+    n_rows, n = x.shape
+    n_iters, eps, first, eps_decay = schedule
+    tile = tile_settings(n, entries_in_thread(n_rows, n, multiprocessors(x.device)))
+    _topk_kernel[(triton.cdiv(n_rows, tile["ROWS"]),)](
+        x,
+        x if mask is None else mask,
+        *outputs,
+        x.stride(0),
+        0 if mask is None else mask.stride(0),
+        n_rows,
+        n,
+        n_iters,
+        selected,
+        k,
+        first,
+        eps_decay,
+        eps,
+        **tile,
+        SELECTED=triton.next_power_of_2(selected),
+        HAS_MASK=mask is not None,
+        SAVE=outputs[4].numel() > 0,
+    )
+
+
+_library = torch.library.Library("colt5", "FRAGMENT")
+_library.define(
+    "topk(Tensor x, Tensor? mask, int selected, float k, int n_iters, float eps, float first, float eps_decay, "
+    "bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("colt5::topk", lib=_library)
+def _allocate(
+    x: Tensor,
+    mask: Tensor | None,
+    selected: int,
+    k: float,
+    n_iters: int,
+    eps: float,
+    first: float,
+    eps_decay: float,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    """Values, indices, relaxed selection and gates, then what the backward pass of `coor_descent` needs."""
+    shape, saved = (x.shape[0], selected), (x.shape[0], n_iters if save else 0)
+    return (
+        x.new_empty(shape),
+        x.new_empty(shape, dtype=torch.int64),
+        x.new_empty(shape),
+        x.new_empty(shape),
+        x.new_empty(saved, dtype=torch.float64),
+        x.new_empty(saved, dtype=torch.float32),
+        x.new_empty(n_iters + 1 if save else 0, dtype=torch.float64),
+    )
+
+
+def _forward(
+    x: Tensor,
+    mask: Tensor | None,
+    selected: int,
+    k: float,
+    n_iters: int,
+    eps: float,
+    first: float,
+    eps_decay: float,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    outputs = _allocate(x, mask, selected, k, n_iters, eps, first, eps_decay, save)
+    if x.numel():
+        _launch(x, mask, selected, k, (n_iters, eps, first, eps_decay), outputs)
+    return outputs
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("topk", _forward, _device)
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    x, mask, _, k, *_ = inputs
+    _, indices, _, gates, trace, ratio, temperatures = output
+    ctx.save_for_backward(x, mask, indices, gates, trace, ratio, temperatures)
+    ctx.mark_non_differentiable(indices)
+    ctx.k = k
+
+
+def _differentiate(
+    ctx, grad_values: Tensor, _: Tensor | None, grad_soft: Tensor, grad_gates: Tensor, *__: None
+) -> tuple[Tensor | None, ...]:
+    x, mask, indices, gates, trace, ratio, temperatures = ctx.saved_tensors
+    # A gate is 0 where nothing was selected, and then nothing depends on anything.
+    chosen = gates != 0
+    direct = grad_values * gates
+    through_gate = torch.where(chosen, grad_gates + grad_values * x.gather(-1, indices), 0.0) + grad_soft
+    grad = torch.zeros_like(x).scatter_(-1, indices, through_gate)
+    dx, _ = torch.ops.colt5.coor_descent_backward(grad, x, mask, None, ctx.k, trace, ratio, temperatures)
+    return dx.scatter_add(-1, indices, direct), *(None,) * 8
+
+
+torch.library.register_autograd("colt5::topk", _differentiate, setup_context=_setup_context, lib=_library)
+
+
+def topk(
+    x: Tensor,
+    k: int,
+    coor_descent_k_ratio: float = 9 / 8,
+    n_iters: int = 20,
+    eps: float = 0.1,
+    eps_init: float | None = None,
+    eps_decay: float = 1.0,
+    mask: Tensor | None = None,
+    fused: bool = False,
+    non_differentiable: bool = False,
+) -> TopkReturn:
+    """`reference.topk`, which `fused=True` computes with kernels: rows of up to 4096 entries, of which up to 32 are
+    selected, in a single one, where of equal entries the first is selected; others with `coor_descent` and torch.topk.
+
+    Arguments, results and errors are those of `reference.topk`.
+    """
+    rest = (coor_descent_k_ratio, n_iters, eps, eps_init, eps_decay, mask)
+    if not fused:
+        return reference.topk.topk(x, k, *rest, non_differentiable=non_differentiable)
+    if non_differentiable or k > MOST or x.shape[-1] > LONGEST or not runs_triton(x):
+        return select_topk(coor_descent, x, k, *rest, non_differentiable)
+
+    check_scores(x, mask)
+    check_topk(x, k, coor_descent_k_ratio)
+    check_schedule(n_iters, eps, eps_init, eps_decay)
+    selected = torch.ops.colt5.topk(
+        as_rows(x),
+        mask_as_rows(mask, x.shape),
+        k,
+        float(min(k * coor_descent_k_ratio, x.shape[-1])),
+        n_iters,
+        eps,
+        first_temperature(eps, eps_init),
+        eps_decay,
+        x.requires_grad and torch.is_grad_enabled(),
+    )[:4]
+    return TopkReturn(*(tensor.view(*x.shape[:-1], k) for tensor in selected))
