@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import ceil, isfinite
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -25,6 +25,7 @@ MARKERS = "osD^vP*X"
 """Tell implementations apart in grey."""
 
 PANELS_PER_ROW = 4
+"""At most, and as even as rows can be."""
 
 MOST_PANELS = 8
 """Of one direction; what combinations there are beyond that is said below the figure."""
@@ -113,17 +114,18 @@ def _against(
     x: str, y_label: str, quantities: Sequence[_Quantity], drawn: Sequence[Record], records: Sequence[Record]
 ) -> Figure:
     """A panel for each direction and each combination of the fields that vary along with x."""
-    fields = [name for name in varying_fields(drawn) if name != x and not _follows_from(x, name, drawn)]
+    fields = [name for name in varying_fields(drawn) if name != x and not _goes_with(x, name, drawn)]
     combinations = [name for name, _ in Counter(label(record.fields, fields) for record in drawn).most_common()]
     shown, left_out = combinations[:MOST_PANELS], combinations[MOST_PANELS:]
     rows = []
     for direction in dict.fromkeys(record.direction for record in drawn):
         of_direction = [record for record in drawn if record.direction == direction]
         panels = [
-            _Panel(f"{direction} {combination}", [r for r in of_direction if label(r.fields, fields) == combination])
+            _Panel(f"{direction}\n{combination}", [r for r in of_direction if label(r.fields, fields) == combination])
             for combination in shown
         ]
-        rows += [panels[start : start + PANELS_PER_ROW] for start in range(0, len(panels), PANELS_PER_ROW)]
+        per_row = ceil(len(panels) / ceil(len(panels) / PANELS_PER_ROW))
+        rows += [panels[start : start + per_row] for start in range(0, len(panels), per_row)]
     remark = f"Measured, with no room here: {'; '.join(left_out)}." if left_out else ""
     return _figure(rows, x, y_label, quantities, records, remark)
 
@@ -171,7 +173,7 @@ def _figure(
         axes[0].set_ylabel(y_label)
         for ax, panel in zip(axes, panels, strict=False):
             ax.set_visible(True)
-            ax.set_title(fill(panel.title, 44))
+            ax.set_title("\n".join(fill(line, 44) for line in panel.title.splitlines()))
             _draw(ax, panel.records, x, quantities, styles)
     for axes in grid.T:
         lowest = [ax for ax in axes if ax.get_visible()][-1]
@@ -203,7 +205,7 @@ def _draw(
             for status, face in (("ok", colour), ("wrong", "none")):
                 of_status = [(at, value) for at, value, which in points if which == status]
                 places, values = zip(*of_status, strict=True) if of_status else ((), ())
-                ax.plot(places, values, marker, color=colour, markerfacecolor=face, clip_on=False)
+                ax.plot(places, values, marker, color=colour, markerfacecolor=face)
 
 
 def _scale(ax: Axes, values: Sequence[Any]) -> None:
@@ -254,10 +256,10 @@ def _missing(records: Sequence[Record]) -> str:
     return f"Not ok, with the number of cases: {', '.join(parts)}." if parts else ""
 
 
-def _follows_from(x: str, name: str, records: Iterable[Record]) -> bool:
-    """Whether a field has one value only for each x."""
+def _goes_with(x: str, name: str, records: Iterable[Record]) -> bool:
+    """Whether a field has a value of its own for each x, as the number of rows may have for each length."""
     pairs = {(str(record.fields[x]), str(record.fields.get(name))) for record in records}
-    return len(pairs) == len({at for at, _ in pairs})
+    return len(pairs) == len({at for at, _ in pairs}) == len({value for _, value in pairs})
 
 
 def _by(records: Iterable[Record], key: Callable[[Record], object]) -> list[list[Record]]:
