@@ -28,7 +28,7 @@ RESIDENT = 16384
 CHUNK = 8192
 """Entries of a longer row that one program handles."""
 
-SEARCHES = 4
+SEARCHES = 5
 """Launches that search a longer row. What they leave open, the last launch finishes with every program on its own."""
 
 RESIDENT_PROBES = 8
@@ -51,11 +51,15 @@ STATE: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit
+def _wide(x):
+    """A number as an fp64 tensor, which an argument is not in the interpreter."""
+    return x + tl.zeros((), tl.float64)
+
+
+@triton.jit
 def _load_k(k_ptr, row, k, HAS_K: tl.constexpr):
     """k of a row as fp64; NaN, and with it the row, where it is not positive."""
-    k += tl.zeros((), tl.float64)
-    if HAS_K:
-        k = tl.load(k_ptr + row).to(tl.float64)
+    k = tl.load(k_ptr + row).to(tl.float64) if HAS_K else _wide(k)
     return tl.where(k > 0, k, float("nan"))
 
 
@@ -95,6 +99,7 @@ def _sum_pair(x, y, WIDTH: tl.constexpr):
 @triton.jit
 def _exp_over(difference, rate):
     """exp(difference / eps) of an fp32 tile; the rate, log2(e) / eps, is fp64 and a bias if it were rounded to fp32."""
+    rate = _wide(rate)
     high = rate.to(tl.float32)
     low = (rate - high.to(tl.float64)).to(tl.float32)
     return tl.exp2(difference * high + difference * low)
@@ -138,9 +143,7 @@ def _open(least, largest, n_valid, total, squares, k, eps):
 
     # The normal quantile of Abramowitz and Stegun, 26.2.23.
     t = tl.sqrt(-2.0 * tl.log(tl.maximum(tl.minimum(share, 1.0 - share), 1e-12)))
-    quantile = t - (2.515517 + t * (0.802853 + t * 0.010328)) / (
-        1.0 + t * (1.432788 + t * (0.189269 + t * 0.001308))
-    )
+    quantile = t - (2.515517 + t * (0.802853 + t * 0.010328)) / (1.0 + t * (1.432788 + t * (0.189269 + t * 0.001308)))
     mean = total / n_valid
     deviation = tl.sqrt(tl.maximum(squares / n_valid - mean * mean, 0.0))
     center = mean + deviation * tl.where(share < 0.5, quantile, -quantile)
@@ -171,9 +174,7 @@ def _measure(scores, probe, rate, WIDTH: tl.constexpr):
     """Number of scores of a tile above a probe, and the sum of the others' exponentials."""
     difference = scores - probe.to(tl.float32)
     above = difference > 0
-    return _sum_pair(
-        tl.where(above, 1.0, 0.0), tl.where(above, 0.0, _exp_over(difference, rate)), WIDTH
-    )
+    return _sum_pair(tl.where(above, 1.0, 0.0), tl.where(above, 0.0, _exp_over(difference, rate)), WIDTH)
 
 
 @triton.jit
@@ -233,6 +234,13 @@ def _settle(bracket, k, eps):
 
 
 @triton.jit
+def _searching(bracket, n_valid, k, eps):
+    """Whether a row has an equation that is not solved yet; a NaN among its numbers leaves it without one."""
+    settled, _, _ = _settle(bracket, k, eps)
+    return (k < n_valid) & (settled == 0)
+
+
+@triton.jit
 def _conclude(bracket, n_valid, k, eps):
     """Anchor and scale of a row; without an equation to solve, all its entries are above the anchor, or NaN."""
     _, anchor, scale = _settle(bracket, k, eps)
@@ -253,6 +261,85 @@ def _store_solution(solution_ptr, row, anchor, scale, passes, wanted):
     tl.store(solution_ptr + row * 3, anchor, mask=wanted)
     tl.store(solution_ptr + row * 3 + 1, scale, mask=wanted)
     tl.store(solution_ptr + row * 3 + 2, passes, mask=wanted)
+
+
+@triton.jit
+def _measure_all(scores, bracket, aim, rate, WIDTH: tl.constexpr, PROBES: tl.constexpr):
+    """Counts and sums of `_measure` at all probes: 2 PROBES, the counts first."""
+    place = tl.arange(0, 2 * PROBES)
+    totals = tl.zeros([2 * PROBES], tl.float64)
+    for probe in range(PROBES):
+        count, total = _measure(scores, _probe(bracket, aim, probe, PROBES), rate, WIDTH)
+        totals = tl.where(place == probe, count, tl.where(place == PROBES + probe, total, totals))
+    return totals
+
+
+@triton.jit
+def _refine(bracket, aim, totals, k, eps, PROBES: tl.constexpr):
+    """Bracket and aim after a pass that found these totals."""
+    place = tl.arange(0, 2 * PROBES)
+    narrowed = bracket
+    for probe in range(PROBES):
+        count = tl.sum(tl.where(place == probe, totals, 0.0), axis=0)
+        total = tl.sum(tl.where(place == PROBES + probe, totals, 0.0), axis=0)
+        narrowed = _narrow(narrowed, _probe(bracket, aim, probe, PROBES), count, total, k)
+    return narrowed, _aim(narrowed, bracket[3] - bracket[0], aim[1], k, eps)
+
+
+@triton.jit
+def _store_state(state_ptr, bracket, aim, n_valid, passes, wanted):
+    for i in tl.static_range(6):
+        tl.store(state_ptr + i, bracket[i], mask=wanted)
+    for i in tl.static_range(3):
+        tl.store(state_ptr + 6 + i, aim[i], mask=wanted)
+    tl.store(state_ptr + 9, n_valid, mask=wanted)
+    tl.store(state_ptr + 10, passes, mask=wanted)
+
+
+@triton.jit
+def _first_state(partials_ptr, chunks, k, eps, PROBES: tl.constexpr, SLOTS: tl.constexpr):
+    """State of a search after the survey of all chunks."""
+    least = tl.full([SLOTS], LARGEST, tl.float64)
+    largest = tl.full([SLOTS], -LARGEST, tl.float64)
+    n_valid = tl.zeros([SLOTS], tl.float64)
+    total = tl.zeros([SLOTS], tl.float64)
+    squares = tl.zeros([SLOTS], tl.float64)
+    for start in range(0, chunks, SLOTS):
+        slot = start + tl.arange(0, SLOTS)
+        present = slot < chunks
+        slot_ptrs = partials_ptr + slot * (2 * PROBES)
+        least = tl.minimum(least, tl.load(slot_ptrs, mask=present, other=LARGEST))
+        largest = tl.maximum(largest, tl.load(slot_ptrs + 1, mask=present, other=-LARGEST))
+        n_valid += tl.load(slot_ptrs + 2, mask=present, other=0.0)
+        total += tl.load(slot_ptrs + 3, mask=present, other=0.0)
+        squares += tl.load(slot_ptrs + 4, mask=present, other=0.0)
+    n_valid = tl.sum(n_valid, axis=0)
+    bracket, aim = _open(
+        tl.min(least, axis=0), tl.max(largest, axis=0), n_valid, tl.sum(total, axis=0), tl.sum(squares, axis=0), k, eps
+    )
+    return bracket, aim, n_valid, _wide(1.0)
+
+
+@triton.jit
+def _next_state(state_ptr, partials_ptr, chunks, k, eps, PROBES: tl.constexpr, SLOTS: tl.constexpr):
+    """State of a search after a pass over all chunks; a search that had ended stays as it was."""
+    bracket = (
+        tl.load(state_ptr), tl.load(state_ptr + 1), tl.load(state_ptr + 2),
+        tl.load(state_ptr + 3), tl.load(state_ptr + 4), tl.load(state_ptr + 5),
+    )  # fmt: skip
+    aim = (tl.load(state_ptr + 6), tl.load(state_ptr + 7), tl.load(state_ptr + 8))
+    n_valid = tl.load(state_ptr + 9)
+    passes = tl.load(state_ptr + 10)
+    if _searching(bracket, n_valid, k, eps):
+        place = tl.arange(0, 2 * PROBES)
+        totals = tl.zeros([2 * PROBES], tl.float64)
+        for start in range(0, chunks, SLOTS):
+            slot = start + tl.arange(0, SLOTS)
+            partial_ptrs = partials_ptr + slot[:, None] * (2 * PROBES) + place[None, :]
+            totals += tl.sum(tl.load(partial_ptrs, mask=(slot < chunks)[:, None], other=0.0), axis=0)
+        bracket, aim = _refine(bracket, aim, totals, k, eps, PROBES)
+        passes += 1
+    return bracket, aim, n_valid, passes
 
 
 @triton.jit
@@ -277,16 +364,13 @@ def _resident_kernel(
     """One row, held in registers from the first pass to the last."""
     row = tl.program_id(0).to(tl.int64)
     columns = _columns(REPEATS, WIDTH)
-    scores, valid = _load_scores(
-        scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK
-    )
+    scores, valid = _load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
     k = _load_k(k_ptr, row, k, HAS_K)
 
     least, largest, n_valid, total, squares = _survey(scores, valid, WIDTH)
     bracket, aim = _open(least, largest, n_valid, total, squares, k, eps)
     passes = 1
-    searching = k < n_valid
-    while searching:
+    while _searching(bracket, n_valid, k, eps):
         narrowed = bracket
         for probe in range(PROBES):
             at = _probe(bracket, aim, probe, PROBES)
@@ -294,8 +378,6 @@ def _resident_kernel(
             narrowed = _narrow(narrowed, at, count, total, k)
         aim = _aim(narrowed, bracket[3] - bracket[0], aim[1], k, eps)
         bracket = narrowed
-        settled, _, _ = _settle(bracket, k, eps)
-        searching = settled == 0
         passes += 1
 
     anchor, scale = _conclude(bracket, n_valid, k, eps)
@@ -303,3 +385,439 @@ def _resident_kernel(
     y, _ = _select(scores, anchor, scale, rate)
     y = tl.where(valid, y, 0.0)
     tl.store(y_ptr + row * n + columns, y.to(y_ptr.dtype.element_ty), mask=columns < n)
+
+
+@triton.jit
+def _survey_kernel(
+    scores_ptr,  # rows n
+    mask_ptr,  # rows n
+    partials_ptr,  # rows chunks 2 PROBES, fp64
+    scores_stride,
+    mask_stride,
+    n,
+    chunks,
+    REPEATS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PROBES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """First pass over rows of several chunks."""
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    columns = (tl.program_id(0) % chunks) * (REPEATS * WIDTH) + _columns(REPEATS, WIDTH)
+    scores, valid = _load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
+    least, largest, n_valid, total, squares = _survey(scores, valid, WIDTH)
+    partials_ptr += tl.program_id(0).to(tl.int64) * (2 * PROBES)
+    tl.store(partials_ptr, least)
+    tl.store(partials_ptr + 1, largest)
+    tl.store(partials_ptr + 2, n_valid)
+    tl.store(partials_ptr + 3, total)
+    tl.store(partials_ptr + 4, squares)
+
+
+@triton.jit(do_not_specialize=["search"])
+def _search_kernel(
+    scores_ptr,  # rows n
+    mask_ptr,  # rows n
+    k_ptr,  # rows
+    partials_ptr,  # searches+1 rows chunks 2 PROBES, fp64
+    states_ptr,  # searches+1 rows STATE, fp64
+    scores_stride,
+    mask_stride,
+    n_rows,
+    n,
+    chunks,
+    k: "fp64",
+    eps: "fp64",
+    rate: "fp64",
+    search,
+    FIRST: tl.constexpr,
+    REPEATS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PROBES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_K: tl.constexpr,
+):
+    """One more pass over rows of several chunks: every program of a row works out its state, then probes its chunk."""
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    k = _load_k(k_ptr, row, k, HAS_K)
+
+    # This pass reads what the one before wrote, and writes to the next place.
+    partials_ptr += ((search - 1) * n_rows + row) * chunks * (2 * PROBES)
+    states_ptr += ((search - 1) * n_rows + row) * STATE
+    if FIRST:
+        bracket, aim, n_valid, passes = _first_state(partials_ptr, chunks, k, eps, PROBES, SLOTS)
+    else:
+        bracket, aim, n_valid, passes = _next_state(states_ptr, partials_ptr, chunks, k, eps, PROBES, SLOTS)
+    _store_state(states_ptr + n_rows * STATE, bracket, aim, n_valid, passes, chunk == 0)
+
+    if _searching(bracket, n_valid, k, eps):
+        columns = chunk * (REPEATS * WIDTH) + _columns(REPEATS, WIDTH)
+        scores, _ = _load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
+        totals = _measure_all(scores, bracket, aim, rate, WIDTH, PROBES)
+        partials_ptr += (n_rows * chunks + chunk) * (2 * PROBES)
+        tl.store(partials_ptr + tl.arange(0, 2 * PROBES), totals)
+
+
+@triton.jit
+def _finish_kernel(
+    scores_ptr,  # rows n
+    mask_ptr,  # rows n
+    k_ptr,  # rows
+    partials_ptr,  # rows chunks 2 PROBES, fp64
+    state_ptr,  # rows STATE, fp64
+    y_ptr,  # rows n
+    solution_ptr,  # rows 3, fp64
+    scores_stride,
+    mask_stride,
+    n,
+    chunks,
+    k: "fp64",
+    eps: "fp64",
+    rate: "fp64",
+    REPEATS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PROBES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_K: tl.constexpr,
+):
+    """Last pass over rows of several chunks; a search that is still open goes on over the whole row."""
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    scores_ptr += row * scores_stride
+    mask_ptr += row * mask_stride
+    k = _load_k(k_ptr, row, k, HAS_K)
+
+    bracket, aim, n_valid, passes = _next_state(
+        state_ptr + row * STATE, partials_ptr + row * chunks * (2 * PROBES), chunks, k, eps, PROBES, SLOTS
+    )
+    while _searching(bracket, n_valid, k, eps):
+        totals = tl.zeros([2 * PROBES], tl.float64)
+        for tile in range(chunks):
+            columns = tile * (REPEATS * WIDTH) + _columns(REPEATS, WIDTH)
+            scores, _ = _load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK)
+            totals += _measure_all(scores, bracket, aim, rate, WIDTH, PROBES)
+        bracket, aim = _refine(bracket, aim, totals, k, eps, PROBES)
+        passes += 1
+
+    anchor, scale = _conclude(bracket, n_valid, k, eps)
+    _store_solution(solution_ptr, row, anchor, scale, passes + 1, chunk == 0)
+    columns = chunk * (REPEATS * WIDTH) + _columns(REPEATS, WIDTH)
+    scores, valid = _load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK)
+    y, _ = _select(scores, anchor, scale, rate)
+    y = tl.where(valid, y, 0.0)
+    tl.store(y_ptr + row * n + columns, y.to(y_ptr.dtype.element_ty), mask=columns < n)
+
+
+@triton.jit
+def _load_for_gradient(grad_ptr, scores_ptr, mask_ptr, solution_ptr, columns, n, rate, HAS_MASK: tl.constexpr):
+    """Upstream gradient and y, both 0 at entries that pass no gradient on."""
+    scores, valid = _load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK)
+    y, at_one = _select(scores, tl.load(solution_ptr), tl.load(solution_ptr + 1), rate)
+    takes_part = valid & (at_one == 0)
+    grad = tl.load(grad_ptr + columns, mask=takes_part, other=0.0).to(tl.float32)
+    return grad, tl.where(takes_part, y, 0.0)
+
+
+@triton.jit
+def _gradient_sums_kernel(
+    grad_ptr,  # rows n
+    scores_ptr,  # rows n
+    mask_ptr,  # rows n
+    solution_ptr,  # rows 3, fp64
+    sums_ptr,  # rows chunks 2, fp64
+    grad_stride,
+    scores_stride,
+    mask_stride,
+    n,
+    chunks,
+    rate: "fp64",
+    REPEATS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """Each chunk's part of sum g y and sum y."""
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    columns = (tl.program_id(0) % chunks) * (REPEATS * WIDTH) + _columns(REPEATS, WIDTH)
+    grad, y = _load_for_gradient(
+        grad_ptr + row * grad_stride, scores_ptr + row * scores_stride, mask_ptr + row * mask_stride,
+        solution_ptr + row * 3, columns, n, rate, HAS_MASK,
+    )  # fmt: skip
+    weighted, total = _sum_pair(grad * y, y, WIDTH)
+    tl.store(sums_ptr + tl.program_id(0) * 2, weighted)
+    tl.store(sums_ptr + tl.program_id(0) * 2 + 1, total)
+
+
+@triton.jit
+def _gradient_kernel(
+    grad_ptr,  # rows n
+    scores_ptr,  # rows n
+    mask_ptr,  # rows n
+    solution_ptr,  # rows 3, fp64
+    sums_ptr,  # rows chunks 2, fp64
+    ds_ptr,  # rows n
+    dk_ptr,  # rows, fp64
+    grad_stride,
+    scores_stride,
+    mask_stride,
+    n,
+    chunks,
+    rate: "fp64",
+    inverse_eps: "fp64",
+    REPEATS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """Gradient of one chunk of a row, which is the whole row where SLOTS is 1."""
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    columns = chunk * (REPEATS * WIDTH) + _columns(REPEATS, WIDTH)
+    grad, y = _load_for_gradient(
+        grad_ptr + row * grad_stride, scores_ptr + row * scores_stride, mask_ptr + row * mask_stride,
+        solution_ptr + row * 3, columns, n, rate, HAS_MASK,
+    )  # fmt: skip
+    if SLOTS == 1:
+        weighted, total = _sum_pair(grad * y, y, WIDTH)
+    else:
+        weighted_in_slot = tl.zeros([SLOTS], tl.float64)
+        total_in_slot = tl.zeros([SLOTS], tl.float64)
+        for start in range(0, chunks, SLOTS):
+            slot = start + tl.arange(0, SLOTS)
+            slot_ptrs = sums_ptr + (row * chunks + slot) * 2
+            weighted_in_slot += tl.load(slot_ptrs, mask=slot < chunks, other=0.0)
+            total_in_slot += tl.load(slot_ptrs + 1, mask=slot < chunks, other=0.0)
+        weighted = tl.sum(weighted_in_slot, axis=0)
+        total = tl.sum(total_in_slot, axis=0)
+
+    # Without an entry below 1 nothing depends on the scores or on k.
+    mean = tl.where(total == 0, 0.0, weighted / total)
+    ds = (grad - mean.to(tl.float32)) * y * _wide(inverse_eps).to(tl.float32)
+    tl.store(ds_ptr + row * n + columns, ds.to(ds_ptr.dtype.element_ty), mask=columns < n)
+    tl.store(dk_ptr + row, mean, mask=chunk == 0)
+
+
+def _tile(entries: int) -> dict[str, int]:
+    """Launch settings for a tile of at least `entries`: 16 entries a thread, 32 in the largest."""
+    block = max(triton.next_power_of_2(entries), 128)
+    num_warps = min(max(block // 512, 1), 16)
+    return {"REPEATS": block // (128 * num_warps), "WIDTH": 128 * num_warps, "num_warps": num_warps}
+
+
+def _launch_forward(
+    scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, k: float, eps: float, y: Tensor, solution: Tensor
+) -> None:
+    n_rows, n = scores.shape
+    inputs = (scores, scores if mask is None else mask, scores if k_rows is None else k_rows)
+    strides = (scores.stride(0), 0 if mask is None else mask.stride(0))
+    numbers = (k, eps, math.log2(math.e) / eps)
+    variant = {"HAS_MASK": mask is not None, "HAS_K": k_rows is not None}
+    if n <= RESIDENT:
+        _resident_kernel[(n_rows,)](
+            *inputs, y, solution, *strides, n, *numbers, PROBES=RESIDENT_PROBES, **variant, **_tile(n)
+        )
+        return
+
+    chunks = triton.cdiv(n, CHUNK)
+    grid = (n_rows * chunks,)
+    partials = scores.new_empty((SEARCHES + 1, n_rows, chunks, 2 * CHUNK_PROBES), dtype=torch.float64)
+    states = scores.new_empty((SEARCHES + 1, n_rows, STATE.value), dtype=torch.float64)
+    tile = _tile(CHUNK)
+    settings = {"PROBES": CHUNK_PROBES, "SLOTS": min(triton.next_power_of_2(chunks), 128), **variant, **tile}
+
+    _survey_kernel[grid](
+        *inputs[:2], partials, *strides, n, chunks, PROBES=CHUNK_PROBES, HAS_MASK=mask is not None, **tile
+    )
+    for search in range(1, SEARCHES + 1):
+        _search_kernel[grid](
+            *inputs, partials, states, *strides, n_rows, n, chunks, *numbers, search, FIRST=search == 1, **settings
+        )
+    _finish_kernel[grid](*inputs, partials[-1], states[-1], y, solution, *strides, n, chunks, *numbers, **settings)
+
+
+def _launch_backward(
+    grad: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float, ds: Tensor, dk: Tensor
+) -> None:
+    n_rows, n = scores.shape
+    chunks = 1 if n <= RESIDENT else triton.cdiv(n, CHUNK)
+    grid = (n_rows * chunks,)
+    inputs = (grad, scores, scores if mask is None else mask, solution)
+    strides = (grad.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
+    rate = math.log2(math.e) / eps
+    settings = {"HAS_MASK": mask is not None, **_tile(min(n, CHUNK) if chunks > 1 else n)}
+
+    sums = dk
+    if chunks > 1:
+        sums = scores.new_empty((n_rows, chunks, 2), dtype=torch.float64)
+        _gradient_sums_kernel[grid](*inputs, sums, *strides, n, chunks, rate, **settings)
+    slots = min(triton.next_power_of_2(chunks), 128)
+    _gradient_kernel[grid](*inputs, sums, ds, dk, *strides, n, chunks, rate, 1.0 / eps, SLOTS=slots, **settings)
+
+
+def _forward_in_pytorch(
+    scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, k: float, eps: float, y: Tensor, solution: Tensor
+) -> None:
+    """The same equation solved through the largest scores in order, of which the last at 1 is one."""
+    n_rows, n = scores.shape
+    s = _working_copy(scores, mask)
+    wide_k = scores.new_full((n_rows, 1), k, dtype=torch.float64) if k_rows is None else k_rows.double()[:, None]
+    wide_k = torch.where(wide_k > 0, wide_k, torch.nan)
+    n_valid = mask.sum(dim=-1, keepdim=True) if mask is not None else n
+
+    depth = n if k_rows is not None else min(math.ceil(k), n)
+    ordered = s.topk(depth, dim=-1).values
+    exponents = (ordered.double() - ordered[:, :1]) / eps
+    # What is not among the largest; they themselves contribute exactly 1 each.
+    rest = (s - ordered[:, -1:]).div_(eps).clamp_(max=0.0).exp_().sum(dim=-1, keepdim=True, dtype=torch.float64) - depth
+    rest = rest.clamp_(min=0.0).log_() + exponents[:, -1:]
+    # log of the sum of exponentials over an entry and all below it
+    tails = torch.cat([rest, exponents.flip(-1)], dim=-1).logcumsumexp(dim=-1)[:, 1:].flip(-1)
+    larger = torch.arange(depth, device=scores.device)
+    n_at_one = (torch.log((wide_k - larger).clamp(min=0.0)) + exponents > tails).cumprod(dim=-1).sum(-1, keepdim=True)
+
+    # Where all entries are at 1 there is no next one.
+    following = n_at_one.clamp(max=depth - 1)
+    anchor = torch.where(wide_k < n_valid, ordered.double().gather(-1, following), torch.nan)
+    anchor = torch.where((wide_k >= n_valid) & ~ordered[:, :1].isnan(), -torch.inf, anchor)
+    scale = (wide_k - n_at_one) * torch.exp((exponents - tails).gather(-1, following))
+    solution[:, 0], solution[:, 1], solution[:, 2] = anchor[:, 0], scale[:, 0], 1
+    selected, at_one = _select_in_pytorch(s, solution, eps)
+    selected.masked_fill_(at_one, 1.0)
+    y.copy_(selected if mask is None else selected.masked_fill_(~mask, 0.0))
+
+
+def _backward_in_pytorch(
+    grad: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float, ds: Tensor, dk: Tensor
+) -> None:
+    y, idle = _select_in_pytorch(_working_copy(scores, mask), solution, eps)
+    idle = idle if mask is None else idle | ~mask
+    y.masked_fill_(idle, 0.0)
+    grad = grad.to(y.dtype).masked_fill(idle, 0.0)
+    weighted = (grad * y).sum(dim=-1, dtype=torch.float64)
+    total = y.sum(dim=-1, dtype=torch.float64)
+    torch.div(weighted, total, out=dk).masked_fill_(total == 0, 0.0)
+    ds.copy_(grad.sub_(dk[:, None].to(y.dtype)).mul_(y).div_(eps))
+
+
+def _working_copy(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores in fp32 or fp64, with hidden ones below all others."""
+    s = (scores if scores.dtype == torch.float64 else scores.float()).clamp(min=-LARGEST.value)
+    return s if mask is None else s.masked_fill_(~mask, -LARGEST.value)
+
+
+def _select_in_pytorch(s: Tensor, solution: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y of the entries that are not at 1, and which are."""
+    anchor, scale = solution[:, :1].to(s.dtype), solution[:, 1:2].to(s.dtype)
+    return (s - anchor).div_(eps).exp_().mul_(scale).clamp_(max=1.0), s > anchor
+
+
+_library = torch.library.Library("colt5", "FRAGMENT")
+_library.define("soft_topk(Tensor scores, Tensor? mask, Tensor? k_rows, float k, float eps) -> (Tensor, Tensor)")
+_library.define(
+    "soft_topk_backward(Tensor grad, Tensor scores, Tensor? mask, Tensor solution, float eps) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("colt5::soft_topk", lib=_library)
+def _allocate(
+    scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, k: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The output, and the solution of each row: anchor, scale, and how often the row was read, the output included."""
+    return (
+        torch.empty(scores.shape, dtype=scores.dtype, device=scores.device),
+        torch.empty((scores.shape[0], 3), dtype=torch.float64, device=scores.device),
+    )
+
+
+def _forward(scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, k: float, eps: float) -> tuple[Tensor, Tensor]:
+    y, solution = _allocate(scores, mask, k_rows, k, eps)
+    if scores.numel() > 0:
+        solve = _launch_forward if _runs_kernel(scores) else _forward_in_pytorch
+        solve(scores, mask, k_rows, k, eps, y, solution)
+    return y, solution
+
+
+@torch.library.register_fake("colt5::soft_topk_backward", lib=_library)
+def _allocate_gradients(
+    grad: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(scores.shape, dtype=scores.dtype, device=scores.device),
+        torch.empty(scores.shape[0], dtype=torch.float64, device=scores.device),
+    )
+
+
+def _backward(grad: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    ds, dk = _allocate_gradients(grad, scores, mask, solution, eps)
+    if scores.numel() > 0:
+        differentiate = _launch_backward if _runs_kernel(scores) else _backward_in_pytorch
+        differentiate(as_rows(grad), scores, mask, solution, eps, ds, dk)
+    return ds, dk
+
+
+def _runs_kernel(scores: Tensor) -> bool:
+    """fp64 stays fp64, which the kernels are not."""
+    return scores.dtype != torch.float64 and runs_triton(scores)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("soft_topk", _forward, _device)
+    _library.impl("soft_topk_backward", _backward, _device)
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    scores, mask, k_rows, _, eps = inputs
+    _, solution = output
+    ctx.save_for_backward(scores, mask, solution)
+    ctx.k_dtype = None if k_rows is None else k_rows.dtype
+    ctx.eps = eps
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
+    ds, dk = torch.ops.colt5.soft_topk_backward(grad, *ctx.saved_tensors, ctx.eps)
+    return ds, None, None if ctx.k_dtype is None else dk.to(ctx.k_dtype), None, None
+
+
+def _refuse(ctx, *_: Tensor) -> None:
+    raise NotImplementedError("kernels.soft_topk has no second derivative: use reference.soft_topk")
+
+
+torch.library.register_autograd("colt5::soft_topk", _differentiate, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("colt5::soft_topk_backward", _refuse, lib=_library)
+
+
+def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | None = None) -> Tensor:
+    """`reference.soft_topk` in a few passes over each row, with the gradient of the implicit function.
+
+    Where y < 1, ds_i = (y_i / eps) (g_i - sum g y / sum y), and dk = sum g y / sum y, both sums over y < 1 (DESIGN
+    3.5). The backward pass needs the scores and three numbers a row. Results are bitwise equal from run to run. A CPU
+    tensor, and any of fp64, is solved by PyTorch, through its largest scores in order.
+
+    Args:
+        scores: `... n`, any float dtype. Any strides.
+        k: how many entries a row sums to. A number, or a tensor that broadcasts to `...`, one k a row; it has a
+            gradient.
+        eps: temperature, in units of the scores.
+        mask: bool, broadcasts to `... n`; entries that are False take part in nothing and come out as 0.
+
+    Returns:
+        `... n`, in the dtype of the scores. A row with no more than k valid entries is 1 at each of them, with gradient
+        0. A row with a NaN among its valid scores is NaN at its valid entries, and so is a row whose k (from a tensor)
+        is not positive.
+
+    Raises:
+        ValueError: an argument is out of its range, or shapes do not match.
+        NotImplementedError: a second derivative is asked for.
+    """
+    check_scores(scores, mask)
+    check_k(k, scores)
+    require(eps > 0, "eps", eps, "> 0")
+    y, _ = torch.ops.colt5.soft_topk(
+        as_rows(scores), mask_as_rows(mask, scores.shape), *k_as_rows(k, scores.shape), float(eps)
+    )
+    return y.view(scores.shape)
