@@ -11,6 +11,7 @@ from torch import Tensor
 from colt5_bench import accuracy, environment, memory, roofline, static_facts, timing
 from colt5_bench.case import FORWARD, Case, Problem, Truth
 from colt5_bench.results import Divergence, Record, Status
+from colt5_bench.roofline import Ceilings
 from colt5_bench.suite import Implementation, Suite
 
 LONGEST_REASON = 300
@@ -27,7 +28,7 @@ class Conditions:
     environment: str
     """Key of the run's environment line."""
 
-    ceilings: roofline.Ceilings
+    ceilings: Ceilings
 
     max_seconds: float = 2.0
     """The longest that sampling one time column of a case may take."""
@@ -75,7 +76,7 @@ def measure(
     oracle = None
     if running:
         with _failing(running.values(), "fp64 truth: ", out_of_memory="error"):
-            _describe_cost(suite, case, direction, running.values(), conditions)
+            _describe_cost(suite, case, direction, running.values(), conditions.ceilings)
             oracle = _consult_oracle(suite, case, direction, conditions.device)
     if oracle is not None:
         _measure_each(suite, case, direction, running, oracle, conditions)
@@ -102,12 +103,13 @@ def _not_applicable(implementation: Implementation, case: Case, direction: str, 
     return implementation.unavailable(case, device)
 
 
-def _describe_cost(suite: Suite, case: Case, direction: str, records: Iterable[Record], conditions: Conditions) -> None:
+def _describe_cost(suite: Suite, case: Case, direction: str, records: Iterable[Record], ceilings: Ceilings) -> None:
     cost = suite.cost(case, direction)
     for record in records:
-        record.minimum_bytes, record.minimum_exponentials = cost.bytes, cost.exponentials
-        record.minimum_flops = cost.flops
-        record.limit_seconds = roofline.limit_seconds(cost, conditions.ceilings)
+        if not suite.implementations[record.implementation].partial:
+            record.minimum_bytes, record.minimum_exponentials = cost.bytes, cost.exponentials
+            record.minimum_flops = cost.flops
+            record.limit_seconds = roofline.limit_seconds(cost, ceilings)
 
 
 def _consult_oracle(suite: Suite, case: Case, direction: str, device: torch.device) -> _Oracle:

@@ -35,6 +35,9 @@ class Implementation(Generic[C]):
     directions: Sequence[str] = DIRECTIONS
     """The directions that this implementation has; it is skipped in the others."""
 
+    partial: bool = False
+    """Whether it does less than the operation, as a lower bound: the operation's cost and limit are not its own then."""
+
     bound: Callable[[C, str, Tensor, float], float] = _within_budget
     """What the largest error of a tensor may be: from the case, the name of the tensor (`output` or an input, for its
     gradient), its fp64 truth and the budget that plain PyTorch sets on the same inputs."""

@@ -111,6 +111,14 @@ def test_what_cannot_run_here_is_skipped_with_its_reason(conditions, timed):
     assert run(suite, conditions, FORWARD)["forward"].status == "ok"
 
 
+def test_a_lower_bound_has_no_limit(conditions, timed):
+    less = toy.Implementation("less", lambda case: toy.good, partial=True)
+    records = run(toy.suite(implementations={**toy.suite(toy.good).implementations, "less": less}), conditions)
+    assert records["less"].status == "ok"
+    assert records["less"].limit_seconds is records["less"].minimum_bytes is None
+    assert records["good"].limit_seconds > 0
+
+
 def test_the_oracle_is_not_asked_when_everything_is_skipped(conditions, timed):
     def truth(case, problem, direction):
         raise AssertionError
