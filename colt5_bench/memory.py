@@ -16,7 +16,7 @@ def measure_memory(call: Callable[[], object], *, device: torch.device) -> int:
 
     Run the call once before if it compiles or fills caches. On a GPU these are the bytes of PyTorch's allocator, which
     rounds each allocation up to 512; on a CPU they are what the tensors asked for, to the byte, from every thread that
-    works for the call.
+    works for the call, and memory from before that the call frees makes no room there.
     """
     return _peak_on_gpu(call, device) if device.type == "cuda" else _peak_on_cpu(call)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from math import inf
 from time import perf_counter
 
 import torch
@@ -12,7 +13,8 @@ import triton.language as tl
 from colt5_bench.case import Cost
 from colt5_bench.environment import device_name
 
-REPEATS = 10
+TRYING_SECONDS = 0.2
+"""For each ceiling: a busy machine lets few calls through undisturbed."""
 
 GPU_COPY_BYTES = 2**30
 """Copied at a time: more than any L2 holds."""
@@ -55,7 +57,7 @@ def limit_seconds(cost: Cost, ceilings: Ceilings) -> float:
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """The ceilings of a device, the best of a few tries each, measured in under a second and once a process."""
+    """The ceilings of a device, the best of many tries each, measured in under a second and once a process."""
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     return _measure_ceilings(device)
@@ -108,10 +110,14 @@ def _exponentials_kernel(out_ptr, repeats, BLOCK: tl.constexpr) -> None:  # type
 
 
 def _shortest(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the shortest of a few calls, after one that is not timed."""
+    """Seconds of the shortest of as many calls as there is time for, after one that is not timed."""
     call()
     clock = _gpu_seconds if device.type == "cuda" else _cpu_seconds
-    return min(clock(call) for _ in range(REPEATS))
+    began = perf_counter()
+    shortest = inf
+    while perf_counter() - began < TRYING_SECONDS:
+        shortest = min(shortest, clock(call))
+    return shortest
 
 
 def _gpu_seconds(call: Callable[[], object]) -> float:

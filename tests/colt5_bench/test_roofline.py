@@ -1,0 +1,62 @@
+from time import perf_counter
+
+import pytest
+import torch
+
+from colt5_bench import roofline
+from colt5_bench.case import Cost
+from colt5_bench.environment import device_name
+from colt5_bench.roofline import Ceilings, limit_seconds, measure_ceilings
+from colt5_bench.static_facts import compiled_kernels
+
+CEILINGS = Ceilings(copy_bandwidth=1e12, exponentials=1e9, device="toy", measured=True)
+
+
+class TestLimit:
+    def test_is_that_of_the_traffic_where_that_takes_longer(self):
+        assert limit_seconds(Cost(bytes=10**12, exponentials=10**8), CEILINGS) == 1.0
+
+    def test_is_that_of_the_exponentials_where_they_take_longer(self):
+        assert limit_seconds(Cost(bytes=10**12, exponentials=3 * 10**9), CEILINGS) == 3.0
+
+    def test_nothing_takes_no_time(self):
+        assert limit_seconds(Cost(bytes=0), CEILINGS) == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+class TestMeasured:
+    def test_are_of_a_plausible_size_and_measured_in_under_a_second(self, device):
+        roofline._measure_ceilings.cache_clear()
+        started = perf_counter()
+        ceilings = measure_ceilings(torch.device(device))
+        assert perf_counter() - started < (2 if device == "cpu" else 10)  # with a kernel to compile
+        assert ceilings.device == device_name(torch.device(device))
+        assert ceilings.measured
+        bandwidth, exponentials = ((1e9, 1e12), (1e7, 1e11)) if device == "cpu" else ((1e11, 2e13), (1e11, 1e14))
+        assert bandwidth[0] < ceilings.copy_bandwidth < bandwidth[1]
+        assert exponentials[0] < ceilings.exponentials < exponentials[1]
+
+    def test_are_measured_once(self, device):
+        assert measure_ceilings(torch.device(device)) is measure_ceilings(torch.device(device))
+
+
+def test_the_shortest_of_several_calls_counts(monkeypatch):
+    clock, times = [0.0], iter([0.09, 0.05, 0.08, 0.01])
+
+    def take(call):
+        clock[0] += (seconds := next(times))
+        return seconds
+
+    monkeypatch.setattr(roofline, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(roofline, "_cpu_seconds", take)
+    assert roofline._shortest(lambda: None, torch.device("cpu")) == 0.05
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("target", [80, 90])
+def test_the_kernel_keeps_its_elements_in_registers(target):
+    def launch():
+        roofline._exponentials_kernel[(1,)](torch.empty(2048), roofline.GPU_EXPONENTIALS, 2048, num_warps=8)
+
+    (facts,) = compiled_kernels(launch, target=target)
+    assert facts["spilled_bytes"] == 0
