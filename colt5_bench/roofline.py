@@ -21,8 +21,8 @@ GPU_COPY_BYTES = 2**30
 
 CPU_COPY_BYTES = 2**27
 
-CPU_ELEMENTS = 2**14
-"""Exponentiated at a time: they stay in a core's L1 or L2, and PyTorch gives so few to one thread."""
+CPU_ELEMENTS = 2**15
+"""Exponentiated at a time: they stay in a core's L2."""
 
 GPU_EXPONENTIALS = 2048
 """In a row, for each element that `_exponentials_kernel` holds in registers."""
@@ -85,7 +85,12 @@ def _cpu_exponentials() -> float:
     """Of one thread, times the threads: on a busy machine they hardly ever all run at the same time."""
     x = torch.linspace(-1, 0, CPU_ELEMENTS)
     y = torch.empty_like(x)
-    return torch.get_num_threads() * x.numel() / _shortest(lambda: torch.exp(x, out=y), x.device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return threads * x.numel() / _shortest(lambda: torch.exp(x, out=y), x.device)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _gpu_exponentials(device: torch.device) -> float:
