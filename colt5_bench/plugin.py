@@ -21,7 +21,7 @@ from colt5_bench.results import Record, Writer
 from colt5_bench.selection import SelectionError, case_filter, choose_device
 from colt5_bench.suite import PRESETS, Suite
 
-MAX_SECONDS = {"smoke": 0.1, "default": 2.0, "full": 2.0}
+MAX_SECONDS = {"smoke": 0.1, "default": 1.0, "full": 2.0}
 """How long sampling a time column of a case may take, by preset. A smoke run shows that everything runs."""
 
 
