@@ -36,7 +36,7 @@ class Implementation(Generic[C]):
     """The directions that this implementation has; it is skipped in the others."""
 
     partial: bool = False
-    """Whether it does less than the operation, as a lower bound: the cost and limit of the operation are not its own."""
+    """Whether it does less than the operation, as a lower bound: the cost of the operation is not its own then."""
 
     bound: Callable[[C, str, Tensor, float], float] = _within_budget
     """What the largest error of a tensor may be: from the case, the name of the tensor (`output` or an input, for its
