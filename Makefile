@@ -14,7 +14,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench test test-plain test-interpreted lint format clean
+.NOTPARALLEL:
+.PHONY: help install bench test test-plain test-interpreted lint lint-style lint-types lint-imports format clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,10 +40,16 @@ test-plain: $(INSTALLED) ## tests as they are: CPU paths, compile checks, and th
 test-interpreted: $(INSTALLED) ## tests of the kernels with Triton's interpreter in place of a GPU
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -m "not compiled and not gpu" -n $(WORKERS) --benchmark-disable $(ARGS)
 
-lint: $(INSTALLED) ## ruff, mypy, import-linter
+lint: lint-style lint-types lint-imports ## all linters
+
+lint-style: $(INSTALLED) ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-types: $(INSTALLED) ## mypy
 	$(BIN)/mypy
+
+lint-imports: $(INSTALLED) ## directions of imports
 	$(BIN)/lint-imports
 
 format: $(INSTALLED) ## let ruff fix and format
