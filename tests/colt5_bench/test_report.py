@@ -1,0 +1,253 @@
+import re
+from io import StringIO
+from math import inf, nan
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+
+from colt5_bench.report import label, varying_fields, worst, worst_gradient
+from colt5_bench.report.plots import write_plots
+from colt5_bench.report.table import MOST_CASES, summary
+from colt5_bench.results import Divergence, Record, Timing
+
+FORWARD, BOTH = "forward", "forward+backward"
+
+
+def record(implementation="ours", direction=FORWARD, *, times=None, status="ok", reason="", **fields):
+    fields = {"rows": 8, "n": 512, "eps": 0.1, **fields}
+    made = Record(
+        suite="toy",
+        case=label(fields, fields),
+        fields=fields,
+        implementation=implementation,
+        direction=direction,
+        device="Toy GPU",
+        status=status,
+        reason=reason,
+    )
+    for column, seconds in (times or {}).items():
+        made.timings[column] = Timing(column, [seconds] * 10, "confident", 0.0)
+    return made
+
+
+def timed(implementation, milliseconds, column="wall", **fields):
+    made = record(implementation, times={column: milliseconds / 1e3}, **fields)
+    made.minimum_bytes, made.limit_seconds = 4_000_000, 5e-4
+    made.peak_bytes, made.saved_bytes = 12_345_678, 2_000_000
+    made.accuracy = {"output": Divergence(2e-7, 1e-7, 0), "scores": Divergence(3e-5, 1e-5, 0)}
+    return made
+
+
+def diverging(implementation, largest, **fields):
+    made = record(implementation, BOTH, **fields)
+    made.accuracy = {
+        "output": Divergence(5e-7, 1e-7, 0),
+        "scores": Divergence(largest, 2e-4, 0.125, kinks=7, largest_at_kink=0.75),
+    }
+    return made
+
+
+def printed(records, reference="reference", width=80):
+    console = Console(file=StringIO(), width=width)
+    summary(records, reference, console)
+    return console.file.getvalue()
+
+
+def line_of(implementation, text):
+    body = text.split("───", 1)[1]
+    (line,) = (line for line in body.splitlines() if re.search(rf" {implementation} ", line))
+    return line.split(implementation, 1)[1].split()
+
+
+class TestTable:
+    def test_figures_of_a_timed_record(self):
+        text = printed([timed("reference", 8), timed("ours", 2)])
+        #                                ms, over, GB/s, of limit, peak, saved, error
+        assert line_of("ours", text) == ["2", "4x", "2", "25%", "12.3", "2", "3.0e-05"]
+        assert line_of("reference", text) == ["8", "1x", "0.5", "6.25%", "12.3", "2", "3.0e-05"]
+        assert "wall" in text
+        assert "GPU" not in text.split("toy on Toy GPU")[1]
+
+    def test_gpu_time_comes_first_and_the_other_columns_have_their_names(self):
+        ours = timed("ours", 2, "cold")
+        ours.timings["graph"] = Timing("graph", [1e-3], "max_samples", inf)
+        ours.timings["wall"] = Timing("wall", [5e-5], "max_samples", inf)
+        text = printed([ours])
+        assert line_of("ours", text)[:6] == ["2", "-", "2", "25%", "1", "0.05"]
+        assert all(header in text for header in ("cold L2", "graph", "host"))
+        assert "wall" not in text
+
+    def test_a_call_that_was_not_captured_has_no_graph_time(self):
+        ours = timed("ours", 2, "cold")
+        ours.timings["graph"] = Timing("graph", [], "not capturable: it synchronizes", inf)
+        assert line_of("ours", printed([ours]))[4] == "-"
+
+    def test_speed_up_is_over_the_same_case_and_direction(self):
+        records = [timed("reference", 8), timed("ours", 2, n=1024), timed("reference", 6, n=1024)]
+        records[1].implementation = "ours"
+        assert line_of("ours", printed(records))[1] == "3x"
+        assert line_of("ours", printed([timed("reference", 8, direction=BOTH), timed("ours", 2)]))[1] == "-"
+
+    def test_what_is_not_ok_shows_its_status_and_every_reason_once(self):
+        records = [timed("ours", 1)]
+        records += [record("other", n=n, status="skipped", reason="takes rows to 256") for n in (512, 1024)]
+        records += [record("third", status="out_of_memory", reason="tried to allocate 1 TB")]
+        text = printed(records)
+        assert "1 ok, 2 skipped, 1 out of memory" in text
+        assert text.count("takes rows to 256") == 1
+        assert "other (2 times): skipped: takes rows to 256" in text
+        assert "third: out of memory: tried to allocate 1 TB" in text
+        assert line_of("third", text)[:3] == ["out", "of", "memory"]
+
+    def test_a_reason_is_no_markup(self):
+        text = printed([timed("ours", 1), record("other", status="error", reason="KeyError: [red]['a']")])
+        assert "KeyError: [red]['a']" in text
+
+    def test_fields_that_differ_are_with_the_case_and_the_others_below(self):
+        text = printed([timed("ours", 1, n=512), timed("other", 1, n=1024)])
+        assert "n=1024" in text
+        assert text.count("eps=0.1") == 1
+        assert text.count("rows=8") == 1
+
+    @pytest.mark.parametrize("width", [20, 80, 300])
+    def test_nothing_is_cut_off_however_narrow_the_console(self, width):
+        fields = {f"field_{letter}": letter for letter in "abcdefgh"}
+        text = printed([timed("a_rather_long_name_of_it", 1, **fields), timed("b", 1)], width=width)
+        flat = "".join(text.split())
+        assert "a_rather_long_name_of_it" in flat
+        assert "3.0e-05" in flat
+        assert "…" not in text
+
+    def test_divergence_has_columns_of_its_own(self):
+        text = printed([diverging("ours", 3e-5)])
+        assert line_of("ours", text) == ["ok", "3.0e-05", "2.0e-04", "12.5%", "7", "7.5e-01", "5.0e-07"]
+
+    def test_of_many_cases_of_divergence_the_worst_are_shown(self):
+        records = [diverging("ours", 1e-6 * n, n=n) for n in range(1, 2 * MOST_CASES)]
+        text = printed([*records, diverging("ours", nan, n=1000)])
+        assert "n=1000" in text
+        assert f"n={2 * MOST_CASES - 1}" in text
+        assert "n=1 " not in text
+        assert f"the {MOST_CASES} of {2 * MOST_CASES} cases" in text
+        assert f"{2 * MOST_CASES} ok" in text
+
+    def test_no_records_are_said_to_be_none(self):
+        assert "nothing was measured" in printed([])
+
+
+class TestShared:
+    def test_fields_vary_by_their_value(self):
+        records = [record(n=512, eps=0.1, mask=None), record(n=1024, eps=0.1, mask=True)]
+        assert varying_fields(records) == ["n", "mask"]
+        assert label(records[0].fields, ["n", "mask", "absent"]) == "n=512"
+
+    def test_nan_is_the_worst(self):
+        made = diverging("ours", nan)
+        made.accuracy["k"] = Divergence(inf, 1, 1)
+        made.accuracy["v"] = Divergence(1.0, 1, 1)
+        assert worst(made) is worst_gradient(made) is made.accuracy["scores"]
+        made.accuracy = {"output": Divergence(1.0, 1, 1)}
+        assert worst_gradient(made) is None
+        assert worst(made) is made.accuracy["output"]
+
+
+def names(paths):
+    return [path.name for path in paths]
+
+
+def texts(path):
+    """What is written in an SVG: matplotlib leaves the text of each piece of it in a comment."""
+    return " ".join(re.findall(r"<!-- (.*?) -->", path.read_text(encoding="utf-8"), re.DOTALL))
+
+
+class TestPlots:
+    @pytest.fixture
+    def records(self):
+        return [
+            timed(implementation, n / 100, direction=direction, n=n, eps=eps)
+            for n in (512, 4096, 2**20)
+            for implementation in ("reference", "ours")
+            for direction in (FORWARD, BOTH)
+            for eps in (0.1, 0.03)
+        ]
+
+    def test_files_are_images_and_the_same_each_time(self, tmp_path):
+        records = [timed("ours", 1, n=512), timed("reference", 2, n=512)]
+        first, second = (write_plots(records, tmp_path / name) for name in "ab")
+        stems = ("time", "memory", "divergence")
+        assert names(first) == [f"{stem}.{ending}" for stem in stems for ending in ("png", "svg")]
+        for one, other in zip(first, second, strict=True):
+            assert one.read_bytes() == other.read_bytes()
+            if one.suffix == ".svg":
+                assert ElementTree.parse(one).getroot().tag.endswith("svg")
+            else:
+                assert one.read_bytes().startswith(b"\x89PNG")
+
+    def test_a_figure_says_what_it_shows(self, records, tmp_path):
+        _, time, _, memory, *_ = write_plots(records, tmp_path)
+        written = texts(time)
+        assert "toy on Toy GPU" in written
+        assert "wall time [ms]" in written
+        assert all(tick in written for tick in ("512", "4k", "1M"))
+        assert written.count("eps=0.1") == written.count("eps=0.03") == 2
+        assert re.search(r"\breference\b", written)
+        assert re.search(r"\bours\b", written)
+        assert "[MB]" in texts(memory)
+        assert "saved for backward" in texts(memory)
+
+    def test_gpu_time_is_what_is_drawn_where_there_is_any(self, tmp_path):
+        records = [record(times={"cold": 1e-3, "wall": 1e-4}, n=n) for n in (512, 1024)]
+        assert "GPU time, cold L2 [ms]" in texts(write_plots(records, tmp_path)[1])
+
+    def test_what_is_not_ok_is_named_below(self, tmp_path):
+        records = [record(times={"wall": 1e-3})]
+        records += [record("other", n=n, status="out_of_memory") for n in (512, 4096)]
+        written = texts(write_plots(records, tmp_path)[1])
+        assert "other (out of memory, 2)" in written
+        assert written.count("other") == 1
+
+    def test_wrong_gradients_are_drawn_hollow(self, tmp_path):
+        records = [diverging(name, 1e-3, n=n) for name in ("ours", "other") for n in (512, 1024)]
+        assert "found wrong" not in texts(write_plots(records, tmp_path)[1])
+        records[-1].status = "wrong"
+        written = texts(write_plots(records, tmp_path)[1])
+        assert "found wrong" in written
+        assert "other (wrong, 1)" in written
+
+    def test_divergence_is_laid_out_by_spread_and_schedule_over_iterations(self, tmp_path):
+        records = [
+            diverging("ours", 1e-6 * std * n_iters, std=std, n_iters=n_iters, eps=eps, eps_decay=decay, n=n)
+            for std in (1.0, 5.0)
+            for eps, decay in ((0.1, 1.0), (0.03, 1.0), (0.03, 0.7))
+            for n_iters in (5, 20, 200)
+            for n in (2048, 32768)
+        ]
+        paths = write_plots(records, tmp_path, x="n_iters")
+        assert names(paths) == ["divergence.png", "divergence.svg"]
+        written = texts(paths[1])
+        assert written.count("std=1 ") == written.count("std=5 ") == 3
+        assert written.count("eps=0.03 eps_decay=0.7") == 2
+        assert "the largest of all n." in written
+
+    def test_each_dtype_has_a_divergence_of_its_own(self, tmp_path):
+        records = [diverging("ours", 1e-3, n=n, dtype=dtype) for n in (512, 1024) for dtype in ("float32", "bfloat16")]
+        assert names(write_plots(records, tmp_path))[::2] == ["divergence-float32.png", "divergence-bfloat16.png"]
+
+    @pytest.mark.parametrize("largest", [0.0, nan, inf])
+    def test_an_error_that_cannot_be_drawn_is_left_out(self, largest, tmp_path):
+        records = [diverging("ours", 1e-3, n=512), diverging("ours", largest, n=1024)]
+        assert len(write_plots(records, tmp_path)) == 2
+
+    def test_combinations_without_room_are_named(self, tmp_path):
+        records = [record(times={"wall": 1e-3}, n=n, heads=heads) for n in (512, 1024) for heads in range(1, 12)]
+        written = texts(write_plots(records, tmp_path)[1])
+        assert "with no room here" in written
+        assert all(f"heads={heads}" in written for heads in range(1, 12))
+
+    def test_one_record_is_enough(self, tmp_path):
+        assert len(write_plots([timed("ours", 1)], tmp_path)) == 6
+
+    def test_no_data_makes_no_figure(self, tmp_path):
+        assert write_plots([record(status="skipped", reason="no GPU")], tmp_path) == []
+        assert write_plots([], tmp_path) == []
