@@ -2,9 +2,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch._dynamo  # noqa: F401
 
 from colt5_bench.results import load
 
+# `pytester` forgets every module that a run inside this process imports, and PyTorch cannot bear to import its compiler
+# twice, which it does on first use: hence the import above.
 pytest_plugins = ("pytester",)
 
 TOY = Path(__file__).with_name("toy.py")
