@@ -287,55 +287,62 @@ def _capture_all(
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     refused: dict[str, str] = {}
     for name, call in calls.items():
-        pool = torch.cuda.graph_pool_handle()
         try:
-            graphs[name] = _capture(call, before[name], pool)
+            graphs[name] = _capture(call, before[name])
         except Exception as error:
             refused[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            _recover_from_capture(device, pool)
+            _recover(device)
     return graphs, refused
 
 
-def _capture(call: Call, before: Call, pool: Any) -> torch.cuda.CUDAGraph:
+def _capture(call: Call, before: Call) -> torch.cuda.CUDAGraph:
     side, current = torch.cuda.Stream(), torch.cuda.current_stream()
     side.wait_stream(current)
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     with torch.cuda.stream(side):
         for _ in range(WARM_UP_CALLS):
             before()
             call()
         before()
         torch.cuda.synchronize()
-        graph.capture_begin(pool=pool)
         try:
+            graph.capture_begin(pool=pool)
             call()
+            graph.capture_end()
         except Exception:
-            # Ending a capture that failed is an error too, which would hide the one that tells why.
-            with suppress(RuntimeError):
-                graph.capture_end()
+            _abandon(graph, pool)
             raise
-        graph.capture_end()
     current.wait_stream(side)
     return graph
 
 
-def _recover_from_capture(device: torch.device, pool: Any) -> None:
-    """Leave CUDA as it was before a capture that failed, which PyTorch does by halves.
+_abandoned: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture failed: PyTorch's allocators may go on to ask them whether they are being captured."""
 
-    It goes on to send allocations to the pool of the graph, unless ending the capture got as far as to stop that; and
-    it takes the default random number generator for one that is being captured, until a capture succeeds.
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """End a capture that failed, and with it that memory is allocated from the pool of the graph."""
+    with suppress(RuntimeError):
+        graph.capture_end()
+    with suppress(RuntimeError):
+        # Ending the capture was an error, before it came to this.
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+    graph.reset()
+    _abandoned.append(graph)
+
+
+def _recover(device: torch.device) -> None:
+    """Capture what can be captured: until then the default random number generator of PyTorch takes a capture that
+    failed for one that goes on, and refuses to work.
     """
     torch.cuda.synchronize(device)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    with suppress(RuntimeError):
-        torch._C._cuda_endAllocateToPool(index, pool)
-        torch._C._cuda_releasePool(index, pool)
     something = torch.zeros(1, device=device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         something.add_(1)
     graph.reset()
-    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
 
 
 def _nothing() -> None:

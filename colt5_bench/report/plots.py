@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, isfinite
+from math import ceil, inf
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -196,9 +196,7 @@ def _draw(
         colour, marker = styles[own[0].implementation]
         for quantity in quantities:
             points: list[tuple[Any, float, str]] = [
-                (record.fields[x], value, record.status)
-                for record in own
-                if (value := quantity.of(record)) is not None and isfinite(value)
+                (record.fields[x], value, record.status) for record in own if (value := quantity.of(record)) is not None
             ]
             highest = {at: max(value for where, value, _ in points if where == at) for at, _, _ in points}
             ax.plot(sorted(highest), [highest[at] for at in sorted(highest)], quantity.line, color=colour, lw=1.2)
@@ -282,9 +280,9 @@ def _by_dtype(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def _largest_error(record: Record) -> float | None:
-    """Zero cannot be drawn on a logarithmic axis, and is left out as what is not a number is."""
+    """None where there is nothing that a logarithmic axis could show: zero, infinity, NaN."""
     gradient = worst_gradient(record)
-    return gradient.largest or None if gradient else None
+    return gradient.largest if gradient and 0 < gradient.largest < inf else None
 
 
 def _times(value: float | None, unit: float) -> float | None:

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from colt5_bench.report import label, varying_fields, worst, worst_gradient
+from colt5_bench.report import label, plots, varying_fields, worst, worst_gradient
 from colt5_bench.report.plots import write_plots
 from colt5_bench.report.table import MOST_CASES, summary
 from colt5_bench.results import Divergence, Record, Timing
@@ -237,6 +237,7 @@ class TestPlots:
     @pytest.mark.parametrize("largest", [0.0, nan, inf])
     def test_an_error_that_cannot_be_drawn_is_left_out(self, largest, tmp_path):
         records = [diverging("ours", 1e-3, n=512), diverging("ours", largest, n=1024)]
+        assert plots._largest_error(records[1]) is None
         assert len(write_plots(records, tmp_path)) == 2
 
     def test_combinations_without_room_are_named(self, tmp_path):
@@ -244,6 +245,13 @@ class TestPlots:
         written = texts(write_plots(records, tmp_path)[1])
         assert "with no room here" in written
         assert all(f"heads={heads}" in written for heads in range(1, 12))
+
+    @pytest.mark.parametrize(("eps", "panels"), [((0.1, 0.2, 0.3), 1), ((0.1, 0.2, 0.1), 2)])
+    def test_a_field_that_goes_with_x_makes_no_panel(self, eps, panels, tmp_path):
+        records = [record(times={"wall": 1e-3}, n=n, eps=each) for n, each in zip((1, 2, 4), eps, strict=True)]
+        written = texts(write_plots(records, tmp_path)[1])
+        assert len(re.findall(r"\bforward\b", written)) == panels
+        assert ("eps" in written) is (panels > 1)
 
     def test_one_record_is_enough(self, tmp_path):
         assert len(write_plots([timed("ours", 1)], tmp_path)) == 6
