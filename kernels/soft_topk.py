@@ -80,26 +80,15 @@ def _load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def _add_pair(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
-def _sum_in_thread(x, WIDTH: tl.constexpr):
-    """One sum a thread of a tile, added up in fp32 and returned in fp64: WIDTH // 4."""
-    return tl.sum(tl.reshape(tl.sum(x, axis=0), [WIDTH // 4, 4]), axis=1).to(tl.float64)
-
-
-@triton.jit
 def _sum_pair(x, y, WIDTH: tl.constexpr):
-    """Sums of two tiles as fp64."""
-    return tl.reduce((_sum_in_thread(x, WIDTH), _sum_in_thread(y, WIDTH)), 0, _add_pair)
+    """Sums of two tiles as fp64, in one exchange between the threads; a thread adds up its own entries in fp32."""
+    pair = tl.reshape(tl.join(tl.sum(x, axis=0), tl.sum(y, axis=0)), [WIDTH // 4, 4, 2])
+    return tl.split(tl.sum(tl.sum(pair, axis=1).to(tl.float64), axis=0))
 
 
 @triton.jit
 def _exp_over(difference, rate):
     """exp(difference / eps) of an fp32 tile; the rate, log2(e) / eps, is fp64 and a bias if it were rounded to fp32."""
-    rate = _wide(rate)
     high = rate.to(tl.float32)
     low = (rate - high.to(tl.float64)).to(tl.float32)
     return tl.exp2(difference * high + difference * low)
@@ -127,7 +116,8 @@ def _survey(scores, valid, WIDTH: tl.constexpr):
     present = tl.where(valid, tl.where(scores == scores, 1.0, float("nan")), 0.0)
     known = tl.where(valid, scores, 0.0)
     total, squares = _sum_pair(known, known * known, WIDTH)
-    return least, largest, tl.sum(_sum_in_thread(present, WIDTH), axis=0), total, squares
+    n_valid = tl.sum(tl.sum(present, axis=0).to(tl.float64), axis=0)
+    return least, largest, n_valid, total, squares
 
 
 @triton.jit
@@ -154,11 +144,12 @@ def _open(least, largest, n_valid, total, squares, k, eps):
 
 
 @triton.jit
-def _probe(bracket, aim, probe, PROBES: tl.constexpr):
-    """Where to evaluate F: an fp32 number strictly inside of the bracket, as fp64."""
+def _probes(bracket, aim, PROBES: tl.constexpr):
+    """Where to evaluate F: PROBES fp32 numbers strictly inside of the bracket, as fp64."""
     low, _, _, high, _, _ = bracket
     center, reach, newton = aim
     low_key, high_key = _key(low), _key(high)
+    probe = tl.arange(0, PROBES)
     # Two probes close around `newton`, the others in pairs at 2**-2 to 2**-8 of the reach around the center.
     at_newton = probe >= PROBES - 2
     halvings = tl.where(at_newton, 20 - 10 * (probe % 2), 2 + probe // 2 * (24 // PROBES))
@@ -170,28 +161,19 @@ def _probe(bracket, aim, probe, PROBES: tl.constexpr):
 
 
 @triton.jit
-def _measure(scores, probe, rate, WIDTH: tl.constexpr):
-    """Number of scores of a tile above a probe, and the sum of the others' exponentials."""
-    difference = scores - probe.to(tl.float32)
-    above = difference > 0
-    return _sum_pair(tl.where(above, 1.0, 0.0), tl.where(above, 0.0, _exp_over(difference, rate)), WIDTH)
-
-
-@triton.jit
-def _narrow(bracket, probe, count, total, k):
-    """The bracket with a probe for one of its ends, if the probe is inside."""
-    low, low_count, low_total, high, high_count, high_total = bracket
-    inside = (probe > low) & (probe < high)
-    below = inside & (count + total >= k)
-    above = inside & (count + total < k)
-    return (
-        tl.where(below, probe, low),
-        tl.where(below, count, low_count),
-        tl.where(below, total, low_total),
-        tl.where(above, probe, high),
-        tl.where(above, count, high_count),
-        tl.where(above, total, high_total),
-    )
+def _measure(scores, probes, rate, WIDTH: tl.constexpr, PROBES: tl.constexpr):
+    """How many scores of a tile are above each probe, and the sum of the others' exponentials: both PROBES."""
+    place = tl.arange(0, PROBES)
+    counts = tl.zeros([PROBES], tl.float64)
+    totals = tl.zeros([PROBES], tl.float64)
+    for i in range(PROBES):
+        probe = tl.sum(tl.where(place == i, probes, 0.0), axis=0)
+        difference = scores - probe.to(tl.float32)
+        above = difference > 0
+        count, total = _sum_pair(tl.where(above, 1.0, 0.0), tl.where(above, 0.0, _exp_over(difference, rate)), WIDTH)
+        counts = tl.where(place == i, count, counts)
+        totals = tl.where(place == i, total, totals)
+    return counts, totals
 
 
 @triton.jit
@@ -202,9 +184,20 @@ def _log_ratio(x, y):
 
 
 @triton.jit
-def _aim(bracket, width, reach, k, eps):
-    """Where to probe next, after a pass that began with a bracket of this width and an aim of this reach."""
+def _refine(bracket, aim, probes, counts, totals, k, eps):
+    """Bracket and aim after a pass."""
     low, low_count, low_total, high, high_count, high_total = bracket
+    width, reach = high - low, aim[1]
+    enough = counts + totals >= k
+    lowest = low
+    low = tl.max(tl.where(enough, probes, low), axis=0)
+    low_count = tl.where(low > lowest, tl.max(tl.where(probes == low, counts, 0.0), axis=0), low_count)
+    low_total = tl.where(low > lowest, tl.max(tl.where(probes == low, totals, 0.0), axis=0), low_total)
+    highest = high
+    high = tl.min(tl.where(probes > low, probes, high), axis=0)
+    high_count = tl.where(high < highest, tl.max(tl.where(probes == high, counts, 0.0), axis=0), high_count)
+    high_total = tl.where(high < highest, tl.max(tl.where(probes == high, totals, 0.0), axis=0), high_total)
+
     # With the entries above an end at 1, the solution is here: never too low, and exact if no score is in between.
     from_low = low + eps * tl.log((low_total / (k - low_count)).to(tl.float32))
     from_high = high + eps * tl.log((high_total / (k - high_count)).to(tl.float32))
@@ -217,7 +210,8 @@ def _aim(bracket, width, reach, k, eps):
     center = low + (high - low) * tl.where(known, above / (above - below), 0.5)
     center = tl.minimum(tl.maximum(center, low + eps * above), newton)
     gained = (4.0 * (high - low) < width) | (reach == 0)
-    return center, tl.where(gained, high - low, 0.0), newton
+    bracket = (low, low_count, low_total, high, high_count, high_total)
+    return bracket, (center, tl.where(gained, high - low, 0.0), newton)
 
 
 @triton.jit
@@ -261,29 +255,6 @@ def _store_solution(solution_ptr, row, anchor, scale, passes, wanted):
     tl.store(solution_ptr + row * 3, anchor, mask=wanted)
     tl.store(solution_ptr + row * 3 + 1, scale, mask=wanted)
     tl.store(solution_ptr + row * 3 + 2, passes, mask=wanted)
-
-
-@triton.jit
-def _measure_all(scores, bracket, aim, rate, WIDTH: tl.constexpr, PROBES: tl.constexpr):
-    """Counts and sums of `_measure` at all probes: 2 PROBES, the counts first."""
-    place = tl.arange(0, 2 * PROBES)
-    totals = tl.zeros([2 * PROBES], tl.float64)
-    for probe in range(PROBES):
-        count, total = _measure(scores, _probe(bracket, aim, probe, PROBES), rate, WIDTH)
-        totals = tl.where(place == probe, count, tl.where(place == PROBES + probe, total, totals))
-    return totals
-
-
-@triton.jit
-def _refine(bracket, aim, totals, k, eps, PROBES: tl.constexpr):
-    """Bracket and aim after a pass that found these totals."""
-    place = tl.arange(0, 2 * PROBES)
-    narrowed = bracket
-    for probe in range(PROBES):
-        count = tl.sum(tl.where(place == probe, totals, 0.0), axis=0)
-        total = tl.sum(tl.where(place == PROBES + probe, totals, 0.0), axis=0)
-        narrowed = _narrow(narrowed, _probe(bracket, aim, probe, PROBES), count, total, k)
-    return narrowed, _aim(narrowed, bracket[3] - bracket[0], aim[1], k, eps)
 
 
 @triton.jit
@@ -331,13 +302,14 @@ def _next_state(state_ptr, partials_ptr, chunks, k, eps, PROBES: tl.constexpr, S
     n_valid = tl.load(state_ptr + 9)
     passes = tl.load(state_ptr + 10)
     if _searching(bracket, n_valid, k, eps):
-        place = tl.arange(0, 2 * PROBES)
-        totals = tl.zeros([2 * PROBES], tl.float64)
+        counts = tl.zeros([PROBES], tl.float64)
+        totals = tl.zeros([PROBES], tl.float64)
         for start in range(0, chunks, SLOTS):
-            slot = start + tl.arange(0, SLOTS)
-            partial_ptrs = partials_ptr + slot[:, None] * (2 * PROBES) + place[None, :]
-            totals += tl.sum(tl.load(partial_ptrs, mask=(slot < chunks)[:, None], other=0.0), axis=0)
-        bracket, aim = _refine(bracket, aim, totals, k, eps, PROBES)
+            slot = start + tl.arange(0, SLOTS)[:, None]
+            partial_ptrs = partials_ptr + slot * (2 * PROBES) + tl.arange(0, PROBES)[None, :]
+            counts += tl.sum(tl.load(partial_ptrs, mask=slot < chunks, other=0.0), axis=0)
+            totals += tl.sum(tl.load(partial_ptrs + PROBES, mask=slot < chunks, other=0.0), axis=0)
+        bracket, aim = _refine(bracket, aim, _probes(bracket, aim, PROBES), counts, totals, k, eps)
         passes += 1
     return bracket, aim, n_valid, passes
 
@@ -362,6 +334,7 @@ def _resident_kernel(
     HAS_K: tl.constexpr,
 ):
     """One row, held in registers from the first pass to the last."""
+    rate = _wide(rate)
     row = tl.program_id(0).to(tl.int64)
     columns = _columns(REPEATS, WIDTH)
     scores, valid = _load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
@@ -371,13 +344,9 @@ def _resident_kernel(
     bracket, aim = _open(least, largest, n_valid, total, squares, k, eps)
     passes = 1
     while _searching(bracket, n_valid, k, eps):
-        narrowed = bracket
-        for probe in range(PROBES):
-            at = _probe(bracket, aim, probe, PROBES)
-            count, total = _measure(scores, at, rate, WIDTH)
-            narrowed = _narrow(narrowed, at, count, total, k)
-        aim = _aim(narrowed, bracket[3] - bracket[0], aim[1], k, eps)
-        bracket = narrowed
+        probes = _probes(bracket, aim, PROBES)
+        counts, totals = _measure(scores, probes, rate, WIDTH, PROBES)
+        bracket, aim = _refine(bracket, aim, probes, counts, totals, k, eps)
         passes += 1
 
     anchor, scale = _conclude(bracket, n_valid, k, eps)
@@ -439,6 +408,7 @@ def _search_kernel(
     HAS_K: tl.constexpr,
 ):
     """One more pass over rows of several chunks: every program of a row works out its state, then probes its chunk."""
+    rate = _wide(rate)
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
     k = _load_k(k_ptr, row, k, HAS_K)
@@ -455,9 +425,10 @@ def _search_kernel(
     if _searching(bracket, n_valid, k, eps):
         columns = chunk * (REPEATS * WIDTH) + _columns(REPEATS, WIDTH)
         scores, _ = _load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
-        totals = _measure_all(scores, bracket, aim, rate, WIDTH, PROBES)
-        partials_ptr += (n_rows * chunks + chunk) * (2 * PROBES)
-        tl.store(partials_ptr + tl.arange(0, 2 * PROBES), totals)
+        counts, totals = _measure(scores, _probes(bracket, aim, PROBES), rate, WIDTH, PROBES)
+        partial_ptrs = partials_ptr + (n_rows * chunks + chunk) * (2 * PROBES) + tl.arange(0, PROBES)
+        tl.store(partial_ptrs, counts)
+        tl.store(partial_ptrs + PROBES, totals)
 
 
 @triton.jit
@@ -484,6 +455,7 @@ def _finish_kernel(
     HAS_K: tl.constexpr,
 ):
     """Last pass over rows of several chunks; a search that is still open goes on over the whole row."""
+    rate = _wide(rate)
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
     scores_ptr += row * scores_stride
@@ -494,12 +466,16 @@ def _finish_kernel(
         state_ptr + row * STATE, partials_ptr + row * chunks * (2 * PROBES), chunks, k, eps, PROBES, SLOTS
     )
     while _searching(bracket, n_valid, k, eps):
-        totals = tl.zeros([2 * PROBES], tl.float64)
+        probes = _probes(bracket, aim, PROBES)
+        counts = tl.zeros([PROBES], tl.float64)
+        totals = tl.zeros([PROBES], tl.float64)
         for tile in range(chunks):
             columns = tile * (REPEATS * WIDTH) + _columns(REPEATS, WIDTH)
             scores, _ = _load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK)
-            totals += _measure_all(scores, bracket, aim, rate, WIDTH, PROBES)
-        bracket, aim = _refine(bracket, aim, totals, k, eps, PROBES)
+            tile_counts, tile_totals = _measure(scores, probes, rate, WIDTH, PROBES)
+            counts += tile_counts
+            totals += tile_totals
+        bracket, aim = _refine(bracket, aim, probes, counts, totals, k, eps)
         passes += 1
 
     anchor, scale = _conclude(bracket, n_valid, k, eps)
@@ -539,6 +515,7 @@ def _gradient_sums_kernel(
     HAS_MASK: tl.constexpr,
 ):
     """Each chunk's part of sum g y and sum y."""
+    rate = _wide(rate)
     row = (tl.program_id(0) // chunks).to(tl.int64)
     columns = (tl.program_id(0) % chunks) * (REPEATS * WIDTH) + _columns(REPEATS, WIDTH)
     grad, y = _load_for_gradient(
@@ -572,6 +549,7 @@ def _gradient_kernel(
     HAS_MASK: tl.constexpr,
 ):
     """Gradient of one chunk of a row, which is the whole row where SLOTS is 1."""
+    rate, inverse_eps = _wide(rate), _wide(inverse_eps)
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
     columns = chunk * (REPEATS * WIDTH) + _columns(REPEATS, WIDTH)
@@ -594,7 +572,7 @@ def _gradient_kernel(
 
     # Without an entry below 1 nothing depends on the scores or on k.
     mean = tl.where(total == 0, 0.0, weighted / total)
-    ds = (grad - mean.to(tl.float32)) * y * _wide(inverse_eps).to(tl.float32)
+    ds = (grad - mean.to(tl.float32)) * y * inverse_eps.to(tl.float32)
     tl.store(ds_ptr + row * n + columns, ds.to(ds_ptr.dtype.element_ty), mask=columns < n)
     tl.store(dk_ptr + row, mean, mask=chunk == 0)
 
