@@ -167,10 +167,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What was collected, and not deselected since, is what has to be recorded."""
     for item in filter(_is_measured, session.items):
-        if not hasattr(item, "_nodeid"):
-            # pytest-benchmark up to 5.3.1 reads what pytest 9.2 no longer has:
-            # https://github.com/ionelmc/pytest-benchmark/issues/321
-            item._nodeid = item.nodeid  # type: ignore[attr-defined]
         session.config.stash[_RUN].expect(*_point(item))
 
 

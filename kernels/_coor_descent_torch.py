@@ -14,7 +14,7 @@ argument of the exponential, and so the rounding of that argument, for the entri
 LARGEST = 1e30
 """Cap of a weight: well above any k, well below where fp32 overflows."""
 
-LOWEST = -3e38
+LOWEST = -1e30
 """Stands for a score that takes no part: its exponential is 0, and finite arithmetic on it makes no NaN."""
 
 

@@ -8,6 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Whether kernels run in Triton's interpreter, which is settled when they are defined."""
+
 _compiling_on_cpu = False
 
 
@@ -31,7 +34,7 @@ def k_as_rows(k: float | Tensor, shape: torch.Size) -> tuple[Tensor | None, floa
 
 def runs_triton(x: Tensor) -> bool:
     """Whether a tensor goes to the Triton kernel: on a GPU, in Triton's interpreter, or to be compiled only."""
-    return x.is_cuda or triton.knobs.runtime.interpret or _compiling_on_cpu
+    return x.is_cuda or INTERPRETED or _compiling_on_cpu
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -44,6 +47,27 @@ def multiprocessors(device: torch.device) -> int:
 @cache
 def _multiprocessors_of_gpu(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def tile_settings(entries: int, in_thread: int) -> dict[str, int]:
+    """Launch settings for rows of up to `entries`, `in_thread` of them in each thread.
+
+    At least 4 threads share a row, and rows that leave threads of a warp free share the warp.
+    """
+    threads = max(triton.next_power_of_2(entries) // in_thread, 4)
+    width = 4 * threads
+    return {
+        "REPEATS": triton.cdiv(triton.next_power_of_2(entries), width),
+        "ROWS": max(32 // threads, 1),
+        "WIDTH": width,
+        "num_warps": max(threads // 32, 1),
+    }
+
+
+def entries_in_thread(n_rows: int, n: int, available: int) -> int:
+    """64 entries of a row in a thread, so that the scalar work of a row weighs little, but 16 where that leaves
+    multiprocessors without work."""
+    return 64 if n_rows * n >= 64 * 32 * 8 * available else 16
 
 
 @contextmanager

@@ -8,11 +8,13 @@ of the row. Short rows share a warp, so that what is computed once a row is comp
 import triton
 import triton.language as tl
 
-INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+from kernels import _launch
+
+INTERPRETED: tl.constexpr = tl.constexpr(_launch.INTERPRETED)
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
-LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
+LOWEST: tl.constexpr = tl.constexpr(-1e30)
 """Stands for a score that takes no part: its exponential is 0, and finite arithmetic on it makes no NaN."""
 
 
@@ -37,6 +39,15 @@ def load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n
         valid = valid & (tl.load(mask_ptr + rows * mask_stride + columns, mask=valid, other=0) != 0)
     scores = tl.load(scores_ptr + rows * scores_stride + columns, mask=valid, other=-float("inf")).to(tl.float32)
     return tl.maximum(scores, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load_k(k_ptr, rows, k, n_rows, HAS_K: tl.constexpr):
+    """k of each row as fp64; NaN, and with it the row, where it is not positive."""
+    k += tl.zeros([rows.shape[0]], tl.float64)
+    if HAS_K:
+        k = tl.load(k_ptr + rows, mask=rows < n_rows, other=1.0).to(tl.float64)
+    return tl.where(k > 0, k, float("nan"))
 
 
 @triton.jit

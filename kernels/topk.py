@@ -5,18 +5,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import reference.topk
-from kernels._launch import as_rows, mask_as_rows, multiprocessors, runs_triton
+from kernels._descent_forward import descend, soft_selection
+from kernels._launch import as_rows, mask_as_rows, runs_triton, tile_settings
 from kernels._primitives import LOWEST, load_tile, per_row, tile_columns
-from kernels.coor_descent import coor_descent, descend, entries_in_thread, soft_selection, tile_settings
+from kernels.coor_descent import coor_descent
 from reference._arguments import check_schedule, check_scores, first_temperature
 from reference.topk import TopkReturn, check_topk, select_topk
+from reference.topk import topk as plain_topk
 
 LONGEST = 4096
 """Longest row that the kernel takes; longer ones go through `coor_descent` and torch.topk."""
 
 MOST = 32
 """Most entries that the kernel selects from a row, one after the other."""
+
+
+IN_THREAD = 16
+"""Entries of a row in a thread: selection keeps two more registers for each."""
 
 
 @triton.jit
@@ -99,7 +104,7 @@ def _launch(
 ) -> None:
     n_rows, n = x.shape
     n_iters, eps, first, eps_decay = schedule
-    tile = tile_settings(n, entries_in_thread(n_rows, n, multiprocessors(x.device)))
+    tile = tile_settings(n, IN_THREAD)
     _topk_kernel[(triton.cdiv(n_rows, tile["ROWS"]),)](
         x,
         x if mask is None else mask,
@@ -217,7 +222,7 @@ def topk(
     """
     rest = (coor_descent_k_ratio, n_iters, eps, eps_init, eps_decay, mask)
     if not fused:
-        return reference.topk.topk(x, k, *rest, non_differentiable=non_differentiable)
+        return plain_topk(x, k, *rest, non_differentiable=non_differentiable)
     if non_differentiable or k > MOST or x.shape[-1] > LONGEST or not runs_triton(x):
         return select_topk(coor_descent, x, k, *rest, non_differentiable)
 

@@ -48,16 +48,18 @@ def coor_descent(
     k = rearrange(torch.as_tensor(k, dtype=scores.dtype, device=scores.device), "... -> ... 1")
     log_k = torch.log(torch.where(k > 0, k, torch.nan))
 
-    hidden = torch.zeros_like(scores, dtype=torch.bool) if mask is None else ~mask.expand(scores.shape)
     # A row without a valid entry computes with all of them, so that its gradient is 0 and not 0 times infinity.
-    left_out = hidden & ~hidden.all(dim=-1, keepdim=True)
-    s = scores.masked_fill(hidden, 0.0)
+    hidden = None if mask is None else ~mask.expand(scores.shape)
+    left_out = None if hidden is None else hidden & ~hidden.all(dim=-1, keepdim=True)
+    s = scores if hidden is None else scores.masked_fill(hidden, 0.0)
 
     b = -s
     *temperatures, last_temperature = epsilon_schedule(n_iters, eps, eps_init, eps_decay)
     for temperature in temperatures:
-        exponent = ((s + b) / temperature).masked_fill(left_out, -torch.inf)
+        exponent = (s + b) / temperature
+        exponent = exponent if left_out is None else exponent.masked_fill(left_out, -torch.inf)
         a = temperature * (log_k - exponent.logsumexp(dim=-1, keepdim=True))
         b = -F.relu(s + a)
 
-    return torch.exp((s + a + b) / last_temperature).masked_fill(hidden, 0.0)
+    y = torch.exp((s + a + b) / last_temperature)
+    return y if hidden is None else y.masked_fill(hidden, 0.0)

@@ -1,0 +1,205 @@
+"""Backward pass of `kernels.coor_descent`: one reduction, then every chunk of a row on its own."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import _coor_descent_torch as in_pytorch
+from kernels._launch import tile_settings
+from kernels._primitives import (
+    LOWEST,
+    exp2,
+    exp_above,
+    load_k,
+    load_tile,
+    log2_e_over,
+    per_row,
+    round_down,
+    sum_in_thread,
+    tile_columns,
+)
+
+CHUNK = 4096
+"""Entries of a row that one program of the backward pass handles."""
+
+IN_THREAD = 32
+"""Entries of a row in a thread, each of which needs four registers and more."""
+
+MAX_SHIFT: tl.constexpr = tl.constexpr(in_pytorch.MAX_SHIFT)
+LARGEST: tl.constexpr = tl.constexpr(in_pytorch.LARGEST)
+
+
+@triton.jit
+def _direct_gradient(scores, grad, a, temperature, HAS_MASK: tl.constexpr):
+    """The gradient of the scores through the output alone, at constant a: g y / temperature where y < 1."""
+    y = exp_above(scores, -a, log2_e_over(temperature))
+    direct = tl.where(scores > per_row(round_down(-a)), 0.0, grad * y * (1.0 / temperature).to(tl.float32))
+    if HAS_MASK:
+        direct = tl.where(scores == LOWEST, 0.0, direct)
+    return direct
+
+
+@triton.jit
+def _grad_a_kernel(
+    grad_ptr,  # rows n
+    scores_ptr,  # rows n
+    mask_ptr,  # rows n
+    trace_ptr,  # rows n_iters, fp64
+    temperature_ptr,  # n_iters + 1, fp64
+    grad_a_ptr,  # rows chunks, fp64
+    grad_stride,
+    scores_stride,
+    mask_stride,
+    n_rows,
+    n,
+    n_iters,
+    chunks,
+    REPEATS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """The part of one chunk of a row in the gradient of the last a."""
+    rows = tl.program_id(0) // chunks + tl.arange(0, ROWS).to(tl.int64)
+    columns = (tl.program_id(0) % chunks) * (REPEATS * WIDTH) + tile_columns(REPEATS, WIDTH)
+    scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
+    grad = tl.load(grad_ptr + per_row(rows) * grad_stride + columns, mask=columns < n, other=0.0).to(tl.float32)
+    a = tl.load(trace_ptr + rows * n_iters + n_iters - 1)
+    direct = _direct_gradient(scores, grad, a, tl.load(temperature_ptr + n_iters), HAS_MASK)
+    grad_a = tl.sum(sum_in_thread(direct, REPEATS, ROWS, WIDTH), axis=1)
+    tl.store(grad_a_ptr + tl.program_id(0) + tl.arange(0, ROWS), grad_a)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_ptr,  # rows n
+    scores_ptr,  # rows n
+    mask_ptr,  # rows n
+    k_ptr,  # rows
+    trace_ptr,  # rows n_iters, fp64
+    ratio_ptr,  # rows n_iters, fp32
+    temperature_ptr,  # n_iters + 1, fp64
+    grad_a_ptr,  # rows chunks, fp64
+    ds_ptr,  # rows n
+    dk_ptr,  # rows, fp64
+    grad_stride,
+    scores_stride,
+    mask_stride,
+    n_rows,
+    n,
+    n_iters,
+    chunks,
+    k: "fp64",
+    REPEATS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_K: tl.constexpr,
+):
+    """Gradient of ROWS whole rows, or of one chunk of a row, from the last iteration to the first."""
+    rows = tl.program_id(0) // chunks * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    columns = chunk * (REPEATS * WIDTH) + tile_columns(REPEATS, WIDTH)
+    row_exists = rows < n_rows
+    exists = per_row(row_exists) & (columns < n)
+    scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
+    grad = tl.load(grad_ptr + per_row(rows) * grad_stride + columns, mask=exists, other=0.0).to(tl.float32)
+    inverse_k = 1.0 / load_k(k_ptr, rows, k, n_rows, HAS_K)
+
+    a_ptrs = trace_ptr + rows * n_iters + n_iters - 1
+    ratio_ptrs = ratio_ptr + rows * n_iters + n_iters - 1
+    a = tl.load(a_ptrs, mask=row_exists, other=0.0)
+    ds = _direct_gradient(scores, grad, a, tl.load(temperature_ptr + n_iters), HAS_MASK)
+    if SLOTS == 1:
+        grad_a = tl.sum(sum_in_thread(ds, REPEATS, ROWS, WIDTH), axis=1)
+    else:
+        in_slot = tl.zeros([SLOTS], tl.float64)
+        for start in range(0, chunks, SLOTS):
+            slot = start + tl.arange(0, SLOTS)
+            in_slot += tl.load(grad_a_ptr + tl.program_id(0) - chunk + slot, mask=slot < chunks, other=0.0)
+        grad_a = tl.sum(in_slot, axis=0) + tl.zeros([ROWS], tl.float64)
+
+    # Iterations of one temperature whose a are close share the weights w = exp((s - base) / e), and only the
+    # coefficients of w add up: an exponential for each such run, not for each iteration.
+    weights = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
+    coefficients = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
+    base = tl.zeros([ROWS], tl.float64)
+    base_temperature = tl.zeros((), tl.float64)
+    factor = tl.zeros((), tl.float64)
+    dk = tl.zeros([ROWS], tl.float64)
+    for step in range(1, n_iters):
+        a_ptrs -= 1
+        previous = tl.load(a_ptrs, mask=row_exists, other=0.0)
+        temperature = tl.load(temperature_ptr + n_iters - step)
+        moved = tl.max((tl.abs(a + base) > temperature * MAX_SHIFT).to(tl.int32), axis=0)
+        if (temperature != base_temperature) | (moved > 0):
+            ds -= coefficients * weights
+            coefficients = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
+            base = -a
+            base_temperature = temperature
+            factor = log2_e_over(temperature)
+            # At most k for an entry below the threshold; above it the weight is not used and must not overflow.
+            weights = tl.minimum(exp_above(scores, base, factor), LARGEST)
+        coefficient = (grad_a * inverse_k).to(tl.float32) * exp2(((a + base) * factor).to(tl.float32))
+        coefficients += tl.where(scores <= per_row(round_down(-previous)), per_row(coefficient), 0.0)
+        dk += grad_a * temperature
+        grad_a *= tl.load(ratio_ptrs, mask=row_exists, other=0.0).to(tl.float64)
+        ratio_ptrs -= 1
+        a = previous
+    ds -= coefficients * weights
+    dk = (dk + grad_a * tl.load(temperature_ptr)) * inverse_k
+
+    if HAS_MASK:
+        ds = tl.where(scores == LOWEST, 0.0, ds)
+    tl.store(ds_ptr + per_row(rows) * n + columns, ds.to(ds_ptr.dtype.element_ty), mask=exists)
+    tl.store(dk_ptr + rows, dk, mask=row_exists & (chunk == 0))
+
+
+def launch_backward(
+    grad: Tensor,
+    scores: Tensor,
+    mask: Tensor | None,
+    k_rows: Tensor | None,
+    k: float,
+    trace: Tensor,
+    ratio: Tensor,
+    temperatures: Tensor,
+    ds: Tensor,
+    dk: Tensor,
+) -> None:
+    n_rows, n = scores.shape
+    n_iters = trace.shape[-1]
+    chunks = triton.cdiv(n, CHUNK)
+    settings = {**tile_settings(min(n, CHUNK), IN_THREAD), "HAS_MASK": mask is not None}
+    strides = (grad.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
+    mask_or_any = scores if mask is None else mask
+
+    grad_a = dk
+    if chunks > 1:
+        grad_a = torch.empty(n_rows * chunks, dtype=torch.float64, device=scores.device)
+        _grad_a_kernel[(n_rows * chunks,)](
+            grad, scores, mask_or_any, trace, temperatures, grad_a, *strides, n_rows, n, n_iters, chunks, **settings
+        )
+    _backward_kernel[(triton.cdiv(n_rows, settings["ROWS"]) * chunks,)](
+        grad,
+        scores,
+        mask_or_any,
+        scores if k_rows is None else k_rows,
+        trace,
+        ratio,
+        temperatures,
+        grad_a,
+        ds,
+        dk,
+        *strides,
+        n_rows,
+        n,
+        n_iters,
+        chunks,
+        k,
+        SLOTS=min(triton.next_power_of_2(chunks), 1024),
+        HAS_K=k_rows is not None,
+        **settings,
+    )

@@ -1,0 +1,361 @@
+"""Forward pass of `kernels.coor_descent`: one program for several rows, several for one row, or rows streamed."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import _coor_descent_torch as in_pytorch
+from kernels._launch import entries_in_thread, multiprocessors, tile_settings
+from kernels._primitives import (
+    LOWEST,
+    count_in_thread,
+    exchange_highest,
+    exchange_sum,
+    exp2,
+    exp_above,
+    load_k,
+    load_tile,
+    log2_e_over,
+    log_normal,
+    per_row,
+    round_down,
+    sum_and_count,
+    sum_in_thread,
+    tile_columns,
+)
+
+RESIDENT = 16384
+"""Longest piece of a row that one program keeps in registers."""
+
+STREAMED = 4096
+"""Entries that a program reads at a time from a row too long for the registers of the whole device."""
+
+MAX_SHIFT: tl.constexpr = tl.constexpr(in_pytorch.MAX_SHIFT)
+
+
+@triton.jit
+def _masked_count_in_thread(
+    scores, REPEATS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HAS_MASK: tl.constexpr
+):
+    """Entries that a mask leaves, a thread and row: ROWS x WIDTH // 4, fp64; 0 without a mask. NaN where one is NaN."""
+    total = sum_in_thread(scores, REPEATS, ROWS, WIDTH)
+    count = tl.zeros([ROWS, WIDTH // 4], tl.float64)
+    if HAS_MASK:
+        count += count_in_thread(scores != LOWEST, ROWS, WIDTH)
+    return tl.where(total == total, count, float("nan"))
+
+
+@triton.jit
+def _first_step(log_k, highest, n_valid, temperature):
+    """a after the first iteration, and the highest score as fp64; finite for a row without a valid entry."""
+    a = temperature * (log_k - tl.log(n_valid))
+    return tl.where(n_valid == 0, 0.0, a), tl.where(n_valid == 0, 0.0, highest.to(tl.float64))
+
+
+@triton.jit
+def _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor):
+    """The next temperature of the schedule, and log2(e) over it; the last two arguments save divisions."""
+    cooler = temperature * eps_decay
+    last = cooler <= eps
+    return tl.where(last, eps, cooler), tl.where(last, last_factor, factor * inverse_decay)
+
+
+@triton.jit
+def _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature):
+    """What the backward pass needs of iteration t. The first program of a row writes it."""
+    places = rows * n_iters + t
+    writes = (rows < n_rows) & (part == 0)
+    tl.store(trace_ptr + places, a, mask=writes)
+    tl.store(ratio_ptr + places, ratio, mask=writes)
+    tl.store(temperature_ptr + t, temperature, mask=tl.program_id(0) == 0)
+
+
+@triton.jit
+def soft_selection(scores, a, factor, HAS_MASK: tl.constexpr):
+    """exp(min(s + a, 0) / temperature); NaN stays NaN, and what is masked is 0 also where a is not finite."""
+    y = tl.minimum(exp_above(scores, -a, factor), 1.0, propagate_nan=tl.PropagateNan.ALL)
+    if HAS_MASK:
+        y = tl.where(scores == LOWEST, 0.0, y)
+    return y
+
+
+@triton.jit
+def descend(
+    scores,  # REPEATS ROWS WIDTH
+    rows,  # ROWS
+    part,
+    step,
+    k_ptr,
+    trace_ptr,
+    ratio_ptr,
+    temperature_ptr,
+    mailbox_ptr,
+    n_rows,
+    n,
+    n_iters,
+    k,
+    first,
+    eps_decay,
+    eps,
+    REPEATS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_K: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """All iterations on rows in registers: the last a, log2(e) over the temperature of the output, the next step."""
+    zero = tl.zeros((), tl.float64)
+    eps += zero
+    inverse_decay, last_factor = 1.0 / (eps_decay + zero), log2_e_over(eps)
+
+    highest = tl.max(tl.max(scores, axis=0), axis=1)
+    n_valid = tl.sum(_masked_count_in_thread(scores, REPEATS, ROWS, WIDTH, HAS_MASK), axis=1)
+    if PROGRAMS > 1:
+        step += 1
+        highest, n_valid = exchange_highest(mailbox_ptr, step, part, highest, n_valid, PROGRAMS, SLOTS)
+    n_valid += 0 if HAS_MASK else n
+
+    log_k = tl.log(load_k(k_ptr, rows, k, n_rows, HAS_K))
+    temperature = first + zero
+    factor = log2_e_over(temperature)
+    a, highest = _first_step(log_k, highest, n_valid, temperature)
+    if SAVE:
+        ratio = tl.zeros([ROWS], tl.float32)
+        _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, 0, a, ratio, temperature)
+
+    weights = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
+    base = tl.zeros([ROWS], tl.float64)
+    base_temperature = zero
+    for t in range(1, n_iters):
+        temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
+        anchor = tl.where(highest < -a, highest, -a)
+        moved = tl.max((tl.abs(anchor - base) > temperature * MAX_SHIFT).to(tl.int32), axis=0)
+        if (temperature != base_temperature) | (moved > 0):
+            base = anchor
+            base_temperature = temperature
+            weights = exp_above(scores, base, factor)
+        scale = exp2(((base - anchor) * factor).to(tl.float32))
+        clipped = tl.minimum(weights * per_row(scale), 1.0)
+        above_threshold = scores > per_row(round_down(-a)) if SAVE else scores != scores
+        total, above = sum_and_count(clipped, above_threshold, REPEATS, ROWS, WIDTH)
+        if PROGRAMS > 1:
+            step += 1
+            total, above = exchange_sum(mailbox_ptr, step, part, total, above, PROGRAMS, SLOTS)
+        total = tl.where(n_valid == 0, 1.0, total)
+        a = temperature * (log_k - log_normal(total)) - anchor
+        if SAVE:
+            ratio = above.to(tl.float32) / total.to(tl.float32)
+            _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature)
+
+    temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
+    if SAVE:
+        tl.store(temperature_ptr + n_iters, temperature, mask=tl.program_id(0) == 0)
+    return a, factor, step
+
+
+@triton.jit
+def _resident_kernel(
+    scores_ptr,  # rows n
+    mask_ptr,  # rows n
+    k_ptr,  # rows
+    y_ptr,  # rows n
+    trace_ptr,  # rows n_iters, fp64
+    ratio_ptr,  # rows n_iters, fp32
+    temperature_ptr,  # n_iters + 1, fp64
+    mailbox_ptr,  # groups 2 PROGRAMS 4, int64
+    scores_stride,
+    mask_stride,
+    n_rows,
+    n,
+    n_iters,
+    k: "fp64",
+    first: "fp64",
+    eps_decay: "fp64",
+    eps: "fp64",
+    REPEATS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_K: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """Rows that fit into registers: ROWS of them in one program, or one in PROGRAMS of them."""
+    group = tl.program_id(0) // PROGRAMS
+    part = tl.program_id(0) % PROGRAMS
+    mailbox_ptr += group * (8 * PROGRAMS)
+    columns = part * (REPEATS * WIDTH) + tile_columns(REPEATS, WIDTH)
+    step = 0
+    for first_row in range(group * ROWS, n_rows, tl.num_programs(0) // PROGRAMS * ROWS):
+        rows = first_row + tl.arange(0, ROWS).to(tl.int64)
+        scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
+        a, factor, step = descend(
+            scores, rows, part, step, k_ptr, trace_ptr, ratio_ptr, temperature_ptr, mailbox_ptr, n_rows, n, n_iters,
+            k, first, eps_decay, eps, REPEATS, ROWS, WIDTH, PROGRAMS, SLOTS, HAS_MASK, HAS_K, SAVE,
+        )  # fmt: skip
+        y = soft_selection(scores, a, factor, HAS_MASK).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + per_row(rows) * n + columns, y, mask=(per_row(rows) < n_rows) & (columns < n))
+
+
+@triton.jit
+def _streaming_kernel(
+    scores_ptr,  # rows n
+    mask_ptr,  # rows n
+    k_ptr,  # rows
+    y_ptr,  # rows n
+    trace_ptr,  # rows n_iters, fp64
+    ratio_ptr,  # rows n_iters, fp32
+    temperature_ptr,  # n_iters + 1, fp64
+    mailbox_ptr,  # 2 PROGRAMS 4, int64
+    scores_stride,
+    mask_stride,
+    n_rows,
+    n,
+    n_iters,
+    k: "fp64",
+    first: "fp64",
+    eps_decay: "fp64",
+    eps: "fp64",
+    tiles,
+    REPEATS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_K: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """Longer rows, one after the other, so that one row at a time lives in the L2 cache and is read from there."""
+    part = tl.program_id(0)
+    start = tl.cast(part, tl.int64) * tiles * (REPEATS * WIDTH)
+    columns = start + tile_columns(REPEATS, WIDTH)
+    step = 0
+    zero = tl.zeros((), tl.float64)
+    eps += zero
+    inverse_decay, last_factor = 1.0 / (eps_decay + zero), log2_e_over(eps)
+
+    for row in range(n_rows):
+        rows = row + tl.arange(0, 1).to(tl.int64)
+        highest_in_thread = tl.full([1, WIDTH], LOWEST, tl.float32)
+        n_valid_in_thread = tl.zeros([1, WIDTH // 4], tl.float64)
+        for tile in range(tiles):
+            tile_cols = columns + tile * (REPEATS * WIDTH)
+            scores = load_tile(scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK)
+            highest_in_thread = tl.maximum(highest_in_thread, tl.max(scores, axis=0))
+            n_valid_in_thread += _masked_count_in_thread(scores, REPEATS, 1, WIDTH, HAS_MASK)
+        highest = tl.max(highest_in_thread, axis=1)
+        n_valid = tl.sum(n_valid_in_thread, axis=1)
+        step += 1
+        highest, n_valid = exchange_highest(mailbox_ptr, step, part, highest, n_valid, PROGRAMS, SLOTS)
+
+        n_valid += 0 if HAS_MASK else n
+        log_k = tl.log(load_k(k_ptr, rows, k, n_rows, HAS_K))
+        temperature = first + zero
+        factor = log2_e_over(temperature)
+        a, highest = _first_step(log_k, highest, n_valid, temperature)
+        if SAVE:
+            ratio = tl.zeros([1], tl.float32)
+            _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, 0, a, ratio, temperature)
+
+        for t in range(1, n_iters):
+            temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
+            anchor = tl.where(highest < -a, highest, -a)
+            threshold = per_row(round_down(-a))
+            total_in_thread = tl.zeros([1, WIDTH // 4], tl.float64)
+            above_in_thread = tl.zeros([1, WIDTH // 4], tl.int32)
+            for tile in range(tiles):
+                tile_cols = columns + tile * (REPEATS * WIDTH)
+                scores = load_tile(
+                    scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK
+                )
+                clipped = tl.minimum(exp_above(scores, anchor, factor), 1.0)
+                total_in_thread += sum_in_thread(clipped, REPEATS, 1, WIDTH)
+                if SAVE:
+                    above_in_thread += count_in_thread(scores > threshold, 1, WIDTH)
+            total = tl.sum(total_in_thread, axis=1)
+            above = tl.sum(above_in_thread, axis=1).to(tl.float64)
+            step += 1
+            total, above = exchange_sum(mailbox_ptr, step, part, total, above, PROGRAMS, SLOTS)
+            total = tl.where(n_valid == 0, 1.0, total)
+            a = temperature * (log_k - log_normal(total)) - anchor
+            if SAVE:
+                ratio = above.to(tl.float32) / total.to(tl.float32)
+                _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature)
+
+        temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
+        if SAVE:
+            tl.store(temperature_ptr + n_iters, temperature, mask=tl.program_id(0) == 0)
+        for tile in range(tiles):
+            tile_cols = columns + tile * (REPEATS * WIDTH)
+            scores = load_tile(scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK)
+            y = soft_selection(scores, a, factor, HAS_MASK).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + per_row(rows) * n + tile_cols, y, mask=tile_cols < n)
+
+
+def launch_forward(
+    scores: Tensor,
+    mask: Tensor | None,
+    k_rows: Tensor | None,
+    k: float,
+    schedule: tuple[int, float, float, float],
+    y: Tensor,
+    trace: Tensor,
+    ratio: Tensor,
+    temperatures: Tensor,
+) -> None:
+    n_rows, n = scores.shape
+    n_iters, eps, first, eps_decay = schedule
+    available = multiprocessors(scores.device)
+
+    programs, in_thread, piece = 1, entries_in_thread(n_rows, n, available), n
+    if n > RESIDENT:
+        # As few entries a program as there are programs to share them, but no fewer than are worth an exchange.
+        halve = n_rows * triton.cdiv(n, RESIDENT // 2) <= available
+        in_thread, piece = (32, RESIDENT // 2) if halve else (64, RESIDENT)
+        programs = triton.cdiv(n, piece)
+    streams = programs > available
+    if streams:
+        programs, in_thread, piece = available, 16, STREAMED
+    tile = tile_settings(piece, in_thread)
+    alone = programs == 1 and not streams
+    groups = triton.cdiv(n_rows, tile["ROWS"]) if alone else max(min(n_rows, available // programs), 1)
+    groups = 1 if streams else groups
+    mailbox = y if alone else torch.zeros(groups * 8 * programs, dtype=torch.int64, device=y.device)
+    arguments = (
+        scores,
+        scores if mask is None else mask,
+        scores if k_rows is None else k_rows,
+        y,
+        trace,
+        ratio,
+        temperatures,
+        mailbox,
+        scores.stride(0),
+        0 if mask is None else mask.stride(0),
+        n_rows,
+        n,
+        n_iters,
+        k,
+        first,
+        eps_decay,
+        eps,
+    )
+    settings = {
+        **tile,
+        "PROGRAMS": programs,
+        "SLOTS": triton.next_power_of_2(programs),
+        "HAS_MASK": mask is not None,
+        "HAS_K": k_rows is not None,
+        "SAVE": trace.numel() > 0,
+    }
+    if streams:
+        tiles = triton.cdiv(triton.cdiv(n, programs), piece)
+        _streaming_kernel[(programs,)](*arguments, tiles, **settings, launch_cooperative_grid=True)
+    else:
+        _resident_kernel[(groups * programs,)](*arguments, **settings, launch_cooperative_grid=not alone)
