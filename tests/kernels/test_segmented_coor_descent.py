@@ -188,6 +188,17 @@ def test_a_nan_stays_in_its_row(path, segments):
         assert torch.equal(after[::2], before[::2])
 
 
+@pytest.mark.parametrize("segments", [1, 3])
+def test_a_nan_leaves_what_is_masked_alone(path, segments):
+    scores, mask = randn(2, 40), torch.rand(2, 40, device=DEVICE) > 0.3
+    mask[:, 0], mask[:, 1] = True, False
+    scores[0, 0], scores[1, 1] = torch.nan, torch.nan
+    options = {"mask": mask, "checkpoint_segments": segments, **CONSTANT}
+    for tensor in differentiate(segmented_coor_descent, scores, randn(2, 40), 4.0, **options)[:2]:
+        assert torch.equal(tensor.isnan(), mask & torch.tensor([[True], [False]], device=DEVICE))
+        assert not tensor[~mask].any()
+
+
 def test_a_k_that_is_not_positive_makes_its_row_nan(path):
     scores, k = randn(4, 40), torch.tensor([4.0, 0.0, -1.0, torch.nan], dtype=torch.float64, device=DEVICE)
     y, ds, dk = differentiate(segmented_coor_descent, scores, randn(4, 40), k, checkpoint_segments=2, **CONSTANT)
