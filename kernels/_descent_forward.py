@@ -28,7 +28,7 @@ from kernels._primitives import (
 RESIDENT = 16384
 """Longest piece of a row that one program keeps in registers."""
 
-STREAMED = 4096
+STREAMED = 8192
 """Entries that a program reads at a time from a row too long for the registers of the whole device."""
 
 MAX_SHIFT: tl.constexpr = tl.constexpr(in_pytorch.MAX_SHIFT)
@@ -321,7 +321,7 @@ def launch_forward(
         programs = triton.cdiv(n, piece)
     streams = programs > available
     if streams:
-        programs, in_thread, piece = available, 16, STREAMED
+        programs, in_thread, piece = available, 32, STREAMED
     tile = tile_settings(piece, in_thread)
     alone = programs == 1 and not streams
     groups = triton.cdiv(n_rows, tile["ROWS"]) if alone else max(min(n_rows, available // programs), 1)

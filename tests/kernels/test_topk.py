@@ -56,7 +56,7 @@ def check(x, k, mask=None, **options):
 
 
 @pytest.mark.parametrize(
-    ("shape", "k"), [((16, 512), 10), ((2, 3, 100), 3), ((5, 1), 1), ((3, 77), 32), ((2, 77), 77), ((0, 9), 2)], ids=str
+    ("shape", "k"), [((6, 512), 10), ((2, 3, 100), 3), ((5, 1), 1), ((3, 77), 32), ((2, 77), 77), ((0, 9), 2)], ids=str
 )
 def test_matches_plain_pytorch(shape, k):
     check(randn(*shape), k)
@@ -99,7 +99,7 @@ def test_negative_zero_and_infinite_scores_are_ordered():
 
 
 def test_the_example_of_the_systems_document():
-    x = randn(64 if INTERPRETED else 1024, 512)
+    x = randn(8 if INTERPRETED else 1024, 512)
     values, indices, coor_descent_values, gates = topk(x, k=10, fused=True)
     expected = x.topk(10)
     torch.testing.assert_close(values, expected.values, rtol=1e-6, atol=0)
