@@ -38,7 +38,10 @@ CHUNK_PROBES = 16
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 LARGEST: tl.constexpr = tl.constexpr(3.0e38)
-"""A bound on scores. Its negative stands for a score that takes no part: its exponential is 0."""
+"""A bound on scores, to which larger ones are cut."""
+
+HIDDEN: tl.constexpr = tl.constexpr(-3.2e38)
+"""Stands for a score that takes no part: below every other, its exponential is 0, and finite."""
 
 NARROW: tl.constexpr = tl.constexpr(2.0**-22)
 """Width of a bracket, in temperatures, at which fp32 tells no score in it from one at the kink."""
@@ -64,6 +67,12 @@ def _load_k(k_ptr, row, k, HAS_K: tl.constexpr):
 
 
 @triton.jit
+def _ratio(x, y):
+    """x / y of fp64 numbers in fp32: dividing in fp64 is a call, around which registers are spilled."""
+    return x.to(tl.float32) / y.to(tl.float32)
+
+
+@triton.jit
 def _columns(REPEATS: tl.constexpr, WIDTH: tl.constexpr):
     """Column numbers of a tile, REPEATS x WIDTH, of which a thread holds four neighbours in each of the REPEATS."""
     return tl.arange(0, REPEATS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -71,12 +80,12 @@ def _columns(REPEATS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK: tl.constexpr):
-    """Scores as fp32, -LARGEST where there is none that takes part, and which take part: both REPEATS x WIDTH."""
+    """Scores as fp32, HIDDEN where there is none that takes part: REPEATS x WIDTH."""
     valid = columns < n
     if HAS_MASK:
         valid = valid & (tl.load(mask_ptr + columns, mask=valid, other=0) != 0)
-    scores = tl.load(scores_ptr + columns, mask=valid, other=-float("inf")).to(tl.float32)
-    return tl.where(scores < -LARGEST, -LARGEST, scores), valid
+    scores = tl.load(scores_ptr + columns, mask=valid, other=0.0).to(tl.float32)
+    return tl.where(valid, tl.where(scores < -LARGEST, -LARGEST, scores), HIDDEN)
 
 
 @triton.jit
@@ -109,14 +118,15 @@ def _number(key):
 
 
 @triton.jit
-def _survey(scores, valid, WIDTH: tl.constexpr):
+def _survey(scores, WIDTH: tl.constexpr):
     """Least and largest score, number, sum and sum of squares of a tile; the number is NaN where a score is."""
-    least = tl.min(tl.min(tl.where(valid, scores, LARGEST), axis=0), axis=0).to(tl.float64)
+    hidden = scores < -LARGEST
+    least = tl.min(tl.min(tl.where(hidden, LARGEST, scores), axis=0), axis=0).to(tl.float64)
     largest = tl.max(tl.max(scores, axis=0), axis=0).to(tl.float64)
-    present = tl.where(valid, tl.where(scores == scores, 1.0, float("nan")), 0.0)
-    known = tl.where(valid, scores, 0.0)
-    total, squares = _sum_pair(known, known * known, WIDTH)
-    n_valid = tl.sum(tl.sum(present, axis=0).to(tl.float64), axis=0)
+    present = tl.where(hidden, 0.0, tl.where(scores == scores, 1.0, float("nan")))
+    known = tl.where(hidden, 0.0, scores)
+    n_valid, total = _sum_pair(present, known, WIDTH)
+    squares = tl.sum(tl.sum(known * known, axis=0).to(tl.float64), axis=0)
     return least, largest, n_valid, total, squares
 
 
@@ -126,7 +136,7 @@ def _open(least, largest, n_valid, total, squares, k, eps):
 
     F(v) lies between n exp((least - v) / e) and n exp((largest - v) / e), for v above the respective score.
     """
-    share = (k / n_valid).to(tl.float32)
+    share = _ratio(k, n_valid)
     rise = -eps * tl.log(share)
     low = _number(_key(tl.maximum(least + rise - eps, -LARGEST)) - 1)
     high = _number(_key(tl.minimum(largest + rise + eps, LARGEST)) + 1)
@@ -134,8 +144,9 @@ def _open(least, largest, n_valid, total, squares, k, eps):
     # The normal quantile of Abramowitz and Stegun, 26.2.23.
     t = tl.sqrt(-2.0 * tl.log(tl.maximum(tl.minimum(share, 1.0 - share), 1e-12)))
     quantile = t - (2.515517 + t * (0.802853 + t * 0.010328)) / (1.0 + t * (1.432788 + t * (0.189269 + t * 0.001308)))
-    mean = total / n_valid
-    deviation = tl.sqrt(tl.maximum(squares / n_valid - mean * mean, 0.0))
+    mean = _ratio(total, n_valid).to(tl.float64)
+    variance = _ratio(squares - mean * total, n_valid)
+    deviation = tl.sqrt(tl.maximum(variance, 0.0)).to(tl.float64)
     center = mean + deviation * tl.where(share < 0.5, quantile, -quantile)
     center = tl.minimum(tl.maximum(center, low), high)
     reach = tl.where(deviation < high - low, 4.0 * deviation, 0.0)
@@ -153,7 +164,7 @@ def _probes(bracket, aim, PROBES: tl.constexpr):
     # Two probes close around `newton`, the others in pairs at 2**-2 to 2**-8 of the reach around the center.
     at_newton = probe >= PROBES - 2
     halvings = tl.where(at_newton, 20 - 10 * (probe % 2), 2 + probe // 2 * (24 // PROBES))
-    step = reach * (1 - 2 * (probe % 2)) * tl.exp2(-halvings.to(tl.float64))
+    step = reach * (1 - 2 * (probe % 2)) * tl.exp2(-halvings.to(tl.float32))
     aimed = tl.where(at_newton, newton, center) + step
     even = low_key + (high_key - low_key) * (probe + 1) // (PROBES + 1)
     key = tl.where(reach > 0, _key(aimed), even)
@@ -179,7 +190,7 @@ def _measure(scores, probes, rate, WIDTH: tl.constexpr, PROBES: tl.constexpr):
 @triton.jit
 def _log_ratio(x, y):
     """log(x / y) in fp32, as exact for x close to y as elsewhere; finite for x = 0."""
-    excess = ((x - y) / y).to(tl.float32)
+    excess = _ratio(x - y, y)
     return tl.where(tl.abs(excess) < 1e-3, excess, tl.log(tl.maximum(1.0 + excess, 1e-30)))
 
 
@@ -199,8 +210,8 @@ def _refine(bracket, aim, probes, counts, totals, k, eps):
     high_total = tl.where(high < highest, tl.max(tl.where(probes == high, totals, 0.0), axis=0), high_total)
 
     # With the entries above an end at 1, the solution is here: never too low, and exact if no score is in between.
-    from_low = low + eps * tl.log((low_total / (k - low_count)).to(tl.float32))
-    from_high = high + eps * tl.log((high_total / (k - high_count)).to(tl.float32))
+    from_low = low + eps * tl.log(_ratio(low_total, k - low_count))
+    from_high = high + eps * tl.log(_ratio(high_total, k - high_count))
     newton = tl.minimum(tl.where(low_count < k, from_low, high), tl.where(high_total > 0, from_high, high))
     newton = tl.minimum(newton, high)
 
@@ -222,7 +233,7 @@ def _settle(bracket, k, eps):
     empty = low_count == high_count
     at_low = adjacent | empty
     anchor = tl.where(at_low, low, high)
-    scale = tl.where(at_low, (k - low_count) / low_total, (k - high_count) / high_total)
+    scale = _ratio(k - tl.where(at_low, low_count, high_count), tl.where(at_low, low_total, high_total))
     near = (scale < FAR) & (scale * FAR > 1)
     return adjacent | (near & (empty | (high - low <= NARROW * eps))), anchor, scale
 
@@ -243,11 +254,13 @@ def _conclude(bracket, n_valid, k, eps):
 
 @triton.jit
 def _select(scores, anchor, scale, rate):
-    """y of a tile, and which of its entries are at 1."""
+    """y of a tile, and which of its entries are below 1 and not hidden."""
     anchor = anchor.to(tl.float32)
     at_one = scores > anchor
-    y = _exp_over(scores - anchor, rate) * scale.to(tl.float32)
-    return tl.where(at_one | (y > 1), 1.0, y), at_one
+    y = _exp_over(scores - anchor, rate) * scale
+    y = tl.where(at_one | (y > 1), 1.0, y)
+    hidden = scores < -LARGEST
+    return tl.where(hidden, 0.0, y), (at_one | hidden) == 0
 
 
 @triton.jit
@@ -337,10 +350,10 @@ def _resident_kernel(
     rate = _wide(rate)
     row = tl.program_id(0).to(tl.int64)
     columns = _columns(REPEATS, WIDTH)
-    scores, valid = _load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
+    scores = _load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
     k = _load_k(k_ptr, row, k, HAS_K)
 
-    least, largest, n_valid, total, squares = _survey(scores, valid, WIDTH)
+    least, largest, n_valid, total, squares = _survey(scores, WIDTH)
     bracket, aim = _open(least, largest, n_valid, total, squares, k, eps)
     passes = 1
     while _searching(bracket, n_valid, k, eps):
@@ -352,7 +365,6 @@ def _resident_kernel(
     anchor, scale = _conclude(bracket, n_valid, k, eps)
     _store_solution(solution_ptr, row, anchor, scale, passes + 1, True)
     y, _ = _select(scores, anchor, scale, rate)
-    y = tl.where(valid, y, 0.0)
     tl.store(y_ptr + row * n + columns, y.to(y_ptr.dtype.element_ty), mask=columns < n)
 
 
@@ -373,8 +385,8 @@ def _survey_kernel(
     """First pass over rows of several chunks."""
     row = (tl.program_id(0) // chunks).to(tl.int64)
     columns = (tl.program_id(0) % chunks) * (REPEATS * WIDTH) + _columns(REPEATS, WIDTH)
-    scores, valid = _load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
-    least, largest, n_valid, total, squares = _survey(scores, valid, WIDTH)
+    scores = _load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
+    least, largest, n_valid, total, squares = _survey(scores, WIDTH)
     partials_ptr += tl.program_id(0).to(tl.int64) * (2 * PROBES)
     tl.store(partials_ptr, least)
     tl.store(partials_ptr + 1, largest)
@@ -424,7 +436,7 @@ def _search_kernel(
 
     if _searching(bracket, n_valid, k, eps):
         columns = chunk * (REPEATS * WIDTH) + _columns(REPEATS, WIDTH)
-        scores, _ = _load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
+        scores = _load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
         counts, totals = _measure(scores, _probes(bracket, aim, PROBES), rate, WIDTH, PROBES)
         partial_ptrs = partials_ptr + (n_rows * chunks + chunk) * (2 * PROBES) + tl.arange(0, PROBES)
         tl.store(partial_ptrs, counts)
@@ -471,7 +483,7 @@ def _finish_kernel(
         totals = tl.zeros([PROBES], tl.float64)
         for tile in range(chunks):
             columns = tile * (REPEATS * WIDTH) + _columns(REPEATS, WIDTH)
-            scores, _ = _load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK)
+            scores = _load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK)
             tile_counts, tile_totals = _measure(scores, probes, rate, WIDTH, PROBES)
             counts += tile_counts
             totals += tile_totals
@@ -481,20 +493,18 @@ def _finish_kernel(
     anchor, scale = _conclude(bracket, n_valid, k, eps)
     _store_solution(solution_ptr, row, anchor, scale, passes + 1, chunk == 0)
     columns = chunk * (REPEATS * WIDTH) + _columns(REPEATS, WIDTH)
-    scores, valid = _load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK)
+    scores = _load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK)
     y, _ = _select(scores, anchor, scale, rate)
-    y = tl.where(valid, y, 0.0)
     tl.store(y_ptr + row * n + columns, y.to(y_ptr.dtype.element_ty), mask=columns < n)
 
 
 @triton.jit
 def _load_for_gradient(grad_ptr, scores_ptr, mask_ptr, solution_ptr, columns, n, rate, HAS_MASK: tl.constexpr):
     """Upstream gradient and y, both 0 at entries that pass no gradient on."""
-    scores, valid = _load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK)
-    y, at_one = _select(scores, tl.load(solution_ptr), tl.load(solution_ptr + 1), rate)
-    takes_part = valid & (at_one == 0)
-    grad = tl.load(grad_ptr + columns, mask=takes_part, other=0.0).to(tl.float32)
-    return grad, tl.where(takes_part, y, 0.0)
+    scores = _load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK)
+    y, free = _select(scores, tl.load(solution_ptr), tl.load(solution_ptr + 1).to(tl.float32), rate)
+    grad = tl.load(grad_ptr + columns, mask=free & (columns < n), other=0.0).to(tl.float32)
+    return grad, tl.where(free, y, 0.0)
 
 
 @triton.jit
@@ -571,17 +581,25 @@ def _gradient_kernel(
         total = tl.sum(total_in_slot, axis=0)
 
     # Without an entry below 1 nothing depends on the scores or on k.
-    mean = tl.where(total == 0, 0.0, weighted / total)
-    ds = (grad - mean.to(tl.float32)) * y * inverse_eps.to(tl.float32)
+    mean = tl.where(total == 0, 0.0, _ratio(weighted, total))
+    ds = (grad - mean) * y * inverse_eps.to(tl.float32)
     tl.store(ds_ptr + row * n + columns, ds.to(ds_ptr.dtype.element_ty), mask=columns < n)
     tl.store(dk_ptr + row, mean, mask=chunk == 0)
 
 
 def _tile(entries: int) -> dict[str, int]:
-    """Launch settings for a tile of at least `entries`: 16 entries a thread, 32 in the largest."""
+    """Launch settings for a tile of at least `entries`: 16 entries a thread, 32 in the largest.
+
+    The limit on registers is the one there is anyway: without it, ptxas spills some to fit more programs.
+    """
     block = max(triton.next_power_of_2(entries), 128)
     num_warps = min(max(block // 512, 1), 16)
-    return {"REPEATS": block // (128 * num_warps), "WIDTH": 128 * num_warps, "num_warps": num_warps}
+    return {
+        "REPEATS": block // (128 * num_warps),
+        "WIDTH": 128 * num_warps,
+        "num_warps": num_warps,
+        "maxnreg": min(2048 // num_warps, 255),
+    }
 
 
 def _launch_forward(
@@ -646,7 +664,9 @@ def _forward_in_pytorch(
 
     depth = n if k_rows is not None else min(math.ceil(k), n)
     ordered = s.topk(depth, dim=-1).values
-    exponents = (ordered.double() - ordered[:, :1]) / eps
+    # The first score that cannot be at 1 lets no digit of those near it be lost.
+    pivot = ordered.gather(-1, wide_k.nan_to_num().ceil().long().sub_(1).clamp_(min=0, max=depth - 1))
+    exponents = (ordered.double() - pivot) / eps
     # What is not among the largest; they themselves contribute exactly 1 each.
     rest = (s - ordered[:, -1:]).div_(eps).clamp_(max=0.0).exp_().sum(dim=-1, keepdim=True, dtype=torch.float64) - depth
     rest = rest.clamp_(min=0.0).log_() + exponents[:, -1:]
