@@ -321,7 +321,7 @@ def launch_forward(
         programs = triton.cdiv(n, piece)
     streams = programs > available
     if streams:
-        programs, in_thread, piece = available, 32, STREAMED
+        programs, in_thread, piece = available, 16, STREAMED
     tile = tile_settings(piece, in_thread)
     alone = programs == 1 and not streams
     groups = triton.cdiv(n_rows, tile["ROWS"]) if alone else max(min(n_rows, available // programs), 1)
