@@ -1,9 +1,12 @@
-"""The scalar-state algorithm of `kernels.coor_descent` in vectorised PyTorch: what a CPU tensor gets.
+"""The scalar-state algorithm of `kernels.coor_descent`, vectorised: what a CPU tensor gets.
 
 The recurrence runs on one fp64 number a row (DESIGN 3.2); everything elementwise stays in the dtype of the scores, or
-fp32 for half precision, and in three buffers of their size.
+fp32 for half precision, in a few buffers of their size.
 """
 
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,40 +26,52 @@ def forward(
     mask: Tensor | None,  # rows n
     k: Tensor,  # rows, fp64
     temperatures: list[float],
-    trace: Tensor,  # rows n_iters, fp64: receives a_t; without entries where no gradient is wanted
-    ratio: Tensor,  # rows n_iters, fp32: receives the share of the sum that lies above the threshold
+    kept: Sequence[Tensor] | None,  # two of rows n_iters, fp64: receive a_t and the share of the sum above it
 ) -> Tensor:
-    """The relaxed selection `rows n`; see `kernels.coor_descent`."""
-    save = trace.numel() > 0
-    s = _working_copy(scores, mask)
-    n_valid = _count_valid(scores, mask)
-    empty = n_valid == 0
-    log_k = torch.log(torch.where(k > 0, k, torch.nan))
-    highest = s.amax(dim=-1).double().masked_fill_(empty, 0.0)
+    """The relaxed selection `rows n`; see `kernels.coor_descent`.
 
-    weights, work = torch.empty_like(s), torch.empty_like(s)
+    With the scores of a row in ascending order, and the running sums of their exponentials, an iteration is to find
+    the threshold among them.
+    """
+    rows, n = scores.shape
+    ordered = _working_copy(scores, mask)
+    ordered.numpy().sort(axis=-1)
+    weights, work = torch.empty_like(ordered), torch.empty_like(ordered)
+    sums = torch.empty(rows, n + 1, dtype=torch.float64)
     *temperatures, last_temperature = temperatures
-    base, base_temperature = highest, None
 
-    a = (temperatures[0] * (log_k - torch.log(n_valid))).masked_fill_(empty, 0.0)
-    if save:
-        trace[:, 0], ratio[:, 0] = a, 0.0
-    for t, temperature in enumerate(temperatures[1:], start=1):
-        threshold = -a
-        # The largest of min(s, -a), which keeps the sum below from under- and overflowing.
-        anchor = torch.where(highest < threshold, highest, threshold)
-        if temperature != base_temperature or _moved(anchor - base, temperature):
-            base, base_temperature = anchor, temperature
-            _exp_above(s, base, temperature, work, out=weights)
-        ceiling = torch.exp((anchor - base) / temperature).to(s.dtype)
-        torch.minimum(weights, ceiling[:, None], out=work)
-        # Entries above the threshold count exactly 1 each, whatever the rounding of the ceiling.
-        total = (work.sum(dim=-1, dtype=torch.float64) / ceiling).masked_fill_(empty, 1.0)
-        a = temperature * (log_k - torch.log(total)) - anchor
-        if save:
-            trace[:, t], ratio[:, t] = a, _compare(torch.gt, s, threshold, out=work).sum(dim=-1) / total
+    # NumPy for what is computed once a row: on few numbers, a call of PyTorch takes several times as long.
+    with np.errstate(all="ignore"):
+        n_valid, log_k = _count_valid(scores, mask).numpy(), np.log(np.where(k > 0, k, np.nan))
+        empty = n_valid == 0
+        highest = np.where(empty, 0.0, ordered[:, -1].double().numpy())
+        base, base_temperature = highest, None
+        a = np.where(empty, 0.0, temperatures[0] * (log_k - np.log(n_valid)))
+        trace, ratios = [a], [np.zeros_like(a)]
+        for temperature in temperatures[1:]:
+            threshold = -a
+            # The largest of min(s, -a), which keeps the sum below from under- and overflowing.
+            anchor = np.minimum(highest, threshold)
+            shift = (anchor - base) / temperature
+            if temperature != base_temperature or (np.abs(shift) > MAX_SHIFT).any():
+                base, base_temperature, shift = anchor, temperature, np.zeros(rows)
+                _exp_above(ordered, torch.from_numpy(base), temperature, work, out=weights).clamp_(max=LARGEST)
+                sums[:, 0], sums[:, 1:] = 0.0, weights
+                sums.cumsum_(dim=-1)
+            floor = _round_down(torch.from_numpy(threshold), ordered.dtype)
+            below = torch.searchsorted(ordered, floor[:, None], right=True)
+            total = n - below + sums.gather(-1, below) * torch.from_numpy(np.exp(-shift))[:, None]
+            total = np.where(empty, 1.0, total[:, 0].numpy())
+            a = temperature * (log_k - np.log(total)) - anchor
+            trace.append(a)
+            ratios.append((n - below[:, 0].numpy()) / total)
+    if kept is not None:
+        for state, numbers in zip(kept, (trace, ratios), strict=True):
+            state.copy_(torch.from_numpy(np.stack(numbers, axis=1)))
 
-    y = _exp_above(s, -a, last_temperature, weights, out=work).clamp_(max=1.0)
+    y = _exp_above(_working_copy(scores, mask), torch.from_numpy(-a), last_temperature, work, out=weights).clamp_(
+        max=1.0
+    )
     return _fill_hidden(y, mask).to(scores.dtype)
 
 
@@ -67,40 +82,54 @@ def backward(
     k: Tensor,  # rows, fp64
     temperatures: list[float],
     trace: Tensor,  # rows n_iters, fp64
-    ratio: Tensor,  # rows n_iters, fp32
+    ratio: Tensor,  # rows n_iters, fp64
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the scores `rows n` and of k `rows` (fp64), in closed form (DESIGN 3.3)."""
     s = _working_copy(scores, mask)
     *temperatures, last_temperature = temperatures
-    a = trace[:, -1]
+    thresholds = _round_down(-trace, s.dtype)
 
-    weights, work, coefficients = torch.empty_like(s), torch.empty_like(s), torch.zeros_like(s)
-    ds = _exp_above(s, -a, last_temperature, work, out=weights).clamp_(max=1.0)
-    ds = ds.mul(grad).mul_(1.0 / last_temperature).mul_(_compare(torch.le, s, -a, out=work))
+    weights, work = torch.empty_like(s), torch.empty_like(s)
+    ds = _exp_above(s, -trace[:, -1], last_temperature, work, out=weights).clamp_(max=1.0)
+    ds = ds.mul(grad).mul_(1.0 / last_temperature).mul_(torch.le(s, thresholds[:, -1:], out=work))
     ds = _fill_hidden(ds, mask)
-    grad_a = ds.sum(dim=-1, dtype=torch.float64)
-    dk = torch.zeros_like(k)
+
+    # Each a hands on to the one before it what it received, times the share of the sum above the threshold.
+    handed_on = torch.cat([ratio[:, 1:], torch.ones_like(ratio[:, :1])], dim=1)
+    grad_a = handed_on.flip(1).cumprod(dim=1).flip(1) * ds.sum(dim=-1, dtype=torch.float64)[:, None]
 
     # Iterations of one temperature whose a are close share the weights exp((s - base) / temperature), and only the
     # coefficients of these add up.
-    base, base_temperature = a, None
-    for t in range(len(temperatures) - 1, 0, -1):
-        temperature, previous = temperatures[t], trace[:, t - 1]
-        if temperature != base_temperature or _moved(a + base, temperature):
-            if base_temperature is not None:
-                ds.addcmul_(weights, coefficients, value=-1.0)
-                coefficients.zero_()
-            base, base_temperature = -a, temperature
-            # At most k for an entry below the threshold; above it the weight is not used and must not overflow.
-            _exp_above(s, base, temperature, work, out=weights).clamp_(max=LARGEST)
-        coefficient = grad_a / k * torch.exp((a + base) / temperature)
-        coefficients.addcmul_(_compare(torch.le, s, -previous, out=work), coefficient[:, None].to(s.dtype))
-        dk += grad_a * temperature
-        grad_a = grad_a * ratio[:, t]
-        a = previous
-    ds.addcmul_(weights, coefficients, value=-1.0)
-    dk += grad_a * temperatures[0]
-    return _fill_hidden(ds, mask).to(scores.dtype), dk / k
+    coefficients = torch.empty_like(s)
+    for start, stop in _runs(trace, temperatures):
+        temperature, base = temperatures[start], -trace[:, stop - 1]
+        # At most k for an entry below the threshold; above it the weight is not used and must not overflow.
+        _exp_above(s, base, temperature, work, out=weights).clamp_(max=LARGEST)
+        shares = torch.exp((trace[:, start:stop] + base[:, None]) / temperature)
+        shares = (grad_a[:, start:stop] / k[:, None] * shares).to(s.dtype)
+        coefficients.zero_()
+        for t in range(start, stop):
+            passes = torch.le(s, thresholds[:, t - 1, None], out=work)
+            coefficients.addcmul_(passes, shares[:, t - start, None])
+        ds.addcmul_(weights, coefficients, value=-1.0)
+
+    dk = (grad_a * grad_a.new_tensor(temperatures)).sum(dim=-1) / k
+    return _fill_hidden(ds, mask).to(scores.dtype), dk
+
+
+def _runs(trace: Tensor, temperatures: list[float]) -> Iterator[tuple[int, int]]:
+    """Stretches of iterations, the first one left out, of one temperature and with all a near the last, from behind."""
+    stop = len(temperatures)
+    while stop > 1:
+        temperature, start = temperatures[stop - 1], stop - 1
+        while start > 1 and temperatures[start - 1] == temperature:
+            start -= 1
+        distances = (trace[:, start:stop] - trace[:, stop - 1, None]).abs()
+        far = (distances > MAX_SHIFT * temperature).any(dim=0).nonzero()
+        if len(far):
+            start += int(far[-1]) + 1
+        yield start, stop
+        stop = start
 
 
 def wide_k(scores: Tensor, k_rows: Tensor | None, k: float) -> Tensor:
@@ -121,16 +150,11 @@ def _count_valid(scores: Tensor, mask: Tensor | None) -> Tensor:
     return count.masked_fill_(nan.any(dim=-1), torch.nan)
 
 
-def _moved(shift: Tensor, temperature: float) -> bool:
-    return bool((shift.abs() > MAX_SHIFT * temperature).any())
-
-
-def _compare(compare, s: Tensor, threshold: Tensor, *, out: Tensor) -> Tensor:
-    """1 where s compares so with an fp64 threshold a row, else 0. Exact, since fp32 scores are compared with the
-    largest fp32 that is not above the threshold."""
-    nearest = threshold.to(s.dtype)
-    floor = torch.where(nearest > threshold, torch.nextafter(nearest, nearest.new_tensor(-torch.inf)), nearest)
-    return compare(s, floor[:, None], out=out)
+def _round_down(threshold: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest number of a dtype that is not above an fp64 threshold, so that comparing scores of that dtype with
+    it is comparing with the threshold."""
+    nearest = threshold.to(dtype)
+    return torch.where(nearest > threshold, torch.nextafter(nearest, torch.full_like(nearest, -torch.inf)), nearest)
 
 
 def _exp_above(s: Tensor, threshold: Tensor, temperature: float, work: Tensor, *, out: Tensor) -> Tensor:

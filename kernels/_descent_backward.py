@@ -6,14 +6,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import _coor_descent_torch as in_pytorch
+from kernels._descent_forward import temperatures_repeat
+from kernels._descent_state import iterations_of, row_state
 from kernels._launch import tile_settings
 from kernels._primitives import (
     LOWEST,
-    exp2,
+    exp2_wide,
     exp_above,
     load_k,
     load_tile,
-    log2_e_over,
     per_row,
     round_down,
     sum_in_thread,
@@ -31,9 +32,9 @@ LARGEST: tl.constexpr = tl.constexpr(in_pytorch.LARGEST)
 
 
 @triton.jit
-def _direct_gradient(scores, grad, a, temperature, HAS_MASK: tl.constexpr):
+def _direct_gradient(scores, grad, a, temperature, factor, HAS_MASK: tl.constexpr):
     """The gradient of the scores through the output alone, at constant a: g y / temperature where y < 1."""
-    y = exp_above(scores, -a, log2_e_over(temperature))
+    y = exp_above(scores, -a, factor)
     direct = tl.where(scores > per_row(round_down(-a)), 0.0, grad * y * (1.0 / temperature).to(tl.float32))
     if HAS_MASK:
         direct = tl.where(scores == LOWEST, 0.0, direct)
@@ -45,8 +46,7 @@ def _grad_a_kernel(
     grad_ptr,  # rows n
     scores_ptr,  # rows n
     mask_ptr,  # rows n
-    trace_ptr,  # rows n_iters, fp64
-    temperature_ptr,  # n_iters + 1, fp64
+    state_ptr,  # rows+1 2 n_iters+1, fp64
     grad_a_ptr,  # rows chunks, fp64
     grad_stride,
     scores_stride,
@@ -65,8 +65,10 @@ def _grad_a_kernel(
     columns = (tl.program_id(0) % chunks) * (REPEATS * WIDTH) + tile_columns(REPEATS, WIDTH)
     scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
     grad = tl.load(grad_ptr + per_row(rows) * grad_stride + columns, mask=columns < n, other=0.0).to(tl.float32)
-    a = tl.load(trace_ptr + rows * n_iters + n_iters - 1)
-    direct = _direct_gradient(scores, grad, a, tl.load(temperature_ptr + n_iters), HAS_MASK)
+    a = tl.load(row_state(state_ptr, rows, n_iters) + n_iters - 1)
+    schedule_ptr = row_state(state_ptr, n_rows + tl.zeros((), tl.int64), n_iters) + n_iters
+    temperature, factor = tl.load(schedule_ptr), tl.load(schedule_ptr + n_iters + 1)
+    direct = _direct_gradient(scores, grad, a, temperature, factor, HAS_MASK)
     grad_a = tl.sum(sum_in_thread(direct, REPEATS, ROWS, WIDTH), axis=1)
     tl.store(grad_a_ptr + tl.program_id(0) + tl.arange(0, ROWS), grad_a)
 
@@ -77,9 +79,7 @@ def _backward_kernel(
     scores_ptr,  # rows n
     mask_ptr,  # rows n
     k_ptr,  # rows
-    trace_ptr,  # rows n_iters, fp64
-    ratio_ptr,  # rows n_iters, fp32
-    temperature_ptr,  # n_iters + 1, fp64
+    state_ptr,  # rows+1 2 n_iters+1, fp64
     grad_a_ptr,  # rows chunks, fp64
     ds_ptr,  # rows n
     dk_ptr,  # rows, fp64
@@ -97,6 +97,7 @@ def _backward_kernel(
     SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_K: tl.constexpr,
+    REUSE: tl.constexpr,
 ):
     """Gradient of ROWS whole rows, or of one chunk of a row, from the last iteration to the first."""
     rows = tl.program_id(0) // chunks * ROWS + tl.arange(0, ROWS).to(tl.int64)
@@ -108,10 +109,11 @@ def _backward_kernel(
     grad = tl.load(grad_ptr + per_row(rows) * grad_stride + columns, mask=exists, other=0.0).to(tl.float32)
     inverse_k = 1.0 / load_k(k_ptr, rows, k, n_rows, HAS_K)
 
-    a_ptrs = trace_ptr + rows * n_iters + n_iters - 1
-    ratio_ptrs = ratio_ptr + rows * n_iters + n_iters - 1
+    a_ptrs = row_state(state_ptr, rows, n_iters) + n_iters - 1
+    temperature_ptr = row_state(state_ptr, n_rows + tl.zeros((), tl.int64), n_iters) + n_iters
     a = tl.load(a_ptrs, mask=row_exists, other=0.0)
-    ds = _direct_gradient(scores, grad, a, tl.load(temperature_ptr + n_iters), HAS_MASK)
+    temperature, factor = tl.load(temperature_ptr), tl.load(temperature_ptr + n_iters + 1)
+    ds = _direct_gradient(scores, grad, a, temperature, factor, HAS_MASK)
     if SLOTS == 1:
         grad_a = tl.sum(sum_in_thread(ds, REPEATS, ROWS, WIDTH), axis=1)
     else:
@@ -121,40 +123,46 @@ def _backward_kernel(
             in_slot += tl.load(grad_a_ptr + tl.program_id(0) - chunk + slot, mask=slot < chunks, other=0.0)
         grad_a = tl.sum(in_slot, axis=0) + tl.zeros([ROWS], tl.float64)
 
-    # Iterations of one temperature whose a are close share the weights w = exp((s - base) / e), and only the
-    # coefficients of w add up: an exponential for each such run, not for each iteration.
+    # With REUSE, iterations of one temperature whose a are close share the weights w = exp((s - base) / e), and only
+    # the coefficients of w add up: an exponential for each such run, not for each iteration.
     weights = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
     coefficients = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
     base = tl.zeros([ROWS], tl.float64)
     base_temperature = tl.zeros((), tl.float64)
-    factor = tl.zeros((), tl.float64)
     dk = tl.zeros([ROWS], tl.float64)
-    for step in range(1, n_iters):
+    for _ in range(1, n_iters):
+        ratio = tl.load(a_ptrs + n_iters + 1, mask=row_exists, other=0.0)
         a_ptrs -= 1
+        temperature_ptr -= 1
         previous = tl.load(a_ptrs, mask=row_exists, other=0.0)
-        temperature = tl.load(temperature_ptr + n_iters - step)
-        moved = tl.max((tl.abs(a + base) > temperature * MAX_SHIFT).to(tl.int32), axis=0)
-        if (temperature != base_temperature) | (moved > 0):
-            ds -= coefficients * weights
-            coefficients = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
-            base = -a
-            base_temperature = temperature
-            factor = log2_e_over(temperature)
-            # At most k for an entry below the threshold; above it the weight is not used and must not overflow.
-            weights = tl.minimum(exp_above(scores, base, factor), LARGEST)
-        coefficient = (grad_a * inverse_k).to(tl.float32) * exp2(((a + base) * factor).to(tl.float32))
-        coefficients += tl.where(scores <= per_row(round_down(-previous)), per_row(coefficient), 0.0)
+        temperature, factor = tl.load(temperature_ptr), tl.load(temperature_ptr + n_iters + 1)
+        passes = scores <= per_row(round_down(-previous))
+        coefficient = (grad_a * inverse_k).to(tl.float32)
+        if REUSE:
+            moved = tl.max((tl.abs(a + base) > temperature * MAX_SHIFT).to(tl.int32), axis=0)
+            if (temperature != base_temperature) | (moved > 0):
+                ds -= coefficients * weights
+                coefficients = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
+                base = -a
+                base_temperature = temperature
+                # At most k for an entry below the threshold; above it the weight is not used and must not overflow.
+                weights = tl.minimum(exp_above(scores, base, factor), LARGEST)
+            coefficient *= exp2_wide((a + base) * factor)
+            coefficients += tl.where(passes, per_row(coefficient), 0.0)
+        else:
+            ds = tl.where(passes, ds - exp_above(scores, -a, factor) * per_row(coefficient), ds)
         dk += grad_a * temperature
-        grad_a *= tl.load(ratio_ptrs, mask=row_exists, other=0.0).to(tl.float64)
-        ratio_ptrs -= 1
+        grad_a *= ratio
         a = previous
-    ds -= coefficients * weights
-    dk = (dk + grad_a * tl.load(temperature_ptr)) * inverse_k
+    if REUSE:
+        ds -= coefficients * weights
+    dk = (dk + grad_a * tl.load(temperature_ptr - 1)) * inverse_k
 
     if HAS_MASK:
         ds = tl.where(scores == LOWEST, 0.0, ds)
     tl.store(ds_ptr + per_row(rows) * n + columns, ds.to(ds_ptr.dtype.element_ty), mask=exists)
-    tl.store(dk_ptr + rows, dk, mask=row_exists & (chunk == 0))
+    if HAS_K:
+        tl.store(dk_ptr + rows, dk, mask=row_exists & (chunk == 0))
 
 
 def launch_backward(
@@ -163,14 +171,13 @@ def launch_backward(
     mask: Tensor | None,
     k_rows: Tensor | None,
     k: float,
-    trace: Tensor,
-    ratio: Tensor,
-    temperatures: Tensor,
+    schedule: tuple[int, float, float, float],
+    state: Tensor,
     ds: Tensor,
     dk: Tensor,
 ) -> None:
     n_rows, n = scores.shape
-    n_iters = trace.shape[-1]
+    n_iters = iterations_of(state)
     chunks = triton.cdiv(n, CHUNK)
     settings = {**tile_settings(min(n, CHUNK), IN_THREAD), "HAS_MASK": mask is not None}
     strides = (grad.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
@@ -180,16 +187,14 @@ def launch_backward(
     if chunks > 1:
         grad_a = torch.empty(n_rows * chunks, dtype=torch.float64, device=scores.device)
         _grad_a_kernel[(n_rows * chunks,)](
-            grad, scores, mask_or_any, trace, temperatures, grad_a, *strides, n_rows, n, n_iters, chunks, **settings
+            grad, scores, mask_or_any, state, grad_a, *strides, n_rows, n, n_iters, chunks, **settings
         )
     _backward_kernel[(triton.cdiv(n_rows, settings["ROWS"]) * chunks,)](
         grad,
         scores,
         mask_or_any,
         scores if k_rows is None else k_rows,
-        trace,
-        ratio,
-        temperatures,
+        state,
         grad_a,
         ds,
         dk,
@@ -201,5 +206,6 @@ def launch_backward(
         k,
         SLOTS=min(triton.next_power_of_2(chunks), 1024),
         HAS_K=k_rows is not None,
+        REUSE=temperatures_repeat(*schedule),
         **settings,
     )

@@ -1,19 +1,26 @@
 """Forward pass of `kernels.coor_descent`: one program for several rows, several for one row, or rows streamed."""
 
+from functools import lru_cache
+from math import log
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels import _coor_descent_torch as in_pytorch
-from kernels._launch import entries_in_thread, multiprocessors, tile_settings
+from kernels._descent_state import save_step
+from kernels._launch import multiprocessors, tile_settings
 from kernels._primitives import (
     LOWEST,
+    clip_scaled,
     count_in_thread,
     exchange_highest,
     exchange_sum,
-    exp2,
+    exp2_wide,
     exp_above,
+    is_above,
     load_k,
     load_tile,
     log2_e_over,
@@ -31,6 +38,9 @@ RESIDENT = 16384
 STREAMED = 8192
 """Entries that a program reads at a time from a row too long for the registers of the whole device."""
 
+IN_THREAD, STREAMED_IN_THREAD = 64, 16
+"""Entries in a thread, for the two."""
+
 MAX_SHIFT: tl.constexpr = tl.constexpr(in_pytorch.MAX_SHIFT)
 
 
@@ -42,7 +52,7 @@ def _masked_count_in_thread(
     total = sum_in_thread(scores, REPEATS, ROWS, WIDTH)
     count = tl.zeros([ROWS, WIDTH // 4], tl.float64)
     if HAS_MASK:
-        count += count_in_thread(scores != LOWEST, ROWS, WIDTH)
+        count += count_in_thread(is_above(scores, LOWEST), ROWS, WIDTH)
     return tl.where(total == total, count, float("nan"))
 
 
@@ -62,16 +72,6 @@ def _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor):
 
 
 @triton.jit
-def _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature):
-    """What the backward pass needs of iteration t. The first program of a row writes it."""
-    places = rows * n_iters + t
-    writes = (rows < n_rows) & (part == 0)
-    tl.store(trace_ptr + places, a, mask=writes)
-    tl.store(ratio_ptr + places, ratio, mask=writes)
-    tl.store(temperature_ptr + t, temperature, mask=tl.program_id(0) == 0)
-
-
-@triton.jit
 def soft_selection(scores, a, factor, HAS_MASK: tl.constexpr):
     """exp(min(s + a, 0) / temperature); NaN stays NaN, and what is masked is 0 also where a is not finite."""
     y = tl.minimum(exp_above(scores, -a, factor), 1.0, propagate_nan=tl.PropagateNan.ALL)
@@ -84,13 +84,16 @@ def soft_selection(scores, a, factor, HAS_MASK: tl.constexpr):
 def descend(
     scores,  # REPEATS ROWS WIDTH
     rows,  # ROWS
+    columns,  # REPEATS 1 WIDTH
     part,
     step,
+    scores_ptr,
+    mask_ptr,
     k_ptr,
-    trace_ptr,
-    ratio_ptr,
-    temperature_ptr,
+    state_ptr,
     mailbox_ptr,
+    scores_stride,
+    mask_stride,
     n_rows,
     n,
     n_iters,
@@ -106,8 +109,14 @@ def descend(
     HAS_MASK: tl.constexpr,
     HAS_K: tl.constexpr,
     SAVE: tl.constexpr,
+    REUSE: tl.constexpr,
+    RELOAD: tl.constexpr,
 ):
-    """All iterations on rows in registers: the last a, log2(e) over the temperature of the output, the next step."""
+    """All iterations on rows in registers: the last a, log2(e) over the temperature of the output, the next step.
+
+    With REUSE, exponentials are kept from iteration to iteration, as long as the temperature is the same and the
+    threshold near; they are what stays in registers then. The scores stay, too, unless RELOAD has them read again.
+    """
     zero = tl.zeros((), tl.float64)
     eps += zero
     inverse_decay, last_factor = 1.0 / (eps_decay + zero), log2_e_over(eps)
@@ -124,36 +133,43 @@ def descend(
     factor = log2_e_over(temperature)
     a, highest = _first_step(log_k, highest, n_valid, temperature)
     if SAVE:
-        ratio = tl.zeros([ROWS], tl.float32)
-        _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, 0, a, ratio, temperature)
+        save_step(state_ptr, rows, part, n_rows, n_iters, 0, a, tl.zeros([ROWS], tl.float64), temperature, factor)
 
     weights = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
     base = tl.zeros([ROWS], tl.float64)
     base_temperature = zero
     for t in range(1, n_iters):
         temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
-        anchor = tl.where(highest < -a, highest, -a)
-        moved = tl.max((tl.abs(anchor - base) > temperature * MAX_SHIFT).to(tl.int32), axis=0)
-        if (temperature != base_temperature) | (moved > 0):
-            base = anchor
-            base_temperature = temperature
-            weights = exp_above(scores, base, factor)
-        scale = exp2(((base - anchor) * factor).to(tl.float32))
-        clipped = tl.minimum(weights * per_row(scale), 1.0)
-        above_threshold = scores > per_row(round_down(-a)) if SAVE else scores != scores
-        total, above = sum_and_count(clipped, above_threshold, REPEATS, ROWS, WIDTH)
+        threshold = -a
+        anchor = tl.where(highest < threshold, highest, threshold)
+        if REUSE:
+            moved = tl.max((tl.abs(anchor - base) > temperature * MAX_SHIFT).to(tl.int32), axis=0)
+            if (temperature != base_temperature) | (moved > 0):
+                base = anchor
+                base_temperature = temperature
+                if RELOAD:
+                    scores = load_tile(
+                        scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK
+                    )
+                weights = exp_above(scores, base, factor)
+            clipped = clip_scaled(weights, per_row(exp2_wide((base - anchor) * factor)))
+            # An exponential grows with its score, so that comparing with that of the threshold is comparing scores.
+            above_threshold = is_above(weights, exp_above(per_row(round_down(threshold)), base, factor))
+        else:
+            clipped = clip_scaled(exp_above(scores, anchor, factor), 1.0)
+            above_threshold = is_above(scores, per_row(round_down(threshold)))
+        total, above = sum_and_count(clipped, above_threshold, REPEATS, ROWS, WIDTH, SAVE)
         if PROGRAMS > 1:
             step += 1
             total, above = exchange_sum(mailbox_ptr, step, part, total, above, PROGRAMS, SLOTS)
         total = tl.where(n_valid == 0, 1.0, total)
         a = temperature * (log_k - log_normal(total)) - anchor
         if SAVE:
-            ratio = above.to(tl.float32) / total.to(tl.float32)
-            _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature)
+            save_step(state_ptr, rows, part, n_rows, n_iters, t, a, above / total, temperature, factor)
 
     temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
     if SAVE:
-        tl.store(temperature_ptr + n_iters, temperature, mask=tl.program_id(0) == 0)
+        save_step(state_ptr, rows, part, n_rows, n_iters, n_iters, a, tl.zeros([ROWS], tl.float64), temperature, factor)
     return a, factor, step
 
 
@@ -163,9 +179,7 @@ def _resident_kernel(
     mask_ptr,  # rows n
     k_ptr,  # rows
     y_ptr,  # rows n
-    trace_ptr,  # rows n_iters, fp64
-    ratio_ptr,  # rows n_iters, fp32
-    temperature_ptr,  # n_iters + 1, fp64
+    state_ptr,  # rows+1 2 n_iters+1, fp64
     mailbox_ptr,  # groups 2 PROGRAMS 4, int64
     scores_stride,
     mask_stride,
@@ -184,6 +198,8 @@ def _resident_kernel(
     HAS_MASK: tl.constexpr,
     HAS_K: tl.constexpr,
     SAVE: tl.constexpr,
+    REUSE: tl.constexpr,
+    RELOAD: tl.constexpr,
 ):
     """Rows that fit into registers: ROWS of them in one program, or one in PROGRAMS of them."""
     group = tl.program_id(0) // PROGRAMS
@@ -195,9 +211,12 @@ def _resident_kernel(
         rows = first_row + tl.arange(0, ROWS).to(tl.int64)
         scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
         a, factor, step = descend(
-            scores, rows, part, step, k_ptr, trace_ptr, ratio_ptr, temperature_ptr, mailbox_ptr, n_rows, n, n_iters,
-            k, first, eps_decay, eps, REPEATS, ROWS, WIDTH, PROGRAMS, SLOTS, HAS_MASK, HAS_K, SAVE,
+            scores, rows, columns, part, step, scores_ptr, mask_ptr, k_ptr, state_ptr, mailbox_ptr, scores_stride,
+            mask_stride, n_rows, n, n_iters, k, first, eps_decay, eps, REPEATS, ROWS, WIDTH, PROGRAMS, SLOTS, HAS_MASK,
+            HAS_K, SAVE, REUSE, RELOAD,
         )  # fmt: skip
+        if RELOAD:
+            scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
         y = soft_selection(scores, a, factor, HAS_MASK).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + per_row(rows) * n + columns, y, mask=(per_row(rows) < n_rows) & (columns < n))
 
@@ -208,9 +227,7 @@ def _streaming_kernel(
     mask_ptr,  # rows n
     k_ptr,  # rows
     y_ptr,  # rows n
-    trace_ptr,  # rows n_iters, fp64
-    ratio_ptr,  # rows n_iters, fp32
-    temperature_ptr,  # n_iters + 1, fp64
+    state_ptr,  # rows+1 2 n_iters+1, fp64
     mailbox_ptr,  # 2 PROGRAMS 4, int64
     scores_stride,
     mask_stride,
@@ -260,8 +277,7 @@ def _streaming_kernel(
         factor = log2_e_over(temperature)
         a, highest = _first_step(log_k, highest, n_valid, temperature)
         if SAVE:
-            ratio = tl.zeros([1], tl.float32)
-            _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, 0, a, ratio, temperature)
+            save_step(state_ptr, rows, part, n_rows, n_iters, 0, a, tl.zeros([1], tl.float64), temperature, factor)
 
         for t in range(1, n_iters):
             temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
@@ -274,10 +290,10 @@ def _streaming_kernel(
                 scores = load_tile(
                     scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK
                 )
-                clipped = tl.minimum(exp_above(scores, anchor, factor), 1.0)
+                clipped = clip_scaled(exp_above(scores, anchor, factor), 1.0)
                 total_in_thread += sum_in_thread(clipped, REPEATS, 1, WIDTH)
                 if SAVE:
-                    above_in_thread += count_in_thread(scores > threshold, 1, WIDTH)
+                    above_in_thread += count_in_thread(is_above(scores, threshold), 1, WIDTH)
             total = tl.sum(total_in_thread, axis=1)
             above = tl.sum(above_in_thread, axis=1).to(tl.float64)
             step += 1
@@ -285,17 +301,59 @@ def _streaming_kernel(
             total = tl.where(n_valid == 0, 1.0, total)
             a = temperature * (log_k - log_normal(total)) - anchor
             if SAVE:
-                ratio = above.to(tl.float32) / total.to(tl.float32)
-                _save(trace_ptr, ratio_ptr, temperature_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature)
+                save_step(state_ptr, rows, part, n_rows, n_iters, t, a, above / total, temperature, factor)
 
         temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
         if SAVE:
-            tl.store(temperature_ptr + n_iters, temperature, mask=tl.program_id(0) == 0)
+            ratio = tl.zeros([1], tl.float64)
+            save_step(state_ptr, rows, part, n_rows, n_iters, n_iters, a, ratio, temperature, factor)
         for tile in range(tiles):
             tile_cols = columns + tile * (REPEATS * WIDTH)
             scores = load_tile(scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK)
             y = soft_selection(scores, a, factor, HAS_MASK).to(y_ptr.dtype.element_ty)
             tl.store(y_ptr + per_row(rows) * n + tile_cols, y, mask=tile_cols < n)
+
+
+def entries_in_thread(n_rows: int, n: int, available: int) -> int:
+    """So many entries of a row in a thread that the scalar work of a row weighs little, but fewer where that leaves
+    multiprocessors without work."""
+    return IN_THREAD if n_rows * n >= IN_THREAD * 32 * 8 * available else IN_THREAD // 2
+
+
+class _Plan(NamedTuple):
+    """How rows are spread over programs."""
+
+    programs: int
+    """Of one row, or of ROWS of them."""
+
+    groups: int
+    """Rows, or ROWS of them, under way at the same time."""
+
+    tiles: int
+    """Pieces of a row that a program streams; 0 where a row stays in registers."""
+
+    tile: dict[str, int]
+
+
+@lru_cache(maxsize=4096)
+def _plan(n_rows: int, n: int, available: int, resident: int, streamed: int) -> _Plan:
+    if n <= resident:
+        tile = tile_settings(n, entries_in_thread(n_rows, n, available))
+        return _Plan(1, triton.cdiv(n_rows, tile["ROWS"]), 0, tile)
+    # As few entries a program as there are programs to share them, but no fewer than are worth an exchange.
+    halve = n_rows * triton.cdiv(n, resident // 2) <= available
+    piece = resident // 2 if halve else resident
+    programs = triton.cdiv(n, piece)
+    if programs <= available:
+        return _Plan(programs, max(min(n_rows, available // programs), 1), 0, tile_settings(piece, IN_THREAD))
+    tiles = triton.cdiv(triton.cdiv(n, available), streamed)
+    return _Plan(available, 1, tiles, tile_settings(streamed, STREAMED_IN_THREAD))
+
+
+@lru_cache(maxsize=1024)
+def temperatures_repeat(n_iters: int, eps: float, first: float, eps_decay: float) -> bool:
+    """Whether most iterations have the temperature of the one before."""
+    return first <= eps or eps_decay == 1 or 2 * log(eps / first) / log(eps_decay) <= n_iters
 
 
 def launch_forward(
@@ -305,36 +363,19 @@ def launch_forward(
     k: float,
     schedule: tuple[int, float, float, float],
     y: Tensor,
-    trace: Tensor,
-    ratio: Tensor,
-    temperatures: Tensor,
+    state: Tensor,
 ) -> None:
     n_rows, n = scores.shape
     n_iters, eps, first, eps_decay = schedule
-    available = multiprocessors(scores.device)
-
-    programs, in_thread, piece = 1, entries_in_thread(n_rows, n, available), n
-    if n > RESIDENT:
-        # As few entries a program as there are programs to share them, but no fewer than are worth an exchange.
-        halve = n_rows * triton.cdiv(n, RESIDENT // 2) <= available
-        in_thread, piece = (32, RESIDENT // 2) if halve else (64, RESIDENT)
-        programs = triton.cdiv(n, piece)
-    streams = programs > available
-    if streams:
-        programs, in_thread, piece = available, 16, STREAMED
-    tile = tile_settings(piece, in_thread)
-    alone = programs == 1 and not streams
-    groups = triton.cdiv(n_rows, tile["ROWS"]) if alone else max(min(n_rows, available // programs), 1)
-    groups = 1 if streams else groups
-    mailbox = y if alone else torch.zeros(groups * 8 * programs, dtype=torch.int64, device=y.device)
+    plan = _plan(n_rows, n, multiprocessors(scores.device), RESIDENT, STREAMED)
+    alone = plan.programs == 1 and not plan.tiles
+    mailbox = y if alone else torch.zeros(plan.groups * 8 * plan.programs, dtype=torch.int64, device=y.device)
     arguments = (
         scores,
         scores if mask is None else mask,
         scores if k_rows is None else k_rows,
         y,
-        trace,
-        ratio,
-        temperatures,
+        state,
         mailbox,
         scores.stride(0),
         0 if mask is None else mask.stride(0),
@@ -347,15 +388,17 @@ def launch_forward(
         eps,
     )
     settings = {
-        **tile,
-        "PROGRAMS": programs,
-        "SLOTS": triton.next_power_of_2(programs),
+        **plan.tile,
+        "PROGRAMS": plan.programs,
+        "SLOTS": triton.next_power_of_2(plan.programs),
         "HAS_MASK": mask is not None,
         "HAS_K": k_rows is not None,
-        "SAVE": trace.numel() > 0,
+        "SAVE": state.numel() > 0,
     }
-    if streams:
-        tiles = triton.cdiv(triton.cdiv(n, programs), piece)
-        _streaming_kernel[(programs,)](*arguments, tiles, **settings, launch_cooperative_grid=True)
-    else:
-        _resident_kernel[(groups * programs,)](*arguments, **settings, launch_cooperative_grid=not alone)
+    if plan.tiles:
+        _streaming_kernel[(plan.programs,)](*arguments, plan.tiles, **settings, launch_cooperative_grid=True)
+        return
+    reuse = temperatures_repeat(*schedule)
+    _resident_kernel[(plan.groups * plan.programs,)](
+        *arguments, **settings, REUSE=reuse, RELOAD=reuse and alone, launch_cooperative_grid=not alone
+    )

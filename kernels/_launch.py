@@ -7,6 +7,7 @@ from functools import cache
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, which is settled when they are defined."""
@@ -16,7 +17,7 @@ _compiling_on_cpu = False
 
 def as_rows(x: Tensor) -> Tensor:
     """`... n` as `rows n` whose last stride is 1: a view where the strides allow one, else a copy."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
@@ -35,6 +36,17 @@ def k_as_rows(k: float | Tensor, shape: torch.Size) -> tuple[Tensor | None, floa
 def runs_triton(x: Tensor) -> bool:
     """Whether a tensor goes to the Triton kernel: on a GPU, in Triton's interpreter, or to be compiled only."""
     return x.is_cuda or INTERPRETED or _compiling_on_cpu
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether somebody is to see the operator that a tensor goes through, and not its result alone: a compiler, a
+    dispatch mode, a function transform, or a subclass of Tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -62,12 +74,6 @@ def tile_settings(entries: int, in_thread: int) -> dict[str, int]:
         "WIDTH": width,
         "num_warps": max(threads // 32, 1),
     }
-
-
-def entries_in_thread(n_rows: int, n: int, available: int) -> int:
-    """64 entries of a row in a thread, so that the scalar work of a row weighs little, but 16 where that leaves
-    multiprocessors without work."""
-    return 64 if n_rows * n >= 64 * 32 * 8 * available else 16
 
 
 @contextmanager

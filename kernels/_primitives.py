@@ -63,22 +63,34 @@ def sum_in_thread(x, REPEATS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
-def count_in_thread(counted, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """How many entries of a thread and row of a tile are counted: ROWS x WIDTH // 4, int32."""
-    columns = tl.sum(tl.where(counted, 1.0, 0.0), axis=0)
+def is_above(x, threshold):
+    """1.0 where x is above the threshold, else 0.0: one instruction, where a comparison and a selection are two."""
+    if INTERPRETED:
+        return tl.where(x > threshold, 1.0, 0.0)
+    return tl.inline_asm_elementwise(
+        "set.gt.f32.f32 $0, $1, $2;", "=f,f,f", [x, threshold], tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def count_in_thread(ones, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Sum of the ones and zeros of a thread and row of a tile: ROWS x WIDTH // 4, int32."""
+    columns = tl.sum(ones, axis=0)
     return tl.sum(tl.reshape(columns, [ROWS, WIDTH // 4, 4]), axis=2).to(tl.int32)
 
 
 @triton.jit
-def sum_and_count(x, counted, REPEATS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """fp64 sum of each row of x, whose entries lie in [0, 1], and how many are counted: one reduction for both.
+def sum_and_count(x, ones, REPEATS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+    """fp64 sum of each row of x, whose entries lie in [0, 1], and of each row of ones and zeros, 0 unless COUNT: one
+    reduction for both.
 
     The numbers of a thread are put into one integer, the count above the sum in steps of 2**-33, which has room for
     tiles of up to 2**14 entries. Integers add up to the same in any order.
     """
-    total = (sum_in_thread(x, REPEATS, ROWS, WIDTH) * 8589934592.0).to(tl.int64)
-    count = count_in_thread(counted, ROWS, WIDTH).to(tl.int64)
-    both = tl.sum(total + (count << 48), axis=1)
+    both = (sum_in_thread(x, REPEATS, ROWS, WIDTH) * 8589934592.0).to(tl.int64)
+    if COUNT:
+        both += count_in_thread(ones, ROWS, WIDTH).to(tl.int64) << 48
+    both = tl.sum(both, axis=1)
     return (both & 0xFFFFFFFFFFFF).to(tl.float64) * (1.0 / 8589934592.0), (both >> 48).to(tl.float64)
 
 
@@ -94,6 +106,16 @@ def exp2(x):
     if INTERPRETED:
         return tl.exp2(x)
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def clip_scaled(x, scale):
+    """min(x * scale, 1) for x of at least 0, and 0 for NaN: one instruction."""
+    if INTERPRETED:
+        return tl.minimum(x * scale, 1.0)
+    return tl.inline_asm_elementwise(
+        "mul.ftz.sat.f32 $0, $1, $2;", "=f,f,f", [x, scale], tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -116,6 +138,14 @@ def exp_above(scores, threshold, factor):
     shift = -threshold_low * factor_high
     difference = scores - per_row(threshold_high)
     return exp2(tl.fma(difference, factor_high, tl.fma(difference, factor_low, per_row(shift))))
+
+
+@triton.jit
+def exp2_wide(x):
+    """2**x as fp32 for fp64 x. What is lost of x in rounding it to fp32 is made up for afterwards."""
+    high, low = split(x)
+    power = exp2(high)
+    return tl.fma(power, low * 0.6931471805599453, power)
 
 
 @triton.jit

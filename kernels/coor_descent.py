@@ -16,17 +16,18 @@ from torch import Tensor
 from kernels import _coor_descent_torch as in_pytorch
 from kernels._descent_backward import launch_backward
 from kernels._descent_forward import launch_forward
-from kernels._launch import as_rows, k_as_rows, mask_as_rows, runs_triton
+from kernels._descent_state import allocate_state, views_of
+from kernels._launch import as_rows, is_traced, k_as_rows, mask_as_rows, runs_triton
 from reference._arguments import check_k, check_schedule, check_scores, epsilon_schedule, first_temperature
 
 _library = torch.library.Library("colt5", "FRAGMENT")
 _library.define(
     "coor_descent(Tensor scores, Tensor? mask, Tensor? k_rows, float k, int n_iters, float eps, float first, "
-    "float eps_decay, bool save) -> (Tensor, Tensor, Tensor, Tensor)"
+    "float eps_decay, bool save) -> (Tensor, Tensor)"
 )
 _library.define(
-    "coor_descent_backward(Tensor grad, Tensor scores, Tensor? mask, Tensor? k_rows, float k, Tensor trace, "
-    "Tensor ratio, Tensor temperatures) -> (Tensor, Tensor)"
+    "coor_descent_backward(Tensor grad, Tensor scores, Tensor? mask, Tensor? k_rows, float k, int n_iters, float eps, "
+    "float first, float eps_decay, Tensor state) -> (Tensor, Tensor)"
 )
 
 
@@ -41,19 +42,10 @@ def _allocate(
     first: float,
     eps_decay: float,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output, and what the backward pass needs: a, the share above the threshold, and the temperatures.
-
-    That is 12 bytes a row and iteration; nothing of size n is kept but the scores.
-    """
-    saved = (scores.shape[0], n_iters if save else 0)
-    wide = torch.float64
-    return (
-        torch.empty(scores.shape, dtype=scores.dtype, device=scores.device),
-        torch.empty(saved, dtype=wide, device=scores.device),
-        torch.empty(saved, dtype=torch.promote_types(scores.dtype, torch.float32), device=scores.device),
-        torch.empty(n_iters + 1 if save else 0, dtype=wide, device=scores.device),
-    )
+) -> tuple[Tensor, Tensor]:
+    """The output, and what the backward pass needs beside the scores: nothing of size n."""
+    y = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+    return y, allocate_state(scores, n_iters, save)
 
 
 def _forward(
@@ -66,20 +58,16 @@ def _forward(
     first: float,
     eps_decay: float,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = _allocate(scores, mask, k_rows, k, n_iters, eps, first, eps_decay, save)
-    y, trace, ratio, temperatures = outputs
+) -> tuple[Tensor, Tensor]:
+    y, state = _allocate(scores, mask, k_rows, k, n_iters, eps, first, eps_decay, save)
     if scores.numel() == 0:
-        return outputs
+        return y, state
     if runs_triton(scores):
-        schedule = (n_iters, eps, first, eps_decay)
-        launch_forward(scores, mask, k_rows, k, schedule, y, trace, ratio, temperatures)
-    else:
-        steps = list(epsilon_schedule(n_iters, eps, first, eps_decay))
-        y.copy_(in_pytorch.forward(scores, mask, in_pytorch.wide_k(scores, k_rows, k), steps, trace, ratio))
-        if save:
-            temperatures.copy_(torch.tensor(steps, dtype=torch.float64))
-    return outputs
+        launch_forward(scores, mask, k_rows, k, (n_iters, eps, first, eps_decay), y, state)
+        return y, state
+    wide_k, steps = in_pytorch.wide_k(scores, k_rows, k), list(epsilon_schedule(n_iters, eps, first, eps_decay))
+    kept = views_of(state.zero_()) if save else None
+    return in_pytorch.forward(scores, mask, wide_k, steps, kept), state
 
 
 @torch.library.register_fake("colt5::coor_descent_backward", lib=_library)
@@ -89,13 +77,17 @@ def _allocate_gradients(
     mask: Tensor | None,
     k_rows: Tensor | None,
     k: float,
-    trace: Tensor,
-    ratio: Tensor,
-    temperatures: Tensor,
+    n_iters: int,
+    eps: float,
+    first: float,
+    eps_decay: float,
+    state: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of the scores and, if it has one entry a row, of k."""
+    rows = 0 if k_rows is None else scores.shape[0]
     return (
         torch.empty(scores.shape, dtype=scores.dtype, device=scores.device),
-        torch.empty(scores.shape[0], dtype=torch.float64, device=scores.device),
+        torch.empty(rows, dtype=torch.float64, device=scores.device),
     )
 
 
@@ -105,20 +97,20 @@ def _backward(
     mask: Tensor | None,
     k_rows: Tensor | None,
     k: float,
-    trace: Tensor,
-    ratio: Tensor,
-    temperatures: Tensor,
+    n_iters: int,
+    eps: float,
+    first: float,
+    eps_decay: float,
+    state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    ds, dk = _allocate_gradients(grad, scores, mask, k_rows, k, trace, ratio, temperatures)
-    if scores.numel() == 0:
-        return ds, dk
-    grad = as_rows(grad)
-    if runs_triton(scores):
-        launch_backward(grad, scores, mask, k_rows, k, trace, ratio, temperatures, ds, dk)
-    else:
-        wide_k, steps = in_pytorch.wide_k(scores, k_rows, k), temperatures.tolist()
-        gradients = in_pytorch.backward(grad, scores, mask, wide_k, steps, trace, ratio)
-        ds.copy_(gradients[0]), dk.copy_(gradients[1])
+    schedule = (n_iters, eps, first, eps_decay)
+    if scores.numel() and not runs_triton(scores):
+        wide_k, steps = in_pytorch.wide_k(scores, k_rows, k), list(epsilon_schedule(*schedule))
+        ds, dk = in_pytorch.backward(grad, scores, mask, wide_k, steps, *views_of(state))
+        return ds, dk if k_rows is not None else dk.new_empty(0)
+    ds, dk = _allocate_gradients(grad, scores, mask, k_rows, k, *schedule, state)
+    if scores.numel():
+        launch_backward(as_rows(grad), scores, mask, k_rows, k, schedule, state, ds, dk)
     return ds, dk
 
 
@@ -128,18 +120,20 @@ for _device in ("CPU", "CUDA"):
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    scores, mask, k_rows, k, *_ = inputs
-    _, trace, ratio, temperatures = output
-    ctx.save_for_backward(scores, mask, k_rows, trace, ratio, temperatures)
-    ctx.k = k
+    scores, mask, k_rows, *numbers, _ = inputs
+    ctx.save_for_backward(scores, mask, k_rows, output[1])
+    ctx.numbers = numbers
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 9
-    scores, mask, k_rows, trace, ratio, temperatures = ctx.saved_tensors
-    ds, dk = torch.ops.colt5.coor_descent_backward(grad, scores, mask, k_rows, ctx.k, trace, ratio, temperatures)
+    scores, mask, k_rows, state = ctx.saved_tensors
+    # Only the operator can say that there is no second derivative.
+    operator = torch.is_grad_enabled() or is_traced(grad)
+    backward = torch.ops.colt5.coor_descent_backward if operator else _backward
+    ds, dk = backward(grad, scores, mask, k_rows, *ctx.numbers, state)
     return ds, None, None if k_rows is None else dk.to(k_rows.dtype), *(None,) * 6
 
 
@@ -149,6 +143,14 @@ def _refuse(ctx, *_: Tensor) -> None:
 
 torch.library.register_autograd("colt5::coor_descent", _differentiate, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd("colt5::coor_descent_backward", _refuse, lib=_library)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without PyTorch's dispatcher, whose way through Python takes longer than everything else."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_differentiate)
 
 
 def coor_descent(
@@ -163,7 +165,7 @@ def coor_descent(
 ) -> Tensor:
     """`reference.coor_descent` in one kernel, with fp64 where it counts and a closed-form gradient.
 
-    The backward pass needs the scores and 12 bytes a row and iteration. Results are bitwise equal from run to run.
+    The backward pass needs the scores and 16 bytes a row and iteration. Results are bitwise equal from run to run.
     A CPU tensor gets the same mathematics in PyTorch.
 
     Args:
@@ -188,8 +190,12 @@ def coor_descent(
     check_k(k, scores)
     check_schedule(n_iters, eps, eps_init, eps_decay)
     k_rows, k_number = k_as_rows(k, scores.shape)
-    needs_grad = scores.requires_grad or (k_rows is not None and k_rows.requires_grad)
-    y, *_ = torch.ops.colt5.coor_descent(
+    save = torch.is_grad_enabled() and (scores.requires_grad or (k_rows is not None and k_rows.requires_grad))
+    if is_traced(scores):
+        operation = torch.ops.colt5.coor_descent
+    else:
+        operation = _Eager.apply if save else _forward
+    y, _ = operation(
         as_rows(scores),
         mask_as_rows(mask, scores.shape),
         k_rows,
@@ -198,6 +204,6 @@ def coor_descent(
         eps,
         first_temperature(eps, eps_init),
         eps_decay,
-        needs_grad and torch.is_grad_enabled(),
+        save,
     )
-    return y.view(scores.shape)
+    return y if y.shape == scores.shape else y.view(scores.shape)

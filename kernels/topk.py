@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._descent_forward import descend, soft_selection
+from kernels._descent_forward import descend, soft_selection, temperatures_repeat
+from kernels._descent_state import allocate_state
 from kernels._launch import as_rows, mask_as_rows, runs_triton, tile_settings
 from kernels._primitives import LOWEST, load_tile, per_row, tile_columns
 from kernels.coor_descent import coor_descent
@@ -40,9 +41,7 @@ def _topk_kernel(
     indices_ptr,  # rows selected, int64
     soft_ptr,  # rows selected
     gates_ptr,  # rows selected
-    trace_ptr,  # rows n_iters, fp64
-    ratio_ptr,  # rows n_iters, fp32
-    temperature_ptr,  # n_iters + 1, fp64
+    state_ptr,  # rows+1 2 n_iters+1, fp64
     x_stride,
     mask_stride,
     n_rows,
@@ -59,14 +58,15 @@ def _topk_kernel(
     SELECTED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     SAVE: tl.constexpr,
+    REUSE: tl.constexpr,
 ):
     """The largest entries of ROWS rows, one by one, with the relaxed selection at these."""
     columns = tile_columns(REPEATS, WIDTH)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     x = load_tile(x_ptr, mask_ptr, rows, columns, x_stride, mask_stride, n_rows, n, HAS_MASK)
     a, factor, _ = descend(
-        x, rows, 0, 0, x_ptr, trace_ptr, ratio_ptr, temperature_ptr, x_ptr, n_rows, n, n_iters, k, first, eps_decay,
-        eps, REPEATS, ROWS, WIDTH, 1, 1, HAS_MASK, False, SAVE,
+        x, rows, columns, 0, 0, x_ptr, mask_ptr, x_ptr, state_ptr, x_ptr, x_stride, mask_stride, n_rows, n, n_iters, k,
+        first, eps_decay, eps, REPEATS, ROWS, WIDTH, 1, 1, HAS_MASK, False, SAVE, REUSE, False,
     )  # fmt: skip
 
     # Columns beyond the row stand behind its masked entries, which stand behind all others.
@@ -123,13 +123,14 @@ def _launch(
         SELECTED=triton.next_power_of_2(selected),
         HAS_MASK=mask is not None,
         SAVE=outputs[4].numel() > 0,
+        REUSE=temperatures_repeat(*schedule),
     )
 
 
 _library = torch.library.Library("colt5", "FRAGMENT")
 _library.define(
     "topk(Tensor x, Tensor? mask, int selected, float k, int n_iters, float eps, float first, float eps_decay, "
-    "bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -146,15 +147,13 @@ def _allocate(
     save: bool,
 ) -> tuple[Tensor, ...]:
     """Values, indices, relaxed selection and gates, then what the backward pass of `coor_descent` needs."""
-    shape, saved = (x.shape[0], selected), (x.shape[0], n_iters if save else 0)
+    shape = (x.shape[0], selected)
     return (
         x.new_empty(shape),
         x.new_empty(shape, dtype=torch.int64),
         x.new_empty(shape),
         x.new_empty(shape),
-        x.new_empty(saved, dtype=torch.float64),
-        x.new_empty(saved, dtype=torch.float32),
-        x.new_empty(n_iters + 1 if save else 0, dtype=torch.float64),
+        allocate_state(x, n_iters, save),
     )
 
 
@@ -180,23 +179,23 @@ for _device in ("CPU", "CUDA"):
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    x, mask, _, k, *_ = inputs
-    _, indices, _, gates, trace, ratio, temperatures = output
-    ctx.save_for_backward(x, mask, indices, gates, trace, ratio, temperatures)
+    x, mask, _, *numbers, _ = inputs
+    _, indices, _, gates, state = output
+    ctx.save_for_backward(x, mask, indices, gates, state)
     ctx.mark_non_differentiable(indices)
-    ctx.k = k
+    ctx.numbers = numbers
 
 
 def _differentiate(
     ctx, grad_values: Tensor, _: Tensor | None, grad_soft: Tensor, grad_gates: Tensor, *__: None
 ) -> tuple[Tensor | None, ...]:
-    x, mask, indices, gates, trace, ratio, temperatures = ctx.saved_tensors
+    x, mask, indices, gates, state = ctx.saved_tensors
     # A gate is 0 where nothing was selected, and then nothing depends on anything.
     chosen = gates != 0
     direct = grad_values * gates
     through_gate = torch.where(chosen, grad_gates + grad_values * x.gather(-1, indices), 0.0) + grad_soft
     grad = torch.zeros_like(x).scatter_(-1, indices, through_gate)
-    dx, _ = torch.ops.colt5.coor_descent_backward(grad, x, mask, None, ctx.k, trace, ratio, temperatures)
+    dx, _ = torch.ops.colt5.coor_descent_backward(grad, x, mask, None, *ctx.numbers, state)
     return dx.scatter_add(-1, indices, direct), *(None,) * 8
 
 

@@ -1,0 +1,45 @@
+"""What the forward pass of coordinate descent keeps for the backward pass: a few numbers a row and iteration.
+
+One fp64 tensor `rows+1 2 n_iters+1` holds, for row r and iteration t, a_t in [r, 0, t] and the share of the sum that
+lies above the threshold in [r, 1, t]. After the rows come, for the kernels, the temperature of iteration t in
+[rows, 0, t] and log2(e) over it in [rows, 1, t]. What has index n_iters belongs to the output.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def allocate_state(scores: Tensor, n_iters: int, save: bool) -> Tensor:
+    """Room for the state of scores `rows n`; none where nothing is to be saved."""
+    shape = (scores.shape[0] + 1, 2, n_iters + 1) if save else (0,)
+    return torch.empty(shape, dtype=torch.float64, device=scores.device)
+
+
+def iterations_of(state: Tensor) -> int:
+    return state.shape[-1] - 1
+
+
+def views_of(state: Tensor) -> tuple[Tensor, Tensor]:
+    """a `rows n_iters` and shares `rows n_iters`."""
+    return state[:-1, 0, :-1], state[:-1, 1, :-1]
+
+
+@triton.jit
+def row_state(state_ptr, rows, n_iters):
+    """Where the numbers of some rows begin; those of the schedule stand in row n_rows."""
+    return state_ptr + rows.to(tl.int64) * (2 * (n_iters + 1))
+
+
+@triton.jit
+def save_step(state_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature, factor):
+    """Write what belongs to iteration t: the first program of a row for the row, the first of all the schedule."""
+    row_ptrs = row_state(state_ptr, rows, n_iters) + t
+    writes = (rows < n_rows) & (part == 0)
+    tl.store(row_ptrs, a, mask=writes)
+    tl.store(row_ptrs + n_iters + 1, ratio, mask=writes)
+    schedule_ptr = row_state(state_ptr, n_rows + tl.zeros((), tl.int64), n_iters) + t
+    first = tl.program_id(0) == 0
+    tl.store(schedule_ptr, temperature, mask=first)
+    tl.store(schedule_ptr + n_iters + 1, factor, mask=first)
