@@ -209,10 +209,10 @@ def test_no_rows(shape):
 @pytest.mark.parametrize("masked", [False, True])
 def test_rows_over_several_programs(monkeypatch, schedule, masked):
     """Long rows at small sizes: streamed in the interpreter, shared by programs on a GPU, the gradient in chunks."""
-    monkeypatch.setattr("kernels._descent_forward.RESIDENT", 1024)
-    monkeypatch.setattr("kernels._descent_forward.STREAMED", 512)
+    monkeypatch.setattr("kernels._descent_forward.RESIDENT", 4096)
+    monkeypatch.setattr("kernels._descent_forward.STREAMED", 1024)
     monkeypatch.setattr("kernels._descent_backward.CHUNK", 1024)
-    scores = randn(2, 2503, std=5.0)
+    scores = randn(2, 5003, std=5.0)
     mask = torch.rand(scores.shape, device=DEVICE) > 0.3 if masked else None
     k = torch.tensor([100.0, 400.0], device=DEVICE)
     check(scores, k, mask, **{**SCHEDULES[schedule], "n_iters": 8})
@@ -220,13 +220,25 @@ def test_rows_over_several_programs(monkeypatch, schedule, masked):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(8192, 512), (1024, 4096), (64, 32768), (300, 40000), (8, 131072), (1, 1048576)])
-def test_large_shapes(shape):
-    check(randn(*shape, std=5.0), shape[-1] / 16, **DECAYING)
+@pytest.mark.parametrize("schedule", ["constant", "decaying"])
+def test_large_shapes(shape, schedule):
+    check_all_but_few(randn(*shape, std=5.0), shape[-1] / 16, **SCHEDULES[schedule])
 
 
 @pytest.mark.gpu
 def test_a_row_too_long_for_the_registers_of_the_device():
-    check(randn(1, 4194304 + 5, std=5.0), 1024.0, **DECAYING)
+    check_all_but_few(randn(1, 4194304 + 5, std=5.0), 1024.0, **DECAYING)
+
+
+def check_all_but_few(scores, k, **options):
+    """a is right to about 1e-7 of a temperature. Of millions of scores a few lie in between, on one side of the kink
+    for the kernel and on the other for fp64, which is worth as much as they pass on."""
+    grad = torch.randn_like(scores)
+    y, ds, _ = differentiate(coor_descent, scores, grad, k, **options)
+    expected = differentiate(reference.coor_descent, scores.double(), grad.double(), k, **options)
+    torch.testing.assert_close(y.double(), expected[0], rtol=0, atol=FORWARD)
+    off = (ds - expected[1]).abs() > FORWARD * grad.abs().max() / options["eps"]
+    assert off.float().mean() <= 1e-5
 
 
 def test_the_same_from_run_to_run():
@@ -325,7 +337,7 @@ def test_captured_in_a_cuda_graph(shape):
 
     def step():
         y = coor_descent(scores, k=8.0, **DECAYING)
-        return y, torch.autograd.grad(y, scores, grad)[0]
+        return y.detach(), torch.autograd.grad(y, scores, grad)[0]
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):

@@ -215,7 +215,7 @@ def test_is_captured_in_a_cuda_graph(device, n):
 
     def step():
         y = soft_topk(scores, k=n / 8, eps=0.1)
-        return y, *torch.autograd.grad(y, scores, grad)
+        return y.detach(), *torch.autograd.grad(y, scores, grad)
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
