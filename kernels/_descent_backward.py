@@ -11,8 +11,11 @@ from kernels._descent_state import iterations_of, row_state
 from kernels._launch import tile_settings
 from kernels._primitives import (
     LOWEST,
+    exp2,
+    exp2_line,
     exp2_wide,
-    exp_above,
+    exponent_line,
+    fma_if_at_most,
     load_k,
     load_tile,
     per_row,
@@ -34,8 +37,10 @@ LARGEST: tl.constexpr = tl.constexpr(in_pytorch.LARGEST)
 @triton.jit
 def _direct_gradient(scores, grad, a, temperature, factor, HAS_MASK: tl.constexpr):
     """The gradient of the scores through the output alone, at constant a: g y / temperature where y < 1."""
-    y = exp_above(scores, -a, factor)
-    direct = tl.where(scores > per_row(round_down(-a)), 0.0, grad * y * (1.0 / temperature).to(tl.float32))
+    slope, offset, rest = exponent_line(-a, factor)
+    scale = exp2(rest.to(tl.float32)) * (1.0 / temperature).to(tl.float32)
+    direct = grad * exp2_line(scores, slope, offset) * per_row(scale)
+    direct = tl.where(scores > per_row(round_down(-a)), 0.0, direct)
     if HAS_MASK:
         direct = tl.where(scores == LOWEST, 0.0, direct)
     return direct
@@ -136,21 +141,24 @@ def _backward_kernel(
         temperature_ptr -= 1
         previous = tl.load(a_ptrs, mask=row_exists, other=0.0)
         temperature, factor = tl.load(temperature_ptr), tl.load(temperature_ptr + n_iters + 1)
-        passes = scores <= per_row(round_down(-previous))
+        limit = per_row(round_down(-previous))
         coefficient = (grad_a * inverse_k).to(tl.float32)
         if REUSE:
             moved = tl.max((tl.abs(a + base) > temperature * MAX_SHIFT).to(tl.int32), axis=0)
             if (temperature != base_temperature) | (moved > 0):
                 ds -= coefficients * weights
                 coefficients = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
-                base = -a
                 base_temperature = temperature
+                slope, offset, rest = exponent_line(-a, factor)
+                base = rest / slope.to(tl.float64) - a
                 # At most k for an entry below the threshold; above it the weight is not used and must not overflow.
-                weights = tl.minimum(exp_above(scores, base, factor), LARGEST)
+                weights = tl.minimum(exp2_line(scores, slope, offset), LARGEST)
             coefficient *= exp2_wide((a + base) * factor)
-            coefficients += tl.where(passes, per_row(coefficient), 0.0)
+            coefficients = fma_if_at_most(coefficients, 1.0, per_row(coefficient), scores, limit)
         else:
-            ds = tl.where(passes, ds - exp_above(scores, -a, factor) * per_row(coefficient), ds)
+            slope, offset, rest = exponent_line(-a, factor)
+            coefficient *= -exp2(rest.to(tl.float32))
+            ds = fma_if_at_most(ds, exp2_line(scores, slope, offset), per_row(coefficient), scores, limit)
         dk += grad_a * temperature
         grad_a *= ratio
         a = previous
@@ -179,7 +187,7 @@ def launch_backward(
     n_rows, n = scores.shape
     n_iters = iterations_of(state)
     chunks = triton.cdiv(n, CHUNK)
-    settings = {**tile_settings(min(n, CHUNK), IN_THREAD), "HAS_MASK": mask is not None}
+    settings = {**tile_settings(min(n, CHUNK), IN_THREAD), "HAS_MASK": mask is not None, "maxnreg": 255}
     strides = (grad.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
     mask_or_any = scores if mask is None else mask
 

@@ -18,8 +18,10 @@ from kernels._primitives import (
     count_in_thread,
     exchange_highest,
     exchange_sum,
+    exp2,
+    exp2_line,
     exp2_wide,
-    exp_above,
+    exponent_line,
     is_above,
     load_k,
     load_tile,
@@ -74,7 +76,9 @@ def _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor):
 @triton.jit
 def soft_selection(scores, a, factor, HAS_MASK: tl.constexpr):
     """exp(min(s + a, 0) / temperature); NaN stays NaN, and what is masked is 0 also where a is not finite."""
-    y = tl.minimum(exp_above(scores, -a, factor), 1.0, propagate_nan=tl.PropagateNan.ALL)
+    slope, offset, rest = exponent_line(-a, factor)
+    y = exp2_line(scores, slope, offset) * per_row(exp2(rest.to(tl.float32)))
+    y = tl.minimum(y, 1.0, propagate_nan=tl.PropagateNan.ALL)
     if HAS_MASK:
         y = tl.where(scores == LOWEST, 0.0, y)
     return y
@@ -136,6 +140,7 @@ def descend(
         save_step(state_ptr, rows, part, n_rows, n_iters, 0, a, tl.zeros([ROWS], tl.float64), temperature, factor)
 
     weights = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
+    offset = tl.zeros([ROWS], tl.float32)
     base = tl.zeros([ROWS], tl.float64)
     base_temperature = zero
     for t in range(1, n_iters):
@@ -145,18 +150,22 @@ def descend(
         if REUSE:
             moved = tl.max((tl.abs(anchor - base) > temperature * MAX_SHIFT).to(tl.int32), axis=0)
             if (temperature != base_temperature) | (moved > 0):
-                base = anchor
                 base_temperature = temperature
+                slope, offset, rest = exponent_line(anchor, factor)
+                base = anchor + rest / slope.to(tl.float64)
+                again = scores
                 if RELOAD:
-                    scores = load_tile(
-                        scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK
+                    again = load_tile(
+                        scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK, True
                     )
-                weights = exp_above(scores, base, factor)
+                weights = exp2_line(again, slope, offset)
             clipped = clip_scaled(weights, per_row(exp2_wide((base - anchor) * factor)))
             # An exponential grows with its score, so that comparing with that of the threshold is comparing scores.
-            above_threshold = is_above(weights, exp_above(per_row(round_down(threshold)), base, factor))
+            limit = exp2_line(per_row(round_down(threshold)), factor.to(tl.float32), offset)
+            above_threshold = is_above(weights, limit)
         else:
-            clipped = clip_scaled(exp_above(scores, anchor, factor), 1.0)
+            slope, offset, rest = exponent_line(anchor, factor)
+            clipped = clip_scaled(exp2_line(scores, slope, offset), per_row(exp2(rest.to(tl.float32))))
             above_threshold = is_above(scores, per_row(round_down(threshold)))
         total, above = sum_and_count(clipped, above_threshold, REPEATS, ROWS, WIDTH, SAVE)
         if PROGRAMS > 1:
@@ -216,7 +225,9 @@ def _resident_kernel(
             HAS_K, SAVE, REUSE, RELOAD,
         )  # fmt: skip
         if RELOAD:
-            scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
+            scores = load_tile(
+                scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK, True
+            )
         y = soft_selection(scores, a, factor, HAS_MASK).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + per_row(rows) * n + columns, y, mask=(per_row(rows) < n_rows) & (columns < n))
 
@@ -283,6 +294,8 @@ def _streaming_kernel(
             temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
             anchor = tl.where(highest < -a, highest, -a)
             threshold = per_row(round_down(-a))
+            slope, offset, rest = exponent_line(anchor, factor)
+            scale = per_row(exp2(rest.to(tl.float32)))
             total_in_thread = tl.zeros([1, WIDTH // 4], tl.float64)
             above_in_thread = tl.zeros([1, WIDTH // 4], tl.int32)
             for tile in range(tiles):
@@ -290,7 +303,7 @@ def _streaming_kernel(
                 scores = load_tile(
                     scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK
                 )
-                clipped = clip_scaled(exp_above(scores, anchor, factor), 1.0)
+                clipped = clip_scaled(exp2_line(scores, slope, offset), scale)
                 total_in_thread += sum_in_thread(clipped, REPEATS, 1, WIDTH)
                 if SAVE:
                     above_in_thread += count_in_thread(is_above(scores, threshold), 1, WIDTH)
@@ -336,10 +349,13 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _plan(n_rows: int, n: int, available: int, resident: int, streamed: int) -> _Plan:
+def _plan(n_rows: int, n: int, simple: bool, available: int, resident: int, streamed: int) -> _Plan:
     if n <= resident:
         tile = tile_settings(n, entries_in_thread(n_rows, n, available))
-        return _Plan(1, triton.cdiv(n_rows, tile["ROWS"]), 0, tile)
+        # The fewer registers a thread, the more rows under way, which hide each other's waiting. Loading needs more of
+        # them where there is a mask or a conversion.
+        registers = 128 if simple else min(255, 65536 // (32 * tile["num_warps"]))
+        return _Plan(1, triton.cdiv(n_rows, tile["ROWS"]), 0, {**tile, "maxnreg": registers})
     # As few entries a program as there are programs to share them, but no fewer than are worth an exchange.
     halve = n_rows * triton.cdiv(n, resident // 2) <= available
     piece = resident // 2 if halve else resident
@@ -367,7 +383,8 @@ def launch_forward(
 ) -> None:
     n_rows, n = scores.shape
     n_iters, eps, first, eps_decay = schedule
-    plan = _plan(n_rows, n, multiprocessors(scores.device), RESIDENT, STREAMED)
+    simple = mask is None and scores.dtype == torch.float32
+    plan = _plan(n_rows, n, simple, multiprocessors(scores.device), RESIDENT, STREAMED)
     alone = plan.programs == 1 and not plan.tiles
     mailbox = y if alone else torch.zeros(plan.groups * 8 * plan.programs, dtype=torch.int64, device=y.device)
     arguments = (
@@ -398,7 +415,12 @@ def launch_forward(
     if plan.tiles:
         _streaming_kernel[(plan.programs,)](*arguments, plan.tiles, **settings, launch_cooperative_grid=True)
         return
-    reuse = temperatures_repeat(*schedule)
+    # Exponentials, scores and the pointers to a mask together are more than there are registers.
+    reuse = temperatures_repeat(*schedule) and (alone or mask is None)
     _resident_kernel[(plan.groups * plan.programs,)](
-        *arguments, **settings, REUSE=reuse, RELOAD=reuse and alone, launch_cooperative_grid=not alone
+        *arguments,
+        **settings,
+        REUSE=reuse,
+        RELOAD=reuse and alone,
+        launch_cooperative_grid=not alone,
     )

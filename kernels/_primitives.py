@@ -31,13 +31,31 @@ def per_row(x):
 
 
 @triton.jit
-def load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK: tl.constexpr):
-    """Scores as fp32, LOWEST where there is none to take part: REPEATS x ROWS x WIDTH."""
+def load_tile(
+    scores_ptr,
+    mask_ptr,
+    rows,
+    columns,
+    scores_stride,
+    mask_stride,
+    n_rows,
+    n,
+    HAS_MASK: tl.constexpr,
+    AGAIN: tl.constexpr = False,
+):
+    """Scores as fp32, LOWEST where there is none to take part: REPEATS x ROWS x WIDTH.
+
+    What is loaded AGAIN comes from the L2 cache. The compiler would otherwise see that it has been loaded before, and
+    keep it in registers.
+    """
+    CACHE: tl.constexpr = ".cg" if AGAIN else ""
     rows = per_row(rows)
     valid = (rows < n_rows) & (columns < n)
     if HAS_MASK:
-        valid = valid & (tl.load(mask_ptr + rows * mask_stride + columns, mask=valid, other=0) != 0)
-    scores = tl.load(scores_ptr + rows * scores_stride + columns, mask=valid, other=-float("inf")).to(tl.float32)
+        mask_ptrs = mask_ptr + rows * mask_stride + columns
+        valid = valid & (tl.load(mask_ptrs, mask=valid, other=0, cache_modifier=CACHE) != 0)
+    score_ptrs = scores_ptr + rows * scores_stride + columns
+    scores = tl.load(score_ptrs, mask=valid, other=-float("inf"), cache_modifier=CACHE).to(tl.float32)
     return tl.maximum(scores, LOWEST, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -96,7 +114,7 @@ def sum_and_count(x, ones, REPEATS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.
 
 @triton.jit
 def log2_e_over(temperature):
-    """The factor that makes an exponent over a temperature one of 2, for `exp_above`."""
+    """The factor that makes an exponent over a temperature one of 2, for `exponent_line`."""
     return (1.0 / temperature) * LOG2_E
 
 
@@ -126,18 +144,47 @@ def split(x):
 
 
 @triton.jit
-def exp_above(scores, threshold, factor):
-    """2**((scores - threshold) * factor) for fp32 scores, an fp64 threshold a row and an fp64 factor.
+def exponent_line(threshold, factor):
+    """The exponent (s - threshold) * factor as a line in fp32, slope * s + offset, and what the offset lacks, in fp64.
 
-    Threshold and factor are used to more than fp32, since rounding them would shift every exponent of a row the same
-    way, and with them the next threshold. The high part of the threshold goes first, which is exact for scores close
-    to it (Sterbenz' lemma).
+    Threshold a row and factor are fp64. One fused multiplication and addition evaluates the line with a rounding of
+    the exponent alone, however far from zero scores are. What the rounding of the slope leaves out grows with the
+    exponent, like that rounding, and so is nothing where the exponential counts. What the offset lacks shifts all
+    exponents of a row the same way, and with them the next threshold: it belongs into what exponentials are scaled by.
     """
-    threshold_high, threshold_low = split(threshold)
-    factor_high, factor_low = split(factor)
-    shift = -threshold_low * factor_high
-    difference = scores - per_row(threshold_high)
-    return exp2(tl.fma(difference, factor_high, tl.fma(difference, factor_low, per_row(shift))))
+    slope = factor.to(tl.float32)
+    offset = -threshold * slope.to(tl.float64)
+    nearest = offset.to(tl.float32)
+    return slope, nearest, offset - nearest.to(tl.float64)
+
+
+@triton.jit
+def exp2_line(scores, slope, offset):
+    """2**(slope * s + offset) for fp32 scores and an offset a row."""
+    if INTERPRETED:
+        # It has no fused operation.
+        return exp2((scores.to(tl.float64) * slope + per_row(offset)).to(tl.float32))
+    return exp2(tl.fma(scores, slope, per_row(offset)))
+
+
+@triton.jit
+def fma_if_at_most(x, factor, y, scores, limit):
+    """x + factor * y where scores are at most the limit, else x: two instructions, where a selection makes it three."""
+    if INTERPRETED:
+        return tl.where(scores <= limit, x + factor * y, x)
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred at_most;
+        setp.le.f32 at_most, $4, $5;
+        @at_most fma.rn.f32 $0, $2, $3, $1;
+        @!at_most mov.f32 $0, $1;
+        }""",
+        "=f,f,f,f,f,f",
+        [x, factor, y, scores, limit],
+        tl.float32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit
