@@ -1,7 +1,8 @@
 """The scalar-state algorithm of `kernels.coor_descent`, vectorised: what a CPU tensor gets.
 
 The recurrence runs on one fp64 number a row (DESIGN 3.2); everything elementwise stays in the dtype of the scores, or
-fp32 for half precision, in a few buffers of their size.
+fp32 for half precision, in as few buffers of their size as will do: to touch memory for the first time takes longer
+than to compute what goes into it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,15 +37,18 @@ def forward(
     rows, n = scores.shape
     ordered = _working_copy(scores, mask)
     ordered.numpy().sort(axis=-1)
-    weights, work = torch.empty_like(ordered), torch.empty_like(ordered)
+    weights = torch.empty_like(ordered)
     sums = torch.empty(rows, n + 1, dtype=torch.float64)
     *temperatures, last_temperature = temperatures
 
     # NumPy for what is computed once a row: on few numbers, a call of PyTorch takes several times as long.
     with np.errstate(all="ignore"):
-        n_valid, log_k = _count_valid(scores, mask).numpy(), np.log(np.where(k > 0, k, np.nan))
+        # NaN comes last in the order.
+        highest = ordered[:, -1].double().numpy()
+        n_valid = np.where(np.isnan(highest), np.nan, n if mask is None else mask.sum(dim=-1).numpy())
         empty = n_valid == 0
-        highest = np.where(empty, 0.0, ordered[:, -1].double().numpy())
+        highest = np.where(empty, 0.0, highest)
+        log_k = np.log(np.where(k.numpy() > 0, k.numpy(), np.nan))
         base, base_temperature = highest, None
         a = np.where(empty, 0.0, temperatures[0] * (log_k - np.log(n_valid)))
         trace, ratios = [a], [np.zeros_like(a)]
@@ -55,23 +59,23 @@ def forward(
             shift = (anchor - base) / temperature
             if temperature != base_temperature or (np.abs(shift) > MAX_SHIFT).any():
                 base, base_temperature, shift = anchor, temperature, np.zeros(rows)
-                _exp_above(ordered, torch.from_numpy(base), temperature, work, out=weights).clamp_(max=LARGEST)
+                _exp_above(ordered, torch.from_numpy(base), temperature, out=weights).clamp_(max=LARGEST)
                 sums[:, 0], sums[:, 1:] = 0.0, weights
                 sums.cumsum_(dim=-1)
             floor = _round_down(torch.from_numpy(threshold), ordered.dtype)
             below = torch.searchsorted(ordered, floor[:, None], right=True)
-            total = n - below + sums.gather(-1, below) * torch.from_numpy(np.exp(-shift))[:, None]
-            total = np.where(empty, 1.0, total[:, 0].numpy())
+            at_most_1 = sums.gather(-1, below)[:, 0].numpy() * np.exp(-shift)
+            above = n - below[:, 0].numpy()
+            total = np.where(empty, 1.0, above + at_most_1)
             a = temperature * (log_k - np.log(total)) - anchor
             trace.append(a)
-            ratios.append((n - below[:, 0].numpy()) / total)
+            ratios.append(above / total)
     if kept is not None:
         for state, numbers in zip(kept, (trace, ratios), strict=True):
             state.copy_(torch.from_numpy(np.stack(numbers, axis=1)))
 
-    y = _exp_above(_working_copy(scores, mask), torch.from_numpy(-a), last_temperature, work, out=weights).clamp_(
-        max=1.0
-    )
+    y = _working_copy(scores, mask, out=weights)
+    _exp_above(y, torch.from_numpy(-a), last_temperature, out=y).clamp_(max=1.0)
     return _fill_hidden(y, mask).to(scores.dtype)
 
 
@@ -85,13 +89,14 @@ def backward(
     ratio: Tensor,  # rows n_iters, fp64
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the scores `rows n` and of k `rows` (fp64), in closed form (DESIGN 3.3)."""
-    s = _working_copy(scores, mask)
+    s = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    s = s if mask is None else s.masked_fill(~mask, LOWEST)
     *temperatures, last_temperature = temperatures
     thresholds = _round_down(-trace, s.dtype)
 
-    weights, work = torch.empty_like(s), torch.empty_like(s)
-    ds = _exp_above(s, -trace[:, -1], last_temperature, work, out=weights).clamp_(max=1.0)
-    ds = ds.mul(grad).mul_(1.0 / last_temperature).mul_(torch.le(s, thresholds[:, -1:], out=work))
+    work = torch.empty_like(s)
+    ds = _exp_above(s, -trace[:, -1], last_temperature, out=torch.empty_like(s)).clamp_(max=1.0)
+    ds.mul_(grad).mul_(1.0 / last_temperature).mul_(torch.le(s, thresholds[:, -1:], out=work))
     ds = _fill_hidden(ds, mask)
 
     # Each a hands on to the one before it what it received, times the share of the sum above the threshold.
@@ -100,11 +105,11 @@ def backward(
 
     # Iterations of one temperature whose a are close share the weights exp((s - base) / temperature), and only the
     # coefficients of these add up.
-    coefficients = torch.empty_like(s)
+    weights, coefficients = torch.empty_like(s), torch.empty_like(s)
     for start, stop in _runs(trace, temperatures):
         temperature, base = temperatures[start], -trace[:, stop - 1]
         # At most k for an entry below the threshold; above it the weight is not used and must not overflow.
-        _exp_above(s, base, temperature, work, out=weights).clamp_(max=LARGEST)
+        _exp_above(s, base, temperature, out=weights).clamp_(max=LARGEST)
         shares = torch.exp((trace[:, start:stop] + base[:, None]) / temperature)
         shares = (grad_a[:, start:stop] / k[:, None] * shares).to(s.dtype)
         coefficients.zero_()
@@ -137,17 +142,12 @@ def wide_k(scores: Tensor, k_rows: Tensor | None, k: float) -> Tensor:
     return scores.new_full(scores.shape[:1], k, dtype=torch.float64) if k_rows is None else k_rows.double()
 
 
-def _working_copy(scores: Tensor, mask: Tensor | None) -> Tensor:
-    s = scores.to(torch.promote_types(scores.dtype, torch.float32)).clamp(min=LOWEST)
-    return s if mask is None else s.masked_fill_(~mask, LOWEST)
-
-
-def _count_valid(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Valid entries of each row as fp64; NaN where one of them is NaN."""
-    n = scores.shape[-1]
-    count = scores.new_full(scores.shape[:1], n, dtype=torch.float64) if mask is None else mask.sum(-1).double()
-    nan = scores.isnan() if mask is None else scores.isnan() & mask
-    return count.masked_fill_(nan.any(dim=-1), torch.nan)
+def _working_copy(scores: Tensor, mask: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+    """The scores in the dtype of the computation, LOWEST where there is none to take part."""
+    if out is None:
+        out = torch.empty(scores.shape, dtype=torch.promote_types(scores.dtype, torch.float32))
+    out.copy_(scores).clamp_(min=LOWEST)
+    return out if mask is None else out.masked_fill_(~mask, LOWEST)
 
 
 def _round_down(threshold: Tensor, dtype: torch.dtype) -> Tensor:
@@ -157,19 +157,15 @@ def _round_down(threshold: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(nearest > threshold, torch.nextafter(nearest, torch.full_like(nearest, -torch.inf)), nearest)
 
 
-def _exp_above(s: Tensor, threshold: Tensor, temperature: float, work: Tensor, *, out: Tensor) -> Tensor:
-    """exp((s - threshold) / temperature) for an fp64 threshold a row.
+def _exp_above(s: Tensor, threshold: Tensor, temperature: float, *, out: Tensor) -> Tensor:
+    """exp((s - threshold) / temperature) for an fp64 threshold a row; out may be s.
 
-    Threshold and 1 / temperature are used as unevaluated pairs of the dtype of s: rounded, either would shift every
-    exponent of a row the same way, and with them the next threshold.
+    The threshold is used as an unevaluated pair of the dtype of s: rounded, it would shift every exponent of a row the
+    same way, and with them the next threshold.
     """
     high = threshold.to(s.dtype)
     low = (threshold - high).to(s.dtype)
-    factor = 1.0 / temperature
-    factor_high = float(torch.tensor(factor, dtype=s.dtype))
-    torch.sub(s, high[:, None], out=work).sub_(low[:, None])
-    torch.mul(work, factor_high, out=out)
-    return out.add_(work, alpha=factor - factor_high).exp_()
+    return torch.sub(s, high[:, None], out=out).sub_(low[:, None]).mul_(1.0 / temperature).exp_()
 
 
 def _fill_hidden(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -10,6 +10,8 @@ iteration only through the temperature and a base that the anchor must stay near
 entry costs a multiplication, a minimum and an addition, and an exponential only when the base moves.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -132,7 +134,7 @@ def _differentiate(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
     scores, mask, k_rows, state = ctx.saved_tensors
     # Only the operator can say that there is no second derivative.
     operator = torch.is_grad_enabled() or is_traced(grad)
-    backward = torch.ops.colt5.coor_descent_backward if operator else _backward
+    backward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.colt5.coor_descent_backward if operator else _backward
     ds, dk = backward(grad, scores, mask, k_rows, *ctx.numbers, state)
     return ds, None, None if k_rows is None else dk.to(k_rows.dtype), *(None,) * 6
 
@@ -191,10 +193,9 @@ def coor_descent(
     check_schedule(n_iters, eps, eps_init, eps_decay)
     k_rows, k_number = k_as_rows(k, scores.shape)
     save = torch.is_grad_enabled() and (scores.requires_grad or (k_rows is not None and k_rows.requires_grad))
+    operation: Callable[..., tuple[Tensor, Tensor]] = _Eager.apply if save else _forward
     if is_traced(scores):
         operation = torch.ops.colt5.coor_descent
-    else:
-        operation = _Eager.apply if save else _forward
     y, _ = operation(
         as_rows(scores),
         mask_as_rows(mask, scores.shape),

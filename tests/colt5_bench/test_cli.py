@@ -139,7 +139,8 @@ def test_elsewhere_than_in_a_checkout_it_says_so(tmp_path, monkeypatch, capsys):
     assert "is no checkout of colt5-bench" in capsys.readouterr().err
 
 
-def test_a_package_that_shadows_ours_is_told_of(checkout):
+def test_a_package_that_shadows_ours_is_told_of(checkout, monkeypatch):
+    monkeypatch.setattr("sys.path", [*sys.path])
     # In this process `kernels` is that of the real checkout.
     with pytest.raises(StartupError, match=r"`import kernels` finds .* instead of .*pip uninstall kernels"):
         check(find_checkout(checkout), ["kernels"])

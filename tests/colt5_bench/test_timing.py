@@ -242,7 +242,8 @@ class TestArguments:
 def test_a_real_call_takes_about_the_time_it_takes():
     x = torch.zeros(2**20)
     results = on_wall({"one": x.exp, "eight": lambda: [x.exp() for _ in range(8)]}, max_seconds=0.3)
-    ratio = median(results["eight"].samples) / median(results["one"].samples)
+    # The fastest of many, which other programs on the machine disturb least.
+    ratio = min(results["eight"].samples) / min(results["one"].samples)
     assert 4 < ratio < 16
 
 
@@ -269,7 +270,7 @@ class TestOnGpu:
         assert median(results["cold"].samples) < median(results["wall"].samples)
 
     def test_nothing_of_the_data_is_in_the_cache(self):
-        x = torch.zeros(2**22, device=GPU)
+        x = torch.zeros(2**23, device=GPU)
         times = timing.time_interleaved({"sum": x.sum}, device=GPU, columns=("cold",))["sum"]["cold"].samples
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         warm = []
