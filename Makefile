@@ -3,6 +3,7 @@
 #   PYTHON   interpreter that the virtual environment is made with, 3.11 or newer
 #   VENV     where the virtual environment is
 #   ARGS     passed on: make bench ARGS="--preset smoke", make test ARGS="-k topk"
+#   NAME     what a baseline is called, after the device: make baseline NAME=nvidia-h200
 #   WORKERS  processes that run tests in Triton's interpreter
 
 PYTHON ?= python3
@@ -10,12 +11,14 @@ VENV ?= .venv
 ARGS ?=
 WORKERS ?= 2
 
+SUITES := coor_descent segments topk soft_topk gradients
+
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install bench test test-plain test-interpreted lint lint-style lint-types lint-imports format clean
+.PHONY: help install bench baseline test test-plain test-interpreted lint lint-style lint-types lint-imports format clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +34,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 bench: $(INSTALLED) ## measure coordinate descent, on the GPU if there is one
 	$(BIN)/python bench.py --suite coor_descent $(ARGS)
+
+baseline: $(INSTALLED) ## measure all suites, for others to compare with: on an idle GPU, from a clean commit
+	@test -n "$(NAME)" || { echo "make: name the device, e.g. make baseline NAME=nvidia-h200" >&2; exit 1; }
+	$(BIN)/python bench.py $(patsubst %,--suite %,$(SUITES)) --out reports/baselines/$(NAME) $(ARGS)
 
 test: test-plain test-interpreted ## all tests
 

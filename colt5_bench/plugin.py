@@ -165,7 +165,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What was collected, and not deselected since, is what has to be recorded."""
+    """What was collected, and not deselected since, is what has to be recorded, unless collecting is all there is."""
+    if session.config.getoption("collectonly"):
+        return
     for item in filter(_is_measured, session.items):
         session.config.stash[_RUN].expect(*_point(item))
 

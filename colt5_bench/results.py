@@ -26,7 +26,8 @@ class Timing:
     """Seconds, in the order taken."""
 
     stopped: str
-    """Why sampling ended: `confident` (interval under the target), `max_samples` or `max_seconds`."""
+    """Why sampling ended: `confident` (interval under the target), `max_samples`, `max_seconds` or `throttled` (the
+    hardware was slowed down too often); or why it never began: `not capturable: ...`."""
 
     relative_interval: float
     """Width of the 95 % confidence interval of the median over the median."""

@@ -174,7 +174,8 @@ def descend(
         total = tl.where(n_valid == 0, 1.0, total)
         a = temperature * (log_k - log_normal(total)) - anchor
         if SAVE:
-            save_step(state_ptr, rows, part, n_rows, n_iters, t, a, above / total, temperature, factor)
+            ratio = above.to(tl.float32) / total.to(tl.float32)
+            save_step(state_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature, factor)
 
     temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
     if SAVE:
@@ -314,7 +315,8 @@ def _streaming_kernel(
             total = tl.where(n_valid == 0, 1.0, total)
             a = temperature * (log_k - log_normal(total)) - anchor
             if SAVE:
-                save_step(state_ptr, rows, part, n_rows, n_iters, t, a, above / total, temperature, factor)
+                ratio = above.to(tl.float32) / total.to(tl.float32)
+                save_step(state_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature, factor)
 
         temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
         if SAVE:

@@ -62,7 +62,7 @@ def cases(preset: str, device: torch.device) -> list[DescentCase]:
 
 
 def compiling_takes_too_long(case: DescentCase, device: torch.device) -> str | None:
-    most = 50 if device.type == "cuda" else 5
+    most = 20 if device.type == "cuda" else 5
     return None if case.n_iters <= most else f"compiling more than {most} unrolled iterations takes too long"
 
 

@@ -110,3 +110,9 @@ def test_suites_are_not_spread_over_workers(run):
     result = run("good", "-n", "1")
     assert result.ret != pytest.ExitCode.OK
     assert "leave out -n" in result.stdout.str() + result.stderr.str()
+
+
+def test_collecting_alone_misses_nothing(run):
+    result = run("good", "--collect-only")
+    assert result.ret == pytest.ExitCode.OK
+    result.stdout.no_fnmatch_line("*expected and not measured*")
