@@ -186,7 +186,8 @@ def launch_backward(
 ) -> None:
     n_rows, n = scores.shape
     n_iters = iterations_of(state)
-    chunks = triton.cdiv(n, CHUNK)
+    # Division by hand: what Triton offers takes longer than a launch may.
+    chunks = -(-n // CHUNK)
     settings = {**tile_settings(min(n, CHUNK), IN_THREAD), "HAS_MASK": mask is not None, "maxnreg": 255}
     strides = (grad.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
     mask_or_any = scores if mask is None else mask
@@ -197,7 +198,7 @@ def launch_backward(
         _grad_a_kernel[(n_rows * chunks,)](
             grad, scores, mask_or_any, state, grad_a, *strides, n_rows, n, n_iters, chunks, **settings
         )
-    _backward_kernel[(triton.cdiv(n_rows, settings["ROWS"]) * chunks,)](
+    _backward_kernel[(-(-n_rows // settings["ROWS"]) * chunks,)](
         grad,
         scores,
         mask_or_any,
@@ -212,7 +213,7 @@ def launch_backward(
         n_iters,
         chunks,
         k,
-        SLOTS=min(triton.next_power_of_2(chunks), 1024),
+        SLOTS=min(1 << (chunks - 1).bit_length(), 1024),
         HAS_K=k_rows is not None,
         REUSE=temperatures_repeat(*schedule),
         **settings,

@@ -347,7 +347,7 @@ class _Plan(NamedTuple):
     tiles: int
     """Pieces of a row that a program streams; 0 where a row stays in registers."""
 
-    tile: dict[str, int]
+    settings: dict[str, int]
 
 
 @lru_cache(maxsize=4096)
@@ -357,15 +357,20 @@ def _plan(n_rows: int, n: int, simple: bool, available: int, resident: int, stre
         # The fewer registers a thread, the more rows under way, which hide each other's waiting. Loading needs more of
         # them where there is a mask or a conversion.
         registers = 128 if simple else min(255, 65536 // (32 * tile["num_warps"]))
-        return _Plan(1, triton.cdiv(n_rows, tile["ROWS"]), 0, {**tile, "maxnreg": registers})
+        return _Plan(1, triton.cdiv(n_rows, tile["ROWS"]), 0, {**tile, **_shared_by(1), "maxnreg": registers})
     # As few entries a program as there are programs to share them, but no fewer than are worth an exchange.
     halve = n_rows * triton.cdiv(n, resident // 2) <= available
     piece = resident // 2 if halve else resident
     programs = triton.cdiv(n, piece)
     if programs <= available:
-        return _Plan(programs, max(min(n_rows, available // programs), 1), 0, tile_settings(piece, IN_THREAD))
+        groups = max(min(n_rows, available // programs), 1)
+        return _Plan(programs, groups, 0, {**tile_settings(piece, IN_THREAD), **_shared_by(programs)})
     tiles = triton.cdiv(triton.cdiv(n, available), streamed)
-    return _Plan(available, 1, tiles, tile_settings(streamed, STREAMED_IN_THREAD))
+    return _Plan(available, 1, tiles, {**tile_settings(streamed, STREAMED_IN_THREAD), **_shared_by(available)})
+
+
+def _shared_by(programs: int) -> dict[str, int]:
+    return {"PROGRAMS": programs, "SLOTS": triton.next_power_of_2(programs)}
 
 
 @lru_cache(maxsize=1024)
@@ -407,9 +412,7 @@ def launch_forward(
         eps,
     )
     settings = {
-        **plan.tile,
-        "PROGRAMS": plan.programs,
-        "SLOTS": triton.next_power_of_2(plan.programs),
+        **plan.settings,
         "HAS_MASK": mask is not None,
         "HAS_K": k_rows is not None,
         "SAVE": state.numel() > 0,

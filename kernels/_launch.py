@@ -1,6 +1,6 @@
 """What every launcher needs: tensors as rows, and which path and how much of a machine a tensor gets."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 
@@ -61,7 +61,8 @@ def _multiprocessors_of_gpu(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def tile_settings(entries: int, in_thread: int) -> dict[str, int]:
+@cache
+def tile_settings(entries: int, in_thread: int) -> Mapping[str, int]:
     """Launch settings for rows of up to `entries`, `in_thread` of them in each thread.
 
     At least 4 threads share a row, and rows that leave threads of a warp free share the warp.

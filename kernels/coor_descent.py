@@ -150,8 +150,13 @@ torch.library.register_autograd("colt5::coor_descent_backward", _refuse, lib=_li
 class _Eager(torch.autograd.Function):
     """The operator without PyTorch's dispatcher, whose way through Python takes longer than everything else."""
 
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_setup_context)
+    @staticmethod
+    def forward(ctx, *inputs):
+        # Not as a `setup_context`, for which PyTorch inspects the signature of `forward` on each call.
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
     backward = staticmethod(_differentiate)
 
 

@@ -1,5 +1,7 @@
 """Differentiable top-k in one kernel: coordinate descent, selection and gates of a row while it is in registers."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from kernels._descent_forward import descend, soft_selection, temperatures_repeat
 from kernels._descent_state import allocate_state
-from kernels._launch import as_rows, mask_as_rows, runs_triton, tile_settings
+from kernels._launch import as_rows, is_traced, mask_as_rows, runs_triton, tile_settings
 from kernels._primitives import LOWEST, load_tile, per_row, tile_columns
 from kernels.coor_descent import coor_descent
 from reference._arguments import check_schedule, check_scores, first_temperature
@@ -228,7 +230,9 @@ def topk(
     check_scores(x, mask)
     check_topk(x, k, coor_descent_k_ratio)
     check_schedule(n_iters, eps, eps_init, eps_decay)
-    selected = torch.ops.colt5.topk(
+    save = x.requires_grad and torch.is_grad_enabled()
+    operation: Callable[..., tuple[Tensor, ...]] = torch.ops.colt5.topk if save or is_traced(x) else _forward
+    selected = operation(
         as_rows(x),
         mask_as_rows(mask, x.shape),
         k,
@@ -237,6 +241,6 @@ def topk(
         eps,
         first_temperature(eps, eps_init),
         eps_decay,
-        x.requires_grad and torch.is_grad_enabled(),
+        save,
     )[:4]
     return TopkReturn(*(tensor.view(*x.shape[:-1], k) for tensor in selected))
