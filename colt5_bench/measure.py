@@ -146,7 +146,11 @@ def _measure_each(
     if calls:
         with _failing([records[name] for name in calls], "timing: "):
             taken = timing.time_interleaved(
-                calls, device=conditions.device, columns=conditions.columns, max_seconds=conditions.max_seconds
+                calls,
+                device=conditions.device,
+                columns=conditions.columns,
+                before={name: call.renew for name, call in calls.items()},
+                max_seconds=conditions.max_seconds,
             )
             for name, timings in taken.items():
                 records[name].timings = timings
@@ -187,10 +191,16 @@ class _Call:
 
     def __init__(self, function: Callable[..., Tensor], problem: Problem, direction: str) -> None:
         self._function = function
+        self._problem = problem
         self._upstream = problem.upstream
         self._wanted = () if direction == FORWARD else problem.differentiable
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget the graphs of earlier calls: what they left behind belongs to the stream that they ran in, and would
+        keep a call in another stream from being captured."""
         self._inputs = {
-            name: tensor.detach().requires_grad_(name in self._wanted) for name, tensor in problem.inputs.items()
+            name: tensor.detach().requires_grad_(name in self._wanted) for name, tensor in self._problem.inputs.items()
         }
         self._sources = [self._inputs[name] for name in self._wanted]
 

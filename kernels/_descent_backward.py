@@ -1,12 +1,15 @@
 """Backward pass of `kernels.coor_descent`: one reduction, then every chunk of a row on its own."""
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels import _coor_descent_torch as in_pytorch
-from kernels._descent_forward import temperatures_repeat
+from kernels._descent_forward import cooling_iterations
 from kernels._descent_state import iterations_of, row_state
 from kernels._launch import tile_settings
 from kernels._primitives import (
@@ -16,19 +19,25 @@ from kernels._primitives import (
     exp2_wide,
     exponent_line,
     fma_if_at_most,
+    inverse,
     load_k,
     load_tile,
+    opaque,
     per_row,
     round_down,
     sum_in_thread,
     tile_columns,
+    tile_pointers,
 )
 
 CHUNK = 4096
 """Entries of a row that one program of the backward pass handles."""
 
-IN_THREAD = 32
+IN_THREAD = 16
 """Entries of a row in a thread, each of which needs four registers and more."""
+
+REGISTERS = 128
+"""Most registers of a thread."""
 
 MAX_SHIFT: tl.constexpr = tl.constexpr(in_pytorch.MAX_SHIFT)
 LARGEST: tl.constexpr = tl.constexpr(in_pytorch.LARGEST)
@@ -38,7 +47,7 @@ LARGEST: tl.constexpr = tl.constexpr(in_pytorch.LARGEST)
 def _direct_gradient(scores, grad, a, temperature, factor, HAS_MASK: tl.constexpr):
     """The gradient of the scores through the output alone, at constant a: g y / temperature where y < 1."""
     slope, offset, rest = exponent_line(-a, factor)
-    scale = exp2(rest.to(tl.float32)) * (1.0 / temperature).to(tl.float32)
+    scale = exp2(rest.to(tl.float32)) * inverse(temperature).to(tl.float32)
     direct = grad * exp2_line(scores, slope, offset) * per_row(scale)
     direct = tl.where(scores > per_row(round_down(-a)), 0.0, direct)
     if HAS_MASK:
@@ -69,7 +78,8 @@ def _grad_a_kernel(
     rows = tl.program_id(0) // chunks + tl.arange(0, ROWS).to(tl.int64)
     columns = (tl.program_id(0) % chunks) * (REPEATS * WIDTH) + tile_columns(REPEATS, WIDTH)
     scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
-    grad = tl.load(grad_ptr + per_row(rows) * grad_stride + columns, mask=columns < n, other=0.0).to(tl.float32)
+    grad_ptrs = tile_pointers(grad_ptr, rows, columns, grad_stride)
+    grad = tl.load(grad_ptrs, mask=columns < n, other=0.0).to(tl.float32)
     a = tl.load(row_state(state_ptr, rows, n_iters) + n_iters - 1)
     schedule_ptr = row_state(state_ptr, n_rows + tl.zeros((), tl.int64), n_iters) + n_iters
     temperature, factor = tl.load(schedule_ptr), tl.load(schedule_ptr + n_iters + 1)
@@ -94,6 +104,7 @@ def _backward_kernel(
     n_rows,
     n,
     n_iters,
+    cooling,
     chunks,
     k: "fp64",
     REPEATS: tl.constexpr,
@@ -102,7 +113,6 @@ def _backward_kernel(
     SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_K: tl.constexpr,
-    REUSE: tl.constexpr,
 ):
     """Gradient of ROWS whole rows, or of one chunk of a row, from the last iteration to the first."""
     rows = tl.program_id(0) // chunks * ROWS + tl.arange(0, ROWS).to(tl.int64)
@@ -110,17 +120,22 @@ def _backward_kernel(
     columns = chunk * (REPEATS * WIDTH) + tile_columns(REPEATS, WIDTH)
     row_exists = rows < n_rows
     exists = per_row(row_exists) & (columns < n)
-    scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
-    grad = tl.load(grad_ptr + per_row(rows) * grad_stride + columns, mask=exists, other=0.0).to(tl.float32)
-    inverse_k = 1.0 / load_k(k_ptr, rows, k, n_rows, HAS_K)
+    grad_ptrs = tile_pointers(grad_ptr, rows, columns, grad_stride)
 
     a_ptrs = row_state(state_ptr, rows, n_iters) + n_iters - 1
     temperature_ptr = row_state(state_ptr, n_rows + tl.zeros((), tl.int64), n_iters) + n_iters
-    a = tl.load(a_ptrs, mask=row_exists, other=0.0)
-    temperature, factor = tl.load(temperature_ptr), tl.load(temperature_ptr + n_iters + 1)
-    ds = _direct_gradient(scores, grad, a, temperature, factor, HAS_MASK)
+    last_a = tl.load(a_ptrs, mask=row_exists, other=0.0)
+    last_temperature, last_factor = tl.load(temperature_ptr), tl.load(temperature_ptr + n_iters + 1)
+    # What an iteration needs of its row is read one iteration ahead.
+    ratio = tl.load(a_ptrs + n_iters + 1, mask=row_exists, other=0.0)
+    previous = tl.load(a_ptrs - 1, mask=row_exists & (n_iters > 1), other=0.0)
+
+    scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
+    inverse_k = inverse(load_k(k_ptr, rows, k, n_rows, HAS_K))
     if SLOTS == 1:
-        grad_a = tl.sum(sum_in_thread(ds, REPEATS, ROWS, WIDTH), axis=1)
+        grad = tl.load(grad_ptrs, mask=exists, other=0.0).to(tl.float32)
+        direct = _direct_gradient(scores, grad, last_a, last_temperature, last_factor, HAS_MASK)
+        grad_a = tl.sum(sum_in_thread(direct, REPEATS, ROWS, WIDTH), axis=1)
     else:
         in_slot = tl.zeros([SLOTS], tl.float64)
         for start in range(0, chunks, SLOTS):
@@ -128,49 +143,78 @@ def _backward_kernel(
             in_slot += tl.load(grad_a_ptr + tl.program_id(0) - chunk + slot, mask=slot < chunks, other=0.0)
         grad_a = tl.sum(in_slot, axis=0) + tl.zeros([ROWS], tl.float64)
 
-    # With REUSE, iterations of one temperature whose a are close share the weights w = exp((s - base) / e), and only
-    # the coefficients of w add up: an exponential for each such run, not for each iteration.
-    weights = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
+    # The iterations of the last temperature share weights w = exp((s - base) / e) as long as their a are close, and
+    # only the coefficients of w add up: an exponential for each such run, not for each iteration.
+    through_a = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
     coefficients = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
-    base = tl.zeros([ROWS], tl.float64)
-    base_temperature = tl.zeros((), tl.float64)
+    weights = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
+    base = tl.full([ROWS], float("inf"), tl.float64)
     dk = tl.zeros([ROWS], tl.float64)
-    for _ in range(1, n_iters):
-        ratio = tl.load(a_ptrs + n_iters + 1, mask=row_exists, other=0.0)
+    a = last_a
+    for t in range(n_iters - 1, tl.maximum(cooling, 1) - 1, -1):
+        a_ptrs -= 1
+        next_ratio = tl.load(a_ptrs + n_iters + 1, mask=row_exists, other=0.0)
+        next_previous = tl.load(a_ptrs - 1, mask=row_exists & (t > 1), other=0.0)
+        if tl.max((tl.abs(a + base) > last_temperature * MAX_SHIFT).to(tl.int32), axis=0) > 0:
+            through_a += coefficients * weights
+            coefficients = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
+            slope, offset, rest = exponent_line(-a, last_factor)
+            base = rest * inverse(slope.to(tl.float64)) - a
+            # At most k for an entry below the threshold; above it the weight is not used and must not overflow.
+            weights = tl.minimum(exp2_line(scores, slope, offset), LARGEST)
+        coefficient = (grad_a * inverse_k).to(tl.float32) * exp2_wide((a + base) * last_factor)
+        limit = per_row(round_down(-previous))
+        coefficients = fma_if_at_most(coefficients, 1.0, per_row(coefficient), scores, limit)
+        dk += grad_a * last_temperature
+        grad_a *= ratio
+        a, previous, ratio = previous, next_previous, next_ratio
+    through_a += coefficients * weights
+
+    temperature_ptr += tl.minimum(cooling, n_iters) - n_iters
+    for t in range(tl.minimum(cooling, n_iters) - 1, 0, -1):
         a_ptrs -= 1
         temperature_ptr -= 1
-        previous = tl.load(a_ptrs, mask=row_exists, other=0.0)
+        next_ratio = tl.load(a_ptrs + n_iters + 1, mask=row_exists, other=0.0)
+        next_previous = tl.load(a_ptrs - 1, mask=row_exists & (t > 1), other=0.0)
         temperature, factor = tl.load(temperature_ptr), tl.load(temperature_ptr + n_iters + 1)
+        slope, offset, rest = exponent_line(-a, factor)
+        coefficient = (grad_a * inverse_k).to(tl.float32) * exp2(rest.to(tl.float32))
         limit = per_row(round_down(-previous))
-        coefficient = (grad_a * inverse_k).to(tl.float32)
-        if REUSE:
-            moved = tl.max((tl.abs(a + base) > temperature * MAX_SHIFT).to(tl.int32), axis=0)
-            if (temperature != base_temperature) | (moved > 0):
-                ds -= coefficients * weights
-                coefficients = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
-                base_temperature = temperature
-                slope, offset, rest = exponent_line(-a, factor)
-                base = rest / slope.to(tl.float64) - a
-                # At most k for an entry below the threshold; above it the weight is not used and must not overflow.
-                weights = tl.minimum(exp2_line(scores, slope, offset), LARGEST)
-            coefficient *= exp2_wide((a + base) * factor)
-            coefficients = fma_if_at_most(coefficients, 1.0, per_row(coefficient), scores, limit)
-        else:
-            slope, offset, rest = exponent_line(-a, factor)
-            coefficient *= -exp2(rest.to(tl.float32))
-            ds = fma_if_at_most(ds, exp2_line(scores, slope, offset), per_row(coefficient), scores, limit)
+        through_a = fma_if_at_most(through_a, exp2_line(scores, slope, offset), per_row(coefficient), scores, limit)
         dk += grad_a * temperature
         grad_a *= ratio
-        a = previous
-    if REUSE:
-        ds -= coefficients * weights
-    dk = (dk + grad_a * tl.load(temperature_ptr - 1)) * inverse_k
+        a, previous, ratio = previous, next_previous, next_ratio
+    dk = (dk + grad_a * tl.load(row_state(state_ptr, n_rows + tl.zeros((), tl.int64), n_iters))) * inverse_k
 
+    # Read and computed again, and not kept: registers decide how many rows are under way.
+    again = opaque(rows)
+    last_a = tl.load(row_state(state_ptr, again, n_iters) + n_iters - 1, mask=row_exists, other=0.0)
+    grad = tl.load(tile_pointers(grad_ptr, again, columns, grad_stride), mask=exists, other=0.0).to(tl.float32)
+    ds = _direct_gradient(scores, grad, last_a, last_temperature, last_factor, HAS_MASK) - through_a
     if HAS_MASK:
         ds = tl.where(scores == LOWEST, 0.0, ds)
-    tl.store(ds_ptr + per_row(rows) * n + columns, ds.to(ds_ptr.dtype.element_ty), mask=exists)
+    tl.store(tile_pointers(ds_ptr, rows, columns, n), ds.to(ds_ptr.dtype.element_ty), mask=exists)
     if HAS_K:
         tl.store(dk_ptr + rows, dk, mask=row_exists & (chunk == 0))
+
+
+class _Plan(NamedTuple):
+    """How rows are spread over programs."""
+
+    chunks: int
+    """Of a row, each of which has a program."""
+
+    programs: int
+    """All together."""
+
+    settings: dict[str, int]
+
+
+@lru_cache(maxsize=4096)
+def _plan(n_rows: int, n: int, chunk: int) -> _Plan:
+    chunks = triton.cdiv(n, chunk)
+    tile = tile_settings(min(n, chunk), IN_THREAD)
+    return _Plan(chunks, triton.cdiv(n_rows, tile["ROWS"]) * chunks, {**tile, "maxnreg": REGISTERS})
 
 
 def launch_backward(
@@ -184,21 +228,31 @@ def launch_backward(
     ds: Tensor,
     dk: Tensor,
 ) -> None:
+    """Write the gradient of the scores to `ds`, and that of k to `dk` where it has one entry a row."""
     n_rows, n = scores.shape
     n_iters = iterations_of(state)
-    # Division by hand: what Triton offers takes longer than a launch may.
-    chunks = -(-n // CHUNK)
-    settings = {**tile_settings(min(n, CHUNK), IN_THREAD), "HAS_MASK": mask is not None, "maxnreg": 255}
+    plan = _plan(n_rows, n, CHUNK)
     strides = (grad.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
     mask_or_any = scores if mask is None else mask
 
-    grad_a = dk
-    if chunks > 1:
-        grad_a = torch.empty(n_rows * chunks, dtype=torch.float64, device=scores.device)
-        _grad_a_kernel[(n_rows * chunks,)](
-            grad, scores, mask_or_any, state, grad_a, *strides, n_rows, n, n_iters, chunks, **settings
+    grad_a = state
+    if plan.chunks > 1:
+        grad_a = torch.empty(plan.programs, dtype=torch.float64, device=scores.device)
+        _grad_a_kernel[(plan.programs,)](
+            grad,
+            scores,
+            mask_or_any,
+            state,
+            grad_a,
+            *strides,
+            n_rows,
+            n,
+            n_iters,
+            plan.chunks,
+            HAS_MASK=mask is not None,
+            **plan.settings,
         )
-    _backward_kernel[(-(-n_rows // settings["ROWS"]) * chunks,)](
+    _backward_kernel[(plan.programs,)](
         grad,
         scores,
         mask_or_any,
@@ -211,10 +265,11 @@ def launch_backward(
         n_rows,
         n,
         n_iters,
-        chunks,
+        cooling_iterations(*schedule),
+        plan.chunks,
         k,
-        SLOTS=min(1 << (chunks - 1).bit_length(), 1024),
+        SLOTS=min(1 << (plan.chunks - 1).bit_length(), 1024),
+        HAS_MASK=mask is not None,
         HAS_K=k_rows is not None,
-        REUSE=temperatures_repeat(*schedule),
-        **settings,
+        **plan.settings,
     )

@@ -1,7 +1,7 @@
 """Forward pass of `kernels.coor_descent`: one program for several rows, several for one row, or rows streamed."""
 
 from functools import lru_cache
-from math import log
+from math import exp
 from typing import NamedTuple
 
 import torch
@@ -13,15 +13,20 @@ from kernels import _coor_descent_torch as in_pytorch
 from kernels._descent_state import save_step
 from kernels._launch import multiprocessors, tile_settings
 from kernels._primitives import (
+    EXP2_LACKS,
     LOWEST,
+    clip_enlarged,
     clip_scaled,
     count_in_thread,
     exchange_highest,
     exchange_sum,
     exp2,
     exp2_line,
+    exp2_minus_1,
     exp2_wide,
     exponent_line,
+    highest_in_thread,
+    inverse,
     is_above,
     load_k,
     load_tile,
@@ -32,10 +37,13 @@ from kernels._primitives import (
     sum_and_count,
     sum_in_thread,
     tile_columns,
+    tile_pointers,
 )
+from reference._arguments import epsilon_schedule
 
 RESIDENT = 16384
-"""Longest piece of a row that one program keeps in registers."""
+"""Longest piece of a row that one program keeps in registers; twice as long if there is neither a mask nor a
+conversion, which need registers too."""
 
 STREAMED = 8192
 """Entries that a program reads at a time from a row too long for the registers of the whole device."""
@@ -43,7 +51,7 @@ STREAMED = 8192
 IN_THREAD, STREAMED_IN_THREAD = 64, 16
 """Entries in a thread, for the two."""
 
-MAX_SHIFT: tl.constexpr = tl.constexpr(in_pytorch.MAX_SHIFT)
+MAX_SCALE: tl.constexpr = tl.constexpr(exp(in_pytorch.MAX_SHIFT))
 
 
 @triton.jit
@@ -66,11 +74,10 @@ def _first_step(log_k, highest, n_valid, temperature):
 
 
 @triton.jit
-def _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor):
-    """The next temperature of the schedule, and log2(e) over it; the last two arguments save divisions."""
-    cooler = temperature * eps_decay
-    last = cooler <= eps
-    return tl.where(last, eps, cooler), tl.where(last, last_factor, factor * inverse_decay)
+def _cool(temperature, eps_decay, eps):
+    """The next temperature of the schedule, and log2(e) over it."""
+    temperature = tl.maximum(temperature * eps_decay, eps)
+    return temperature, log2_e_over(temperature)
 
 
 @triton.jit
@@ -105,6 +112,7 @@ def descend(
     first,
     eps_decay,
     eps,
+    cooling,
     REPEATS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -113,74 +121,112 @@ def descend(
     HAS_MASK: tl.constexpr,
     HAS_K: tl.constexpr,
     SAVE: tl.constexpr,
-    REUSE: tl.constexpr,
-    RELOAD: tl.constexpr,
 ):
-    """All iterations on rows in registers: the last a, log2(e) over the temperature of the output, the next step.
+    """All iterations on rows in registers: weights w and an fp64 r a row, of which the output is min(w r, 1); the last
+    a, log2(e) over the temperature of the output, and the next step.
 
-    With REUSE, exponentials are kept from iteration to iteration, as long as the temperature is the same and the
-    threshold near; they are what stays in registers then. The scores stay, too, unless RELOAD has them read again.
+    The first `cooling` iterations have temperatures of their own. After them it stays, and so do the exponentials
+    w = exp((s - base) / e): with r = exp((a + base) / e), an iteration is r <- k r / sum min(w r, 1), without a
+    logarithm. Where the threshold, -a, gets far from the base, scores are read again for new weights.
     """
-    zero = tl.zeros((), tl.float64)
-    eps += zero
-    inverse_decay, last_factor = 1.0 / (eps_decay + zero), log2_e_over(eps)
-
-    highest = tl.max(tl.max(scores, axis=0), axis=1)
+    highest = tl.max(highest_in_thread(scores, ROWS, WIDTH), axis=1)
     n_valid = tl.sum(_masked_count_in_thread(scores, REPEATS, ROWS, WIDTH, HAS_MASK), axis=1)
     if PROGRAMS > 1:
         step += 1
         highest, n_valid = exchange_highest(mailbox_ptr, step, part, highest, n_valid, PROGRAMS, SLOTS)
     n_valid += 0 if HAS_MASK else n
 
-    log_k = tl.log(load_k(k_ptr, rows, k, n_rows, HAS_K))
-    temperature = first + zero
+    k_of_row = load_k(k_ptr, rows, k, n_rows, HAS_K)
+    log_k = tl.log(k_of_row)
+    temperature = first + tl.zeros((), tl.float64)
     factor = log2_e_over(temperature)
     a, highest = _first_step(log_k, highest, n_valid, temperature)
     if SAVE:
         save_step(state_ptr, rows, part, n_rows, n_iters, 0, a, tl.zeros([ROWS], tl.float64), temperature, factor)
 
-    weights = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
-    offset = tl.zeros([ROWS], tl.float32)
-    base = tl.zeros([ROWS], tl.float64)
-    base_temperature = zero
-    for t in range(1, n_iters):
-        temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
+    for t in range(1, cooling):
+        temperature, factor = _cool(temperature, eps_decay, eps)
         threshold = -a
         anchor = tl.where(highest < threshold, highest, threshold)
-        if REUSE:
-            moved = tl.max((tl.abs(anchor - base) > temperature * MAX_SHIFT).to(tl.int32), axis=0)
-            if (temperature != base_temperature) | (moved > 0):
-                base_temperature = temperature
-                slope, offset, rest = exponent_line(anchor, factor)
-                base = anchor + rest / slope.to(tl.float64)
-                again = scores
-                if RELOAD:
-                    again = load_tile(
-                        scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK, True
-                    )
-                weights = exp2_line(again, slope, offset)
-            clipped = clip_scaled(weights, per_row(exp2_wide((base - anchor) * factor)))
-            # An exponential grows with its score, so that comparing with that of the threshold is comparing scores.
-            limit = exp2_line(per_row(round_down(threshold)), factor.to(tl.float32), offset)
-            above_threshold = is_above(weights, limit)
-        else:
-            slope, offset, rest = exponent_line(anchor, factor)
-            clipped = clip_scaled(exp2_line(scores, slope, offset), per_row(exp2(rest.to(tl.float32))))
-            above_threshold = is_above(scores, per_row(round_down(threshold)))
+        slope, offset, rest = exponent_line(anchor, factor)
+        clipped = clip_enlarged(exp2_line(scores, slope, offset), per_row(exp2_minus_1(rest) + EXP2_LACKS))
+        above_threshold = is_above(scores, per_row(round_down(threshold)))
         total, above = sum_and_count(clipped, above_threshold, REPEATS, ROWS, WIDTH, SAVE)
         if PROGRAMS > 1:
             step += 1
             total, above = exchange_sum(mailbox_ptr, step, part, total, above, PROGRAMS, SLOTS)
-        total = tl.where(n_valid == 0, 1.0, total)
+        total = tl.maximum(total, 0.5)
         a = temperature * (log_k - log_normal(total)) - anchor
         if SAVE:
-            ratio = above.to(tl.float32) / total.to(tl.float32)
+            ratio = above * inverse(total)
             save_step(state_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature, factor)
 
-    temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
+    temperature, factor = _cool(temperature, eps_decay, eps)
+    weights, slope, offset, base, r, r_highest = _weigh(scores, a, highest, temperature)
+    below = round_down(-a)
+    for t in range(tl.maximum(cooling, 1), n_iters):
+        scale = tl.where(r > r_highest, r, r_highest)
+        clipped = clip_scaled(weights, per_row(scale.to(tl.float32)))
+        # An exponential grows with its score, so that comparing with that of the threshold is comparing scores.
+        limit = exp2_line(per_row(below), slope, offset)
+        total, above = sum_and_count(clipped, is_above(weights, limit), REPEATS, ROWS, WIDTH, SAVE)
+        if PROGRAMS > 1:
+            step += 1
+            total, above = exchange_sum(mailbox_ptr, step, part, total, above, PROGRAMS, SLOTS)
+        total = tl.maximum(total, 0.5)
+        r = k_of_row * scale * inverse(total)
+        a = temperature * log_normal(r) - base
+        below = round_down(-a)
+        if SAVE:
+            ratio = above * inverse(total)
+            save_step(state_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature, factor)
+        near = tl.where(r > r_highest, r, r_highest).to(tl.float32)
+        if tl.max(((near > MAX_SCALE) | (near < 1.0 / MAX_SCALE)).to(tl.int32), axis=0) > 0:
+            again = load_tile(
+                scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK, True
+            )
+            weights, slope, offset, base, r, r_highest = _weigh(again, a, highest, temperature)
     if SAVE:
-        save_step(state_ptr, rows, part, n_rows, n_iters, n_iters, a, tl.zeros([ROWS], tl.float64), temperature, factor)
-    return a, factor, step
+        nothing = tl.zeros([ROWS], tl.float64)
+        save_step(state_ptr, rows, part, n_rows, n_iters, n_iters, nothing, nothing, temperature, factor)
+    return weights, r, a, factor, step
+
+
+@triton.jit
+def _weigh(scores, a, highest, temperature):
+    """Weights of the scores at a base near the threshold -a, slope and offset of their exponents, and a row's base;
+    then exp((a + base) / e), and the same for the threshold at the highest score, as fp64."""
+    factor = log2_e_over(temperature)
+    threshold = -a
+    anchor = tl.where(highest < threshold, highest, threshold)
+    slope, offset, rest = exponent_line(anchor, factor)
+    base = anchor + rest * inverse(slope.to(tl.float64))
+    r = exp2_wide((a + base) * factor).to(tl.float64)
+    r_highest = exp2_wide((base - highest) * factor).to(tl.float64)
+    return exp2_line(scores, slope, offset), slope, offset, base, r, r_highest
+
+
+@triton.jit
+def _relax_rows(
+    rows, columns, part, step, scores_ptr, mask_ptr, k_ptr, y_ptr, state_ptr, mailbox_ptr, scores_stride, mask_stride,
+    n_rows, n, n_iters, k, first, eps_decay, eps, cooling, REPEATS: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_K: tl.constexpr,
+    SAVE: tl.constexpr,
+):  # fmt: skip
+    """Rows, or one program's part of a row, from scores to output; the next step."""
+    scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
+    weights, r, _, _, step = descend(
+        scores, rows, columns, part, step, scores_ptr, mask_ptr, k_ptr, state_ptr, mailbox_ptr, scores_stride,
+        mask_stride, n_rows, n, n_iters, k, first, eps_decay, eps, cooling, REPEATS, ROWS, WIDTH, PROGRAMS, SLOTS,
+        HAS_MASK, HAS_K, SAVE,
+    )  # fmt: skip
+    y = tl.minimum(weights * per_row(r.to(tl.float32)), 1.0, propagate_nan=tl.PropagateNan.ALL)
+    if HAS_MASK:
+        scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK, True)
+        y = tl.where(scores == LOWEST, 0.0, y)
+    exists = (per_row(rows) < n_rows) & (columns < n)
+    tl.store(tile_pointers(y_ptr, rows, columns, n), y.to(y_ptr.dtype.element_ty), mask=exists)
+    return step
 
 
 @triton.jit
@@ -200,6 +246,7 @@ def _resident_kernel(
     first: "fp64",
     eps_decay: "fp64",
     eps: "fp64",
+    cooling,
     REPEATS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -208,29 +255,29 @@ def _resident_kernel(
     HAS_MASK: tl.constexpr,
     HAS_K: tl.constexpr,
     SAVE: tl.constexpr,
-    REUSE: tl.constexpr,
-    RELOAD: tl.constexpr,
 ):
     """Rows that fit into registers: ROWS of them in one program, or one in PROGRAMS of them."""
     group = tl.program_id(0) // PROGRAMS
     part = tl.program_id(0) % PROGRAMS
-    mailbox_ptr += group * (8 * PROGRAMS)
     columns = part * (REPEATS * WIDTH) + tile_columns(REPEATS, WIDTH)
+    rows = group * ROWS + tl.arange(0, ROWS).to(tl.int64)
     step = 0
-    for first_row in range(group * ROWS, n_rows, tl.num_programs(0) // PROGRAMS * ROWS):
-        rows = first_row + tl.arange(0, ROWS).to(tl.int64)
-        scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
-        a, factor, step = descend(
-            scores, rows, columns, part, step, scores_ptr, mask_ptr, k_ptr, state_ptr, mailbox_ptr, scores_stride,
-            mask_stride, n_rows, n, n_iters, k, first, eps_decay, eps, REPEATS, ROWS, WIDTH, PROGRAMS, SLOTS, HAS_MASK,
-            HAS_K, SAVE, REUSE, RELOAD,
+    if PROGRAMS == 1:
+        _relax_rows(
+            rows, columns, part, step, scores_ptr, mask_ptr, k_ptr, y_ptr, state_ptr, mailbox_ptr, scores_stride,
+            mask_stride, n_rows, n, n_iters, k, first, eps_decay, eps, cooling, REPEATS, ROWS, WIDTH, PROGRAMS, SLOTS,
+            HAS_MASK, HAS_K, SAVE,
         )  # fmt: skip
-        if RELOAD:
-            scores = load_tile(
-                scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK, True
-            )
-        y = soft_selection(scores, a, factor, HAS_MASK).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + per_row(rows) * n + columns, y, mask=(per_row(rows) < n_rows) & (columns < n))
+    else:
+        mailbox_ptr += group * (8 * PROGRAMS)
+        groups = tl.num_programs(0) // PROGRAMS
+        for _ in range(group, n_rows, groups):
+            step = _relax_rows(
+                rows, columns, part, step, scores_ptr, mask_ptr, k_ptr, y_ptr, state_ptr, mailbox_ptr, scores_stride,
+                mask_stride, n_rows, n, n_iters, k, first, eps_decay, eps, cooling, REPEATS, ROWS, WIDTH, PROGRAMS,
+                SLOTS, HAS_MASK, HAS_K, SAVE,
+            )  # fmt: skip
+            rows += groups
 
 
 @triton.jit
@@ -265,38 +312,34 @@ def _streaming_kernel(
     start = tl.cast(part, tl.int64) * tiles * (REPEATS * WIDTH)
     columns = start + tile_columns(REPEATS, WIDTH)
     step = 0
-    zero = tl.zeros((), tl.float64)
-    eps += zero
-    inverse_decay, last_factor = 1.0 / (eps_decay + zero), log2_e_over(eps)
-
     for row in range(n_rows):
         rows = row + tl.arange(0, 1).to(tl.int64)
-        highest_in_thread = tl.full([1, WIDTH], LOWEST, tl.float32)
+        highest_of_thread = tl.full([1, WIDTH // 4], LOWEST, tl.float32)
         n_valid_in_thread = tl.zeros([1, WIDTH // 4], tl.float64)
         for tile in range(tiles):
             tile_cols = columns + tile * (REPEATS * WIDTH)
             scores = load_tile(scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK)
-            highest_in_thread = tl.maximum(highest_in_thread, tl.max(scores, axis=0))
+            highest_of_thread = tl.maximum(highest_of_thread, highest_in_thread(scores, 1, WIDTH))
             n_valid_in_thread += _masked_count_in_thread(scores, REPEATS, 1, WIDTH, HAS_MASK)
-        highest = tl.max(highest_in_thread, axis=1)
+        highest = tl.max(highest_of_thread, axis=1)
         n_valid = tl.sum(n_valid_in_thread, axis=1)
         step += 1
         highest, n_valid = exchange_highest(mailbox_ptr, step, part, highest, n_valid, PROGRAMS, SLOTS)
 
         n_valid += 0 if HAS_MASK else n
         log_k = tl.log(load_k(k_ptr, rows, k, n_rows, HAS_K))
-        temperature = first + zero
+        temperature = first + tl.zeros((), tl.float64)
         factor = log2_e_over(temperature)
         a, highest = _first_step(log_k, highest, n_valid, temperature)
         if SAVE:
             save_step(state_ptr, rows, part, n_rows, n_iters, 0, a, tl.zeros([1], tl.float64), temperature, factor)
 
         for t in range(1, n_iters):
-            temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
+            temperature, factor = _cool(temperature, eps_decay, eps)
             anchor = tl.where(highest < -a, highest, -a)
             threshold = per_row(round_down(-a))
             slope, offset, rest = exponent_line(anchor, factor)
-            scale = per_row(exp2(rest.to(tl.float32)))
+            more = per_row(exp2_minus_1(rest) + EXP2_LACKS)
             total_in_thread = tl.zeros([1, WIDTH // 4], tl.float64)
             above_in_thread = tl.zeros([1, WIDTH // 4], tl.int32)
             for tile in range(tiles):
@@ -304,7 +347,7 @@ def _streaming_kernel(
                 scores = load_tile(
                     scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK
                 )
-                clipped = clip_scaled(exp2_line(scores, slope, offset), scale)
+                clipped = clip_enlarged(exp2_line(scores, slope, offset), more)
                 total_in_thread += sum_in_thread(clipped, REPEATS, 1, WIDTH)
                 if SAVE:
                     above_in_thread += count_in_thread(is_above(scores, threshold), 1, WIDTH)
@@ -312,13 +355,13 @@ def _streaming_kernel(
             above = tl.sum(above_in_thread, axis=1).to(tl.float64)
             step += 1
             total, above = exchange_sum(mailbox_ptr, step, part, total, above, PROGRAMS, SLOTS)
-            total = tl.where(n_valid == 0, 1.0, total)
+            total = tl.maximum(total, 0.5)
             a = temperature * (log_k - log_normal(total)) - anchor
             if SAVE:
-                ratio = above.to(tl.float32) / total.to(tl.float32)
+                ratio = above * inverse(total)
                 save_step(state_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature, factor)
 
-        temperature, factor = _cool(temperature, factor, eps_decay, eps, inverse_decay, last_factor)
+        temperature, factor = _cool(temperature, eps_decay, eps)
         if SAVE:
             ratio = tl.zeros([1], tl.float64)
             save_step(state_ptr, rows, part, n_rows, n_iters, n_iters, a, ratio, temperature, factor)
@@ -326,57 +369,68 @@ def _streaming_kernel(
             tile_cols = columns + tile * (REPEATS * WIDTH)
             scores = load_tile(scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK)
             y = soft_selection(scores, a, factor, HAS_MASK).to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + per_row(rows) * n + tile_cols, y, mask=tile_cols < n)
+            tl.store(tile_pointers(y_ptr, rows, tile_cols, n), y, mask=tile_cols < n)
 
 
 def entries_in_thread(n_rows: int, n: int, available: int) -> int:
     """So many entries of a row in a thread that the scalar work of a row weighs little, but fewer where that leaves
     multiprocessors without work."""
-    return IN_THREAD if n_rows * n >= IN_THREAD * 32 * 8 * available else IN_THREAD // 2
+    warps = n_rows * n // (IN_THREAD * 32)
+    if n > RESIDENT or warps >= 8 * available:
+        return IN_THREAD
+    return IN_THREAD // 2 if 4 * warps >= available else IN_THREAD // 4
 
 
 class _Plan(NamedTuple):
     """How rows are spread over programs."""
 
     programs: int
-    """Of one row, or of ROWS of them."""
-
-    groups: int
-    """Rows, or ROWS of them, under way at the same time."""
+    """All together."""
 
     tiles: int
     """Pieces of a row that a program streams; 0 where a row stays in registers."""
+
+    mailbox: int
+    """Words through which the programs of a row talk; 0 where it has one."""
 
     settings: dict[str, int]
 
 
 @lru_cache(maxsize=4096)
 def _plan(n_rows: int, n: int, simple: bool, available: int, resident: int, streamed: int) -> _Plan:
-    if n <= resident:
+    if n <= resident or (simple and n <= 2 * resident):
         tile = tile_settings(n, entries_in_thread(n_rows, n, available))
         # The fewer registers a thread, the more rows under way, which hide each other's waiting. Loading needs more of
         # them where there is a mask or a conversion.
         registers = 128 if simple else min(255, 65536 // (32 * tile["num_warps"]))
-        return _Plan(1, triton.cdiv(n_rows, tile["ROWS"]), 0, {**tile, **_shared_by(1), "maxnreg": registers})
+        alone = {"PROGRAMS": 1, "SLOTS": 1, "maxnreg": registers}
+        return _Plan(triton.cdiv(n_rows, tile["ROWS"]), 0, 0, {**tile, **alone})
     # As few entries a program as there are programs to share them, but no fewer than are worth an exchange.
     halve = n_rows * triton.cdiv(n, resident // 2) <= available
     piece = resident // 2 if halve else resident
-    programs = triton.cdiv(n, piece)
-    if programs <= available:
-        groups = max(min(n_rows, available // programs), 1)
-        return _Plan(programs, groups, 0, {**tile_settings(piece, IN_THREAD), **_shared_by(programs)})
+    sharing = triton.cdiv(n, piece)
+    if sharing <= available:
+        groups = max(min(n_rows, available // sharing), 1)
+        return _Plan(groups * sharing, 0, groups * 8 * sharing, _shared(piece, IN_THREAD, sharing))
     tiles = triton.cdiv(triton.cdiv(n, available), streamed)
-    return _Plan(available, 1, tiles, {**tile_settings(streamed, STREAMED_IN_THREAD), **_shared_by(available)})
+    return _Plan(available, tiles, 8 * available, _shared(streamed, STREAMED_IN_THREAD, available))
 
 
-def _shared_by(programs: int) -> dict[str, int]:
-    return {"PROGRAMS": programs, "SLOTS": triton.next_power_of_2(programs)}
+def _shared(piece: int, in_thread: int, programs: int) -> dict[str, int]:
+    """Settings for rows of which each program has a piece; all must run at the same time to talk."""
+    return {
+        **tile_settings(piece, in_thread),
+        "PROGRAMS": programs,
+        "SLOTS": triton.next_power_of_2(programs),
+        "launch_cooperative_grid": True,
+    }
 
 
 @lru_cache(maxsize=1024)
-def temperatures_repeat(n_iters: int, eps: float, first: float, eps_decay: float) -> bool:
-    """Whether most iterations have the temperature of the one before."""
-    return first <= eps or eps_decay == 1 or 2 * log(eps / first) / log(eps_decay) <= n_iters
+def cooling_iterations(n_iters: int, eps: float, first: float, eps_decay: float) -> int:
+    """Iterations before the temperature is that of the output."""
+    temperatures = list(epsilon_schedule(n_iters, eps, first, eps_decay))
+    return temperatures.index(temperatures[-1])
 
 
 def launch_forward(
@@ -392,15 +446,14 @@ def launch_forward(
     n_iters, eps, first, eps_decay = schedule
     simple = mask is None and scores.dtype == torch.float32
     plan = _plan(n_rows, n, simple, multiprocessors(scores.device), RESIDENT, STREAMED)
-    alone = plan.programs == 1 and not plan.tiles
-    mailbox = y if alone else torch.zeros(plan.groups * 8 * plan.programs, dtype=torch.int64, device=y.device)
-    arguments = (
+    kernel = _streaming_kernel if plan.tiles else _resident_kernel
+    kernel[(plan.programs,)](
         scores,
         scores if mask is None else mask,
         scores if k_rows is None else k_rows,
         y,
         state,
-        mailbox,
+        torch.zeros(plan.mailbox, dtype=torch.int64, device=y.device) if plan.mailbox else y,
         scores.stride(0),
         0 if mask is None else mask.stride(0),
         n_rows,
@@ -410,22 +463,9 @@ def launch_forward(
         first,
         eps_decay,
         eps,
-    )
-    settings = {
+        plan.tiles or cooling_iterations(*schedule),
+        HAS_MASK=mask is not None,
+        HAS_K=k_rows is not None,
+        SAVE=state.numel() > 0,
         **plan.settings,
-        "HAS_MASK": mask is not None,
-        "HAS_K": k_rows is not None,
-        "SAVE": state.numel() > 0,
-    }
-    if plan.tiles:
-        _streaming_kernel[(plan.programs,)](*arguments, plan.tiles, **settings, launch_cooperative_grid=True)
-        return
-    # Exponentials, scores and the pointers to a mask together are more than there are registers.
-    reuse = temperatures_repeat(*schedule) and (alone or mask is None)
-    _resident_kernel[(plan.groups * plan.programs,)](
-        *arguments,
-        **settings,
-        REUSE=reuse,
-        RELOAD=reuse and alone,
-        launch_cooperative_grid=not alone,
     )

@@ -18,6 +18,11 @@ LOWEST: tl.constexpr = tl.constexpr(-1e30)
 """Stands for a score that takes no part: its exponential is 0, and finite arithmetic on it makes no NaN."""
 
 
+EXP2_LACKS: tl.constexpr = tl.constexpr(0.0 if _launch.INTERPRETED else 3.5e-8)
+"""By how much `exp2` is too small on average, relative to its result. Rounding cancels in a sum and this does not: at a
+warm temperature it would shift the thresholds of all iterations that follow. A test measures it."""
+
+
 @triton.jit
 def tile_columns(REPEATS: tl.constexpr, WIDTH: tl.constexpr):
     """Column numbers of a tile: REPEATS x 1 x WIDTH."""
@@ -28,6 +33,25 @@ def tile_columns(REPEATS: tl.constexpr, WIDTH: tl.constexpr):
 def per_row(x):
     """A number a row, ready to meet a tile: 1 x ROWS x 1."""
     return x[None, :, None]
+
+
+@triton.jit
+def tile_pointers(ptr, rows, columns, stride):
+    """Pointers to a tile of a matrix `rows n` whose last stride is 1."""
+    starts = per_row(rows) * stride
+    if rows.shape[0] > 1:
+        # Not so in memory. But a compiler looks for neighbours only along the direction that has most of them, which
+        # columns are; of the other two it is to spread rows over a warp, and not, as Triton 3.6 would, repeats.
+        starts = tl.max_contiguous(starts, [1, rows.shape[0], 1])
+    return ptr + starts + columns
+
+
+@triton.jit
+def opaque(x):
+    """int64 x, but the compiler does not know, and so does not compute ahead of time what depends on it."""
+    if INTERPRETED:
+        return x
+    return tl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [x], tl.int64, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -49,12 +73,13 @@ def load_tile(
     keep it in registers.
     """
     CACHE: tl.constexpr = ".cg" if AGAIN else ""
-    rows = per_row(rows)
-    valid = (rows < n_rows) & (columns < n)
+    if AGAIN:
+        rows = opaque(rows)
+    valid = (per_row(rows) < n_rows) & (columns < n)
     if HAS_MASK:
-        mask_ptrs = mask_ptr + rows * mask_stride + columns
+        mask_ptrs = tile_pointers(mask_ptr, rows, columns, mask_stride)
         valid = valid & (tl.load(mask_ptrs, mask=valid, other=0, cache_modifier=CACHE) != 0)
-    score_ptrs = scores_ptr + rows * scores_stride + columns
+    score_ptrs = tile_pointers(scores_ptr, rows, columns, scores_stride)
     scores = tl.load(score_ptrs, mask=valid, other=-float("inf"), cache_modifier=CACHE).to(tl.float32)
     return tl.maximum(scores, LOWEST, propagate_nan=tl.PropagateNan.ALL)
 
@@ -70,14 +95,21 @@ def load_k(k_ptr, rows, k, n_rows, HAS_K: tl.constexpr):
 
 @triton.jit
 def sum_in_thread(x, REPEATS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """One fp64 sum a thread and row of a tile: ROWS x WIDTH // 4.
+    """One sum a thread and row of a tile: ROWS x WIDTH // 4, fp64.
 
-    In fp32 it goes by fours, twice at most: the longer an fp32 sum, the larger its rounding.
+    In fp32 it goes by fours: the longer an fp32 sum, the larger its rounding. Only what comes out is made fp64, since
+    a conversion takes as long as an exponential.
     """
     if REPEATS >= 8:
         x = tl.sum(tl.reshape(x, [REPEATS // 4, 4, ROWS, WIDTH]), axis=1)
-    columns = tl.sum(x, axis=0).to(tl.float64)
-    return tl.sum(tl.reshape(columns, [ROWS, WIDTH // 4, 4]), axis=2)
+    columns = tl.sum(x, axis=0)
+    return tl.sum(tl.reshape(columns, [ROWS, WIDTH // 4, 4]), axis=2).to(tl.float64)
+
+
+@triton.jit
+def highest_in_thread(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Largest entry of a thread and row of a tile: ROWS x WIDTH // 4; NaN is not seen."""
+    return tl.max(tl.reshape(tl.max(x, axis=0), [ROWS, WIDTH // 4, 4]), axis=2)
 
 
 @triton.jit
@@ -94,7 +126,8 @@ def is_above(x, threshold):
 def count_in_thread(ones, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Sum of the ones and zeros of a thread and row of a tile: ROWS x WIDTH // 4, int32."""
     columns = tl.sum(ones, axis=0)
-    return tl.sum(tl.reshape(columns, [ROWS, WIDTH // 4, 4]), axis=2).to(tl.int32)
+    count = tl.sum(tl.reshape(columns, [ROWS, WIDTH // 4, 4]), axis=2)
+    return (count + 8388608.0).to(tl.int32, bitcast=True) - 0x4B000000  # 2**23, where fp32 has steps of 1
 
 
 @triton.jit
@@ -102,20 +135,37 @@ def sum_and_count(x, ones, REPEATS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.
     """fp64 sum of each row of x, whose entries lie in [0, 1], and of each row of ones and zeros, 0 unless COUNT: one
     reduction for both.
 
-    The numbers of a thread are put into one integer, the count above the sum in steps of 2**-33, which has room for
-    tiles of up to 2**14 entries. Integers add up to the same in any order.
+    The numbers of a thread are put into one integer, the count above the sum in steps of 2**-31, which has room for
+    tiles of up to 2**15 entries. Integers add up to the same in any order. To and from fp64 they get by an addition
+    that leaves them in the lowest bits: converting takes several times as long.
     """
-    both = (sum_in_thread(x, REPEATS, ROWS, WIDTH) * 8589934592.0).to(tl.int64)
+    steps = sum_in_thread(x, REPEATS, ROWS, WIDTH) + 3145728.0  # 1.5 * 2**21, where fp64 has steps of 2**-31
+    both = steps.to(tl.int64, bitcast=True) - 0x4148000000000000
     if COUNT:
-        both += count_in_thread(ones, ROWS, WIDTH).to(tl.int64) << 48
+        both += count_in_thread(ones, ROWS, WIDTH).to(tl.int64) << 47
     both = tl.sum(both, axis=1)
-    return (both & 0xFFFFFFFFFFFF).to(tl.float64) * (1.0 / 8589934592.0), (both >> 48).to(tl.float64)
+    return integer_as_fp64(both & 0x7FFFFFFFFFFF) * (1.0 / 2147483648.0), integer_as_fp64(both >> 47)
+
+
+@triton.jit
+def integer_as_fp64(x):
+    """int64 x as fp64, for x from -2**51 to 2**51."""
+    return (x + 0x4338000000000000).to(tl.float64, bitcast=True) - 6755399441055744.0  # 1.5 * 2**52
+
+
+@triton.jit
+def inverse(x):
+    """1 / x for a positive normal fp64 x whose inverse is normal, to 1e-12."""
+    if INTERPRETED:
+        return 1.0 / x
+    estimate = tl.inline_asm_elementwise("rcp.approx.ftz.f64 $0, $1;", "=d,d", [x], tl.float64, is_pure=True, pack=1)
+    return estimate + estimate * (1.0 - x * estimate)
 
 
 @triton.jit
 def log2_e_over(temperature):
     """The factor that makes an exponent over a temperature one of 2, for `exponent_line`."""
-    return (1.0 / temperature) * LOG2_E
+    return inverse(temperature) * LOG2_E
 
 
 @triton.jit
@@ -137,10 +187,43 @@ def clip_scaled(x, scale):
 
 
 @triton.jit
+def nearest_fp32(x):
+    """fp64 x rounded to the 24 bits of an fp32, still as fp64: by integers, which are cheaper than a conversion."""
+    bits = x.to(tl.int64, bitcast=True)
+    return ((bits + 0x10000000) & -0x20000000).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def clip_enlarged(x, more):
+    """min(x + x * more, 1) for x of at least 0, infinity too, and more > 0; 0 for NaN. One instruction, and one
+    rounding of each entry: a factor 1 + more, rounded itself, would shift a whole row."""
+    if INTERPRETED:
+        return tl.minimum((x.to(tl.float64) * (1.0 + more.to(tl.float64))).to(tl.float32), 1.0)
+    return tl.inline_asm_elementwise(
+        "fma.rn.ftz.sat.f32 $0, $1, $2, $1;", "=f,f,f", [x, more], tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def exp2_minus_1(x):
+    """2**x - 1 as fp32 for fp64 x from 0 to 1, to 2**-20 of it, and never 0."""
+    x = (x * 0.34657359027997264).to(tl.float32) + 1e-30
+    half = x * (1.0 + x * (0.5 + x * (0.16666667 + x * (0.041666668 + x * (0.008333334 + x * 0.0013888889)))))
+    return half * (half + 2.0)
+
+
+@triton.jit
+def lower_fp32(x):
+    """The largest fp32 that is not above fp64 x, still as fp64."""
+    bits = x.to(tl.int64, bitcast=True)
+    return ((bits + ((bits >> 63) & 0x1FFFFFFF)) & -0x20000000).to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def split(x):
     """An fp64 number as an unevaluated sum of two fp32."""
-    high = x.to(tl.float32)
-    return high, (x - high.to(tl.float64)).to(tl.float32)
+    high = nearest_fp32(x)
+    return high.to(tl.float32), (x - high).to(tl.float32)
 
 
 @triton.jit
@@ -149,13 +232,14 @@ def exponent_line(threshold, factor):
 
     Threshold a row and factor are fp64. One fused multiplication and addition evaluates the line with a rounding of
     the exponent alone, however far from zero scores are. What the rounding of the slope leaves out grows with the
-    exponent, like that rounding, and so is nothing where the exponential counts. What the offset lacks shifts all
-    exponents of a row the same way, and with them the next threshold: it belongs into what exponentials are scaled by.
+    exponent, like that rounding, and so is nothing where the exponential counts. What the offset lacks, which is
+    never negative, shifts all exponents of a row the same way, and with them the next threshold: it belongs into what
+    exponentials are scaled by.
     """
-    slope = factor.to(tl.float32)
-    offset = -threshold * slope.to(tl.float64)
-    nearest = offset.to(tl.float32)
-    return slope, nearest, offset - nearest.to(tl.float64)
+    slope = nearest_fp32(factor)
+    offset = -threshold * slope
+    lower = lower_fp32(offset)
+    return slope.to(tl.float32), lower.to(tl.float32), offset - lower
 
 
 @triton.jit
@@ -205,20 +289,22 @@ def log_normal(x):
     bits = x.to(tl.int64, bitcast=True)
     exponent = (bits - 0x3FE6A09E667F3BCD) >> 52
     mantissa = (bits - (exponent << 52)).to(tl.float64, bitcast=True)
-    denominator = mantissa + 1.0
-    inverse = (1.0 / denominator.to(tl.float32)).to(tl.float64)
-    inverse += inverse * (1.0 - denominator * inverse)
-    z = (mantissa - 1.0) * inverse
+    z = (mantissa - 1.0) * inverse(mantissa + 1.0)
     square = z * z
-    series = 1.0 + square * (
-        (1.0 / 3.0) + square * ((1.0 / 5.0) + square * ((1.0 / 7.0) + square * ((1.0 / 9.0) + square * (1.0 / 11.0))))
-    )
-    return exponent.to(tl.int32).to(tl.float64) * 0.6931471805599453 + 2.0 * z * series
+    # Halved and halved again, and not one term after the other: the next iteration waits for this.
+    low = 1.0 + square * (1.0 / 3.0)
+    middle = (1.0 / 5.0) + square * (1.0 / 7.0)
+    high = (1.0 / 9.0) + square * (1.0 / 11.0)
+    fourth = square * square
+    series = low + fourth * (middle + fourth * high)
+    return integer_as_fp64(exponent) * 0.6931471805599453 + 2.0 * z * series
 
 
 @triton.jit
 def round_down(x):
     """The largest fp32 that is not above the fp64 x, so that comparing fp32 scores with it is comparing with x."""
+    if not INTERPRETED:
+        return tl.inline_asm_elementwise("cvt.rm.f32.f64 $0, $1;", "=f,d", [x], tl.float32, is_pure=True, pack=1)
     nearest = x.to(tl.float32)
     bits = nearest.to(tl.int32, bitcast=True)
     below = tl.where(nearest > 0, bits - 1, bits + 1).to(tl.float32, bitcast=True)

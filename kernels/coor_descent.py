@@ -11,6 +11,7 @@ entry costs a multiplication, a minimum and an addition, and an exponential only
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,14 +106,32 @@ def _backward(
     eps_decay: float,
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    ds, dk = _gradients(grad, scores, mask, k_rows, k, n_iters, eps, first, eps_decay, state)
+    return ds, scores.new_empty(0, dtype=torch.float64) if dk is None else dk
+
+
+def _gradients(
+    grad: Tensor,
+    scores: Tensor,
+    mask: Tensor | None,
+    k_rows: Tensor | None,
+    k: float,
+    n_iters: int,
+    eps: float,
+    first: float,
+    eps_decay: float,
+    state: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """`_backward`, but None for what there is no gradient of: each allocation takes its share of a short call."""
     schedule = (n_iters, eps, first, eps_decay)
     if scores.numel() and not runs_triton(scores):
         wide_k, steps = in_pytorch.wide_k(scores, k_rows, k), list(epsilon_schedule(*schedule))
-        ds, dk = in_pytorch.backward(grad, scores, mask, wide_k, steps, *views_of(state))
-        return ds, dk if k_rows is not None else dk.new_empty(0)
-    ds, dk = _allocate_gradients(grad, scores, mask, k_rows, k, *schedule, state)
+        ds, wide_dk = in_pytorch.backward(grad, scores, mask, wide_k, steps, *views_of(state))
+        return ds, None if k_rows is None else wide_dk
+    ds = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+    dk = None if k_rows is None else torch.empty(scores.shape[0], dtype=torch.float64, device=scores.device)
     if scores.numel():
-        launch_backward(as_rows(grad), scores, mask, k_rows, k, schedule, state, ds, dk)
+        launch_backward(as_rows(grad), scores, mask, k_rows, k, schedule, state, ds, state if dk is None else dk)
     return ds, dk
 
 
@@ -134,7 +153,7 @@ def _differentiate(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
     scores, mask, k_rows, state = ctx.saved_tensors
     # Only the operator can say that there is no second derivative.
     operator = torch.is_grad_enabled() or is_traced(grad)
-    backward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.colt5.coor_descent_backward if operator else _backward
+    backward: Callable[..., tuple[Tensor, Any]] = torch.ops.colt5.coor_descent_backward if operator else _gradients
     ds, dk = backward(grad, scores, mask, k_rows, *ctx.numbers, state)
     return ds, None, None if k_rows is None else dk.to(k_rows.dtype), *(None,) * 6
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._descent_forward import descend, soft_selection, temperatures_repeat
+from kernels._descent_forward import cooling_iterations, descend, soft_selection
 from kernels._descent_state import allocate_state
 from kernels._launch import as_rows, is_traced, mask_as_rows, runs_triton, tile_settings
 from kernels._primitives import LOWEST, load_tile, per_row, tile_columns
@@ -54,21 +54,21 @@ def _topk_kernel(
     first: "fp64",
     eps_decay: "fp64",
     eps: "fp64",
+    cooling,
     REPEATS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     SELECTED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     SAVE: tl.constexpr,
-    REUSE: tl.constexpr,
 ):
     """The largest entries of ROWS rows, one by one, with the relaxed selection at these."""
     columns = tile_columns(REPEATS, WIDTH)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     x = load_tile(x_ptr, mask_ptr, rows, columns, x_stride, mask_stride, n_rows, n, HAS_MASK)
-    a, factor, _ = descend(
+    _, _, a, factor, _ = descend(
         x, rows, columns, 0, 0, x_ptr, mask_ptr, x_ptr, state_ptr, x_ptr, x_stride, mask_stride, n_rows, n, n_iters, k,
-        first, eps_decay, eps, REPEATS, ROWS, WIDTH, 1, 1, HAS_MASK, False, SAVE, REUSE, False,
+        first, eps_decay, eps, cooling, REPEATS, ROWS, WIDTH, 1, 1, HAS_MASK, False, SAVE,
     )  # fmt: skip
 
     # Columns beyond the row stand behind its masked entries, which stand behind all others.
@@ -121,11 +121,11 @@ def _launch(
         first,
         eps_decay,
         eps,
+        cooling_iterations(*schedule),
         **tile,
         SELECTED=triton.next_power_of_2(selected),
         HAS_MASK=mask is not None,
         SAVE=outputs[4].numel() > 0,
-        REUSE=temperatures_repeat(*schedule),
     )
 
 

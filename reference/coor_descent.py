@@ -45,7 +45,8 @@ def coor_descent(
     check_k(k, scores)
     check_schedule(n_iters, eps, eps_init, eps_decay)
 
-    k = rearrange(torch.as_tensor(k, dtype=scores.dtype, device=scores.device), "... -> ... 1")
+    k = k if isinstance(k, Tensor) else torch.full((), k, device=scores.device)
+    k = rearrange(k.to(scores.dtype), "... -> ... 1")
     log_k = torch.log(torch.where(k > 0, k, torch.nan))
 
     # A row without a valid entry computes with all of them, so that its gradient is 0 and not 0 times infinity.

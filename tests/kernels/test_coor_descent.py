@@ -181,13 +181,14 @@ def layouts():
 def test_any_layout(layout):
     scores = layouts()[layout]()
     mask = (torch.rand(scores.shape[-1:], device=DEVICE) > 0.2).expand(scores.shape)
-    y = coor_descent(scores, k=5.0, mask=mask, **CONSTANT)
-    assert torch.equal(y, coor_descent(scores.contiguous(), k=5.0, mask=mask.contiguous(), **CONSTANT))
-
     view = scores.detach().requires_grad_()
-    coor_descent(view, k=5.0, mask=mask, **CONSTANT).sum().backward()
-    expected = differentiate(coor_descent, scores.contiguous(), torch.ones_like(scores), 5.0, mask, **CONSTANT)[1]
-    torch.testing.assert_close(view.grad, expected, rtol=0, atol=0)
+    y = coor_descent(view, k=5.0, mask=mask, **CONSTANT)
+    y.sum().backward()
+    # Not bitwise: how entries lie in threads, and with it the order of sums, depends on alignment.
+    wide = scores.double().contiguous()
+    expected = differentiate(reference.coor_descent, wide, torch.ones_like(wide), 5.0, mask.contiguous(), **CONSTANT)
+    torch.testing.assert_close(y.detach().double(), expected[0], rtol=0, atol=FORWARD)
+    torch.testing.assert_close(view.grad.double(), expected[1], rtol=0, atol=FORWARD / CONSTANT["eps"])
 
 
 def test_an_upstream_gradient_of_any_layout():
