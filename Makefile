@@ -37,7 +37,8 @@ bench: $(INSTALLED) ## measure coordinate descent, on the GPU if there is one
 
 baseline: $(INSTALLED) ## measure all suites, for others to compare with: on an idle GPU, from a clean commit
 	@test -n "$(NAME)" || { echo "make: name the device, e.g. make baseline NAME=nvidia-h200" >&2; exit 1; }
-	$(BIN)/python bench.py $(patsubst %,--suite %,$(SUITES)) --out reports/baselines/$(NAME) $(ARGS)
+	$(BIN)/python bench.py $(patsubst %,--suite %,$(SUITES)) --out reports/$(NAME) $(ARGS)
+	cat $(patsubst %,reports/$(NAME)/%.jsonl,$(SUITES)) > reports/baselines/$(NAME).jsonl
 
 test: test-plain test-interpreted ## all tests
 

@@ -14,7 +14,7 @@ from torch import Tensor
 def allocate_state(scores: Tensor, n_iters: int, save: bool) -> Tensor:
     """Room for the state of scores `rows n`; none where nothing is to be saved."""
     shape = (scores.shape[0] + 1, 2, n_iters + 1) if save else (0,)
-    return torch.empty(shape, dtype=torch.float64, device=scores.device)
+    return scores.new_empty(shape, dtype=torch.float64)
 
 
 def iterations_of(state: Tensor) -> int:

@@ -47,7 +47,7 @@ def _allocate(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output, and what the backward pass needs beside the scores: nothing of size n."""
-    y = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+    y = torch.empty_like(scores, memory_format=torch.contiguous_format)
     return y, allocate_state(scores, n_iters, save)
 
 
@@ -89,8 +89,8 @@ def _allocate_gradients(
     """Gradients of the scores and, if it has one entry a row, of k."""
     rows = 0 if k_rows is None else scores.shape[0]
     return (
-        torch.empty(scores.shape, dtype=scores.dtype, device=scores.device),
-        torch.empty(rows, dtype=torch.float64, device=scores.device),
+        torch.empty_like(scores, memory_format=torch.contiguous_format),
+        scores.new_empty(rows, dtype=torch.float64),
     )
 
 
@@ -128,8 +128,8 @@ def _gradients(
         wide_k, steps = in_pytorch.wide_k(scores, k_rows, k), list(epsilon_schedule(*schedule))
         ds, wide_dk = in_pytorch.backward(grad, scores, mask, wide_k, steps, *views_of(state))
         return ds, None if k_rows is None else wide_dk
-    ds = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
-    dk = None if k_rows is None else torch.empty(scores.shape[0], dtype=torch.float64, device=scores.device)
+    ds = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    dk = None if k_rows is None else scores.new_empty(scores.shape[0], dtype=torch.float64)
     if scores.numel():
         launch_backward(as_rows(grad), scores, mask, k_rows, k, schedule, state, ds, state if dk is None else dk)
     return ds, dk
