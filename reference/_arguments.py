@@ -25,6 +25,17 @@ def check_scores(scores: Tensor, mask: Tensor | None) -> None:
         require(mask.device == scores.device, "mask", f"on {mask.device}", f"on {scores.device} as scores are")
 
 
+def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None, name: str = "x", mask_name: str = "mask") -> None:
+    """Tokens are a float tensor (b, n, dim); a mask is boolean and (b, n), on the device of the tokens."""
+    require(x.dtype in FLOAT_DTYPES, name, x.dtype, "a tensor of a float dtype")
+    require(x.ndim == 3 and x.shape[-1] == dim, name, f"shape {tuple(x.shape)}", f"of shape (b, n, {dim})")
+    if mask is not None:
+        require(mask.dtype == torch.bool, mask_name, mask.dtype, "a tensor of dtype torch.bool")
+        fits, shape = mask.shape == x.shape[:2], tuple(x.shape[:2])
+        require(fits, mask_name, f"shape {tuple(mask.shape)}", f"of shape {shape}, one entry a token of {name}")
+        require(mask.device == x.device, mask_name, f"on {mask.device}", f"on {x.device} as {name} is")
+
+
 def check_k(k: float | Tensor, scores: Tensor) -> None:
     """k is a positive number, or a tensor that broadcasts to scores.shape[:-1], one k a row.
 
