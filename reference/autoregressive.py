@@ -120,7 +120,7 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         rotations = None if self.rotary_emb is None else self._rotations(self.rotary_emb(padded.shape[1]), q, kv)
         queries = rearrange(padded[:, size:], "b (w i) d -> (b w) i d", i=size)
         heavy = self.attend_routed(queries, q, kv, rotations)
-        heavy = rearrange(heavy, "(b w) i d -> b (w i) d", b=batch)[:, : n - size]
+        heavy = rearrange(heavy, "(b w) i d -> b (w i) d", b=batch, w=padded.shape[1] // size - 1)[:, : n - size]
         return light + F.pad(heavy, (0, 0, size, 0))
 
     def _route_queries(

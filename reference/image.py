@@ -94,7 +94,6 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         require(fits, "x", f"shape {tuple(x.shape)}", f"a feature map of shape {shape}")
         if self.channel_first:
             x = rearrange(x, "b d h w -> b h w d")
-        _, height, width, _ = x.shape
         tokens = rearrange(x, "b h w d -> b (h w) d")
         if mask is not None:
             expected, actual = tuple(x.shape[:3]), tuple(mask.shape)
@@ -113,14 +112,13 @@ class ConditionalRoutedImageAttention(RoutedBranch):
             routing_tokens=routing_tokens_kv,
             keep_one_route_dim=True,
         )
-        heavy = rearrange(self.attend_routed(tokens, q, kv), "b (h w) d -> b h w d", h=height)
-        out = self._within_windows(x, mask)[:, :height, :width] + heavy
+        out = self._within_windows(x, mask) + self.attend_routed(tokens, q, kv).reshape(x.shape)
         return rearrange(out, "b h w d -> b d h w") if self.channel_first else out
 
     def _within_windows(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The light branch, for the map padded to whole windows."""
+        """The light branch of a map `b h w d`, padded to whole windows."""
         size = self.light_window_size
-        _, height, width, _ = x.shape
+        batch, height, width, _ = x.shape
         down, right = -height % size, -width % size
         if down or right:
             mask = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device) if mask is None else mask
@@ -130,4 +128,5 @@ class ConditionalRoutedImageAttention(RoutedBranch):
             mask = rearrange(mask, "b (h p) (w q) -> (b h w) (p q)", p=size, q=size)
         out = self.light_attn(windows, mask)
         rows, columns = ceil(height / size), ceil(width / size)
-        return rearrange(out, "(b h w) (p q) d -> b (h p) (w q) d", h=rows, w=columns, p=size)
+        out = rearrange(out, "(b h w) (p q) d -> b (h p) (w q) d", b=batch, h=rows, w=columns, p=size)
+        return out[:, :height, :width]

@@ -60,11 +60,11 @@ class CoordinateDescentRouter(nn.Module):
         route_block_size: select from blocks of so many tokens, from each as many. The last block may be shorter.
         triton_checkpoint_segments: with `use_triton`, compute coordinate descent with the kernel that saves
             intermediates in so many segments. It is there for comparison: the other one saves a number an iteration.
-        solver: `coor_descent`, or `exact`: what it converges to at temperature eps, which has a gradient also where
-            too few iterations leave all that is selected at 1.
+        solver: `coor_descent`, or `exact`: what it converges to at temperature eps. After too few iterations all that
+            is selected may be at 1, where it has no gradient.
         normalize_to: what the relaxed selection sums to. `fetched`: to fetch_k_ratio times the number of tokens that
             are selected. `selected`: to the number asked for, while fetch_k_ratio times as many are selected and carry
-            weight, as in the paper.
+            weight, as in the paper. With the exact solver some of these are then below 1, whatever the scores.
 
     Raises:
         ValueError: an argument is out of its range.
