@@ -112,7 +112,8 @@ class WindowedAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to."""
         batch, n, _ = x.shape
-        size, windows = self.window_size, ceil(n / self.window_size)
+        size = max(1, min(self.window_size, n))
+        windows = ceil(n / size)
         qkv = F.pad(self.to_qkv(self.norm(x)), (0, 0, 0, windows * size - n))
         query, key, value = rearrange(qkv, "b (w i) (qkv h d) -> qkv b w i h d", qkv=3, h=self.heads, i=size)
         key, value = self._with_neighbours(key), self._with_neighbours(value)
@@ -120,7 +121,7 @@ class WindowedAttention(nn.Module):
         # What padding there is at either end is masked as what is not there.
         present = torch.ones(batch, n, dtype=torch.bool, device=x.device) if mask is None else mask
         present = rearrange(F.pad(present, (0, windows * size - n)), "b (w j) -> b w j", j=size)
-        allowed = self._within_reach(x.device) & rearrange(self._with_neighbours(present), "b w j -> (b w) 1 1 j")
+        allowed = self._within_reach(size, x.device) & rearrange(self._with_neighbours(present), "b w j -> (b w) 1 1 j")
 
         query, key, value = (rearrange(each, "b w i h d -> (b w) h i d") for each in (query, key, value))
         out = attend(query, key, value, allowed, use_flash=True)
@@ -132,9 +133,8 @@ class WindowedAttention(nn.Module):
         padded = F.pad(x, (*(0, 0) * (x.dim() - 2), 1, after))
         return torch.cat([padded[:, start : start + x.shape[1]] for start in range(2 + after)], dim=2)
 
-    def _within_reach(self, device: torch.device) -> Tensor:
+    def _within_reach(self, size: int, device: torch.device) -> Tensor:
         """`i j`: which of the positions in its window and the neighbours a query may attend to."""
-        size = self.window_size
         query = torch.arange(size, device=device)[:, None]
         key = torch.arange(size * (2 if self.causal else 3), device=device) - size
         return key <= query if self.causal else (key - query).abs() <= size

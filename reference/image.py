@@ -1,7 +1,6 @@
 """The routed attention layer for the feature maps of images."""
 
 from collections.abc import Mapping
-from math import ceil
 from typing import Any
 
 import torch
@@ -117,16 +116,16 @@ class ConditionalRoutedImageAttention(RoutedBranch):
 
     def _within_windows(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The light branch of a map `b h w d`, padded to whole windows."""
-        size = self.light_window_size
         batch, height, width, _ = x.shape
-        down, right = -height % size, -width % size
+        p, q = (max(1, min(self.light_window_size, each)) for each in (height, width))
+        down, right = -height % p, -width % q
         if down or right:
             mask = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device) if mask is None else mask
             x, mask = F.pad(x, (0, 0, 0, right, 0, down)), F.pad(mask, (0, right, 0, down))
-        windows = rearrange(x, "b (h p) (w q) d -> (b h w) (p q) d", p=size, q=size)
+        windows = rearrange(x, "b (h p) (w q) d -> (b h w) (p q) d", p=p, q=q)
         if mask is not None:
-            mask = rearrange(mask, "b (h p) (w q) -> (b h w) (p q)", p=size, q=size)
+            mask = rearrange(mask, "b (h p) (w q) -> (b h w) (p q)", p=p, q=q)
         out = self.light_attn(windows, mask)
-        rows, columns = ceil(height / size), ceil(width / size)
-        out = rearrange(out, "(b h w) (p q) d -> b (h p) (w q) d", b=batch, h=rows, w=columns, p=size)
+        rows, columns = (height + down) // p, (width + right) // q
+        out = rearrange(out, "(b h w) (p q) d -> b (h p) (w q) d", b=batch, h=rows, w=columns, p=p)
         return out[:, :height, :width]

@@ -80,13 +80,13 @@ def build(name, package=reference, spread=0.1, **options):
 
 def route(router, token, tokens, valid, count):
     """Weights and indices of the tokens `n d` of one route."""
+    if len(tokens) <= count:
+        return torch.ones(int(valid.sum()), dtype=tokens.dtype), valid.nonzero()[:, 0]
     scores = tokens @ token
     k = min(count * router.fetch_k_ratio, len(tokens))
     schedule = {"n_iters": router.n_iters, "eps": router.eps, "eps_init": router.eps_init}
     relaxed = reference.coor_descent(scores, k=k, mask=valid, eps_decay=router.eps_decay, **schedule)
     indices = scores.masked_fill(~valid, -torch.inf).topk(min(count, int(valid.sum()))).indices
-    if len(tokens) <= count:
-        return torch.ones(int(valid.sum()), dtype=tokens.dtype), valid.nonzero()[:, 0]
     weights = relaxed[indices]
     return (weights / weights.detach() if router.straight_through else weights), indices
 

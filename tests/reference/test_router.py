@@ -332,13 +332,13 @@ def test_route_back_leaves_everything_else(router):
 @pytest.mark.parametrize("route_block_size", [None, 8])
 def test_gradcheck(router, solver, route_block_size):
     options = {"solver": solver, "route_block_size": route_block_size, "eps": 0.3, "n_iters": 5}
-    route = router(straight_through=False, num_routing_tokens=2, spread=1.0, **options)
-    x = X[:2, :19].clone().requires_grad_()
+    route = router(dim=4, straight_through=False, num_routing_tokens=2, spread=1.0, **options)
+    x = X[:2, :19, :4].clone().requires_grad_()
     mask = torch.arange(19) < torch.tensor([[19], [12]])
     token = route.routing_token.detach().clone().requires_grad_()
 
     def function(x, token):
-        routed = route(x, num_tokens=4, mask=mask, routing_tokens=token.expand(2, 2, 16))
+        routed = route(x, num_tokens=4, mask=mask, routing_tokens=token.expand(2, 2, 4))
         return routed.scores, routed.routed_tokens.masked_fill(~routed.routed_mask[..., None], 0.0)
 
     assert gradcheck(function, (x, token))
