@@ -147,6 +147,15 @@ def light(attention, x, reachable):
     return torch.cat(outs, dim=-1) @ attention.to_out.weight.T
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors this small gain nothing by threads, and lose by their waiting for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(name="build")
 def _build():
     return build
