@@ -14,6 +14,12 @@ def require(holds: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
+def check_counts(**counts: int) -> None:
+    """Numbers of tokens, heads and the like are at least 1."""
+    for name, count in counts.items():
+        require(count >= 1, name, count, ">= 1")
+
+
 def check_scores(scores: Tensor, mask: Tensor | None) -> None:
     """Scores are a float tensor (..., n) with n >= 1; a mask is boolean and broadcasts to their shape."""
     require(scores.dtype in FLOAT_DTYPES, "scores", scores.dtype, "a tensor of a float dtype")

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from reference._arguments import check_tokens, require
+from reference._arguments import check_counts, check_tokens, require
 from reference._attention import Attention, RotaryEmbedding, Rotations, WindowedAttention
 from reference.router import CoordinateDescentRouter, RouterReturn
 
@@ -45,6 +45,7 @@ class RoutedBranch(nn.Module):
         kv_router_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_counts(dim=dim, dim_head=dim_head, heads=heads)
         require(heads % num_routed_kv == 0, "heads", heads, f"a multiple of the {num_routed_kv} key/value routes")
         self.multiply_queries_by_score = multiply_queries_by_score
         options = {"straight_through": router_straight_through, "use_triton": use_triton, **(router_kwargs or {})}
@@ -53,6 +54,14 @@ class RoutedBranch(nn.Module):
         kv_options = {**options, **(kv_router_kwargs or {})}
         self.kv_router = CoordinateDescentRouter(dim, num_routing_tokens=num_routed_kv, **kv_options)
         self.heavy_attn = Attention(dim, dim_head, heads, multiply_keys_by_score, use_flash_attn)
+
+    def route_context(
+        self, context: Tensor, num_tokens: int, mask: Tensor | None, routing_tokens: Tensor | None
+    ) -> RouterReturn:
+        """What is routed of a context `b m d` as keys and values, with a dimension of routes even if there is one."""
+        return self.kv_router(
+            context, num_tokens=num_tokens, mask=mask, routing_tokens=routing_tokens, keep_one_route_dim=True
+        )
 
     def attend_routed(self, x: Tensor, q: RouterReturn, kv: RouterReturn, rotations: Rotations | None = None) -> Tensor:
         """The heavy branch for tokens `b n d`, of which q are routed: `b n d`; kv has a dimension of routes."""
@@ -122,6 +131,7 @@ class ConditionalRoutedAttention(RoutedBranch):
             use_null_q_tokens=use_null_q_tokens,
             use_flash_attn=use_flash_attn,
         )
+        check_counts(num_heavy_tokens_q=num_heavy_tokens_q, num_heavy_tokens_kv=num_heavy_tokens_kv)
         self.num_heavy_tokens_q, self.num_heavy_tokens_kv = num_heavy_tokens_q, num_heavy_tokens_kv
         self.light_attn = None
         if has_light_attn:
@@ -149,19 +159,11 @@ class ConditionalRoutedAttention(RoutedBranch):
         Raises:
             ValueError: an argument is out of its range, or shapes do not match.
         """
-        q = self.q_router(
-            x,
-            num_tokens=self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q,
-            mask=mask,
-            routing_tokens=routing_tokens_q,
-        )
-        kv = self.kv_router(
-            x,
-            num_tokens=self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv,
-            mask=mask,
-            routing_tokens=routing_tokens_kv,
-            keep_one_route_dim=True,
-        )
+        num_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
+        num_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
+        check_counts(num_heavy_tokens_q=num_q, num_heavy_tokens_kv=num_kv)
+        q = self.q_router(x, num_tokens=num_q, mask=mask, routing_tokens=routing_tokens_q)
+        kv = self.route_context(x, num_kv, mask, routing_tokens_kv)
         rotations = None
         if self.rotary_emb is not None:
             angles = self.rotary_emb(x.shape[1])
@@ -223,6 +225,7 @@ class ConditionalRoutedCrossAttention(RoutedBranch):
             use_flash_attn=use_flash_attn,
             kv_router_kwargs={"route_block_size": route_block_size} if route_block_size is not None else None,
         )
+        check_counts(num_tokens_q=num_tokens_q, num_tokens_kv=num_tokens_kv)
         self.num_tokens_q, self.num_tokens_kv = num_tokens_q, num_tokens_kv
 
     def forward(
@@ -249,17 +252,9 @@ class ConditionalRoutedCrossAttention(RoutedBranch):
             ValueError: an argument is out of its range, or shapes do not match.
         """
         check_tokens(context, x.shape[-1], context_mask, "context", "context_mask")
-        q = self.q_router(
-            x,
-            num_tokens=self.num_tokens_q if num_tokens_q is None else num_tokens_q,
-            mask=mask,
-            routing_tokens=routing_tokens_q,
-        )
-        kv = self.kv_router(
-            context,
-            num_tokens=self.num_tokens_kv if num_tokens_kv is None else num_tokens_kv,
-            mask=context_mask,
-            routing_tokens=routing_tokens_kv,
-            keep_one_route_dim=True,
-        )
+        num_q = self.num_tokens_q if num_tokens_q is None else num_tokens_q
+        num_kv = self.num_tokens_kv if num_tokens_kv is None else num_tokens_kv
+        check_counts(num_tokens_q=num_q, num_tokens_kv=num_kv)
+        q = self.q_router(x, num_tokens=num_q, mask=mask, routing_tokens=routing_tokens_q)
+        kv = self.route_context(context, num_kv, context_mask, routing_tokens_kv)
         return self.attend_routed(x, q, kv)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from reference._arguments import check_tokens, require
+from reference._arguments import check_counts, check_tokens
 from reference._attention import RotaryEmbedding, Rotations, WindowedAttention
 from reference.attention import RoutedBranch, angles_at
 from reference.router import RouterReturn, Selection, gather_tokens
@@ -22,7 +22,7 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
     take the place of an earlier one, whose output then changes. With `causal_query_routing` nothing after a token has a
     say in whether it is routed: it is if its score is above the least of the `num_heavy_tokens_q` largest of the window
     before, and if fewer than so many of its own window were routed before it. Its weight is that of its score among
-    those of the window before.
+    those of the window before. A `route_block_size` of the routers is then for keys and values alone.
 
     Args:
         dim: size of a token.
@@ -77,8 +77,12 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         )
         self.num_heavy_tokens_q, self.num_heavy_tokens_kv = num_heavy_tokens_q, num_heavy_tokens_kv
         self.heavy_window_size = light_window_size if heavy_window_size is None else heavy_window_size
-        require(light_window_size >= 1, "light_window_size", light_window_size, ">= 1")
-        require(self.heavy_window_size >= 1, "heavy_window_size", heavy_window_size, "None or >= 1")
+        check_counts(
+            num_heavy_tokens_q=num_heavy_tokens_q,
+            num_heavy_tokens_kv=num_heavy_tokens_kv,
+            light_window_size=light_window_size,
+            heavy_window_size=self.heavy_window_size,
+        )
         self.causal_query_routing = causal_query_routing
         self.light_attn = WindowedAttention(dim, light_window_size, light_dim_head, light_heads, causal=True)
         self.rotary_emb = RotaryEmbedding(heavy_dim_head) if rotary_emb else None
@@ -106,8 +110,7 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         check_tokens(x, self.q_router.dim)
         num_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
         num_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
-        require(num_q >= 1, "num_heavy_tokens_q", num_q, ">= 1")
-        require(num_kv >= 1, "num_heavy_tokens_kv", num_kv, ">= 1")
+        check_counts(num_heavy_tokens_q=num_q, num_heavy_tokens_kv=num_kv)
         light = self.light_attn(x)
         batch, n, _ = x.shape
         size = self.heavy_window_size

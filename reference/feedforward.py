@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reference._arguments import check_counts
 from reference._attention import RMSNorm
 from reference.router import CoordinateDescentRouter
 
@@ -34,6 +35,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         use_triton: bool | None = False,
     ) -> None:
         super().__init__()
+        check_counts(num_heavy_tokens=num_heavy_tokens)
         self.num_heavy_tokens = num_heavy_tokens
         options = {"straight_through": router_straight_through, "use_triton": use_triton, **(router_kwargs or {})}
         self.router = CoordinateDescentRouter(dim, num_routing_tokens=1, **options)
@@ -57,12 +59,9 @@ class ConditionalRoutedFeedForward(nn.Module):
         Raises:
             ValueError: an argument is out of its range, or shapes do not match.
         """
-        routed = self.router(
-            x,
-            num_tokens=self.num_heavy_tokens if num_heavy_tokens is None else num_heavy_tokens,
-            mask=mask,
-            routing_tokens=routing_tokens,
-        )
+        num_heavy_tokens = self.num_heavy_tokens if num_heavy_tokens is None else num_heavy_tokens
+        check_counts(num_heavy_tokens=num_heavy_tokens)
+        routed = self.router(x, num_tokens=num_heavy_tokens, mask=mask, routing_tokens=routing_tokens)
         heavy = self.heavy_ff(routed.routed_tokens)
         heavy = heavy * routed.scores.unsqueeze(-1).to(heavy.dtype)
         if routed.indices is not None:

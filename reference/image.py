@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from reference._arguments import require
+from reference._arguments import check_counts, require
 from reference._attention import SelfAttention
 from reference.attention import RoutedBranch
 
@@ -61,7 +61,11 @@ class ConditionalRoutedImageAttention(RoutedBranch):
             use_null_q_tokens=use_null_q_tokens,
             use_flash_attn=use_flash_attn,
         )
-        require(light_window_size >= 1, "light_window_size", light_window_size, ">= 1")
+        check_counts(
+            num_heavy_tokens_q=num_heavy_tokens_q,
+            num_heavy_tokens_kv=num_heavy_tokens_kv,
+            light_window_size=light_window_size,
+        )
         self.num_heavy_tokens_q, self.num_heavy_tokens_kv = num_heavy_tokens_q, num_heavy_tokens_kv
         self.light_window_size = light_window_size
         self.channel_first = channel_first
@@ -98,19 +102,11 @@ class ConditionalRoutedImageAttention(RoutedBranch):
             expected, actual = tuple(x.shape[:3]), tuple(mask.shape)
             require(actual == expected, "mask", f"shape {actual}", f"of shape {expected}, one entry a position")
         token_mask = None if mask is None else rearrange(mask, "b h w -> b (h w)")
-        q = self.q_router(
-            tokens,
-            num_tokens=self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q,
-            mask=token_mask,
-            routing_tokens=routing_tokens_q,
-        )
-        kv = self.kv_router(
-            tokens,
-            num_tokens=self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv,
-            mask=token_mask,
-            routing_tokens=routing_tokens_kv,
-            keep_one_route_dim=True,
-        )
+        num_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
+        num_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
+        check_counts(num_heavy_tokens_q=num_q, num_heavy_tokens_kv=num_kv)
+        q = self.q_router(tokens, num_tokens=num_q, mask=token_mask, routing_tokens=routing_tokens_q)
+        kv = self.route_context(tokens, num_kv, token_mask, routing_tokens_kv)
         out = self._within_windows(x, mask) + self.attend_routed(tokens, q, kv).reshape(x.shape)
         return rearrange(out, "b h w d -> b d h w") if self.channel_first else out
 

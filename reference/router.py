@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from reference._arguments import check_tokens, require
+from reference._arguments import check_counts, check_tokens, require
 from reference._operations import choose, fused
 from reference.coor_descent import coor_descent
 from reference.soft_topk import soft_topk
@@ -91,7 +91,7 @@ class CoordinateDescentRouter(nn.Module):
     ) -> None:
         super().__init__()
         require(fetch_k_ratio >= 1, "fetch_k_ratio", fetch_k_ratio, ">= 1")
-        require(num_routing_tokens >= 1, "num_routing_tokens", num_routing_tokens, ">= 1")
+        check_counts(num_routing_tokens=num_routing_tokens)
         require(route_block_size is None or route_block_size >= 1, "route_block_size", route_block_size, "None or >= 1")
         require(solver in ("coor_descent", "exact"), "solver", solver, "coor_descent or exact")
         require(normalize_to in ("fetched", "selected"), "normalize_to", normalize_to, "fetched or selected")
@@ -142,7 +142,7 @@ class CoordinateDescentRouter(nn.Module):
             ValueError: shapes do not match, or there is no routing token.
         """
         check_tokens(x, self.dim, mask)
-        require(num_tokens >= 1, "num_tokens", num_tokens, ">= 1")
+        check_counts(num_tokens=num_tokens)
         routes = self.num_routing_tokens
         if x.shape[1] <= num_tokens:
             routed_mask = None if mask is None else repeat(mask, "b n -> b r n", r=routes)

@@ -62,6 +62,7 @@ class ConditionalRoutedViT(nn.Module):
         require(divides, "patch_size", patch_size, f"a divisor of image_size = {image_size}")
         require(dim % 4 == 0, "dim", dim, "a multiple of 4")
 
+        self.channels, self.patch_size = channels, (patch_height, patch_width)
         patch_dim = channels * patch_height * patch_width
         self.to_patch_embedding = nn.Sequential(
             Rearrange("b c (h p) (w q) -> b h w (p q c)", p=patch_height, q=patch_width),
@@ -106,7 +107,16 @@ class ConditionalRoutedViT(nn.Module):
         )
 
     def forward(self, img: Tensor) -> Tensor:
-        """Images `b c h w` to logits `b num_classes`."""
+        """Images `b c h w` to logits `b num_classes`.
+
+        Raises:
+            ValueError: images have not these channels, or patches do not divide them.
+        """
+        height, width = self.patch_size
+        fits = img.dim() == 4 and img.shape[1] == self.channels
+        fits = fits and img.shape[2] % height == 0 and img.shape[3] % width == 0
+        allowed = f"of shape (b, {self.channels}, h, w) with h a multiple of {height} and w of {width}"
+        require(fits, "img", f"shape {tuple(img.shape)}", allowed)
         x = self.to_patch_embedding(img)
         return self.linear_head(self.transformer(x + _position_embedding(x)))
 

@@ -218,6 +218,9 @@ def test_gradcheck(build, mask, options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"num_heavy_tokens_q": 0}, "num_heavy_tokens_q must be >= 1, got 0"),
+        ({"num_heavy_tokens_kv": 0}, "num_heavy_tokens_kv must be >= 1, got 0"),
+        ({"heavy_heads": 0}, "heads must be >= 1, got 0"),
         ({"num_routed_kv": 3}, "heads must be a multiple of the 3 key/value routes, got 4"),
         ({"light_window_size": 1}, "light_window_size must be >= 2, got 1"),
         ({"heavy_dim_head": 3, "rotary_emb": True}, "heavy_dim_head must be even for a rotary embedding, got 3"),
@@ -230,6 +233,9 @@ def test_wrong_options_are_named(build, options, message):
 
 
 def test_wrong_arguments_are_named(layer):
+    for name in ("num_heavy_tokens_q", "num_heavy_tokens_kv"):
+        with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
+            layer()(X, **{name: 0})
     with pytest.raises(ValueError, match=r"mask must be of shape \(2, 30\), one entry a token of x, got shape \(30,\)"):
         layer()(X, mask=MASK[0])
     with pytest.raises(ValueError, match=r"x must be of shape \(b, n, 16\), got shape \(2, 30, 15\)"):

@@ -261,7 +261,7 @@ def test_gradcheck(build, causal_query_routing):
 def test_wrong_arguments_are_named(build, layer):
     with pytest.raises(ValueError, match="light_window_size must be >= 1, got 0"):
         build("ConditionalRoutedAutoregressiveAttention", light_window_size=0, heavy_window_size=4)
-    with pytest.raises(ValueError, match="heavy_window_size must be None or >= 1, got 0"):
+    with pytest.raises(ValueError, match="heavy_window_size must be >= 1, got 0"):
         build("ConditionalRoutedAutoregressiveAttention", heavy_window_size=0)
     with pytest.raises(ValueError, match="num_heavy_tokens_q must be >= 1, got 0"):
         layer()(X, num_heavy_tokens_q=0)

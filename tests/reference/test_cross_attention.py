@@ -142,6 +142,11 @@ def test_gradcheck(build, route_block_size):
 
 
 def test_wrong_arguments_are_named(build, layer):
+    for name in ("num_tokens_q", "num_tokens_kv"):
+        with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
+            layer()(X, CONTEXT, **{name: 0})
+        with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
+            layer(**{name: 0})
     with pytest.raises(ValueError, match="num_sets_kv must be 1 or kv_routing_tokens = 1, got 2"):
         build("ConditionalRoutedCrossAttention", num_sets_kv=2)
     with pytest.raises(ValueError, match=r"context must be of shape \(b, n, 16\), got shape \(2, 35, 15\)"):

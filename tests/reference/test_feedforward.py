@@ -95,5 +95,7 @@ def test_wrong_arguments_are_named(layer):
         layer()(X, mask=MASK[0])
     with pytest.raises(ValueError, match=r"x must be of shape \(b, n, 16\), got shape \(2, 30, 15\)"):
         layer()(X[..., :15])
-    with pytest.raises(ValueError, match="num_tokens must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="num_heavy_tokens must be >= 1, got 0"):
         layer()(X, num_heavy_tokens=0)
+    with pytest.raises(ValueError, match="num_heavy_tokens must be >= 1, got -1"):
+        layer(num_heavy_tokens=-1)

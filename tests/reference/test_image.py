@@ -119,6 +119,11 @@ def test_gradcheck(build, mask):
 
 
 def test_wrong_arguments_are_named(build, layer):
+    for name in ("num_heavy_tokens_q", "num_heavy_tokens_kv"):
+        with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
+            layer()(MAP, **{name: 0})
+        with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
+            layer(**{name: 0})
     with pytest.raises(ValueError, match="light_window_size must be >= 1, got 0"):
         build("ConditionalRoutedImageAttention", light_window_size=0)
     with pytest.raises(

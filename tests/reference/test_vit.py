@@ -83,3 +83,9 @@ def test_wrong_options_are_named(build):
         build("ConditionalRoutedViT", image_size=(32, 30), patch_size=(4, 4))
     with pytest.raises(ValueError, match="dim must be a multiple of 4, got 18"):
         build("ConditionalRoutedViT", dim=18)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (2, 3, 30, 32), (2, 3, 32, 30)], ids=str)
+def test_wrong_images_are_named(vit, shape):
+    with pytest.raises(ValueError, match=r"img must be of shape \(b, 3, h, w\) with h a multiple of 4 and w of 4, got"):
+        vit()(torch.randn(shape))
