@@ -81,7 +81,7 @@ class DenseFeedForward(nn.Sequential):
 class DenseBlock(nn.Module):
     """Dense attention, then a dense feed-forward layer, both with a residual."""
 
-    def __init__(self, attention: DenseAttention, feed_forward: DenseFeedForward) -> None:
+    def __init__(self, attention: nn.Module, feed_forward: nn.Module) -> None:
         super().__init__()
         self.attention, self.feed_forward = attention, feed_forward
 

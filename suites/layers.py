@@ -56,7 +56,7 @@ PAPER_SIZES = {
 """dim, light and heavy feed-forward, light and heavy heads of 64."""
 
 ENCODERS = {
-    "tiny": of_document(2, 256, 64),
+    "tiny": of_document(2, 128, 64),
     "document-2k": of_document(2, 2048, 512),
     "document": of_document(2, 32768, 512),
     **{f"{size}-{n // 1024}k": of_paper(n, *sizes) for (size, sizes), n in product(PAPER_SIZES.items(), (4096, 16384))},
@@ -75,7 +75,7 @@ class Example(NamedTuple):
 
 
 EXAMPLES = {
-    "tiny": Example(2048, 512, 32, 64),
+    "tiny": Example(1024, 256, 16, 32),
     "document-2k": Example(65536, 1024, 64, 256),
     "document": Example(1_048_576, 8192, 256, 1024),
 }

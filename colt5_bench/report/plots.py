@@ -99,7 +99,7 @@ def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n", lin
         records: of one suite.
         directory: where `time`, `memory`, `divergence` and `metrics` go, each as .png and .svg; `divergence-<dtype>`
             each, if there are several dtypes.
-        x: the field along the horizontal axis; that of divergence is `n_iters`, if that varies.
+        x: the field along the horizontal axis; that of divergence is `n_iters`, if all have one and it varies.
         lines: fields each combination of which is a line of its own among the metrics, and no panel.
 
     Returns:
@@ -170,7 +170,8 @@ def _combinations(fields: Sequence[str], drawn: Sequence[Record], most: int) -> 
 def _divergence(x: str, drawn: Sequence[Record], records: Sequence[Record]) -> Figure:
     """A panel for each spread of the scores and each schedule of temperatures; all else that varies is one cloud."""
     varying = varying_fields(drawn)
-    x = "n_iters" if "n_iters" in varying else x
+    if "n_iters" in varying and all(record.fields["n_iters"] is not None for record in drawn):
+        x = "n_iters"
     spread = [name for name in SPREAD_FIELDS if name in varying][:1]
     schedule = [name for name in varying if name == SCHEDULE_FIELD or name.startswith(f"{SCHEDULE_FIELD}_")]
     rows = [

@@ -247,6 +247,12 @@ class TestPlots:
         assert written.count("eps=0.03 eps_decay=0.7") == 2
         assert "the largest of all n." in written
 
+    def test_divergence_is_along_another_field_where_some_have_no_iterations(self, tmp_path):
+        records = [diverging("ours", 1e-6, n=n, n_iters=n_iters) for n in (512, 4096) for n_iters in (20, None)]
+        written = texts(write_plots(records, tmp_path)[1])
+        assert "4k" in written
+        assert "the largest of all n_iters." in written
+
     def test_each_dtype_has_a_divergence_of_its_own(self, tmp_path):
         records = [diverging("ours", 1e-3, n=n, dtype=dtype) for n in (512, 1024) for dtype in ("float32", "bfloat16")]
         assert names(write_plots(records, tmp_path))[::2] == ["divergence-float32.png", "divergence-bfloat16.png"]
