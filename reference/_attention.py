@@ -168,29 +168,33 @@ class Attention(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
+    def project(self, context: Tensor, routes: int) -> Tensor:
+        """Keys and values `b r j (h kv d)` of tokens `b r j d`, or of `b 1 j d` for all routes."""
+        weight = rearrange(self.to_kv.weight, "(r hd) d -> r d hd", r=routes)
+        return self.norm(context) @ weight
+
     def forward(
         self,
         x: Tensor,
-        context: Tensor,
+        key_value: Tensor,
         scores_kv: Tensor,
         mask: Tensor | None = None,
         scores_q: Tensor | None = None,
         rotations: Rotations | None = None,
     ) -> Tensor:
-        """Queries from tokens `b i d`, keys and values from `b r j d`, where each route has its share of the heads.
+        """Queries from tokens `b i d`, which attend in each route with its share of the heads.
 
         Args:
+            key_value: `b r j (h kv d)`, as `project` makes them.
             scores_kv: `b r j`, multiplied with values, and with keys if `multiply_keys_by_score`.
             mask: `b r j`, False for keys that are not attended to.
             scores_q: `b i`, multiplied with queries.
         """
-        routes = context.shape[1]
+        routes = key_value.shape[1]
         query = rearrange(self.to_q(self.norm(x)), "b i (h d) -> b h i d", h=self.heads)
         if scores_q is not None:
             query = query * rearrange(scores_q, "b i -> b 1 i 1").to(query.dtype)
 
-        weight = rearrange(self.to_kv.weight, "(r hd) d -> r d hd", r=routes)
-        key_value = self.norm(context) @ weight
         key, value = rearrange(key_value, "b r j (h kv d) -> kv b r h j d", kv=2, h=self.heads // routes)
         scores_kv = rearrange(scores_kv, "b r j -> b r 1 j 1").to(value.dtype)
         value = value * scores_kv

@@ -58,16 +58,18 @@ class RoutedBranch(nn.Module):
     def route_context(
         self, context: Tensor, num_tokens: int, mask: Tensor | None, routing_tokens: Tensor | None
     ) -> RouterReturn:
-        """What is routed of a context `b m d` as keys and values, with a dimension of routes even if there is one."""
-        return self.kv_router(
+        """What is routed of a context `b m d`, as keys and values, with a dimension of routes even if there is one."""
+        routed = self.kv_router(
             context, num_tokens=num_tokens, mask=mask, routing_tokens=routing_tokens, keep_one_route_dim=True
         )
+        key_value = self.heavy_attn.project(routed.routed_tokens, self.kv_router.num_routing_tokens)
+        return routed._replace(routed_tokens=key_value)
 
     def attend_routed(self, x: Tensor, q: RouterReturn, kv: RouterReturn, rotations: Rotations | None = None) -> Tensor:
-        """The heavy branch for tokens `b n d`, of which q are routed: `b n d`; kv has a dimension of routes."""
+        """The heavy branch for tokens `b n d`, of which q are routed, to kv as `route_context` makes them: `b n d`."""
         out = self.heavy_attn(
             q.routed_tokens,
-            context=kv.routed_tokens,
+            key_value=kv.routed_tokens,
             scores_kv=kv.scores,
             mask=kv.routed_mask,
             scores_q=q.scores if self.multiply_queries_by_score else None,

@@ -119,7 +119,7 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
 
         padded = F.pad(x, (0, 0, 0, -n % size))
         q = self._route_queries(padded, n, num_q, routing_tokens_q, random_route)
-        kv = self._route_context(padded, num_kv, routing_tokens_kv, random_route)
+        kv = self._route_windows(padded, num_kv, routing_tokens_kv, random_route)
         rotations = None if self.rotary_emb is None else self._rotations(self.rotary_emb(padded.shape[1]), q, kv)
         queries = rearrange(padded[:, size:], "b (w i) d -> (b w) i d", i=size)
         heavy = self.attend_routed(queries, q, kv, rotations)
@@ -168,29 +168,32 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         weights = self.q_router.weigh(self.q_router.relax(among, num_tokens)[..., -1])
         return Selection(order.masked_fill(~chosen, scores.shape[-1]), weights.masked_fill(~chosen, 0.0), chosen)
 
-    def _route_context(
+    def _route_windows(
         self, padded: Tensor, num_tokens: int, routing_tokens: Tensor | None, random_route: bool
     ) -> RouterReturn:
         """Keys and values from the tokens before each window but the first: rows of `(b w)`, then routes.
 
-        Tokens are scored once, and gathered by index: they are never copied for each window.
+        Tokens are scored and projected once, and only what is selected of them is gathered for each window.
         """
         (batch, n, _), routes = padded.shape, self.kv_router.num_routing_tokens
         starts = torch.arange(self.heavy_window_size, n, self.heavy_window_size, device=padded.device)
         before = rearrange(torch.arange(n, device=padded.device) < starts[:, None], "w n -> w 1 n")
+        key_value = self.heavy_attn.project(rearrange(padded, "b n d -> b 1 n d"), routes)
         if n <= num_tokens:
-            tokens = repeat(padded, "b n d -> (b w) r n d", w=len(starts), r=routes)
+            key_value = repeat(key_value, "b r n e -> (b w) r n e", w=len(starts))
             mask = repeat(before, "w 1 n -> (b w) r n", b=batch, r=routes)
-            return RouterReturn(None, tokens.new_ones(tokens.shape[:3]), tokens, mask)
+            return RouterReturn(None, padded.new_ones(mask.shape), key_value, mask)
 
         scores = repeat(self.kv_router.score(padded, routing_tokens), "b r n -> b w r n", w=len(starts))
-        indices, weights, chosen = self.kv_router.select(scores, num_tokens, before, random_route)
-        tokens = gather_tokens(padded, indices)
+        selection = self.kv_router.select(scores, num_tokens, before, random_route)
+        batches = torch.arange(batch, device=padded.device)[:, None, None, None]
+        route = torch.arange(routes, device=padded.device)[:, None]
+        key_value = key_value[batches, route, selection.indices.clamp(max=n - 1)]
         return RouterReturn(
-            indices.flatten(0, 1),
-            weights.to(padded.dtype).flatten(0, 1),
-            tokens.flatten(0, 1),
-            None if chosen is None else chosen.flatten(0, 1),
+            selection.indices.flatten(0, 1),
+            selection.weights.to(padded.dtype).flatten(0, 1),
+            key_value.flatten(0, 1),
+            None if selection.mask is None else selection.mask.flatten(0, 1),
         )
 
     def _rotations(self, angles: Tensor, q: RouterReturn, kv: RouterReturn) -> Rotations:
