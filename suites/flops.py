@@ -187,15 +187,16 @@ class Accounting:
 
 def _colt5_terms(of_all: Counter[str], of_attention: Counter[str]) -> dict[str, int]:
     light, heavy = "conditional_attn.light_attn", "conditional_attn.heavy_attn"
-    routers = ("conditional_ff.router", "conditional_attn.q_router", "conditional_attn.kv_router")
+    attention_routers = of_all["conditional_attn.q_router"] + of_all["conditional_attn.kv_router"]
+    heavy_branch = of_all["conditional_attn"] - of_all[light] - attention_routers
     return {
         "light_feed_forward": of_all["conditional_ff.light_ff"],
         "heavy_feed_forward": of_all["conditional_ff.heavy_ff"],
         "light_projections": of_all[light] - of_attention[light],
-        "heavy_projections": of_all[heavy] - of_attention[heavy],
+        "heavy_projections": heavy_branch - of_attention[heavy],
         "heavy_attention": of_attention[heavy],
         "light_attention": of_attention[light],
-        "routing": sum(of_all[router] for router in routers),
+        "routing": of_all["conditional_ff.router"] + attention_routers,
     }
 
 
