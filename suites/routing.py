@@ -185,7 +185,7 @@ def cost(case: RoutingCase, direction: str) -> Cost:
 
 def cases(preset: str, device: torch.device) -> list[RoutingCase]:
     """A sixteenth of 4096 tokens is selected. The exact solver has no iterations to vary."""
-    spreads, iterations, temperatures, n = [0.5, 2.0, 8.0, 22.6], [5, 20, 50, 200], [0.03, 0.3, 1.0], 4096
+    spreads, iterations, temperatures, n = [0.5, 2.0, 8.0, 22.6], [20, 50, 200], [0.03, 0.3, 1.0], 4096
     if preset == "smoke":
         spreads, iterations, temperatures, n = [0.5, 22.6], [20], [0.03], 1024
     elif preset == "default":

@@ -132,7 +132,7 @@ def cases(preset: str, device: torch.device) -> list[LengthCase]:
 
     kinds = ("router", "cross_attention", "self_attention")
     if preset == "smoke":
-        return [*(at(kind, 1024, None, 32) for kind in kinds), at("router", 1024, 256, 32)]
+        return [*(at(kind, 512, None, 32) for kind in kinds), at("router", 512, 128, 32)]
     on_gpu = device.type == "cuda"
     dim, longest = (512, 2**20) if on_gpu else (64, 2**14)
     step = 1 if preset == "full" else 2
