@@ -50,7 +50,7 @@ def cases(preset: str, device: torch.device) -> list[HeadsCase]:
     n, dim = (16384, 512) if device.type == "cuda" else (1024, 64)
     heads, dim_heads, routed_sets = [4, 8, 16], [64], [1, 2, 4]
     if preset == "smoke":
-        heads, routed_sets, n = [4], [1, 2], 256
+        heads, routed_sets, n = [4], [1, 2], 128
     elif preset == "full":
         heads, dim_heads, routed_sets = [1, 2, 4, 8, 16, 32], [32, 64, 128], [1, 2, 4, 8]
     return [

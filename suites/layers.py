@@ -56,7 +56,7 @@ PAPER_SIZES = {
 """dim, light and heavy feed-forward, light and heavy heads of 64."""
 
 ENCODERS = {
-    "tiny": of_document(2, 128, 64),
+    "tiny": of_document(1, 128, 64),
     "document-2k": of_document(2, 2048, 512),
     "document": of_document(2, 32768, 512),
     **{f"{size}-{n // 1024}k": of_paper(n, *sizes) for (size, sizes), n in product(PAPER_SIZES.items(), (4096, 16384))},
@@ -72,12 +72,13 @@ class Example(NamedTuple):
     """Of the feature map."""
 
     vit_dim: int
+    vit_depth: int
 
 
 EXAMPLES = {
-    "tiny": Example(1024, 256, 16, 32),
-    "document-2k": Example(65536, 1024, 64, 256),
-    "document": Example(1_048_576, 8192, 256, 1024),
+    "tiny": Example(512, 256, 16, 32, 1),
+    "document-2k": Example(65536, 1024, 64, 256, 6),
+    "document": Example(1_048_576, 8192, 256, 1024, 6),
 }
 
 
@@ -213,7 +214,7 @@ def vit(model: str) -> Layer:
             patch_size=32,
             num_classes=1000,
             dim=dim,
-            depth=6,
+            depth=EXAMPLES[model].vit_depth,
             attn_num_heavy_tokens_q=16,
             attn_num_heavy_tokens_kv=16,
             attn_heavy_dim_head=64,

@@ -106,10 +106,10 @@ def test_a_gpu_measures_every_layer_of_the_document_and_every_size_of_the_paper(
 
 def test_cost_is_the_least_that_has_to_be_done():
     case = ModelLayerCase("feed_forward", "tiny")
-    tokens, d = 2 * 128, 64
+    tokens, d = 128, 64
     parameters = 3 * d + (d * 32 + 32 + 32 * d + d) + (d * 256 + 256 + 256 * d + d)
     forward = 4 * (parameters + 2 * tokens * d) + tokens
-    products = 2 * (tokens * d + 2 * tokens * d * 32 + 2 * (2 * 4) * d * 256)
+    products = 2 * (tokens * d + 2 * tokens * d * 32 + 2 * 4 * d * 256)
     assert _layers.cost(case, FORWARD) == _layers.Cost(bytes=forward, flops=products)
     backward = 4 * (parameters + tokens * d)
     assert _layers.cost(case, FORWARD_BACKWARD) == _layers.Cost(bytes=2 * forward + backward, flops=3 * products)
