@@ -1,7 +1,8 @@
 """The router, cross attention and self-attention by length, to rows of 1,048,576 tokens: routed whole, or in blocks.
 
 Metrics of the router: `lost`, the share of the tokens with the k largest scores that it does not select, as routing in
-blocks does where one block has more of them than another.
+blocks does where one block has more of them than another. Tokens here are independent of their position: those of a
+text, whose important parts lie together, lose more.
 """
 
 from collections.abc import Callable
