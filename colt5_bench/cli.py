@@ -143,7 +143,7 @@ def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, direct
         failed |= any(record.status in FAILED for record in records)
         console = Console()
         summary(records, suite.reference, console)
-        plots = write_plots(records, directory, x=suite.x_axis) if records else []
+        plots = write_plots(records, directory, x=suite.x_axis, lines=suite.lines) if records else []
         console.print(f"results: {results}", soft_wrap=True, highlight=False)
         if plots:
             console.print(f"plots: {len(plots)} files in {directory}", soft_wrap=True, highlight=False)

@@ -12,7 +12,7 @@ from colt5_bench import accuracy, environment, memory, roofline, static_facts, t
 from colt5_bench.case import FORWARD, Case, Problem, Truth
 from colt5_bench.results import Divergence, Record, Status
 from colt5_bench.roofline import Ceilings
-from colt5_bench.suite import Implementation, Suite
+from colt5_bench.suite import Implementation, Operation, Suite
 
 LONGEST_REASON = 300
 """Characters of an error message that go into a record."""
@@ -50,6 +50,9 @@ class _Oracle:
     """The inputs of a case, what they should give, and how far from it plain PyTorch is."""
 
     problem: Problem
+    pristine: dict[str, Tensor]
+    """A copy of the inputs."""
+
     truth: Truth
     budgets: dict[str, float]
 
@@ -63,7 +66,8 @@ def measure(
     """One record for each named implementation, whatever happens to it.
 
     An implementation that cannot run here is skipped; one that misses its accuracy bound is wrong and is not timed; an
-    exception ends that implementation only, and one in the fp64 truth ends the case. Times are taken interleaved.
+    exception ends that implementation only, and one in the fp64 truth those that are judged by it. Times are taken
+    interleaved.
     """
     records = {name: _unmeasured(suite, case, direction, name, conditions) for name in implementations}
     running: dict[str, Record] = {}
@@ -73,13 +77,14 @@ def measure(
         else:
             running[name] = record
 
-    oracle = None
-    if running:
-        with _failing(running.values(), "fp64 truth: ", out_of_memory="error"):
-            _describe_cost(suite, case, direction, running.values(), conditions.ceilings)
-            oracle = _consult_oracle(suite, case, direction, conditions.device)
-    if oracle is not None:
-        _measure_each(suite, case, direction, running, oracle, conditions)
+    oracles: dict[str, _Oracle] = {}
+    operations = {name: suite.implementations[name].operation for name in running}
+    for operation in dict.fromkeys(operations.values()):
+        own = [name for name in running if operations[name] is operation]
+        with _failing([running[name] for name in own], "fp64 truth: ", out_of_memory="error"):
+            _describe_cost(suite, case, direction, [running[name] for name in own], conditions.ceilings)
+            oracles.update(dict.fromkeys(own, _consult_oracle(operation or suite, case, direction, conditions.device)))
+    _measure_each(suite, case, direction, {name: running[name] for name in oracles}, oracles, conditions)
     return list(records.values())
 
 
@@ -106,17 +111,19 @@ def _not_applicable(implementation: Implementation, case: Case, direction: str, 
 def _describe_cost(suite: Suite, case: Case, direction: str, records: Iterable[Record], ceilings: Ceilings) -> None:
     cost = suite.cost(case, direction)
     for record in records:
-        if not suite.implementations[record.implementation].partial:
+        implementation = suite.implementations[record.implementation]
+        if implementation.operation is None and not implementation.partial:
             record.minimum_bytes, record.minimum_exponentials = cost.bytes, cost.exponentials
             record.minimum_flops = cost.flops
             record.limit_seconds = roofline.limit_seconds(cost, ceilings)
 
 
-def _consult_oracle(suite: Suite, case: Case, direction: str, device: torch.device) -> _Oracle:
-    problem = suite.problem(case, device)
-    truth = suite.truth(case, problem, direction)
-    oracle = _Oracle(problem, truth, budgets={})
-    plain = _Call(suite.plain(case), problem, direction).results()
+def _consult_oracle(operation: Operation, case: Case, direction: str, device: torch.device) -> _Oracle:
+    problem = operation.problem(case, device)
+    truth = operation.truth(case, problem, direction)
+    pristine = {name: tensor.clone() for name, tensor in problem.inputs.items()}
+    oracle = _Oracle(problem, pristine, truth, budgets={})
+    plain = _Call(operation.plain(case), problem, direction).results()
     for tensor, expected in oracle.expected().items():
         divergence = accuracy.diverge(plain[tensor], expected, truth.at_kink.get(tensor))
         oracle.budgets[tensor] = accuracy.budget(divergence, expected, plain[tensor].dtype)
@@ -124,18 +131,23 @@ def _consult_oracle(suite: Suite, case: Case, direction: str, device: torch.devi
 
 
 def _measure_each(
-    suite: Suite, case: Case, direction: str, records: dict[str, Record], oracle: _Oracle, conditions: Conditions
+    suite: Suite,
+    case: Case,
+    direction: str,
+    records: dict[str, Record],
+    oracles: dict[str, _Oracle],
+    conditions: Conditions,
 ) -> None:
     calls: dict[str, _Call] = {}
-    pristine = {name: tensor.clone() for name, tensor in oracle.problem.inputs.items()}
     for name, record in records.items():
-        implementation = suite.implementations[name]
+        implementation, oracle = suite.implementations[name], oracles[name]
         with _failing([record]):
             call = _Call(implementation.build(case), oracle.problem, direction)
             record.accuracy = _divergences(implementation, case, call.results(), oracle)
             record.status, record.reason = _verdict(record.accuracy)
-            if spoilt := _restore(oracle.problem.inputs, pristine):
+            if spoilt := _restore(oracle.problem.inputs, oracle.pristine):
                 record.status, record.reason = "wrong", f"writes to its input {spoilt}"
+            record.metrics = dict(implementation.metrics(case, oracle.problem))
             if record.status == "ok" and suite.timed:
                 record.peak_bytes = memory.measure_memory(call, device=conditions.device)
                 record.saved_bytes = call.saved_bytes()

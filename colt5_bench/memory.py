@@ -54,10 +54,11 @@ def _peak_on_gpu(call: Callable[[], object], device: torch.device) -> int:
 def _peak_on_cpu(call: Callable[[], object]) -> int:
     # Read when the profiler first starts, which would print a line at each start and stop: through a progress bar.
     os.environ.setdefault("KINETO_LOG_LEVEL", SILENT)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+    # Not `torch.profiler.profile`, which makes Python objects of all events: that takes longer than the call.
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
         result = call()
     del result
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert profiler.kineto_results is not None
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(accumulate((event.nbytes() for event in events), initial=0))

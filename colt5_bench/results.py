@@ -8,7 +8,7 @@ from typing import IO, Literal
 
 import pandas as pd
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Status = Literal["ok", "wrong", "out_of_memory", "error", "skipped"]
 STATUSES: tuple[Status, ...] = ("ok", "wrong", "out_of_memory", "error", "skipped")
@@ -92,6 +92,9 @@ class Record:
     accuracy: dict[str, Divergence] = field(default_factory=dict)
     """By tensor: `output`, and the gradient of each differentiable input under the name of the input."""
 
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Further figures that the suite asks for, by name: its docstring says what they are."""
+
     minimum_bytes: int | None = None
     minimum_exponentials: int | None = None
     minimum_flops: int | None = None
@@ -172,11 +175,13 @@ def _record(content: dict, where: str) -> Record:
 
 
 def to_frame(records: Iterable[Record]) -> pd.DataFrame:
-    """A row a record: the fields of the case as columns, `<column>_ms` for each time column, `<tensor>_error`."""
+    """A row a record: the fields of the case as columns, `<column>_ms` for each time column, `<tensor>_error`, and
+    the metrics under their names."""
     rows = []
     for record in records:
         row = {**record.fields, **{k: v for k, v in asdict(record).items() if not isinstance(v, dict | list)}}
         row.update({f"{column}_ms": 1e3 * (record.seconds(column) or float("nan")) for column in record.timings})
         row.update({f"{tensor}_error": divergence.largest for tensor, divergence in record.accuracy.items()})
+        row.update(record.metrics)
         rows.append(row)
     return pd.DataFrame(rows)

@@ -20,6 +20,22 @@ def _within_budget(case: Case, tensor: str, expected: Tensor, budget: float) -> 
     return budget
 
 
+def _no_metrics(case: Case, problem: Problem) -> Mapping[str, float]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Operation(Generic[C]):
+    """What is computed, and what it is judged by."""
+
+    problem: Callable[[C, torch.device], Problem]
+    truth: Callable[[C, Problem, str], Truth]
+    """The fp64 answer for a case, its problem and a direction."""
+
+    plain: Callable[[C], Callable[..., Tensor]]
+    """Plain PyTorch in the dtype of the inputs: its error against the truth sets the accuracy budget."""
+
+
 @dataclass(frozen=True)
 class Implementation(Generic[C]):
     """One way to compute the operation of a suite."""
@@ -42,10 +58,17 @@ class Implementation(Generic[C]):
     """What the largest error of a tensor may be: from the case, the name of the tensor (`output` or an input, for its
     gradient), its fp64 truth and the budget that plain PyTorch sets on the same inputs."""
 
+    operation: Operation[C] | None = None
+    """What it computes, if that is something else than the suite's operation, in whose place it could stand: as a dense
+    layer does beside a routed one. It is judged by this one's truth, and the cost of the suite's is not its own."""
+
+    metrics: Callable[[C, Problem], Mapping[str, float]] = _no_metrics
+    """Further figures of what it does with the problem of a case, by name."""
+
 
 @dataclass(frozen=True)
-class Suite(Generic[C]):
-    """Everything the harness needs to know about one suite; each file in suites/ holds one as `SUITE`."""
+class Suite(Operation[C]):
+    """An operation, and everything needed to measure it; each file in suites/ holds one as `SUITE`."""
 
     name: str
     description: str
@@ -59,17 +82,13 @@ class Suite(Generic[C]):
     reference: str
     """The implementation that speed-ups are given over."""
 
-    problem: Callable[[C, torch.device], Problem]
-    truth: Callable[[C, Problem, str], Truth]
-    """The fp64 answer for a case, its problem and a direction."""
-
-    plain: Callable[[C], Callable[..., Tensor]]
-    """Plain PyTorch in the dtype of the inputs: its error against the truth sets the accuracy budget."""
-
     cost: Callable[[C, str], Cost]
 
     x_axis: str = "n"
     """The case field that plots are drawn against."""
+
+    lines: Sequence[str] = ()
+    """Case fields each combination of which is a line in plots of metrics, and no panel."""
 
     timed: bool = True
     """False for a suite that measures divergence only."""

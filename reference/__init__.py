@@ -1,7 +1,28 @@
 """The CoLT5 system in plain PyTorch: the definition every kernel is compared with."""
 
+from reference.attention import ConditionalRoutedAttention, ConditionalRoutedCrossAttention
+from reference.autoregressive import ConditionalRoutedAutoregressiveAttention
+from reference.block import ConditionalRoutedTransformerBlock
 from reference.coor_descent import coor_descent
+from reference.feedforward import ConditionalRoutedFeedForward
+from reference.image import ConditionalRoutedImageAttention
+from reference.router import CoordinateDescentRouter, RouterReturn
 from reference.soft_topk import soft_topk
 from reference.topk import TopkReturn, topk
+from reference.vit import ConditionalRoutedViT
 
-__all__ = ["TopkReturn", "coor_descent", "soft_topk", "topk"]
+__all__ = [
+    "ConditionalRoutedAttention",
+    "ConditionalRoutedAutoregressiveAttention",
+    "ConditionalRoutedCrossAttention",
+    "ConditionalRoutedFeedForward",
+    "ConditionalRoutedImageAttention",
+    "ConditionalRoutedTransformerBlock",
+    "ConditionalRoutedViT",
+    "CoordinateDescentRouter",
+    "RouterReturn",
+    "TopkReturn",
+    "coor_descent",
+    "soft_topk",
+    "topk",
+]

@@ -14,6 +14,12 @@ def require(holds: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
+def check_counts(**counts: int) -> None:
+    """Numbers of tokens, heads and the like are at least 1."""
+    for name, count in counts.items():
+        require(count >= 1, name, count, ">= 1")
+
+
 def check_scores(scores: Tensor, mask: Tensor | None) -> None:
     """Scores are a float tensor (..., n) with n >= 1; a mask is boolean and broadcasts to their shape."""
     require(scores.dtype in FLOAT_DTYPES, "scores", scores.dtype, "a tensor of a float dtype")
@@ -23,6 +29,17 @@ def check_scores(scores: Tensor, mask: Tensor | None) -> None:
         require(mask.dtype == torch.bool, "mask", mask.dtype, "a tensor of dtype torch.bool")
         _check_broadcast("mask", mask, scores.shape, "the shape of scores")
         require(mask.device == scores.device, "mask", f"on {mask.device}", f"on {scores.device} as scores are")
+
+
+def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None, name: str = "x", mask_name: str = "mask") -> None:
+    """Tokens are a float tensor (b, n, dim); a mask is boolean and (b, n), on the device of the tokens."""
+    require(x.dtype in FLOAT_DTYPES, name, x.dtype, "a tensor of a float dtype")
+    require(x.ndim == 3 and x.shape[-1] == dim, name, f"shape {tuple(x.shape)}", f"of shape (b, n, {dim})")
+    if mask is not None:
+        require(mask.dtype == torch.bool, mask_name, mask.dtype, "a tensor of dtype torch.bool")
+        fits, shape = mask.shape == x.shape[:2], tuple(x.shape[:2])
+        require(fits, mask_name, f"shape {tuple(mask.shape)}", f"of shape {shape}, one entry a token of {name}")
+        require(mask.device == x.device, mask_name, f"on {mask.device}", f"on {x.device} as {name} is")
 
 
 def check_k(k: float | Tensor, scores: Tensor) -> None:

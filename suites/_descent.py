@@ -39,6 +39,9 @@ HEAVY_SHARE = 16
 FORWARD_BOUND, GRADIENT_BOUND = 2e-6, 1e-4
 """What the project promises of its own kernels in fp32: the largest error of an output, and of a gradient."""
 
+LONGEST_SEGMENTED = 131072
+"""Entries of a row that the published algorithm takes, whole as it is in one program."""
+
 CHUNK_BYTES = 2**30
 """About how much memory the fp64 answer may take at a time."""
 
@@ -196,8 +199,7 @@ def segments_of(case: DescentCase) -> int:
 
 
 def in_segments(case: DescentCase, device: torch.device) -> str | None:
-    longest = 131072
-    return None if case.n <= longest else f"takes rows to {longest}"
+    return None if case.n <= LONGEST_SEGMENTED else f"takes rows to {LONGEST_SEGMENTED}"
 
 
 def compiled(case: DescentCase) -> Callable[..., Tensor]:

@@ -1,14 +1,18 @@
-"""Other people's implementations, each of them optional."""
+"""Other people's implementations, each of them optional, and PyTorch's dense layers."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from colt5_bench.case import Case
-from colt5_bench.suite import Implementation
-from suites._descent import DescentCase, in_segments, lenient, segments_of
+from colt5_bench.case import Case, Problem
+from colt5_bench.suite import Implementation, Operation
+from suites._dense import Attend, attend_plainly, attend_with_flash, attend_with_sdpa
+from suites._descent import LONGEST_SEGMENTED, DescentCase, in_segments, lenient, segments_of
+from suites._layers import Layer, LayerCase, as_function, seeded_problem, truth_of, without_memory
 
 
 def missing(case: Case, device: torch.device) -> str | None:
@@ -49,3 +53,88 @@ COLT5_TRITON_SEGMENTED = Implementation[DescentCase](
     "colt5_triton_segmented", lambda case: in_triton(case, segments_of(case)), in_triton_missing, bound=lenient
 )
 """With segments of five iterations, which takes more memory and less time."""
+
+
+def _colt5_layer(case: LayerCase, use_triton: bool) -> Callable[..., Tensor]:
+    colt5 = import_module("colt5_attention")
+    return as_function(without_memory(lambda: case.layer.make(colt5, use_triton)))
+
+
+def _layer_missing(case: LayerCase, device: torch.device) -> str | None:
+    if case.layer.torch_dtype.itemsize < 4:
+        return "routes in half precision, by which too many scores are equal"
+    return case.layer.colt5_raises or missing(case, device)
+
+
+def _layer_in_triton_missing(case: LayerCase, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "its Triton kernel runs on a GPU only"
+    if max(shape[1] for shape in case.layer.inputs.values()) > LONGEST_SEGMENTED:
+        return f"takes rows to {LONGEST_SEGMENTED}"
+    return _layer_missing(case, device)
+
+
+COLT5_LAYER_PLAIN = Implementation[LayerCase](
+    "colt5_plain", lambda case: _colt5_layer(case, False), _layer_missing, bound=lenient
+)
+
+COLT5_LAYER_TRITON = Implementation[LayerCase](
+    "colt5_triton", lambda case: _colt5_layer(case, True), _layer_in_triton_missing, bound=lenient
+)
+
+MOST_DENSE_PAIRS = {"cuda": 2**34, "cpu": 2**24}
+"""Pairs of query and key that dense attention is tried with, by type of device."""
+
+
+def _dense_layer(case: LayerCase, dtype: str | None) -> tuple[Layer, Callable[[Attend], nn.Module]]:
+    """The shapes that the dense layer is called with, and what makes it. It has no mask."""
+    layer = case.layer
+    assert layer.dense is not None
+    return replace(layer, masks={}, dtype=dtype or layer.dtype), layer.dense
+
+
+def _dense(case: LayerCase, attend: Attend) -> Callable[..., Tensor]:
+    _, make = _dense_layer(case, None)
+    return as_function(without_memory(lambda: make(attend)))
+
+
+def _dense_operation(dtype: str | None = None) -> Operation[LayerCase]:
+    """The dense layer, with weights of its own; in the dtype of the case by default."""
+
+    def problem(case: LayerCase, device: torch.device) -> Problem:
+        layer, make = _dense_layer(case, dtype)
+        return seeded_problem(case, layer, lambda: make(attend_plainly), device)
+
+    def plain(case: LayerCase) -> Callable[..., Tensor]:
+        return _dense(case, attend_plainly)
+
+    return Operation(problem, lambda case, problem, direction: truth_of(plain(case), problem, direction), plain)
+
+
+def _dense_missing(case: LayerCase, device: torch.device) -> str | None:
+    layer, most = case.layer, MOST_DENSE_PAIRS[device.type]
+    if layer.dense is None:
+        return "there is no dense layer of this kind here"
+    return None if layer.dense_pairs <= most else f"dense attention of more than {most} pairs takes too long"
+
+
+def _flash_missing(case: LayerCase, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "PyTorch's flash kernel in bf16 runs on a GPU only"
+    if case.layer.dense is not None and not case.layer.dense_pairs:
+        return "there is no attention in it"
+    return _dense_missing(case, device)
+
+
+DENSE = Implementation[LayerCase](
+    "dense", lambda case: _dense(case, attend_with_sdpa), _dense_missing, bound=lenient, operation=_dense_operation()
+)
+"""In the dtype of the case, with the attention that PyTorch picks."""
+
+DENSE_FLASH = Implementation[LayerCase](
+    "dense_flash",
+    lambda case: _dense(case, attend_with_flash),
+    _flash_missing,
+    operation=_dense_operation("bfloat16"),
+)
+"""In bf16 whatever the dtype of the case, judged by fp64 on the inputs rounded to bf16."""

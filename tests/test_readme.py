@@ -1,5 +1,6 @@
 """What the README shows works: its Python runs, and so do its commands, the long ones in short."""
 
+import ast
 import os
 import re
 import shlex
@@ -11,11 +12,26 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import torch
 
+import reference
 from colt5_bench.selection import load_suites
 
 SHORT = ["--preset", "smoke", "--impl", "ours"]
 """Appended to what measures; of an option that is given twice the last counts."""
+
+REDUCED = {
+    "ConditionalRoutedTransformerBlock": {"32768": "256", "1024": "32", "512": "64", "128": "16"},
+    "ConditionalRoutedCrossAttention": {"1_048_576": "800", "131072": "150", "1024": "48", "512": "32"},
+    "ConditionalRoutedAutoregressiveAttention": {"8192": "256", "1024": "48", "512": "64", "128": "16", "32": "4"},
+    "ConditionalRoutedImageAttention": {"65536": "256", "1024": "48", "256": "16", "32": "8"},
+    "ConditionalRoutedViT": {"1024": "64", "1000": "10"},
+}
+"""Without a GPU the layers run at these sizes: for the class that a block is about, each number that it prints and the
+one that takes its place. All of them have to be there, and no larger number may be left over."""
+
+LARGEST = 800
+"""Of the numbers that a block of layers may have without a GPU."""
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -41,7 +57,45 @@ def run(arguments, **environment):
 
 @pytest.mark.parametrize("source", blocks("python"))
 def test_python(source):
-    exec(compile(source, "README.md", "exec"), {"__name__": "readme"})
+    source = source if torch.cuda.is_available() else reduce(source)
+    namespace = {"__name__": "readme"}
+    exec(compile(source, "README.md", "exec"), namespace)
+    shapes = re.findall(r"^(\w+)\b.*  # \((\d+(?:, \d+)+)\)", source, flags=re.MULTILINE)
+    assert shapes or "ConditionalRouted" not in source
+    for name, shape in shapes:
+        assert tuple(namespace[name].shape) == ast.literal_eval(shape), name
+
+
+def reduce(source):
+    """A block with the sizes of REDUCED, if it is about layers."""
+    imported = {alias.name for node in ast.walk(ast.parse(source)) for alias in getattr(node, "names", [])}
+    layers = {name for name in imported if name.startswith("ConditionalRouted")}
+    if not layers:
+        return source
+    (subject,) = layers & set(REDUCED)
+    sizes = REDUCED[subject]
+    for printed in sizes:
+        assert re.search(rf"\b{printed}\b", source), f"{printed} is not in the block of {subject}"
+    reduced = re.sub(r"\b\d[\d_]*\b", lambda number: sizes.get(number[0], number[0]), source)
+    numbers = [node.value for node in ast.walk(ast.parse(reduced)) if isinstance(node, ast.Constant)]
+    assert max(number for number in numbers if isinstance(number, int)) <= LARGEST
+    return reduced
+
+
+def test_each_layer_of_the_system_is_shown():
+    shown = [next((name for name in REDUCED if name in source), None) for source in blocks("python")]
+    assert sorted(name for name in shown if name) == sorted(REDUCED)
+    layers = {name for name in reference.__all__ if name.startswith("ConditionalRouted")}
+    assert {name for name in layers if any(f"{name}(" in source for source in blocks("python"))} == layers
+
+
+@pytest.mark.parametrize(
+    "changed", [("32768", "32769"), ("num_heavy_tokens=1024", "num_heavy_tokens=2048"), ("TransformerBlock", "Block")]
+)
+def test_a_changed_block_does_not_run_unreduced(changed):
+    block = next(source for source in blocks("python") if "ConditionalRoutedTransformerBlock" in source)
+    with pytest.raises((AssertionError, ValueError)):
+        reduce(block.replace(*changed))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

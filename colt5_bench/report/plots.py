@@ -1,9 +1,9 @@
-"""Figures of a suite: time, memory and divergence, as PNG and SVG. The same records give the same files."""
+"""Figures of a suite: time, memory, divergence and metrics, as PNG and SVG. The same records give the same files."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, inf
+from math import ceil, inf, isfinite
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -32,6 +32,9 @@ MOST_PANELS = 8
 
 PANEL_WIDTH, PANEL_HEIGHT, LEGEND_WIDTH, TITLE_HEIGHT = 2.9, 2.4, 1.7, 0.4
 """In inches."""
+
+WIDEST_LINEAR, WIDEST_LOGARITHMIC = 1e2, 1e9
+"""Largest over smallest metric other than 0 that an axis of either kind shows."""
 
 MOST_TICKS = 8
 """Values of x that are each given a tick."""
@@ -76,17 +79,28 @@ class _Panel:
     records: Sequence[Record]
 
 
-def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n") -> list[Path]:
-    """Draw what the records of one suite hold: time and memory against a field of the case, and divergence.
+@dataclass(frozen=True)
+class _Row:
+    y_label: str
+    quantities: Sequence[_Quantity]
+    panels: Sequence[_Panel]
+
+    scale: Callable[[Axes, Sequence[float]], None] = lambda ax, values: ax.set_yscale("log")
+    """Sets the vertical axis, given what is drawn."""
+
+
+def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n", lines: Sequence[str] = ()) -> list[Path]:
+    """Draw what the records of one suite hold: time, memory and metrics against a field of the case, and divergence.
 
     What did not end ok is not drawn but named below the figure; divergence that was found wrong is drawn all the same,
     hollow. There is no figure of what no record has.
 
     Args:
         records: of one suite.
-        directory: where `time`, `memory` and `divergence` go, each as .png and .svg; `divergence-<dtype>` each, if
-            there are several dtypes.
-        x: the field along the horizontal axis; that of divergence is `n_iters`, if that varies.
+        directory: where `time`, `memory`, `divergence` and `metrics` go, each as .png and .svg; `divergence-<dtype>`
+            each, if there are several dtypes.
+        x: the field along the horizontal axis; that of divergence is `n_iters`, if all have one and it varies.
+        lines: fields each combination of which is a line of its own among the metrics, and no panel.
 
     Returns:
         The files written.
@@ -107,6 +121,8 @@ def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n") -> 
             figures["memory"] = _against(x, "memory beyond the inputs [MB]", quantities, sized, records)
         for name, of_one_dtype in _by_dtype(compared).items():
             figures[name] = _divergence(x, of_one_dtype, records)
+        if described := [record for record in ok if record.metrics]:
+            figures["metrics"] = _metrics(x, lines, described, records)
         return [path for name, figure in figures.items() for path in _save(figure, directory, name)]
 
 
@@ -115,8 +131,7 @@ def _against(
 ) -> Figure:
     """A panel for each direction and each combination of the fields that vary along with x."""
     fields = [name for name in varying_fields(drawn) if name != x and not _goes_with(x, name, drawn)]
-    combinations = [name for name, _ in Counter(label(record.fields, fields) for record in drawn).most_common()]
-    shown, left_out = combinations[:MOST_PANELS], combinations[MOST_PANELS:]
+    shown, remark = _combinations(fields, drawn, MOST_PANELS)
     rows = []
     for direction in dict.fromkeys(record.direction for record in drawn):
         of_direction = [record for record in drawn if record.direction == direction]
@@ -125,36 +140,59 @@ def _against(
             for combination in shown
         ]
         per_row = ceil(len(panels) / ceil(len(panels) / PANELS_PER_ROW))
-        rows += [panels[start : start + per_row] for start in range(0, len(panels), per_row)]
-    remark = f"Measured, with no room here: {'; '.join(left_out)}." if left_out else ""
-    return _figure(rows, x, y_label, quantities, records, remark)
+        rows += [_Row(y_label, quantities, panels[start : start + per_row]) for start in range(0, len(panels), per_row)]
+    return _figure(rows, x, records, remark)
+
+
+def _metrics(x: str, lines: Sequence[str], drawn: Sequence[Record], records: Sequence[Record]) -> Figure:
+    """A row for each metric, of the first direction: they are not a matter of direction."""
+    drawn = [record for record in drawn if record.direction == drawn[0].direction]
+    varying = varying_fields(drawn)
+    fields = [name for name in varying if name not in (x, *lines) and not _goes_with(x, name, drawn)]
+    shown, remark = _combinations(fields, drawn, PANELS_PER_ROW)
+    panels = [_Panel(name, [r for r in drawn if label(r.fields, fields) == name]) for name in shown]
+
+    def of_metric(name: str) -> _Quantity:
+        return _Quantity(lambda record: record.metrics.get(name))
+
+    names = dict.fromkeys(name for record in drawn for name in record.metrics)
+    rows = [_Row(name.replace("_", " "), [of_metric(name)], panels, _scale_metric) for name in names]
+    return _figure(rows, x, records, remark, [name for name in lines if name in varying])
+
+
+def _combinations(fields: Sequence[str], drawn: Sequence[Record], most: int) -> tuple[list[str], str]:
+    """The commonest combinations of the fields, and a remark that names the others."""
+    combinations = [name for name, _ in Counter(label(record.fields, fields) for record in drawn).most_common()]
+    left_out = combinations[most:]
+    return combinations[:most], f"Measured, with no room here: {'; '.join(left_out)}." if left_out else ""
 
 
 def _divergence(x: str, drawn: Sequence[Record], records: Sequence[Record]) -> Figure:
     """A panel for each spread of the scores and each schedule of temperatures; all else that varies is one cloud."""
     varying = varying_fields(drawn)
-    x = "n_iters" if "n_iters" in varying else x
+    if "n_iters" in varying and all(record.fields["n_iters"] is not None for record in drawn):
+        x = "n_iters"
     spread = [name for name in SPREAD_FIELDS if name in varying][:1]
     schedule = [name for name in varying if name == SCHEDULE_FIELD or name.startswith(f"{SCHEDULE_FIELD}_")]
     rows = [
-        [_Panel(label(panel[0].fields, [*spread, *schedule]), panel) for panel in _by_fields(row, spread)]
+        _Row(
+            "largest error of the gradient",
+            [_Quantity(_largest_error)],
+            [_Panel(label(panel[0].fields, [*spread, *schedule]), panel) for panel in _by_fields(row, spread)],
+        )
         for row in _by_fields(drawn, schedule)
     ]
     pooled = [name for name in varying if name not in (x, *spread, *schedule)]
     remark = f"Lines go through the largest of all {', '.join(pooled)}." if pooled else ""
-    return _figure(rows, x, "largest error of the gradient", [_Quantity(_largest_error)], records, remark)
+    return _figure(rows, x, records, remark)
 
 
-def _figure(
-    rows: Sequence[Sequence[_Panel]],
-    x: str,
-    y_label: str,
-    quantities: Sequence[_Quantity],
-    records: Sequence[Record],
-    remark: str,
-) -> Figure:
-    """Panels on common logarithmic axes, one legend, and below them what they do not show."""
-    per_row = max(len(row) for row in rows)
+def _figure(rows: Sequence[_Row], x: str, records: Sequence[Record], remark: str, lines: Sequence[str] = ()) -> Figure:
+    """Panels, one legend, and below them what they do not show.
+
+    All have one vertical axis; if rows are of several quantities, each row has its own.
+    """
+    per_row = max(len(row.panels) for row in rows)
     width = per_row * PANEL_WIDTH + LEGEND_WIDTH
     caption = fill(" ".join(part for part in (remark, _missing(records)) if part), int(17 * width))
     below = 0.15 * (caption.count("\n") + 2) if caption else 0.0
@@ -165,22 +203,26 @@ def _figure(
     figure.text(0.01, 0.05 / height, caption, fontsize="small", color="0.35", va="bottom")
     figure.suptitle(f"{records[0].suite} on {records[0].device}", x=0.01, ha="left", weight="bold")
 
-    styles = _styles(records)
-    grid = figure.subplots(len(rows), per_row, sharex=True, sharey=True, squeeze=False)
+    styles = _styles(records, lines)
+    several = len({row.y_label for row in rows}) > 1
+    grid = figure.subplots(len(rows), per_row, sharex=True, sharey="row" if several else True, squeeze=False)
     for ax in grid.flat:
         ax.set_visible(False)
-    for axes, panels in zip(grid, rows, strict=True):
-        axes[0].set_ylabel(y_label)
-        for ax, panel in zip(axes, panels, strict=False):
+    for axes, row in zip(grid, rows, strict=True):
+        axes[0].set_ylabel(row.y_label)
+        for ax, panel in zip(axes, row.panels, strict=False):
             ax.set_visible(True)
             ax.set_title("\n".join(fill(line, 44) for line in panel.title.splitlines()))
-            _draw(ax, panel.records, x, quantities, styles)
+            _draw(ax, panel.records, x, row.quantities, styles, lines)
+        row.scale(
+            axes[0], [v for p in row.panels for r in p.records for q in row.quantities if (v := q.of(r)) is not None]
+        )
     for axes in grid.T:
         lowest = [ax for ax in axes if ax.get_visible()][-1]
         lowest.set_xlabel(x)
         lowest.tick_params(labelbottom=True)
-    _scale(grid[0][0], [record.fields[x] for row in rows for panel in row for record in panel.records])
-    figure.legend(handles=_legend(rows, quantities, styles), loc="outside right upper")
+    _scale_x(grid[0][0], [record.fields[x] for row in rows for panel in row.panels for record in panel.records])
+    figure.legend(handles=_legend(rows, styles, lines), loc="outside right upper")
     return figure
 
 
@@ -190,10 +232,11 @@ def _draw(
     x: str,
     quantities: Sequence[_Quantity],
     styles: Mapping[str, tuple[str, str]],
+    lines: Sequence[str],
 ) -> None:
     """A marker a record, hollow for one that is wrong, and a line through the largest at each x."""
-    for own in _by(records, lambda record: record.implementation):
-        colour, marker = styles[own[0].implementation]
+    for own in _by(records, lambda record: _series(record, lines)):
+        colour, marker = styles[_series(own[0], lines)]
         for quantity in quantities:
             points: list[tuple[Any, float, str]] = [
                 (record.fields[x], value, record.status) for record in own if (value := quantity.of(record)) is not None
@@ -206,15 +249,24 @@ def _draw(
                 ax.plot(places, values, marker, color=colour, markerfacecolor=face)
 
 
-def _scale(ax: Axes, values: Sequence[Any]) -> None:
-    """Logarithmic axes, which all panels share; a tick for each x, if these are few."""
-    ax.set_yscale("log")
+def _scale_metric(ax: Axes, values: Sequence[float]) -> None:
+    """Linear if that shows all values, else logarithmic down to the smallest, and linear from there to 0."""
+    sizes = [abs(value) for value in values if value and isfinite(value)]
+    if sizes and max(sizes) > WIDEST_LINEAR * min(sizes):
+        ax.set_yscale("symlog", linthresh=max(min(sizes), max(sizes) / WIDEST_LOGARITHMIC))
+
+
+def _scale_x(ax: Axes, values: Sequence[Any]) -> None:
+    """Logarithmic for numbers, with a tick for each if these are few; names are written upwards."""
     distinct = sorted(set(values))
     if all(isinstance(value, int | float) and value > 0 for value in distinct):
         ax.set_xscale("log")
         if len(distinct) <= MOST_TICKS:
             ax.set_xticks(distinct, [_tick(value) for value in distinct])
             ax.xaxis.set_minor_locator(NullLocator())
+    elif any(isinstance(value, str) for value in distinct):
+        for each in ax.figure.axes:
+            each.tick_params(axis="x", rotation=90)
 
 
 def _tick(value: float) -> str:
@@ -225,23 +277,26 @@ def _tick(value: float) -> str:
     return f"{value:g}"
 
 
-def _styles(records: Sequence[Record]) -> dict[str, tuple[str, str]]:
-    """Colour and marker by implementation, the same in all figures of the records."""
-    names = dict.fromkeys(record.implementation for record in records)
+def _series(record: Record, lines: Sequence[str]) -> str:
+    """Which line a record belongs to."""
+    return " ".join(part for part in (record.implementation, label(record.fields, lines)) if part)
+
+
+def _styles(records: Sequence[Record], lines: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker by line, the same in all figures that have the same lines."""
+    names = dict.fromkeys(_series(record, lines) for record in records)
     return {name: (COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]) for place, name in enumerate(names)}
 
 
-def _legend(
-    rows: Sequence[Sequence[_Panel]], quantities: Sequence[_Quantity], styles: Mapping[str, tuple[str, str]]
-) -> list[Line2D]:
-    records = [record for row in rows for panel in row for record in panel.records]
-    drawn = {record.implementation for record in records}
+def _legend(rows: Sequence[_Row], styles: Mapping[str, tuple[str, str]], lines: Sequence[str]) -> list[Line2D]:
+    records = [record for row in rows for panel in row.panels for record in panel.records]
+    drawn = {_series(record, lines) for record in records}
     handles = [
         Line2D([], [], color=colour, marker=marker, label=name)
         for name, (colour, marker) in styles.items()
         if name in drawn
     ]
-    handles += [Line2D([], [], color="0.35", ls=each.line, label=each.name) for each in quantities if each.name]
+    handles += [Line2D([], [], color="0.35", ls=each.line, label=each.name) for each in rows[0].quantities if each.name]
     if any(record.status == "wrong" for record in records):
         handles.append(Line2D([], [], color="0.35", ls="", marker="o", mfc="none", label="found wrong"))
     return handles

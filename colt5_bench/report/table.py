@@ -44,12 +44,12 @@ def summary(records: Sequence[Record], reference: str, console: Console) -> None
     if not records:
         console.print("nothing was measured")
         return
-    groups = _by_case(records)
+    groups, metrics = _by_case(records), _metric_columns(records)
     if any(record.timings for record in records):
-        _print(_table(records, groups, _time_columns(records, reference)), console)
+        _print(_table(records, groups, [*_time_columns(records, reference), *metrics]), console)
     else:
         shown = sorted(groups, key=_severity_of_group, reverse=True)[:MOST_CASES]
-        _print(_table(records, shown, _divergence_columns()), console)
+        _print(_table(records, shown, [*_divergence_columns(records), *metrics]), console)
         if len(shown) < len(groups):
             console.print(f"the {len(shown)} of {len(groups)} cases that are farthest from fp64", highlight=False)
     _print_endings(records, console)
@@ -148,19 +148,30 @@ def _time_columns(records: Sequence[Record], reference: str) -> list[Column]:
     ]
 
 
-def _divergence_columns() -> list[Column]:
+def _divergence_columns(records: Iterable[Record]) -> list[Column]:
     def of_gradient(figure: Callable[[Divergence], str]) -> Callable[[Record], str]:
         return lambda record: figure(divergence) if (divergence := worst_gradient(record)) else NOTHING
 
-    return [
-        ("status", lambda record: _status(record.status)),
+    gradients: list[Column] = [
         ("gradient:\nlargest", of_gradient(_error)),
         ("\nrelative", of_gradient(lambda divergence: f"{divergence.relative:.1e}")),
         ("\nabove 1e-3", of_gradient(lambda divergence: f"{_short(100 * divergence.fraction_above)}%")),
         ("\nkinks", of_gradient(lambda divergence: str(divergence.kinks))),
         ("largest\nat kink", of_gradient(lambda divergence: f"{divergence.largest_at_kink:.1e}")),
+    ]
+    return [
+        ("status", lambda record: _status(record.status)),
+        *(gradients if any(worst_gradient(record) for record in records) else []),
         ("output:\nlargest", lambda record: _error(record.accuracy.get("output"))),
     ]
+
+
+def _metric_columns(records: Iterable[Record]) -> list[Column]:
+    def of_metric(name: str) -> Callable[[Record], str]:
+        return lambda record: _short(record.metrics[name]) if name in record.metrics else NOTHING
+
+    names = dict.fromkeys(name for record in records for name in record.metrics)
+    return [(name.replace("_", "\n"), of_metric(name)) for name in names]
 
 
 def _status(status: str) -> str:

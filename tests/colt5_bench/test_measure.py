@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from colt5_bench import measure as measuring
-from colt5_bench.case import DIRECTIONS, FORWARD, FORWARD_BACKWARD
+from colt5_bench.case import DIRECTIONS, FORWARD, FORWARD_BACKWARD, Truth
 from colt5_bench.measure import Conditions, measure
 from colt5_bench.results import Timing
+from colt5_bench.suite import Operation
 from tests.colt5_bench import toy
 
 CASE = toy.ToyCase(2, 8)
@@ -120,6 +123,61 @@ def test_a_lower_bound_has_no_limit(conditions, timed):
     assert records["less"].status == "ok"
     assert records["less"].limit_seconds is records["less"].minimum_bytes is None
     assert records["good"].limit_seconds > 0
+
+
+class TestAnotherOperation:
+    @staticmethod
+    def suite(**more):
+        def truth(case, problem, direction):
+            answer = toy.truth(case, problem, direction)
+            return Truth(1.25 * answer.output, {name: 1.25 * gradient for name, gradient in answer.gradients.items()})
+
+        operation = Operation(problem=toy.problem, truth=truth, plain=lambda case: toy.wrong)
+        implementations = {
+            function.__name__: toy.Implementation(
+                function.__name__, lambda case, function=function: function, operation=replace(operation, **more)
+            )
+            for function in (toy.wrong, toy.raising)
+        }
+        return toy.suite(implementations={**toy.suite(toy.good).implementations, **implementations})
+
+    def test_is_judged_by_its_own_truth_and_timed_beside_the_suites(self, conditions, timed):
+        records = run(self.suite(), conditions)
+        assert {name: record.status for name, record in records.items()} == {
+            "reference": "ok",
+            "good": "ok",
+            "wrong": "ok",
+            "raising": "error",
+        }
+        assert timed == ["reference", "good", "wrong"]
+
+    def test_has_not_the_cost_of_the_suites(self, conditions, timed):
+        records = run(self.suite(), conditions)
+        assert records["wrong"].limit_seconds is records["wrong"].minimum_bytes is None
+        assert records["good"].limit_seconds > 0
+
+    def test_without_a_truth_fails_alone(self, conditions, timed):
+        def truth(case, problem, direction):
+            raise MemoryError("too large")
+
+        records = run(self.suite(truth=truth), conditions)
+        assert records["wrong"].reason == "fp64 truth: MemoryError: too large"
+        assert records["good"].status == "ok"
+
+    def test_of_the_suite_is_what_an_implementation_computes_otherwise(self, conditions, timed):
+        assert run(toy.suite(toy.wrong), conditions)["wrong"].status == "wrong"
+
+
+def test_metrics_are_recorded_whatever_the_verdict(conditions, timed):
+    def metrics(case, problem):
+        return {"largest": problem.inputs["scores"].max().item(), "n": case.n}
+
+    counted = toy.Implementation("counted", lambda case: toy.wrong, metrics=metrics)
+    records = run(toy.suite(implementations={**toy.suite().implementations, "counted": counted}), conditions)
+    largest = toy.problem(CASE, CPU).inputs["scores"].max().item()
+    assert records["counted"].status == "wrong"
+    assert records["counted"].metrics == {"largest": largest, "n": 8}
+    assert records["reference"].metrics == {}
 
 
 def test_the_oracle_is_not_asked_when_everything_is_skipped(conditions, timed):

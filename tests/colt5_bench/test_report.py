@@ -4,6 +4,7 @@ from math import inf, nan
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from colt5_bench.report import label, plots, varying_fields, worst, worst_gradient
@@ -123,6 +124,22 @@ class TestTable:
         text = printed([diverging("ours", 3e-5)])
         assert line_of("ours", text) == ["ok", "3.0e-05", "2.0e-04", "12.5%", "7", "7.5e-01", "5.0e-07"]
 
+    def test_divergence_without_gradients_has_no_columns_for_them(self):
+        made = diverging("ours", 3e-5)
+        del made.accuracy["scores"]
+        text = printed([made])
+        assert line_of("ours", text) == ["ok", "5.0e-07"]
+        assert "gradient" not in text
+
+    @pytest.mark.parametrize("make", [timed, diverging])
+    def test_metrics_are_columns_after_the_others(self, make):
+        ours, other = make("ours", 3e-5), make("other", 3e-5)
+        ours.metrics = {"routing_gradient": 0.0, "saturated": 640.0}
+        text = printed([ours, other])
+        assert line_of("ours", text)[-2:] == ["0", "640"]
+        assert line_of("other", text)[-2:] == ["-", "-"]
+        assert text.index("routing") < text.index("saturated")
+
     def test_of_many_cases_of_divergence_the_worst_are_shown(self):
         records = [diverging("ours", 1e-6 * n, n=n) for n in range(1, 2 * MOST_CASES)]
         text = printed([*records, diverging("ours", nan, n=1000)])
@@ -230,6 +247,12 @@ class TestPlots:
         assert written.count("eps=0.03 eps_decay=0.7") == 2
         assert "the largest of all n." in written
 
+    def test_divergence_is_along_another_field_where_some_have_no_iterations(self, tmp_path):
+        records = [diverging("ours", 1e-6, n=n, n_iters=n_iters) for n in (512, 4096) for n_iters in (20, None)]
+        written = texts(write_plots(records, tmp_path)[1])
+        assert "4k" in written
+        assert "the largest of all n_iters." in written
+
     def test_each_dtype_has_a_divergence_of_its_own(self, tmp_path):
         records = [diverging("ours", 1e-3, n=n, dtype=dtype) for n in (512, 1024) for dtype in ("float32", "bfloat16")]
         assert names(write_plots(records, tmp_path))[::2] == ["divergence-float32.png", "divergence-bfloat16.png"]
@@ -252,6 +275,42 @@ class TestPlots:
         written = texts(write_plots(records, tmp_path)[1])
         assert len(re.findall(r"\bforward\b", written)) == panels
         assert ("eps" in written) is (panels > 1)
+
+    @pytest.mark.parametrize(
+        ("values", "scale"),
+        [
+            ((1.0, 2.0, 99.0), "linear"),
+            ((0.0, 0.0, 0.0), "linear"),
+            ((0.0, 1e-3, 10.0), "symlog"),
+            ((nan, 1.0), "linear"),
+        ],
+    )
+    def test_a_metric_is_drawn_down_to_nothing(self, values, scale):
+        ax = Figure().subplots()
+        plots._scale_metric(ax, values)
+        assert ax.get_yscale() == scale
+
+    def test_metrics_have_a_row_each_and_lines_by_field(self, tmp_path):
+        records = [
+            record(n=n, eps=eps, solver=solver, direction=direction)
+            for n in (512, 1024)
+            for eps in (0.1, 0.03)
+            for solver in ("exact", "descent")
+            for direction in (FORWARD, BOTH)
+        ]
+        for made in records:
+            made.metrics = {"saturated_entries": 3.0, "agreement": 0.5}
+        paths = write_plots(records, tmp_path, lines=["solver"])
+        assert names(paths) == ["metrics.png", "metrics.svg"]
+        written = texts(paths[1])
+        assert written.count("eps=0.1") == written.count("eps=0.03") == 2
+        assert written.count("saturated entries") == written.count("agreement") == 1
+        assert written.count("ours solver=exact") == written.count("ours solver=descent") == 1
+
+    def test_names_along_the_axis_are_drawn_each_in_its_place(self, tmp_path):
+        records = [record(times={"wall": 1e-3}, n=name, eps=eps) for name in ("block", "vit") for eps in (0.1, 0.03)]
+        written = texts(write_plots(records, tmp_path)[1])
+        assert written.count("block") == written.count("vit") == 2
 
     def test_one_record_is_enough(self, tmp_path):
         assert len(write_plots([timed("ours", 1)], tmp_path)) == 6

@@ -19,6 +19,7 @@ def record():
         timings={"cold": Timing("cold", [3e-3, 1e-3, 2e-3], "confident", 0.01, sm_clock_mhz=1980.0)},
         peak_bytes=10,
         accuracy={"output": Divergence(1e-6, 1e-7, 0.0, kinks=3, budget=2e-6)},
+        metrics={"saturated": 3.0},
         kernels=[{"name": "forward", "registers": 32}],
     )
 
@@ -91,4 +92,5 @@ def test_frame_has_fields_and_figures_as_columns(record):
     assert row["n"] == 8
     assert row["cold_ms"] == 2.0
     assert row["output_error"] == 1e-6
+    assert row["saturated"] == 3.0
     assert row["status"] == "ok"

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 from reference._arguments import (
     FLOAT_DTYPES,
+    check_counts,
     check_k,
     check_schedule,
     check_scores,
+    check_tokens,
     epsilon_schedule,
     first_temperature,
     require,
@@ -144,3 +146,36 @@ def test_one_temperature_an_iteration_and_one_for_the_output(n_iters, eps, eps_i
     assert min(temperatures) >= eps
     for warmer, cooler in itertools.pairwise(temperatures):
         assert cooler == max(warmer * eps_decay, eps)
+
+
+def test_counts():
+    check_counts(heads=1, dim=512)
+    with pytest.raises(ValueError, match="dim must be >= 1, got 0"):
+        check_counts(heads=1, dim=0)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 5), (0, 3, 5), (2, 0, 5)], ids=str)
+def test_tokens(dtype, shape):
+    check_tokens(torch.zeros(shape, dtype=dtype), 5)
+    check_tokens(torch.zeros(shape, dtype=dtype), 5, torch.ones(shape[:2], dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "message"),
+    [
+        (torch.zeros(2, 3, 5).long(), None, "context must be a tensor of a float dtype, got torch.int64"),
+        (torch.zeros(3, 5), None, r"context must be of shape \(b, n, 5\), got shape \(3, 5\)"),
+        (torch.zeros(2, 3, 4), None, r"context must be of shape \(b, n, 5\), got shape \(2, 3, 4\)"),
+        (SCORES, torch.ones(2, 3), "context_mask must be a tensor of dtype torch.bool, got torch.float32"),
+        (
+            SCORES,
+            torch.ones(3).bool(),
+            r"context_mask must be of shape \(2, 3\), one entry a token of context, got shape \(3,\)",
+        ),
+        (SCORES, torch.ones(2, 3, device="meta").bool(), "context_mask must be on cpu as context is, got on meta"),
+    ],
+)
+def test_wrong_tokens(x, mask, message):
+    with pytest.raises(ValueError, match=message):
+        check_tokens(x, 5, mask, "context", "context_mask")

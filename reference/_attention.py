@@ -1,0 +1,212 @@
+"""The attentions that the routed layers are made of: windowed for all tokens, dense for those that are routed."""
+
+from math import ceil
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange, repeat
+from torch import Tensor, nn
+
+from reference._arguments import require
+
+
+class RMSNorm(nn.Module):
+    """Tokens `... d` divided by their root mean square, times a learned gain (Zhang and Sennrich, 1910.07467)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = dim**0.5
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In fp16 a norm can overflow, and the least norm to divide by, 1e-12, is 0.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.normalize(wide, dim=-1).to(x.dtype) * self.scale * self.gamma
+
+
+class RotaryEmbedding(nn.Module):
+    """Angles `n d` of rotary position embedding (Su et al., 2104.09864), in fp32 at least."""
+
+    inv_freq: Tensor
+
+    def __init__(self, dim: int, theta: float = 10000) -> None:
+        super().__init__()
+        require(dim % 2 == 0, "heavy_dim_head", dim, "even for a rotary embedding")
+        self.dim = dim
+        self.theta = theta
+        self.register_buffer("inv_freq", self._frequencies(torch.get_default_dtype()))
+
+    def _frequencies(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        return self.theta ** -(torch.arange(0, self.dim, 2, device=device, dtype=dtype) / self.dim)
+
+    def forward(self, seq_len: int) -> Tensor:
+        # A module in half precision has its buffer rounded, by which later positions would be off by several turns.
+        dtype = torch.promote_types(self.inv_freq.dtype, torch.float32)
+        frequencies = self._frequencies(dtype, self.inv_freq.device)
+        positions = torch.arange(seq_len, device=frequencies.device, dtype=dtype)
+        angles = positions[:, None] * frequencies
+        return torch.cat((angles, angles), dim=-1)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """x `... d` rotated in the planes of dimensions i and i + d / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()).to(x.dtype)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, use_flash: bool) -> Tensor:
+    """Softmax attention of queries `b h i d` to keys and values `b h j d`; mask broadcasts to `b h i j`.
+
+    With `use_flash` it is PyTorch's scaled_dot_product_attention, which picks the fastest kernel that the device has
+    for it. A query that may attend to nothing gives 0.
+    """
+    nothing = None
+    if mask is not None:
+        nothing = ~mask.any(dim=-1, keepdim=True)
+        mask = mask | nothing
+    if use_flash:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    else:
+        similarity = einsum(query * query.shape[-1] ** -0.5, key, "b h i d, b h j d -> b h i j")
+        similarity = similarity if mask is None else similarity.masked_fill(~mask, -torch.inf)
+        out = einsum(similarity.softmax(dim=-1).to(value.dtype), value, "b h i j, b h j d -> b h i d")
+    return out if nothing is None else out.masked_fill(nothing, 0.0)
+
+
+class SelfAttention(nn.Module):
+    """Dense self-attention, by which the image layer's windows see themselves."""
+
+    def __init__(self, dim: int, dim_head: int = 64, heads: int = 8) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = RMSNorm(dim)
+        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to."""
+        query, key, value = rearrange(self.to_qkv(self.norm(x)), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
+        mask = None if mask is None else rearrange(mask, "b n -> b 1 1 n")
+        out = attend(query, key, value, mask, use_flash=True)
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+
+class WindowedAttention(nn.Module):
+    """The light branch: each token attends to those around it, in memory linear in the number of tokens.
+
+    Args:
+        window_size: if causal, the size of windows, and a token attends to what is before it in its window and to all
+            of the window before; else the radius: a token attends to those at most so far away.
+    """
+
+    def __init__(self, dim: int, window_size: int, dim_head: int = 64, heads: int = 8, causal: bool = False) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.heads = heads
+        self.causal = causal
+        self.norm = nn.LayerNorm(dim)
+        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to."""
+        batch, n, _ = x.shape
+        size = max(1, min(self.window_size, n))
+        windows = ceil(n / size)
+        qkv = F.pad(self.to_qkv(self.norm(x)), (0, 0, 0, windows * size - n))
+        query, key, value = rearrange(qkv, "b (w i) (qkv h d) -> qkv b w i h d", qkv=3, h=self.heads, i=size)
+        key, value = self._with_neighbours(key), self._with_neighbours(value)
+
+        # What padding there is at either end is masked as what is not there.
+        present = torch.ones(batch, n, dtype=torch.bool, device=x.device) if mask is None else mask
+        present = rearrange(F.pad(present, (0, windows * size - n)), "b (w j) -> b w j", j=size)
+        allowed = self._within_reach(size, x.device) & rearrange(self._with_neighbours(present), "b w j -> (b w) 1 1 j")
+
+        query, key, value = (rearrange(each, "b w i h d -> (b w) h i d") for each in (query, key, value))
+        out = attend(query, key, value, allowed, use_flash=True)
+        return self.to_out(rearrange(out, "(b w) h i d -> b (w i) (h d)", b=batch, w=windows)[:, :n])
+
+    def _with_neighbours(self, x: Tensor) -> Tensor:
+        """`b w j ...` with the windows before and, unless causal, after it in the dimension of j."""
+        after = 0 if self.causal else 1
+        padded = F.pad(x, (*(0, 0) * (x.dim() - 2), 1, after))
+        return torch.cat([padded[:, start : start + x.shape[1]] for start in range(2 + after)], dim=2)
+
+    def _within_reach(self, size: int, device: torch.device) -> Tensor:
+        """`i j`: which of the positions in its window and the neighbours a query may attend to."""
+        query = torch.arange(size, device=device)[:, None]
+        key = torch.arange(size * (2 if self.causal else 3), device=device) - size
+        return key <= query if self.causal else (key - query).abs() <= size
+
+
+class Rotations(NamedTuple):
+    """Angles of rotary position embedding, broadcastable to queries `b h i d` and keys `b r h j d`."""
+
+    query: Tensor
+    key: Tensor
+
+
+class Attention(nn.Module):
+    """The heavy branch: dense attention of routed queries to routed keys and values, and to a learned pair of these."""
+
+    def __init__(
+        self,
+        dim: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        multiply_keys_by_score: bool = False,
+        use_flash: bool = False,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.multiply_keys_by_score = multiply_keys_by_score
+        self.use_flash = use_flash
+        self.norm = RMSNorm(dim)
+        self.null_kv = nn.Parameter(torch.randn(2, heads, dim_head))
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def project(self, context: Tensor, routes: int) -> Tensor:
+        """Keys and values `b r j (h kv d)` of tokens `b r j d`, or of `b 1 j d` for all routes."""
+        weight = rearrange(self.to_kv.weight, "(r hd) d -> r d hd", r=routes)
+        return self.norm(context) @ weight
+
+    def forward(
+        self,
+        x: Tensor,
+        key_value: Tensor,
+        scores_kv: Tensor,
+        mask: Tensor | None = None,
+        scores_q: Tensor | None = None,
+        rotations: Rotations | None = None,
+    ) -> Tensor:
+        """Queries from tokens `b i d`, which attend in each route with its share of the heads.
+
+        Args:
+            key_value: `b r j (h kv d)`, as `project` makes them.
+            scores_kv: `b r j`, multiplied with values, and with keys if `multiply_keys_by_score`.
+            mask: `b r j`, False for keys that are not attended to.
+            scores_q: `b i`, multiplied with queries.
+        """
+        routes = key_value.shape[1]
+        query = rearrange(self.to_q(self.norm(x)), "b i (h d) -> b h i d", h=self.heads)
+        if scores_q is not None:
+            query = query * rearrange(scores_q, "b i -> b 1 i 1").to(query.dtype)
+
+        key, value = rearrange(key_value, "b r j (h kv d) -> kv b r h j d", kv=2, h=self.heads // routes)
+        scores_kv = rearrange(scores_kv, "b r j -> b r 1 j 1").to(value.dtype)
+        value = value * scores_kv
+        if self.multiply_keys_by_score:
+            key = key * scores_kv
+        if rotations is not None:
+            query, key = rotate(query, rotations.query), rotate(key, rotations.key)
+
+        null_key, null_value = repeat(self.null_kv, "kv h d -> kv b h 1 d", b=x.shape[0]).to(key.dtype)
+        key, value = (rearrange(each, "b r h j d -> b (r h) j d") for each in (key, value))
+        key, value = torch.cat((null_key, key), dim=-2), torch.cat((null_value, value), dim=-2)
+        if mask is not None:
+            mask = repeat(F.pad(mask, (1, 0), value=True), "b r j -> b (r h) 1 j", h=self.heads // routes)
+        out = attend(query, key, value, mask, use_flash=self.use_flash)
+        return self.to_out(rearrange(out, "b h i d -> b i (h d)"))

@@ -1,0 +1,27 @@
+"""The one seam between the plain layers and the kernels, which are imported by name and only when they are wanted."""
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+Operation = Callable[..., Tensor]
+
+
+def fused(name: str) -> Operation:
+    """The function of that name in `kernels`."""
+    operation: Operation = getattr(import_module(f"kernels.{name}"), name)
+    return operation
+
+
+def choose(name: str, plain: Operation, use_triton: bool | None) -> Operation:
+    """An operation as a function of `scores`: the kernel if `use_triton`; if it is None, for CUDA tensors alone."""
+    if use_triton is None and torch.cuda.is_available():
+        return partial(_by_device, fused(name), plain)
+    return fused(name) if use_triton else plain
+
+
+def _by_device(on_gpu: Operation, elsewhere: Operation, scores: Tensor, **options: object) -> Tensor:
+    return (on_gpu if scores.is_cuda else elsewhere)(scores, **options)

@@ -1,0 +1,206 @@
+"""The routed attention layer for autoregressive models."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+
+from reference._arguments import check_counts, check_tokens
+from reference._attention import RotaryEmbedding, Rotations, WindowedAttention
+from reference.attention import RoutedBranch, angles_at
+from reference.router import RouterReturn, Selection, gather_tokens
+
+
+class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
+    """Windowed causal attention for all tokens; and routed queries of each window attend densely to what is routed of
+    all windows before it.
+
+    By default the choice of the queries of a window looks at all its tokens, as published: a token that comes later may
+    take the place of an earlier one, whose output then changes. With `causal_query_routing` nothing after a token has a
+    say in whether it is routed: it is if its score is above the least of the `num_heavy_tokens_q` largest of the window
+    before, and if fewer than so many of its own window were routed before it. Its weight is that of its score among
+    those of the window before. A `route_block_size` of the routers is then for keys and values alone.
+
+    Args:
+        dim: size of a token.
+        num_heavy_tokens_q: how many tokens of a window are routed as queries.
+        num_heavy_tokens_kv: how many tokens before a window are routed as its keys and values.
+        light_dim_head, light_heads: of the windowed attention.
+        light_window_size: its windows: a token attends to its own, up to itself, and the one before.
+        heavy_window_size: windows of the routed attention; by default the same. If they are larger, some tokens are
+            in reach of neither.
+        heavy_dim_head, heavy_heads: of the routed attention.
+        rotary_emb: rotary position embedding in the routed attention.
+        causal_query_routing: whether a query is chosen by nothing that comes after it.
+        num_routed_kv, router_straight_through, router_kwargs, multiply_keys_by_score, multiply_queries_by_score,
+            use_triton, use_null_q_tokens, use_flash_attn: as in `RoutedBranch`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heavy_tokens_q: int,
+        num_heavy_tokens_kv: int,
+        num_routed_kv: int = 1,
+        light_dim_head: int = 64,
+        light_heads: int = 8,
+        light_window_size: int = 128,
+        heavy_window_size: int | None = None,
+        heavy_dim_head: int = 64,
+        heavy_heads: int = 8,
+        router_straight_through: bool = True,
+        router_kwargs: Mapping[str, Any] | None = None,
+        multiply_keys_by_score: bool = False,
+        multiply_queries_by_score: bool = False,
+        use_triton: bool | None = False,
+        use_null_q_tokens: bool = True,
+        use_flash_attn: bool = False,
+        rotary_emb: bool = False,
+        causal_query_routing: bool = False,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_routed_kv=num_routed_kv,
+            dim_head=heavy_dim_head,
+            heads=heavy_heads,
+            router_straight_through=router_straight_through,
+            router_kwargs=router_kwargs,
+            multiply_keys_by_score=multiply_keys_by_score,
+            multiply_queries_by_score=multiply_queries_by_score,
+            use_triton=use_triton,
+            use_null_q_tokens=use_null_q_tokens,
+            use_flash_attn=use_flash_attn,
+        )
+        self.num_heavy_tokens_q, self.num_heavy_tokens_kv = num_heavy_tokens_q, num_heavy_tokens_kv
+        self.heavy_window_size = light_window_size if heavy_window_size is None else heavy_window_size
+        check_counts(
+            num_heavy_tokens_q=num_heavy_tokens_q,
+            num_heavy_tokens_kv=num_heavy_tokens_kv,
+            light_window_size=light_window_size,
+            heavy_window_size=self.heavy_window_size,
+        )
+        self.causal_query_routing = causal_query_routing
+        self.light_attn = WindowedAttention(dim, light_window_size, light_dim_head, light_heads, causal=True)
+        self.rotary_emb = RotaryEmbedding(heavy_dim_head) if rotary_emb else None
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        num_heavy_tokens_q: int | None = None,
+        num_heavy_tokens_kv: int | None = None,
+        random_route: bool = False,
+        routing_tokens_q: Tensor | None = None,
+        routing_tokens_kv: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens `b n d` to `b n d`. Where there is nothing before a window, there is no heavy branch for it.
+
+        Args:
+            num_heavy_tokens_q, num_heavy_tokens_kv: instead of those of the layer.
+            random_route: select at random, as a control.
+            routing_tokens_q, routing_tokens_kv: `b d` and `b r d`, instead of those of the routers.
+
+        Raises:
+            ValueError: an argument is out of its range, or shapes do not match.
+        """
+        check_tokens(x, self.q_router.dim)
+        num_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
+        num_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
+        check_counts(num_heavy_tokens_q=num_q, num_heavy_tokens_kv=num_kv)
+        light = self.light_attn(x)
+        batch, n, _ = x.shape
+        size = self.heavy_window_size
+        if n <= size:
+            return light
+
+        padded = F.pad(x, (0, 0, 0, -n % size))
+        q = self._route_queries(padded, n, num_q, routing_tokens_q, random_route)
+        kv = self._route_windows(padded, num_kv, routing_tokens_kv, random_route)
+        rotations = None if self.rotary_emb is None else self._rotations(self.rotary_emb(padded.shape[1]), q, kv)
+        queries = rearrange(padded[:, size:], "b (w i) d -> (b w) i d", i=size)
+        heavy = self.attend_routed(queries, q, kv, rotations)
+        heavy = rearrange(heavy, "(b w) i d -> b (w i) d", b=batch, w=padded.shape[1] // size - 1)[:, : n - size]
+        return light + F.pad(heavy, (0, 0, size, 0))
+
+    def _route_queries(
+        self, padded: Tensor, n: int, num_tokens: int, routing_tokens: Tensor | None, random_route: bool
+    ) -> RouterReturn:
+        """Queries of each window but the first, of the first n tokens: rows of `(b w)`, indices within a window."""
+        size = self.heavy_window_size
+        if size <= num_tokens:
+            tokens = rearrange(padded[:, size:], "b (w i) d -> (b w) i d", i=size)
+            return RouterReturn(None, tokens.new_ones(tokens.shape[:2]), tokens, None)
+
+        scores = rearrange(self.q_router.score(padded, routing_tokens), "b 1 (w i) -> b w i", i=size)
+        starts = torch.arange(size, padded.shape[1], size, device=padded.device)[:, None]
+        exists = starts + torch.arange(size, device=padded.device) < n
+        if self.causal_query_routing:
+            selection = self._select_causally(scores[:, :-1], scores[:, 1:], exists, num_tokens, random_route)
+        else:
+            selection = self.q_router.select(scores[:, 1:], num_tokens, exists, random_route)
+        tokens = gather_tokens(padded, selection.indices + starts)
+        return RouterReturn(
+            selection.indices.flatten(0, 1),
+            selection.weights.to(padded.dtype).flatten(0, 1),
+            tokens.flatten(0, 1),
+            None,
+        )
+
+    def _select_causally(
+        self, before: Tensor, scores: Tensor, exists: Tensor, num_tokens: int, random_route: bool
+    ) -> Selection:
+        """From each window `b w i` of scores those above the least of the largest of the window before, in order."""
+        count = self.q_router.num_selected(num_tokens, scores.shape[-1])
+        ranks_before, ranks = before.detach(), scores.detach()
+        if random_route:
+            ranks_before, ranks = torch.rand_like(before), torch.rand_like(scores)
+        accepted = (ranks > ranks_before.topk(count, dim=-1).values[..., -1:]) & exists
+        accepted &= accepted.cumsum(dim=-1) <= count
+        # Accepted tokens first, in their order. The indices of all others are past the end: how many of these there are
+        # depends on what comes later.
+        order = accepted.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., :count]
+        chosen = accepted.gather(-1, order)
+        among = torch.cat((repeat(before, "b w j -> b w k j", k=count), scores.gather(-1, order).unsqueeze(-1)), dim=-1)
+        weights = self.q_router.weigh(self.q_router.relax(among, num_tokens)[..., -1])
+        return Selection(order.masked_fill(~chosen, scores.shape[-1]), weights.masked_fill(~chosen, 0.0), chosen)
+
+    def _route_windows(
+        self, padded: Tensor, num_tokens: int, routing_tokens: Tensor | None, random_route: bool
+    ) -> RouterReturn:
+        """Keys and values from the tokens before each window but the first: rows of `(b w)`, then routes.
+
+        Tokens are scored and projected once, and only what is selected of them is gathered for each window.
+        """
+        (batch, n, _), routes = padded.shape, self.kv_router.num_routing_tokens
+        starts = torch.arange(self.heavy_window_size, n, self.heavy_window_size, device=padded.device)
+        before = rearrange(torch.arange(n, device=padded.device) < starts[:, None], "w n -> w 1 n")
+        key_value = self.heavy_attn.project(rearrange(padded, "b n d -> b 1 n d"), routes)
+        if n <= num_tokens:
+            key_value = repeat(key_value, "b r n e -> (b w) r n e", w=len(starts))
+            mask = repeat(before, "w 1 n -> (b w) r n", b=batch, r=routes)
+            return RouterReturn(None, padded.new_ones(mask.shape), key_value, mask)
+
+        scores = repeat(self.kv_router.score(padded, routing_tokens), "b r n -> b w r n", w=len(starts))
+        selection = self.kv_router.select(scores, num_tokens, before, random_route)
+        batches = torch.arange(batch, device=padded.device)[:, None, None, None]
+        route = torch.arange(routes, device=padded.device)[:, None]
+        key_value = key_value[batches, route, selection.indices.clamp(max=n - 1)]
+        return RouterReturn(
+            selection.indices.flatten(0, 1),
+            selection.weights.to(padded.dtype).flatten(0, 1),
+            key_value.flatten(0, 1),
+            None if selection.mask is None else selection.mask.flatten(0, 1),
+        )
+
+    def _rotations(self, angles: Tensor, q: RouterReturn, kv: RouterReturn) -> Rotations:
+        """Angles `n d` at the positions in the sequence."""
+        size = self.heavy_window_size
+        windows = len(angles) // size - 1
+        positions = torch.arange(size, device=angles.device) if q.indices is None else q.indices
+        starts = torch.arange(1, windows + 1, device=angles.device) * size
+        starts = repeat(starts, "w -> (b w) 1", b=q.scores.shape[0] // windows)
+        return Rotations(angles_at(angles, positions + starts), angles_at(angles, kv.indices))

@@ -1,0 +1,93 @@
+"""The block of an encoder: routed attention, then a routed feed-forward layer, both with a residual."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from reference.attention import ConditionalRoutedAttention
+from reference.feedforward import ConditionalRoutedFeedForward
+
+
+class ConditionalRoutedTransformerBlock(nn.Module):
+    """`ConditionalRoutedAttention` and `ConditionalRoutedFeedForward`, whose arguments it takes."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heavy_attn_tokens_q: int,
+        num_heavy_attn_tokens_kv: int,
+        num_routed_kv: int = 1,
+        num_heavy_ff_tokens: int,
+        light_dim_head: int = 64,
+        light_heads: int = 8,
+        light_window_size: int = 128,
+        heavy_dim_head: int = 64,
+        heavy_heads: int = 8,
+        light_ff_mult: float = 0.5,
+        heavy_ff_mult: float = 4,
+        router_straight_through: bool = True,
+        router_kwargs: Mapping[str, Any] | None = None,
+        multiply_keys_by_score: bool = False,
+        multiply_queries_by_score: bool = False,
+        use_triton: bool | None = False,
+        use_null_q_tokens: bool = True,
+        use_flash_attn: bool = False,
+    ) -> None:
+        super().__init__()
+        self.conditional_ff = ConditionalRoutedFeedForward(
+            dim,
+            num_heavy_tokens=num_heavy_ff_tokens,
+            light_ff_mult=light_ff_mult,
+            heavy_ff_mult=heavy_ff_mult,
+            router_straight_through=router_straight_through,
+            router_kwargs=router_kwargs,
+            use_triton=use_triton,
+        )
+        self.conditional_attn = ConditionalRoutedAttention(
+            dim,
+            num_heavy_tokens_q=num_heavy_attn_tokens_q,
+            num_heavy_tokens_kv=num_heavy_attn_tokens_kv,
+            num_routed_kv=num_routed_kv,
+            light_dim_head=light_dim_head,
+            light_heads=light_heads,
+            light_window_size=light_window_size,
+            heavy_dim_head=heavy_dim_head,
+            heavy_heads=heavy_heads,
+            router_straight_through=router_straight_through,
+            router_kwargs=router_kwargs,
+            multiply_keys_by_score=multiply_keys_by_score,
+            multiply_queries_by_score=multiply_queries_by_score,
+            use_triton=use_triton,
+            use_null_q_tokens=use_null_q_tokens,
+            use_flash_attn=use_flash_attn,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        num_heavy_attn_tokens_q: int | None = None,
+        num_heavy_attn_tokens_kv: int | None = None,
+        num_heavy_ff_tokens: int | None = None,
+        attn_routing_tokens_q: Tensor | None = None,
+        attn_routing_tokens_kv: Tensor | None = None,
+        ff_routing_tokens: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens `b n d` to `b n d`; the other arguments are those of the two layers.
+
+        Raises:
+            ValueError: an argument is out of its range, or shapes do not match.
+        """
+        attended = self.conditional_attn(
+            x,
+            mask=mask,
+            num_heavy_tokens_q=num_heavy_attn_tokens_q,
+            num_heavy_tokens_kv=num_heavy_attn_tokens_kv,
+            routing_tokens_q=attn_routing_tokens_q,
+            routing_tokens_kv=attn_routing_tokens_kv,
+        )
+        x = attended + x
+        fed = self.conditional_ff(x, mask=mask, num_heavy_tokens=num_heavy_ff_tokens, routing_tokens=ff_routing_tokens)
+        return fed + x

@@ -1,0 +1,74 @@
+"""The routed feed-forward layer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reference._arguments import check_counts
+from reference._attention import RMSNorm
+from reference.router import CoordinateDescentRouter
+
+
+class ConditionalRoutedFeedForward(nn.Module):
+    """A narrow feed-forward layer for all tokens, and a wide one for those that are routed (2303.09752, 3.2).
+
+    Args:
+        dim: size of a token.
+        num_heavy_tokens: how many tokens are routed through the wide layer.
+        light_ff_mult, heavy_ff_mult: hidden size of either over dim.
+        router_straight_through: weights of routed tokens are 1 in value and keep their gradient.
+        router_kwargs: further arguments of `CoordinateDescentRouter`.
+        use_triton: as in `CoordinateDescentRouter`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heavy_tokens: int,
+        light_ff_mult: float = 0.5,
+        heavy_ff_mult: float = 4,
+        router_straight_through: bool = True,
+        router_kwargs: Mapping[str, Any] | None = None,
+        use_triton: bool | None = False,
+    ) -> None:
+        super().__init__()
+        check_counts(num_heavy_tokens=num_heavy_tokens)
+        self.num_heavy_tokens = num_heavy_tokens
+        options = {"straight_through": router_straight_through, "use_triton": use_triton, **(router_kwargs or {})}
+        self.router = CoordinateDescentRouter(dim, num_routing_tokens=1, **options)
+        self.light_ff = _feed_forward(dim, light_ff_mult)
+        self.heavy_ff = _feed_forward(dim, heavy_ff_mult)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        num_heavy_tokens: int | None = None,
+        routing_tokens: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens `b n d` to `b n d`.
+
+        Args:
+            mask: `b n`, False for tokens that are not routed.
+            num_heavy_tokens: instead of that of the layer.
+            routing_tokens: `b d`, instead of that of the router.
+
+        Raises:
+            ValueError: an argument is out of its range, or shapes do not match.
+        """
+        num_heavy_tokens = self.num_heavy_tokens if num_heavy_tokens is None else num_heavy_tokens
+        check_counts(num_heavy_tokens=num_heavy_tokens)
+        routed = self.router(x, num_tokens=num_heavy_tokens, mask=mask, routing_tokens=routing_tokens)
+        heavy = self.heavy_ff(routed.routed_tokens)
+        heavy = heavy * routed.scores.unsqueeze(-1).to(heavy.dtype)
+        if routed.indices is not None:
+            heavy = self.router.route_back(torch.zeros_like(x), heavy, routed.indices)
+        return self.light_ff(x) + heavy
+
+
+def _feed_forward(dim: int, mult: float) -> nn.Sequential:
+    hidden = int(dim * mult)
+    return nn.Sequential(RMSNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))

@@ -1,0 +1,127 @@
+"""The routed attention layer for the feature maps of images."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from reference._arguments import check_counts, require
+from reference._attention import SelfAttention
+from reference.attention import RoutedBranch
+
+
+class ConditionalRoutedImageAttention(RoutedBranch):
+    """Dense attention within square windows for all positions, and from routed to routed positions of the whole map.
+
+    Args:
+        dim: size of a position's features.
+        num_heavy_tokens_q, num_heavy_tokens_kv: how many positions are routed as queries, and as keys and values.
+        light_dim_head, light_heads: of the attention within windows.
+        light_window_size: height and width of a window. Windows at the lower and right edge may be smaller.
+        heavy_dim_head, heavy_heads: of the attention between routed positions.
+        channel_first: maps are `b d h w` instead of `b h w d`.
+        num_routed_kv, router_straight_through, router_kwargs, multiply_keys_by_score, multiply_queries_by_score,
+            use_triton, use_null_q_tokens, use_flash_attn: as in `RoutedBranch`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heavy_tokens_q: int,
+        num_heavy_tokens_kv: int,
+        num_routed_kv: int = 1,
+        light_dim_head: int = 64,
+        light_heads: int = 8,
+        light_window_size: int = 128,
+        heavy_dim_head: int = 64,
+        heavy_heads: int = 8,
+        router_straight_through: bool = True,
+        router_kwargs: Mapping[str, Any] | None = None,
+        multiply_keys_by_score: bool = False,
+        multiply_queries_by_score: bool = False,
+        use_triton: bool | None = False,
+        use_null_q_tokens: bool = True,
+        use_flash_attn: bool = False,
+        channel_first: bool = False,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_routed_kv=num_routed_kv,
+            dim_head=heavy_dim_head,
+            heads=heavy_heads,
+            router_straight_through=router_straight_through,
+            router_kwargs=router_kwargs,
+            multiply_keys_by_score=multiply_keys_by_score,
+            multiply_queries_by_score=multiply_queries_by_score,
+            use_triton=use_triton,
+            use_null_q_tokens=use_null_q_tokens,
+            use_flash_attn=use_flash_attn,
+        )
+        check_counts(
+            num_heavy_tokens_q=num_heavy_tokens_q,
+            num_heavy_tokens_kv=num_heavy_tokens_kv,
+            light_window_size=light_window_size,
+        )
+        self.num_heavy_tokens_q, self.num_heavy_tokens_kv = num_heavy_tokens_q, num_heavy_tokens_kv
+        self.light_window_size = light_window_size
+        self.channel_first = channel_first
+        self.light_attn = SelfAttention(dim, light_dim_head, light_heads)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        num_heavy_tokens_q: int | None = None,
+        num_heavy_tokens_kv: int | None = None,
+        mask: Tensor | None = None,
+        routing_tokens_q: Tensor | None = None,
+        routing_tokens_kv: Tensor | None = None,
+    ) -> Tensor:
+        """A feature map `b h w d`, or `b d h w` if channel_first, to one of that shape.
+
+        Args:
+            num_heavy_tokens_q, num_heavy_tokens_kv: instead of those of the layer.
+            mask: `b h w`, False for positions that nothing attends to and that are not routed.
+            routing_tokens_q, routing_tokens_kv: `b d` and `b r d`, instead of those of the routers.
+
+        Raises:
+            ValueError: an argument is out of its range, or shapes do not match.
+        """
+        dim = self.q_router.dim
+        fits = x.dim() == 4 and x.shape[1 if self.channel_first else 3] == dim
+        shape = f"(b, {dim}, h, w)" if self.channel_first else f"(b, h, w, {dim})"
+        require(fits, "x", f"shape {tuple(x.shape)}", f"a feature map of shape {shape}")
+        if self.channel_first:
+            x = rearrange(x, "b d h w -> b h w d")
+        tokens = rearrange(x, "b h w d -> b (h w) d")
+        if mask is not None:
+            expected, actual = tuple(x.shape[:3]), tuple(mask.shape)
+            require(actual == expected, "mask", f"shape {actual}", f"of shape {expected}, one entry a position")
+        token_mask = None if mask is None else rearrange(mask, "b h w -> b (h w)")
+        num_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
+        num_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
+        check_counts(num_heavy_tokens_q=num_q, num_heavy_tokens_kv=num_kv)
+        q = self.q_router(tokens, num_tokens=num_q, mask=token_mask, routing_tokens=routing_tokens_q)
+        kv = self.route_context(tokens, num_kv, token_mask, routing_tokens_kv)
+        out = self._within_windows(x, mask) + self.attend_routed(tokens, q, kv).reshape(x.shape)
+        return rearrange(out, "b h w d -> b d h w") if self.channel_first else out
+
+    def _within_windows(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The light branch of a map `b h w d`, padded to whole windows."""
+        batch, height, width, _ = x.shape
+        p, q = (max(1, min(self.light_window_size, each)) for each in (height, width))
+        down, right = -height % p, -width % q
+        if down or right:
+            mask = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device) if mask is None else mask
+            x, mask = F.pad(x, (0, 0, 0, right, 0, down)), F.pad(mask, (0, right, 0, down))
+        windows = rearrange(x, "b (h p) (w q) d -> (b h w) (p q) d", p=p, q=q)
+        if mask is not None:
+            mask = rearrange(mask, "b (h p) (w q) -> (b h w) (p q)", p=p, q=q)
+        out = self.light_attn(windows, mask)
+        rows, columns = (height + down) // p, (width + right) // q
+        out = rearrange(out, "(b h w) (p q) d -> b (h p) (w q) d", b=batch, h=rows, w=columns, p=p)
+        return out[:, :height, :width]

@@ -1,0 +1,255 @@
+"""The router: which tokens go through a heavy branch, by a relaxed top-k of their product with a routing token."""
+
+from functools import partial
+from math import ceil
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from reference._arguments import check_counts, check_tokens, require
+from reference._operations import choose, fused
+from reference.coor_descent import coor_descent
+from reference.soft_topk import soft_topk
+
+
+class Selection(NamedTuple):
+    """What a router selects from rows `... n`, each `... k`, the largest score first."""
+
+    indices: Tensor
+    """int64. Past the end of the row where a block that fills up the row has nothing more to select."""
+
+    weights: Tensor
+    """The relaxed selection, 1 in value if it is passed straight through; 0 for what should not have been selected."""
+
+    mask: Tensor | None
+    """False where a row has nothing more to select; None where that cannot be."""
+
+
+class RouterReturn(NamedTuple):
+    """What is routed, each with a dimension of routes after the batch if there are several.
+
+    indices: `b (r) k`, None where all tokens are routed because there are no more of them; scores: `b (r) k`, what to
+    multiply the result of the heavy branch with; routed_tokens: `b (r) k d`; routed_mask: `b (r) k`, False for tokens
+    that are routed only because there are too few others, None where there are none of these.
+    """
+
+    indices: Tensor | None
+    scores: Tensor
+    routed_tokens: Tensor
+    routed_mask: Tensor | None
+
+
+class CoordinateDescentRouter(nn.Module):
+    """Routes the tokens with the largest scores, with a gradient for the scores of all (CoLT5, 2303.09752, 3.1).
+
+    A token's score is its product with a routing token. Selection is by score; the weight of what is selected comes
+    from coordinate descent over all scores, and is 1 in value if `straight_through`.
+
+    Args:
+        dim: size of a token.
+        straight_through: weights are 1 in value and keep their gradient.
+        n_iters, eps, eps_decay, eps_init: of coordinate descent; `reference.coor_descent` explains them.
+        fetch_k_ratio: at least 1; see `normalize_to`.
+        num_routing_tokens: routes; each has a routing token of its own and selects for itself.
+        learned_routing_tokens: the routing tokens are passed to `forward`; the router has none.
+        use_triton: True: kernels, which have a CPU path too; False: plain PyTorch; None: kernels for CUDA tensors.
+        cosine_sim_routing, cosine_sim_scale: score by the cosine instead of the product, times this.
+        route_block_size: select from blocks of so many tokens, from each as many. The last block may be shorter.
+        triton_checkpoint_segments: with `use_triton`, compute coordinate descent with the kernel that saves
+            intermediates in so many segments. It is there for comparison: the other one saves a number an iteration.
+        solver: `coor_descent`, or `exact`: what it converges to at temperature eps. After too few iterations all that
+            is selected may be at 1, where it has no gradient.
+        normalize_to: what the relaxed selection sums to. `fetched`: to fetch_k_ratio times the number of tokens that
+            are selected. `selected`: to the number asked for, while fetch_k_ratio times as many are selected and carry
+            weight, as in the paper. With the exact solver some of these are then below 1, whatever the scores.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        straight_through: bool = True,
+        n_iters: int = 20,
+        fetch_k_ratio: float = 9 / 8,
+        eps: float = 0.03,
+        eps_decay: float = 0.7,
+        eps_init: float = 4.0,
+        num_routing_tokens: int = 1,
+        learned_routing_tokens: bool = False,
+        use_triton: bool | None = False,
+        cosine_sim_routing: bool = False,
+        cosine_sim_scale: float = 8,
+        route_block_size: int | None = None,
+        triton_checkpoint_segments: int | None = None,
+        solver: Literal["coor_descent", "exact"] = "coor_descent",
+        normalize_to: Literal["fetched", "selected"] = "fetched",
+    ) -> None:
+        super().__init__()
+        require(fetch_k_ratio >= 1, "fetch_k_ratio", fetch_k_ratio, ">= 1")
+        check_counts(num_routing_tokens=num_routing_tokens)
+        require(route_block_size is None or route_block_size >= 1, "route_block_size", route_block_size, "None or >= 1")
+        require(solver in ("coor_descent", "exact"), "solver", solver, "coor_descent or exact")
+        require(normalize_to in ("fetched", "selected"), "normalize_to", normalize_to, "fetched or selected")
+        self.dim = dim
+        self.straight_through = straight_through
+        self.n_iters, self.eps, self.eps_decay, self.eps_init = n_iters, eps, eps_decay, eps_init
+        self.fetch_k_ratio = fetch_k_ratio
+        self.num_routing_tokens = num_routing_tokens
+        self.cosine_sim_routing, self.cosine_sim_scale = cosine_sim_routing, cosine_sim_scale
+        self.route_block_size = route_block_size
+        self.use_triton = use_triton
+        self.solver = solver
+        self.normalize_to = normalize_to
+
+        self._descent = choose("coor_descent", coor_descent, use_triton)
+        if use_triton and triton_checkpoint_segments is not None:
+            self._descent = partial(fused("segmented_coor_descent"), checkpoint_segments=triton_checkpoint_segments)
+        self._exact = choose("soft_topk", soft_topk, use_triton)
+        self.routing_token = None if learned_routing_tokens else nn.Parameter(torch.randn(num_routing_tokens, dim))
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_routing_tokens={self.num_routing_tokens}, solver={self.solver!r}, n_iters={self.n_iters}, "
+            f"eps={self.eps:g}, normalize_to={self.normalize_to!r}, route_block_size={self.route_block_size}, "
+            f"use_triton={self.use_triton}"
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        num_tokens: int,
+        mask: Tensor | None = None,
+        random_route: bool = False,
+        routing_tokens: Tensor | None = None,
+        keep_one_route_dim: bool = False,
+    ) -> RouterReturn:
+        """Route tokens `b n d`.
+
+        Args:
+            num_tokens: how many; with blocks, rounded up to a multiple of their number. All, if there are no more.
+            mask: `b n`, False for tokens that take part in nothing.
+            random_route: select at random, as a control.
+            routing_tokens: `b d` or `b r d`, instead of the router's own.
+            keep_one_route_dim: results have a dimension of routes even if there is one.
+
+        Raises:
+            ValueError: shapes do not match, or there is no routing token.
+        """
+        check_tokens(x, self.dim, mask)
+        check_counts(num_tokens=num_tokens)
+        routes = self.num_routing_tokens
+        if x.shape[1] <= num_tokens:
+            routed_mask = None if mask is None else repeat(mask, "b n -> b r n", r=routes)
+            scores = x.new_ones(x.shape[0], routes, x.shape[1])
+            routed = RouterReturn(None, scores, repeat(x, "b n d -> b r n d", r=routes), routed_mask)
+        else:
+            per_route = None if mask is None else rearrange(mask, "b n -> b 1 n")
+            selection = self.select(self.score(x, routing_tokens), num_tokens, per_route, random_route)
+            tokens = gather_tokens(x, selection.indices)
+            routed = RouterReturn(selection.indices, selection.weights.to(x.dtype), tokens, selection.mask)
+        if keep_one_route_dim or routes > 1:
+            return routed
+        indices, scores, tokens, routed_mask = routed
+        return RouterReturn(
+            None if indices is None else indices.squeeze(1),
+            scores.squeeze(1),
+            tokens.squeeze(1),
+            None if routed_mask is None else routed_mask.squeeze(1),
+        )
+
+    def score(self, x: Tensor, routing_tokens: Tensor | None = None) -> Tensor:
+        """Scores `b r n` of tokens `b n d`, in fp32 at least: rounded to half precision, too many would be equal."""
+        if routing_tokens is None:
+            if self.routing_token is None:
+                raise ValueError("routing_tokens must be a tensor where learned_routing_tokens is set, got None")
+            routing_tokens = rearrange(self.routing_token, "r d -> 1 r d")
+        elif routing_tokens.dim() == 2:
+            routing_tokens = rearrange(routing_tokens, "b d -> b 1 d")
+        shape = tuple(routing_tokens.shape)
+        fits = shape[0] in (1, x.shape[0]) and shape[1:] == (self.num_routing_tokens, x.shape[-1])
+        allowed = f"of shape ({x.shape[0]}, {self.num_routing_tokens}, {x.shape[-1]})"
+        require(fits, "routing_tokens", f"shape {shape}", allowed)
+
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x, routing_tokens = x.to(wide), routing_tokens.to(wide)
+        with torch.autocast(x.device.type, enabled=False):
+            if not self.cosine_sim_routing:
+                return routing_tokens @ x.mT
+            return F.normalize(routing_tokens, dim=-1) @ F.normalize(x, dim=-1).mT * self.cosine_sim_scale
+
+    def select(
+        self, scores: Tensor, num_tokens: int, mask: Tensor | None = None, random_route: bool = False
+    ) -> Selection:
+        """Select from rows `... n` of scores, in blocks if there are any; mask broadcasts to `... n`."""
+        n, size = scores.shape[-1], self.route_block_size
+        if size is None or n <= size:
+            return self._select(scores, num_tokens, mask, random_route)
+        blocks, missing = ceil(n / size), -n % size
+        if missing:
+            mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand(scores.shape)
+            scores, mask = F.pad(scores, (0, missing)), F.pad(mask, (0, missing))
+        if mask is not None:
+            mask = rearrange(mask, "... (m w) -> ... m w", w=size)
+        scores = rearrange(scores, "... (m w) -> ... m w", w=size)
+        indices, weights, mask = self._select(scores, ceil(num_tokens / blocks), mask, random_route)
+        indices = indices + torch.arange(blocks, device=scores.device)[:, None] * size
+        return Selection(indices.flatten(-2), weights.flatten(-2), None if mask is None else mask.flatten(-2))
+
+    def _select(self, scores: Tensor, num_tokens: int, mask: Tensor | None, random_route: bool) -> Selection:
+        weights = self.relax(scores, num_tokens, mask)
+        # By score, not by weight: of saturated weights, which are all 1, any are the largest.
+        candidates = torch.rand_like(scores) if random_route else scores.detach()
+        candidates = candidates if mask is None else candidates.masked_fill(~mask, -torch.inf)
+        indices = candidates.topk(self.num_selected(num_tokens, scores.shape[-1]), dim=-1).indices
+        weights = self.weigh(weights.gather(-1, indices))
+        if mask is None:
+            return Selection(indices, weights, None)
+        mask = mask.expand(scores.shape).gather(-1, indices)
+        return Selection(indices, weights.masked_fill(~mask, 0.0), mask)
+
+    def num_selected(self, num_tokens: int, n: int) -> int:
+        """How many of n are selected where `num_tokens` are asked for."""
+        return min(num_tokens if self.normalize_to == "fetched" else ceil(num_tokens * self.fetch_k_ratio), n)
+
+    def relax(self, scores: Tensor, num_tokens: int, mask: Tensor | None = None) -> Tensor:
+        """The relaxed selection of `num_tokens` from rows `... n`."""
+        fetched = num_tokens * (self.fetch_k_ratio if self.normalize_to == "fetched" else 1.0)
+        k = min(fetched, scores.shape[-1])
+        with torch.autocast(scores.device.type, enabled=False):
+            if self.solver == "exact":
+                return self._exact(scores, k=k, eps=self.eps, mask=mask)
+            return self._descent(
+                scores,
+                n_iters=self.n_iters,
+                k=k,
+                eps=self.eps,
+                eps_init=self.eps_init,
+                eps_decay=self.eps_decay,
+                mask=mask,
+            )
+
+    def weigh(self, weights: Tensor) -> Tensor:
+        """1 with the gradient of the relaxed selection, if it is passed straight through."""
+        return weights + (1.0 - weights).detach() if self.straight_through else weights
+
+    def route_back(self, src: Tensor, routed_tokens: Tensor, indices: Tensor) -> Tensor:
+        """src `b n d` with routed tokens `b k d` in their places `b k`; those past the end have none."""
+        n = src.shape[1]
+        places = repeat(indices.clamp(max=n), "b k -> b k d", d=src.shape[-1])
+        # Those without a place end in a row of their own.
+        return F.pad(src, (0, 0, 0, 1)).scatter_(1, places, routed_tokens.to(src.dtype))[:, :n]
+
+
+def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
+    """Tokens `b ... k d` of x `b n d` at indices `b ... k`; of an index past the end, the last token.
+
+    By indexing and not by `torch.gather`, whose gradient is as large as x for each of `...`.
+    """
+    batch = torch.arange(x.shape[0], device=x.device).view(-1, *(1,) * (indices.dim() - 1))
+    return x[batch, indices.clamp(max=x.shape[1] - 1)]

@@ -1,0 +1,151 @@
+"""A vision transformer of routed layers, after Simple ViT (Beyer et al., 2205.01580)."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from einops import rearrange
+from einops.layers.torch import Rearrange, Reduce
+from torch import Tensor, nn
+
+from reference._arguments import require
+from reference.feedforward import ConditionalRoutedFeedForward
+from reference.image import ConditionalRoutedImageAttention
+
+
+class ConditionalRoutedViT(nn.Module):
+    """Classifies images with `ConditionalRoutedImageAttention` and `ConditionalRoutedFeedForward` over patches.
+
+    Args:
+        image_size, patch_size: height and width, one number for both or a pair. Patches divide an image.
+        num_classes: logits.
+        dim: size of a patch's features, a multiple of 4.
+        depth: pairs of layers.
+        channels: of images.
+        default_coor_descent_eps: temperature of the routers, if `router_kwargs` have none.
+        attn_*, ff_*, router_*, flash_attn: arguments of the two layers.
+
+    Raises:
+        ValueError: patches do not divide images, or dim is no multiple of 4.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        patch_size: int | tuple[int, int],
+        num_classes: int,
+        dim: int,
+        depth: int,
+        attn_num_heavy_tokens_q: int,
+        attn_num_heavy_tokens_kv: int,
+        attn_heavy_dim_head: int,
+        attn_heavy_heads: int,
+        attn_light_dim_head: int,
+        attn_light_heads: int,
+        attn_light_window_size: int,
+        ff_num_heavy_tokens: int,
+        ff_heavy_mult: float,
+        ff_light_mult: float,
+        channels: int = 3,
+        router_straight_through: bool = True,
+        router_kwargs: Mapping[str, Any] | None = None,
+        router_use_triton: bool | None = False,
+        flash_attn: bool = True,
+        attn_num_routed_kv: int = 1,
+        default_coor_descent_eps: float = 1.0,
+    ) -> None:
+        super().__init__()
+        height, width = _pair(image_size)
+        patch_height, patch_width = _pair(patch_size)
+        divides = height % patch_height == 0 and width % patch_width == 0
+        require(divides, "patch_size", patch_size, f"a divisor of image_size = {image_size}")
+        require(dim % 4 == 0, "dim", dim, "a multiple of 4")
+
+        self.channels, self.patch_size = channels, (patch_height, patch_width)
+        patch_dim = channels * patch_height * patch_width
+        self.to_patch_embedding = nn.Sequential(
+            Rearrange("b c (h p) (w q) -> b h w (p q c)", p=patch_height, q=patch_width),
+            nn.LayerNorm(patch_dim),
+            nn.Linear(patch_dim, dim),
+            nn.LayerNorm(dim),
+        )
+        options: dict[str, Any] = {
+            "router_straight_through": router_straight_through,
+            "router_kwargs": {"eps": default_coor_descent_eps, **(router_kwargs or {})},
+            "use_triton": router_use_triton,
+        }
+        self.transformer = _Transformer(
+            nn.ModuleList(
+                [
+                    ConditionalRoutedImageAttention(
+                        dim,
+                        num_heavy_tokens_q=attn_num_heavy_tokens_q,
+                        num_heavy_tokens_kv=attn_num_heavy_tokens_kv,
+                        num_routed_kv=attn_num_routed_kv,
+                        light_dim_head=attn_light_dim_head,
+                        light_heads=attn_light_heads,
+                        light_window_size=attn_light_window_size,
+                        heavy_dim_head=attn_heavy_dim_head,
+                        heavy_heads=attn_heavy_heads,
+                        use_flash_attn=flash_attn,
+                        **options,
+                    ),
+                    ConditionalRoutedFeedForward(
+                        dim,
+                        num_heavy_tokens=ff_num_heavy_tokens,
+                        light_ff_mult=ff_light_mult,
+                        heavy_ff_mult=ff_heavy_mult,
+                        **options,
+                    ),
+                ]
+            )
+            for _ in range(depth)
+        )
+        self.linear_head = nn.Sequential(
+            Reduce("b h w c -> b c", "mean"), nn.LayerNorm(dim), nn.Linear(dim, num_classes)
+        )
+
+    def forward(self, img: Tensor) -> Tensor:
+        """Images `b c h w` to logits `b num_classes`.
+
+        Raises:
+            ValueError: images have not these channels, or patches do not divide them.
+        """
+        height, width = self.patch_size
+        fits = img.dim() == 4 and img.shape[1] == self.channels
+        fits = fits and img.shape[2] % height == 0 and img.shape[3] % width == 0
+        allowed = f"of shape (b, {self.channels}, h, w) with h a multiple of {height} and w of {width}"
+        require(fits, "img", f"shape {tuple(img.shape)}", allowed)
+        x = self.to_patch_embedding(img)
+        return self.linear_head(self.transformer(x + _position_embedding(x)))
+
+
+class _Transformer(nn.Module):
+    """Pairs of an attention and a feed-forward layer, each with a residual."""
+
+    def __init__(self, layers: Iterable[nn.ModuleList]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Patches `b h w d`."""
+        for layer in self.layers.children():
+            attention, feed_forward = layer.children()
+            x = attention(x) + x
+            tokens = rearrange(x, "b h w d -> b (h w) d")
+            x = x + feed_forward(tokens).view_as(x)
+        return x
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def _position_embedding(x: Tensor, temperature: float = 10000) -> Tensor:
+    """Sines and cosines of the row and the column of patches `b h w d`: `h w d`."""
+    _, height, width, dim = x.shape
+    wavelengths = temperature ** -(torch.arange(dim // 4, device=x.device) / max(dim // 4 - 1, 1))
+    rows = (torch.arange(height, device=x.device)[:, None] * wavelengths)[:, None].expand(-1, width, -1)
+    columns = (torch.arange(width, device=x.device)[:, None] * wavelengths)[None].expand(height, -1, -1)
+    return torch.cat((columns.sin(), columns.cos(), rows.sin(), rows.cos()), dim=-1).to(x.dtype)

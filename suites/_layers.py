@@ -1,0 +1,170 @@
+"""What the suites of layers share: a layer as a function of its inputs and parameters, its fp64 answer and its cost.
+
+Parameters are inputs of a problem like tokens are, under their names in the module: so implementations that have the
+same ones get the same, and the gradient of each is asked for, compared with fp64 and timed. Masks are all True: every
+implementation does the work of having one.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from math import prod
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+import reference
+from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
+from colt5_bench.suite import Implementation
+from suites import _descent
+from suites._dense import Attend
+
+SCORE_STD = 0.25
+"""Standard deviation of the scores of normally distributed tokens. Wide enough to select by and so narrow that fewer
+entries than are selected saturate at 1: a package that ranks what has saturated selects the same tokens then."""
+
+TRAINING_PRODUCTS = 3
+"""Matrix products of forward+backward over those of forward: each has a gradient for either factor."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer and the shapes of what it is called with."""
+
+    make: Callable[[ModuleType, bool], nn.Module]
+    """From a package that has the system's classes and whether to use Triton to the module."""
+
+    inputs: Mapping[str, tuple[int, ...]]
+    """Shapes of the tensors that it is called with, by the names of its arguments."""
+
+    output: tuple[int, ...]
+    masks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    dtype: str = "float32"
+
+    dense: Callable[[Attend], nn.Module] | None = None
+    """From a function that attends to the layer in whose place this one stands, if there is such a layer."""
+
+    dense_pairs: int = 0
+    """Pairs of query and key that this has to look at."""
+
+    colt5_raises: str | None = None
+    """Why colt5-attention 0.11.2 cannot be compared with."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class LayerCase(Case):
+    """A case that is about a layer; a subclass says which."""
+
+    @property
+    def layer(self) -> Layer:
+        raise NotImplementedError
+
+
+def as_function(module: nn.Module) -> Callable[..., Tensor]:
+    """The module as a function of the tensors that it is called with and, by their names, of its parameters."""
+    names = [name for name, _ in module.named_parameters()]
+
+    def function(**tensors: Tensor) -> Tensor:
+        parameters = {name: tensors.pop(name) for name in names}
+        return functional_call(module, parameters, kwargs=tensors)
+
+    return function
+
+
+def without_memory(make: Callable[[], nn.Module]) -> nn.Module:
+    """A module whose parameters are given with each call."""
+    with torch.device("meta"):
+        return make()
+
+
+def seeded_problem(case: LayerCase, layer: Layer, make: Callable[[], nn.Module], device: torch.device) -> Problem:
+    """Normally distributed inputs, and parameters as the module initialises them, but for those that make scores.
+
+    The gradient of the output is scaled so that those of the parameters are about 1, however many tokens there are.
+    """
+    generator = case.generator()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed())
+        module = make()
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    for name, parameter in parameters.items():
+        if name.endswith("routing_token"):
+            parameter *= SCORE_STD / parameter.shape[-1] ** 0.5
+    inputs = {name: torch.randn(shape, generator=generator) for name, shape in layer.inputs.items()}
+    upstream = torch.randn(layer.output, generator=generator) / prod(layer.output[:-1]) ** 0.5
+
+    differentiable = {**inputs, **parameters}
+    masks = {name: torch.ones(shape, dtype=torch.bool, device=device) for name, shape in layer.masks.items()}
+    return Problem(
+        {**{name: tensor.to(device, layer.torch_dtype) for name, tensor in differentiable.items()}, **masks},
+        upstream.to(device, layer.torch_dtype),
+        tuple(differentiable),
+    )
+
+
+def truth_of(function: Callable[..., Tensor], problem: Problem, direction: str) -> Truth:
+    """What a function gives in fp64 on the inputs of a problem, and the gradients by autograd."""
+    wanted = () if direction == FORWARD else problem.differentiable
+    inputs = {
+        name: tensor.detach().double().requires_grad_(name in wanted) if tensor.is_floating_point() else tensor
+        for name, tensor in problem.inputs.items()
+    }
+    with torch.set_grad_enabled(bool(wanted)):
+        output = function(**inputs)
+    if not wanted:
+        return Truth(output)
+    gradients = torch.autograd.grad(output, [inputs[name] for name in wanted], problem.upstream.double())
+    return Truth(output.detach(), dict(zip(wanted, gradients, strict=True)))
+
+
+def ours(case: LayerCase, *, use_triton: bool) -> Callable[..., Tensor]:
+    return as_function(without_memory(lambda: case.layer.make(reference, use_triton)))
+
+
+def plain(case: LayerCase) -> Callable[..., Tensor]:
+    return ours(case, use_triton=False)
+
+
+def problem(case: LayerCase, device: torch.device) -> Problem:
+    return seeded_problem(case, case.layer, lambda: case.layer.make(reference, False), device)
+
+
+def truth(case: LayerCase, problem: Problem, direction: str) -> Truth:
+    return truth_of(plain(case), problem, direction)
+
+
+@cache
+def _sizes(case: LayerCase) -> tuple[int, int, int]:
+    """Elements of the inputs that have a gradient, bytes of the masks, and forward matrix products in flops."""
+    layer = case.layer
+    with FakeTensorMode(), torch.no_grad():
+        module = layer.make(reference, True)
+        inputs = {name: torch.empty(shape) for name, shape in layer.inputs.items()}
+        masks = {name: torch.empty(shape, dtype=torch.bool) for name, shape in layer.masks.items()}
+        elements = sum(tensor.numel() for tensor in (*inputs.values(), *module.parameters()))
+        with FlopCounterMode(display=False) as counter:
+            module(**inputs, **masks)
+    return elements, sum(mask.numel() for mask in masks.values()), counter.get_total_flops()
+
+
+def cost(case: LayerCase, direction: str) -> Cost:
+    """Inputs and parameters read and the output written; then these and the upstream gradient again, and a gradient
+    written for each. Products are those of plain PyTorch; that of the windowed branch includes keys out of reach."""
+    elements, masks, flops = _sizes(case)
+    size, output = case.layer.torch_dtype.itemsize, prod(case.layer.output)
+    forward = size * (elements + output) + masks
+    if direction == FORWARD:
+        return Cost(bytes=forward, flops=flops)
+    return Cost(bytes=2 * forward + size * elements, flops=TRAINING_PRODUCTS * flops)
+
+
+REFERENCE = Implementation[LayerCase]("reference", plain)
+OURS = Implementation[LayerCase]("ours", lambda case: ours(case, use_triton=True), bound=_descent.lenient)

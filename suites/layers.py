@@ -1,0 +1,296 @@
+"""Every layer of the system: at the sizes of its document's examples, and at those of the models of the CoLT5 paper.
+
+Beside them are the dense layers in whose place they stand, as wide as the heavy branch. These compute something else,
+with weights of their own, and each is judged by its own fp64 answer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import NamedTuple
+
+import torch
+
+from colt5_bench.replay import replay
+from colt5_bench.suite import Suite
+from suites._dense import DenseAttention, DenseBlock, DenseFeedForward, OverMap
+from suites._descent import both_directions, implementations
+from suites._layers import OURS, REFERENCE, Layer, LayerCase, cost, plain, problem, truth
+from suites.peers import COLT5_LAYER_PLAIN, COLT5_LAYER_TRITON, DENSE, DENSE_FLASH
+
+
+class Encoder(NamedTuple):
+    """The layers of an encoder: sizes, and how many tokens are routed."""
+
+    batch: int
+    n: int
+    dim: int
+    light_ff: int
+    heavy_ff: int
+    light_heads: int
+    heavy_heads: int
+    window: int
+    """Twice the radius of the light attention."""
+
+    routed: int
+    """Tokens routed through the heavy feed-forward layer, and as queries."""
+
+    routed_kv: int
+
+
+def of_paper(n: int, dim: int, light_ff: int, heavy_ff: int, light_heads: int, heavy_heads: int) -> Encoder:
+    """2303.09752, section 3 and appendix: m = q = n / 16 and v = n / 8 tokens are routed, the radius is 127."""
+    return Encoder(1, n, dim, light_ff, heavy_ff, light_heads, heavy_heads, 254, n // 16, n // 8)
+
+
+def of_document(batch: int, n: int, dim: int) -> Encoder:
+    """1024 of 32768 tokens are routed there."""
+    return Encoder(batch, n, dim, dim // 2, 4 * dim, 8, 8, 128, n // 32, n // 32)
+
+
+PAPER_SIZES = {
+    "base": (768, 1024, 8096, 4, 8),
+    "large": (1024, 1408, 11264, 4, 12),
+    "xl": (2048, 2560, 20480, 8, 24),
+}
+"""dim, light and heavy feed-forward, light and heavy heads of 64."""
+
+ENCODERS = {
+    "tiny": of_document(1, 128, 64),
+    "document-2k": of_document(2, 2048, 512),
+    "document": of_document(2, 32768, 512),
+    **{f"{size}-{n // 1024}k": of_paper(n, *sizes) for (size, sizes), n in product(PAPER_SIZES.items(), (4096, 16384))},
+}
+
+
+class Example(NamedTuple):
+    """What the document's other examples are of, and by how much they are smaller here."""
+
+    context: int
+    autoregressive: int
+    side: int
+    """Of the feature map."""
+
+    vit_dim: int
+    vit_depth: int
+
+
+EXAMPLES = {
+    "tiny": Example(512, 256, 16, 32, 1),
+    "document-2k": Example(65536, 1024, 64, 256, 6),
+    "document": Example(1_048_576, 8192, 256, 1024, 6),
+}
+
+
+def feed_forward(model: str) -> Layer:
+    size = ENCODERS[model]
+    shape = (size.batch, size.n, size.dim)
+    return Layer(
+        lambda package, use_triton: package.ConditionalRoutedFeedForward(
+            size.dim,
+            num_heavy_tokens=size.routed,
+            light_ff_mult=size.light_ff / size.dim,
+            heavy_ff_mult=size.heavy_ff / size.dim,
+            use_triton=use_triton,
+        ),
+        inputs={"x": shape},
+        output=shape,
+        masks={"mask": shape[:2]},
+        dense=lambda attend: DenseFeedForward(size.dim, size.heavy_ff),
+    )
+
+
+def attention(model: str) -> Layer:
+    size = ENCODERS[model]
+    shape = (size.batch, size.n, size.dim)
+    return Layer(
+        lambda package, use_triton: package.ConditionalRoutedAttention(
+            size.dim,
+            num_heavy_tokens_q=size.routed,
+            num_heavy_tokens_kv=size.routed_kv,
+            light_heads=size.light_heads,
+            light_window_size=size.window,
+            heavy_heads=size.heavy_heads,
+            use_triton=use_triton,
+        ),
+        inputs={"x": shape},
+        output=shape,
+        masks={"mask": shape[:2]},
+        dense=lambda attend: DenseAttention(attend, size.dim, size.heavy_heads),
+        dense_pairs=size.batch * size.n**2,
+    )
+
+
+def block(model: str) -> Layer:
+    size = ENCODERS[model]
+    shape = (size.batch, size.n, size.dim)
+    return Layer(
+        lambda package, use_triton: package.ConditionalRoutedTransformerBlock(
+            size.dim,
+            num_heavy_attn_tokens_q=size.routed,
+            num_heavy_attn_tokens_kv=size.routed_kv,
+            num_heavy_ff_tokens=size.routed,
+            light_heads=size.light_heads,
+            light_window_size=size.window,
+            heavy_heads=size.heavy_heads,
+            light_ff_mult=size.light_ff / size.dim,
+            heavy_ff_mult=size.heavy_ff / size.dim,
+            use_triton=use_triton,
+        ),
+        inputs={"x": shape},
+        output=shape,
+        masks={"mask": shape[:2]},
+        dense=lambda attend: DenseBlock(
+            DenseAttention(attend, size.dim, size.heavy_heads), DenseFeedForward(size.dim, size.heavy_ff)
+        ),
+        dense_pairs=size.batch * size.n**2,
+    )
+
+
+def cross_attention(model: str) -> Layer:
+    """A sequence of 1024 tokens attends to 1024 tokens of a million."""
+    dim, context = ENCODERS[model].dim, EXAMPLES[model].context
+    n = min(1024, context // 4)
+    return Layer(
+        lambda package, use_triton: package.ConditionalRoutedCrossAttention(
+            dim, num_tokens_q=n // 2, num_tokens_kv=n, kv_routing_tokens=2, use_triton=use_triton
+        ),
+        inputs={"x": (1, n, dim), "context": (1, context, dim)},
+        output=(1, n, dim),
+        masks={"mask": (1, n), "context_mask": (1, context)},
+        dense=lambda attend: DenseAttention(attend, dim, heads=8),
+        dense_pairs=n * context,
+        colt5_raises="its cross attention raises NameError",
+    )
+
+
+def autoregressive(model: str) -> Layer:
+    dim, n = ENCODERS[model].dim, EXAMPLES[model].autoregressive
+    shape = (2, n, dim)
+    return Layer(
+        lambda package, use_triton: package.ConditionalRoutedAutoregressiveAttention(
+            dim,
+            num_heavy_tokens_q=32,
+            num_heavy_tokens_kv=n // 8,
+            num_routed_kv=2,
+            use_triton=use_triton,
+            use_flash_attn=True,
+        ),
+        inputs={"x": shape},
+        output=shape,
+        dense=lambda attend: DenseAttention(attend, dim, heads=8, causal=True),
+        dense_pairs=2 * n**2,
+        colt5_raises="with two sets of keys, it gives each sequence of a batch the tokens of the first",
+    )
+
+
+def image(model: str) -> Layer:
+    """1024 of 65536 positions are routed."""
+    dim, side = 32, EXAMPLES[model].side
+    shape = (1, dim, side, side)
+    return Layer(
+        lambda package, use_triton: package.ConditionalRoutedImageAttention(
+            dim,
+            num_heavy_tokens_q=side**2 // 64,
+            num_heavy_tokens_kv=side**2 // 64,
+            light_window_size=side // 8,
+            channel_first=True,
+            use_triton=use_triton,
+        ),
+        inputs={"x": shape},
+        output=shape,
+        dense=lambda attend: OverMap(DenseAttention(attend, dim, heads=8)),
+        dense_pairs=side**4,
+        colt5_raises="its image attention raises for this map",
+    )
+
+
+def vit(model: str) -> Layer:
+    """Images of 8 by 8 patches of 32 pixels."""
+    dim = EXAMPLES[model].vit_dim
+    return Layer(
+        lambda package, use_triton: package.ConditionalRoutedViT(
+            image_size=256,
+            patch_size=32,
+            num_classes=1000,
+            dim=dim,
+            depth=EXAMPLES[model].vit_depth,
+            attn_num_heavy_tokens_q=16,
+            attn_num_heavy_tokens_kv=16,
+            attn_heavy_dim_head=64,
+            attn_heavy_heads=8,
+            attn_light_dim_head=32,
+            attn_light_heads=4,
+            attn_light_window_size=4,
+            ff_num_heavy_tokens=16,
+            ff_heavy_mult=4,
+            ff_light_mult=2,
+            router_use_triton=use_triton,
+        ),
+        inputs={"img": (1, 3, 256, 256)},
+        output=(1, 1000),
+        colt5_raises="its ViT raises",
+    )
+
+
+LAYERS: dict[str, Callable[[str], Layer]] = {
+    "feed_forward": feed_forward,
+    "attention": attention,
+    "block": block,
+    "cross_attention": cross_attention,
+    "autoregressive": autoregressive,
+    "image": image,
+    "vit": vit,
+}
+
+OF_AN_ENCODER = ("feed_forward", "attention", "block")
+
+
+@dataclass(frozen=True)
+class ModelLayerCase(LayerCase):
+    """A layer of a model."""
+
+    kind: str
+    """Of LAYERS."""
+
+    model: str
+    """Of ENCODERS."""
+
+    dtype: str = "float32"
+
+    @property
+    def layer(self) -> Layer:
+        return replace(LAYERS[self.kind](self.model), dtype=self.dtype)
+
+
+def cases(preset: str, device: torch.device) -> list[ModelLayerCase]:
+    if preset == "smoke":
+        return [ModelLayerCase(kind, "tiny") for kind in LAYERS]
+    on_gpu = device.type == "cuda"
+    example = "document" if on_gpu else "document-2k"
+    models = [model for model in ENCODERS if model.startswith(tuple(PAPER_SIZES))] if on_gpu else []
+    dtypes = ["float32"]
+    if preset == "full":
+        models = models or ["base-4k"]
+        dtypes = ["float32", "bfloat16"] if on_gpu else dtypes
+    of_models = [*product(LAYERS, [example]), *product(OF_AN_ENCODER, models)]
+    return [ModelLayerCase(kind, model, dtype) for dtype, (kind, model) in product(dtypes, of_models)]
+
+
+SUITE = Suite(
+    name="layers",
+    description="every layer at the sizes of the document and of CoLT5 Base, Large and XL, beside dense ones",
+    cases=cases,
+    directions=both_directions,
+    implementations=implementations(REFERENCE, OURS, DENSE, DENSE_FLASH, COLT5_LAYER_PLAIN, COLT5_LAYER_TRITON),
+    reference="reference",
+    problem=problem,
+    truth=truth,
+    plain=plain,
+    cost=cost,
+    x_axis="kind",
+)
+
+
+def test_layers(record, benchmark):
+    replay(record, benchmark)

@@ -1,0 +1,190 @@
+"""The router, cross attention and self-attention by length, to rows of 1,048,576 tokens: routed whole, or in blocks.
+
+Metrics of the router: `lost`, the share of the tokens with the k largest scores that it does not select, as routing in
+blocks does where one block has more of them than another. Tokens here are independent of their position: those of a
+text, whose important parts lie together, lose more.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import reference
+from colt5_bench.case import Problem
+from colt5_bench.replay import replay
+from colt5_bench.suite import Suite
+from suites._dense import DenseAttention
+from suites._descent import both_directions, implementations
+from suites._layers import OURS, REFERENCE, Layer, LayerCase, cost, plain, problem, truth
+from suites.peers import COLT5_LAYER_PLAIN, COLT5_LAYER_TRITON, DENSE, DENSE_FLASH
+
+BLOCK = 131_072
+"""The document's `route_block_size`, the longest row that the published kernel takes."""
+
+MOST_ROUTED = 1024
+"""Tokens that are routed, of a million too; of few tokens a quarter."""
+
+
+class RoutedTokens(nn.Module):
+    """A router alone: the tokens that it routes, in the order of their positions, times their weights.
+
+    In the order of selection those of equal weight could change places.
+    """
+
+    def __init__(self, router: nn.Module, num_tokens: int) -> None:
+        super().__init__()
+        self.router = router
+        self.num_tokens = num_tokens
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens `b n d` to `b k d`."""
+        routed = self.router(x, num_tokens=self.num_tokens, mask=mask)
+        order = routed.indices.argsort(dim=-1).unsqueeze(-1)
+        weighted = routed.routed_tokens * routed.scores.unsqueeze(-1)
+        return weighted.gather(1, order.expand_as(weighted))
+
+
+@dataclass(frozen=True)
+class LengthCase(LayerCase):
+    """A layer for one sequence, or for a context, of n tokens."""
+
+    kind: str
+    n: int
+    k: int
+    """Tokens that are routed, as queries and as keys and values."""
+
+    route_block_size: int | None
+    dim: int
+
+    @property
+    def layer(self) -> Layer:
+        layer = {"router": _router, "cross_attention": _cross_attention, "self_attention": _self_attention}[self.kind](
+            self
+        )
+        if self.route_block_size is None:
+            return layer
+        return replace(layer, colt5_raises=layer.colt5_raises or "its route_block_size raises IndexError")
+
+
+def _router(case: LengthCase) -> Layer:
+    """Without its straight-through weights, so that the output shows what they are."""
+    options: dict[str, Any] = {"route_block_size": case.route_block_size, "straight_through": False}
+    return Layer(
+        lambda package, use_triton: RoutedTokens(
+            package.CoordinateDescentRouter(case.dim, use_triton=use_triton, **options), case.k
+        ),
+        inputs={"x": (1, case.n, case.dim)},
+        output=(1, case.k, case.dim),
+        masks={"mask": (1, case.n)},
+    )
+
+
+def _cross_attention(case: LengthCase) -> Layer:
+    """k tokens attend to a context of n, of which half of them and k of the context are routed."""
+    shape = (1, case.k, case.dim)
+    return Layer(
+        lambda package, use_triton: package.ConditionalRoutedCrossAttention(
+            case.dim,
+            num_tokens_q=case.k // 2,
+            num_tokens_kv=case.k,
+            kv_routing_tokens=2,
+            route_block_size=case.route_block_size,
+            use_triton=use_triton,
+        ),
+        inputs={"x": shape, "context": (1, case.n, case.dim)},
+        output=shape,
+        masks={"mask": shape[:2], "context_mask": (1, case.n)},
+        dense=lambda attend: DenseAttention(attend, case.dim, heads=8),
+        dense_pairs=case.k * case.n,
+        colt5_raises="its cross attention raises NameError",
+    )
+
+
+def _self_attention(case: LengthCase) -> Layer:
+    """Half as many light heads as heavy ones, as in CoLT5 Base."""
+    shape = (1, case.n, case.dim)
+    return Layer(
+        lambda package, use_triton: package.ConditionalRoutedAttention(
+            case.dim,
+            num_heavy_tokens_q=case.k,
+            num_heavy_tokens_kv=case.k,
+            light_heads=4,
+            heavy_heads=8,
+            router_kwargs={"route_block_size": case.route_block_size},
+            use_triton=use_triton,
+        ),
+        inputs={"x": shape},
+        output=shape,
+        masks={"mask": shape[:2]},
+        dense=lambda attend: DenseAttention(attend, case.dim, heads=8),
+        dense_pairs=case.n**2,
+    )
+
+
+def cases(preset: str, device: torch.device) -> list[LengthCase]:
+    """Without a GPU tokens are small, and blocks are a fraction of a million tokens only for the router."""
+
+    def at(kind: str, n: int, block: int | None, dim: int) -> LengthCase:
+        return LengthCase(kind, n, min(MOST_ROUTED, n // 4), block, dim)
+
+    kinds = ("router", "cross_attention", "self_attention")
+    if preset == "smoke":
+        return [*(at(kind, 512, None, 32) for kind in kinds), at("router", 512, 128, 32)]
+    on_gpu = device.type == "cuda"
+    dim, longest = (512, 2**20) if on_gpu else (64, 2**14)
+    step = 1 if preset == "full" else 2
+    made = []
+    for kind in kinds:
+        most = 2**20 if kind == "router" else longest
+        lengths = [2**power for power in range(10, 21, step) if 2**power <= most]
+        made += [at(kind, n, block, dim) for n in lengths for block in (None, BLOCK) if block is None or block < n]
+    return made
+
+
+def lost(use_triton: bool) -> Callable[[LayerCase, Problem], dict[str, float]]:
+    """By the router of the reference with or without kernels."""
+
+    def metrics(case: LayerCase, problem: Problem) -> dict[str, float]:
+        assert isinstance(case, LengthCase)
+        if case.kind != "router":
+            return {}
+        router = case.layer.make(reference, use_triton).router
+        assert isinstance(router, reference.CoordinateDescentRouter)
+        token = {"routing_token": problem.inputs["router.routing_token"].detach()}
+        x = problem.inputs["x"]
+        with torch.no_grad():
+            routed = functional_call(router, token, args=(x,), kwargs={"num_tokens": case.k})
+            best = (x @ token["routing_token"].mT).squeeze(-1).topk(case.k).indices
+        return {"lost": 1 - torch.isin(best, routed.indices).double().mean().item()}
+
+    return metrics
+
+
+SUITE = Suite(
+    name="sequence_length",
+    description="router, cross attention and self-attention to 1,048,576 tokens, routed whole or in blocks",
+    cases=cases,
+    directions=both_directions,
+    implementations=implementations(
+        replace(REFERENCE, metrics=lost(use_triton=False)),
+        replace(OURS, metrics=lost(use_triton=True)),
+        DENSE,
+        DENSE_FLASH,
+        COLT5_LAYER_PLAIN,
+        COLT5_LAYER_TRITON,
+    ),
+    reference="reference",
+    problem=problem,
+    truth=truth,
+    plain=plain,
+    cost=cost,
+    lines=("route_block_size",),
+)
+
+
+def test_sequence_length(record, benchmark):
+    replay(record, benchmark)

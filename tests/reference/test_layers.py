@@ -1,0 +1,98 @@
+"""What holds of all layers alike: half precision, compilation, copies."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+SHAPES = {
+    "ConditionalRoutedFeedForward": (2, 60, 16),
+    "ConditionalRoutedAttention": (2, 60, 16),
+    "ConditionalRoutedCrossAttention": (2, 60, 16),
+    "ConditionalRoutedAutoregressiveAttention": (2, 60, 16),
+    "ConditionalRoutedImageAttention": (2, 7, 11, 16),
+    "ConditionalRoutedTransformerBlock": (2, 60, 16),
+    "ConditionalRoutedViT": (2, 3, 32, 32),
+}
+SINGLE = [name for name in SHAPES if name not in ("ConditionalRoutedTransformerBlock", "ConditionalRoutedViT")]
+"""Where all routers see the input itself, so that half precision changes no selection."""
+
+
+def inputs_for(name, dtype=torch.float32):
+    x = torch.randn(SHAPES[name]).to(dtype)
+    return (x, torch.randn(2, 70, 16).to(dtype)) if "Cross" in name else (x,)
+
+
+def distance(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_autocast(build, name, dtype, flash):
+    option = {"ConditionalRoutedFeedForward": {}, "ConditionalRoutedViT": {"flash_attn": flash}}
+    layer = build(name, **option.get(name, {"use_flash_attn": flash}))
+    inputs = inputs_for(name)
+    expected = layer(*inputs)
+    with torch.autocast("cpu", dtype=dtype):
+        out = layer(*inputs)
+    if name in SINGLE:
+        # A few roundings to half precision one after the other.
+        assert distance(out, expected) < 4 * torch.finfo(dtype).eps
+    out.float().square().mean().backward()
+    assert out.isfinite().all()
+    for key, parameter in layer.named_parameters():
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.isfinite().all(), key
+        assert parameter.grad.any(), key
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_modules_in_half_precision(build, name, dtype):
+    layer = build(name).to(dtype)
+    inputs = inputs_for(name, dtype)
+    inputs[0][:, :2] = 0
+    out = layer(*inputs)
+    assert out.dtype == dtype
+    if name in SINGLE:
+        expected = copy.deepcopy(layer).float()(*(each.float() for each in inputs))
+        assert distance(out, expected) < 8 * torch.finfo(dtype).eps
+    out.float().square().mean().backward()
+    assert out.isfinite().all()
+    for key, parameter in layer.named_parameters():
+        assert parameter.grad.isfinite().all(), key
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ConditionalRoutedCrossAttention", {"kv_routing_tokens": 2, "route_block_size": 32, "use_triton": True}),
+        ("ConditionalRoutedAutoregressiveAttention", {"causal_query_routing": True, "rotary_emb": True}),
+        ("ConditionalRoutedImageAttention", {}),
+        ("ConditionalRoutedTransformerBlock", {"num_routed_kv": 2}),
+    ],
+)
+def test_compiles_in_one_graph(build, name, options):
+    layer = build(name, router_kwargs={"n_iters": 2}, **options)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x, *rest = inputs_for(name)
+    gradients = []
+    for each in (layer, compiled):
+        entry = x.clone().requires_grad_()
+        out = each(entry, *rest)
+        gradients.append((out.detach(), *torch.autograd.grad(out.square().mean(), (entry, *layer.parameters()))))
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_triton", [False, True, None])
+@pytest.mark.parametrize("name", SHAPES)
+def test_copies(build, name, use_triton):
+    option = {"router_use_triton" if name == "ConditionalRoutedViT" else "use_triton": use_triton}
+    layer = build(name, **option)
+    inputs = inputs_for(name)
+    for duplicate in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(duplicate(*inputs), layer(*inputs))
