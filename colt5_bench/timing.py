@@ -4,7 +4,7 @@
   host launches, so that the GPU never waits for the host, and the L2 cache holds nothing of the call's data.
 - `graph`: the same for the replay of a CUDA graph that the call was captured into.
 - `wall`: host time. Of a call on a CPU that is all of it; of a call on a GPU it is what the host needs to launch it,
-  when it has just done so before.
+  among others of its kind.
 """
 
 import random
@@ -33,6 +33,10 @@ WARM_UP_CALLS = 2
 
 FEWEST_SAMPLES = 3
 """Of a call that takes longer than all samples together should."""
+
+CALLS_IN_A_ROW, ROW_SECONDS = 10, 0.003
+"""Most calls, and about the longest that they take, for a sample of host time on a GPU: its queue of launches must not
+fill up, for then the host waits."""
 
 SPIN_MARGIN, SPIN_EXTRA, LONGEST_SPIN = 1.5, 20e-6, 0.05
 """A spin lasts this many times the host time of the call and these seconds more, and at most so many seconds."""
@@ -213,25 +217,30 @@ def _rounds(
 
 
 class _HostRound:
-    """Time until a call returns; on a GPU that was idle when it began, and of the second of two calls: the first one
-    finds the caches of the CPU full of what was called before it, which is not what a program does in a loop."""
+    """Time until a call returns. On a GPU, of one among several calls in a row, begun when the GPU was idle: a call on
+    its own would pay for the caches of the CPU that others filled, and for waking PyTorch's thread of the backward
+    pass, which a loop does not."""
 
     def __init__(self, calls: Mapping[str, Call], before: Mapping[str, Call], device: torch.device) -> None:
         self._calls, self._before, self._device = calls, before, device
+        self._in_a_row = dict.fromkeys(calls, 1)
+        if device.type == "cuda":
+            fitting = {name: int(ROW_SECONDS / self.seconds(name)) for name in calls}
+            self._in_a_row = {name: min(max(count, 1), CALLS_IN_A_ROW) for name, count in fitting.items()}
 
     def __call__(self, order: Sequence[str]) -> list[float]:
         return [self.seconds(name) for name in order]
 
     def seconds(self, name: str) -> float:
-        if self._device.type == "cuda":
-            self._before[name]()
-            self._calls[name]()
+        call, in_a_row = self._calls[name], self._in_a_row[name]
         self._before[name]()
         _synchronize(self._device)
         start = perf_counter()
-        result = self._calls[name]()
-        seconds = perf_counter() - start
-        # Only now: what it takes to free the result is not the call's.
+        for _ in range(in_a_row - 1):
+            call()
+        result = call()
+        seconds = (perf_counter() - start) / in_a_row
+        # Only now: what it takes to free the last result is not the call's.
         del result
         return seconds
 
@@ -244,9 +253,8 @@ class _GpuRound:
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self._flushing = torch.empty(FLUSHED_CACHES * l2_bytes // 4, dtype=torch.float32, device=device)
         self._cycles_per_second = _spin_cycles_per_second()
-        host = _HostRound(calls, before, device)
         self._spin = {
-            name: min(SPIN_MARGIN * max(host.seconds(name) for _ in range(3)) + SPIN_EXTRA, LONGEST_SPIN)
+            name: min(SPIN_MARGIN * max(self._host_seconds(name) for _ in range(3)) + SPIN_EXTRA, LONGEST_SPIN)
             for name in calls
         }
         self._longest_spin = {name: SPIN_GROWTH * spin for name, spin in self._spin.items()}
@@ -257,6 +265,14 @@ class _GpuRound:
         events = [self._enqueue(name) for name in order]
         torch.cuda.synchronize(self._device)
         return [start.elapsed_time(end) * 1e-3 for start, end in events]
+
+    def _host_seconds(self, name: str) -> float:
+        """Of a call on its own, as it is enqueued."""
+        self._before[name]()
+        torch.cuda.synchronize(self._device)
+        start = perf_counter()
+        self._calls[name]()
+        return perf_counter() - start
 
     def _enqueue(self, name: str) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
