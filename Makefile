@@ -4,7 +4,7 @@
 #   VENV     where the virtual environment is
 #   ARGS     passed on: make bench ARGS="--preset smoke", make test ARGS="-k topk"
 #   NAME     what a baseline is called, after the device: make baseline NAME=nvidia-h200
-#   WORKERS  processes that run tests in Triton's interpreter
+#   WORKERS  processes that compile kernels, and that run tests in Triton's interpreter
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install bench baseline test test-plain test-interpreted lint lint-style lint-types lint-imports format clean
+.PHONY: help install bench baseline test test-plain test-compiled test-interpreted lint lint-style lint-types lint-imports format clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,10 +40,13 @@ baseline: $(INSTALLED) ## measure all suites, for others to compare with: on an 
 	$(BIN)/python bench.py $(patsubst %,--suite %,$(SUITES)) --out reports/$(NAME) $(ARGS)
 	cat $(patsubst %,reports/$(NAME)/%.jsonl,$(SUITES)) > reports/baselines/$(NAME).jsonl
 
-test: test-plain test-interpreted ## all tests
+test: test-plain test-compiled test-interpreted ## all tests
 
-test-plain: $(INSTALLED) ## tests as they are: CPU paths, compile checks, and the GPU if there is one
-	$(BIN)/python -m pytest tests $(ARGS)
+test-plain: $(INSTALLED) ## tests as they are: CPU paths, and the GPU if there is one; one after the other, as some take times
+	$(BIN)/python -m pytest tests -m "not compiled" $(ARGS)
+
+test-compiled: $(INSTALLED) ## what the compiler makes of the kernels, for GPUs that need not be there
+	$(BIN)/python -m pytest tests -m compiled -n $(WORKERS) --benchmark-disable $(ARGS)
 
 test-interpreted: $(INSTALLED) ## tests of the kernels with Triton's interpreter in place of a GPU
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -m "not compiled and not gpu" -n $(WORKERS) --benchmark-disable $(ARGS)
