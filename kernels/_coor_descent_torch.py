@@ -39,6 +39,7 @@ def forward(
     ordered.numpy().sort(axis=-1)
     weights = torch.empty_like(ordered)
     sums = torch.empty(rows, n + 1, dtype=torch.float64)
+    row = np.arange(rows)
     *temperatures, last_temperature = temperatures
 
     # NumPy for what is computed once a row: on few numbers, a call of PyTorch takes several times as long.
@@ -62,10 +63,10 @@ def forward(
                 _exp_above(ordered, torch.from_numpy(base), temperature, out=weights).clamp_(max=LARGEST)
                 sums[:, 0], sums[:, 1:] = 0.0, weights
                 sums.cumsum_(dim=-1)
-            floor = _round_down(torch.from_numpy(threshold), ordered.dtype)
-            below = torch.searchsorted(ordered, floor[:, None], right=True)
-            at_most_1 = sums.gather(-1, below)[:, 0].numpy() * np.exp(-shift)
-            above = n - below[:, 0].numpy()
+            floor = torch.from_numpy(_round_down(threshold, ordered.numpy().dtype))
+            below = torch.searchsorted(ordered, floor[:, None], right=True).numpy()[:, 0]
+            at_most_1 = sums.numpy()[row, below] * np.exp(-shift)
+            above = n - below
             total = np.where(empty, 1.0, above + at_most_1)
             a = temperature * (log_k - np.log(total)) - anchor
             trace.append(a)
@@ -92,7 +93,7 @@ def backward(
     s = scores.to(torch.promote_types(scores.dtype, torch.float32))
     s = s if mask is None else s.masked_fill(~mask, LOWEST)
     *temperatures, last_temperature = temperatures
-    thresholds = _round_down(-trace, s.dtype)
+    thresholds = torch.from_numpy(_round_down(-trace.numpy(), s.numpy().dtype))
 
     work = torch.empty_like(s)
     ds = _exp_above(s, -trace[:, -1], last_temperature, out=torch.empty_like(s)).clamp_(max=1.0)
@@ -150,11 +151,11 @@ def _working_copy(scores: Tensor, mask: Tensor | None, *, out: Tensor | None = N
     return out if mask is None else out.masked_fill_(~mask, LOWEST)
 
 
-def _round_down(threshold: Tensor, dtype: torch.dtype) -> Tensor:
+def _round_down(threshold: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The largest number of a dtype that is not above an fp64 threshold, so that comparing scores of that dtype with
     it is comparing with the threshold."""
-    nearest = threshold.to(dtype)
-    return torch.where(nearest > threshold, torch.nextafter(nearest, torch.full_like(nearest, -torch.inf)), nearest)
+    nearest = threshold.astype(dtype)
+    return np.where(nearest > threshold, np.nextafter(nearest, nearest.dtype.type(-np.inf)), nearest)
 
 
 def _exp_above(s: Tensor, threshold: Tensor, temperature: float, *, out: Tensor) -> Tensor:
