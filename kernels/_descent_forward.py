@@ -155,6 +155,7 @@ def descend(
         if PROGRAMS > 1:
             step += 1
             total, above = exchange_sum(mailbox_ptr, step, part, total, above, PROGRAMS, SLOTS)
+        # The largest entry counts 1. Only a row without a valid one has a sum of 0, and no logarithm.
         total = tl.maximum(total, 0.5)
         a = temperature * (log_k - log_normal(total)) - anchor
         if SAVE:

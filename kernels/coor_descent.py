@@ -5,9 +5,9 @@ After its first step the recurrence of `reference.coor_descent` depends on the s
 
     anchor h = min(max s, -a),     weights w = exp((s - base) / e)
 
-an iteration is `S = sum min(w exp((base - h) / e), 1)` and `a = e (log k - log S) - h`. The weights depend on the
-iteration only through the temperature and a base that the anchor must stay near, so that at a constant temperature an
-entry costs a multiplication, a minimum and an addition, and an exponential only when the base moves.
+an iteration is `S = sum min(w exp((base - h) / e), 1)` and `a = e (log k - log S) - h`. While the temperature is the
+same, the weights are, and with r = exp((a + base) / e) it is `r = k max(r, exp((base - max s) / e)) / S`, where
+`S = sum min(w max(r, exp((base - max s) / e)), 1)`: a multiplication, a minimum and an addition for an entry.
 """
 
 from collections.abc import Callable
