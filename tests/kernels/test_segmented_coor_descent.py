@@ -4,7 +4,6 @@ The same tests run on the CPU path, in Triton's interpreter (TRITON_INTERPRET=1)
 kernels compute fp64 scores in fp64, which tells a wrong algorithm from rounding.
 """
 
-from importlib import import_module
 from itertools import pairwise, product
 
 import pytest
@@ -14,12 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from kernels import segmented_coor_descent
+from kernels import _segmented_kernels, segmented_coor_descent
 from kernels._launch import triton_for_cpu_tensors
 from reference._arguments import epsilon_schedule
-
-# The package exports the function under the name of its module.
-module = import_module("kernels.segmented_coor_descent")
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -40,10 +36,10 @@ def path(request, monkeypatch):
     """Rows in registers, and rows read tile by tile, at sizes that the interpreter can do."""
     if request.param == "streamed":
         # In fp64, which counts four times: tiles of 32.
-        monkeypatch.setattr(module, "RESIDENT", 0)
-        monkeypatch.setattr(module, "STREAMED", 128)
+        monkeypatch.setattr(_segmented_kernels, "RESIDENT", 0)
+        monkeypatch.setattr(_segmented_kernels, "STREAMED", 128)
         # Settings for a tile that a few warps at most share.
-        assert module._tile(100, torch.float64) == (False, {"BLOCK_N": 32, "num_warps": 1, "maxnreg": 255})
+        assert _segmented_kernels._tile(100, torch.float64) == (False, {"BLOCK_N": 32, "num_warps": 1, "maxnreg": 255})
 
 
 def randn(*shape, std=1.0, dtype=torch.float64):

@@ -1,5 +1,4 @@
 import math
-from importlib import import_module
 
 import pytest
 import torch
@@ -10,10 +9,9 @@ from torch.autograd import gradcheck
 
 import reference
 from colt5_bench.static_facts import compiled_kernels
+from kernels import _soft_topk_kernels
 from kernels._launch import triton_for_cpu_tensors
 from kernels.soft_topk import soft_topk
-
-module = import_module("kernels.soft_topk")
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -26,10 +24,10 @@ pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.
 def path(request, monkeypatch):
     """Each way in which a kernel goes through a row of these tests' length."""
     if request.param != "one program a row":
-        monkeypatch.setattr(module, "RESIDENT", 100)
-        monkeypatch.setattr(module, "CHUNK", 128)
-        monkeypatch.setattr(module, "CHUNK_PROBES", 8)
-        monkeypatch.setattr(module, "SEARCHES", 4 if request.param == "chunks" else 1)
+        monkeypatch.setattr(_soft_topk_kernels, "RESIDENT", 100)
+        monkeypatch.setattr(_soft_topk_kernels, "CHUNK", 128)
+        monkeypatch.setattr(_soft_topk_kernels, "CHUNK_PROBES", 8)
+        monkeypatch.setattr(_soft_topk_kernels, "SEARCHES", 4 if request.param == "chunks" else 1)
 
 
 def check(scores, k, eps, mask=None):
@@ -259,7 +257,7 @@ def test_ten_passes_suffice(device, spread):
 
 def test_ten_passes_suffice_for_a_row_of_chunks(device, monkeypatch):
     if INTERPRETED:
-        monkeypatch.setattr(module, "CHUNK", 2**19)
+        monkeypatch.setattr(_soft_topk_kernels, "CHUNK", 2**19)
     assert passes(torch.randn(1, 2**20, device=device) * 25, 2**17, 0.02) <= 10
 
 

@@ -1,0 +1,67 @@
+"""`kernels.soft_topk` in PyTorch: what a CPU tensor gets."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels._soft_topk_search import LARGEST
+
+
+def forward(
+    scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, k: float, eps: float, y: Tensor, solution: Tensor
+) -> None:
+    """The same equation solved through the largest scores in order, of which the last at 1 is one."""
+    n_rows, n = scores.shape
+    s = _working_copy(scores, mask)
+    wide_k = scores.new_full((n_rows, 1), k, dtype=torch.float64) if k_rows is None else k_rows.double()[:, None]
+    wide_k = torch.where(wide_k > 0, wide_k, torch.nan)
+    n_valid = mask.sum(dim=-1, keepdim=True) if mask is not None else n
+
+    depth = n if k_rows is not None else min(math.ceil(k), n)
+    ordered = s.topk(depth, dim=-1).values
+    # The first score that cannot be at 1 lets no digit of those near it be lost.
+    pivot = ordered.gather(-1, wide_k.nan_to_num().ceil().long().sub_(1).clamp_(min=0, max=depth - 1))
+    exponents = (ordered.double() - pivot) / eps
+    # What is not among the largest; they themselves contribute exactly 1 each.
+    rest = (s - ordered[:, -1:]).div_(eps).clamp_(max=0.0).exp_().sum(dim=-1, keepdim=True, dtype=torch.float64) - depth
+    rest = rest.clamp_(min=0.0).log_() + exponents[:, -1:]
+    # log of the sum of exponentials over an entry and all below it
+    tails = torch.cat([rest, exponents.flip(-1)], dim=-1).logcumsumexp(dim=-1)[:, 1:].flip(-1)
+    larger = torch.arange(depth, device=scores.device)
+    n_at_one = (torch.log((wide_k - larger).clamp(min=0.0)) + exponents > tails).cumprod(dim=-1).sum(-1, keepdim=True)
+
+    # Where all entries are at 1 there is no next one.
+    following = n_at_one.clamp(max=depth - 1)
+    anchor = torch.where(wide_k < n_valid, ordered.double().gather(-1, following), torch.nan)
+    anchor = torch.where((wide_k >= n_valid) & ~ordered[:, :1].isnan(), -torch.inf, anchor)
+    scale = (wide_k - n_at_one) * torch.exp((exponents - tails).gather(-1, following))
+    solution[:, 0], solution[:, 1], solution[:, 2] = anchor[:, 0], scale[:, 0], 1
+    selected, at_one = _select_in_pytorch(s, solution, eps)
+    selected.masked_fill_(at_one, 1.0)
+    y.copy_(selected if mask is None else selected.masked_fill_(~mask, 0.0))
+
+
+def backward(
+    grad: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float, ds: Tensor, dk: Tensor
+) -> None:
+    y, idle = _select_in_pytorch(_working_copy(scores, mask), solution, eps)
+    idle = idle if mask is None else idle | ~mask
+    y.masked_fill_(idle, 0.0)
+    grad = grad.to(y.dtype).masked_fill(idle, 0.0)
+    weighted = (grad * y).sum(dim=-1, dtype=torch.float64)
+    total = y.sum(dim=-1, dtype=torch.float64)
+    torch.div(weighted, total, out=dk).masked_fill_(total == 0, 0.0)
+    ds.copy_(grad.sub_(dk[:, None].to(y.dtype)).mul_(y).div_(eps))
+
+
+def _working_copy(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores in fp32 or fp64, with hidden ones below all others."""
+    s = (scores if scores.dtype == torch.float64 else scores.float()).clamp(min=-LARGEST.value)
+    return s if mask is None else s.masked_fill_(~mask, -LARGEST.value)
+
+
+def _select_in_pytorch(s: Tensor, solution: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y of the entries that are not at 1, and which are."""
+    anchor, scale = solution[:, :1].to(s.dtype), solution[:, 1:2].to(s.dtype)
+    return (s - anchor).div_(eps).exp_().mul_(scale).clamp_(max=1.0), s > anchor
