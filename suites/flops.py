@@ -1,18 +1,19 @@
 """Multiply-adds of an encoder layer, counted by PyTorch's FlopCounterMode, over those of the CoLT5 paper's table.
 
-2303.09752, table 1, for n tokens of dimension d: T5 12 n d^2 + 2 n^2 d; LongT5 12 n d^2 + n^2 d / 8; CoLT5
+2303.09752, section 3, for n tokens of dimension d: T5 12 n d^2 + 2 n^2 d; LongT5 12 n d^2 + n^2 d / 8; CoLT5
 7.25 n d^2 + n^2 d / 84. The last is for light branches of half the feed-forward width and a quarter of the heads, heavy
-ones of four times the width and three quarters of the heads, and m = q = n / 16 and v = n / 8 routed tokens; its terms
-then are
+ones of four times the width and three quarters of the heads, and m = q = n / 16 and v = n / 8 routed tokens. The table
+gives the sum; its terms, as read here, are
 
     light feed-forward    4 n d^2        light projections    n d^2
     heavy feed-forward    2 n d^2        heavy projections    9/32 n d^2      heavy attention    3/256 n^2 d
 
-which make 7.28 n d^2 + n^2 d / 85.3. What is linear in n and in d or the window is in no formula: the light attention,
-the router, and the local attention of LongT5, which counts as `attention` here because one softmax is over both.
+which make 7.28 n d^2 + n^2 d / 85.3, the table's figures but for rounding. What is linear in n and in d or the window
+is in no formula: the light attention, the router, and the local attention of LongT5, which counts as `attention` here
+because one softmax is over both.
 
 Nothing is computed: tensors are fake, of any size. What is gated is that the counted multiply-adds are exactly those
-that follow from the shapes of the layer. Metrics are each term over that of the paper, `total` over the formula of the
+that follow from the shapes of the layer. Metrics are each term over the one above, `total` over the formula of the
 table, `unlisted`, the share of the count that is in no formula, and `giga` multiply-adds.
 """
 
