@@ -1,24 +1,17 @@
 """What the compiler made of the Triton kernels that a call launches; with no GPU too, by compiling only."""
 
-import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from colt5_bench.sass import Usage, instructions, usage
+
 WARP_SIZE = 32
-
-
-class _Usage(NamedTuple):
-    registers: int
-    spilled_bytes: int
 
 
 class _CompileOnly:
@@ -52,8 +45,9 @@ def compiled_kernels(launch: Callable[[], object], target: int | None = None) ->
 
     Returns:
         For each kernel `name`, `registers` (a thread), `spilled_bytes` (local memory a thread: spilled registers, and
-        arrays that are not in registers), `shared_bytes` (a program), `num_warps`, `num_stages`, `cooperative`, and
-        `constants`, the values of its constexpr arguments by name.
+        arrays that are not in registers), `shared_bytes` (a program), `num_warps`, `num_stages`, `cooperative`,
+        `instructions`, how many there are by class (see `sass.CLASSES`), and `constants`, the values of its constexpr
+        arguments by name.
 
     Raises:
         RuntimeError: Triton's interpreter is on (TRITON_INTERPRET=1), which compiles nothing.
@@ -63,8 +57,8 @@ def compiled_kernels(launch: Callable[[], object], target: int | None = None) ->
     kernels: dict[str, Any] = {}
     with _observed(kernels, compile_only=target is not None), _driver_for(target):
         launch()
-    usage = _loaded_usage if target is None else _compiled_usage
-    return [_facts(kernel, usage(kernel)) for kernel in kernels.values()]
+    usage_of = _loaded_usage if target is None else _compiled_usage
+    return [_facts(kernel, usage_of(kernel)) for kernel in kernels.values()]
 
 
 @contextmanager
@@ -98,7 +92,7 @@ def _driver_for(target: int | None) -> Iterator[None]:
         driver.set_active(active)
 
 
-def _facts(kernel: Any, usage: _Usage) -> dict[str, object]:
+def _facts(kernel: Any, usage: Usage) -> dict[str, object]:
     metadata, function = kernel.metadata, kernel.src.fn
     given = {function.arg_names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
     declared = [parameter.name for parameter in function.params if parameter.is_constexpr]
@@ -110,6 +104,7 @@ def _facts(kernel: Any, usage: _Usage) -> dict[str, object]:
         "num_warps": metadata.num_warps,
         "num_stages": metadata.num_stages,
         "cooperative": metadata.launch_cooperative_grid,
+        "instructions": instructions(kernel.asm["cubin"]),
         "constants": {name: _plain(given[name]) for name in declared if name in given},
     }
 
@@ -120,17 +115,10 @@ def _plain(value: object) -> object:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def _loaded_usage(kernel: Any) -> _Usage:
+def _loaded_usage(kernel: Any) -> Usage:
     """As the GPU's driver tells it; Triton counts spills in words of four bytes."""
-    return _Usage(kernel.n_regs, 4 * kernel.n_spills)
+    return Usage(kernel.n_regs, 4 * kernel.n_spills)
 
 
-def _compiled_usage(kernel: Any) -> _Usage:
-    """As the binary says. The stack of a kernel, which calls nothing, is what it spilled."""
-    with tempfile.TemporaryDirectory() as directory:
-        binary = Path(directory) / "kernel.cubin"
-        binary.write_bytes(kernel.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    figures = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report))
-    return _Usage(int(figures["REG"]), int(figures["STACK"]) + int(figures["LOCAL"]))
+def _compiled_usage(kernel: Any) -> Usage:
+    return usage(kernel.asm["cubin"])

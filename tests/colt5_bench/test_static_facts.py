@@ -51,6 +51,8 @@ class TestCompileOnly:
         assert facts["shared_bytes"] == 0
         assert (facts["num_warps"], facts["num_stages"], facts["cooperative"]) == (2, 2, False)
         assert facts["constants"] == {"BLOCK": 128, "NEGATE": False}
+        assert facts["instructions"]["fp32"] >= 1
+        assert not facts["instructions"].keys() & {"exponential", "fp64", "shared", "local", "barrier"}
         assert json.loads(json.dumps(facts)) == facts
 
     @BOTH

@@ -414,3 +414,15 @@ def test_compiles_without_spills(shape, full, target):
         facts = compiled_kernels(launch, target)
     assert len(facts) >= 3
     assert {fact["name"]: fact["spilled_bytes"] for fact in facts} == {fact["name"]: 0 for fact in facts}
+
+
+@pytest.mark.compiled
+def test_short_rows_are_spread_over_the_warp_that_they_share():
+    """Otherwise the compiler adds up every four entries of a row by shuffles: hundreds of them."""
+    from colt5_bench.static_facts import compiled_kernels
+
+    with triton_for_cpu_tensors(), torch.no_grad():
+        (fact,) = compiled_kernels(lambda: coor_descent(torch.empty(8192, 512), k=8.0, **DECAYING), 90)
+    assert fact["constants"]["ROWS"] == 4
+    assert fact["instructions"]["shuffle"] < 50
+    assert fact["instructions"]["global_load_128"] >= 16
