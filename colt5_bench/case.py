@@ -60,7 +60,10 @@ class Cost:
     """Exponentials that have to be evaluated."""
 
     flops: int = 0
-    """Floating-point operations on the matrix units; 0 for what has no matrix product."""
+    """Floating-point operations of matrix products; 0 for what has none."""
+
+    flops_dtype: str = "float32"
+    """What the factors of the products are: float32, bfloat16 or float16."""
 
 
 @dataclass(frozen=True)

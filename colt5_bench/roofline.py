@@ -1,6 +1,6 @@
 """The least time that a device needs for a piece of work, from what it has been seen to do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import inf
@@ -27,6 +27,11 @@ CPU_ELEMENTS = 2**15
 GPU_EXPONENTIALS = 2048
 """In a row, for each element that `_exponentials_kernel` holds in registers."""
 
+GPU_FACTOR, CPU_FACTOR = 8192, 512
+"""Rows and columns of the matrices that are multiplied: enough that every part of the device has its share."""
+
+PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 SPIN_CYCLES = 500_000
 """A quarter of a millisecond, several times as long as a launch takes."""
 
@@ -44,20 +49,24 @@ class Ceilings:
     exponentials: float
     """fp32 exponentials a second."""
 
+    products: Mapping[str, float]
+    """Floating-point operations a second in matrix products, by dtype of the factors, at PyTorch's setting of TF32."""
+
     device: str
     """Model name of the device."""
 
     measured: bool
-    """Whether both were measured on this machine; False: the exponentials are from its data sheet."""
+    """Whether all were measured on this machine; False: the exponentials are from its data sheet."""
 
 
 def limit_seconds(cost: Cost, ceilings: Ceilings) -> float:
-    """The least time for a cost: that of its memory traffic or of its exponentials, whichever is longer."""
-    return max(cost.bytes / ceilings.copy_bandwidth, cost.exponentials / ceilings.exponentials)
+    """The least time for a cost: that of its memory traffic, its exponentials or its products, whichever is longest."""
+    traffic, exponentials = cost.bytes / ceilings.copy_bandwidth, cost.exponentials / ceilings.exponentials
+    return max(traffic, exponentials, cost.flops / ceilings.products[cost.flops_dtype])
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """The ceilings of a device, the best of many tries each, measured in under a second and once a process."""
+    """The ceilings of a device, the best of many tries each, measured in about a second and once a process."""
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     return _measure_ceilings(device)
@@ -66,19 +75,32 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 @cache
 def _measure_ceilings(device: torch.device) -> Ceilings:
     if device.type != "cuda":
-        return Ceilings(_copy_bandwidth(device, CPU_COPY_BYTES), _cpu_exponentials(), device_name(device), True)
+        bandwidth = _copy_bandwidth(device, CPU_COPY_BYTES)
+        return Ceilings(bandwidth, _cpu_exponentials(), _products(device, CPU_FACTOR), device_name(device), True)
     with torch.cuda.device(device):
         free, _ = torch.cuda.mem_get_info(device)
         bandwidth = _copy_bandwidth(device, min(GPU_COPY_BYTES, free // 4))
         compiles = not triton.knobs.runtime.interpret
         exponentials = _gpu_exponentials(device) if compiles else _data_sheet_exponentials(device)
-    return Ceilings(bandwidth, exponentials, device_name(device), compiles)
+        products = _products(device, GPU_FACTOR)
+    return Ceilings(bandwidth, exponentials, products, device_name(device), compiles)
 
 
 def _copy_bandwidth(device: torch.device, size: int) -> float:
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     destination = torch.zeros_like(source)
     return 2 * size / _shortest(lambda: destination.copy_(source), device)
+
+
+def _products(device: torch.device, size: int) -> dict[str, float]:
+    return {str(dtype).removeprefix("torch."): _product_rate(device, size, dtype) for dtype in PRODUCT_DTYPES}
+
+
+def _product_rate(device: torch.device, size: int, dtype: torch.dtype) -> float:
+    """Of square matrices, with random numbers: zeros would take less power, and so less time."""
+    factor = torch.randn(size, size, device=device).to(dtype)
+    product = torch.empty_like(factor)
+    return 2 * size**3 / _shortest(lambda: torch.matmul(factor, factor, out=product), device)
 
 
 def _cpu_exponentials() -> float:

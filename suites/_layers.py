@@ -162,8 +162,8 @@ def cost(case: LayerCase, direction: str) -> Cost:
     size, output = case.layer.torch_dtype.itemsize, prod(case.layer.output)
     forward = size * (elements + output) + masks
     if direction == FORWARD:
-        return Cost(bytes=forward, flops=flops)
-    return Cost(bytes=2 * forward + size * elements, flops=TRAINING_PRODUCTS * flops)
+        return Cost(bytes=forward, flops=flops, flops_dtype=case.layer.dtype)
+    return Cost(2 * forward + size * elements, flops=TRAINING_PRODUCTS * flops, flops_dtype=case.layer.dtype)
 
 
 REFERENCE = Implementation[LayerCase]("reference", plain)

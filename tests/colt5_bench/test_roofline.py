@@ -9,7 +9,8 @@ from colt5_bench.environment import device_name
 from colt5_bench.roofline import Ceilings, limit_seconds, measure_ceilings
 from colt5_bench.static_facts import compiled_kernels
 
-CEILINGS = Ceilings(copy_bandwidth=1e12, exponentials=1e9, device="toy", measured=True)
+PRODUCTS = {"float32": 1e12, "bfloat16": 1e13}
+CEILINGS = Ceilings(copy_bandwidth=1e12, exponentials=1e9, products=PRODUCTS, device="toy", measured=True)
 
 
 class TestLimit:
@@ -18,6 +19,12 @@ class TestLimit:
 
     def test_is_that_of_the_exponentials_where_they_take_longer(self):
         assert limit_seconds(Cost(bytes=10**12, exponentials=3 * 10**9), CEILINGS) == 3.0
+
+    def test_is_that_of_the_products_where_they_take_longer(self):
+        assert limit_seconds(Cost(bytes=10**12, flops=5 * 10**12), CEILINGS) == 5.0
+
+    def test_products_are_as_fast_as_their_dtype(self):
+        assert limit_seconds(Cost(bytes=0, flops=5 * 10**12, flops_dtype="bfloat16"), CEILINGS) == 0.5
 
     def test_nothing_takes_no_time(self):
         assert limit_seconds(Cost(bytes=0), CEILINGS) == 0
@@ -35,6 +42,8 @@ class TestMeasured:
         bandwidth, exponentials = ((1e8, 1e12), (1e7, 1e12)) if device == "cpu" else ((1e11, 2e13), (1e11, 1e14))
         assert bandwidth[0] < ceilings.copy_bandwidth < bandwidth[1]
         assert exponentials[0] < ceilings.exponentials < exponentials[1]
+        assert set(ceilings.products) == {"float32", "bfloat16", "float16"}
+        assert all(1e8 < rate < (1e14 if device == "cpu" else 1e16) for rate in ceilings.products.values())
 
     def test_are_measured_once(self, device):
         assert measure_ceilings(torch.device(device)) is measure_ceilings(torch.device(device))
