@@ -4,7 +4,7 @@
   host launches, so that the GPU never waits for the host, and the L2 cache holds nothing of the call's data.
 - `graph`: the same for the replay of a CUDA graph that the call was captured into.
 - `wall`: host time. Of a call on a CPU that is all of it; of a call on a GPU it is what the host needs to launch it,
-  among others of its kind.
+  among others of its kind and in one thread.
 """
 
 import random
@@ -218,15 +218,21 @@ def _rounds(
 
 class _HostRound:
     """Time until a call returns. On a GPU, of one among several calls in a row, begun when the GPU was idle: a call on
-    its own would pay for the caches of the CPU that others filled, and for waking PyTorch's thread of the backward
-    pass, which a loop does not."""
+    its own would pay for the caches of the CPU that others filled.
+
+    The backward pass runs in the calling thread. PyTorch hands that of a GPU to a thread of its own, once for the
+    whole backward pass of a model: to wake it takes longer than to launch a kernel, and says nothing about the call.
+    """
 
     def __init__(self, calls: Mapping[str, Call], before: Mapping[str, Call], device: torch.device) -> None:
         self._calls, self._before, self._device = calls, before, device
         self._in_a_row = dict.fromkeys(calls, 1)
         if device.type == "cuda":
-            fitting = {name: int(ROW_SECONDS / self.seconds(name)) for name in calls}
-            self._in_a_row = {name: min(max(count, 1), CALLS_IN_A_ROW) for name, count in fitting.items()}
+            self._in_a_row = {name: self._fitting(name) for name in calls}
+
+    def _fitting(self, name: str) -> int:
+        count = int(ROW_SECONDS / min(self.seconds(name) for _ in range(3)))
+        return min(max(count, 1), CALLS_IN_A_ROW)
 
     def __call__(self, order: Sequence[str]) -> list[float]:
         return [self.seconds(name) for name in order]
@@ -235,11 +241,12 @@ class _HostRound:
         call, in_a_row = self._calls[name], self._in_a_row[name]
         self._before[name]()
         _synchronize(self._device)
-        start = perf_counter()
-        for _ in range(in_a_row - 1):
-            call()
-        result = call()
-        seconds = (perf_counter() - start) / in_a_row
+        with torch.autograd.set_multithreading_enabled(False):
+            start = perf_counter()
+            for _ in range(in_a_row - 1):
+                call()
+            result = call()
+            seconds = (perf_counter() - start) / in_a_row
         # Only now: what it takes to free the last result is not the call's.
         del result
         return seconds

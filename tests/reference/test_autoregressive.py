@@ -224,7 +224,7 @@ def test_the_sequence_is_not_copied_for_each_window(build):
     """Neither forwards nor backwards, where the gradient of `torch.gather` would be as large as all copies."""
     attention = build("ConditionalRoutedAutoregressiveAttention", num_heavy_tokens_kv=2)
     x = torch.randn(1, 1024, 16, requires_grad=True)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         attention(x).sum().backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest < 127 * 1024 * 16 * 4 / 2
