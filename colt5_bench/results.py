@@ -143,27 +143,49 @@ class Writer:
         self._file.flush()
 
 
-def load(path: Path) -> tuple[dict[str, object], list[Record]]:
-    """The environment and the records of a results file; a last line that was cut off is left out.
+@dataclass
+class Run:
+    """What results files hold."""
+
+    path: Path
+    environments: dict[str, dict[str, object]] = field(default_factory=dict)
+    """What records were measured under, by the key that they name: one, unless several runs were put together."""
+
+    records: list[Record] = field(default_factory=list)
+
+    cut_off: list[Path] = field(default_factory=list)
+    """Files whose last line was cut off, as by a process that was killed while it wrote."""
+
+
+def load(path: Path) -> Run:
+    """A results file, or all that are below a directory; a last line that was cut off is left out.
 
     Raises:
-        ValueError: the file is of another schema, or a line before the last cannot be read.
+        ValueError: there is no file, it is of another schema, or a line before the last cannot be read.
     """
-    environment: dict[str, object] = {}
-    records: list[Record] = []
+    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+    if not files or not path.exists():
+        raise ValueError(f"{path} is no results file and no directory with any: those that a run writes end in .jsonl")
+    run = Run(path)
+    for file in files:
+        _read(file, run)
+    return run
+
+
+def _read(path: Path, run: Run) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             content = json.loads(line)
         except json.JSONDecodeError as error:
             if number == len(lines):
+                run.cut_off.append(path)
                 break
             raise ValueError(f"{path}:{number} is not JSON: {error}") from error
         if content.pop("kind") == "environment":
-            environment = content
+            run.environments[content["key"]] = content
         else:
-            records.append(_record(content, f"{path}:{number}"))
-    return environment, records
+            run.records.append(_record(content, f"{path}:{number}"))
 
 
 def _record(content: dict, where: str) -> Record:

@@ -7,6 +7,7 @@
   among others of its kind and in one thread.
 """
 
+import gc
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -231,6 +232,8 @@ class _HostRound:
             self._in_a_row = {name: self._fitting(name) for name in calls}
 
     def _fitting(self, name: str) -> int:
+        """How many: a call on its own takes longer than one in a row, so that it is measured in a row."""
+        self._in_a_row[name] = CALLS_IN_A_ROW
         count = int(ROW_SECONDS / min(self.seconds(name) for _ in range(3)))
         return min(max(count, 1), CALLS_IN_A_ROW)
 
@@ -241,7 +244,7 @@ class _HostRound:
         call, in_a_row = self._calls[name], self._in_a_row[name]
         self._before[name]()
         _synchronize(self._device)
-        with torch.autograd.set_multithreading_enabled(False):
+        with torch.autograd.set_multithreading_enabled(False), _no_garbage_collection():
             start = perf_counter()
             for _ in range(in_a_row - 1):
                 call()
@@ -250,6 +253,18 @@ class _HostRound:
         # Only now: what it takes to free the last result is not the call's.
         del result
         return seconds
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """As in `timeit`: what is collected is whatever was left behind since, by whomever."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _GpuRound:

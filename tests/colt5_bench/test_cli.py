@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -6,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from colt5_bench import cli
+from colt5_bench import cli, commands
 from colt5_bench.results import load
 from colt5_bench.selection import SelectionError, case_filter, choose_device, pick
 from colt5_bench.startup import StartupError, check, find_checkout
@@ -48,28 +49,28 @@ def bench(checkout):
 
 def test_a_run_prints_a_table_and_says_where_results_are(bench, checkout):
     run = bench("good", "--", "--benchmark-json=benchmark.json")
-    assert run.returncode == cli.DONE, run.stderr
+    assert run.returncode == commands.DONE, run.stderr
     assert "reference" in run.stdout
     assert "toy.jsonl" in run.stdout
     assert "Traceback" not in run.stderr
-    _, records = load(checkout / "out" / "toy.jsonl")
+    records = load(checkout / "out" / "toy.jsonl").records
     assert [record.status for record in records] == ["ok"] * 8
     assert list((checkout / "out").glob("*.png"))
     assert (checkout / "benchmark.json").exists()
 
     # Measured results are never written over.
     again = bench("good")
-    assert again.returncode == cli.USAGE
+    assert again.returncode == commands.USAGE
     assert "is there already" in again.stderr
 
 
 def test_a_failed_accuracy_gate_is_the_exit_status(bench, checkout):
     run = bench("good,wrong,raising", "--preset", "smoke")
-    assert run.returncode == cli.FAILURE
+    assert run.returncode == commands.FAILURE
     assert "output is off by" in run.stdout
     assert "no luck with this" in run.stdout
     assert "Traceback" not in run.stdout + run.stderr
-    _, records = load(checkout / "out" / "toy.jsonl")
+    records = load(checkout / "out" / "toy.jsonl").records
     assert {record.implementation: record.status for record in records} == {
         "reference": "ok",
         "good": "ok",
@@ -80,8 +81,8 @@ def test_a_failed_accuracy_gate_is_the_exit_status(bench, checkout):
 
 def test_an_interrupted_run_keeps_what_it_has(bench, checkout):
     run = bench("interrupting")
-    assert run.returncode == cli.INTERRUPTED
-    _, records = load(checkout / "out" / "toy.jsonl")
+    assert run.returncode == commands.INTERRUPTED
+    records = load(checkout / "out" / "toy.jsonl").records
     assert {record.case for record in records} == {"rows=2,n=8"}
     assert len(records) == 4
     assert "toy.jsonl" in run.stdout
@@ -91,7 +92,7 @@ def test_a_failure_of_the_harness_is_shown_and_fails(bench, checkout):
     with (checkout / "suites" / "toy.py").open("a") as file:
         file.write("\n\ndef test_more(no_such_fixture):\n    pass\n")
     run = bench("good", "--preset", "smoke")
-    assert run.returncode == cli.FAILURE
+    assert run.returncode == commands.FAILURE
     assert "no_such_fixture" in run.stderr
 
 
@@ -99,6 +100,13 @@ def test_a_failure_of_the_harness_is_shown_and_fails(bench, checkout):
 def here(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_what_a_run_would_be_measured_under(here, capsys):
+    assert cli.main(["env", "--device", "cpu"]) == commands.DONE
+    assert f"torch                        {torch.__version__}" in capsys.readouterr().out
+    assert cli.main(["env", "--device", "cpu", "--json"]) == commands.DONE
+    assert json.loads(capsys.readouterr().out)["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize(
@@ -113,14 +121,15 @@ def here(monkeypatch):
     ],
 )
 def test_what_there_is_not_is_a_usage_error_that_says_what_there_is(here, capsys, arguments, messages):
-    assert cli.main([*arguments, "--device", "cpu"] if "--device" not in arguments else arguments) == cli.USAGE
+    assert cli.main([*arguments, "--device", "cpu"] if "--device" not in arguments else arguments) == commands.USAGE
     error = capsys.readouterr().err
     for message in messages:
         assert message in error
 
 
-def test_list_says_what_there_is(here, capsys):
-    assert cli.main(["--list", "--device", "cpu"]) == cli.DONE
+@pytest.mark.parametrize("command", [["list"], ["--list"], ["run", "--list"]])
+def test_list_says_what_there_is(here, capsys, command):
+    assert cli.main([*command, "--device", "cpu"]) == commands.DONE
     output = capsys.readouterr().out
     assert "gradients: divergence" in output
     assert "implementations: reference, compile, segmented, ours" in output
@@ -135,7 +144,7 @@ def test_help_has_examples(capsys):
 
 def test_elsewhere_than_in_a_checkout_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["--list"]) == cli.USAGE
+    assert cli.main(["--list"]) == commands.USAGE
     assert "is no checkout of colt5-bench" in capsys.readouterr().err
 
 
@@ -148,7 +157,7 @@ def test_a_package_that_shadows_ours_is_told_of(checkout, monkeypatch):
 
 def test_times_of_the_interpreter_are_refused(here, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert cli.main(["--suite", "coor_descent"]) == cli.USAGE
+    assert cli.main(["--suite", "coor_descent"]) == commands.USAGE
     assert "TRITON_INTERPRET" in capsys.readouterr().err
 
 

@@ -33,9 +33,10 @@ def test_every_point_is_a_test_and_a_record(run, pytester):
     result.assert_outcomes(passed=4, failed=4)
     result.stdout.fnmatch_lines(["*wrong: output is off by*", "*error: RuntimeError: no luck with this*"])
 
-    environment, records = load(pytester.path / "results" / "toy.jsonl")
+    taken = load(pytester.path / "results" / "toy.jsonl")
+    records = taken.records
     assert len({record.key for record in records}) == len(records) == 8
-    assert {record.environment for record in records} == {environment["key"]}
+    assert {record.environment for record in records} == set(taken.environments)
 
     # What pytest-benchmark kept is what was measured, to the last bit, and nothing of what failed.
     benchmarks = json.loads((pytester.path / "benchmark.json").read_text())["benchmarks"]
@@ -51,7 +52,7 @@ def test_every_point_is_a_test_and_a_record(run, pytester):
 
 def test_options_select(run, pytester):
     run("good,wrong", "--preset=default", "--impl=good", "--cases=n=16", "--out=results").assert_outcomes(passed=2)
-    _, records = load(pytester.path / "results" / "toy.jsonl")
+    records = load(pytester.path / "results" / "toy.jsonl").records
     assert [record.key for record in records] == [
         ("toy", "rows=2,n=16", "forward", "good"),
         ("toy", "rows=2,n=16", "forward+backward", "good"),
@@ -60,7 +61,7 @@ def test_options_select(run, pytester):
 
 def test_what_pytest_deselects_is_not_measured(run, pytester):
     run("good,raising", "-k", "good and not backward", "--out=results").assert_outcomes(passed=1, deselected=5)
-    assert len(load(pytester.path / "results" / "toy.jsonl")[1]) == 1
+    assert len(load(pytester.path / "results" / "toy.jsonl").records) == 1
 
 
 def test_without_a_place_for_results_nothing_is_written(run, pytester):

@@ -36,21 +36,36 @@ def path(tmp_path, record):
 
 
 def test_what_was_written_is_read(path, record):
-    environment, records = load(path)
-    assert environment == {"key": "abc", "torch": "2.13"}
-    assert records == [record, record]
+    run = load(path)
+    assert run.environments == {"abc": {"key": "abc", "torch": "2.13"}}
+    assert run.records == [record, record]
+    assert not run.cut_off
+
+
+def test_a_directory_is_all_that_is_in_it(path, record):
+    (path.parent / "more").mkdir()
+    (path.parent / "more" / "toy.jsonl").write_text(path.read_text().splitlines()[1])
+    assert load(path.parent).records == [record] * 3
+
+
+@pytest.mark.parametrize("name", ["", "missing.jsonl"])
+def test_where_there_are_no_results_it_says_so(tmp_path, name):
+    with pytest.raises(ValueError, match="is no results file"):
+        load(tmp_path / name)
 
 
 def test_a_record_is_on_disk_before_the_next_is_taken(tmp_path, record):
     writer = Writer(tmp_path / "toy.jsonl")
     writer.record(record)
-    assert load(writer.path)[1] == [record]
+    assert load(writer.path).records == [record]
     writer.close()
 
 
 def test_a_last_line_that_was_cut_off_is_left_out(path):
     path.write_text(path.read_text()[:-40])
-    assert len(load(path)[1]) == 1
+    run = load(path)
+    assert len(run.records) == 1
+    assert run.cut_off == [path]
 
 
 def test_a_broken_line_elsewhere_is_an_error(path):
@@ -73,7 +88,7 @@ def test_divergence_that_is_not_a_number_survives(tmp_path, record):
     writer = Writer(tmp_path / "toy.jsonl")
     writer.record(record)
     writer.close()
-    assert math.isnan(load(writer.path)[1][0].accuracy["output"].largest)
+    assert math.isnan(load(writer.path).records[0].accuracy["output"].largest)
 
 
 def test_the_time_of_a_column_is_its_median(record):

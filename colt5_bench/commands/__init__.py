@@ -1,0 +1,7 @@
+"""The subcommands of the command line, a module each: `SUMMARY`, `EXAMPLES`, `configure(parser)` and `main(options)`.
+
+`main` returns an exit status. What the user got wrong it raises, as a `SelectionError` or a `StartupError`.
+"""
+
+DONE, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+"""Exit statuses; a command may have further ones, which its help states."""

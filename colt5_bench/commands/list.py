@@ -1,0 +1,31 @@
+"""`python bench.py list`: which suites there are, and what they measure."""
+
+import argparse
+from pathlib import Path
+
+from colt5_bench.commands import DONE
+from colt5_bench.selection import choose_device, load_suites
+from colt5_bench.startup import check, find_checkout
+from colt5_bench.suite import PRESETS
+
+SUMMARY = "say which suites there are, and what they measure"
+EXAMPLES = """\
+  python bench.py list
+  python bench.py list --device cpu
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="count the cases of this: auto, cpu, cuda or cuda:<index>")
+
+
+def main(options: argparse.Namespace) -> int:
+    checkout = find_checkout(Path.cwd().resolve())
+    check(checkout)
+    device = choose_device(options.device)
+    for suite in load_suites(checkout).values():
+        counts = ", ".join(f"{len(suite.cases(preset, device))} {preset}" for preset in PRESETS)
+        print(f"{suite.name}: {suite.description}")
+        print(f"    cases on {device.type}: {counts}")
+        print(f"    implementations: {', '.join(suite.implementations)}")
+    return DONE

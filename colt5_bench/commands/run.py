@@ -1,0 +1,130 @@
+"""`python bench.py run`, which is what `python bench.py --suite ...` means: measure suites.
+
+Each suite is a file of tests, run through pytest with the plugin.
+"""
+
+import argparse
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from colt5_bench import plugin
+from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, USAGE
+from colt5_bench.commands import list as list_command
+from colt5_bench.progress import Watcher
+from colt5_bench.report.plots import write_plots
+from colt5_bench.report.table import summary
+from colt5_bench.results import FAILED, load
+from colt5_bench.selection import SelectionError, case_filter, choose_device, load_suites, pick, suite_files
+from colt5_bench.startup import check, find_checkout
+from colt5_bench.suite import PRESETS, Suite
+
+SUMMARY = "measure suites; what is meant where no command is named"
+EXAMPLES = """\
+  python bench.py --list
+  python bench.py --suite coor_descent
+  python bench.py --suite coor_descent --suite topk --preset smoke --device cpu
+  python bench.py --suite coor_descent --impl reference --impl ours -k 'n=4096 and not eps=0.03'
+  python bench.py --suite gradients --preset full --out reports/gradients
+  python bench.py --suite coor_descent -- --benchmark-json=benchmark.json
+
+what follows `--` is passed on to pytest
+
+exit status: 0 all is measured; 1 an implementation missed its accuracy bound or failed; 2 wrong usage; 130 interrupted,
+with everything kept that was measured until then
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--suite", action="append", default=[], metavar="NAME", help="measure this; may be repeated")
+    parser.add_argument("--list", action="store_true", help="the same as the command `list`")
+    parser.add_argument("--preset", choices=PRESETS, default="default", help="how much of it (default: %(default)s)")
+    parser.add_argument("--impl", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
+    parser.add_argument(
+        "-k", dest="cases", default="", metavar="EXPR", help="only cases with this in their id; and, or, not, ( )"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:<index>; default auto"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where results go (default: reports/<utc-timestamp>-<suite>)"
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    if options.list:
+        return list_command.main(options)
+    checkout = find_checkout(Path.cwd().resolve())
+    check(checkout)
+    suites = load_suites(checkout)
+    _validate(options, suites, choose_device(options.device))
+    return _run(options, [suites[name] for name in options.suite], checkout, options.pytest)
+
+
+def _validate(options: argparse.Namespace, suites: dict[str, Suite], device: torch.device) -> None:
+    if not options.suite:
+        raise SelectionError(f"say which suite with --suite; there is {', '.join(suites)}.")
+    options.suite = list(dict.fromkeys(options.suite))
+    wanted = case_filter(options.cases)
+    for name in options.suite:
+        suite = suites[pick("suite", name, suites)]
+        for implementation in options.impl:
+            pick(f"implementation in suite {name}", implementation, suite.implementations)
+        if not any(wanted(case.id) for case in suite.cases(options.preset, device)):
+            raise SelectionError(f"no case of suite {name}, preset {options.preset}, satisfies {options.cases!r}.")
+
+
+def _run(options: argparse.Namespace, suites: list[Suite], checkout: Path, passed_on: list[str]) -> int:
+    started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    status = DONE
+    for suite in suites:
+        directory = options.out or checkout / "reports" / f"{started}-{suite.name}"
+        if options.out and len(suites) > 1:
+            directory = directory / suite.name
+        status = max(status, _run_suite(options, suite, checkout, directory, passed_on))
+        if status in (USAGE, INTERRUPTED):
+            break
+    return status
+
+
+def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, directory: Path, passed_on: list[str]) -> int:
+    results = directory / f"{suite.name}.jsonl"
+    if results.exists():
+        raise SelectionError(f"{results} is there already; --out has to name a place without results.")
+
+    with Watcher(suite.name) as watcher:
+        code = pytest.main(
+            [
+                str(suite_files(checkout)[suite.name]),
+                # The project's settings of pytest are those of its tests.
+                *("-c", os.devnull, "--rootdir", str(checkout), "-p", "no:cacheprovider"),
+                *("--preset", options.preset, "--device", options.device, "--cases", options.cases),
+                *("--out", str(directory)),
+                *(f"--impl={name}" for name in options.impl),
+                *passed_on,
+            ],
+            plugins=[plugin, watcher],
+        )
+    for failure in watcher.failures:
+        print(failure, file=sys.stderr)
+
+    failed = code == pytest.ExitCode.TESTS_FAILED or bool(watcher.failures)
+    if results.exists():
+        records = load(results).records
+        failed |= any(record.status in FAILED for record in records)
+        console = Console()
+        summary(records, suite.reference, console)
+        plots = write_plots(records, directory, x=suite.x_axis, lines=suite.lines) if records else []
+        console.print(f"results: {results}", soft_wrap=True, highlight=False)
+        if plots:
+            console.print(f"plots: {len(plots)} files in {directory}", soft_wrap=True, highlight=False)
+    if code == pytest.ExitCode.INTERRUPTED and not watcher.failures:
+        return INTERRUPTED
+    if code == pytest.ExitCode.USAGE_ERROR:
+        return USAGE
+    return FAILURE if failed or code != pytest.ExitCode.OK else DONE
