@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import reference
+from colt5_bench.case import DIRECTIONS, FORWARD_BACKWARD
+from colt5_bench.results import load
 from colt5_bench.selection import load_suites
 
 SHORT = ["--preset", "smoke", "--impl", "ours"]
@@ -32,6 +34,16 @@ one that takes its place. All of them have to be there, and no larger number may
 
 LARGEST = 800
 """Of the numbers that a block of layers may have without a GPU."""
+
+HEADLINES = [
+    ("8192 x 512, 20, decaying", {"rows": 8192, "n": 512}),
+    ("1024 x 4096, 50, .1", {"rows": 1024, "n_iters": 50}),
+    ("64 x 32768, 50, .1", {"rows": 64}),
+    ("8 x 131072, 50, .1", {"rows": 8}),
+    ("1 x 1048576, 20, decaying", {"rows": 1}),
+    ("4 x 4194304, 20, decaying", {"rows": 4}),
+]
+"""The rows of the README's table of coordinate descent, and the fields that their cases are known by."""
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -149,3 +161,41 @@ def pip(arguments, environment):
     assert (ROOT / arguments[2]).is_file()
     extras = re.fullmatch(r"\.\[(.+)\]", arguments[-1])[1].split(",")
     assert set(extras) <= set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+
+
+@pytest.mark.parametrize(("title", "fields"), HEADLINES, ids=[title for title, _ in HEADLINES])
+def test_the_table_of_results_is_what_the_baseline_says(title, fields):
+    """If a baseline has been recorded anew, the line that is missing here is what has to stand there."""
+    records = {
+        (record.implementation, record.direction): record
+        for record in load(ROOT / "reports" / "baselines" / "nvidia-h200.jsonl").records
+        if record.suite == "coor_descent" and fields.items() <= record.fields.items()
+    }
+
+    def milliseconds(*implementations):
+        """Forward and forward+backward, of the faster one where there are several."""
+        return " / ".join(
+            min(
+                (
+                    f"{1e3 * records[name, direction].seconds('cold'):#.3g}"
+                    for name in implementations
+                    if records[name, direction].status == "ok"
+                ),
+                key=float,
+                default="-",
+            ).rstrip(".")
+            for direction in DIRECTIONS
+        )
+
+    def megabytes(implementation):
+        return f"{records[implementation, FORWARD_BACKWARD].peak_bytes / 1e6:.0f}"
+
+    columns = [
+        title,
+        milliseconds("ours"),
+        milliseconds("reference"),
+        milliseconds("compile"),
+        milliseconds("colt5_triton", "colt5_triton_segmented"),
+        f"{megabytes('ours')}, {megabytes('reference')}",
+    ]
+    assert f"| {' | '.join(columns)} |" in README
