@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -29,12 +30,15 @@ THROTTLE_REASONS = {
 
 @dataclass(frozen=True)
 class GpuState:
-    """Clock and throttling of a GPU at one moment."""
+    """Clock, throttling, power and temperature of a GPU at one moment."""
 
     sm_clock_mhz: int
 
     reasons: tuple[str, ...]
     """Names from `THROTTLE_REASONS`, of those that are active."""
+
+    power_w: float | None = None
+    temperature_c: float | None = None
 
     @property
     def throttled(self) -> bool:
@@ -52,7 +56,14 @@ def gpu_state(device: torch.device) -> GpuState | None:
         active = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
     except pynvml.NVMLError:
         return None
-    return GpuState(clock, tuple(name for name, bit in THROTTLE_REASONS.items() if active & bit))
+    reasons = tuple(name for name, bit in THROTTLE_REASONS.items() if active & bit)
+    told = _ask(
+        {
+            "power_w": lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+            "temperature_c": lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+        }
+    )
+    return GpuState(clock, reasons, **told)
 
 
 def device_name(device: torch.device) -> str:
@@ -96,7 +107,7 @@ def _gpu(device: torch.device) -> dict[str, object]:
     }
 
 
-def _settings(handle: Any) -> dict[str, object]:
+def _settings(handle: Any) -> dict[str, Any]:
     """Driver, power limit and highest clocks, as far as NVML tells them."""
     wanted = {
         "driver": lambda: pynvml.nvmlSystemGetDriverVersion(),
@@ -104,14 +115,18 @@ def _settings(handle: Any) -> dict[str, object]:
         "max_sm_clock_mhz": lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
         "max_memory_clock_mhz": lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM),
     }
-    settings: dict[str, object] = dict.fromkeys(wanted)
-    if handle is not None:
-        for name, ask in wanted.items():
-            try:
-                settings[name] = ask()
-            except pynvml.NVMLError:
-                continue
-    return settings
+    return dict.fromkeys(wanted) if handle is None else _ask(wanted)
+
+
+def _ask(wanted: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+    """What NVML answers, by name; None where it does not."""
+    told: dict[str, Any] = dict.fromkeys(wanted)
+    for name, ask in wanted.items():
+        try:
+            told[name] = ask()
+        except pynvml.NVMLError:
+            continue
+    return told
 
 
 def _nvml_handle(device: torch.device) -> Any:

@@ -12,6 +12,7 @@ from colt5_bench import accuracy, environment, memory, roofline, static_facts, t
 from colt5_bench.case import FORWARD, Case, Problem, Truth
 from colt5_bench.results import Divergence, Record, Status
 from colt5_bench.roofline import Ceilings
+from colt5_bench.rounds import CPU_COLUMNS, GPU_COLUMNS
 from colt5_bench.suite import Implementation, Operation, Suite
 
 LONGEST_REASON = 300
@@ -36,7 +37,7 @@ class Conditions:
     @property
     def columns(self) -> tuple[str, ...]:
         """The time columns; the first is the one that the figure of a case is."""
-        return ("cold", "graph", "wall") if self.device.type == "cuda" else ("wall",)
+        return GPU_COLUMNS if self.device.type == "cuda" else CPU_COLUMNS
 
     @classmethod
     def on(cls, device: torch.device, environment_key: str, *, max_seconds: float = 2.0) -> "Conditions":
@@ -166,6 +167,24 @@ def _measure_each(
             )
             for name, timings in taken.items():
                 records[name].timings = timings
+        for name, call in calls.items():
+            with _failing([records[name]], "timing: "):
+                _refuse_impossible(records[name], call, conditions)
+
+
+def _refuse_impossible(record: Record, call: "_Call", conditions: Conditions) -> None:
+    """Take back what a cold cache cannot have allowed: then the measurement is broken, and the record says so."""
+    for column in ("cold", "graph"):
+        seconds = record.seconds(column)
+        if seconds is None or not record.minimum_bytes:
+            continue
+        l2_bytes = torch.cuda.get_device_properties(conditions.device).L2_cache_size
+        held_back = min(l2_bytes, sum(tensor.nbytes for tensor in call()))
+        why = roofline.too_fast(seconds, size=record.minimum_bytes, held_back=held_back, ceilings=conditions.ceilings)
+        if why is not None:
+            broken = record.timings[column]
+            broken.samples, broken.refused, broken.stopped = [], broken.samples, f"refused: {why}"
+            record.status, record.reason = "error", f"{column} time is refused: {why}"
 
 
 def _divergences(

@@ -7,6 +7,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,8 +97,8 @@ class Run:
         if self._conditions is None:
             described = environment.describe(self._device)
             digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
-            self._environment = {"key": digest, **described}
             self._conditions = Conditions.on(self._device, digest, max_seconds=MAX_SECONDS[self._preset])
+            self._environment = {"key": digest, **described, "ceilings": asdict(self._conditions.ceilings)}
         return self._conditions
 
     def _writer(self, suite: str, out: Path) -> Writer:

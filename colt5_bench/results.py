@@ -20,14 +20,16 @@ class Timing:
     """Samples of one time column of one implementation on one case and direction."""
 
     column: str
-    """`cold`: GPU time, L2 flushed before each sample; `graph`: GPU time of a CUDA-graph replay; `wall`: host time."""
+    """`cold`: GPU time, L2 flushed before each sample; `warm`: GPU time right after another run of the call; `graph`:
+    GPU time of a CUDA-graph replay, L2 flushed; `wall`: host time."""
 
     samples: list[float]
     """Seconds, in the order taken."""
 
     stopped: str
     """Why sampling ended: `confident` (interval under the target), `max_samples`, `max_seconds` or `throttled` (the
-    hardware was slowed down too often); or why it never began: `not capturable: ...`."""
+    hardware was slowed down too often); or why it never began: `not capturable: ...`; or why the samples are not to be
+    believed: `refused: ...`."""
 
     relative_interval: float
     """Width of the 95 % confidence interval of the median over the median."""
@@ -37,6 +39,21 @@ class Timing:
 
     sm_clock_mhz: float | None = None
     """Median SM clock read around the samples; None without NVML."""
+
+    sm_clock_range_mhz: list[float] | None = None
+    """The lowest and the highest of these: apart, if the clocks are not locked."""
+
+    power_w: float | None = None
+    """Median power draw read around the samples."""
+
+    temperature_c: float | None = None
+    """The highest temperature read around the samples."""
+
+    throttle_reasons: dict[str, int] = field(default_factory=dict)
+    """By name, how many rounds ended with this reason to run below the full clock, repeated ones included."""
+
+    refused: list[float] = field(default_factory=list)
+    """Samples, in seconds, that no device of this bandwidth can have taken: kept for whoever looks for the fault."""
 
 
 @dataclass

@@ -39,6 +39,10 @@ EXPONENTIALS_PER_CLOCK = 16
 """Of a multiprocessor of every NVIDIA GPU since Volta: CUDA C++ Programming Guide, arithmetic instructions."""
 
 
+READING_MARGIN = 1.15
+"""How much faster than copying a device may read: its memory has not to turn around to be written."""
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """What a device can do at most."""
@@ -63,6 +67,21 @@ def limit_seconds(cost: Cost, ceilings: Ceilings) -> float:
     """The least time for a cost: that of its memory traffic, its exponentials or its products, whichever is longest."""
     traffic, exponentials = cost.bytes / ceilings.copy_bandwidth, cost.exponentials / ceilings.exponentials
     return max(traffic, exponentials, cost.flops / ceilings.products[cost.flops_dtype])
+
+
+def too_fast(seconds: float, *, size: int, held_back: int, ceilings: Ceilings) -> str | None:
+    """Why a time is not to be believed, or None: a cold cache lets no call move its bytes faster than memory does.
+
+    Args:
+        seconds: of the call.
+        size: bytes that it has to move at least.
+        held_back: those of them that may still be in the L2 cache when the call ends, written and not yet stored.
+        ceilings: of the device.
+    """
+    bandwidth = (size - held_back) / seconds
+    if bandwidth <= READING_MARGIN * ceilings.copy_bandwidth:
+        return None
+    return f"{bandwidth / 1e9:.0f} GB/s from a cold cache, where a device copy has {ceilings.copy_bandwidth / 1e9:.0f}"
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:

@@ -1,16 +1,17 @@
-"""How long calls take: interleaved, until the median is certain enough, on three clocks.
+"""How long calls take: interleaved, until the median is certain enough, in four columns.
 
 - `cold`: GPU time of the launches of one call, from event to event. The stream is kept busy by a spin kernel while the
   host launches, so that the GPU never waits for the host, and the L2 cache holds nothing of the call's data.
-- `graph`: the same for the replay of a CUDA graph that the call was captured into.
+- `warm`: the same right after another run of the call, so that the L2 cache holds what that left there.
+- `graph`: as `cold`, for the replay of a CUDA graph that the call was captured into.
 - `wall`: host time. Of a call on a CPU that is all of it; of a call on a GPU it is what the host needs to launch it,
   among others of its kind and in one thread.
 """
 
-import gc
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from math import inf
 from statistics import median
@@ -22,32 +23,12 @@ from scipy.stats import binom
 
 from colt5_bench.environment import GpuState, gpu_state
 from colt5_bench.results import Timing
-
-Call = Callable[[], object]
-Round = Callable[[Sequence[str]], list[float]]
-"""Runs the named calls in the order given and returns the seconds of each."""
+from colt5_bench.rounds import CPU_COLUMNS, GPU_COLUMNS, WARM_UP_CALLS, Call, Round, rounds
 
 CONFIDENCE = 0.95
 
-WARM_UP_CALLS = 2
-"""The first compiles and fills caches, the second may do so once more."""
-
 FEWEST_SAMPLES = 3
 """Of a call that takes longer than all samples together should."""
-
-CALLS_IN_A_ROW, ROW_SECONDS = 10, 0.003
-"""Most calls, and about the longest that they take, for a sample of host time on a GPU: its queue of launches must not
-fill up, for then the host waits."""
-
-SPIN_MARGIN, SPIN_EXTRA, LONGEST_SPIN = 1.5, 20e-6, 0.05
-"""A spin lasts this many times the host time of the call and these seconds more, and at most so many seconds."""
-
-SPIN_GROWTH = 4
-"""A spin that turns out too short is doubled, until it is this many times as long as at first: no spin is long enough
-for a call that waits for the GPU itself."""
-
-FLUSHED_CACHES = 2
-"""Size of the buffer that is written and read to flush the L2, in L2s."""
 
 
 def time_interleaved(
@@ -74,7 +55,7 @@ def time_interleaved(
     Args:
         calls: what is timed, by name. Each is run a few times beforehand, untimed.
         device: where the calls run.
-        columns: `cold`, `graph` and `wall` on a GPU, `wall` on a CPU.
+        columns: `cold`, `warm`, `graph` and `wall` on a GPU, `wall` on a CPU.
         before: by name, what runs untimed before each sample, and before a call is captured.
         target: relative width of the interval at which a call is known well enough.
         min_samples: fewest samples of a call. An interval exists from six.
@@ -89,7 +70,7 @@ def time_interleaved(
         ValueError: a column is unknown, or the device has none of that name.
         Exception: whatever a call raises, other than in capture.
     """
-    offered = ("cold", "graph", "wall") if device.type == "cuda" else ("wall",)
+    offered = GPU_COLUMNS if device.type == "cuda" else CPU_COLUMNS
     if unknown := set(columns) - set(offered):
         raise ValueError(f"columns on {device.type} are {', '.join(offered)}, got {', '.join(sorted(unknown))}")
     prepare = {name: (before or {}).get(name, _nothing) for name in calls}
@@ -100,7 +81,7 @@ def time_interleaved(
                 prepare[name]()
                 calls[name]()
         for column in columns:
-            with _rounds(column, calls, prepare, device) as (take, refused):
+            with rounds(column, calls, prepare, device) as (take, refused):
                 taken = _sample(
                     take,
                     [name for name in calls if name not in refused],
@@ -158,7 +139,6 @@ def _sample(
     samples: dict[str, list[float]] = {name: [] for name in names}
     discarded = dict.fromkeys(names, 0)
     stopped: dict[str, str] = {}
-    clocks: list[int] = []
     shuffle = random.Random(0)
 
     def reason_to_stop(name: str, seconds: float) -> str:
@@ -173,228 +153,63 @@ def _sample(
             return "max_seconds"
         return "throttled" if discarded[name] >= (1 if late else max_samples) else ""
 
-    began, earlier = perf_counter(), state()
+    began, watch = perf_counter(), _Watch(state)
     while active := [name for name in names if name not in stopped]:
         order = shuffle.sample(active, len(active))
         seconds = take(order)
-        now = state()
-        states = [each for each in (earlier, now) if each is not None]
-        earlier = now
-        if any(each.throttled for each in states):
+        if watch.throttled():
             for name in order:
                 discarded[name] += 1
         else:
-            clocks += [each.sm_clock_mhz for each in states]
             for name, sample in zip(order, seconds, strict=True):
                 samples[name].append(sample)
         for name in active:
             if reason := reason_to_stop(name, perf_counter() - began):
                 stopped[name] = reason
 
-    clock = median(clocks) if clocks else None
+    seen = watch.summary()
     return {
-        name: Timing(column, taken, stopped[name], relative_interval(taken), discarded[name], clock)
+        name: Timing(column, taken, stopped[name], relative_interval(taken), discarded[name], **seen)
         for name, taken in samples.items()
     }
 
 
-@contextmanager
-def _rounds(
-    column: str, calls: Mapping[str, Call], before: Mapping[str, Call], device: torch.device
-) -> Iterator[tuple[Round, dict[str, str]]]:
-    """How a column takes a round, and the calls that it cannot take, with the reason."""
-    if column == "wall":
-        yield _HostRound(calls, before, device), {}
-    elif column == "cold":
-        yield _GpuRound(calls, before, device), {}
-    else:
-        graphs, refused = _capture_all(calls, before, device)
-        try:
-            yield _GpuRound({name: graph.replay for name, graph in graphs.items()}, before, device), refused
-        finally:
-            for graph in graphs.values():
-                graph.reset()
-            torch.cuda.empty_cache()
+class _Watch:
+    """What the GPU says of itself before, between and after the rounds of a column."""
 
+    def __init__(self, read: Callable[[], GpuState | None]) -> None:
+        self._read = read
+        self._last = read()
+        self._valid: list[GpuState] = []
+        self._reasons: Counter[str] = Counter()
 
-class _HostRound:
-    """Time until a call returns. On a GPU, of one among several calls in a row, begun when the GPU was idle: a call on
-    its own would pay for the caches of the CPU that others filled.
+    def throttled(self) -> bool:
+        """Whether the round that ended just now is void: the GPU was slowed down at its beginning or is at its end."""
+        now = self._read()
+        states = [state for state in (self._last, now) if state is not None]
+        self._last = now
+        self._reasons.update(now.reasons if now is not None else ())
+        if any(state.throttled for state in states):
+            return True
+        self._valid += states
+        return False
 
-    The backward pass runs in the calling thread. PyTorch hands that of a GPU to a thread of its own, once for the
-    whole backward pass of a model: to wake it takes longer than to launch a kernel, and says nothing about the call.
-    """
-
-    def __init__(self, calls: Mapping[str, Call], before: Mapping[str, Call], device: torch.device) -> None:
-        self._calls, self._before, self._device = calls, before, device
-        self._in_a_row = dict.fromkeys(calls, 1)
-        if device.type == "cuda":
-            self._in_a_row = {name: self._fitting(name) for name in calls}
-
-    def _fitting(self, name: str) -> int:
-        """How many: a call on its own takes longer than one in a row, so that it is measured in a row."""
-        self._in_a_row[name] = CALLS_IN_A_ROW
-        count = int(ROW_SECONDS / min(self.seconds(name) for _ in range(3)))
-        return min(max(count, 1), CALLS_IN_A_ROW)
-
-    def __call__(self, order: Sequence[str]) -> list[float]:
-        return [self.seconds(name) for name in order]
-
-    def seconds(self, name: str) -> float:
-        call, in_a_row = self._calls[name], self._in_a_row[name]
-        self._before[name]()
-        _synchronize(self._device)
-        with torch.autograd.set_multithreading_enabled(False), _no_garbage_collection():
-            start = perf_counter()
-            for _ in range(in_a_row - 1):
-                call()
-            result = call()
-            seconds = (perf_counter() - start) / in_a_row
-        # Only now: what it takes to free the last result is not the call's.
-        del result
-        return seconds
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """As in `timeit`: what is collected is whatever was left behind since, by whomever."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-class _GpuRound:
-    """Time between events around the launches of a call that all lie in the stream's queue before the first begins."""
-
-    def __init__(self, calls: Mapping[str, Call], before: Mapping[str, Call], device: torch.device) -> None:
-        self._calls, self._before, self._device = calls, before, device
-        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        self._flushing = torch.empty(FLUSHED_CACHES * l2_bytes // 4, dtype=torch.float32, device=device)
-        self._cycles_per_second = _spin_cycles_per_second()
-        self._spin = {
-            name: min(SPIN_MARGIN * max(self._host_seconds(name) for _ in range(3)) + SPIN_EXTRA, LONGEST_SPIN)
-            for name in calls
+    def summary(self) -> dict[str, Any]:
+        """The fields of a `Timing` that say what the samples were taken under."""
+        clocks = [state.sm_clock_mhz for state in self._valid]
+        powers = [state.power_w for state in self._valid if state.power_w is not None]
+        temperatures = [state.temperature_c for state in self._valid if state.temperature_c is not None]
+        return {
+            "sm_clock_mhz": median(clocks) if clocks else None,
+            "sm_clock_range_mhz": [min(clocks), max(clocks)] if clocks else None,
+            "power_w": median(powers) if powers else None,
+            "temperature_c": max(temperatures, default=None),
+            "throttle_reasons": dict(self._reasons),
         }
-        self._longest_spin = {name: SPIN_GROWTH * spin for name, spin in self._spin.items()}
-        for _ in range(2):
-            self(list(calls))
-
-    def __call__(self, order: Sequence[str]) -> list[float]:
-        events = [self._enqueue(name) for name in order]
-        torch.cuda.synchronize(self._device)
-        return [start.elapsed_time(end) * 1e-3 for start, end in events]
-
-    def _host_seconds(self, name: str) -> float:
-        """Of a call on its own, as it is enqueued."""
-        self._before[name]()
-        torch.cuda.synchronize(self._device)
-        start = perf_counter()
-        self._calls[name]()
-        return perf_counter() - start
-
-    def _enqueue(self, name: str) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self._before[name]()
-        # Written, then read: the GPU would write dirty lines back while the call runs, and at its expense.
-        self._flushing.zero_()
-        self._flushing.sum()
-        torch.cuda._sleep(int(self._spin[name] * self._cycles_per_second))
-        start.record()
-        self._calls[name]()
-        end.record()
-        if start.query():
-            # The GPU got there before all was launched.
-            self._spin[name] = min(2 * self._spin[name], self._longest_spin[name])
-        return start, end
-
-
-def _spin_cycles_per_second() -> float:
-    cycles = 10_000_000
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(cycles)
-    start.record()
-    torch.cuda._sleep(cycles)
-    end.record()
-    end.synchronize()
-    return cycles / (start.elapsed_time(end) * 1e-3)
-
-
-def _capture_all(
-    calls: Mapping[str, Call], before: Mapping[str, Call], device: torch.device
-) -> tuple[dict[str, torch.cuda.CUDAGraph], dict[str, str]]:
-    """The graphs of the calls that can be captured, and why the others cannot."""
-    graphs: dict[str, torch.cuda.CUDAGraph] = {}
-    refused: dict[str, str] = {}
-    for name, call in calls.items():
-        try:
-            graphs[name] = _capture(call, before[name])
-        except Exception as error:
-            refused[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            _recover(device)
-    return graphs, refused
-
-
-def _capture(call: Call, before: Call) -> torch.cuda.CUDAGraph:
-    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
-    side.wait_stream(current)
-    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP_CALLS):
-            before()
-            call()
-        before()
-        torch.cuda.synchronize()
-        try:
-            graph.capture_begin(pool=pool)
-            call()
-            graph.capture_end()
-        except Exception:
-            _abandon(graph, pool)
-            raise
-    current.wait_stream(side)
-    return graph
-
-
-_abandoned: list[torch.cuda.CUDAGraph] = []
-"""Graphs whose capture failed: PyTorch's allocators may go on to ask them whether they are being captured."""
-
-
-def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """End a capture that failed, and with it that memory is allocated from the pool of the graph."""
-    with suppress(RuntimeError):
-        graph.capture_end()
-    with suppress(RuntimeError):
-        # Ending the capture was an error, before it came to this.
-        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
-    graph.reset()
-    _abandoned.append(graph)
-
-
-def _recover(device: torch.device) -> None:
-    """Capture what can be captured: until then the default random number generator of PyTorch takes a capture that
-    failed for one that goes on, and refuses to work.
-    """
-    torch.cuda.synchronize(device)
-    something = torch.zeros(1, device=device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        something.add_(1)
-    graph.reset()
-    torch.cuda.empty_cache()
 
 
 def _nothing() -> None:
     pass
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager

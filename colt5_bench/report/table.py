@@ -17,9 +17,18 @@ CASE_WIDTH = 26
 MOST_CASES = 40
 """Of a suite of divergence, which has hundreds: the worst are shown."""
 
+STEADY_CLOCK = 0.01
+"""By how much the clock of a GPU may move and still be called locked."""
+
 NOTHING = "-"
 
-HEADERS = {"cold": "GPU ms\ncold L2", "graph": "GPU ms\ngraph", "host": "host\nms", "wall": "wall\nms"}
+HEADERS = {
+    "cold": "GPU ms\ncold L2",
+    "warm": "GPU ms\nwarm",
+    "graph": "GPU ms\ngraph",
+    "host": "host\nms",
+    "wall": "wall\nms",
+}
 
 STYLES = {"ok": "", "skipped": "dim", "wrong": "red", "out_of_memory": "yellow", "error": "red"}
 
@@ -53,6 +62,7 @@ def summary(records: Sequence[Record], reference: str, console: Console) -> None
         if len(shown) < len(groups):
             console.print(f"the {len(shown)} of {len(groups)} cases that are farthest from fp64", highlight=False)
     _print_endings(records, console)
+    _print_clocks(records, console)
 
 
 def _table(records: Sequence[Record], groups: Iterable[Group], columns: Sequence[Column]) -> Table:
@@ -101,6 +111,25 @@ def _print_endings(records: Sequence[Record], console: Console) -> None:
         console.print(Text(line, style=STYLES[status]), soft_wrap=True)
 
 
+def _print_clocks(records: Iterable[Record], console: Console) -> None:
+    """That clocks moved: what they were is in the records, and to lock them is the owner's business."""
+    ranges = [
+        timing.sm_clock_range_mhz
+        for record in records
+        for timing in record.timings.values()
+        if timing.sm_clock_range_mhz is not None
+    ]
+    if not ranges:
+        return
+    lowest, highest = min(low for low, _ in ranges), max(high for _, high in ranges)
+    if lowest < (1 - STEADY_CLOCK) * highest:
+        console.print(
+            f"the SM clock was between {lowest:.0f} and {highest:.0f} MHz while times were taken: it is not locked",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
 def _by_case(records: Iterable[Record]) -> list[Group]:
     groups: dict[tuple[str, str], Group] = {}
     for record in records:
@@ -133,6 +162,7 @@ def _time_columns(records: Sequence[Record], reference: str) -> list[Column]:
         return f"{_short(100 * record.limit_seconds / seconds)}%" if seconds and record.limit_seconds else NOTHING
 
     more_times: list[Column] = [
+        (HEADERS["warm"], lambda record: _milliseconds(record, "warm")),
         (HEADERS["graph"], lambda record: _milliseconds(record, "graph")),
         (HEADERS["host"], lambda record: _milliseconds(record, "wall")),
     ]

@@ -103,7 +103,20 @@ class TestGpuState:
         monkeypatch.setattr(environment, "_nvml_handle", lambda device: "handle")
         monkeypatch.setattr(pynvml, "nvmlDeviceGetClockInfo", lambda handle, which: 1500)
         monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons", lambda handle: active)
-        assert gpu_state(torch.device("cuda")) == GpuState(1500, ("sw_power_cap", "hw_slowdown"))
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", lambda handle: 350_500)
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetTemperature", lambda handle, sensor: 61)
+        assert gpu_state(torch.device("cuda")) == GpuState(1500, ("sw_power_cap", "hw_slowdown"), 350.5, 61)
+
+    def test_what_one_question_is_not_answered_leaves_the_others(self, monkeypatch):
+        def fail(*arguments):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+        monkeypatch.setattr(environment, "_nvml_handle", lambda device: "handle")
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetClockInfo", lambda handle, which: 1500)
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons", lambda handle: 0)
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", fail)
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetTemperature", lambda handle, sensor: 61)
+        assert gpu_state(torch.device("cuda")) == GpuState(1500, (), None, 61)
 
     def test_nvml_that_fails_tells_nothing(self, monkeypatch):
         def fail(*arguments):

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +105,35 @@ def test_a_timer_that_fails_fails_what_it_timed(conditions, monkeypatch):
     records = run(toy.suite(toy.good, toy.wrong), conditions)
     assert records["good"].reason == "timing: RuntimeError: lost the device"
     assert records["wrong"].status == "wrong"
+
+
+class TestBrokenMeasurements:
+    @pytest.fixture
+    def on_gpu(self, conditions, monkeypatch):
+        """The record of a call that is said to take so many seconds on a GPU that copies 1 GB/s."""
+        properties = SimpleNamespace(L2_cache_size=0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        slow = replace(conditions.ceilings, copy_bandwidth=1e9)
+
+        def take(**seconds):
+            timings = {column: Timing(column, [value], "confident", 0.0) for column, value in seconds.items()}
+            monkeypatch.setattr(measuring.timing, "time_interleaved", lambda calls, **_: dict.fromkeys(calls, timings))
+            return run(toy.suite(), replace(conditions, ceilings=slow), FORWARD)["reference"]
+
+        return take
+
+    @pytest.mark.parametrize("column", ["cold", "graph"])
+    def test_a_time_that_memory_does_not_allow_is_refused_and_kept(self, on_gpu, column):
+        record = on_gpu(**{"cold": 1e-6, "graph": 1e-6, column: 1e-9})
+        assert record.status == "error"
+        assert record.reason.startswith(f"{column} time is refused: 128 GB/s from a cold cache")
+        assert record.seconds(column) is None
+        assert record.timings[column].refused == [1e-9]
+        assert record.timings[column].stopped.startswith("refused: ")
+
+    def test_a_warm_cache_allows_it(self, on_gpu):
+        record = on_gpu(cold=1e-6, warm=1e-9)
+        assert (record.status, record.seconds("warm")) == ("ok", 1e-9)
 
 
 def test_what_cannot_run_here_is_skipped_with_its_reason(conditions, timed):

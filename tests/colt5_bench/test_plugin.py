@@ -38,6 +38,10 @@ def test_every_point_is_a_test_and_a_record(run, pytester):
     assert len({record.key for record in records}) == len(records) == 8
     assert {record.environment for record in records} == set(taken.environments)
 
+    (environment,) = taken.environments.values()
+    assert environment["ceilings"]["copy_bandwidth"] > 1e8
+    assert set(environment["ceilings"]["products"]) == {"float32", "bfloat16", "float16"}
+
     # What pytest-benchmark kept is what was measured, to the last bit, and nothing of what failed.
     benchmarks = json.loads((pytester.path / "benchmark.json").read_text())["benchmarks"]
     kept = {tuple(map(benchmark["params"].get, ("direction", "implementation"))): benchmark for benchmark in benchmarks}

@@ -72,17 +72,25 @@ class TestTable:
 
     def test_gpu_time_comes_first_and_the_other_columns_have_their_names(self):
         ours = timed("ours", 2, "cold")
+        ours.timings["warm"] = Timing("warm", [1.5e-3], "max_samples", inf)
         ours.timings["graph"] = Timing("graph", [1e-3], "max_samples", inf)
         ours.timings["wall"] = Timing("wall", [5e-5], "max_samples", inf)
         text = printed([ours])
-        assert line_of("ours", text)[:6] == ["2", "-", "2", "25%", "1", "0.05"]
-        assert all(header in text for header in ("cold L2", "graph", "host"))
+        assert line_of("ours", text)[:7] == ["2", "-", "2", "25%", "1.5", "1", "0.05"]
+        assert all(header in text for header in ("cold L2", "warm", "graph", "host"))
         assert "wall" not in text
 
     def test_a_call_that_was_not_captured_has_no_graph_time(self):
         ours = timed("ours", 2, "cold")
         ours.timings["graph"] = Timing("graph", [], "not capturable: it synchronizes", inf)
-        assert line_of("ours", printed([ours]))[4] == "-"
+        assert line_of("ours", printed([ours]))[5] == "-"
+
+    @pytest.mark.parametrize(("ranges", "said"), [([[1980, 1980]], False), ([[1980, 1980], [1755, 1900]], True)])
+    def test_clocks_that_moved_are_told_of(self, ranges, said):
+        records = [timed(f"impl{number}", 2, "cold") for number in range(len(ranges))]
+        for made, range_mhz in zip(records, ranges, strict=True):
+            made.timings["cold"].sm_clock_range_mhz = range_mhz
+        assert ("the SM clock was between 1755 and 1980 MHz" in printed(records)) is said
 
     def test_speed_up_is_over_the_same_case_and_direction(self):
         records = [timed("reference", 8), timed("ours", 2, n=1024), timed("reference", 6, n=1024)]

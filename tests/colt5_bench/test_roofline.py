@@ -30,6 +30,19 @@ class TestLimit:
         assert limit_seconds(Cost(bytes=0), CEILINGS) == 0
 
 
+class TestTooFast:
+    @pytest.mark.parametrize("seconds", [2.0, 1.0, 0.9])
+    def test_what_memory_can_do_is_believed(self, seconds):
+        assert roofline.too_fast(seconds, size=10**12, held_back=0, ceilings=CEILINGS) is None
+
+    def test_what_it_cannot_do_is_refused_with_both_figures(self):
+        why = roofline.too_fast(0.5, size=10**12, held_back=0, ceilings=CEILINGS)
+        assert why == "2000 GB/s from a cold cache, where a device copy has 1000"
+
+    def test_what_the_cache_has_not_stored_yet_is_not_counted(self):
+        assert roofline.too_fast(0.5, size=10**12, held_back=5 * 10**11, ceilings=CEILINGS) is None
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 class TestMeasured:
     def test_are_of_a_plausible_size_and_measured_in_under_a_second(self, device):

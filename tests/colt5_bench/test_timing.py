@@ -1,6 +1,7 @@
 from math import inf
 from random import Random
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from colt5_bench import timing
+from colt5_bench import rounds, timing
 from colt5_bench.environment import GpuState
 
 CPU = torch.device("cpu")
@@ -24,7 +25,8 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now = 0.0
         self.called = []
-        monkeypatch.setattr(timing, "perf_counter", lambda: self.now)
+        for module in (timing, rounds):
+            monkeypatch.setattr(module, "perf_counter", lambda: self.now)
 
     def call(self, name, seconds):
         """A call that takes the next of the seconds, and the last of them from then on."""
@@ -224,9 +226,95 @@ class TestThrottling:
         result = on_wall({"a": clock.call("a", [1.0])}, max_seconds=inf)["a"]
         assert (result.discarded, result.sm_clock_mhz) == (0, 1700)
 
+    def test_what_the_gpu_said_stands_beside_the_samples(self, clock, states):
+        states[:] = [
+            GpuState(1980, (), 300.0, 50.0),
+            GpuState(1900, ("sw_power_cap",), 700.0, 60.0),
+            GpuState(600, ("hw_thermal_slowdown",), 200.0, 90.0),
+            GpuState(1900, (), 690.0, 80.0),
+            GpuState(1940, (), 690.0, 70.0),
+        ]
+        result = on_wall({"a": clock.call("a", [1.0])}, max_seconds=inf)["a"]
+        assert result.discarded == 2
+        assert result.sm_clock_mhz == 1940
+        assert result.sm_clock_range_mhz == [1900, 1980]
+        assert (result.power_w, result.temperature_c) == (690.0, 80.0)
+        assert result.throttle_reasons == {"sw_power_cap": 1, "hw_thermal_slowdown": 1}
+
+    def test_without_nvml_nothing_is_said(self, clock):
+        result = on_wall({"a": clock.call("a", [1.0])})["a"]
+        assert (result.sm_clock_range_mhz, result.power_w, result.temperature_c) == (None, None, None)
+        assert result.throttle_reasons == {}
+
+
+class FakeCuda:
+    """A GPU whose events are moments of a clock that work advances, and whose cache is known to be warm or not."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.log = 0.0, []
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(self))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.log.append("spin"))
+        properties = SimpleNamespace(L2_cache_size=64)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda size, *, dtype, device: FakeBuffer(self, empty(size, dtype=dtype)))
+        monkeypatch.setattr(rounds, "_spin_cycles_per_second", lambda: 1e9)
+
+    def call(self):
+        """Takes a second, and three if it finds nothing of its data."""
+        self.log.append("call")
+        previous = [entry for entry in self.log[:-1] if entry not in ("spin", "event")]
+        self.now += 1.0 if previous[-1:] == ["call"] else 3.0
+
+
+class FakeEvent:
+    def __init__(self, cuda):
+        self._cuda = cuda
+
+    def record(self):
+        self._cuda.log.append("event")
+        self.at = self._cuda.now
+
+    def query(self):
+        return False
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+class FakeBuffer:
+    def __init__(self, cuda, values):
+        self._cuda, self.nbytes = cuda, values.nbytes
+
+    def zero_(self):
+        self._cuda.log.append("written")
+
+    def sum(self):
+        self._cuda.log.append("read")
+
+
+class TestColumnsOfAGpu:
+    def test_cold_finds_an_empty_cache_and_warm_what_the_call_left(self, monkeypatch):
+        cuda = FakeCuda(monkeypatch)
+        before = {"a": lambda: cuda.log.append("prepared")}
+        seconds = {}
+        for column in ("cold", "warm"):
+            with rounds.rounds(column, {"a": cuda.call}, before, GPU) as (take, refused):
+                cuda.log.clear()
+                seconds[column] = take(["a"])
+            assert refused == {}
+            settled = ["written", "read"] if column == "cold" else ["call"]
+            assert cuda.log == ["prepared", *settled, "spin", "event", "call", "event"]
+        assert seconds == {"cold": [3.0], "warm": [1.0]}
+
+    def test_the_flush_is_larger_than_the_cache(self, monkeypatch):
+        cuda = FakeCuda(monkeypatch)
+        assert rounds.GpuRound({"a": cuda.call}, {"a": lambda: None}, GPU, cold=True)._flushing.nbytes >= 2 * 64
+
 
 class TestArguments:
-    @pytest.mark.parametrize("column", ["cold", "graph", "warm"])
+    @pytest.mark.parametrize("column", ["cold", "warm", "graph", "lukewarm"])
     def test_a_column_that_the_device_has_not_is_refused(self, column):
         with pytest.raises(ValueError, match=column):
             timing.time_interleaved({"a": lambda: None}, device=CPU, columns=("wall", column))
@@ -277,17 +365,9 @@ class TestOnGpu:
 
     def test_nothing_of_the_data_is_in_the_cache(self):
         x = torch.zeros(2**23, device=GPU)
-        times = timing.time_interleaved({"sum": x.sum}, device=GPU, columns=("cold",))["sum"]["cold"].samples
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        warm = []
-        for _ in range(50):
-            torch.cuda._sleep(1_000_000)
-            start.record()
-            x.sum()
-            end.record()
-            end.synchronize()
-            warm.append(start.elapsed_time(end) * 1e-3)
-        assert median(times) > 1.1 * median(warm)
+        times = timing.time_interleaved({"sum": x.sum}, device=GPU, columns=("cold", "warm", "graph"))["sum"]
+        assert median(times["cold"].samples) > 1.1 * median(times["warm"].samples)
+        assert median(times["graph"].samples) > 1.1 * median(times["warm"].samples)
 
     def test_a_call_that_cannot_be_captured_says_why_and_does_no_harm(self):
         x = torch.zeros(1000, device=GPU)

@@ -1,0 +1,242 @@
+"""How each time column takes a sample of each call: a round.
+
+A graph, too, is replayed after the L2 cache was flushed, and its inputs do not rotate over copies. Each copy would need
+a graph with memory of its own, which for a layer is gigabytes; small inputs would need thousands of them to fill the
+cache; and what a call closes over, as a layer does over its parameters, would stay where it is, and warm. The flush
+costs one buffer of twice the cache and reaches everything.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from time import perf_counter
+from typing import Any
+
+import torch
+
+Call = Callable[[], object]
+Round = Callable[[Sequence[str]], list[float]]
+"""Runs the named calls in the order given and returns the seconds of each."""
+
+GPU_COLUMNS, CPU_COLUMNS = ("cold", "warm", "graph", "wall"), ("wall",)
+"""What there is; the first is the one that the figure of a case is."""
+
+WARM_UP_CALLS = 2
+"""The first compiles and fills caches, the second may do so once more."""
+
+CALLS_IN_A_ROW, ROW_SECONDS = 10, 0.003
+"""Most calls, and about the longest that they take, for a sample of host time on a GPU: its queue of launches must not
+fill up, for then the host waits."""
+
+SPIN_MARGIN, SPIN_EXTRA, LONGEST_SPIN = 1.5, 20e-6, 0.05
+"""A spin lasts this many times the host time of the call and these seconds more, and at most so many seconds."""
+
+SPIN_GROWTH = 4
+"""A spin that turns out too short is doubled, until it is this many times as long as at first: no spin is long enough
+for a call that waits for the GPU itself."""
+
+FLUSHED_CACHES = 2
+"""Size of the buffer that is written and read to flush the L2, in L2s."""
+
+
+@contextmanager
+def rounds(
+    column: str, calls: Mapping[str, Call], before: Mapping[str, Call], device: torch.device
+) -> Iterator[tuple[Round, dict[str, str]]]:
+    """How a column takes a round, and the calls that it cannot take, with the reason."""
+    if column == "wall":
+        yield HostRound(calls, before, device), {}
+    elif column in ("cold", "warm"):
+        yield GpuRound(calls, before, device, cold=column == "cold"), {}
+    else:
+        graphs, refused = _capture_all(calls, before, device)
+        try:
+            yield GpuRound({name: graph.replay for name, graph in graphs.items()}, before, device, cold=True), refused
+        finally:
+            for graph in graphs.values():
+                graph.reset()
+            torch.cuda.empty_cache()
+
+
+class HostRound:
+    """Time until a call returns. On a GPU, of one among several calls in a row, begun when the GPU was idle: a call on
+    its own would pay for the caches of the CPU that others filled.
+
+    The backward pass runs in the calling thread. PyTorch hands that of a GPU to a thread of its own, once for the
+    whole backward pass of a model: to wake it takes longer than to launch a kernel, and says nothing about the call.
+    """
+
+    def __init__(self, calls: Mapping[str, Call], before: Mapping[str, Call], device: torch.device) -> None:
+        self._calls, self._before, self._device = calls, before, device
+        self._in_a_row = dict.fromkeys(calls, 1)
+        if device.type == "cuda":
+            self._in_a_row = {name: self._fitting(name) for name in calls}
+
+    def _fitting(self, name: str) -> int:
+        """How many: a call on its own takes longer than one in a row, so that it is measured in a row."""
+        self._in_a_row[name] = CALLS_IN_A_ROW
+        count = int(ROW_SECONDS / min(self.seconds(name) for _ in range(3)))
+        return min(max(count, 1), CALLS_IN_A_ROW)
+
+    def __call__(self, order: Sequence[str]) -> list[float]:
+        return [self.seconds(name) for name in order]
+
+    def seconds(self, name: str) -> float:
+        call, in_a_row = self._calls[name], self._in_a_row[name]
+        self._before[name]()
+        _synchronize(self._device)
+        with torch.autograd.set_multithreading_enabled(False), _no_garbage_collection():
+            start = perf_counter()
+            for _ in range(in_a_row - 1):
+                call()
+            result = call()
+            seconds = (perf_counter() - start) / in_a_row
+        # Only now: what it takes to free the last result is not the call's.
+        del result
+        return seconds
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """As in `timeit`: what is collected is whatever was left behind since, by whomever."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class GpuRound:
+    """Time between events around the launches of a call that all lie in the stream's queue before the first begins.
+
+    Cold, the L2 cache holds nothing of the call's data; warm, it holds what the same call has left there just before.
+    """
+
+    def __init__(
+        self, calls: Mapping[str, Call], before: Mapping[str, Call], device: torch.device, *, cold: bool
+    ) -> None:
+        self._calls, self._before, self._device, self._cold = calls, before, device, cold
+        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flushing = torch.empty(FLUSHED_CACHES * l2_bytes // 4, dtype=torch.float32, device=device)
+        self._cycles_per_second = _spin_cycles_per_second()
+        self._spin = {
+            name: min(SPIN_MARGIN * max(self._host_seconds(name) for _ in range(3)) + SPIN_EXTRA, LONGEST_SPIN)
+            for name in calls
+        }
+        self._longest_spin = {name: SPIN_GROWTH * spin for name, spin in self._spin.items()}
+        for _ in range(2):
+            self(list(calls))
+
+    def __call__(self, order: Sequence[str]) -> list[float]:
+        events = [self._enqueue(name) for name in order]
+        torch.cuda.synchronize(self._device)
+        return [start.elapsed_time(end) * 1e-3 for start, end in events]
+
+    def _host_seconds(self, name: str) -> float:
+        """Of a call on its own, as it is enqueued."""
+        self._before[name]()
+        torch.cuda.synchronize(self._device)
+        start = perf_counter()
+        self._calls[name]()
+        return perf_counter() - start
+
+    def _enqueue(self, name: str) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._before[name]()
+        if self._cold:
+            # Written, then read: the GPU would write dirty lines back while the call runs, and at its expense.
+            self._flushing.zero_()
+            self._flushing.sum()
+        else:
+            self._calls[name]()
+        torch.cuda._sleep(int(self._spin[name] * self._cycles_per_second))
+        start.record()
+        self._calls[name]()
+        end.record()
+        if start.query():
+            # The GPU got there before all was launched.
+            self._spin[name] = min(2 * self._spin[name], self._longest_spin[name])
+        return start, end
+
+
+def _spin_cycles_per_second() -> float:
+    cycles = 10_000_000
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(cycles)
+    start.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    end.synchronize()
+    return cycles / (start.elapsed_time(end) * 1e-3)
+
+
+def _capture_all(
+    calls: Mapping[str, Call], before: Mapping[str, Call], device: torch.device
+) -> tuple[dict[str, torch.cuda.CUDAGraph], dict[str, str]]:
+    """The graphs of the calls that can be captured, and why the others cannot."""
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    refused: dict[str, str] = {}
+    for name, call in calls.items():
+        try:
+            graphs[name] = _capture(call, before[name])
+        except Exception as error:
+            refused[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            _recover(device)
+    return graphs, refused
+
+
+def _capture(call: Call, before: Call) -> torch.cuda.CUDAGraph:
+    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(current)
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP_CALLS):
+            before()
+            call()
+        before()
+        torch.cuda.synchronize()
+        try:
+            graph.capture_begin(pool=pool)
+            call()
+            graph.capture_end()
+        except Exception:
+            _abandon(graph, pool)
+            raise
+    current.wait_stream(side)
+    return graph
+
+
+_abandoned: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture failed: PyTorch's allocators may go on to ask them whether they are being captured."""
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """End a capture that failed, and with it that memory is allocated from the pool of the graph."""
+    with suppress(RuntimeError):
+        graph.capture_end()
+    with suppress(RuntimeError):
+        # Ending the capture was an error, before it came to this.
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+    graph.reset()
+    _abandoned.append(graph)
+
+
+def _recover(device: torch.device) -> None:
+    """Capture what can be captured: until then the default random number generator of PyTorch takes a capture that
+    failed for one that goes on, and refuses to work.
+    """
+    torch.cuda.synchronize(device)
+    something = torch.zeros(1, device=device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        something.add_(1)
+    graph.reset()
+    torch.cuda.empty_cache()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
