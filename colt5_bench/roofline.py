@@ -94,18 +94,22 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 @cache
 def _measure_ceilings(device: torch.device) -> Ceilings:
     if device.type != "cuda":
-        bandwidth = _copy_bandwidth(device, CPU_COPY_BYTES)
+        bandwidth = copy_bandwidth(device)
         return Ceilings(bandwidth, _cpu_exponentials(), _products(device, CPU_FACTOR), device_name(device), True)
     with torch.cuda.device(device):
-        free, _ = torch.cuda.mem_get_info(device)
-        bandwidth = _copy_bandwidth(device, min(GPU_COPY_BYTES, free // 4))
+        bandwidth = copy_bandwidth(device)
         compiles = not triton.knobs.runtime.interpret
         exponentials = _gpu_exponentials(device) if compiles else _data_sheet_exponentials(device)
         products = _products(device, GPU_FACTOR)
     return Ceilings(bandwidth, exponentials, products, device_name(device), compiles)
 
 
-def _copy_bandwidth(device: torch.device, size: int) -> float:
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written a second by a copy of more than the caches hold; measured anew at each call."""
+    size = CPU_COPY_BYTES
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        size = min(GPU_COPY_BYTES, free // 4)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     destination = torch.zeros_like(source)
     return 2 * size / _shortest(lambda: destination.copy_(source), device)
@@ -135,10 +139,19 @@ def _cpu_exponentials() -> float:
 
 
 def _gpu_exponentials(device: torch.device) -> float:
+    call, count = repeated_exponentials(device)
+    return count / _shortest(call, device)
+
+
+def repeated_exponentials(device: torch.device) -> tuple[Callable[[], object], int]:
+    """A call that has nothing to do but exponentials, and how many."""
     block, programs = 2048, 16 * torch.cuda.get_device_properties(device).multi_processor_count
     out = torch.empty(programs * block, device=device)
-    seconds = _shortest(lambda: _exponentials_kernel[(programs,)](out, GPU_EXPONENTIALS, block, num_warps=8), device)
-    return out.numel() * GPU_EXPONENTIALS / seconds
+
+    def call() -> None:
+        _exponentials_kernel[(programs,)](out, GPU_EXPONENTIALS, block, num_warps=8)
+
+    return call, out.numel() * GPU_EXPONENTIALS
 
 
 def _data_sheet_exponentials(device: torch.device) -> float:

@@ -1,0 +1,63 @@
+"""`python bench.py selftest`: whether the harness measures right on this machine."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from colt5_bench import selftest
+from colt5_bench.commands import DONE, FAILURE
+from colt5_bench.selection import choose_device
+from colt5_bench.selftest import Check, Report
+from colt5_bench.startup import check, find_checkout
+
+SUMMARY = "check that times are right on this machine: known durations, equal calls, a planted slowdown, a copy"
+EXAMPLES = """\
+  python bench.py selftest
+  python bench.py selftest --device cpu --json
+
+exit status: 0 no check failed; 1 one did; 2 wrong usage. A check that noise makes undecidable is unclear and does not
+fail: on an idle machine none is
+"""
+
+STYLES = {"passed": "green", "failed": "red", "unclear": "yellow", "skipped": "dim"}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:<index>")
+    parser.add_argument("--json", action="store_true", help="figures and limits for programs")
+
+
+def main(options: argparse.Namespace) -> int:
+    check(find_checkout(Path.cwd().resolve()))
+    report = selftest.run(choose_device(options.device))
+    if options.json:
+        print(json.dumps({**asdict(report), "passed": report.passed}, indent=2))
+    else:
+        _print(report, Console())
+    return DONE if report.passed else FAILURE
+
+
+def _print(report: Report, console: Console) -> None:
+    table = Table(title=f"selftest on {report.device}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("check", "figure", "limit", "", "outcome"):
+        table.add_column(name, justify="right" if name in ("figure", "limit") else "left")
+    for each in report.checks:
+        outcome = f"[{STYLES[each.outcome]}]{each.outcome}[/]"
+        table.add_row(each.name, _number(each, each.figure), _number(each, each.limit), each.unit, outcome)
+    console.print(table)
+    for each in report.checks:
+        if each.note:
+            console.print(f"  {each.name}: {each.note}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"noise: samples of one call are {report.noise:.1%} apart (interquartile range over median)")
+
+
+def _number(each: Check, value: float | None) -> str:
+    """A count as it is, a share as a percentage."""
+    if value is None:
+        return "-"
+    return f"{value:g}" if isinstance(value, int) else f"{value:+.2%}"
