@@ -73,7 +73,7 @@ def measure(
     records = {name: _unmeasured(suite, case, direction, name, conditions) for name in implementations}
     running: dict[str, Record] = {}
     for name, record in records.items():
-        if why := _not_applicable(suite.implementations[name], case, direction, conditions.device):
+        if why := not_applicable(suite.implementations[name], case, direction, conditions.device):
             record.status, record.reason = "skipped", why
         else:
             running[name] = record
@@ -103,7 +103,8 @@ def _unmeasured(suite: Suite, case: Case, direction: str, name: str, conditions:
     )
 
 
-def _not_applicable(implementation: Implementation, case: Case, direction: str, device: torch.device) -> str | None:
+def not_applicable(implementation: Implementation, case: Case, direction: str, device: torch.device) -> str | None:
+    """Why an implementation cannot run a case in a direction on a device, or None."""
     if direction not in implementation.directions:
         return f"has no {direction}"
     return implementation.unavailable(case, device)
@@ -124,7 +125,7 @@ def _consult_oracle(operation: Operation, case: Case, direction: str, device: to
     truth = operation.truth(case, problem, direction)
     pristine = {name: tensor.clone() for name, tensor in problem.inputs.items()}
     oracle = _Oracle(problem, pristine, truth, budgets={})
-    plain = _Call(operation.plain(case), problem, direction).results()
+    plain = Call(operation.plain(case), problem, direction).results()
     for tensor, expected in oracle.expected().items():
         divergence = accuracy.diverge(plain[tensor], expected, truth.at_kink.get(tensor))
         oracle.budgets[tensor] = accuracy.budget(divergence, expected, plain[tensor].dtype)
@@ -139,11 +140,11 @@ def _measure_each(
     oracles: dict[str, _Oracle],
     conditions: Conditions,
 ) -> None:
-    calls: dict[str, _Call] = {}
+    calls: dict[str, Call] = {}
     for name, record in records.items():
         implementation, oracle = suite.implementations[name], oracles[name]
         with _failing([record]):
-            call = _Call(implementation.build(case), oracle.problem, direction)
+            call = Call(implementation.build(case), oracle.problem, direction)
             record.accuracy = _divergences(implementation, case, call.results(), oracle)
             record.status, record.reason = _verdict(record.accuracy)
             if spoilt := _restore(oracle.problem.inputs, oracle.pristine):
@@ -172,7 +173,7 @@ def _measure_each(
                 _refuse_impossible(records[name], call, conditions)
 
 
-def _refuse_impossible(record: Record, call: "_Call", conditions: Conditions) -> None:
+def _refuse_impossible(record: Record, call: "Call", conditions: Conditions) -> None:
     """Take back what a cold cache cannot have allowed: then the measurement is broken, and the record says so."""
     for column in ("cold", "graph"):
         seconds = record.seconds(column)
@@ -214,7 +215,7 @@ def _restore(inputs: dict[str, Tensor], pristine: dict[str, Tensor]) -> str:
     return ", ".join(spoilt)
 
 
-class _Call:
+class Call:
     """What is timed: one call of an implementation, with the backward pass if that is measured.
 
     Gradients are returned and not accumulated, so that nothing has to be reset between calls.
@@ -237,11 +238,18 @@ class _Call:
 
     def __call__(self) -> tuple[Tensor, ...]:
         """The output, then the gradients."""
+        output = self.forward()
+        return output, *self.backward(output)
+
+    def forward(self) -> Tensor:
         if not self._sources:
             with torch.no_grad():
-                return (self._function(**self._inputs),)
-        output = self._function(**self._inputs)
-        return output, *torch.autograd.grad(output, self._sources, self._upstream)
+                return self._function(**self._inputs)
+        return self._function(**self._inputs)
+
+    def backward(self, output: Tensor) -> tuple[Tensor, ...]:
+        """The gradients; none, if the direction is forward."""
+        return torch.autograd.grad(output, self._sources, self._upstream) if self._sources else ()
 
     def results(self) -> dict[str, Tensor]:
         return dict(zip(("output", *self._wanted), self(), strict=True))

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from colt5_bench import plugin
-from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, USAGE
+from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, USAGE, _profile
 from colt5_bench.commands import list as list_command
 from colt5_bench.progress import Watcher
 from colt5_bench.report.plots import write_plots
@@ -31,6 +31,7 @@ EXAMPLES = """\
   python bench.py --suite coor_descent --suite topk --preset smoke --device cpu
   python bench.py --suite coor_descent --impl reference --impl ours -k 'n=4096 and not eps=0.03'
   python bench.py --suite gradients --preset full --out reports/gradients
+  python bench.py --suite coor_descent --impl ours -k n=4096 --profile torch
   python bench.py --suite coor_descent -- --benchmark-json=benchmark.json
 
 what follows `--` is passed on to pytest
@@ -54,6 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where results go (default: reports/<utc-timestamp>-<suite>)"
     )
+    _profile.add_option(parser)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -62,7 +64,10 @@ def main(options: argparse.Namespace) -> int:
     checkout = find_checkout(Path.cwd().resolve())
     check(checkout)
     suites = load_suites(checkout)
-    _validate(options, suites, choose_device(options.device))
+    device = choose_device(options.device)
+    _validate(options, suites, device)
+    if options.profile:
+        return _profile.main(options, [suites[name] for name in options.suite], device, checkout)
     return _run(options, [suites[name] for name in options.suite], checkout, options.pytest)
 
 

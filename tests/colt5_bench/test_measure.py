@@ -264,7 +264,7 @@ def test_only_what_was_asked_for_is_recorded(conditions, timed, direction):
 
 def test_the_call_that_is_timed_leaves_no_gradient_behind():
     problem = toy.problem(CASE, CPU)
-    call = measuring._Call(toy.good, problem, FORWARD_BACKWARD)
+    call = measuring.Call(toy.good, problem, FORWARD_BACKWARD)
     first, second = call(), call()
     assert torch.equal(first[1], second[1])
     assert torch.equal(first[1], 2 * problem.upstream)
