@@ -177,12 +177,10 @@ def _refuse_impossible(record: Record, call: "Call", conditions: Conditions) -> 
     """Take back what a cold cache cannot have allowed: then the measurement is broken, and the record says so."""
     for column in ("cold", "graph"):
         seconds = record.seconds(column)
-        if seconds is None or not record.minimum_bytes:
+        if seconds is None or record.minimum_bytes is None:
             continue
-        l2_bytes = torch.cuda.get_device_properties(conditions.device).L2_cache_size
-        held_back = min(l2_bytes, sum(tensor.nbytes for tensor in call()))
-        why = roofline.too_fast(seconds, size=record.minimum_bytes, held_back=held_back, ceilings=conditions.ceilings)
-        if why is not None:
+        size = min(record.minimum_bytes, call.read_bytes())
+        if why := roofline.too_fast(seconds, size=size, ceilings=conditions.ceilings):
             broken = record.timings[column]
             broken.samples, broken.refused, broken.stopped = [], broken.samples, f"refused: {why}"
             record.status, record.reason = "error", f"{column} time is refused: {why}"
@@ -250,6 +248,12 @@ class Call:
     def backward(self, output: Tensor) -> tuple[Tensor, ...]:
         """The gradients; none, if the direction is forward."""
         return torch.autograd.grad(output, self._sources, self._upstream) if self._sources else ()
+
+    def read_bytes(self) -> int:
+        """Bytes of all that a call is given, memory that tensors share or repeat counted once."""
+        given = [*self._inputs.values(), *([self._upstream] if self._sources else [])]
+        sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in given}
+        return sum(sizes.values())
 
     def results(self) -> dict[str, Tensor]:
         return dict(zip(("output", *self._wanted), self(), strict=True))

@@ -69,16 +69,15 @@ def limit_seconds(cost: Cost, ceilings: Ceilings) -> float:
     return max(traffic, exponentials, cost.flops / ceilings.products[cost.flops_dtype])
 
 
-def too_fast(seconds: float, *, size: int, held_back: int, ceilings: Ceilings) -> str | None:
-    """Why a time is not to be believed, or None: a cold cache lets no call move its bytes faster than memory does.
+def too_fast(seconds: float, *, size: int, ceilings: Ceilings) -> str | None:
+    """Why a time is not to be believed, or None: from a cold cache nothing is read faster than memory gives it.
 
     Args:
-        seconds: of the call.
-        size: bytes that it has to move at least.
-        held_back: those of them that may still be in the L2 cache when the call ends, written and not yet stored.
+        seconds: of a call with a cold cache.
+        size: bytes that it has to read at least. What it writes may still be in the cache when it ends.
         ceilings: of the device.
     """
-    bandwidth = (size - held_back) / seconds
+    bandwidth = size / seconds
     if bandwidth <= READING_MARGIN * ceilings.copy_bandwidth:
         return None
     return f"{bandwidth / 1e9:.0f} GB/s from a cold cache, where a device copy has {ceilings.copy_bandwidth / 1e9:.0f}"

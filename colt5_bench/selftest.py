@@ -191,7 +191,7 @@ def check_cold(device: torch.device) -> Check:
         return Check(name, "failed", note=f"{missing[0].column}: {missing[0].stopped}")
     cold, warm, graph = (median(timings[column].samples) for column in ("cold", "warm", "graph"))
     fastest = min(cold, graph)
-    why = roofline.too_fast(fastest, size=x.nbytes, held_back=0, ceilings=roofline.measure_ceilings(device))
+    why = roofline.too_fast(fastest, size=x.nbytes, ceilings=roofline.measure_ceilings(device))
     gain = fastest / warm
     outcome: Outcome = "passed" if gain >= 1 + WARM_GAIN and why is None else "failed"
     return Check(name, outcome, gain - 1, WARM_GAIN, "longer than with a warm one, at least", why or "")

@@ -142,9 +142,10 @@ def python(arguments, environment):
 @cache
 def measure(arguments):
     """Commands that differ in the preset alone are one and the same here."""
+    written = "*.trace.json.gz" if "--profile" in arguments else "*.jsonl"
     with TemporaryDirectory() as directory:
         run([sys.executable, *arguments, *SHORT, "--out", directory])
-        assert list(Path(directory).rglob("*.jsonl"))
+        assert list(Path(directory).rglob(written))
 
 
 def pytest_(arguments, environment):

@@ -142,6 +142,12 @@ def test_help_has_examples(capsys):
     assert "python bench.py --suite coor_descent" in capsys.readouterr().out
 
 
+def test_the_package_starts_as_bench_py_does():
+    command = [sys.executable, "-m", "colt5_bench", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "--suite coor_descent" in shown
+
+
 def test_elsewhere_than_in_a_checkout_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["--list"]) == commands.USAGE

@@ -1,5 +1,4 @@
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,8 +110,6 @@ class TestBrokenMeasurements:
     @pytest.fixture
     def on_gpu(self, conditions, monkeypatch):
         """The record of a call that is said to take so many seconds on a GPU that copies 1 GB/s."""
-        properties = SimpleNamespace(L2_cache_size=0)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         slow = replace(conditions.ceilings, copy_bandwidth=1e9)
 
         def take(**seconds):
@@ -126,7 +123,7 @@ class TestBrokenMeasurements:
     def test_a_time_that_memory_does_not_allow_is_refused_and_kept(self, on_gpu, column):
         record = on_gpu(**{"cold": 1e-6, "graph": 1e-6, column: 1e-9})
         assert record.status == "error"
-        assert record.reason.startswith(f"{column} time is refused: 128 GB/s from a cold cache")
+        assert record.reason.startswith(f"{column} time is refused: 64 GB/s from a cold cache")
         assert record.seconds(column) is None
         assert record.timings[column].refused == [1e-9]
         assert record.timings[column].stopped.startswith("refused: ")
@@ -260,6 +257,14 @@ def test_a_suite_that_is_not_timed_reports_accuracy_only(conditions, timed):
 def test_only_what_was_asked_for_is_recorded(conditions, timed, direction):
     assert list(run(toy.suite(toy.good, toy.raising), conditions, direction, ["good"])) == ["good"]
     assert timed == ["good"]
+
+
+def test_what_a_call_has_to_read_is_what_it_is_given():
+    problem = toy.problem(CASE, CPU)
+    assert measuring.Call(toy.good, problem, FORWARD).read_bytes() == 64
+    assert measuring.Call(toy.good, problem, FORWARD_BACKWARD).read_bytes() == 128
+    problem.upstream = torch.ones(1).expand(2, 8)
+    assert measuring.Call(toy.good, problem, FORWARD_BACKWARD).read_bytes() == 68
 
 
 def test_the_call_that_is_timed_leaves_no_gradient_behind():

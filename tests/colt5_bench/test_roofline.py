@@ -33,14 +33,11 @@ class TestLimit:
 class TestTooFast:
     @pytest.mark.parametrize("seconds", [2.0, 1.0, 0.9])
     def test_what_memory_can_do_is_believed(self, seconds):
-        assert roofline.too_fast(seconds, size=10**12, held_back=0, ceilings=CEILINGS) is None
+        assert roofline.too_fast(seconds, size=10**12, ceilings=CEILINGS) is None
 
     def test_what_it_cannot_do_is_refused_with_both_figures(self):
-        why = roofline.too_fast(0.5, size=10**12, held_back=0, ceilings=CEILINGS)
+        why = roofline.too_fast(0.5, size=10**12, ceilings=CEILINGS)
         assert why == "2000 GB/s from a cold cache, where a device copy has 1000"
-
-    def test_what_the_cache_has_not_stored_yet_is_not_counted(self):
-        assert roofline.too_fast(0.5, size=10**12, held_back=5 * 10**11, ceilings=CEILINGS) is None
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
