@@ -67,7 +67,7 @@ def read_ncu(text: str, wanted: Sequence[Point]) -> pd.DataFrame:
     units = pd.read_csv(StringIO(csv), nrows=1, dtype=str).iloc[0]
     kernels = pd.read_csv(StringIO(csv), skiprows=[1], thousands=",")
     ranges = [name for name in kernels if "Push/Pop_Range" in name]
-    where = kernels[ranges].astype(str).agg(" ".join, axis=1)
+    where = pd.Series([" ".join(map(str, row)) for row in kernels[ranges].to_numpy()], dtype=object)
     joined = _joined(kernels, where, wanted)
     return joined.rename(columns={name: f"{name} [{unit}]" for name, unit in units.dropna().items()})
 

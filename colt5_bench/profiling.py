@@ -21,6 +21,7 @@ from colt5_bench.measure import Call, not_applicable
 from colt5_bench.memory import SILENT
 from colt5_bench.selection import case_filter
 from colt5_bench.suite import Suite
+from colt5_bench.timing import current
 
 MODES = {
     "nvtx": "ranges for a tool that this is run under",
@@ -122,13 +123,15 @@ def profile(
     record, open_range = RECORDERS[mode]
     outcome = Outcome()
     for number, point in enumerate(wanted, start=1):
+        path = directory / point.file_name(number)
         try:
-            call = _prepare(point, suites[point.suite], preset, device)
-            if isinstance(call, str):
-                outcome.skipped[point] = call
-                continue
-            with _in_this_thread(), record(point, device, directory / point.file_name(number)) as files:
-                _run(call, point, open_range, device)
+            with current(device), _in_this_thread():
+                call = _prepare(point, suites[point.suite], preset, device)
+                if isinstance(call, str):
+                    outcome.skipped[point] = call
+                    continue
+                with record(point, device, path) as files:
+                    _run(call, point, open_range, device)
             outcome.files += files
         except Exception as error:
             outcome.failed[point] = " ".join(f"{type(error).__name__}: {error}".split())
@@ -143,9 +146,8 @@ def _prepare(point: Point, suite: Suite, preset: str, device: torch.device) -> C
         return why
     problem = (implementation.operation or suite).problem(case, device)
     call = Call(implementation.build(case), problem, point.direction)
-    with _in_this_thread():
-        for _ in range(WARM_UP_CALLS):
-            call()
+    for _ in range(WARM_UP_CALLS):
+        call()
     _synchronize(device)
     return call
 
@@ -194,7 +196,9 @@ def _torch(point: Point, device: torch.device, path: Path) -> Iterator[list[Path
 @contextmanager
 def _memory(point: Point, device: torch.device, path: Path) -> Iterator[list[Path]]:
     files: list[Path] = []
-    torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS, device=device, clear_history=True)
+    torch.cuda.memory._record_memory_history(
+        stacks="python", max_entries=MOST_ALLOCATIONS, device=device, clear_history=True
+    )
     try:
         yield files
         snapshot = path.with_name(f"{path.name}.pickle")

@@ -19,7 +19,7 @@ from triton.language.extra.cuda import globaltimer
 from colt5_bench import cuda_bench, roofline
 from colt5_bench.environment import device_name
 from colt5_bench.rounds import CPU_COLUMNS, GPU_COLUMNS, Call
-from colt5_bench.timing import relative_interval, time_interleaved
+from colt5_bench.timing import current, relative_interval, time_interleaved
 
 DURATIONS = {"cpu": (2e-4, 1e-3, 5e-3), "cuda": (2e-3, 8e-3)}
 """Seconds. On a GPU they are long beside the microseconds that any launch takes; on a CPU the shortest is short beside
@@ -86,15 +86,16 @@ def verdict(before: Sequence[float], after: Sequence[float]) -> Verdict:
 
 def run(device: torch.device) -> Report:
     """All checks, in about five seconds on a CPU and half a minute on a GPU."""
-    alarms, noise = check_equal(device)
-    checks = [
-        *check_durations(device),
-        alarms,
-        check_planted(device),
-        check_copy(device),
-        check_cold(device),
-        *check_cuda_bench(device),
-    ]
+    with current(device):
+        alarms, noise = check_equal(device)
+        checks = [
+            *check_durations(device),
+            alarms,
+            check_planted(device),
+            check_copy(device),
+            check_cold(device),
+            *check_cuda_bench(device),
+        ]
     return Report(device_name(device), noise, checks)
 
 

@@ -75,7 +75,7 @@ def time_interleaved(
         raise ValueError(f"columns on {device.type} are {', '.join(offered)}, got {', '.join(sorted(unknown))}")
     prepare = {name: (before or {}).get(name, _nothing) for name in calls}
     timings: dict[str, dict[str, Timing]] = {name: {} for name in calls}
-    with _current(device):
+    with current(device):
         for name in calls:
             for _ in range(WARM_UP_CALLS):
                 prepare[name]()
@@ -213,7 +213,7 @@ def _nothing() -> None:
 
 
 @contextmanager
-def _current(device: torch.device) -> Iterator[None]:
+def current(device: torch.device) -> Iterator[None]:
     """Make a GPU the current one: streams, events and spins are made on that."""
     if device.type != "cuda":
         yield

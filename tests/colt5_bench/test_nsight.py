@@ -66,6 +66,9 @@ class TestReading:
     def test_what_holds_no_table_is_empty(self, read, text):
         assert read(text, WANTED).empty
 
+    def test_a_report_without_ranges_has_no_kernels_of_ours(self):
+        assert nsight.read_ncu(NCU.replace("Push/Pop_Range", "elsewhere"), WANTED).empty
+
     def test_kernels_of_other_ranges_are_left_out(self):
         assert nsight.read_ncu(NCU, [OURS._replace(case="rows=2,n=80")]).empty
 
