@@ -120,30 +120,37 @@ def profile(
     """Profile point after point, in this process; one that raises ends itself only."""
     if mode != "nvtx":
         directory.mkdir(parents=True, exist_ok=True)
-    record, open_range = RECORDERS[mode]
     outcome = Outcome()
     for number, point in enumerate(wanted, start=1):
         path = directory / point.file_name(number)
         try:
             with current(device), _in_this_thread():
-                call = _prepare(point, suites[point.suite], preset, device)
-                if isinstance(call, str):
-                    outcome.skipped[point] = call
-                    continue
-                with record(point, device, path) as files:
-                    _run(call, point, open_range, device)
-            outcome.files += files
+                outcome.files += _profile_point(mode, point, suites[point.suite], preset, device, path)
+        except _Skipped as why:
+            outcome.skipped[point] = str(why)
         except Exception as error:
             outcome.failed[point] = " ".join(f"{type(error).__name__}: {error}".split())
     return outcome
 
 
-def _prepare(point: Point, suite: Suite, preset: str, device: torch.device) -> Call | str:
-    """A call that is compiled and has filled its caches; or why it cannot run."""
+class _Skipped(Exception):
+    """The implementation cannot run the case; the message is the reason."""
+
+
+def _profile_point(mode: str, point: Point, suite: Suite, preset: str, device: torch.device, path: Path) -> list[Path]:
+    record, open_range = RECORDERS[mode]
+    call = _prepare(point, suite, preset, device)
+    with record(point, device, path) as files:
+        _run(call, point, open_range, device)
+    return files
+
+
+def _prepare(point: Point, suite: Suite, preset: str, device: torch.device) -> Call:
+    """A call that is compiled and has filled its caches."""
     implementation = suite.implementations[point.implementation]
     case = next(case for case in suite.cases(preset, device) if case.id == point.case)
     if why := not_applicable(implementation, case, point.direction, device):
-        return why
+        raise _Skipped(why)
     problem = (implementation.operation or suite).problem(case, device)
     call = Call(implementation.build(case), problem, point.direction)
     for _ in range(WARM_UP_CALLS):
