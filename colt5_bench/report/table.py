@@ -9,7 +9,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from colt5_bench.report import label, severity, varying_fields, worst, worst_gradient
+from colt5_bench.report import (
+    bandwidth,
+    label,
+    main_column,
+    severity,
+    share_of_limit,
+    speed_ups,
+    varying_fields,
+    worst,
+    worst_gradient,
+)
 from colt5_bench.results import Divergence, Record
 
 CASE_WIDTH = 26
@@ -113,24 +123,21 @@ def _severity_of_group(group: Group) -> float:
 
 
 def _time_columns(records: Sequence[Record], reference: str) -> list[Column]:
-    on_gpu = any(record.seconds("cold") is not None for record in records)
-    main = "cold" if on_gpu else "wall"
-    baseline = {(r.case, r.direction): r.seconds(main) for r in records if r.implementation == reference}
+    main = main_column(records)
+    on_gpu = main == "cold"
+    over = {id(r): ratio for r, ratio in zip(records, speed_ups(records, reference, main), strict=True)}
 
     def time(record: Record) -> str:
         return _milliseconds(record, main) if record.status == "ok" else _status(record.status)
 
     def speed_up(record: Record) -> str:
-        own, theirs = record.seconds(main), baseline.get((record.case, record.direction))
-        return f"{_short(theirs / own)}x" if own and theirs else NOTHING
+        return NOTHING if (ratio := over[id(record)]) is None else f"{_short(ratio)}x"
 
-    def bandwidth(record: Record) -> str:
-        seconds = record.seconds(main)
-        return _short(record.minimum_bytes / seconds / 1e9) if seconds and record.minimum_bytes else NOTHING
+    def gigabytes_a_second(record: Record) -> str:
+        return NOTHING if (rate := bandwidth(record, main)) is None else _short(rate / 1e9)
 
-    def share_of_limit(record: Record) -> str:
-        seconds = record.seconds(main)
-        return f"{_short(100 * record.limit_seconds / seconds)}%" if seconds and record.limit_seconds else NOTHING
+    def of_limit(record: Record) -> str:
+        return NOTHING if (share := share_of_limit(record, main)) is None else f"{_short(100 * share)}%"
 
     more_times: list[Column] = [
         (HEADERS["graph"], lambda record: _milliseconds(record, "graph")),
@@ -139,8 +146,8 @@ def _time_columns(records: Sequence[Record], reference: str) -> list[Column]:
     return [
         (HEADERS[main], time),
         (f"over\n{reference}", speed_up),
-        ("GB/s", bandwidth),
-        ("of\nlimit", share_of_limit),
+        ("GB/s", gigabytes_a_second),
+        ("of\nlimit", of_limit),
         *(more_times if on_gpu else []),
         ("peak\nMB", lambda record: _megabytes(record.peak_bytes)),
         ("saved\nMB", lambda record: _megabytes(record.saved_bytes)),
