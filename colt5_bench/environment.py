@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -80,6 +81,14 @@ def describe(device: torch.device) -> dict[str, object]:
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(_without_directory(argument) for argument in sys.argv),
     }
+
+
+def flat(described: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """`{"gpu": {"name": ...}}` as `gpu.name: ...`, for people to read."""
+    rows: dict[str, object] = {}
+    for name, value in described.items():
+        rows |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return rows
 
 
 def _gpu(device: torch.device) -> dict[str, object]:

@@ -64,3 +64,10 @@ def speed_ups(records: Sequence[Record], reference: str, column: str) -> list[fl
     theirs = {point(record): record.seconds(column) for record in records if record.implementation == reference}
     pairs = ((record.seconds(column), theirs.get(point(record))) for record in records)
     return [base / own if own and base else None for own, base in pairs]
+
+
+def short(value: float) -> str:
+    """Three digits, all of those before the point, and no exponent for what a table shows."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.3g}" if value >= 1e-3 or value == 0 else f"{value:.1e}"

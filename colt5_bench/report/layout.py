@@ -65,7 +65,10 @@ def colour(place: int) -> str:
 
 def panel_fields(x: str, lines: Sequence[str], records: Sequence[Record]) -> list[str]:
     """The fields each combination of which has a panel of its own: what varies, and neither is nor goes with x."""
-    return [name for name in varying_fields(records) if name not in (x, *lines) and not _goes_with(x, name, records)]
+    along = (x, TRADED_FIELD) if x == MEMORY else (x,)
+    return [
+        name for name in varying_fields(records) if name not in (*along, *lines) and not _goes_with(x, name, records)
+    ]
 
 
 def combinations(fields: Sequence[str], records: Iterable[Record]) -> list[str]:
@@ -86,16 +89,11 @@ def divergence_fields(x: str, records: Sequence[Record]) -> tuple[str, list[str]
 
 
 def traded(records: Iterable[Record]) -> list[Record]:
-    """Records with a field that trades time for memory, along their peak memory in place of it."""
+    """Records with a field that trades time for memory, with their peak memory as a field to be drawn against."""
     sized = [record for record in records if record.peak_bytes and TRADED_FIELD in record.fields]
     if TRADED_FIELD not in varying_fields(sized):
         return []
-    return [replace(record, fields=_along_memory(record)) for record in sized]
-
-
-def _along_memory(record: Record) -> dict[str, object]:
-    others = {name: value for name, value in record.fields.items() if name != TRADED_FIELD}
-    return {**others, MEMORY: (record.peak_bytes or 0) / 1e6}
+    return [replace(record, fields={**record.fields, MEMORY: (record.peak_bytes or 0) / 1e6}) for record in sized]
 
 
 def largest_error(record: Record) -> float | None:

@@ -244,10 +244,7 @@ def _figure(rows: Sequence[_Row], x: str, records: Sequence[Record], remark: str
             ax.set_title("\n".join(fill(line, 44) for line in panel.title.splitlines()))
             _draw(ax, panel.records, x, row.quantities, styles, lines)
             if row.limit:
-                points: dict[Any, float] = {
-                    r.fields[x]: value for r in panel.records if (value := row.limit.of(r)) is not None
-                }
-                ax.plot(sorted(points), [points[at] for at in sorted(points)], row.limit.line, color=GREY, lw=1)
+                _draw_limit(ax, panel.records, x, row.limit)
         row.scale(
             axes[0], [v for p in row.panels for r in p.records for q in row.quantities if (v := q.of(r)) is not None]
         )
@@ -281,6 +278,11 @@ def _draw(
                 of_status = [(at, value) for at, value, which in points if which == status]
                 places, values = zip(*of_status, strict=True) if of_status else ((), ())
                 ax.plot(places, values, marker, color=colour, markerfacecolor=face)
+
+
+def _draw_limit(ax: Axes, records: Sequence[Record], x: str, limit: _Quantity) -> None:
+    points: dict[Any, float] = {r.fields[x]: value for r in records if (value := limit.of(r)) is not None}
+    ax.plot(sorted(points), [points[at] for at in sorted(points)], limit.line, color=GREY, lw=1)
 
 
 def _scale_metric(ax: Axes, values: Sequence[float]) -> None:

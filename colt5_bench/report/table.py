@@ -15,6 +15,7 @@ from colt5_bench.report import (
     main_column,
     severity,
     share_of_limit,
+    short,
     speed_ups,
     varying_fields,
     worst,
@@ -131,13 +132,13 @@ def _time_columns(records: Sequence[Record], reference: str) -> list[Column]:
         return _milliseconds(record, main) if record.status == "ok" else _status(record.status)
 
     def speed_up(record: Record) -> str:
-        return NOTHING if (ratio := over[id(record)]) is None else f"{_short(ratio)}x"
+        return NOTHING if (ratio := over[id(record)]) is None else f"{short(ratio)}x"
 
     def gigabytes_a_second(record: Record) -> str:
-        return NOTHING if (rate := bandwidth(record, main)) is None else _short(rate / 1e9)
+        return NOTHING if (rate := bandwidth(record, main)) is None else short(rate / 1e9)
 
     def of_limit(record: Record) -> str:
-        return NOTHING if (share := share_of_limit(record, main)) is None else f"{_short(100 * share)}%"
+        return NOTHING if (share := share_of_limit(record, main)) is None else f"{short(100 * share)}%"
 
     more_times: list[Column] = [
         (HEADERS["graph"], lambda record: _milliseconds(record, "graph")),
@@ -162,7 +163,7 @@ def _divergence_columns(records: Iterable[Record]) -> list[Column]:
     gradients: list[Column] = [
         ("gradient:\nlargest", of_gradient(_error)),
         ("\nrelative", of_gradient(lambda divergence: f"{divergence.relative:.1e}")),
-        ("\nabove 1e-3", of_gradient(lambda divergence: f"{_short(100 * divergence.fraction_above)}%")),
+        ("\nabove 1e-3", of_gradient(lambda divergence: f"{short(100 * divergence.fraction_above)}%")),
         ("\nkinks", of_gradient(lambda divergence: str(divergence.kinks))),
         ("largest\nat kink", of_gradient(lambda divergence: f"{divergence.largest_at_kink:.1e}")),
     ]
@@ -175,7 +176,7 @@ def _divergence_columns(records: Iterable[Record]) -> list[Column]:
 
 def _metric_columns(records: Iterable[Record]) -> list[Column]:
     def of_metric(name: str) -> Callable[[Record], str]:
-        return lambda record: _short(record.metrics[name]) if name in record.metrics else NOTHING
+        return lambda record: short(record.metrics[name]) if name in record.metrics else NOTHING
 
     names = dict.fromkeys(name for record in records for name in record.metrics)
     return [(name.replace("_", "\n"), of_metric(name)) for name in names]
@@ -187,19 +188,12 @@ def _status(status: str) -> str:
 
 def _milliseconds(record: Record, column: str) -> str:
     seconds = record.seconds(column)
-    return NOTHING if seconds is None else _short(1e3 * seconds)
+    return NOTHING if seconds is None else short(1e3 * seconds)
 
 
 def _megabytes(size: int | None) -> str:
-    return NOTHING if size is None else _short(size / 1e6)
+    return NOTHING if size is None else short(size / 1e6)
 
 
 def _error(divergence: Divergence | None) -> str:
     return NOTHING if divergence is None else f"{divergence.largest:.1e}"
-
-
-def _short(value: float) -> str:
-    """Three digits, all of those before the point, and no exponent for what a table shows."""
-    if value >= 100:
-        return f"{value:.0f}"
-    return f"{value:.3g}" if value >= 1e-3 or value == 0 else f"{value:.1e}"

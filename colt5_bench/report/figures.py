@@ -1,0 +1,361 @@
+"""Interactive plots of a suite, for the page: what plotly.js is to draw, and the choices that lead there."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from math import ceil, floor, inf, isfinite, log10
+from textwrap import wrap
+from typing import Any
+
+import plotly.graph_objects as go
+
+from colt5_bench.report import bandwidth, label, text, varying_fields, worst_gradient
+from colt5_bench.report.layout import (
+    COLUMN_LABELS,
+    MEMORY,
+    TRADED_FIELD,
+    View,
+    by,
+    by_fields,
+    colour,
+    combinations,
+    divergence_fields,
+    largest_error,
+    panel_fields,
+    places,
+    series,
+    tick,
+    traded,
+)
+from colt5_bench.results import Record
+
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star", "x")
+"""Tell implementations apart in grey."""
+
+GREY = "#888888"
+"""Of what belongs to no implementation: seen on light and on dark."""
+
+WIDEST_LINEAR = 1e2
+"""Largest over smallest metric other than 0 that a linear axis shows."""
+
+MOST_TICKS = 8
+"""Values of x that are each given a tick."""
+
+HEIGHT, ROW_HEIGHT = 400, 26
+"""Of a plot, and of a row of a heat map, in pixels."""
+
+HOVER_WIDTH = 44
+"""Characters of a line of what is shown under the pointer."""
+
+Quantity = Callable[[Record], float | None]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What plotly.js draws."""
+
+    when: Mapping[str, str]
+    """The choices that lead here, by what is chosen: `{"direction": "forward"}`."""
+
+    data: Sequence[dict[str, Any]]
+    layout: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Card:
+    """One plot, drawn in several ways that are chosen among."""
+
+    title: str
+    note: str
+    drawings: Sequence[Drawing]
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """What drawings of one kind have in common."""
+
+    x: str
+    unit: str
+    """The title of the vertical axis."""
+
+    places: Mapping[str, int]
+    lines: Sequence[str] = ()
+    limit: Quantity | None = None
+    """What no implementation can pass."""
+
+    axis: Mapping[str, Any] = field(default_factory=lambda: {"type": "log"})
+    """The vertical one."""
+
+    zero: float = 0.0
+    """Where 0 is drawn: a logarithmic axis has no place for it."""
+
+
+def cards(records: Sequence[Record], view: View) -> list[Card]:
+    """The plots of the records of one suite; there is none of what no record has."""
+    ok = [record for record in records if record.status == "ok" and view.x in record.fields]
+    order = places(records)
+    drawn = [
+        Card(
+            "Time",
+            "Medians. The dashed line is the least time that the device needs, from what it was seen to do.",
+            _over_columns(_Plot(view.x, "ms", order, limit=_limit_milliseconds), ok, _milliseconds),
+        ),
+        Card(
+            "Bandwidth",
+            "The least bytes over the time. The dashed line is the roofline, which lies below what memory allows where "
+            "exponentials or matrix products take longer.",
+            _over_columns(_Plot(view.x, "GB/s", order, limit=_limit_bandwidth), ok, _gigabytes_a_second),
+        ),
+        Card(
+            "Memory",
+            "Beyond the inputs: the most at once, and, dotted, what stays for the backward pass.",
+            _memory(_Plot(view.x, "MB", order), ok),
+        ),
+        Card(
+            "Time against memory",
+            f"Each point is a number of {TRADED_FIELD}. Down and to the left is better.",
+            _over_columns(_Plot(MEMORY, "ms", order), traded(ok), _milliseconds),
+        ),
+        Card(
+            "Divergence",
+            "The largest error of a gradient against fp64, elements at a kink left out; of all cases in a cell the "
+            "worst. A cross marks what was found wrong.",
+            _divergence(view.x, records),
+        ),
+        *_metrics(view, ok),
+    ]
+    return [card for card in drawn if card.drawings]
+
+
+def _over_columns(plot: _Plot, records: Sequence[Record], of: Callable[[Record, str], float | None]) -> list[Drawing]:
+    """A drawing for each time column, direction and panel."""
+    drawings = []
+    for column in dict.fromkeys(column for record in records for column in record.timings):
+        when = {"time": COLUMN_LABELS.get(column, column)}
+        drawings += _panels(plot, records, {"": partial(_of_column, of, column)}, when)
+    return drawings
+
+
+def _of_column(of: Callable[[Record, str], float | None], column: str, record: Record) -> float | None:
+    return of(record, column)
+
+
+def _memory(plot: _Plot, records: Sequence[Record]) -> list[Drawing]:
+    quantities: dict[str, Quantity] = {
+        "": lambda record: _times(record.peak_bytes, 1e-6),
+        "saved": lambda record: _times(record.saved_bytes, 1e-6),
+    }
+    return _panels(plot, records, quantities, {})
+
+
+def _metrics(view: View, records: Sequence[Record]) -> list[Card]:
+    """A plot a metric, of the first direction: they are not a matter of direction."""
+    described = [record for record in records if record.metrics]
+    described = [record for record in described if record.direction == described[0].direction]
+    order = places(described, view.lines)
+    made = []
+    for name in dict.fromkeys(name for record in described for name in record.metrics):
+        axis, zero = _metric_axis([record.metrics[name] for record in described if name in record.metrics])
+        plot = _Plot(view.x, "", order, view.lines, axis=axis, zero=zero)
+        drawings = _panels(plot, described, {"": partial(_metric, name)}, {})
+        made.append(
+            Card(name.replace("_", " ").capitalize(), "A metric of the suite, explained in its file.", drawings)
+        )
+    return made
+
+
+def _metric(name: str, record: Record) -> float | None:
+    return record.metrics.get(name)
+
+
+def _panels(
+    plot: _Plot,
+    records: Sequence[Record],
+    quantities: Mapping[str, Quantity],
+    when: Mapping[str, str],
+) -> list[Drawing]:
+    """A drawing for each direction and each combination of the fields that do not lie along x."""
+    drawn = [record for record in records if any(of(record) is not None for of in quantities.values())]
+    fields = panel_fields(plot.x, plot.lines, drawn)
+    drawings = []
+    for direction, combination in product(_directions(drawn), combinations(fields, drawn)):
+        own = [r for r in drawn if r.direction == direction and label(r.fields, fields) == combination]
+        if not own:
+            continue
+        data = [trace for name, of in quantities.items() for trace in _lines(plot, own, of, name)]
+        if plot.limit:
+            data += _limit_line(plot, own, plot.limit)
+        choices = {**when, "direction": direction, **({", ".join(fields): combination} if fields else {})}
+        layout = go.Layout(
+            height=HEIGHT,
+            xaxis={"title": {"text": plot.x}, **_x_axis([record.fields[plot.x] for record in own])},
+            yaxis={"title": {"text": plot.unit}, **plot.axis},
+        )
+        drawings.append(Drawing(choices, data, layout.to_plotly_json()))
+    return drawings
+
+
+def _directions(records: Iterable[Record]) -> list[str]:
+    return list(dict.fromkeys(record.direction for record in records))
+
+
+def _lines(plot: _Plot, records: Sequence[Record], of: Quantity, name: str) -> list[dict[str, Any]]:
+    """A line an implementation."""
+    traces = []
+    for own in by(records, lambda record: series(record, plot.lines)):
+        points = [(record, value) for record in own if (value := of(record)) is not None]
+        points.sort(key=lambda point: _sortable(point[0].fields[plot.x]))
+        if not points:
+            continue
+        line = series(own[0], plot.lines)
+        place = plot.places[line]
+        marked = plot.x == MEMORY
+        trace = go.Scatter(
+            x=[_along(record.fields[plot.x]) for record, _ in points],
+            y=[(value or plot.zero) if isfinite(value) else None for _, value in points],
+            mode="lines+markers+text" if marked else "lines+markers",
+            text=[text(record.fields[TRADED_FIELD]) for record, _ in points] if marked else None,
+            textposition="top center" if marked else None,
+            name=line,
+            legendgroup=line,
+            showlegend=not name,
+            line={"color": colour(place), "width": 2, "dash": "dot" if name else "solid"},
+            marker={"symbol": SYMBOLS[place % len(SYMBOLS)], "size": 7},
+            hovertext=[_hover(line, record, f"{value:.4g} {plot.unit} {name}") for record, value in points],
+            hovertemplate="%{hovertext}<extra></extra>",
+        )
+        traces.append(trace.to_plotly_json())
+    return traces
+
+
+def _limit_line(plot: _Plot, records: Sequence[Record], of: Quantity) -> list[dict[str, Any]]:
+    points = {_along(record.fields[plot.x]): value for record in records if (value := of(record)) is not None}
+    if not points:
+        return []
+    trace = go.Scatter(
+        x=sorted(points, key=_sortable),
+        y=[points[at] for at in sorted(points, key=_sortable)],
+        mode="lines" if len(points) > 1 else "markers",
+        marker={"symbol": "line-ew-open", "size": 18, "color": GREY},
+        name="limit of the device",
+        line={"color": GREY, "width": 2, "dash": "dash"},
+        hovertemplate=f"limit: %{{y:.4g}} {plot.unit}<extra></extra>",
+    )
+    return [trace.to_plotly_json()]
+
+
+def _divergence(x: str, records: Sequence[Record]) -> list[Drawing]:
+    """A heat map for each dtype, whose errors have nothing in common: a row a line, spread and schedule."""
+    compared = [r for r in records if r.status in ("ok", "wrong") and worst_gradient(r) and x in r.fields]
+    if not compared:
+        return []
+    x, spread, schedule = divergence_fields(x, compared)
+    several = "dtype" in varying_fields(compared)
+    sizes = [log10(error) for record in compared if (error := largest_error(record))]
+    drawings = []
+    for group in by_fields(compared, ["dtype"]):
+        rows = by(group, lambda record: (record.implementation, label(record.fields, [*spread, *schedule])))
+        rows.sort(key=lambda row: places(compared)[row[0].implementation])
+        when = {"dtype": str(group[0].fields["dtype"])} if several else {}
+        drawings.append(_heat_map(when, x, [*spread, *schedule], rows, (min(sizes, default=0), max(sizes, default=0))))
+    return drawings
+
+
+def _heat_map(
+    when: Mapping[str, str], x: str, fields: Sequence[str], rows: Sequence[Sequence[Record]], span: tuple[float, float]
+) -> Drawing:
+    across = sorted({record.fields[x] for row in rows for record in row}, key=_sortable)
+    worst = [[max((r for r in row if r.fields[x] == at), key=_error, default=None) for at in across] for row in rows]
+    names = [" ".join(part for part in (row[0].implementation, label(row[0].fields, fields)) if part) for row in rows]
+    trace = go.Heatmap(
+        x=[tick(at) for at in across],
+        y=names,
+        z=[[log10(error) if cell and (error := largest_error(cell)) else None for cell in row] for row in worst],
+        zmin=span[0],
+        zmax=span[1],
+        text=[[_cell(cell) for cell in row] for row in worst],
+        texttemplate="%{text}",
+        hovertext=[[_hover(cell.implementation, cell, _cell(cell)) if cell else "" for cell in row] for row in worst],
+        hovertemplate="%{hovertext}<extra></extra>",
+        colorscale="Cividis",
+        showscale=False,
+        xgap=2,
+        ygap=2,
+    )
+    layout = go.Layout(
+        height=100 + ROW_HEIGHT * len(rows),
+        xaxis={"title": {"text": x}, "type": "category"},
+        yaxis={"type": "category", "autorange": "reversed"},
+    )
+    return Drawing(when, [trace.to_plotly_json()], layout.to_plotly_json())
+
+
+def _error(record: Record) -> float:
+    gradient = worst_gradient(record)
+    return inf if gradient is None or gradient.largest != gradient.largest else gradient.largest
+
+
+def _cell(record: Record | None) -> str:
+    if record is None or (gradient := worst_gradient(record)) is None:
+        return ""
+    return f"{gradient.largest:.1e}{' ✕' if record.status == 'wrong' else ''}"
+
+
+def _hover(line: str, record: Record, value: str) -> str:
+    case = wrap(label(record.fields, record.fields), HOVER_WIDTH)
+    return "<br>".join([f"<b>{line}</b>", value, record.direction, *case])
+
+
+def _x_axis(values: Sequence[Any]) -> dict[str, Any]:
+    """Logarithmic for numbers, with a tick for each if these are few; names stand in order."""
+    distinct = sorted({_along(value) for value in values}, key=_sortable)
+    if not all(isinstance(value, int | float) and value > 0 for value in distinct):
+        return {"type": "category", "categoryorder": "array", "categoryarray": distinct}
+    if len(distinct) > MOST_TICKS:
+        return {"type": "log"}
+    return {"type": "log", "tickvals": distinct, "ticktext": [tick(value) for value in distinct]}
+
+
+def _metric_axis(values: Iterable[float]) -> tuple[dict[str, Any], float]:
+    """Linear if that shows all values, else logarithmic, with 0 a decade below the smallest; and where 0 is."""
+    sizes = [abs(value) for value in values if value and isfinite(value)]
+    if not sizes or max(sizes) <= WIDEST_LINEAR * min(sizes):
+        return {"type": "linear", "rangemode": "tozero"}, 0.0
+    lowest, highest = floor(log10(min(sizes))), ceil(log10(max(sizes)))
+    decades = range(lowest, highest + 1, max(1, (highest - lowest) // MOST_TICKS))
+    zero = 10.0 ** (lowest - 1)
+    ticks = {"tickvals": [zero, *(10.0**at for at in decades)], "ticktext": ["0", *(f"{10.0**at:g}" for at in decades)]}
+    return {"type": "log", **ticks}, zero
+
+
+def _along(value: Any) -> Any:
+    """A number as it is, everything else by its name."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def _sortable(value: Any) -> tuple[bool, float, str]:
+    """Numbers by size, then names."""
+    value = _along(value)
+    return (True, 0.0, value) if isinstance(value, str) else (False, value, "")
+
+
+def _milliseconds(record: Record, column: str) -> float | None:
+    return _times(record.seconds(column), 1e3)
+
+
+def _gigabytes_a_second(record: Record, column: str) -> float | None:
+    return _times(bandwidth(record, column), 1e-9)
+
+
+def _limit_milliseconds(record: Record) -> float | None:
+    return _times(record.limit_seconds, 1e3)
+
+
+def _limit_bandwidth(record: Record) -> float | None:
+    """Of what takes the least time that the device needs."""
+    return record.minimum_bytes / record.limit_seconds / 1e9 if record.minimum_bytes and record.limit_seconds else None
+
+
+def _times(value: float | None, unit: float) -> float | None:
+    return None if value is None else value * unit
