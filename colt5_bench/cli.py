@@ -4,12 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from colt5_bench.commands import INTERRUPTED, USAGE, env, run
+from colt5_bench.commands import INTERRUPTED, USAGE, env, history, report, run
 from colt5_bench.commands import list as list_command
 from colt5_bench.selection import SelectionError
 from colt5_bench.startup import StartupError
 
-COMMANDS = {"run": run, "list": list_command, "env": env}
+COMMANDS = {"run": run, "list": list_command, "report": report, "history": history, "env": env}
 """Each module has `SUMMARY`, `EXAMPLES`, `configure(parser)` and `main(options)`."""
 
 DEFAULT = "run"

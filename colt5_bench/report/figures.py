@@ -39,10 +39,13 @@ GREY = "#888888"
 WIDEST_LINEAR = 1e2
 """Largest over smallest metric other than 0 that a linear axis shows."""
 
+FEW_DECADES = 2
+"""Up to which an axis has ticks between the powers of ten."""
+
 MOST_TICKS = 8
 """Values of x that are each given a tick."""
 
-HEIGHT, ROW_HEIGHT = 400, 26
+HEIGHT, ROW_HEIGHT = 400, 36
 """Of a plot, and of a row of a heat map, in pixels."""
 
 HOVER_WIDTH = 44
@@ -84,8 +87,8 @@ class _Plot:
     limit: Quantity | None = None
     """What no implementation can pass."""
 
-    axis: Mapping[str, Any] = field(default_factory=lambda: {"type": "log"})
-    """The vertical one."""
+    axis: Mapping[str, Any] = field(default_factory=dict)
+    """The vertical one, if it is not to be a logarithmic one of what is drawn."""
 
     zero: float = 0.0
     """Where 0 is drawn: a logarithmic axis has no place for it."""
@@ -159,9 +162,8 @@ def _metrics(view: View, records: Sequence[Record]) -> list[Card]:
         axis, zero = _metric_axis([record.metrics[name] for record in described if name in record.metrics])
         plot = _Plot(view.x, "", order, view.lines, axis=axis, zero=zero)
         drawings = _panels(plot, described, {"": partial(_metric, name)}, {})
-        made.append(
-            Card(name.replace("_", " ").capitalize(), "A metric of the suite, explained in its file.", drawings)
-        )
+        title = name.replace("_", " ").capitalize()
+        made.append(Card(title, f"The suite's metric {name}, which its file explains.", drawings))
     return made
 
 
@@ -189,8 +191,8 @@ def _panels(
         choices = {**when, "direction": direction, **({", ".join(fields): combination} if fields else {})}
         layout = go.Layout(
             height=HEIGHT,
-            xaxis={"title": {"text": plot.x}, **_x_axis([record.fields[plot.x] for record in own])},
-            yaxis={"title": {"text": plot.unit}, **plot.axis},
+            xaxis={"title": {"text": plot.x}, **_x_axis(plot.x, [record.fields[plot.x] for record in own])},
+            yaxis={"title": {"text": plot.unit}, **(plot.axis or _log_axis(data))},
         )
         drawings.append(Drawing(choices, data, layout.to_plotly_json()))
     return drawings
@@ -252,30 +254,25 @@ def _divergence(x: str, records: Sequence[Record]) -> list[Drawing]:
         return []
     x, spread, schedule = divergence_fields(x, compared)
     several = "dtype" in varying_fields(compared)
-    sizes = [log10(error) for record in compared if (error := largest_error(record))]
     drawings = []
     for group in by_fields(compared, ["dtype"]):
         rows = by(group, lambda record: (record.implementation, label(record.fields, [*spread, *schedule])))
         rows.sort(key=lambda row: places(compared)[row[0].implementation])
         when = {"dtype": str(group[0].fields["dtype"])} if several else {}
-        drawings.append(_heat_map(when, x, [*spread, *schedule], rows, (min(sizes, default=0), max(sizes, default=0))))
+        drawings.append(_heat_map(when, x, [*spread, *schedule], rows))
     return drawings
 
 
-def _heat_map(
-    when: Mapping[str, str], x: str, fields: Sequence[str], rows: Sequence[Sequence[Record]], span: tuple[float, float]
-) -> Drawing:
+def _heat_map(when: Mapping[str, str], x: str, fields: Sequence[str], rows: Sequence[Sequence[Record]]) -> Drawing:
     across = sorted({record.fields[x] for row in rows for record in row}, key=_sortable)
     worst = [[max((r for r in row if r.fields[x] == at), key=_error, default=None) for at in across] for row in rows]
-    names = [" ".join(part for part in (row[0].implementation, label(row[0].fields, fields)) if part) for row in rows]
     trace = go.Heatmap(
         x=[tick(at) for at in across],
-        y=names,
+        y=[f"<b>{row[0].implementation}</b><br>{label(row[0].fields, fields)}" for row in rows],
         z=[[log10(error) if cell and (error := largest_error(cell)) else None for cell in row] for row in worst],
-        zmin=span[0],
-        zmax=span[1],
         text=[[_cell(cell) for cell in row] for row in worst],
         texttemplate="%{text}",
+        textfont={"size": 11},
         hovertext=[[_hover(cell.implementation, cell, _cell(cell)) if cell else "" for cell in row] for row in worst],
         hovertemplate="%{hovertext}<extra></extra>",
         colorscale="Cividis",
@@ -285,8 +282,8 @@ def _heat_map(
     )
     layout = go.Layout(
         height=100 + ROW_HEIGHT * len(rows),
-        xaxis={"title": {"text": x}, "type": "category"},
-        yaxis={"type": "category", "autorange": "reversed"},
+        xaxis={"title": {"text": x}, "type": "category", "showgrid": False},
+        yaxis={"type": "category", "autorange": "reversed", "showgrid": False, "tickfont": {"size": 11}},
     )
     return Drawing(when, [trace.to_plotly_json()], layout.to_plotly_json())
 
@@ -307,14 +304,26 @@ def _hover(line: str, record: Record, value: str) -> str:
     return "<br>".join([f"<b>{line}</b>", value, record.direction, *case])
 
 
-def _x_axis(values: Sequence[Any]) -> dict[str, Any]:
+def _x_axis(x: str, values: Sequence[Any]) -> dict[str, Any]:
     """Logarithmic for numbers, with a tick for each if these are few; names stand in order."""
     distinct = sorted({_along(value) for value in values}, key=_sortable)
     if not all(isinstance(value, int | float) and value > 0 for value in distinct):
         return {"type": "category", "categoryorder": "array", "categoryarray": distinct}
-    if len(distinct) > MOST_TICKS:
+    if len(distinct) > MOST_TICKS or x == MEMORY:
         return {"type": "log"}
     return {"type": "log", "tickvals": distinct, "ticktext": [tick(value) for value in distinct]}
+
+
+def _log_axis(data: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """At least a decade, so that noise looks like what it is; a tick a decade, or finer ones if few are drawn."""
+    values = [log10(value) for trace in data for value in trace["y"] if value]
+    lowest, highest = min(values, default=0.0), max(values, default=0.0)
+    margin = max(0.06 * (highest - lowest), (1 - (highest - lowest)) / 2)
+    return {
+        "type": "log",
+        "range": [lowest - margin, highest + margin],
+        "dtick": 1 if highest - lowest > FEW_DECADES else "D2",
+    }
 
 
 def _metric_axis(values: Iterable[float]) -> tuple[dict[str, Any], float]:

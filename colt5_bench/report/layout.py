@@ -7,6 +7,7 @@ from math import inf
 
 from colt5_bench.report import label, varying_fields, worst_gradient
 from colt5_bench.results import Record
+from colt5_bench.suite import Suite
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 """Okabe and Ito's palette, which every kind of colour vision tells apart."""
@@ -28,6 +29,9 @@ SCHEDULE_FIELD = "eps"
 TRADED_FIELD = "segments"
 """A field that trades time for memory: where it varies, the one is drawn against the other."""
 
+RUN = "run"
+"""The field that a history is drawn along: no field of a case."""
+
 MEMORY = "peak memory [MB]"
 """The axis of that plot."""
 
@@ -46,6 +50,11 @@ class View:
     """The implementation that speed-ups are over."""
 
     description: str = ""
+
+    @classmethod
+    def of(cls, suite: Suite) -> "View":
+        """What a suite says of itself."""
+        return cls(suite.x_axis, suite.lines, suite.reference, suite.description)
 
 
 def series(record: Record, lines: Sequence[str] = ()) -> str:
@@ -79,10 +88,10 @@ def combinations(fields: Sequence[str], records: Iterable[Record]) -> list[str]:
 def divergence_fields(x: str, records: Sequence[Record]) -> tuple[str, list[str], list[str]]:
     """What divergence is drawn against, and the fields of its spread and of its schedule of temperatures.
 
-    It is drawn against `n_iters`, if all records have one and it varies.
+    It is drawn against `n_iters`, if all records have one and it varies, unless it is a history.
     """
     varying = varying_fields(records)
-    if "n_iters" in varying and all(record.fields["n_iters"] is not None for record in records):
+    if x != RUN and "n_iters" in varying and all(record.fields["n_iters"] is not None for record in records):
         x = "n_iters"
     schedule = [name for name in varying if name == SCHEDULE_FIELD or name.startswith(f"{SCHEDULE_FIELD}_")]
     return x, [name for name in SPREAD_FIELDS if name in varying and name != x][:1], schedule
@@ -126,6 +135,11 @@ def tick(value: object) -> str:
 
 
 def _goes_with(x: str, name: str, records: Iterable[Record]) -> bool:
-    """Whether a field has a value of its own for each x, as the number of rows may have for each length."""
+    """Whether a field has a value of its own for each x, as the number of rows may have for each length.
+
+    That runs measured different cases makes these no line: what differs between runs never goes with them.
+    """
+    if x == RUN:
+        return False
     pairs = {(str(record.fields[x]), str(record.fields.get(name))) for record in records}
     return len(pairs) == len({at for at, _ in pairs}) == len({value for _, value in pairs})

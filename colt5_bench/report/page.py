@@ -20,6 +20,9 @@ from colt5_bench.report.layout import View, by
 from colt5_bench.report.rows import columns, command, details, rows
 from colt5_bench.results import Record, Run
 
+PAGE = "report.html"
+"""What the page of a run is called, beside its results."""
+
 PASSING = ("key", "utc", "command", "gpu.at_start.sm_clock_mhz", "gpu.at_start.reasons")
 """What differs between runs under the same conditions."""
 
@@ -87,7 +90,7 @@ class Headline:
 
 
 def write_page(
-    path: Path, run: Run, views: Mapping[str, View], *, title: str = "Report", findings: Sequence[Finding] | None = None
+    path: Path, run: Run, views: Mapping[str, View], *, title: str = "", findings: Sequence[Finding] | None = None
 ) -> Path:
     """Write the page of a run.
 
@@ -95,7 +98,7 @@ def write_page(
         path: the file; directories on the way to it are made.
         run: what is shown.
         views: how each suite asks to be looked at, by its name.
-        title: what the page calls itself.
+        title: what the page calls itself, if not by its suites.
         findings: what a comparison with a baseline says, which stands at the top; None without a baseline.
     """
     templates = Environment(
@@ -104,7 +107,7 @@ def write_page(
     templates.filters["short"] = short
     sections = [_section(own, views.get(own[0].suite, View())) for own in by(run.records, lambda record: record.suite)]
     page = templates.get_template("page.html").render(
-        title=title,
+        title=title or ", ".join(section.name for section in sections) or "No records",
         subtitle=", ".join(dict.fromkeys(record.device for record in run.records)),
         endings=_count_endings(run.records),
         records=len(run.records),

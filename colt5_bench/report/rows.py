@@ -142,10 +142,10 @@ def _times_of(record: Record) -> Section:
 
 
 def _table(title: str, by_name: Mapping[str, Mapping[str, Any]]) -> Section:
-    """A line for each name, and a column for whatever any of them has."""
-    head = list(dict.fromkeys(key for values in by_name.values() for key in values))
-    rows = [[name, *(_cell(values.get(key)) for key in head)] for name, values in by_name.items()]
-    return Section(title, ["", *(key.replace("_", " ") for key in head)], rows)
+    """A column for each name, and a line for whatever any of them has."""
+    lines = dict.fromkeys(key for values in by_name.values() for key in values)
+    rows = [[key.replace("_", " "), *(_cell(values.get(key)) for values in by_name.values())] for key in lines]
+    return Section(title, ["", *by_name], rows)
 
 
 def _cell(value: object) -> Cell:

@@ -47,7 +47,7 @@ function themed(layout) {
     ...layout, xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
     font: { color: ink, size: 12, family: getComputedStyle(document.body).fontFamily },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 50, r: 14, t: 26, b: 44 },
-    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0 },
+    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", xref: "container", x: 0 },
     hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: ink }, align: "left" },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--quiet"), activecolor: ink },
   };
@@ -62,6 +62,7 @@ function inked(trace) {
 function makeCard(card, chosen) {
   const plot = make("div");
   plot.setAttribute("role", "img");
+  plot.style.minHeight = `${Math.max(...card.drawings.map((drawing) => drawing.layout.height))}px`;
   const caption = make("figcaption", {}, make("h3", { textContent: card.title }), make("p", { textContent: card.note }));
   const broad = card.drawings[0].data[0].type === "heatmap";
   const figure = make("figure", { className: broad ? "card broad" : "card" }, caption, make("div", { className: "plot" }, plot));
