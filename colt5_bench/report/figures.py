@@ -14,6 +14,7 @@ from colt5_bench.report import bandwidth, label, text, varying_fields, worst_gra
 from colt5_bench.report.layout import (
     COLUMN_LABELS,
     MEMORY,
+    RUN,
     TRADED_FIELD,
     View,
     by,
@@ -308,7 +309,9 @@ def _x_axis(x: str, values: Sequence[Any]) -> dict[str, Any]:
     """Logarithmic for numbers, with a tick for each if these are few; names stand in order."""
     distinct = sorted({_along(value) for value in values}, key=_sortable)
     if not all(isinstance(value, int | float) and value > 0 for value in distinct):
-        return {"type": "category", "categoryorder": "array", "categoryarray": distinct}
+        # Of a run the revision is enough: what is under the pointer has its time, too.
+        short = {"tickvals": distinct, "ticktext": [name.split()[-1] for name in distinct]} if x == RUN else {}
+        return {"type": "category", "categoryorder": "array", "categoryarray": distinct, **short}
     if len(distinct) > MOST_TICKS or x == MEMORY:
         return {"type": "log"}
     return {"type": "log", "tickvals": distinct, "ticktext": [tick(value) for value in distinct]}
