@@ -33,6 +33,11 @@ find("#theme").addEventListener("click", () => {
 
 /* Plots: a card is drawn when it comes near the window, and anew when a choice or the theme changes. */
 
+/** Plotly takes longer to load than all else together: it comes when there is something to draw. */
+function loadPlotly() {
+  if (!window.Plotly) document.head.append(make("script", { textContent: find("#plotly").textContent }));
+}
+
 const INK = "#000000";
 const CONFIG = {
   responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
@@ -68,6 +73,7 @@ function makeCard(card, chosen) {
   const figure = make("figure", { className: broad ? "card broad" : "card" }, caption, make("div", { className: "plot" }, plot));
   const fits = (drawing) => Object.entries(drawing.when).every(([name, value]) => chosen[name] === value);
   figure.draw = () => {
+    loadPlotly();
     drawn.add(figure);
     const drawing = card.drawings.find(fits);
     plot.setAttribute("aria-label", [card.title, ...Object.values(drawing?.when ?? {})].join(", "));
