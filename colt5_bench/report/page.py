@@ -14,7 +14,7 @@ from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
 from colt5_bench.environment import flat
-from colt5_bench.report import main_column, severity, share_of_limit, short, speed_ups, worst_gradient
+from colt5_bench.report import main_column, severity, share_of_limit, short, speed_ups, varying_fields, worst_gradient
 from colt5_bench.report.figures import Card, cards
 from colt5_bench.report.layout import View, by
 from colt5_bench.report.rows import columns, command, details, rows
@@ -57,7 +57,7 @@ class Standing:
     """The largest."""
 
     error: float | None
-    """The largest of any gradient."""
+    """The largest of any gradient, of the section's dtype."""
 
     @property
     def speed_up(self) -> float:
@@ -74,6 +74,9 @@ class SuiteSection:
     reference: str
     device: str
     standings: Sequence[Standing]
+    dtype: str
+    """What errors are given of, if there are several dtypes, as those of different ones have nothing in common."""
+
     endings: Sequence[str]
     """What did not end ok: each reason once."""
 
@@ -146,12 +149,14 @@ def _embedded(run: Run, sections: Iterable[SuiteSection], views: Mapping[str, Vi
 
 def _section(records: Sequence[Record], view: View) -> SuiteSection:
     reasons = Counter((record.implementation, _status(record), record.reason) for record in records)
+    dtype = str(records[0].fields["dtype"]) if "dtype" in varying_fields(records) else ""
     return SuiteSection(
         name=records[0].suite,
         description=view.description,
         reference=view.reference,
         device=", ".join(dict.fromkeys(record.device for record in records)),
-        standings=_standings(records, view.reference),
+        standings=_standings(records, view.reference, dtype),
+        dtype=dtype,
         endings=[
             f"{implementation}: {status}{f', {count} times' if count > 1 else ''}: {reason or 'no reason given'}"
             for (implementation, status, reason), count in reasons.items()
@@ -161,14 +166,15 @@ def _section(records: Sequence[Record], view: View) -> SuiteSection:
     )
 
 
-def _standings(records: Sequence[Record], reference: str) -> list[Standing]:
+def _standings(records: Sequence[Record], reference: str, dtype: str) -> list[Standing]:
     main = main_column(records)
     ratios = {id(r): ratio for r, ratio in zip(records, speed_ups(records, reference, main), strict=True)}
     standings = []
     for own in by(records, lambda record: record.implementation):
         over = [ratio for record in own if (ratio := ratios[id(record)]) is not None]
         shares = [share for record in own if (share := share_of_limit(record, main)) is not None]
-        gradients = [gradient for record in own if (gradient := worst_gradient(record))]
+        alike = [record for record in own if not dtype or record.fields.get("dtype") == dtype]
+        gradients = [gradient for record in alike if (gradient := worst_gradient(record))]
         farthest = max(gradients, key=severity, default=None)
         standings.append(
             Standing(
@@ -188,7 +194,10 @@ def _headline(section: SuiteSection) -> Headline | None:
     timed = [standing for standing in others if standing.speed_ups and standing.share_of_limit is not None]
     if timed:
         fast = max(timed, key=lambda standing: standing.speed_up)
-        note = f"{fast.implementation} over {section.reference}: geometric mean of {len(fast.speed_ups)}"
+        count = len(fast.speed_ups)
+        note = (
+            f"{fast.implementation} over {section.reference}: geometric mean of {count} pair{'s' if count > 1 else ''}"
+        )
         return Headline(
             section.name,
             f"{short(fast.speed_up)}x",
@@ -199,7 +208,8 @@ def _headline(section: SuiteSection) -> Headline | None:
     if not errors or theirs is None:
         return None
     exact = min(errors, key=lambda name: inf if isnan(errors[name]) else errors[name])
-    note = f"largest error of a gradient, {exact}; {section.reference}: {theirs:.1e}"
+    what = f"largest error of a gradient{f' in {section.dtype}' if section.dtype else ''}"
+    note = f"{what}, {exact}; {section.reference}: {theirs:.1e}"
     return Headline(section.name, f"{errors[exact]:.1e}", note)
 
 

@@ -69,19 +69,30 @@ class TestPage:
         records += [timed("ours", 2, n=n) for n in (1, 2)]
         text = " ".join(visible(page_of(tmp_path, run_of(*records))).split())
         assert "6x" in text  # the geometric mean of 4 and 9
-        assert "ours over reference: geometric mean of 2, 4x to 9x" in text
+        assert "ours over reference: geometric mean of 2 pairs, 4x to 9x" in text
         assert "25 %" in text
         assert "3.0e-05" in text
 
     def test_a_lower_bound_is_no_headline(self, tmp_path):
         records = [timed("reference", 8), timed("ours", 2), timed("bound", 1)]
         records[2].limit_seconds = None
-        assert "ours over reference: geometric mean of 1" in page_of(tmp_path, run_of(*records))
+        assert "ours over reference: geometric mean of 1 pair" in page_of(tmp_path, run_of(*records))
 
     def test_without_times_the_smallest_error_is_the_headline(self, tmp_path):
         records = [diverging("reference", 0.5), diverging("ours", 1e-5), diverging("other", nan)]
         text = visible(page_of(tmp_path, run_of(*records)))
         assert "largest error of a gradient, ours; reference: 5.0e-01" in text
+
+    def test_errors_of_several_dtypes_are_not_mixed(self, tmp_path):
+        records = [
+            diverging(name, error, dtype=dtype)
+            for dtype, error in (("float32", 1e-5), ("bfloat16", 0.5))
+            for name in ("reference", "ours")
+        ]
+        text = " ".join(visible(page_of(tmp_path, run_of(*records))).split())
+        assert "largest error of a gradient in float32, ours; reference: 1.0e-05" in text
+        assert "largest error of a gradient, float32" in text
+        assert "5.0e-01" not in text
 
     def test_conditions_are_shown_once(self, tmp_path):
         run = run_of(timed("ours", 1))
