@@ -213,23 +213,29 @@ def _lines(plot: _Plot, records: Sequence[Record], of: Quantity, name: str) -> l
             continue
         line = series(own[0], plot.lines)
         place = plot.places[line]
-        marked = plot.x == MEMORY
+        x = [_along(record.fields[plot.x]) for record, _ in points]
         trace = go.Scatter(
-            x=[_along(record.fields[plot.x]) for record, _ in points],
+            x=x,
             y=[(value or plot.zero) if isfinite(value) else None for _, value in points],
-            mode="lines+markers+text" if marked else "lines+markers",
-            text=[text(record.fields[TRADED_FIELD]) for record, _ in points] if marked else None,
-            textposition="top center" if marked else None,
+            mode="lines+markers" if _joined(plot.x, x) else "markers",
             name=line,
             legendgroup=line,
             showlegend=not name,
             line={"color": colour(place), "width": 2, "dash": "dot" if name else "solid"},
-            marker={"symbol": SYMBOLS[place % len(SYMBOLS)], "size": 7},
+            marker={"color": colour(place), "symbol": SYMBOLS[place % len(SYMBOLS)], "size": 8},
             hovertext=[_hover(line, record, f"{value:.4g} {plot.unit} {name}") for record, value in points],
             hovertemplate="%{hovertext}<extra></extra>",
         )
+        if plot.x == MEMORY:
+            labels = [text(record.fields[TRADED_FIELD]) for record, _ in points]
+            trace.update(mode="lines+markers+text", text=labels, textposition="top center")
         traces.append(trace.to_plotly_json())
     return traces
+
+
+def _joined(x: str, values: Iterable[Any]) -> bool:
+    """Whether there is anything between neighbours for a line to say: not between the names of different things."""
+    return x == RUN or not any(isinstance(value, str) for value in values)
 
 
 def _limit_line(plot: _Plot, records: Sequence[Record], of: Quantity) -> list[dict[str, Any]]:
@@ -239,7 +245,7 @@ def _limit_line(plot: _Plot, records: Sequence[Record], of: Quantity) -> list[di
     trace = go.Scatter(
         x=sorted(points, key=_sortable),
         y=[points[at] for at in sorted(points, key=_sortable)],
-        mode="lines" if len(points) > 1 else "markers",
+        mode="lines" if len(points) > 1 and _joined(plot.x, points) else "markers",
         marker={"symbol": "line-ew-open", "size": 18, "color": GREY},
         name="limit of the device",
         line={"color": GREY, "width": 2, "dash": "dash"},

@@ -92,6 +92,13 @@ def test_names_stand_in_order_after_numbers():
     assert list(axis["categoryarray"]) == [2, "None", "a", "b"]
 
 
+@pytest.mark.parametrize(("x", "mode"), [((1, 2), "lines+markers"), (("block", "vit"), "markers")])
+def test_names_are_not_joined_by_a_line(x, mode):
+    records = [timed("ours", 1, n=n, score_std=n) for n in x]
+    data = card_of("Time", records).drawings[0].data
+    assert [trace["mode"] for trace in data] == [mode, mode.removesuffix("+markers")]
+
+
 def test_runs_that_measured_other_cases_share_no_line():
     records = [record(times={"wall": 1e-3}, n=n, **{RUN: f"2026-11-2{n} abc{n}"}) for n in (1, 2)]
     card = card_of("Time", records, View(RUN))

@@ -58,10 +58,11 @@ function themed(layout) {
   };
 }
 
-/** Black lines would be lost on dark. */
+/** Black would be lost on dark. */
 function inked(trace) {
   if (trace.line?.color !== INK) return trace;
-  return { ...trace, line: { ...trace.line, color: getComputedStyle(root).getPropertyValue("--ink").trim() } };
+  const color = getComputedStyle(root).getPropertyValue("--ink").trim();
+  return { ...trace, line: { ...trace.line, color }, marker: { ...trace.marker, color } };
 }
 
 function makeCard(card, chosen) {
