@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
-from math import ceil, floor, inf, isfinite, log10
+from math import inf, isfinite, log10
 from textwrap import wrap
 from typing import Any
 
 import plotly.graph_objects as go
 
-from colt5_bench.report import bandwidth, label, text, varying_fields, worst_gradient
+from colt5_bench.report import axes, bandwidth, label, text, varying_fields, worst_gradient
 from colt5_bench.report.layout import (
     COLUMN_LABELS,
     MEMORY,
@@ -36,15 +36,6 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross
 
 GREY = "#888888"
 """Of what belongs to no implementation: seen on light and on dark."""
-
-WIDEST_LINEAR = 1e2
-"""Largest over smallest metric other than 0 that a linear axis shows."""
-
-FEW_DECADES = 2
-"""Up to which an axis has ticks between the powers of ten."""
-
-MOST_TICKS = 8
-"""Values of x that are each given a tick."""
 
 HEIGHT, ROW_HEIGHT = 400, 36
 """Of a plot, and of a row of a heat map, in pixels."""
@@ -102,19 +93,19 @@ def cards(records: Sequence[Record], view: View) -> list[Card]:
     drawn = [
         Card(
             "Time",
-            "Medians. The dashed line is the least time that the device needs, from what it was seen to do.",
+            "Medians. Grey is the least time that the device needs, from what it was seen to do.",
             _over_columns(_Plot(view.x, "ms", order, limit=_limit_milliseconds), ok, _milliseconds),
         ),
         Card(
             "Bandwidth",
-            "The least bytes over the time. The dashed line is the roofline, which lies below what memory allows where "
-            "exponentials or matrix products take longer.",
+            "The least bytes over the time. Grey is the roofline, below what memory allows where exponentials or matrix "
+            "products take longer.",
             _over_columns(_Plot(view.x, "GB/s", order, limit=_limit_bandwidth), ok, _gigabytes_a_second),
         ),
         Card(
             "Memory",
             "Beyond the inputs: the most at once, and, dotted, what stays for the backward pass.",
-            _memory(_Plot(view.x, "MB", order), ok),
+            _memory(view.x, order, ok),
         ),
         Card(
             "Time against memory",
@@ -145,12 +136,14 @@ def _of_column(of: Callable[[Record, str], float | None], column: str, record: R
     return of(record, column)
 
 
-def _memory(plot: _Plot, records: Sequence[Record]) -> list[Drawing]:
+def _memory(x: str, order: Mapping[str, int], records: Sequence[Record]) -> list[Drawing]:
     quantities: dict[str, Quantity] = {
         "": lambda record: _times(record.peak_bytes, 1e-6),
         "saved": lambda record: _times(record.saved_bytes, 1e-6),
     }
-    return _panels(plot, records, quantities, {})
+    values = [value for record in records for of in quantities.values() if (value := of(record)) is not None]
+    axis, zero = axes.with_zero(values) if 0 in values else ({}, 0.0)
+    return _panels(_Plot(x, "MB", order, axis=axis, zero=zero), records, quantities, {})
 
 
 def _metrics(view: View, records: Sequence[Record]) -> list[Card]:
@@ -160,7 +153,7 @@ def _metrics(view: View, records: Sequence[Record]) -> list[Card]:
     order = places(described, view.lines)
     made = []
     for name in dict.fromkeys(name for record in described for name in record.metrics):
-        axis, zero = _metric_axis([record.metrics[name] for record in described if name in record.metrics])
+        axis, zero = axes.of_metric([record.metrics[name] for record in described if name in record.metrics])
         plot = _Plot(view.x, "", order, view.lines, axis=axis, zero=zero)
         drawings = _panels(plot, described, {"": partial(_metric, name)}, {})
         title = name.replace("_", " ").capitalize()
@@ -192,8 +185,8 @@ def _panels(
         choices = {**when, "direction": direction, **({", ".join(fields): combination} if fields else {})}
         layout = go.Layout(
             height=HEIGHT,
-            xaxis={"title": {"text": plot.x}, **_x_axis(plot.x, [record.fields[plot.x] for record in own])},
-            yaxis={"title": {"text": plot.unit}, **(plot.axis or _log_axis(data))},
+            xaxis={"title": {"text": plot.x}, **axes.across(plot.x, [record.fields[plot.x] for record in own])},
+            yaxis={"title": {"text": plot.unit}, **(plot.axis or axes.logarithmic(data))},
         )
         drawings.append(Drawing(choices, data, layout.to_plotly_json()))
     return drawings
@@ -208,12 +201,12 @@ def _lines(plot: _Plot, records: Sequence[Record], of: Quantity, name: str) -> l
     traces = []
     for own in by(records, lambda record: series(record, plot.lines)):
         points = [(record, value) for record in own if (value := of(record)) is not None]
-        points.sort(key=lambda point: _sortable(point[0].fields[plot.x]))
+        points.sort(key=lambda point: axes.sortable(point[0].fields[plot.x]))
         if not points:
             continue
         line = series(own[0], plot.lines)
         place = plot.places[line]
-        x = [_along(record.fields[plot.x]) for record, _ in points]
+        x = [axes.plain(record.fields[plot.x]) for record, _ in points]
         trace = go.Scatter(
             x=x,
             y=[(value or plot.zero) if isfinite(value) else None for _, value in points],
@@ -239,12 +232,12 @@ def _joined(x: str, values: Iterable[Any]) -> bool:
 
 
 def _limit_line(plot: _Plot, records: Sequence[Record], of: Quantity) -> list[dict[str, Any]]:
-    points = {_along(record.fields[plot.x]): value for record in records if (value := of(record)) is not None}
+    points = {axes.plain(record.fields[plot.x]): value for record in records if (value := of(record)) is not None}
     if not points:
         return []
     trace = go.Scatter(
-        x=sorted(points, key=_sortable),
-        y=[points[at] for at in sorted(points, key=_sortable)],
+        x=sorted(points, key=axes.sortable),
+        y=[points[at] for at in sorted(points, key=axes.sortable)],
         mode="lines" if len(points) > 1 and _joined(plot.x, points) else "markers",
         marker={"symbol": "line-ew-open", "size": 18, "color": GREY},
         name="limit of the device",
@@ -271,7 +264,7 @@ def _divergence(x: str, records: Sequence[Record]) -> list[Drawing]:
 
 
 def _heat_map(when: Mapping[str, str], x: str, fields: Sequence[str], rows: Sequence[Sequence[Record]]) -> Drawing:
-    across = sorted({record.fields[x] for row in rows for record in row}, key=_sortable)
+    across = sorted({record.fields[x] for row in rows for record in row}, key=axes.sortable)
     worst = [[max((r for r in row if r.fields[x] == at), key=_error, default=None) for at in across] for row in rows]
     trace = go.Heatmap(
         x=[tick(at) for at in across],
@@ -309,53 +302,6 @@ def _cell(record: Record | None) -> str:
 def _hover(line: str, record: Record, value: str) -> str:
     case = wrap(label(record.fields, record.fields), HOVER_WIDTH)
     return "<br>".join([f"<b>{line}</b>", value, record.direction, *case])
-
-
-def _x_axis(x: str, values: Sequence[Any]) -> dict[str, Any]:
-    """Logarithmic for numbers, with a tick for each if these are few; names stand in order."""
-    distinct = sorted({_along(value) for value in values}, key=_sortable)
-    if not all(isinstance(value, int | float) and value > 0 for value in distinct):
-        # Of a run the revision is enough: what is under the pointer has its time, too.
-        short = {"tickvals": distinct, "ticktext": [name.split()[-1] for name in distinct]} if x == RUN else {}
-        return {"type": "category", "categoryorder": "array", "categoryarray": distinct, **short}
-    if len(distinct) > MOST_TICKS or x == MEMORY:
-        return {"type": "log"}
-    return {"type": "log", "tickvals": distinct, "ticktext": [tick(value) for value in distinct]}
-
-
-def _log_axis(data: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """At least a decade, so that noise looks like what it is; a tick a decade, or finer ones if few are drawn."""
-    values = [log10(value) for trace in data for value in trace["y"] if value]
-    lowest, highest = min(values, default=0.0), max(values, default=0.0)
-    margin = max(0.06 * (highest - lowest), (1 - (highest - lowest)) / 2)
-    return {
-        "type": "log",
-        "range": [lowest - margin, highest + margin],
-        "dtick": 1 if highest - lowest > FEW_DECADES else "D2",
-    }
-
-
-def _metric_axis(values: Iterable[float]) -> tuple[dict[str, Any], float]:
-    """Linear if that shows all values, else logarithmic, with 0 a decade below the smallest; and where 0 is."""
-    sizes = [abs(value) for value in values if value and isfinite(value)]
-    if not sizes or max(sizes) <= WIDEST_LINEAR * min(sizes):
-        return {"type": "linear", "rangemode": "tozero"}, 0.0
-    lowest, highest = floor(log10(min(sizes))), ceil(log10(max(sizes)))
-    decades = range(lowest, highest + 1, max(1, (highest - lowest) // MOST_TICKS))
-    zero = 10.0 ** (lowest - 1)
-    ticks = {"tickvals": [zero, *(10.0**at for at in decades)], "ticktext": ["0", *(f"{10.0**at:g}" for at in decades)]}
-    return {"type": "log", **ticks}, zero
-
-
-def _along(value: Any) -> Any:
-    """A number as it is, everything else by its name."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
-
-
-def _sortable(value: Any) -> tuple[bool, float, str]:
-    """Numbers by size, then names."""
-    value = _along(value)
-    return (True, 0.0, value) if isinstance(value, str) else (False, value, "")
 
 
 def _milliseconds(record: Record, column: str) -> float | None:

@@ -78,6 +78,22 @@ def test_nothing_of_a_metric_has_a_place_on_a_logarithmic_axis():
     assert shown.layout["yaxis"]["ticktext"][:2] == ["0", "0.001"]
 
 
+def test_a_metric_below_nothing_is_on_a_linear_axis():
+    records = [record(n=n) for n in (1, 2)]
+    for made, value in zip(records, (-1e-3, 10.0), strict=True):
+        made.metrics = {"bias": value}
+    assert card_of("Bias", records).drawings[0].layout["yaxis"]["type"] == "linear"
+
+
+def test_what_keeps_nothing_for_the_backward_pass_is_drawn_too():
+    records = [timed("ours", 1, n=n) for n in (1, 2)]
+    records[0].saved_bytes = 0
+    shown = card_of("Memory", records).drawings[0]
+    assert list(shown.data[1]["y"]) == [0.1, 2]
+    assert shown.layout["yaxis"]["ticktext"][0] == "0"
+    assert "0 MB" in shown.data[1]["hovertext"][0]
+
+
 def test_lines_have_one_colour_in_all_cards():
     records = [timed(name, 1, n=n) for n in (512, 1024) for name in ("reference", "ours")]
     records[0].peak_bytes = records[2].peak_bytes = None
