@@ -98,8 +98,8 @@ def cards(records: Sequence[Record], view: View) -> list[Card]:
         ),
         Card(
             "Bandwidth",
-            "The least bytes over the time. Grey is the roofline, below what memory allows where exponentials or matrix "
-            "products take longer.",
+            "The least bytes over the time. Grey is the roofline, below what memory allows where exponentials or "
+            "matrix products take longer.",
             _over_columns(_Plot(view.x, "GB/s", order, limit=_limit_bandwidth), ok, _gigabytes_a_second),
         ),
         Card(

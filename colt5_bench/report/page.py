@@ -23,6 +23,9 @@ from colt5_bench.results import Record, Run
 PAGE = "report.html"
 """What the page of a run is called, beside its results."""
 
+VERDICTS = ("failed", "missing", "worse", "unclear", "new", "better", "same")
+"""In the order in which findings are shown; the first three are regressions, and what is the same is only counted."""
+
 PASSING = ("key", "utc", "command", "gpu.at_start.sm_clock_mhz", "gpu.at_start.reasons")
 """What differs between runs under the same conditions."""
 
@@ -32,7 +35,7 @@ class Finding:
     """What a comparison says of one figure of one case: a line at the top of the page."""
 
     verdict: str
-    """`worse`, `missing` and `failed` are regressions."""
+    """One of `VERDICTS`."""
 
     suite: str
     case: str
@@ -118,7 +121,7 @@ def write_page(
         headlines=[headline for section in sections if (headline := _headline(section))],
         environments=_environments(run),
         cut_off=[file.name for file in run.cut_off],
-        findings=findings,
+        comparison=None if findings is None else _comparison(findings),
         columns=columns(run.records),
         data=_embedded(run, sections, views),
         plotly=Markup(get_plotlyjs()),
@@ -126,6 +129,16 @@ def write_page(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _comparison(findings: Iterable[Finding]) -> dict[str, Any]:
+    """How often each verdict was given, and all findings that say something, the worst first."""
+    ordered = sorted(findings, key=lambda finding: VERDICTS.index(finding.verdict))
+    counts = Counter(finding.verdict for finding in ordered)
+    return {
+        "counts": ", ".join(f"{count:,} {verdict}" for verdict, count in counts.items()) or "nothing to compare",
+        "findings": [finding for finding in ordered if finding.verdict != "same"],
+    }
 
 
 def _embedded(run: Run, sections: Iterable[SuiteSection], views: Mapping[str, View]) -> Markup:

@@ -103,11 +103,18 @@ class TestPage:
         assert "a900dda5a2" in page
         assert "with changes that are not committed" in " ".join(page.split())
 
-    def test_a_comparison_stands_at_the_top(self, tmp_path):
-        finding = Finding("worse", "toy", "n=512", FORWARD, "ours", "cold", "1 ms", "1.1 ms", "10 % slower")
-        page = visible(page_of(tmp_path, run_of(timed("ours", 1)), findings=[finding]))
-        assert page.index("10 % slower") < page.index('class="tiles"')
-        assert "Nothing differs" in page_of(tmp_path, run_of(timed("ours", 1)), findings=[])
+    def test_a_comparison_stands_at_the_top_and_what_is_worst_in_it(self, tmp_path):
+        findings = [
+            Finding(verdict, "toy", "n=512", FORWARD, "ours", "cold", "1 ms", "2 ms", f"it is {verdict}")
+            for verdict in ("same", "better", "worse", "same")
+        ]
+        page = visible(page_of(tmp_path, run_of(timed("ours", 1)), findings=findings))
+        assert "1 worse, 1 better, 2 same" in page
+        assert page.index("it is worse") < page.index("it is better") < page.index('class="tiles"')
+        assert "it is same" not in page
+
+    def test_without_a_baseline_there_is_no_comparison(self, tmp_path):
+        assert "nothing to compare" in page_of(tmp_path, run_of(timed("ours", 1)), findings=[])
         assert "baseline" not in visible(page_of(tmp_path, run_of(timed("ours", 1))))
 
     def test_a_file_that_was_cut_off_is_named(self, tmp_path):
