@@ -4,7 +4,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -83,9 +82,9 @@ def describe(device: torch.device) -> dict[str, object]:
     }
 
 
-def flat(described: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+def flat(described: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"gpu": {"name": ...}}` as `gpu.name: ...`, for people to read."""
-    rows: dict[str, object] = {}
+    rows: dict[str, Any] = {}
     for name, value in described.items():
         rows |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return rows

@@ -148,10 +148,12 @@ def _table(title: str, by_name: Mapping[str, Mapping[str, Any]]) -> Section:
     return Section(title, ["", *by_name], rows)
 
 
-def _cell(value: object) -> Cell:
-    if isinstance(value, bool) or not isinstance(value, int | float | None):
-        return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return sayable(value)
+def _cell(value: Any) -> Cell:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {each}" for name, each in value.items()) or None
+    if isinstance(value, list | tuple):
+        return ", ".join(map(text, value)) or None
+    return sayable(value) if isinstance(value, float | int | None) and not isinstance(value, bool) else str(value)
 
 
 def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:

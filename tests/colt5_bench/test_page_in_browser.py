@@ -181,3 +181,12 @@ def test_a_row_opens_and_closes_from_the_keyboard(opened):
     assert "python bench.py --suite health --impl b" in dialog.inner_text()
     page.keyboard.press("Escape")
     assert not dialog.is_visible()
+
+
+def test_the_command_of_a_row_is_copied(opened):
+    page = opened()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    row = page.locator("#table tbody tr").nth(1)
+    row.get_by_role("button", name="Copy").click()
+    row.get_by_role("button", name="Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == row.locator("code").inner_text()

@@ -32,10 +32,20 @@ def test_what_is_not_there_is_none_and_what_is_no_number_is_said():
 def test_a_row_opens_all_that_is_known():
     made = timed("ours", 2, "cold")
     made.timings["graph"] = Timing("graph", [], "not capturable: it synchronizes", nan)
-    made.kernels = [{"name": "_step", "registers": 32, "spills": 0}]
+    made.kernels = [{"name": "_step", "registers": 32, "spills": 0, "sass": {"exp": 7}, "widths": [128, 64]}]
     made.metrics = {"saturated": 640.0}
     text = json.dumps([section.__dict__ for section in details(made)], allow_nan=False)
-    for part in ("eps", "not capturable", "relative interval", "_step", "registers", "saturated", "1e-05"):
+    for part in (
+        "eps",
+        "not capturable",
+        "relative interval",
+        "_step",
+        "registers",
+        "exp: 7",
+        "128, 64",
+        "saturated",
+        "1e-05",
+    ):
         assert part in text
 
 
