@@ -258,7 +258,7 @@ def _divergence(x: str, records: Sequence[Record]) -> list[Drawing]:
     for group in by_fields(compared, ["dtype"]):
         rows = by(group, lambda record: (record.implementation, label(record.fields, [*spread, *schedule])))
         rows.sort(key=lambda row: places(compared)[row[0].implementation])
-        when = {"dtype": str(group[0].fields["dtype"])} if several else {}
+        when = {"dtype": str(group[0].fields.get("dtype"))} if several else {}
         drawings.append(_heat_map(when, x, [*spread, *schedule], rows))
     return drawings
 

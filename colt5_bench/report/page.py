@@ -157,12 +157,12 @@ def _embedded(run: Run, sections: Iterable[SuiteSection], views: Mapping[str, Vi
             for record in run.records
         ],
     }
-    return Markup(to_json_plotly(content).replace("</", "<\\/"))
+    return Markup(to_json_plotly(content).replace("<", "\\u003c"))
 
 
 def _section(records: Sequence[Record], view: View) -> SuiteSection:
     reasons = Counter((record.implementation, _status(record), record.reason) for record in records)
-    dtype = str(records[0].fields["dtype"]) if "dtype" in varying_fields(records) else ""
+    dtype = str(records[0].fields.get("dtype")) if "dtype" in varying_fields(records) else ""
     return SuiteSection(
         name=records[0].suite,
         description=view.description,
@@ -186,7 +186,7 @@ def _standings(records: Sequence[Record], reference: str, dtype: str) -> list[St
     for own in by(records, lambda record: record.implementation):
         over = [ratio for record in own if (ratio := ratios[id(record)]) is not None]
         shares = [share for record in own if (share := share_of_limit(record, main)) is not None]
-        alike = [record for record in own if not dtype or record.fields.get("dtype") == dtype]
+        alike = [record for record in own if not dtype or str(record.fields.get("dtype")) == dtype]
         gradients = [gradient for record in alike if (gradient := worst_gradient(record))]
         farthest = max(gradients, key=severity, default=None)
         standings.append(

@@ -161,12 +161,12 @@ def test_a_heading_sorts_there_and_back(opened):
     assert column(page, 6)[0] == "0.4"
     # What is no number is the largest; what is not there comes last, whatever the direction.
     error = heading(page, "largest error")
-    for first, clicks in (("nan", 2), ("1.0e-6", 1)):
-        for _ in range(clicks):
-            error.get_by_role("button").click()
-        assert column(page, 12)[0] == first
-        page.get_by_role("button", name="Show all").click()
-        assert column(page, 12)[-1] == "-"
+    error.get_by_role("button").click()
+    assert column(page, 12)[0] == "1.0e-6"
+    error.get_by_role("button").click()
+    assert column(page, 12)[0] == "nan"
+    page.get_by_role("button", name="Show all").click()
+    assert column(page, 12)[-1] == "-"
     assert time.get_attribute("aria-sort") == "none"
 
 
