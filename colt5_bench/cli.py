@@ -4,12 +4,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from colt5_bench.commands import INTERRUPTED, USAGE, env, run, selftest
+from colt5_bench.commands import INTERRUPTED, USAGE, env, history, report, run, selftest
 from colt5_bench.commands import list as list_command
 from colt5_bench.selection import SelectionError
 from colt5_bench.startup import StartupError
 
-COMMANDS = {"run": run, "list": list_command, "env": env, "selftest": selftest}
+COMMANDS = {
+    "run": run,
+    "list": list_command,
+    "report": report,
+    "history": history,
+    "selftest": selftest,
+    "env": env,
+}
 """Each module has `SUMMARY`, `EXAMPLES`, `configure(parser)` and `main(options)`."""
 
 DEFAULT = "run"

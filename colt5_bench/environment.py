@@ -93,6 +93,14 @@ def describe(device: torch.device) -> dict[str, object]:
     }
 
 
+def flat(described: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"gpu": {"name": ...}}` as `gpu.name: ...`, for people to read."""
+    rows: dict[str, Any] = {}
+    for name, value in described.items():
+        rows |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return rows
+
+
 def _gpu(device: torch.device) -> dict[str, object]:
     properties = torch.cuda.get_device_properties(device)
     state = gpu_state(device)

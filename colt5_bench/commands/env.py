@@ -24,14 +24,6 @@ def main(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(described, indent=2))
         return DONE
-    for name, value in _flat(described):
+    for name, value in environment.flat(described).items():
         print(f"{name:28} {'-' if value is None else value}")
     return DONE
-
-
-def _flat(described: dict, prefix: str = "") -> list[tuple[str, object]]:
-    """`{"gpu": {"name": ...}}` as `gpu.name ...`."""
-    rows: list[tuple[str, object]] = []
-    for name, value in described.items():
-        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
-    return rows

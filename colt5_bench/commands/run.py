@@ -17,6 +17,8 @@ from colt5_bench import plugin
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, USAGE, _profile
 from colt5_bench.commands import list as list_command
 from colt5_bench.progress import Watcher
+from colt5_bench.report.layout import View
+from colt5_bench.report.page import PAGE, write_page
 from colt5_bench.report.plots import write_plots
 from colt5_bench.report.table import summary
 from colt5_bench.results import FAILED, load
@@ -120,7 +122,8 @@ def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, direct
 
     failed = code == pytest.ExitCode.TESTS_FAILED or bool(watcher.failures)
     if results.exists():
-        records = load(results).records
+        run = load(results)
+        records = run.records
         failed |= any(record.status in FAILED for record in records)
         console = Console()
         summary(records, suite.reference, console)
@@ -128,6 +131,8 @@ def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, direct
         console.print(f"results: {results}", soft_wrap=True, highlight=False)
         if plots:
             console.print(f"plots: {len(plots)} files in {directory}", soft_wrap=True, highlight=False)
+        page = write_page(directory / PAGE, run, {suite.name: View.of(suite)})
+        console.print(f"report: {page}", soft_wrap=True, highlight=False)
     if code == pytest.ExitCode.INTERRUPTED and not watcher.failures:
         return INTERRUPTED
     if code == pytest.ExitCode.USAGE_ERROR:

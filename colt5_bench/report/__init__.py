@@ -1,4 +1,4 @@
-"""What tables and plots share: how cases are told apart, and which figures stand for a record."""
+"""What tables, plots and pages share: how cases are told apart, and which figures stand for a record."""
 
 from collections.abc import Iterable, Sequence
 from math import inf, isnan
@@ -36,3 +36,38 @@ def worst_gradient(record: Record) -> Divergence | None:
     """The gradient that is farthest from its truth."""
     gradients = (divergence for tensor, divergence in record.accuracy.items() if tensor != "output")
     return max(gradients, key=severity, default=None)
+
+
+def main_column(records: Iterable[Record]) -> str:
+    """The time column that the figures of records go by: GPU time with a cold L2 where there is any, else wall time."""
+    return "cold" if any(record.seconds("cold") is not None for record in records) else "wall"
+
+
+def bandwidth(record: Record, column: str) -> float | None:
+    """The least bytes over the time, in bytes a second."""
+    seconds = record.seconds(column)
+    return record.minimum_bytes / seconds if seconds and record.minimum_bytes else None
+
+
+def share_of_limit(record: Record, column: str) -> float | None:
+    """The least time that the device needs over the time taken."""
+    seconds = record.seconds(column)
+    return record.limit_seconds / seconds if seconds and record.limit_seconds else None
+
+
+def speed_ups(records: Sequence[Record], reference: str, column: str) -> list[float | None]:
+    """Of each record over the reference on the same case, in the same direction and run."""
+
+    def point(record: Record) -> tuple[str, str, str, str]:
+        return record.environment, record.suite, record.case, record.direction
+
+    theirs = {point(record): record.seconds(column) for record in records if record.implementation == reference}
+    pairs = ((record.seconds(column), theirs.get(point(record))) for record in records)
+    return [base / own if own and base else None for own, base in pairs]
+
+
+def short(value: float) -> str:
+    """Three digits, all of those before the point, and no exponent for what a table shows."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.3g}" if value >= 1e-3 or value == 0 else f"{value:.1e}"

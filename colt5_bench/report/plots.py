@@ -1,9 +1,9 @@
-"""Figures of a suite: time, memory, divergence and metrics, as PNG and SVG. The same records give the same files."""
+"""Figures of a suite, as PNG and SVG. The same records give the same files."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, inf, isfinite
+from math import ceil, isfinite
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -15,14 +15,29 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from colt5_bench.report import label, varying_fields, worst_gradient
+from colt5_bench.report import bandwidth, label, main_column, varying_fields, worst_gradient
+from colt5_bench.report.layout import (
+    COLUMN_LABELS,
+    MEMORY,
+    by,
+    by_fields,
+    colour,
+    combinations,
+    divergence_fields,
+    largest_error,
+    panel_fields,
+    places,
+    series,
+    tick,
+    traded,
+)
 from colt5_bench.results import Record
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
-"""Okabe and Ito's palette, which every kind of colour vision tells apart."""
 
 MARKERS = "osD^vP*X"
 """Tell implementations apart in grey."""
+
+GREY = "0.35"
+"""Of what belongs to no implementation."""
 
 PANELS_PER_ROW = 4
 """At most, and as even as rows can be."""
@@ -39,12 +54,6 @@ WIDEST_LINEAR, WIDEST_LOGARITHMIC = 1e2, 1e9
 MOST_TICKS = 8
 """Values of x that are each given a tick."""
 
-SPREAD_FIELDS = ("score_std", "std")
-"""Divergence is laid out by the first of these that varies, from left to right."""
-
-SCHEDULE_FIELD = "eps"
-"""Divergence is laid out by this and the fields that begin with its name and `_`, from top to bottom."""
-
 STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -58,8 +67,6 @@ STYLE: dict[Any, Any] = {
     # Identifiers within an SVG would be drawn at random without it.
     "svg.hashsalt": "colt5-bench",
 }
-
-TIME_LABELS = {"cold": "GPU time, cold L2 [ms]", "wall": "wall time [ms]"}
 
 
 @dataclass(frozen=True)
@@ -85,20 +92,34 @@ class _Row:
     quantities: Sequence[_Quantity]
     panels: Sequence[_Panel]
 
+    limit: _Quantity | None = None
+    """What no implementation can pass, drawn in grey."""
+
     scale: Callable[[Axes, Sequence[float]], None] = lambda ax, values: ax.set_yscale("log")
     """Sets the vertical axis, given what is drawn."""
 
 
+_ROOFLINE = _Quantity(
+    lambda record: (
+        record.minimum_bytes / record.limit_seconds / 1e9 if record.minimum_bytes and record.limit_seconds else None
+    ),
+    "--",
+    "limit",
+)
+"""The bandwidth of what takes the least time that the device needs."""
+
+
 def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n", lines: Sequence[str] = ()) -> list[Path]:
-    """Draw what the records of one suite hold: time, memory and metrics against a field of the case, and divergence.
+    """Draw what the records of one suite hold: time, bandwidth, memory and metrics against a field of the case, time
+    against memory where a field trades one for the other, and divergence.
 
     What did not end ok is not drawn but named below the figure; divergence that was found wrong is drawn all the same,
     hollow. There is no figure of what no record has.
 
     Args:
         records: of one suite.
-        directory: where `time`, `memory`, `divergence` and `metrics` go, each as .png and .svg; `divergence-<dtype>`
-            each, if there are several dtypes.
+        directory: where `time`, `bandwidth`, `memory`, `trade-off`, `divergence` and `metrics` go, each as .png and
+            .svg; `divergence-<dtype>` each, if there are several dtypes.
         x: the field along the horizontal axis; that of divergence is `n_iters`, if all have one and it varies.
         lines: fields each combination of which is a line of its own among the metrics, and no panel.
 
@@ -107,18 +128,25 @@ def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n", lin
     """
     figures: dict[str, Figure] = {}
     ok = [record for record in records if record.status == "ok" and x in record.fields]
-    main = "cold" if any(record.seconds("cold") for record in ok) else "wall"
+    main = main_column(ok)
+    time_label = f"{COLUMN_LABELS[main]} [ms]"
+    milliseconds = _Quantity(lambda record: _times(record.seconds(main), 1e3))
     compared = [record for record in records if record.status in ("ok", "wrong") and worst_gradient(record)]
     with mpl.rc_context(STYLE):
         if timed := [record for record in ok if record.seconds(main)]:
-            quantities = [_Quantity(lambda record: _times(record.seconds(main), 1e3))]
-            figures["time"] = _against(x, TIME_LABELS[main], quantities, timed, records)
+            limit = _Quantity(lambda record: _times(record.limit_seconds, 1e3), "--", "limit")
+            figures["time"] = _against(x, time_label, [milliseconds], timed, records, limit)
+        if moved := [record for record in timed if record.minimum_bytes]:
+            rate = _Quantity(lambda record: _times(bandwidth(record, main), 1e-9))
+            figures["bandwidth"] = _against(x, "bandwidth [GB/s]", [rate], moved, records, _ROOFLINE)
         if sized := [record for record in ok if record.peak_bytes]:
             quantities = [
                 _Quantity(lambda record: _times(record.peak_bytes, 1e-6), name="peak"),
                 _Quantity(lambda record: _times(record.saved_bytes, 1e-6), ":", "saved for backward"),
             ]
             figures["memory"] = _against(x, "memory beyond the inputs [MB]", quantities, sized, records)
+        if trade := traded(timed):
+            figures["trade-off"] = _against(MEMORY, time_label, [milliseconds], trade, records)
         for name, of_one_dtype in _by_dtype(compared).items():
             figures[name] = _divergence(x, of_one_dtype, records)
         if described := [record for record in ok if record.metrics]:
@@ -127,11 +155,16 @@ def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n", lin
 
 
 def _against(
-    x: str, y_label: str, quantities: Sequence[_Quantity], drawn: Sequence[Record], records: Sequence[Record]
+    x: str,
+    y_label: str,
+    quantities: Sequence[_Quantity],
+    drawn: Sequence[Record],
+    records: Sequence[Record],
+    limit: _Quantity | None = None,
 ) -> Figure:
     """A panel for each direction and each combination of the fields that vary along with x."""
-    fields = [name for name in varying_fields(drawn) if name != x and not _goes_with(x, name, drawn)]
-    shown, remark = _combinations(fields, drawn, MOST_PANELS)
+    fields = panel_fields(x, (), drawn)
+    shown, remark = _with_room(fields, drawn, MOST_PANELS)
     rows = []
     for direction in dict.fromkeys(record.direction for record in drawn):
         of_direction = [record for record in drawn if record.direction == direction]
@@ -140,49 +173,45 @@ def _against(
             for combination in shown
         ]
         per_row = ceil(len(panels) / ceil(len(panels) / PANELS_PER_ROW))
-        rows += [_Row(y_label, quantities, panels[start : start + per_row]) for start in range(0, len(panels), per_row)]
+        parts = (panels[start : start + per_row] for start in range(0, len(panels), per_row))
+        rows += [_Row(y_label, quantities, part, limit) for part in parts]
     return _figure(rows, x, records, remark)
 
 
 def _metrics(x: str, lines: Sequence[str], drawn: Sequence[Record], records: Sequence[Record]) -> Figure:
     """A row for each metric, of the first direction: they are not a matter of direction."""
     drawn = [record for record in drawn if record.direction == drawn[0].direction]
-    varying = varying_fields(drawn)
-    fields = [name for name in varying if name not in (x, *lines) and not _goes_with(x, name, drawn)]
-    shown, remark = _combinations(fields, drawn, PANELS_PER_ROW)
+    varying, fields = varying_fields(drawn), panel_fields(x, lines, drawn)
+    shown, remark = _with_room(fields, drawn, PANELS_PER_ROW)
     panels = [_Panel(name, [r for r in drawn if label(r.fields, fields) == name]) for name in shown]
 
     def of_metric(name: str) -> _Quantity:
         return _Quantity(lambda record: record.metrics.get(name))
 
     names = dict.fromkeys(name for record in drawn for name in record.metrics)
-    rows = [_Row(name.replace("_", " "), [of_metric(name)], panels, _scale_metric) for name in names]
+    rows = [_Row(name.replace("_", " "), [of_metric(name)], panels, scale=_scale_metric) for name in names]
     return _figure(rows, x, records, remark, [name for name in lines if name in varying])
 
 
-def _combinations(fields: Sequence[str], drawn: Sequence[Record], most: int) -> tuple[list[str], str]:
+def _with_room(fields: Sequence[str], drawn: Sequence[Record], most: int) -> tuple[list[str], str]:
     """The commonest combinations of the fields, and a remark that names the others."""
-    combinations = [name for name, _ in Counter(label(record.fields, fields) for record in drawn).most_common()]
-    left_out = combinations[most:]
-    return combinations[:most], f"Measured, with no room here: {'; '.join(left_out)}." if left_out else ""
+    every = combinations(fields, drawn)
+    left_out = every[most:]
+    return every[:most], f"Measured, with no room here: {'; '.join(left_out)}." if left_out else ""
 
 
 def _divergence(x: str, drawn: Sequence[Record], records: Sequence[Record]) -> Figure:
     """A panel for each spread of the scores and each schedule of temperatures; all else that varies is one cloud."""
-    varying = varying_fields(drawn)
-    if "n_iters" in varying and all(record.fields["n_iters"] is not None for record in drawn):
-        x = "n_iters"
-    spread = [name for name in SPREAD_FIELDS if name in varying][:1]
-    schedule = [name for name in varying if name == SCHEDULE_FIELD or name.startswith(f"{SCHEDULE_FIELD}_")]
+    x, spread, schedule = divergence_fields(x, drawn)
     rows = [
         _Row(
             "largest error of the gradient",
-            [_Quantity(_largest_error)],
-            [_Panel(label(panel[0].fields, [*spread, *schedule]), panel) for panel in _by_fields(row, spread)],
+            [_Quantity(largest_error)],
+            [_Panel(label(panel[0].fields, [*spread, *schedule]), panel) for panel in by_fields(row, spread)],
         )
-        for row in _by_fields(drawn, schedule)
+        for row in by_fields(drawn, schedule)
     ]
-    pooled = [name for name in varying if name not in (x, *spread, *schedule)]
+    pooled = [name for name in varying_fields(drawn) if name not in (x, *spread, *schedule)]
     remark = f"Lines go through the largest of all {', '.join(pooled)}." if pooled else ""
     return _figure(rows, x, records, remark)
 
@@ -200,7 +229,7 @@ def _figure(rows: Sequence[_Row], x: str, records: Sequence[Record], remark: str
     figure = Figure(
         figsize=(width, height), layout=ConstrainedLayoutEngine(rect=(0, below / height, 1, 1 - below / height))
     )
-    figure.text(0.01, 0.05 / height, caption, fontsize="small", color="0.35", va="bottom")
+    figure.text(0.01, 0.05 / height, caption, fontsize="small", color=GREY, va="bottom")
     figure.suptitle(f"{records[0].suite} on {records[0].device}", x=0.01, ha="left", weight="bold")
 
     styles = _styles(records, lines)
@@ -214,6 +243,8 @@ def _figure(rows: Sequence[_Row], x: str, records: Sequence[Record], remark: str
             ax.set_visible(True)
             ax.set_title("\n".join(fill(line, 44) for line in panel.title.splitlines()))
             _draw(ax, panel.records, x, row.quantities, styles, lines)
+            if row.limit:
+                _draw_limit(ax, panel.records, x, row.limit)
         row.scale(
             axes[0], [v for p in row.panels for r in p.records for q in row.quantities if (v := q.of(r)) is not None]
         )
@@ -235,8 +266,8 @@ def _draw(
     lines: Sequence[str],
 ) -> None:
     """A marker a record, hollow for one that is wrong, and a line through the largest at each x."""
-    for own in _by(records, lambda record: _series(record, lines)):
-        colour, marker = styles[_series(own[0], lines)]
+    for own in by(records, lambda record: series(record, lines)):
+        colour, marker = styles[series(own[0], lines)]
         for quantity in quantities:
             points: list[tuple[Any, float, str]] = [
                 (record.fields[x], value, record.status) for record in own if (value := quantity.of(record)) is not None
@@ -247,6 +278,11 @@ def _draw(
                 of_status = [(at, value) for at, value, which in points if which == status]
                 places, values = zip(*of_status, strict=True) if of_status else ((), ())
                 ax.plot(places, values, marker, color=colour, markerfacecolor=face)
+
+
+def _draw_limit(ax: Axes, records: Sequence[Record], x: str, limit: _Quantity) -> None:
+    points: dict[Any, float] = {r.fields[x]: value for r in records if (value := limit.of(r)) is not None}
+    ax.plot(sorted(points), [points[at] for at in sorted(points)], limit.line, color=GREY, lw=1)
 
 
 def _scale_metric(ax: Axes, values: Sequence[float]) -> None:
@@ -262,43 +298,30 @@ def _scale_x(ax: Axes, values: Sequence[Any]) -> None:
     if all(isinstance(value, int | float) and value > 0 for value in distinct):
         ax.set_xscale("log")
         if len(distinct) <= MOST_TICKS:
-            ax.set_xticks(distinct, [_tick(value) for value in distinct])
+            ax.set_xticks(distinct, [tick(value) for value in distinct])
             ax.xaxis.set_minor_locator(NullLocator())
     elif any(isinstance(value, str) for value in distinct):
         for each in ax.figure.axes:
             each.tick_params(axis="x", rotation=90)
 
 
-def _tick(value: float) -> str:
-    """Powers of two as they are said: 4k, 1M."""
-    for unit, size in (("M", 2**20), ("k", 2**10)):
-        if value >= size and value % size == 0:
-            return f"{value // size:g}{unit}"
-    return f"{value:g}"
-
-
-def _series(record: Record, lines: Sequence[str]) -> str:
-    """Which line a record belongs to."""
-    return " ".join(part for part in (record.implementation, label(record.fields, lines)) if part)
-
-
 def _styles(records: Sequence[Record], lines: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker by line, the same in all figures that have the same lines."""
-    names = dict.fromkeys(_series(record, lines) for record in records)
-    return {name: (COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]) for place, name in enumerate(names)}
+    return {name: (colour(place), MARKERS[place % len(MARKERS)]) for name, place in places(records, lines).items()}
 
 
 def _legend(rows: Sequence[_Row], styles: Mapping[str, tuple[str, str]], lines: Sequence[str]) -> list[Line2D]:
     records = [record for row in rows for panel in row.panels for record in panel.records]
-    drawn = {_series(record, lines) for record in records}
+    drawn = {series(record, lines) for record in records}
     handles = [
         Line2D([], [], color=colour, marker=marker, label=name)
         for name, (colour, marker) in styles.items()
         if name in drawn
     ]
-    handles += [Line2D([], [], color="0.35", ls=each.line, label=each.name) for each in rows[0].quantities if each.name]
+    named = [each for each in (*rows[0].quantities, rows[0].limit) if each and each.name]
+    handles += [Line2D([], [], color=GREY, ls=each.line, label=each.name) for each in named]
     if any(record.status == "wrong" for record in records):
-        handles.append(Line2D([], [], color="0.35", ls="", marker="o", mfc="none", label="found wrong"))
+        handles.append(Line2D([], [], color=GREY, ls="", marker="o", mfc="none", label="found wrong"))
     return handles
 
 
@@ -309,35 +332,11 @@ def _missing(records: Sequence[Record]) -> str:
     return f"Not ok, with the number of cases: {', '.join(parts)}." if parts else ""
 
 
-def _goes_with(x: str, name: str, records: Iterable[Record]) -> bool:
-    """Whether a field has a value of its own for each x, as the number of rows may have for each length."""
-    pairs = {(str(record.fields[x]), str(record.fields.get(name))) for record in records}
-    return len(pairs) == len({at for at, _ in pairs}) == len({value for _, value in pairs})
-
-
-def _by(records: Iterable[Record], key: Callable[[Record], object]) -> list[list[Record]]:
-    """Records with the same key, in the order of the first of each."""
-    groups: dict[object, list[Record]] = {}
-    for record in records:
-        groups.setdefault(key(record), []).append(record)
-    return list(groups.values())
-
-
-def _by_fields(records: Iterable[Record], names: Sequence[str]) -> list[list[Record]]:
-    return _by(records, lambda record: label(record.fields, names))
-
-
 def _by_dtype(records: Sequence[Record]) -> dict[str, list[Record]]:
     """By the name of the figure: errors of different dtypes have nothing in common."""
-    groups = _by_fields(records, ["dtype"])
+    groups = by_fields(records, ["dtype"])
     names = [f"divergence-{group[0].fields.get('dtype')}" for group in groups] if len(groups) > 1 else ["divergence"]
     return dict(zip(names, groups, strict=False))
-
-
-def _largest_error(record: Record) -> float | None:
-    """None where there is nothing that a logarithmic axis could show: zero, infinity, NaN."""
-    gradient = worst_gradient(record)
-    return gradient.largest if gradient and 0 < gradient.largest < inf else None
 
 
 def _times(value: float | None, unit: float) -> float | None:

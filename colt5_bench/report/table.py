@@ -9,7 +9,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from colt5_bench.report import label, severity, varying_fields, worst, worst_gradient
+from colt5_bench.report import (
+    bandwidth,
+    label,
+    main_column,
+    severity,
+    share_of_limit,
+    short,
+    speed_ups,
+    varying_fields,
+    worst,
+    worst_gradient,
+)
 from colt5_bench.results import Divergence, Record
 
 CASE_WIDTH = 26
@@ -142,24 +153,21 @@ def _severity_of_group(group: Group) -> float:
 
 
 def _time_columns(records: Sequence[Record], reference: str) -> list[Column]:
-    on_gpu = any(record.seconds("cold") is not None for record in records)
-    main = "cold" if on_gpu else "wall"
-    baseline = {(r.case, r.direction): r.seconds(main) for r in records if r.implementation == reference}
+    main = main_column(records)
+    on_gpu = main == "cold"
+    over = {id(r): ratio for r, ratio in zip(records, speed_ups(records, reference, main), strict=True)}
 
     def time(record: Record) -> str:
         return _milliseconds(record, main) if record.status == "ok" else _status(record.status)
 
     def speed_up(record: Record) -> str:
-        own, theirs = record.seconds(main), baseline.get((record.case, record.direction))
-        return f"{_short(theirs / own)}x" if own and theirs else NOTHING
+        return NOTHING if (ratio := over[id(record)]) is None else f"{short(ratio)}x"
 
-    def bandwidth(record: Record) -> str:
-        seconds = record.seconds(main)
-        return _short(record.minimum_bytes / seconds / 1e9) if seconds and record.minimum_bytes else NOTHING
+    def gigabytes_a_second(record: Record) -> str:
+        return NOTHING if (rate := bandwidth(record, main)) is None else short(rate / 1e9)
 
-    def share_of_limit(record: Record) -> str:
-        seconds = record.seconds(main)
-        return f"{_short(100 * record.limit_seconds / seconds)}%" if seconds and record.limit_seconds else NOTHING
+    def of_limit(record: Record) -> str:
+        return NOTHING if (share := share_of_limit(record, main)) is None else f"{short(100 * share)}%"
 
     more_times: list[Column] = [
         (HEADERS["warm"], lambda record: _milliseconds(record, "warm")),
@@ -169,8 +177,8 @@ def _time_columns(records: Sequence[Record], reference: str) -> list[Column]:
     return [
         (HEADERS[main], time),
         (f"over\n{reference}", speed_up),
-        ("GB/s", bandwidth),
-        ("of\nlimit", share_of_limit),
+        ("GB/s", gigabytes_a_second),
+        ("of\nlimit", of_limit),
         *(more_times if on_gpu else []),
         ("peak\nMB", lambda record: _megabytes(record.peak_bytes)),
         ("saved\nMB", lambda record: _megabytes(record.saved_bytes)),
@@ -185,7 +193,7 @@ def _divergence_columns(records: Iterable[Record]) -> list[Column]:
     gradients: list[Column] = [
         ("gradient:\nlargest", of_gradient(_error)),
         ("\nrelative", of_gradient(lambda divergence: f"{divergence.relative:.1e}")),
-        ("\nabove 1e-3", of_gradient(lambda divergence: f"{_short(100 * divergence.fraction_above)}%")),
+        ("\nabove 1e-3", of_gradient(lambda divergence: f"{short(100 * divergence.fraction_above)}%")),
         ("\nkinks", of_gradient(lambda divergence: str(divergence.kinks))),
         ("largest\nat kink", of_gradient(lambda divergence: f"{divergence.largest_at_kink:.1e}")),
     ]
@@ -198,7 +206,7 @@ def _divergence_columns(records: Iterable[Record]) -> list[Column]:
 
 def _metric_columns(records: Iterable[Record]) -> list[Column]:
     def of_metric(name: str) -> Callable[[Record], str]:
-        return lambda record: _short(record.metrics[name]) if name in record.metrics else NOTHING
+        return lambda record: short(record.metrics[name]) if name in record.metrics else NOTHING
 
     names = dict.fromkeys(name for record in records for name in record.metrics)
     return [(name.replace("_", "\n"), of_metric(name)) for name in names]
@@ -210,19 +218,12 @@ def _status(status: str) -> str:
 
 def _milliseconds(record: Record, column: str) -> str:
     seconds = record.seconds(column)
-    return NOTHING if seconds is None else _short(1e3 * seconds)
+    return NOTHING if seconds is None else short(1e3 * seconds)
 
 
 def _megabytes(size: int | None) -> str:
-    return NOTHING if size is None else _short(size / 1e6)
+    return NOTHING if size is None else short(size / 1e6)
 
 
 def _error(divergence: Divergence | None) -> str:
     return NOTHING if divergence is None else f"{divergence.largest:.1e}"
-
-
-def _short(value: float) -> str:
-    """Three digits, all of those before the point, and no exponent for what a table shows."""
-    if value >= 100:
-        return f"{value:.0f}"
-    return f"{value:.3g}" if value >= 1e-3 or value == 0 else f"{value:.1e}"

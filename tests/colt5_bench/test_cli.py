@@ -56,6 +56,9 @@ def test_a_run_prints_a_table_and_says_where_results_are(bench, checkout):
     records = load(checkout / "out" / "toy.jsonl").records
     assert [record.status for record in records] == ["ok"] * 8
     assert list((checkout / "out").glob("*.png"))
+    assert run.stdout.splitlines()[-1].startswith("report: ")
+    assert run.stdout.endswith("report.html\n")
+    assert (checkout / "out" / "report.html").exists()
     assert (checkout / "benchmark.json").exists()
 
     # Measured results are never written over.

@@ -8,45 +8,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from colt5_bench.report import label, plots, varying_fields, worst, worst_gradient
+from colt5_bench.report.layout import largest_error
 from colt5_bench.report.plots import write_plots
 from colt5_bench.report.table import MOST_CASES, summary
-from colt5_bench.results import Divergence, Record, Timing
-
-FORWARD, BOTH = "forward", "forward+backward"
-
-
-def record(implementation="ours", direction=FORWARD, *, times=None, status="ok", reason="", **fields):
-    fields = {"rows": 8, "n": 512, "eps": 0.1, **fields}
-    made = Record(
-        suite="toy",
-        case=label(fields, fields),
-        fields=fields,
-        implementation=implementation,
-        direction=direction,
-        device="Toy GPU",
-        status=status,
-        reason=reason,
-    )
-    for column, seconds in (times or {}).items():
-        made.timings[column] = Timing(column, [seconds] * 10, "confident", 0.0)
-    return made
-
-
-def timed(implementation, milliseconds, column="wall", **fields):
-    made = record(implementation, times={column: milliseconds / 1e3}, **fields)
-    made.minimum_bytes, made.limit_seconds = 4_000_000, 5e-4
-    made.peak_bytes, made.saved_bytes = 12_345_678, 2_000_000
-    made.accuracy = {"output": Divergence(2e-7, 1e-7, 0), "scores": Divergence(3e-5, 1e-5, 0)}
-    return made
-
-
-def diverging(implementation, largest, **fields):
-    made = record(implementation, BOTH, **fields)
-    made.accuracy = {
-        "output": Divergence(5e-7, 1e-7, 0),
-        "scores": Divergence(largest, 2e-4, 0.125, kinks=7, largest_at_kink=0.75),
-    }
-    return made
+from colt5_bench.results import Divergence, Timing
+from tests.colt5_bench.made import BOTH, FORWARD, diverging, record, timed
 
 
 def printed(records, reference="reference", width=80):
@@ -200,7 +166,7 @@ class TestPlots:
     def test_files_are_images_and_the_same_each_time(self, tmp_path):
         records = [timed("ours", 1, n=512), timed("reference", 2, n=512)]
         first, second = (write_plots(records, tmp_path / name) for name in "ab")
-        stems = ("time", "memory", "divergence")
+        stems = ("time", "bandwidth", "memory", "divergence")
         assert names(first) == [f"{stem}.{ending}" for stem in stems for ending in ("png", "svg")]
         for one, other in zip(first, second, strict=True):
             assert one.read_bytes() == other.read_bytes()
@@ -210,7 +176,7 @@ class TestPlots:
                 assert one.read_bytes().startswith(b"\x89PNG")
 
     def test_a_figure_says_what_it_shows(self, records, tmp_path):
-        _, time, _, memory, *_ = write_plots(records, tmp_path)
+        _, time, _, bandwidth, _, memory, *_ = write_plots(records, tmp_path)
         written = texts(time)
         assert "toy on Toy GPU" in written
         assert "wall time [ms]" in written
@@ -218,6 +184,8 @@ class TestPlots:
         assert written.count("eps=0.1") == written.count("eps=0.03") == 2
         assert re.search(r"\breference\b", written)
         assert re.search(r"\bours\b", written)
+        assert "limit" in written
+        assert "bandwidth [GB/s]" in texts(bandwidth)
         assert "[MB]" in texts(memory)
         assert "saved for backward" in texts(memory)
 
@@ -268,7 +236,7 @@ class TestPlots:
     @pytest.mark.parametrize("largest", [0.0, nan, inf])
     def test_an_error_that_cannot_be_drawn_is_left_out(self, largest, tmp_path):
         records = [diverging("ours", 1e-3, n=512), diverging("ours", largest, n=1024)]
-        assert plots._largest_error(records[1]) is None
+        assert largest_error(records[1]) is None
         assert len(write_plots(records, tmp_path)) == 2
 
     def test_combinations_without_room_are_named(self, tmp_path):
@@ -320,8 +288,17 @@ class TestPlots:
         written = texts(write_plots(records, tmp_path)[1])
         assert written.count("block") == written.count("vit") == 2
 
+    def test_a_field_that_trades_time_for_memory_has_a_figure_of_that(self, tmp_path):
+        records = [timed("ours", 8 / segments, segments=segments) for segments in (1, 2, 4)]
+        for segments, made in enumerate(records, start=1):
+            made.peak_bytes = segments * 1_000_000
+        stems = {path.stem for path in write_plots(records, tmp_path, x="segments")}
+        assert "trade-off" in stems
+        assert "peak memory [MB]" in texts(tmp_path / "trade-off.svg")
+        assert "trade-off" not in {path.stem for path in write_plots(records[:1], tmp_path / "one", x="segments")}
+
     def test_one_record_is_enough(self, tmp_path):
-        assert len(write_plots([timed("ours", 1)], tmp_path)) == 6
+        assert len(write_plots([timed("ours", 1)], tmp_path)) == 8
 
     def test_no_data_makes_no_figure(self, tmp_path):
         assert write_plots([record(status="skipped", reason="no GPU")], tmp_path) == []

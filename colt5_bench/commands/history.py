@@ -1,0 +1,101 @@
+"""`python bench.py history`: chosen cases over saved runs and revisions."""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from colt5_bench.commands import DONE
+from colt5_bench.commands.report import load_views, read, write_all_plots
+from colt5_bench.report.layout import RUN
+from colt5_bench.report.page import write_page
+from colt5_bench.results import Record, Run
+from colt5_bench.selection import SelectionError, case_filter, pick
+
+SUMMARY = "plot chosen cases over saved runs and revisions, oldest first"
+EXAMPLES = """\
+  python bench.py history
+  python bench.py history reports/baselines reports/after --suite coor_descent --impl ours -k n=4096
+"""
+
+SAVED = Path("reports")
+"""Where runs are kept."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="*",
+        default=[SAVED],
+        metavar="RUN",
+        help="results files, or directories with any (default: all of %(default)s)",
+    )
+    parser.add_argument("--suite", action="append", default=[], metavar="NAME", help="only this; may be repeated")
+    parser.add_argument("--impl", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
+    parser.add_argument(
+        "-k", dest="cases", default="", metavar="EXPR", help="only cases with this in their id; and, or, not, ( )"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=SAVED / "history",
+        metavar="DIR",
+        help="where history.html and the plots go (default: %(default)s)",
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    runs = [read(path) for path in options.runs]
+    everything = [record for run in runs for record in run.records]
+    for name in options.suite:
+        pick("suite", name, dict.fromkeys(record.suite for record in everything))
+    for name in options.impl:
+        pick("implementation", name, dict.fromkeys(record.implementation for record in everything))
+    records = sorted(_placed(runs, _chosen(options)), key=lambda record: str(record.fields[RUN]))
+    if not records:
+        raise SelectionError(
+            f"no record satisfies --suite {options.suite}, --impl {options.impl}, -k {options.cases!r}."
+        )
+
+    environments = {key: environment for run in runs for key, environment in run.environments.items()}
+    measured = {record.environment for record in records}
+    history = Run(
+        options.out,
+        {key: environment for key, environment in environments.items() if key in measured},
+        records,
+        [file for run in runs for file in run.cut_off],
+    )
+    views = {name: replace(view, x=RUN) for name, view in load_views().items()}
+    plots = write_all_plots(history, views, options.out)
+    page = write_page(options.out / "history.html", history, views, title="History")
+    print(f"plots: {len(plots)} files in {options.out}")
+    print(f"history of {len({record.fields[RUN] for record in records})} runs: {page}")
+    return DONE
+
+
+def _chosen(options: argparse.Namespace) -> Callable[[Record], bool]:
+    wanted = case_filter(options.cases)
+    return lambda record: (
+        (not options.suite or record.suite in options.suite)
+        and (not options.impl or record.implementation in options.impl)
+        and wanted(record.case)
+    )
+
+
+def _placed(runs: list[Run], chosen: Callable[[Record], bool]) -> Iterator[Record]:
+    """The chosen records, each with its run as a field, to be drawn along."""
+    for run in runs:
+        for record in filter(chosen, run.records):
+            name = _name(run.environments.get(record.environment, {}), run.path)
+            yield replace(record, fields={RUN: name, **record.fields})
+
+
+def _name(environment: Mapping[str, Any], path: Path) -> str:
+    """`2026-11-23 22:05 a900dda`, which sorts by time; a plus is for changes that are not committed."""
+    if "utc" not in environment:
+        return path.stem
+    git = environment.get("git") or {}
+    revision = f" {git['revision'][:7]}{'+' if git['dirty'] else ''}" if git else ""
+    return environment["utc"][:16].replace("T", " ") + revision

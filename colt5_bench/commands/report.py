@@ -1,0 +1,87 @@
+"""`python bench.py report`: a run as a page, as images, and as a table for other programs."""
+
+import argparse
+from pathlib import Path
+
+from colt5_bench.commands import DONE
+from colt5_bench.report.export import write_csv, write_parquet
+from colt5_bench.report.layout import View, by
+from colt5_bench.report.page import PAGE, write_page
+from colt5_bench.report.plots import write_plots
+from colt5_bench.results import Run, load
+from colt5_bench.selection import SelectionError, load_suites
+from colt5_bench.startup import check, find_checkout
+
+SUMMARY = "write a run as one HTML page that needs no network, and as images, CSV or Parquet"
+EXAMPLES = """\
+  python bench.py report reports/baselines/nvidia-h200.jsonl --out reports/h200.html
+  python bench.py report reports/gradients --out gradients.csv --out gradients.parquet
+  python bench.py report reports/gradients --plots docs/figures
+"""
+
+ENDINGS = (".html", ".csv", ".parquet")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a results file, or a directory with any")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help=f"what to write, ending in {', '.join(ENDINGS)}; may be repeated (default: {PAGE} beside the results)",
+    )
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="write each plot there, as PNG and SVG")
+
+
+def main(options: argparse.Namespace) -> int:
+    for path in options.out:
+        if path.suffix not in ENDINGS:
+            raise SelectionError(f"--out {path} ends in {path.suffix!r}; it may end in {', '.join(ENDINGS)}.")
+    run = read(options.run)
+    views = load_views()
+    directory = options.run if options.run.is_dir() else options.run.parent
+    for path in options.out or ([] if options.plots else [directory / PAGE]):
+        print(_write(path, run, views))
+    if options.plots:
+        for path in write_all_plots(run, views, options.plots):
+            print(path)
+    return DONE
+
+
+def read(path: Path) -> Run:
+    """The run of a path that the user named."""
+    try:
+        return load(path)
+    except ValueError as error:
+        raise SelectionError(str(error)) from error
+
+
+def load_views() -> dict[str, View]:
+    """How the suites of this checkout ask to be looked at."""
+    checkout = find_checkout(Path.cwd().resolve())
+    check(checkout)
+    return {name: View.of(suite) for name, suite in load_suites(checkout).items()}
+
+
+def write_all_plots(run: Run, views: dict[str, View], directory: Path) -> list[Path]:
+    """The plots of each suite; where there are several, each has a directory of its own."""
+    suites = by(run.records, lambda record: record.suite)
+    paths = []
+    for records in suites:
+        name = records[0].suite
+        view = views.get(name, View())
+        place = directory / name if len(suites) > 1 else directory
+        paths += write_plots(records, place, x=view.x, lines=view.lines)
+    return paths
+
+
+def _write(path: Path, run: Run, views: dict[str, View]) -> Path:
+    if path.suffix == ".html":
+        return write_page(path, run, views)
+    try:
+        return write_csv(path, run.records) if path.suffix == ".csv" else write_parquet(path, run.records)
+    except ImportError as error:
+        hint = "pip install -c constraints.txt -e '.[parquet]'"
+        raise SelectionError(f"--out {path} needs pyarrow, which is not installed: {hint}") from error

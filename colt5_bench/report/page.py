@@ -1,0 +1,246 @@
+"""One HTML page of everything that a run holds: it needs no network, and no file beside it."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import inf, isnan
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.io.json import to_json_plotly
+from plotly.offline import get_plotlyjs
+
+from colt5_bench.environment import flat
+from colt5_bench.report import main_column, severity, share_of_limit, short, speed_ups, varying_fields, worst_gradient
+from colt5_bench.report.figures import Card, cards
+from colt5_bench.report.layout import View, by
+from colt5_bench.report.rows import columns, command, details, rows
+from colt5_bench.results import Record, Run
+
+PAGE = "report.html"
+"""What the page of a run is called, beside its results."""
+
+VERDICTS = ("failed", "missing", "worse", "unclear", "new", "better", "same")
+"""In the order in which findings are shown; the first three are regressions, and what is the same is only counted."""
+
+PASSING = ("key", "utc", "command", "gpu.at_start.sm_clock_mhz", "gpu.at_start.reasons")
+"""What differs between runs under the same conditions."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a comparison says of one figure of one case: a line at the top of the page."""
+
+    verdict: str
+    """One of `VERDICTS`."""
+
+    suite: str
+    case: str
+    direction: str
+    implementation: str
+    metric: str
+    baseline: str
+    now: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How an implementation does in a suite."""
+
+    implementation: str
+    endings: str
+    speed_ups: Sequence[float]
+    """Over the reference, of each case that both were timed on."""
+
+    share_of_limit: float | None
+    """The largest."""
+
+    error: float | None
+    """The largest of any gradient, of the section's dtype."""
+
+    @property
+    def speed_up(self) -> float:
+        """The geometric mean."""
+        return geometric_mean(self.speed_ups)
+
+
+@dataclass(frozen=True)
+class SuiteSection:
+    """What the page shows of one suite."""
+
+    name: str
+    description: str
+    reference: str
+    device: str
+    standings: Sequence[Standing]
+    dtype: str
+    """What errors are given of, if there are several dtypes, as those of different ones have nothing in common."""
+
+    endings: Sequence[str]
+    """What did not end ok: each reason once."""
+
+    cards: Sequence[Card]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The figure that a suite is known by."""
+
+    suite: str
+    figure: str
+    note: str
+
+
+def write_page(
+    path: Path, run: Run, views: Mapping[str, View], *, title: str = "", findings: Sequence[Finding] | None = None
+) -> Path:
+    """Write the page of a run.
+
+    Args:
+        path: the file; directories on the way to it are made.
+        run: what is shown.
+        views: how each suite asks to be looked at, by its name.
+        title: what the page calls itself, if not by its suites.
+        findings: what a comparison with a baseline says, which stands at the top; None without a baseline.
+    """
+    templates = Environment(
+        loader=PackageLoader("colt5_bench.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    templates.filters["short"] = short
+    sections = [_section(own, views.get(own[0].suite, View())) for own in by(run.records, lambda record: record.suite)]
+    page = templates.get_template("page.html").render(
+        title=title or ", ".join(section.name for section in sections) or "No records",
+        subtitle=", ".join(dict.fromkeys(record.device for record in run.records)),
+        endings=_count_endings(run.records),
+        records=len(run.records),
+        sections=sections,
+        headlines=[headline for section in sections if (headline := _headline(section))],
+        environments=_environments(run),
+        cut_off=[file.name for file in run.cut_off],
+        comparison=None if findings is None else _comparison(findings),
+        columns=columns(run.records),
+        data=_embedded(run, sections, views),
+        plotly=Markup(get_plotlyjs()),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _comparison(findings: Iterable[Finding]) -> dict[str, Any]:
+    """How often each verdict was given, and all findings that say something, the worst first."""
+    ordered = sorted(findings, key=lambda finding: VERDICTS.index(finding.verdict))
+    counts = Counter(finding.verdict for finding in ordered)
+    return {
+        "counts": ", ".join(f"{count:,} {verdict}" for verdict, count in counts.items()) or "nothing to compare",
+        "findings": [finding for finding in ordered if finding.verdict != "same"],
+    }
+
+
+def _embedded(run: Run, sections: Iterable[SuiteSection], views: Mapping[str, View]) -> Markup:
+    """What the page's script works with, as JSON that no HTML parser mistakes for its own."""
+    content = {
+        "suites": {section.name: [asdict(card) for card in section.cards] for section in sections},
+        "rows": rows(run.records, views),
+        "details": [
+            {
+                "case": record.case,
+                "reason": record.reason,
+                "environment": record.environment,
+                "command": command(record, run.environments),
+                "sections": [asdict(section) for section in details(record)],
+            }
+            for record in run.records
+        ],
+    }
+    return Markup(to_json_plotly(content).replace("<", "\\u003c"))
+
+
+def _section(records: Sequence[Record], view: View) -> SuiteSection:
+    reasons = Counter((record.implementation, _status(record), record.reason) for record in records)
+    dtype = str(records[0].fields.get("dtype")) if "dtype" in varying_fields(records) else ""
+    return SuiteSection(
+        name=records[0].suite,
+        description=view.description,
+        reference=view.reference,
+        device=", ".join(dict.fromkeys(record.device for record in records)),
+        standings=_standings(records, view.reference, dtype),
+        dtype=dtype,
+        endings=[
+            f"{implementation}: {status}{f', {count} times' if count > 1 else ''}: {reason or 'no reason given'}"
+            for (implementation, status, reason), count in reasons.items()
+            if status != "ok"
+        ],
+        cards=cards(records, view),
+    )
+
+
+def _standings(records: Sequence[Record], reference: str, dtype: str) -> list[Standing]:
+    main = main_column(records)
+    ratios = {id(r): ratio for r, ratio in zip(records, speed_ups(records, reference, main), strict=True)}
+    standings = []
+    for own in by(records, lambda record: record.implementation):
+        over = [ratio for record in own if (ratio := ratios[id(record)]) is not None]
+        shares = [share for record in own if (share := share_of_limit(record, main)) is not None]
+        alike = [record for record in own if not dtype or str(record.fields.get("dtype")) == dtype]
+        gradients = [gradient for record in alike if (gradient := worst_gradient(record))]
+        farthest = max(gradients, key=severity, default=None)
+        standings.append(
+            Standing(
+                implementation=own[0].implementation,
+                endings=_count_endings(own),
+                speed_ups=over,
+                share_of_limit=max(shares, default=None),
+                error=farthest.largest if farthest else None,
+            )
+        )
+    return standings
+
+
+def _headline(section: SuiteSection) -> Headline | None:
+    """The largest speed-up of what does the whole operation; of a suite without times, the smallest error."""
+    others = [standing for standing in section.standings if standing.implementation != section.reference]
+    timed = [standing for standing in others if standing.speed_ups and standing.share_of_limit is not None]
+    if timed:
+        fast = max(timed, key=lambda standing: standing.speed_up)
+        count = len(fast.speed_ups)
+        note = (
+            f"{fast.implementation} over {section.reference}: geometric mean of {count} pair{'s' if count > 1 else ''}"
+        )
+        return Headline(
+            section.name,
+            f"{short(fast.speed_up)}x",
+            f"{note}, {short(min(fast.speed_ups))}x to {short(max(fast.speed_ups))}x",
+        )
+    errors = {standing.implementation: standing.error for standing in section.standings if standing.error is not None}
+    theirs = errors.pop(section.reference, None)
+    if not errors or theirs is None:
+        return None
+    exact = min(errors, key=lambda name: inf if isnan(errors[name]) else errors[name])
+    what = f"largest error of a gradient{f' in {section.dtype}' if section.dtype else ''}"
+    note = f"{what}, {exact}; {section.reference}: {theirs:.1e}"
+    return Headline(section.name, f"{errors[exact]:.1e}", note)
+
+
+def _environments(run: Run) -> list[dict[str, Any]]:
+    """What records were measured under, each once, with the runs that had it."""
+    distinct: dict[tuple, dict[str, Any]] = {}
+    for environment in run.environments.values():
+        values = flat(environment)
+        facts = {name: value for name, value in values.items() if name not in PASSING and value is not None}
+        same = distinct.setdefault(tuple(map(str, facts.items())), {"facts": facts, "runs": []})
+        same["runs"].append((values.get("utc"), values.get("command")))
+    return list(distinct.values())
+
+
+def _count_endings(records: Iterable[Record]) -> str:
+    counts = Counter(_status(record) for record in records)
+    return ", ".join(f"{count:,} {status}" for status, count in counts.items())
+
+
+def _status(record: Record) -> str:
+    return record.status.replace("_", " ")

@@ -1,0 +1,241 @@
+"use strict";
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const root = document.documentElement;
+const find = (selector, within = document) => within.querySelector(selector);
+
+/** An element with its properties and children. */
+function make(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+/* Theme: that of the system until the button says otherwise. */
+
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const remember = (theme) => { try { localStorage.setItem("theme", theme); } catch { /* a page from disk may have no storage */ } };
+const remembered = () => { try { return localStorage.getItem("theme"); } catch { return null; } };
+
+function setTheme(theme) {
+  root.dataset.theme = theme;
+  drawn.forEach((card) => card.draw());
+}
+
+const drawn = new Set();
+setTheme(remembered() ?? (dark.matches ? "dark" : "light"));
+dark.addEventListener("change", () => remembered() ?? setTheme(dark.matches ? "dark" : "light"));
+find("#theme").addEventListener("click", () => {
+  const theme = root.dataset.theme === "dark" ? "light" : "dark";
+  remember(theme);
+  setTheme(theme);
+});
+
+/* Plots: a card is drawn when it comes near the window, and anew when a choice or the theme changes. */
+
+/** Plotly takes longer to load than all else together: it comes when there is something to draw. */
+function loadPlotly() {
+  if (!window.Plotly) document.head.append(make("script", { textContent: find("#plotly").textContent }));
+}
+
+const INK = "#000000";
+const CONFIG = {
+  responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+  toImageButtonOptions: { format: "svg" },
+};
+
+function themed(layout) {
+  const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+  const ink = colour("--ink");
+  const axis = (own) => ({ ...own, gridcolor: colour("--grid"), linecolor: colour("--line"), zeroline: false, automargin: true });
+  return {
+    ...layout, xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
+    font: { color: ink, size: 12, family: getComputedStyle(document.body).fontFamily },
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 50, r: 14, t: 26, b: 44 },
+    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", xref: "container", x: 0 },
+    hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: ink }, align: "left" },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--quiet"), activecolor: ink },
+  };
+}
+
+/** Black would be lost on dark. */
+function inked(trace) {
+  if (trace.line?.color !== INK) return trace;
+  const color = getComputedStyle(root).getPropertyValue("--ink").trim();
+  return { ...trace, line: { ...trace.line, color }, marker: { ...trace.marker, color } };
+}
+
+function makeCard(card, chosen) {
+  const plot = make("div");
+  plot.setAttribute("role", "img");
+  plot.style.minHeight = `${Math.max(...card.drawings.map((drawing) => drawing.layout.height))}px`;
+  const caption = make("figcaption", {}, make("h3", { textContent: card.title }), make("p", { textContent: card.note }));
+  const broad = card.drawings[0].data[0].type === "heatmap";
+  const figure = make("figure", { className: broad ? "card broad" : "card" }, caption, make("div", { className: "plot" }, plot));
+  const fits = (drawing) => Object.entries(drawing.when).every(([name, value]) => chosen[name] === value);
+  figure.draw = () => {
+    loadPlotly();
+    drawn.add(figure);
+    const drawing = card.drawings.find(fits);
+    plot.setAttribute("aria-label", [card.title, ...Object.values(drawing?.when ?? {})].join(", "));
+    if (drawing) {
+      find(".nothing", plot)?.remove();
+      Plotly.react(plot, drawing.data.map(inked), themed(drawing.layout), CONFIG);
+    } else {
+      Plotly.purge(plot);
+      plot.replaceChildren(make("p", { className: "nothing", textContent: "Nothing was measured here." }));
+    }
+  };
+  return figure;
+}
+
+/** A labelled list to choose from; `null` stands for all. */
+function makeChoice(name, values, onChange, all) {
+  const options = values.map((value) => new Option(value));
+  const select = make("select", {}, ...(all ? [new Option("all", "")] : []), ...options);
+  select.addEventListener("change", () => onChange(select.value));
+  return make("label", { textContent: name }, select);
+}
+
+const near = new IntersectionObserver((entries) => {
+  for (const entry of entries.filter((each) => each.isIntersecting)) {
+    near.unobserve(entry.target);
+    entry.target.draw();
+  }
+}, { rootMargin: "300px" });
+
+for (const [suite, cards] of Object.entries(data.suites)) {
+  const section = document.getElementById(`suite-${suite}`);
+  const choices = new Map();
+  for (const [name, value] of cards.flatMap((card) => card.drawings.flatMap((drawing) => Object.entries(drawing.when)))) {
+    choices.set(name, (choices.get(name) ?? new Set()).add(value));
+  }
+  const chosen = Object.fromEntries([...choices].map(([name, values]) => [name, [...values][0]]));
+  const figures = cards.map((card) => makeCard(card, chosen));
+  const choose = (name) => (value) => {
+    chosen[name] = value;
+    figures.filter((figure) => drawn.has(figure)).forEach((figure) => figure.draw());
+  };
+  const several = [...choices].filter(([, values]) => values.size > 1);
+  find(".choices", section).append(...several.map(([name, values]) => makeChoice(name, [...values], choose(name))));
+  find(".cards", section).append(...figures);
+  figures.forEach((figure) => near.observe(figure));
+}
+
+/* Records: filtered, sorted, and shown a hundred at a time. */
+
+const PAGE = 100;
+const COMMON = [0, 1, 3, 4];
+const CASE = 2, STATUS = 4;
+const headings = [...document.querySelectorAll("#table thead th[aria-sort]")];
+const numeric = headings.map((heading) => heading.classList.contains("number"));
+const texts = data.rows.map((row, at) => [...row.slice(0, STATUS + 1), data.details[at].case, data.details[at].reason].join(" ").toLowerCase());
+const state = { words: [], equal: new Map(), sort: null, down: false, shown: PAGE };
+
+/** Three digits, and all of those before the point. */
+function short(value) {
+  if (typeof value !== "number") return value ?? "-";
+  const size = Math.abs(value);
+  if (size >= 100) return Math.round(value).toLocaleString("en");
+  return size >= 1e-3 || size === 0 ? String(Number(value.toPrecision(3))) : value.toExponential(1);
+}
+
+/** Numbers by size, then what is none (NaN), and at the end, whatever the direction, what is not there. */
+function compare(a, b) {
+  if (a === null || b === null) return (a === null) - (b === null);
+  const sign = state.down ? -1 : 1;
+  if (typeof a !== typeof b) return sign * ((typeof a === "string") - (typeof b === "string"));
+  return sign * (typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true }));
+}
+
+function selected() {
+  const sorted = [...data.rows.keys()].filter((at) =>
+    state.words.every((word) => texts[at].includes(word)) &&
+    [...state.equal].every(([column, value]) => data.rows[at][column] === value));
+  if (state.sort !== null) sorted.sort((a, b) => compare(data.rows[a][state.sort], data.rows[b][state.sort]) || a - b);
+  return sorted;
+}
+
+function makeCopy(command) {
+  const button = make("button", { type: "button", className: "copy", textContent: "Copy" });
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(command);
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  });
+  return button;
+}
+
+function makeRow(at) {
+  const row = make("tr");
+  data.rows[at].forEach((value, column) => {
+    const cell = row.insertCell();
+    if (numeric[column]) Object.assign(cell, { className: "number", title: value ?? "", textContent: short(value) });
+    else if (column === CASE) {
+      const open = make("button", { type: "button", className: "open", textContent: value || "all fields" });
+      open.addEventListener("click", () => openRecord(at));
+      cell.append(open);
+    } else cell.textContent = value;
+    if (column === STATUS) Object.assign(cell, { className: `status-${value.split(" ")[0]}`, title: data.details[at].reason });
+  });
+  const { command } = data.details[at];
+  const cell = make("td", { className: "command" }, makeCopy(command), make("code", { textContent: command, title: command }));
+  row.append(cell);
+  return row;
+}
+
+function show() {
+  const places = selected();
+  const shown = places.slice(0, state.shown);
+  find("#table tbody").replaceChildren(...shown.map(makeRow));
+  const of = places.length < data.rows.length ? ` of ${data.rows.length.toLocaleString("en")}` : "";
+  const part = shown.length < places.length ? `, the first ${shown.length} shown` : "";
+  find("#count").textContent = `${places.length.toLocaleString("en")}${of} records${part}`;
+  find(".more").hidden = shown.length === places.length;
+}
+
+function restart() {
+  state.shown = PAGE;
+  show();
+}
+
+headings.forEach((heading, column) => find("button", heading).addEventListener("click", () => {
+  Object.assign(state, { down: state.sort === column && !state.down, sort: column });
+  headings.forEach((each) => each.setAttribute("aria-sort", each === heading ? (state.down ? "descending" : "ascending") : "none"));
+  restart();
+}));
+
+for (const column of COMMON) {
+  const values = [...new Set(data.rows.map((row) => row[column]))];
+  const choose = (value) => { value ? state.equal.set(column, value) : state.equal.delete(column); restart(); };
+  if (values.length > 1) find("#filters").append(makeChoice(headings[column].textContent, values, choose, true));
+}
+find("#filters").addEventListener("submit", (event) => event.preventDefault());
+find("#words").addEventListener("input", (event) => {
+  state.words = event.target.value.toLowerCase().split(/\s+/).filter(Boolean);
+  restart();
+});
+find("#more").addEventListener("click", () => { state.shown += PAGE; show(); });
+find("#all").addEventListener("click", () => { state.shown = Infinity; show(); });
+show();
+
+/* One record. */
+
+function makeTable({ title, head, rows }) {
+  const table = make("table", {}, make("thead", {}, make("tr", {}, ...head.map((name) => make("th", { textContent: name })))));
+  for (const row of rows) {
+    const cells = row.map((value) => make("td", { textContent: short(value), title: value ?? "", className: typeof value === "number" ? "number" : "" }));
+    table.append(make("tr", {}, ...cells));
+  }
+  return [make("h3", { textContent: title }), make("div", { className: "scroll", tabIndex: 0 }, table)];
+}
+
+function openRecord(at) {
+  const record = data.details[at];
+  const [suite, implementation, , direction, status] = data.rows[at];
+  find("#record-title").textContent = `${suite} · ${implementation} · ${direction}`;
+  const ending = make("p", { className: `status-${status.split(" ")[0]}`, textContent: [status, record.reason].filter(Boolean).join(": ") });
+  const command = make("pre", {}, make("code", { textContent: record.command }));
+  find("#record-body").replaceChildren(ending, command, makeCopy(record.command), ...record.sections.flatMap(makeTable));
+  find("#record").showModal();
+}
