@@ -59,8 +59,8 @@ def rounds(
 
 
 class HostRound:
-    """Time until a call returns. On a GPU, of one among several calls in a row, begun when the GPU was idle: a call on
-    its own would pay for the caches of the CPU that others filled.
+    """Time until a call returns. On a GPU, of one among several calls in a row, begun when the GPU was idle, and after
+    one that is not counted: it pays for the caches of the CPU that others filled.
 
     The backward pass runs in the calling thread. PyTorch hands that of a GPU to a thread of its own, once for the
     whole backward pass of a model: to wake it takes longer than to launch a kernel, and says nothing about the call.
@@ -86,6 +86,8 @@ class HostRound:
         self._before[name]()
         _synchronize(self._device)
         with torch.autograd.set_multithreading_enabled(False), _no_garbage_collection():
+            if in_a_row > 1:
+                call()
             start = perf_counter()
             for _ in range(in_a_row - 1):
                 call()
