@@ -3,9 +3,11 @@
 from reference.attention import ConditionalRoutedAttention, ConditionalRoutedCrossAttention
 from reference.autoregressive import ConditionalRoutedAutoregressiveAttention
 from reference.block import ConditionalRoutedTransformerBlock
+from reference.combine import combine
 from reference.coor_descent import coor_descent
 from reference.feedforward import ConditionalRoutedFeedForward
 from reference.image import ConditionalRoutedImageAttention
+from reference.normalize import normalize
 from reference.router import CoordinateDescentRouter, RouterReturn
 from reference.soft_topk import soft_topk
 from reference.topk import TopkReturn, topk
@@ -22,7 +24,9 @@ __all__ = [
     "CoordinateDescentRouter",
     "RouterReturn",
     "TopkReturn",
+    "combine",
     "coor_descent",
+    "normalize",
     "soft_topk",
     "topk",
 ]
