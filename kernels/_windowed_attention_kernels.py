@@ -93,14 +93,14 @@ def _store_tile(
 
 
 @triton.jit
-def _place(n, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _place(program, n, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Start of the program's block, and how many rows, entries of a row and numbers a position are before its own.
 
     The heads of one block run side by side, as they are in memory.
     """
-    head = tl.program_id(0) % HEADS
+    head = program % HEADS
     batch = tl.program_id(1).to(tl.int64)
-    return tl.program_id(0) // HEADS * BLOCK, batch * n, head * HEAD_DIM, (batch * HEADS + head) * n
+    return program // HEADS * BLOCK, batch * n, head * HEAD_DIM, (batch * HEADS + head) * n
 
 
 @triton.jit
@@ -118,28 +118,28 @@ def _forward_kernel(
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """The output of a block of queries, and the logarithm of what its softmax divides by."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
-    start, row, column, numbers = _place(n, HEADS, HEAD_DIM, BLOCK_M)
+    start, row, column, numbers = _place(tl.program_id(0), n, HEADS, HEAD_DIM, BLOCK)
     qkv_ptr += row * (3 * WIDTH) + column
 
-    query = start + tl.arange(0, BLOCK_M)
+    query = start + tl.arange(0, BLOCK)
     first, end = _keys_of(query, n, window_size, CAUSAL)
     first_key, _ = _keys_of(start, n, window_size, CAUSAL)
-    _, end_key = _keys_of(tl.minimum(start + BLOCK_M, n) - 1, n, window_size, CAUSAL)
+    _, end_key = _keys_of(tl.minimum(start + BLOCK, n) - 1, n, window_size, CAUSAL)
 
-    q = _load_tile(qkv_ptr, start, n, BLOCK_M, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for tile in range(tl.cdiv(end_key - first_key, BLOCK_N)):
-        start_n = first_key + tile * BLOCK_N
-        k = _load_tile(qkv_ptr + WIDTH, start_n, n, BLOCK_N, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-        v = _load_tile(qkv_ptr + 2 * WIDTH, start_n, n, BLOCK_N, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-        key = start_n + tl.arange(0, BLOCK_N)
+    q = _load_tile(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    out = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for tile in range(tl.cdiv(end_key - first_key, TILE)):
+        start_n = first_key + tile * TILE
+        k = _load_tile(qkv_ptr + WIDTH, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        v = _load_tile(qkv_ptr + 2 * WIDTH, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        key = start_n + tl.arange(0, TILE)
         key = tl.where(_are_present(mask_ptr + row, key, n, HAS_MASK), key, NOWHERE)
         similarity = _product(q, k.T, None, PRECISION)
         similarity = tl.where(_within(key[None, :], first[:, None], end[:, None]), similarity, float("-inf"))
@@ -154,21 +154,21 @@ def _forward_kernel(
 
     nothing = total == 0
     out = out / tl.where(nothing, 1.0, total)[:, None]
-    _store_tile(out_ptr + row * WIDTH + column, out, start, n, BLOCK_M, HEAD_DIM, BLOCK_D, WIDTH)
+    _store_tile(out_ptr + row * WIDTH + column, out, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
     # A weight is exp(similarity - log_sum): 0 where there is nothing to attend to.
     log_sum = tl.where(nothing, float("inf"), (largest + tl.log2(total)) / LOG2_E)
     tl.store(log_sum_ptr + numbers + query, log_sum, mask=query < n)
 
 
 @triton.jit
-def _query_gradient_kernel(
-    grad_ptr,  # b n h d
-    qkv_ptr,  # b n 3 h d
-    mask_ptr,  # b n
-    out_ptr,  # b n h d
-    log_sum_ptr,  # b h n, fp32
-    delta_ptr,  # b h n, fp32
-    dqkv_ptr,  # b n 3 h d
+def _query_gradient(
+    grad_ptr,
+    qkv_ptr,
+    mask_ptr,
+    out_ptr,
+    log_sum_ptr,
+    dqkv_ptr,
+    start,
     n,
     window_size,
     scale,
@@ -179,52 +179,46 @@ def _query_gradient_kernel(
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """The gradient of a block of queries, and for that of keys delta = sum of grad * out."""
+    """The gradient of a block of queries."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
-    start, row, column, numbers = _place(n, HEADS, HEAD_DIM, BLOCK_M)
-    qkv_ptr += row * (3 * WIDTH) + column
-
-    query = start + tl.arange(0, BLOCK_M)
+    query = start + tl.arange(0, BLOCK)
     first, end = _keys_of(query, n, window_size, CAUSAL)
     first_key, _ = _keys_of(start, n, window_size, CAUSAL)
-    _, end_key = _keys_of(tl.minimum(start + BLOCK_M, n) - 1, n, window_size, CAUSAL)
+    _, end_key = _keys_of(tl.minimum(start + BLOCK, n) - 1, n, window_size, CAUSAL)
 
-    grad = _load_tile(grad_ptr + row * WIDTH + column, start, n, BLOCK_M, HEAD_DIM, BLOCK_D, WIDTH)
-    out = _load_tile(out_ptr + row * WIDTH + column, start, n, BLOCK_M, HEAD_DIM, BLOCK_D, WIDTH)
+    grad = _load_tile(grad_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
+    out = _load_tile(out_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
-    tl.store(delta_ptr + numbers + query, delta, mask=query < n)
-
-    q = _load_tile(qkv_ptr, start, n, BLOCK_M, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-    log_sum = LOG2_E * tl.load(log_sum_ptr + numbers + query, mask=query < n, other=float("inf"))
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for tile in range(tl.cdiv(end_key - first_key, BLOCK_N)):
-        start_n = first_key + tile * BLOCK_N
-        k = _load_tile(qkv_ptr + WIDTH, start_n, n, BLOCK_N, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-        v = _load_tile(qkv_ptr + 2 * WIDTH, start_n, n, BLOCK_N, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-        key = start_n + tl.arange(0, BLOCK_N)
-        key = tl.where(_are_present(mask_ptr + row, key, n, HAS_MASK), key, NOWHERE)
+    log_sum = LOG2_E * tl.load(log_sum_ptr + query, mask=query < n, other=float("inf"))
+    q = _load_tile(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for tile in range(tl.cdiv(end_key - first_key, TILE)):
+        start_n = first_key + tile * TILE
+        key = start_n + tl.arange(0, TILE)
+        key = tl.where(_are_present(mask_ptr, key, n, HAS_MASK), key, NOWHERE)
+        k = _load_tile(qkv_ptr + WIDTH, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        v = _load_tile(qkv_ptr + 2 * WIDTH, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
         similarity = _product(q, k.T, None, PRECISION)
         weight = tl.exp2(similarity * scale - log_sum[:, None])
         weight = tl.where(_within(key[None, :], first[:, None], end[:, None]), weight, 0.0)
         dweight = _product(grad, v.T, None, PRECISION)
         dsimilarity = weight * (dweight - delta[:, None])
         dq = _product(dsimilarity.to(k.dtype), k, dq, PRECISION)
-    _store_tile(
-        dqkv_ptr + row * (3 * WIDTH) + column, dq * dim_scale, start, n, BLOCK_M, HEAD_DIM, BLOCK_D, 3 * WIDTH
-    )
+    _store_tile(dqkv_ptr, dq * dim_scale, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
 
 
 @triton.jit
-def _key_value_gradient_kernel(
-    grad_ptr,  # b n h d
-    qkv_ptr,  # b n 3 h d
-    mask_ptr,  # b n
-    log_sum_ptr,  # b h n, fp32
-    delta_ptr,  # b h n, fp32
-    dqkv_ptr,  # b n 3 h d
+def _key_value_gradient(
+    grad_ptr,
+    qkv_ptr,
+    mask_ptr,
+    out_ptr,
+    log_sum_ptr,
+    dqkv_ptr,
+    start,
     n,
     window_size,
     scale,
@@ -235,33 +229,29 @@ def _key_value_gradient_kernel(
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """The gradients of a block of keys and its values, in tiles of keys x queries."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
-    start, row, column, numbers = _place(n, HEADS, HEAD_DIM, BLOCK_N)
-    qkv_ptr += row * (3 * WIDTH) + column
-    grad_ptr += row * WIDTH + column
-    dqkv_ptr += row * (3 * WIDTH) + column
-
-    first_query, _ = _queries_of(start, n, window_size, CAUSAL)
-    _, end_query = _queries_of(tl.minimum(start + BLOCK_N, n) - 1, n, window_size, CAUSAL)
-    key = start + tl.arange(0, BLOCK_N)
+    key = start + tl.arange(0, BLOCK)
     first, end = _queries_of(key, n, window_size, CAUSAL)
-    end = tl.where(_are_present(mask_ptr + row, key, n, HAS_MASK), end, first)
+    end = tl.where(_are_present(mask_ptr, key, n, HAS_MASK), end, first)
+    first_query, _ = _queries_of(start, n, window_size, CAUSAL)
+    _, end_query = _queries_of(tl.minimum(start + BLOCK, n) - 1, n, window_size, CAUSAL)
 
-    k = _load_tile(qkv_ptr + WIDTH, start, n, BLOCK_N, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-    v = _load_tile(qkv_ptr + 2 * WIDTH, start, n, BLOCK_N, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for tile in range(tl.cdiv(end_query - first_query, BLOCK_M)):
-        start_m = first_query + tile * BLOCK_M
-        query = start_m + tl.arange(0, BLOCK_M)
-        q = _load_tile(qkv_ptr, start_m, n, BLOCK_M, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-        grad = _load_tile(grad_ptr, start_m, n, BLOCK_M, HEAD_DIM, BLOCK_D, WIDTH)
-        log_sum = LOG2_E * tl.load(log_sum_ptr + numbers + query, mask=query < n, other=float("inf"))
-        delta = tl.load(delta_ptr + numbers + query, mask=query < n, other=0.0)
+    k = _load_tile(qkv_ptr + WIDTH, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    v = _load_tile(qkv_ptr + 2 * WIDTH, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for tile in range(tl.cdiv(end_query - first_query, TILE)):
+        start_m = first_query + tile * TILE
+        query = start_m + tl.arange(0, TILE)
+        q = _load_tile(qkv_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        grad = _load_tile(grad_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, WIDTH)
+        out = _load_tile(out_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, WIDTH)
+        delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
+        log_sum = LOG2_E * tl.load(log_sum_ptr + query, mask=query < n, other=float("inf"))
         similarity = _product(k, q.T, None, PRECISION)
         weight = tl.exp2(similarity * scale - log_sum[None, :])
         weight = tl.where(_within(query[None, :], first[:, None], end[:, None]), weight, 0.0)
@@ -269,22 +259,101 @@ def _key_value_gradient_kernel(
         dweight = _product(v, grad.T, None, PRECISION)
         dsimilarity = weight * (dweight - delta[None, :])
         dk = _product(dsimilarity.to(q.dtype), q, dk, PRECISION)
-    _store_tile(dqkv_ptr + WIDTH, dk * dim_scale, start, n, BLOCK_N, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-    _store_tile(dqkv_ptr + 2 * WIDTH, dv, start, n, BLOCK_N, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    _store_tile(dqkv_ptr + WIDTH, dk * dim_scale, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    _store_tile(dqkv_ptr + 2 * WIDTH, dv, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_ptr,  # b n h d
+    qkv_ptr,  # b n 3 h d
+    mask_ptr,  # b n
+    out_ptr,  # b n h d
+    log_sum_ptr,  # b h n, fp32
+    dqkv_ptr,  # b n 3 h d
+    n,
+    window_size,
+    scale,
+    dim_scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """All gradients of a block by two programs side by side, so that one finds in the L2 cache what the other read."""
+    WIDTH: tl.constexpr = HEADS * HEAD_DIM
+    start, row, column, numbers = _place(tl.program_id(0) // 2, n, HEADS, HEAD_DIM, BLOCK)
+    grad_ptr += row * WIDTH + column
+    qkv_ptr += row * (3 * WIDTH) + column
+    mask_ptr += row
+    out_ptr += row * WIDTH + column
+    log_sum_ptr += numbers
+    dqkv_ptr += row * (3 * WIDTH) + column
+    if tl.program_id(0) % 2 == 0:
+        _query_gradient(
+            grad_ptr,
+            qkv_ptr,
+            mask_ptr,
+            out_ptr,
+            log_sum_ptr,
+            dqkv_ptr,
+            start,
+            n,
+            window_size,
+            scale,
+            dim_scale,
+            HEADS,
+            HEAD_DIM,
+            BLOCK_D,
+            CAUSAL,
+            HAS_MASK,
+            PRECISION,
+            BLOCK,
+            TILE,
+        )
+    else:
+        _key_value_gradient(
+            grad_ptr,
+            qkv_ptr,
+            mask_ptr,
+            out_ptr,
+            log_sum_ptr,
+            dqkv_ptr,
+            start,
+            n,
+            window_size,
+            scale,
+            dim_scale,
+            HEADS,
+            HEAD_DIM,
+            BLOCK_D,
+            CAUSAL,
+            HAS_MASK,
+            PRECISION,
+            BLOCK,
+            TILE,
+        )
 
 
 class Settings(NamedTuple):
     """How a kernel is launched."""
 
-    block_m: int
-    block_n: int
+    block: int
+    """Queries, or keys, of a program."""
+
+    tile: int
+    """Keys, or queries, that meet them at a time."""
+
     num_warps: int
     num_stages: int
 
 
-FORWARD = {(2, 64): Settings(64, 64, 4, 2), (2, 128): Settings(64, 64, 4, 2), (4, 64): Settings(64, 32, 4, 2), (4, 128): Settings(64, 32, 8, 2)}
-QUERY = {(2, 64): Settings(64, 64, 4, 2), (2, 128): Settings(64, 64, 8, 2), (4, 64): Settings(64, 32, 4, 2), (4, 128): Settings(64, 32, 8, 2)}
-KEY = {(2, 64): Settings(64, 64, 4, 2), (2, 128): Settings(64, 64, 8, 2), (4, 64): Settings(32, 64, 4, 2), (4, 128): Settings(32, 64, 8, 2)}
+FORWARD = {(2, 64): Settings(64, 64, 4, 2), (2, 128): Settings(64, 32, 4, 2), (4, 64): Settings(64, 32, 4, 2), (4, 128): Settings(64, 32, 8, 2)}
+BACKWARD = {(2, 64): Settings(64, 64, 4, 2), (2, 128): Settings(64, 64, 8, 2), (4, 64): Settings(32, 32, 4, 2), (4, 128): Settings(32, 64, 8, 2)}
 
 
 def launch_forward(
@@ -292,7 +361,7 @@ def launch_forward(
 ) -> None:
     batch, n, width = out.shape
     settings = _settings(FORWARD, qkv, width // heads)
-    _forward_kernel[(heads * triton.cdiv(n, settings.block_m), batch)](
+    _forward_kernel[(heads * triton.cdiv(n, settings.block), batch)](
         qkv,
         qkv if mask is None else mask,
         out,
@@ -317,30 +386,18 @@ def launch_backward(
 ) -> None:
     batch, n, width = out.shape
     dim_scale = (width // heads) ** -0.5
-    numbers = (n, min(window_size, n), LOG2_E.value * dim_scale, dim_scale)
-    mask_or_any = qkv if mask is None else mask
-    delta = torch.empty_like(log_sum)
-    settings = _settings(QUERY, qkv, width // heads)
-    _query_gradient_kernel[(heads * triton.cdiv(n, settings.block_m), batch)](
+    settings = _settings(BACKWARD, qkv, width // heads)
+    _backward_kernel[(2 * heads * triton.cdiv(n, settings.block), batch)](
         grad,
         qkv,
-        mask_or_any,
+        qkv if mask is None else mask,
         out,
         log_sum,
-        delta,
         dqkv,
-        *numbers,
-        **_constants(qkv, heads, width // heads, causal, mask, settings),
-    )
-    settings = _settings(KEY, qkv, width // heads)
-    _key_value_gradient_kernel[(heads * triton.cdiv(n, settings.block_n), batch)](
-        grad,
-        qkv,
-        mask_or_any,
-        log_sum,
-        delta,
-        dqkv,
-        *numbers,
+        n,
+        min(window_size, n),
+        LOG2_E.value * dim_scale,
+        dim_scale,
         **_constants(qkv, heads, width // heads, causal, mask, settings),
     )
 
@@ -360,8 +417,8 @@ def _constants(qkv, heads, head_dim, causal, mask, settings):
         "CAUSAL": causal,
         "HAS_MASK": mask is not None,
         "PRECISION": PRECISION,
-        "BLOCK_M": settings.block_m,
-        "BLOCK_N": settings.block_n,
+        "BLOCK": settings.block,
+        "TILE": settings.tile,
         "num_warps": settings.num_warps,
         "num_stages": settings.num_stages,
     }
