@@ -6,5 +6,14 @@ from kernels.normalize import normalize
 from kernels.segmented_coor_descent import segmented_coor_descent
 from kernels.soft_topk import soft_topk
 from kernels.topk import topk
+from kernels.windowed_attention import windowed_attention
 
-__all__ = ["combine", "coor_descent", "normalize", "segmented_coor_descent", "soft_topk", "topk"]
+__all__ = [
+    "combine",
+    "coor_descent",
+    "normalize",
+    "segmented_coor_descent",
+    "soft_topk",
+    "topk",
+    "windowed_attention",
+]

@@ -12,6 +12,7 @@ from reference.router import CoordinateDescentRouter, RouterReturn
 from reference.soft_topk import soft_topk
 from reference.topk import TopkReturn, topk
 from reference.vit import ConditionalRoutedViT
+from reference.windowed_attention import windowed_attention
 
 __all__ = [
     "ConditionalRoutedAttention",
@@ -29,4 +30,5 @@ __all__ = [
     "normalize",
     "soft_topk",
     "topk",
+    "windowed_attention",
 ]

@@ -1,6 +1,5 @@
-"""The attentions that the routed layers are made of: windowed for all tokens, dense for those that are routed."""
+"""The dense attentions that the routed layers are made of, for tokens that are routed and for the image layer's windows."""
 
-from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -9,20 +8,47 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
 from reference._arguments import require
+from reference._operations import choose, is_fused, path
+from reference.normalize import normalize
 
 
 class RMSNorm(nn.Module):
-    """Tokens `... d` divided by their root mean square, times a learned gain (Zhang and Sennrich, 1910.07467)."""
+    """Tokens `... d` divided by their root mean square, times a learned gain, for a linear layer to come next."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, use_triton: bool | None = False) -> None:
         super().__init__()
-        self.scale = dim**0.5
+        self.use_triton = use_triton
         self.gamma = nn.Parameter(torch.ones(dim))
+        self._normalize = choose("normalize", normalize, use_triton)
+
+    def extra_repr(self) -> str:
+        return path("normalize", self.use_triton)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In fp16 a norm can overflow, and the least norm to divide by, 1e-12, is 0.
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.normalize(wide, dim=-1).to(x.dtype) * self.scale * self.gamma
+        return self._normalize(x, weight=self.gamma, dtype=_dtype_of_linear(x))
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, for a linear layer to come next."""
+
+    def __init__(self, dim: int, use_triton: bool | None = False) -> None:
+        super().__init__(dim)
+        self.use_triton = use_triton
+        self._normalize = choose("normalize", normalize, use_triton)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {path('normalize', self.use_triton)}"
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        options = {"weight": self.weight, "bias": self.bias, "center": True, "eps": self.eps}
+        return self._normalize(input, **options, dtype=_dtype_of_linear(input))
+
+
+def _dtype_of_linear(x: Tensor) -> torch.dtype | None:
+    """What a linear layer rounds x to under autocast; None where it takes x as it is."""
+    device = x.device.type
+    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else None
 
 
 class RotaryEmbedding(nn.Module):
@@ -55,14 +81,16 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return (x * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()).to(x.dtype)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, use_flash: bool) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, use_flash: bool, has_some: bool = False
+) -> Tensor:
     """Softmax attention of queries `b h i d` to keys and values `b h j d`; mask broadcasts to `b h i j`.
 
     With `use_flash` it is PyTorch's scaled_dot_product_attention, which picks the fastest kernel that the device has
-    for it. A query that may attend to nothing gives 0.
+    for it. A query that may attend to nothing gives 0; `has_some` says that there is none.
     """
     nothing = None
-    if mask is not None:
+    if mask is not None and not has_some:
         nothing = ~mask.any(dim=-1, keepdim=True)
         mask = mask | nothing
     if use_flash:
@@ -77,10 +105,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 class SelfAttention(nn.Module):
     """Dense self-attention, by which the image layer's windows see themselves."""
 
-    def __init__(self, dim: int, dim_head: int = 64, heads: int = 8) -> None:
+    def __init__(self, dim: int, dim_head: int = 64, heads: int = 8, use_triton: bool | None = False) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = RMSNorm(dim)
+        self.norm = RMSNorm(dim, use_triton)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
@@ -90,54 +118,6 @@ class SelfAttention(nn.Module):
         mask = None if mask is None else rearrange(mask, "b n -> b 1 1 n")
         out = attend(query, key, value, mask, use_flash=True)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
-
-
-class WindowedAttention(nn.Module):
-    """The light branch: each token attends to those around it, in memory linear in the number of tokens.
-
-    Args:
-        window_size: if causal, the size of windows, and a token attends to what is before it in its window and to all
-            of the window before; else the radius: a token attends to those at most so far away.
-    """
-
-    def __init__(self, dim: int, window_size: int, dim_head: int = 64, heads: int = 8, causal: bool = False) -> None:
-        super().__init__()
-        self.window_size = window_size
-        self.heads = heads
-        self.causal = causal
-        self.norm = nn.LayerNorm(dim)
-        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to."""
-        batch, n, _ = x.shape
-        size = max(1, min(self.window_size, n))
-        windows = ceil(n / size)
-        qkv = F.pad(self.to_qkv(self.norm(x)), (0, 0, 0, windows * size - n))
-        query, key, value = rearrange(qkv, "b (w i) (qkv h d) -> qkv b w i h d", qkv=3, h=self.heads, i=size)
-        key, value = self._with_neighbours(key), self._with_neighbours(value)
-
-        # What padding there is at either end is masked as what is not there.
-        present = torch.ones(batch, n, dtype=torch.bool, device=x.device) if mask is None else mask
-        present = rearrange(F.pad(present, (0, windows * size - n)), "b (w j) -> b w j", j=size)
-        allowed = self._within_reach(size, x.device) & rearrange(self._with_neighbours(present), "b w j -> (b w) 1 1 j")
-
-        query, key, value = (rearrange(each, "b w i h d -> (b w) h i d") for each in (query, key, value))
-        out = attend(query, key, value, allowed, use_flash=True)
-        return self.to_out(rearrange(out, "(b w) h i d -> b (w i) (h d)", b=batch, w=windows)[:, :n])
-
-    def _with_neighbours(self, x: Tensor) -> Tensor:
-        """`b w j ...` with the windows before and, unless causal, after it in the dimension of j."""
-        after = 0 if self.causal else 1
-        padded = F.pad(x, (*(0, 0) * (x.dim() - 2), 1, after))
-        return torch.cat([padded[:, start : start + x.shape[1]] for start in range(2 + after)], dim=2)
-
-    def _within_reach(self, size: int, device: torch.device) -> Tensor:
-        """`i j`: which of the positions in its window and the neighbours a query may attend to."""
-        query = torch.arange(size, device=device)[:, None]
-        key = torch.arange(size * (2 if self.causal else 3), device=device) - size
-        return key <= query if self.causal else (key - query).abs() <= size
 
 
 class Rotations(NamedTuple):
@@ -157,21 +137,30 @@ class Attention(nn.Module):
         heads: int = 8,
         multiply_keys_by_score: bool = False,
         use_flash: bool = False,
+        use_triton: bool | None = False,
     ) -> None:
         super().__init__()
         self.heads = heads
         self.multiply_keys_by_score = multiply_keys_by_score
-        self.use_flash = use_flash
-        self.norm = RMSNorm(dim)
+        self.use_flash, self.use_triton = use_flash, use_triton
+        self.norm = RMSNorm(dim, use_triton)
         self.null_kv = nn.Parameter(torch.randn(2, heads, dim_head))
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
+    def extra_repr(self) -> str:
+        if self.use_flash or self.use_triton:
+            return "scaled_dot_product_attention"
+        return "einsum" if self.use_triton is False else "scaled_dot_product_attention for CUDA tensors, else einsum"
+
     def project(self, context: Tensor, routes: int) -> Tensor:
         """Keys and values `b r j (h kv d)` of tokens `b r j d`, or of `b 1 j d` for all routes."""
-        weight = rearrange(self.to_kv.weight, "(r hd) d -> r d hd", r=routes)
-        return self.norm(context) @ weight
+        context = self.norm(context)
+        if context.shape[1] == 1:
+            # One product for all routes, and no copy of the tokens for each.
+            return rearrange(self.to_kv(context), "b 1 j (r hd) -> b r j hd", r=routes)
+        return context @ rearrange(self.to_kv.weight, "(r hd) d -> r d hd", r=routes)
 
     def forward(
         self,
@@ -208,5 +197,6 @@ class Attention(nn.Module):
         key, value = torch.cat((null_key, key), dim=-2), torch.cat((null_value, value), dim=-2)
         if mask is not None:
             mask = repeat(F.pad(mask, (1, 0), value=True), "b r j -> b (r h) 1 j", h=self.heads // routes)
-        out = attend(query, key, value, mask, use_flash=self.use_flash)
+        use_flash = self.use_flash or is_fused(self.use_triton, x)
+        out = attend(query, key, value, mask, use_flash=use_flash, has_some=True)
         return self.to_out(rearrange(out, "b h i d -> b i (h d)"))

@@ -17,11 +17,25 @@ def fused(name: str) -> Operation:
 
 
 def choose(name: str, plain: Operation, use_triton: bool | None) -> Operation:
-    """An operation as a function of `scores`: the kernel if `use_triton`; if it is None, for CUDA tensors alone."""
+    """An operation as a function of its first argument: the kernel if `use_triton`; if it is None, for CUDA tensors alone."""
     if use_triton is None and torch.cuda.is_available():
         return partial(_by_device, fused(name), plain)
     return fused(name) if use_triton else plain
 
 
-def _by_device(on_gpu: Operation, elsewhere: Operation, scores: Tensor, **options: object) -> Tensor:
-    return (on_gpu if scores.is_cuda else elsewhere)(scores, **options)
+def _by_device(on_gpu: Operation, elsewhere: Operation, x: Tensor, /, **options: object) -> Tensor:
+    return (on_gpu if x.is_cuda else elsewhere)(x, **options)
+
+
+def is_fused(use_triton: bool | None, x: Tensor) -> bool:
+    """Whether x goes the way of the kernels."""
+    return x.is_cuda if use_triton is None else use_triton
+
+
+def path(name: str, use_triton: bool | None) -> str:
+    """Which way `choose` goes, for people."""
+    if use_triton:
+        return f"kernels.{name}"
+    if use_triton is None and torch.cuda.is_available():
+        return f"kernels.{name} for CUDA tensors, else reference.{name}"
+    return f"reference.{name} ({'there is no GPU' if use_triton is None else 'use_triton=False'})"
