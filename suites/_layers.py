@@ -163,11 +163,13 @@ def ours(case: LayerCase, *, use_triton: bool) -> Callable[..., Tensor]:
     return as_function(without_memory(lambda: layer.make(reference, use_triton)), autocast=layer.autocast)
 
 
-def _sparing(case: LayerCase, *, autocast: bool) -> Callable[..., Tensor]:
+def sparingly(
+    layer: Layer, sparing: Callable[[nn.Module], Callable[..., Tensor]], *, autocast: bool
+) -> Callable[..., Tensor]:
     """The plain layer as `sparing` computes it, as a function like those of `as_function`."""
-    module = without_memory(lambda: case.layer.make(reference, False))
+    module = without_memory(lambda: layer.make(reference, False))
     names = [name for name, _ in module.named_parameters()]
-    call = case.layer.sparing(module)
+    call = sparing(module)
 
     def function(**tensors: Tensor) -> Tensor:
         device = tensors[names[0]].device.type
@@ -184,7 +186,8 @@ def _sparing(case: LayerCase, *, autocast: bool) -> Callable[..., Tensor]:
 
 
 def plain(case: LayerCase) -> Callable[..., Tensor]:
-    return _sparing(case, autocast=case.layer.autocast)
+    layer = case.layer
+    return sparingly(layer, layer.sparing, autocast=layer.autocast)
 
 
 def problem(case: LayerCase, device: torch.device) -> Problem:
@@ -192,7 +195,8 @@ def problem(case: LayerCase, device: torch.device) -> Problem:
 
 
 def truth(case: LayerCase, problem: Problem, direction: str) -> Truth:
-    return truth_of(_sparing(case, autocast=False), problem, direction)
+    layer = case.layer
+    return truth_of(sparingly(layer, layer.sparing, autocast=False), problem, direction)
 
 
 @cache
