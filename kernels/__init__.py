@@ -3,6 +3,7 @@
 from kernels.combine import combine
 from kernels.coor_descent import coor_descent
 from kernels.normalize import normalize
+from kernels.routed_attention import routed_attention
 from kernels.segmented_coor_descent import segmented_coor_descent
 from kernels.soft_topk import soft_topk
 from kernels.topk import topk
@@ -12,6 +13,7 @@ __all__ = [
     "combine",
     "coor_descent",
     "normalize",
+    "routed_attention",
     "segmented_coor_descent",
     "soft_topk",
     "topk",

@@ -8,6 +8,7 @@ from reference.coor_descent import coor_descent
 from reference.feedforward import ConditionalRoutedFeedForward
 from reference.image import ConditionalRoutedImageAttention
 from reference.normalize import normalize
+from reference.routed_attention import routed_attention
 from reference.router import CoordinateDescentRouter, RouterReturn
 from reference.soft_topk import soft_topk
 from reference.topk import TopkReturn, topk
@@ -28,6 +29,7 @@ __all__ = [
     "combine",
     "coor_descent",
     "normalize",
+    "routed_attention",
     "soft_topk",
     "topk",
     "windowed_attention",
