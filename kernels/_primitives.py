@@ -26,9 +26,7 @@ warm temperature it would shift the thresholds of all iterations that follow. A 
 @triton.jit
 def tile_columns(REPEATS: tl.constexpr, WIDTH: tl.constexpr):
     """Column numbers of a tile: REPEATS x 1 x WIDTH."""
-    columns = (tl.arange(0, REPEATS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])[:, None, :]
-    # A thread is to have four neighbours, also of a mask or of half precision, where 16 bytes are more than that.
-    return tl.max_contiguous(columns, [1, 1, 4])
+    return (tl.arange(0, REPEATS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])[:, None, :]
 
 
 @triton.jit
@@ -77,14 +75,12 @@ def load_tile(
     CACHE: tl.constexpr = ".cg" if AGAIN else ""
     if AGAIN:
         rows = opaque(rows)
-    exists = (per_row(rows) < n_rows) & (columns < n)
-    score_ptrs = tile_pointers(scores_ptr, rows, columns, scores_stride)
-    scores = tl.load(score_ptrs, mask=exists, other=-float("inf"), cache_modifier=CACHE).to(tl.float32)
+    valid = (per_row(rows) < n_rows) & (columns < n)
     if HAS_MASK:
-        # Not in the mask of the load: four neighbours, of which one might be left out, would not be one load.
         mask_ptrs = tile_pointers(mask_ptr, rows, columns, mask_stride)
-        valid = tl.load(mask_ptrs, mask=exists, other=0, cache_modifier=CACHE) != 0
-        scores = tl.where(valid, scores, -float("inf"))
+        valid = valid & (tl.load(mask_ptrs, mask=valid, other=0, cache_modifier=CACHE) != 0)
+    score_ptrs = tile_pointers(scores_ptr, rows, columns, scores_stride)
+    scores = tl.load(score_ptrs, mask=valid, other=-float("inf"), cache_modifier=CACHE).to(tl.float32)
     return tl.maximum(scores, LOWEST, propagate_nan=tl.PropagateNan.ALL)
 
 

@@ -8,6 +8,7 @@ values are multiplied with the softmax, and not with the values: with p = exp(s 
 and one kernel adds up over keys for the gradient of queries, another over queries for that of keys and values.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -301,11 +302,30 @@ class Settings(NamedTuple):
     num_stages: int
 
 
-FORWARD = {2: Settings(64, 64, 4, 3), 4: Settings(32, 32, 4, 2)}
-"""By bytes of an entry."""
+FORWARD = {
+    (2, 64): Settings(64, 64, 4, 3),
+    (2, 128): Settings(64, 64, 8, 2),
+    (4, 64): Settings(32, 32, 4, 2),
+    (4, 128): Settings(32, 32, 8, 2),
+}
+"""By bytes of an entry, and dimensions of a head."""
 
-QUERY = {2: Settings(64, 64, 4, 2), 4: Settings(32, 32, 4, 2)}
-KEY_VALUE = {2: Settings(64, 64, 4, 2), 4: Settings(32, 32, 4, 2)}
+QUERY = {
+    (2, 64): Settings(64, 64, 4, 2),
+    (2, 128): Settings(64, 64, 8, 2),
+    (4, 64): Settings(32, 32, 8, 2),
+    (4, 128): Settings(32, 16, 8, 2),
+}
+KEY_VALUE = {
+    (2, 64): Settings(64, 64, 4, 2),
+    (2, 128): Settings(64, 64, 8, 2),
+    (4, 64): Settings(32, 32, 8, 2),
+    (4, 128): Settings(32, 16, 8, 2),
+}
+
+
+def _settings(table: Mapping[tuple[int, int], Settings], query: Tensor, head_dim: int) -> Settings:
+    return table[query.element_size(), 64 if head_dim <= 64 else 128]
 
 
 def launch_forward(
@@ -320,7 +340,8 @@ def launch_forward(
     lse: Tensor,
 ) -> None:
     batch, n_queries, _ = query.shape
-    heads, settings = null_kv.shape[1], FORWARD[query.element_size()]
+    _, heads, head_dim = null_kv.shape
+    settings = _settings(FORWARD, query, head_dim)
     _forward_kernel[(triton.cdiv(n_queries, settings.block), batch * heads)](
         query,
         key_value,
@@ -333,7 +354,7 @@ def launch_forward(
         n_queries,
         key_value.shape[2],
         *key_value.stride()[:3],
-        LOG2_E.value * null_kv.shape[2] ** -0.5,
+        LOG2_E.value * head_dim**-0.5,
         **_constants(query, key_value, null_kv, mask, multiply_keys, settings),
         WIDE=wide.numel() > 0,
     )
@@ -355,7 +376,7 @@ def launch_backward(
     """Writes the gradients of queries, keys and values, and returns those of weights `b r j` and the learned pair."""
     (batch, n_queries, _), (_, routes, n_keys, _) = query.shape, key_value.shape
     _, heads, head_dim = null_kv.shape
-    settings = QUERY[query.element_size()]
+    settings = _settings(QUERY, query, head_dim)
     blocks = triton.cdiv(n_queries, settings.block)
     given = (query, key_value, weights, weights if mask is None else mask)
     sizes = (n_queries, n_keys, *key_value.stride()[:3], LOG2_E.value * head_dim**-0.5, head_dim**-0.5)
@@ -374,7 +395,7 @@ def launch_backward(
         **_constants(query, key_value, null_kv, mask, multiply_keys, settings),
     )
     dweights = torch.empty((batch, routes, heads // routes, n_keys), dtype=torch.float32, device=query.device)
-    settings = KEY_VALUE[query.element_size()]
+    settings = _settings(KEY_VALUE, query, head_dim)
     if n_keys:
         _key_value_kernel[(triton.cdiv(n_keys, settings.block), batch * heads)](
             grad,
