@@ -148,6 +148,30 @@ def test_ties():
     torch.testing.assert_close(y.sum(-1), torch.full((2,), 16.0, device=DEVICE), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("iteration", [1, 3, 6])
+def test_next_to_a_kink_the_gradient_is_that_of_one_side(iteration):
+    """A score so near to the kink of an iteration, whose a is put there by k, that its fp32 number leaves the side open."""
+    scores, grad, options = randn(1, 200, std=5.0), randn(1, 200), {**DECAYING, "n_iters": 6}
+    wide = scores.double()
+    entry = wide.argsort(descending=True)[0, 9]
+
+    def saturates(k):
+        return reference.coor_descent(wide, k=k, **{**options, "n_iters": iteration})[0, entry] == 1
+
+    below, above = 1.0, 200.0
+    assert not saturates(below)
+    assert saturates(above)
+    while above - below > 1e-12 * above:
+        middle = (below + above) / 2
+        below, above = (below, middle) if saturates(middle) else (middle, above)
+
+    sides = [differentiate(reference.coor_descent, wide, grad.double(), k, **options)[1] for k in (below, above)]
+    bound = FORWARD * grad.abs().max() / options["eps"]
+    assert (sides[1] - sides[0]).abs().max() > 10 * bound
+    _, ds, _ = differentiate(coor_descent, scores, grad, above, **options)
+    assert min((ds - side).abs().max() for side in sides) <= bound
+
+
 def test_a_nan_stays_in_its_row():
     scores, grad = randn(5, 70), randn(5, 70)
     clean = differentiate(coor_descent, scores, grad, 6.0, **DECAYING)
