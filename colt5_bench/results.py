@@ -143,7 +143,7 @@ class Writer:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = path.open("w", encoding="utf-8")
+        self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def environment(self, environment: dict[str, object]) -> None:
         """The first line: what the records were measured under."""
@@ -172,6 +172,19 @@ class Run:
 
     cut_off: list[Path] = field(default_factory=list)
     """Files whose last line was cut off, as by a process that was killed while it wrote."""
+
+
+def write(path: Path, environments: Iterable[dict[str, object]], records: Iterable[Record]) -> None:
+    """A results file in one go: whatever happens, `path` holds what it held before or all of this."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.unlink(missing_ok=True)
+    writer = Writer(unfinished)
+    for environment in environments:
+        writer.environment(environment)
+    for record in records:
+        writer.record(record)
+    writer.close()
+    unfinished.replace(path)
 
 
 def load(path: Path) -> Run:
