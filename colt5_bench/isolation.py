@@ -25,14 +25,17 @@ from colt5_bench.results import Record
 from colt5_bench.suite import Suite
 
 TIME_LIMIT = 1800.0
-"""Seconds that a process has to measure a case in a direction, unless the user says otherwise: `torch.compile` unrolls
-iterations for minutes, and the fp64 truth of the largest cases takes as long."""
+"""Seconds that measuring a case in a direction may take in a process of its own, unless the user says otherwise:
+`torch.compile` unrolls iterations for minutes, and the fp64 truth of the largest cases takes as long."""
 
-LAST_SECONDS = 10.0
-"""How long a process that has answered may take to end."""
+STARTING_SECONDS, ENDING_SECONDS = 300.0, 10.0
+"""How long a process may take before it measures, and after it has answered."""
 
 PRELOADED = ["matplotlib", "pandas", "pynvml", "scipy.stats", "torch", "triton"]
 """What takes long to import, and is the same for every checkout."""
+
+
+_STARTED = "*started*"
 
 
 @dataclass(frozen=True)
@@ -118,15 +121,18 @@ def _in_a_process(point: Point, names: list[str], conditions: Conditions, time_l
     process = context.Process(target=_answer, args=(answering, address, names, conditions))
     process.start()
     answering.close()
-    begun, deadline = "", monotonic() + time_limit
+    begun, why = "", f"its process did not start within {STARTING_SECONDS:g} s"
+    deadline = monotonic() + STARTING_SECONDS
     try:
         while answers.poll(max(deadline - monotonic(), 0)):
             answer = answers.recv()
             if isinstance(answer, _Attempt):
-                process.join(LAST_SECONDS)
+                process.join(ENDING_SECONDS)
                 return answer
-            begun = answer
-        why = f"took longer than the time limit of {time_limit:g} s"
+            if answer == _STARTED:
+                deadline, why = monotonic() + time_limit, f"took longer than the time limit of {time_limit:g} s"
+            else:
+                begun = answer
     except EOFError:
         process.join()
         why = f"its process {_ending(process.exitcode)}"
@@ -137,7 +143,7 @@ def _in_a_process(point: Point, names: list[str], conditions: Conditions, time_l
 
 
 def _answer(answers: Connection, address: _Address, names: list[str], conditions: Conditions) -> None:
-    """What the process does: it sends the name of each implementation that it begins with, and an attempt at the end."""
+    """In the process: send that it has started, each implementation before it is measured, and what came of it."""
     # A group of its own: Ctrl-C is for the run, which then ends all that the case has started.
     os.setsid()
     threading.Thread(target=_end_with_the_run, daemon=True).start()
@@ -145,6 +151,7 @@ def _answer(answers: Connection, address: _Address, names: list[str], conditions
     try:
         suite = _load(address.file)
         case = next(case for case in suite.cases(address.preset, conditions.device) if case.id == address.case)
+        answers.send(_STARTED)
         attempt = _Attempt(measure(suite, case, address.direction, names, conditions, begin=answers.send))
     except BrokenContextError as error:
         attempt = _Attempt(error.finished, str(error))

@@ -44,7 +44,7 @@ class BrokenContextError(RuntimeError):
     def __init__(self, why: str, finished: Sequence[Record] = ()) -> None:
         super().__init__(why)
         self.finished = list(finished)
-        """The records that stand: of what was skipped or failed before, and of what broke the context if it is known."""
+        """The records that stand: of what was skipped or failed before, and of what broke the context, if known."""
 
 
 @dataclass(frozen=True)

@@ -113,9 +113,8 @@ def _environment(part: Run) -> dict[str, Any]:
 def _check_complete(suite: str, shards: Mapping[Shard, Run]) -> None:
     counts = {shard.count for shard in shards}
     if len(counts) > 1:
-        raise SelectionError(
-            f"suite {suite} was divided by {' and by '.join(map(str, sorted(counts)))}: name the shards of one division."
-        )
+        divisions = " and into ".join(map(str, sorted(counts)))
+        raise SelectionError(f"suite {suite} was divided into {divisions} shards: name those of one division.")
     whole = [Shard(index + 1, count) for count in counts for index in range(count)]
     if missing := [str(shard) for shard in whole if shard not in shards]:
         raise SelectionError(f"of suite {suite} shard {' and '.join(missing)} is missing: name its results, too.")

@@ -20,7 +20,7 @@ from colt5_bench.measure import Conditions
 from colt5_bench.parts import keep_finished
 from colt5_bench.replay import virtual_clock
 from colt5_bench.results import Record, Writer
-from colt5_bench.selection import WHOLE, SelectionError, Shard, case_filter, choose_device
+from colt5_bench.selection import WHOLE, SelectionError, Shard, case_filter, choose_device, parse_seconds
 from colt5_bench.suite import PRESETS, Suite
 
 MAX_SECONDS = {"smoke": 0.1, "default": 1.0, "full": 2.0}
@@ -48,6 +48,10 @@ class Options:
     resume: bool = False
     isolate: bool = False
     time_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.resume and self.out is None:
+            raise SelectionError("--resume needs --out, which says where the results are that are to be completed.")
 
     def of_results(self, suite: str) -> dict[str, object]:
         """Those that decide which records there are to be, as the results state them."""
@@ -185,7 +189,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--shard", default=str(WHOLE), metavar="I/N", help="Only this one of N shares of the cases.")
     group.addoption("--isolate", action="store_true", help="Measure each case in a process of its own.")
     group.addoption(
-        "--time-limit", type=float, default=None, metavar="SECONDS", help="End the process of a case after this."
+        "--time-limit", default=None, metavar="SECONDS", help="End the process of a case after this; isolates."
     )
 
 
@@ -194,6 +198,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("dist", "no") != "no":
         raise pytest.UsageError("suites are measured one case at a time: leave out -n")
     try:
+        limit = config.getoption("--time-limit")
         config.stash[_RUN] = Run(
             Options(
                 device=choose_device(config.getoption("--device")),
@@ -204,7 +209,7 @@ def pytest_configure(config: pytest.Config) -> None:
                 out=config.getoption("--out"),
                 resume=config.getoption("--resume"),
                 isolate=config.getoption("--isolate"),
-                time_limit=config.getoption("--time-limit"),
+                time_limit=None if limit is None else parse_seconds(limit),
             )
         )
     except SelectionError as error:
@@ -249,7 +254,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def record(request: pytest.FixtureRequest, case: str, direction: str, implementation: str) -> Record:
     """What was measured for the case, direction and implementation of this test."""
     taken = request.config.stash[_RUN].record(*_point(request.node))
-    request.node.user_properties.append(("status", taken.status))
+    column = next(iter(taken.timings), "")
+    request.node.user_properties += [
+        ("status", taken.status),
+        ("reason", taken.reason),
+        ("seconds", taken.seconds(column)),
+    ]
     return taken
 
 

@@ -5,6 +5,7 @@ import importlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import inf, nan
 from pathlib import Path
 from typing import TypeVar
 
@@ -97,6 +98,21 @@ class Shard:
 
 
 WHOLE = Shard(1, 1)
+
+
+def parse_seconds(text: str) -> float:
+    """A limit of time.
+
+    Raises:
+        SelectionError: it is none.
+    """
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = nan
+    if not 0 < seconds < inf:
+        raise SelectionError(f"there is no time limit of {text!r}; it is a number of seconds above 0, such as 600.")
+    return seconds
 
 
 def choose_device(name: str) -> torch.device:
