@@ -212,10 +212,13 @@ def _read(path: Path, run: Run) -> None:
                 run.cut_off.append(path)
                 break
             raise ValueError(f"{path}:{number} is not JSON: {error}") from error
-        if content.pop("kind") == "environment":
-            run.environments[content["key"]] = content
-        else:
-            run.records.append(_record(content, f"{path}:{number}"))
+        try:
+            if content.pop("kind") == "environment":
+                run.environments[content["key"]] = content
+            else:
+                run.records.append(_record(content, f"{path}:{number}"))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is no line of a results file: {error!r}") from error
 
 
 def _record(content: dict, where: str) -> Record:
