@@ -31,7 +31,7 @@ TIME_LIMIT = 1800.0
 STARTING_SECONDS, ENDING_SECONDS = 300.0, 10.0
 """How long a process may take before it measures, and after it has answered."""
 
-PRELOADED = ["matplotlib", "pandas", "pynvml", "scipy.stats", "torch", "triton"]
+PRELOADED = ["pandas", "pynvml", "scipy.stats", "torch", "triton"]
 """What takes long to import, and is the same for every checkout."""
 
 
