@@ -39,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (StartupError, SelectionError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return USAGE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"{parser.prog}: error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+        return USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
 

@@ -144,10 +144,8 @@ def _run(options: argparse.Namespace, suites: list[Suite], checkout: Path, passe
 
 
 def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, directory: Path, passed_on: list[str]) -> int:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SelectionError(f"--out {directory} cannot be made: {error.strerror}; name another place.") from error
+    # Before anything is measured that could not be kept.
+    directory.mkdir(parents=True, exist_ok=True)
     with Watcher(suite.name, quiet=options.quiet, verbose=options.verbose) as watcher:
         code = pytest.main(
             [
