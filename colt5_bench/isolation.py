@@ -133,7 +133,7 @@ def _in_a_process(point: Point, names: list[str], conditions: Conditions, time_l
                 deadline, why = monotonic() + time_limit, f"took longer than the time limit of {time_limit:g} s"
             else:
                 begun = answer
-    except EOFError:
+    except (EOFError, OSError):
         process.join()
         why = f"its process {_ending(process.exitcode)}"
     finally:

@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from colt5_bench.environment import flat
-from colt5_bench.results import Record, Run, load, write
+from colt5_bench.results import Group, Record, Run, load, write
 from colt5_bench.selection import SelectionError, Shard
 
 COMPARED = ("python", "threads", "torch", "triton", "cuda", "packages", "gpu", "git", "options")
 """What has to be equal for records to stand in one table. The clock of a GPU at the start may differ."""
 
 COMPARED_ON_CPU = (*COMPARED, "cpu", "cores")
-
-Group = tuple[str, str, str]
-"""Suite, case and direction: what is measured together."""
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], *, but: Collection[str] = ()) -> str:
@@ -51,13 +48,13 @@ def keep_finished(
             )
     groups: dict[Group, dict[str, str]] = {}
     for record in run.records:
-        groups.setdefault(record.key[:3], {})[record.implementation] = record.status
+        groups.setdefault(record.group, {})[record.implementation] = record.status
     finished = {
         group
         for group, statuses in groups.items()
         if set(expected.get(group, ())) <= set(statuses) and "error" not in statuses.values()
     }
-    kept = [record for record in run.records if record.key[:3] in finished]
+    kept = [record for record in run.records if record.group in finished]
     write(path, run.environments.values(), kept)
     return kept
 

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,20 +18,12 @@ from colt5_bench.isolation import TIME_LIMIT, Measurer, Point
 from colt5_bench.measure import Conditions
 from colt5_bench.parts import keep_finished
 from colt5_bench.replay import virtual_clock
-from colt5_bench.results import Record, Writer
+from colt5_bench.results import Group, Record, Writer
 from colt5_bench.selection import WHOLE, SelectionError, Shard, case_filter, choose_device, parse_seconds
 from colt5_bench.suite import PRESETS, Suite
 
 MAX_SECONDS = {"smoke": 0.1, "default": 1.0, "full": 2.0}
 """How long sampling a time column of a case may take, by preset. A smoke run shows that everything runs."""
-
-
-class _Key(NamedTuple):
-    """What is measured together."""
-
-    suite: str
-    case: str
-    direction: str
 
 
 @dataclass(frozen=True)
@@ -72,9 +63,9 @@ class Run:
         self._wanted = case_filter(options.cases)
         isolated = options.isolate or options.time_limit is not None
         self._measurer = Measurer(isolated=isolated, time_limit=options.time_limit or TIME_LIMIT)
-        self._points: dict[_Key, Point] = {}
-        self._expected: dict[_Key, list[str]] = {}
-        self._records: dict[tuple[_Key, str], Record] = {}
+        self._points: dict[Group, Point] = {}
+        self._expected: dict[Group, list[str]] = {}
+        self._records: dict[tuple[Group, str], Record] = {}
         self._environments: dict[str, dict[str, object]] = {}
         """By suite."""
         self._writers: dict[str, Writer] = {}
@@ -89,54 +80,55 @@ class Run:
         cases = [case for case in suite.cases(options.preset, options.device) if self._wanted(case.id)]
         for case in options.shard.of(cases):
             for direction in suite.directions(case):
-                key = _Key(suite.name, case.id, direction)
-                self._points[key] = Point(suite, case, direction, file, options.preset)
+                group = Group(suite.name, case.id, direction)
+                self._points[group] = Point(suite, case, direction, file, options.preset)
                 for name in names:
                     yield case.id, direction, name
 
-    def begin(self, expected: list[tuple[_Key, str]], suites: list[str]) -> None:
+    def begin(self, expected: list[tuple[Group, str]], suites: list[str]) -> None:
         """What will have to be recorded, and the suites that were asked for. An interrupted run is read.
 
         Raises:
             SelectionError: there are results already, which are not to be completed or cannot be.
         """
-        for key, implementation in expected:
-            self._expected.setdefault(key, []).append(implementation)
+        for group, implementation in expected:
+            self._expected.setdefault(group, []).append(implementation)
         for suite in suites:
             described = environment.describe(self._options.device)
             described["options"] = self._options.of_results(suite)
-            described["expected"] = sum(len(names) for key, names in self._expected.items() if key.suite == suite)
+            described["expected"] = sum(len(names) for group, names in self._expected.items() if group.suite == suite)
             digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
             self._environments[suite] = {"key": digest, **described}
             if (path := self._results(suite)) is not None and path.exists():
                 self._continue(suite, path)
 
-    def record(self, key: _Key, implementation: str) -> Record:
+    def record(self, group: Group, implementation: str) -> Record:
         """The record, measured together with those of the other implementations if it is the first of them."""
-        if (key, implementation) not in self._records:
-            conditions = self._prepare(key.suite)
+        if (group, implementation) not in self._records:
+            conditions = self._prepare(group.suite)
             with warnings.catch_warnings():
                 # What a measured implementation warns of is no failure, whatever filter the tests run under.
                 warnings.simplefilter("default")
-                records = self._measurer.measure(self._points[key], self._expected[key], conditions)
+                records = self._measurer.measure(self._points[group], self._expected[group], conditions)
             for record in records:
-                self._records[key, record.implementation] = record
-                if (writer := self._writer(key.suite)) is not None:
+                self._records[group, record.implementation] = record
+                if (writer := self._writer(group.suite)) is not None:
                     writer.record(record)
-        return self._records[key, implementation]
+        return self._records[group, implementation]
 
     def missing(self) -> list[str]:
         """What was expected and never recorded."""
         return [
-            " ".join((*key, name))
-            for key, names in self._expected.items()
+            " ".join((*group, name))
+            for group, names in self._expected.items()
             for name in names
-            if (key, name) not in self._records
+            if (group, name) not in self._records
         ]
 
     def close(self) -> None:
         for suite, described in self._environments.items():
-            if not described["expected"] and self._options.shard != WHOLE:
+            path = self._results(suite)
+            if path is not None and not path.exists() and not described["expected"] and self._options.shard != WHOLE:
                 # A shard without a case is there, all the same.
                 self._writer(suite)
         for writer in self._writers.values():
@@ -147,9 +139,8 @@ class Run:
             raise SelectionError(
                 f"{path} is there already: complete it with --resume, or name a place without results with --out."
             )
-        expected = {tuple(key): names for key, names in self._expected.items()}
-        for record in keep_finished(path, self._environments[suite], expected):
-            self._records[_Key(*record.key[:3]), record.implementation] = record
+        for record in keep_finished(path, self._environments[suite], self._expected):
+            self._records[record.group, record.implementation] = record
 
     def _prepare(self, suite: str) -> Conditions:
         if self._conditions is None:
@@ -268,12 +259,12 @@ def _is_measured(item: pytest.Function) -> bool:
     return isinstance(item.callspec.params["case"], str)
 
 
-def _point(item: pytest.Item) -> tuple[_Key, str]:
+def _point(item: pytest.Item) -> tuple[Group, str]:
     assert isinstance(item, pytest.Function)
     case, direction, implementation = (
         str(item.callspec.params[name]) for name in ("case", "direction", "implementation")
     )
-    return _Key(item.module.SUITE.name, case, direction), implementation
+    return Group(item.module.SUITE.name, case, direction), implementation
 
 
 @pytest.hookimpl(tryfirst=True)

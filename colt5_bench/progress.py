@@ -2,7 +2,7 @@
 
 import os
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import pytest
 from rich.console import Console
@@ -65,7 +65,7 @@ class Watcher:
             self.failures.append(report.longreprtext)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        told = dict(report.user_properties)
+        told: dict[str, Any] = dict(report.user_properties)
         if report.failed and told.get("status", "ok") == "ok":
             self.failures.append(report.longreprtext)
         elif self._verbose and report.when == "call" and "status" in told:

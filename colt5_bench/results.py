@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, NamedTuple
 
 import pandas as pd
 
@@ -79,6 +79,14 @@ class Divergence:
     """What `largest` may be at most: set from the error of plain PyTorch on the same inputs; None: not gated."""
 
 
+class Group(NamedTuple):
+    """What is measured together, in each of its implementations."""
+
+    suite: str
+    case: str
+    direction: str
+
+
 @dataclass
 class Record:
     """One implementation on one case in one direction: what was measured, under what, and how it ended."""
@@ -129,7 +137,11 @@ class Record:
     @property
     def key(self) -> tuple[str, str, str, str]:
         """Suite, case, direction and implementation: no two records of a run share it."""
-        return self.suite, self.case, self.direction, self.implementation
+        return *self.group, self.implementation
+
+    @property
+    def group(self) -> Group:
+        return Group(self.suite, self.case, self.direction)
 
     def seconds(self, column: str) -> float | None:
         """Median of a time column."""

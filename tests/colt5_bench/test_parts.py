@@ -132,7 +132,7 @@ def test_conditions_are_the_same_at_another_time_of_day():
 
 
 class TestWhatIsKept:
-    GROUP = made.record().key[:3]
+    GROUP = made.record().group
 
     def keep(self, path, *records, expected=("ours", "reference")):
         write(path, [ENVIRONMENT], records)
