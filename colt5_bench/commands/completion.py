@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from colt5_bench.commands import DONE
+from colt5_bench.selection import SelectionError
 
 SUMMARY = "print a script that completes the command line of `colt5-bench` in a shell"
 EXAMPLES = """\
@@ -18,7 +19,7 @@ EXAMPLES = """\
 
 SHELLS = ("bash", "zsh", "fish")
 
-SUITES = r"grep -rls '^SUITE =' suites --include='*.py' | sed 's/.*\///;s/\.py$//' | sort"
+SUITES = "grep -rls '^SUITE =' suites --include='*.py' | xargs -r basename -a -s .py | sort"
 """Names of the suites of the checkout that the shell is in."""
 
 
@@ -27,8 +28,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    # Only here: whoever measures need not have it.
-    shtab = import_module("shtab")
+    try:
+        # Only here: who measures need not have it.
+        shtab = import_module("shtab")
+    except ImportError as error:
+        raise SelectionError("completion needs shtab, which is not installed: pip install shtab") from error
     options.parser.prog = "colt5-bench"
     _complete_values(options.parser, shtab)
     print(shtab.complete(options.parser, options.shell))

@@ -69,7 +69,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:<index>; default auto"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where results go (default: reports/<utc-timestamp>-<suite>)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where results go (default: reports/<utc-timestamp>-<suite>, or without the suite for several)",
     )
     parser.add_argument(
         "--resume",

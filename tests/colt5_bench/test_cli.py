@@ -198,13 +198,25 @@ def test_a_shell_completes(checkout, capsys, words, completed):
     assert shell.stdout.split() == completed
 
 
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_have_a_script_of_their_own(capsys, shell):
+@pytest.mark.parametrize(
+    ("shell", "lines"),
+    [
+        ("zsh", [r"#compdef colt5-bench", r'  "--resume\[complete the run in --out, .*']),
+        ("fish", [r"complete -c colt5-bench -n '.* run' -l resume .*", r"complete -c colt5-bench .* -a merge .*"]),
+    ],
+)
+def test_other_shells_have_a_script_of_their_own(capsys, shell, lines):
     pytest.importorskip("shtab")
     assert cli.main(["completion", shell]) == commands.DONE
     script = capsys.readouterr().out
-    assert "colt5-bench" in script
-    assert "--time-limit" in script.replace("-l time-limit", "--time-limit")
+    for line in lines:
+        assert re.search(f"^{line}$", script, flags=re.MULTILINE)
+
+
+def test_without_its_library_completion_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["completion", "bash"]) == commands.USAGE
+    assert "pip install shtab" in capsys.readouterr().err
 
 
 def test_without_colour_a_terminal_gets_none(monkeypatch):
