@@ -141,3 +141,5 @@ class TestABrokenContext:
         for record in records:
             assert record.status == ("error" if record.implementation == "breaking" else "ok"), record.reason
             assert "device-side assert triggered" in record.reason or record.status == "ok"
+        # Nor does what is left of the context end the run as it exits.
+        assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stderr
