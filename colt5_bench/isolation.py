@@ -35,9 +35,6 @@ PRELOADED = ["pandas", "pynvml", "scipy.stats", "torch", "triton"]
 """What takes long to import, and is the same for every checkout."""
 
 
-_STARTED = "*started*"
-
-
 @dataclass(frozen=True)
 class Point:
     """A case in a direction, with what another process finds it by."""
@@ -129,7 +126,7 @@ def _in_a_process(point: Point, names: list[str], conditions: Conditions, time_l
             if isinstance(answer, _Attempt):
                 process.join(ENDING_SECONDS)
                 return answer
-            if answer == _STARTED:
+            if answer is None:
                 deadline, why = monotonic() + time_limit, f"took longer than the time limit of {time_limit:g} s"
             else:
                 begun = answer
@@ -143,7 +140,7 @@ def _in_a_process(point: Point, names: list[str], conditions: Conditions, time_l
 
 
 def _answer(answers: Connection, address: _Address, names: list[str], conditions: Conditions) -> None:
-    """In the process: send that it has started, each implementation before it is measured, and what came of it."""
+    """In the process: send None when it has started, each implementation before it is measured, and an attempt."""
     # A group of its own: Ctrl-C is for the run, which then ends all that the case has started.
     os.setsid()
     threading.Thread(target=_end_with_the_run, daemon=True).start()
@@ -151,7 +148,7 @@ def _answer(answers: Connection, address: _Address, names: list[str], conditions
     try:
         suite = _load(address.file)
         case = next(case for case in suite.cases(address.preset, conditions.device) if case.id == address.case)
-        answers.send(_STARTED)
+        answers.send(None)
         attempt = _Attempt(measure(suite, case, address.direction, names, conditions, begin=answers.send))
     except BrokenContextError as error:
         attempt = _Attempt(error.finished, str(error))
