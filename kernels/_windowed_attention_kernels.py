@@ -74,9 +74,7 @@ def _inside(start, n, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
-def _load_tile(
-    ptr, start, n, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE: tl.constexpr
-):
+def _load_tile(ptr, start, n, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE: tl.constexpr):
     """`ROWS BLOCK_D` from position start on, 0 past the end."""
     ptr += start.to(tl.int64) * STRIDE
     inside = _inside(start, n, ROWS, HEAD_DIM, BLOCK_D)
@@ -352,8 +350,18 @@ class Settings(NamedTuple):
     num_stages: int
 
 
-FORWARD = {(2, 64): Settings(64, 64, 4, 2), (2, 128): Settings(64, 32, 4, 2), (4, 64): Settings(64, 32, 4, 2), (4, 128): Settings(64, 32, 8, 2)}
-BACKWARD = {(2, 64): Settings(64, 64, 4, 2), (2, 128): Settings(64, 64, 8, 2), (4, 64): Settings(32, 32, 4, 2), (4, 128): Settings(32, 64, 8, 2)}
+FORWARD = {
+    (2, 64): Settings(64, 64, 4, 2),
+    (2, 128): Settings(64, 32, 4, 2),
+    (4, 64): Settings(64, 32, 4, 2),
+    (4, 128): Settings(64, 32, 8, 2),
+}
+BACKWARD = {
+    (2, 64): Settings(64, 64, 4, 2),
+    (2, 128): Settings(64, 64, 8, 2),
+    (4, 64): Settings(32, 32, 4, 2),
+    (4, 128): Settings(32, 64, 8, 2),
+}
 
 
 def launch_forward(

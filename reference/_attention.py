@@ -1,4 +1,4 @@
-"""The dense attentions that the routed layers are made of, for tokens that are routed and for the image layer's windows."""
+"""The dense attentions that the layers are made of: for what is routed, and for the windows of an image."""
 
 from typing import NamedTuple
 
