@@ -34,7 +34,7 @@ _library.define(
 
 @torch.library.register_fake("colt5::windowed_attention", lib=_library)
 def _allocate(qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The output, and the logarithm of what each softmax divides by."""
+    """The output, and the logarithm of what each softmax divides by, to the base that the path computes with."""
     batch, n, width = qkv.shape
     wide = torch.promote_types(qkv.dtype, torch.float32)
     return qkv.new_empty(batch, n, width // 3), qkv.new_empty(batch, heads, n, dtype=wide)
