@@ -4,5 +4,6 @@ from kernels.coor_descent import coor_descent
 from kernels.segmented_coor_descent import segmented_coor_descent
 from kernels.soft_topk import soft_topk
 from kernels.topk import topk
+from kernels.windowed_attention import windowed_attention
 
-__all__ = ["coor_descent", "segmented_coor_descent", "soft_topk", "topk"]
+__all__ = ["coor_descent", "segmented_coor_descent", "soft_topk", "topk", "windowed_attention"]

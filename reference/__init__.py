@@ -10,6 +10,7 @@ from reference.router import CoordinateDescentRouter, RouterReturn
 from reference.soft_topk import soft_topk
 from reference.topk import TopkReturn, topk
 from reference.vit import ConditionalRoutedViT
+from reference.windowed_attention import windowed_attention
 
 __all__ = [
     "ConditionalRoutedAttention",
@@ -25,4 +26,5 @@ __all__ = [
     "coor_descent",
     "soft_topk",
     "topk",
+    "windowed_attention",
 ]

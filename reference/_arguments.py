@@ -42,6 +42,14 @@ def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None, name: str = "x
         require(mask.device == x.device, mask_name, f"on {mask.device}", f"on {x.device} as {name} is")
 
 
+def check_windows(qkv: Tensor, heads: int, window_size: int, mask: Tensor | None) -> None:
+    """Queries, keys and values are a float tensor (b, n, 3 * heads * d); a mask is boolean and (b, n)."""
+    check_counts(heads=heads, window_size=window_size)
+    fits = qkv.ndim == 3 and qkv.shape[-1] >= 1 and qkv.shape[-1] % (3 * heads) == 0
+    require(fits, "qkv", f"shape {tuple(qkv.shape)}", f"of shape (b, n, {3 * heads} * d), as there are {heads} heads")
+    check_tokens(qkv, qkv.shape[-1], mask, "qkv")
+
+
 def check_k(k: float | Tensor, scores: Tensor) -> None:
     """k is a positive number, or a tensor that broadcasts to scores.shape[:-1], one k a row.
 

@@ -1,6 +1,5 @@
-"""The attentions that the routed layers are made of: windowed for all tokens, dense for those that are routed."""
+"""The dense attentions that the layers are made of: for what is routed, and for the windows of an image."""
 
-from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -90,54 +89,6 @@ class SelfAttention(nn.Module):
         mask = None if mask is None else rearrange(mask, "b n -> b 1 1 n")
         out = attend(query, key, value, mask, use_flash=True)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
-
-
-class WindowedAttention(nn.Module):
-    """The light branch: each token attends to those around it, in memory linear in the number of tokens.
-
-    Args:
-        window_size: if causal, the size of windows, and a token attends to what is before it in its window and to all
-            of the window before; else the radius: a token attends to those at most so far away.
-    """
-
-    def __init__(self, dim: int, window_size: int, dim_head: int = 64, heads: int = 8, causal: bool = False) -> None:
-        super().__init__()
-        self.window_size = window_size
-        self.heads = heads
-        self.causal = causal
-        self.norm = nn.LayerNorm(dim)
-        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to."""
-        batch, n, _ = x.shape
-        size = max(1, min(self.window_size, n))
-        windows = ceil(n / size)
-        qkv = F.pad(self.to_qkv(self.norm(x)), (0, 0, 0, windows * size - n))
-        query, key, value = rearrange(qkv, "b (w i) (qkv h d) -> qkv b w i h d", qkv=3, h=self.heads, i=size)
-        key, value = self._with_neighbours(key), self._with_neighbours(value)
-
-        # What padding there is at either end is masked as what is not there.
-        present = torch.ones(batch, n, dtype=torch.bool, device=x.device) if mask is None else mask
-        present = rearrange(F.pad(present, (0, windows * size - n)), "b (w j) -> b w j", j=size)
-        allowed = self._within_reach(size, x.device) & rearrange(self._with_neighbours(present), "b w j -> (b w) 1 1 j")
-
-        query, key, value = (rearrange(each, "b w i h d -> (b w) h i d") for each in (query, key, value))
-        out = attend(query, key, value, allowed, use_flash=True)
-        return self.to_out(rearrange(out, "(b w) h i d -> b (w i) (h d)", b=batch, w=windows)[:, :n])
-
-    def _with_neighbours(self, x: Tensor) -> Tensor:
-        """`b w j ...` with the windows before and, unless causal, after it in the dimension of j."""
-        after = 0 if self.causal else 1
-        padded = F.pad(x, (*(0, 0) * (x.dim() - 2), 1, after))
-        return torch.cat([padded[:, start : start + x.shape[1]] for start in range(2 + after)], dim=2)
-
-    def _within_reach(self, size: int, device: torch.device) -> Tensor:
-        """`i j`: which of the positions in its window and the neighbours a query may attend to."""
-        query = torch.arange(size, device=device)[:, None]
-        key = torch.arange(size * (2 if self.causal else 3), device=device) - size
-        return key <= query if self.causal else (key - query).abs() <= size
 
 
 class Rotations(NamedTuple):

@@ -8,8 +8,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from reference._arguments import check_counts, check_tokens, require
-from reference._attention import Attention, RotaryEmbedding, Rotations, WindowedAttention
+from reference._attention import Attention, RotaryEmbedding, Rotations
 from reference.router import CoordinateDescentRouter, RouterReturn
+from reference.windowed_attention import WindowedAttention
 
 
 class RoutedBranch(nn.Module):
@@ -138,7 +139,8 @@ class ConditionalRoutedAttention(RoutedBranch):
         self.light_attn = None
         if has_light_attn:
             require(light_window_size >= 2, "light_window_size", light_window_size, ">= 2")
-            self.light_attn = WindowedAttention(dim, light_window_size // 2, light_dim_head, light_heads)
+            radius = light_window_size // 2
+            self.light_attn = WindowedAttention(dim, radius, light_dim_head, light_heads, use_triton=use_triton)
         self.rotary_emb = RotaryEmbedding(heavy_dim_head) if rotary_emb else None
 
     def forward(

@@ -9,9 +9,10 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from reference._arguments import check_counts, check_tokens
-from reference._attention import RotaryEmbedding, Rotations, WindowedAttention
+from reference._attention import RotaryEmbedding, Rotations
 from reference.attention import RoutedBranch, angles_at
 from reference.router import RouterReturn, Selection, gather_tokens
+from reference.windowed_attention import WindowedAttention
 
 
 class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
@@ -84,7 +85,9 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             heavy_window_size=self.heavy_window_size,
         )
         self.causal_query_routing = causal_query_routing
-        self.light_attn = WindowedAttention(dim, light_window_size, light_dim_head, light_heads, causal=True)
+        self.light_attn = WindowedAttention(
+            dim, light_window_size, light_dim_head, light_heads, causal=True, use_triton=use_triton
+        )
         self.rotary_emb = RotaryEmbedding(heavy_dim_head) if rotary_emb else None
 
     def forward(

@@ -157,7 +157,7 @@ def _sizes(case: LayerCase) -> tuple[int, int, int]:
 
 def cost(case: LayerCase, direction: str) -> Cost:
     """Inputs and parameters read and the output written; then these and the upstream gradient again, and a gradient
-    written for each. Products are those of plain PyTorch; that of the windowed branch includes keys out of reach."""
+    written for each. Products are those of plain PyTorch, and of the windowed branch those of keys within reach."""
     elements, masks, flops = _sizes(case)
     size, output = case.layer.torch_dtype.itemsize, prod(case.layer.output)
     forward = size * (elements + output) + masks

@@ -1,0 +1,98 @@
+"""`kernels.windowed_attention` in PyTorch, for tensors that no kernel takes: windows of queries with their neighbours.
+
+Everything is computed in fp32 at least, whatever autocast says.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+
+def forward(
+    qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, out: Tensor, log_sum: Tensor
+) -> None:
+    """Fill in the output `b n (h d)` and the natural logarithms `b h n` of what each softmax divides by."""
+    size = min(window_size, qkv.shape[1])
+    with torch.autocast(qkv.device.type, enabled=False):
+        query, key, value = (_split(each, heads, size) for each in qkv.chunk(3, dim=-1))
+        weight, log = _weights(query, _with_neighbours(key, causal), _allowed(qkv, mask, size, causal))
+        out.copy_(_join(weight @ _with_neighbours(value, causal), qkv.shape[1]))
+        log_sum.copy_(rearrange(log, "b h w i 1 -> b h (w i)")[..., : qkv.shape[1]])
+
+
+def backward(
+    grad: Tensor,
+    qkv: Tensor,
+    heads: int,
+    window_size: int,
+    causal: bool,
+    mask: Tensor | None,
+    out: Tensor,
+    log_sum: Tensor,
+    dqkv: Tensor,
+) -> None:
+    """Fill in the gradient `b n (3 h d)`."""
+    n = qkv.shape[1]
+    size = min(window_size, n)
+    with torch.autocast(qkv.device.type, enabled=False):
+        query, key, value = (_split(each, heads, size) for each in qkv.chunk(3, dim=-1))
+        key, value = _with_neighbours(key, causal), _with_neighbours(value, causal)
+        grad, out = _split(grad, heads, size), _split(out, heads, size)
+        # Not from the logarithms: where they are large, their rounding is.
+        weight, _ = _weights(query, key, _allowed(qkv, mask, size, causal))
+        delta = (grad * out).sum(dim=-1, keepdim=True)
+        dsimilarity = weight * (grad @ value.mT - delta) * query.shape[-1] ** -0.5
+        gradients = (
+            dsimilarity @ key,
+            _from_neighbours(dsimilarity.mT @ query, size),
+            _from_neighbours(weight.mT @ grad, size),
+        )
+        for into, gradient in zip(dqkv.chunk(3, dim=-1), gradients, strict=True):
+            into.copy_(_join(gradient, n))
+
+
+def _split(x: Tensor, heads: int, size: int) -> Tensor:
+    """`b n (h d)` as windows `b h w i d`, the last one padded with zeros."""
+    x = F.pad(x.to(torch.promote_types(x.dtype, torch.float32)), (0, 0, 0, -x.shape[1] % size))
+    return rearrange(x, "b (w i) (h d) -> b h w i d", i=size, h=heads)
+
+
+def _join(x: Tensor, n: int) -> Tensor:
+    return rearrange(x, "b h w i d -> b (w i) (h d)")[:, :n]
+
+
+def _with_neighbours(x: Tensor, causal: bool) -> Tensor:
+    """`b h w j d` with the windows before and, unless causal, after it in the dimension of j."""
+    offsets = range(2 if causal else 3)
+    padded = F.pad(x, (0, 0, 0, 0, 1, len(offsets) - 2))
+    return torch.cat([padded[:, :, start : start + x.shape[2]] for start in offsets], dim=3)
+
+
+def _from_neighbours(x: Tensor, size: int) -> Tensor:
+    """The transpose of `_with_neighbours`: each window's share of `b h w j d`, added up."""
+    parts = x.split(size, dim=3)
+    total = x.new_zeros(*x.shape[:2], x.shape[2] + len(parts) - 1, size, x.shape[4])
+    for start, part in enumerate(parts):
+        total[:, :, start : start + x.shape[2]] += part
+    return total[:, :, 1 : 1 + x.shape[2]]
+
+
+def _allowed(qkv: Tensor, mask: Tensor | None, size: int, causal: bool) -> Tensor:
+    """`b 1 w i j`: which keys of its window and the neighbours a query may attend to."""
+    present = qkv.new_ones(qkv.shape[:2], dtype=torch.bool) if mask is None else mask
+    present = rearrange(F.pad(present, (0, -qkv.shape[1] % size)), "b (w j) -> b 1 w j 1", j=size)
+    query = torch.arange(size, device=qkv.device)[:, None]
+    key = torch.arange(size * (2 if causal else 3), device=qkv.device) - size
+    within = key <= query if causal else (key - query).abs() <= size
+    return within & _with_neighbours(present, causal).mT
+
+
+def _weights(query: Tensor, key: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights `b h w i j`, 0 where there is nothing to attend to, and the logarithms of what they are divided by."""
+    similarity = (query @ key.mT * query.shape[-1] ** -0.5).masked_fill(~allowed, -torch.inf)
+    largest = similarity.amax(dim=-1, keepdim=True)
+    largest = largest.masked_fill(largest == -torch.inf, 0.0)
+    weight = (similarity - largest).exp()
+    total = weight.sum(dim=-1, keepdim=True)
+    return weight / total.masked_fill(total == 0, 1.0), largest + total.log()
