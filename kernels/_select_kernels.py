@@ -15,8 +15,8 @@ from torch import Tensor
 CHUNK = 4096
 """Entries of a row that one program handles."""
 
-IN_THREAD = 32
-"""Of these in a thread, each with as many registers as the count of bytes needs."""
+IN_THREAD, ROW_IN_THREAD = 32, 16
+"""Of these in a thread, and of those of a row that has a program to itself, which keeps them."""
 
 RANKED, RANKED_AGAINST = 16, 256
 """Selected entries that one program ranks, and how many others it looks at in one go."""
@@ -46,13 +46,10 @@ def _load_ordered(scores_ptr, mask_ptr, columns, n, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def _count_byte(ordered, exists, known, BYTE: tl.constexpr):
+def _count_byte(ordered, exists, known, byte):
     """How many entries, of those whose bytes before this one are as known, have each value of this byte: int32."""
-    candidates = exists
-    if BYTE > 0:
-        candidates = exists & ((ordered >> (32 - 8 * BYTE)) == known)
-    value = ((ordered >> (24 - 8 * BYTE)) & 0xFF).to(tl.int32)
-    return tl.histogram(value, BINS, mask=candidates)
+    up_to_this = ordered >> (24 - 8 * byte)
+    return tl.histogram((up_to_this & 0xFF).to(tl.int32), BINS, mask=exists & ((up_to_this >> 8) == known))
 
 
 @triton.jit
@@ -102,7 +99,7 @@ def _row_kernel(
     ordered = _load_ordered(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
     known = tl.zeros((), tl.uint32)
     remaining = selected + tl.zeros((), tl.int32)
-    for byte in tl.static_range(BYTES):
+    for byte in range(BYTES):
         known, remaining = _narrow(_count_byte(ordered, exists, known, byte), known, remaining)
     above, equal = exists & (ordered > known), exists & (ordered == known)
     _collect(keys_ptr + row * selected, ordered, columns, above, equal, 0, 0, remaining, selected)
@@ -222,7 +219,10 @@ def launch_select(scores: Tensor, mask: Tensor | None, indices: Tensor) -> None:
     inputs = (scores, scores if mask is None else mask)
     numbers = (scores.stride(0), 0 if mask is None else mask.stride(0), n, selected)
     block = min(max(triton.next_power_of_2(n), 128), CHUNK)
-    settings = {"BLOCK": block, "HAS_MASK": mask is not None, "num_warps": max(block // (32 * IN_THREAD), 1)}
+    in_thread = ROW_IN_THREAD if n <= CHUNK else IN_THREAD
+    num_warps = max(block // (32 * in_thread), 1)
+    # The limit on registers is the one there is anyway: without it, ptxas spills some to fit more programs.
+    settings = {"BLOCK": block, "HAS_MASK": mask is not None, "num_warps": num_warps, "maxnreg": 255}
     if n <= CHUNK:
         _row_kernel[(n_rows,)](*inputs, keys, *numbers, **settings)
     else:
