@@ -289,4 +289,3 @@ class CoordinateDescentRouter(nn.Module):
         places = repeat(indices.clamp(max=n), "b k -> b k d", d=src.shape[-1])
         # Those without a place end in a row of their own.
         return F.pad(src, (0, 0, 0, 1)).scatter_(1, places, routed_tokens.to(src.dtype))[:, :n]
-
