@@ -106,24 +106,22 @@ def _row_kernel(
 
 
 @triton.jit
-def _known_so_far(counts_ptr, row, part, selected, BYTE: tl.constexpr):
-    """What the passes before that of BYTE have found: its last byte from their counts, the others as they wrote it."""
+def _known_so_far(counts_ptr, row, part, selected, byte):
+    """What the passes before that of a byte have found: the one before it by their counts, the others as they wrote
+    it."""
     counts_ptr += row * ((BYTES + 1) * BINS)
-    found_ptr = counts_ptr + BYTES * BINS
-    known = tl.zeros((), tl.uint32)
-    remaining = selected + tl.zeros((), tl.int32)
-    if BYTE > 1:
-        known = tl.load(found_ptr + 2 * BYTE - 2).to(tl.uint32, bitcast=True)
-        remaining = tl.load(found_ptr + 2 * BYTE - 1)
-    if BYTE > 0:
-        counts = tl.load(counts_ptr + (BYTE - 1) * BINS + tl.arange(0, BINS))
+    found_ptr = counts_ptr + BYTES * BINS + 2 * byte
+    known = tl.load(found_ptr - 2, mask=byte > 1, other=0).to(tl.uint32, bitcast=True)
+    remaining = tl.load(found_ptr - 1, mask=byte > 1, other=selected)
+    if byte > 0:
+        counts = tl.load(counts_ptr + (byte - 1) * BINS + tl.arange(0, BINS))
         known, remaining = _narrow(counts, known, remaining)
-        tl.store(found_ptr + 2 * BYTE, known.to(tl.int32, bitcast=True), mask=part == 0)
-        tl.store(found_ptr + 2 * BYTE + 1, remaining, mask=part == 0)
+        tl.store(found_ptr, known.to(tl.int32, bitcast=True), mask=part == 0)
+        tl.store(found_ptr + 1, remaining, mask=part == 0)
     return known, remaining
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["byte"])
 def _count_kernel(
     scores_ptr,  # rows n
     mask_ptr,  # rows n
@@ -134,7 +132,7 @@ def _count_kernel(
     n,
     selected,
     parts,
-    BYTE: tl.constexpr,
+    byte,
     BLOCK: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
@@ -143,13 +141,13 @@ def _count_kernel(
     part = tl.program_id(0) % parts
     columns = part * BLOCK + tl.arange(0, BLOCK)
     ordered = _load_ordered(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
-    known, _ = _known_so_far(counts_ptr, row, part, selected, BYTE)
-    counts = _count_byte(ordered, columns < n, known, BYTE)
+    known, _ = _known_so_far(counts_ptr, row, part, selected, byte)
+    counts = _count_byte(ordered, columns < n, known, byte)
     values = tl.arange(0, BINS)
-    row_counts_ptr = counts_ptr + row * ((BYTES + 1) * BINS) + BYTE * BINS
+    row_counts_ptr = counts_ptr + row * ((BYTES + 1) * BINS) + byte * BINS
     tl.atomic_add(row_counts_ptr + values, counts, mask=counts > 0, sem="relaxed")
-    if BYTE == BYTES - 1:
-        tl.store(own_counts_ptr + (row * parts + part) * BINS + values, counts)
+    is_last = byte == BYTES - 1
+    tl.store(own_counts_ptr + (row * parts + part) * BINS + values, counts, mask=is_last & (values < BINS))
 
 
 @triton.jit
@@ -220,18 +218,17 @@ def launch_select(scores: Tensor, mask: Tensor | None, indices: Tensor) -> None:
     numbers = (scores.stride(0), 0 if mask is None else mask.stride(0), n, selected)
     block = min(max(triton.next_power_of_2(n), 128), CHUNK)
     in_thread = ROW_IN_THREAD if n <= CHUNK else IN_THREAD
-    num_warps = max(block // (32 * in_thread), 1)
-    # The limit on registers is the one there is anyway: without it, ptxas spills some to fit more programs.
-    settings = {"BLOCK": block, "HAS_MASK": mask is not None, "num_warps": num_warps, "maxnreg": 255}
+    settings = {"BLOCK": block, "HAS_MASK": mask is not None, "num_warps": max(block // (32 * in_thread), 1)}
     if n <= CHUNK:
-        _row_kernel[(n_rows,)](*inputs, keys, *numbers, **settings)
+        # Without a limit on registers, ptxas aims at fewer and spills some.
+        _row_kernel[(n_rows,)](*inputs, keys, *numbers, **settings, maxnreg=128)
     else:
         parts = triton.cdiv(n, CHUNK)
         grid = (n_rows * parts,)
         counts = torch.zeros((n_rows, BYTES.value + 1, BINS.value), dtype=torch.int32, device=scores.device)
         own_counts = torch.empty((n_rows, parts, BINS.value), dtype=torch.int32, device=scores.device)
         for byte in range(BYTES.value):
-            _count_kernel[grid](*inputs, counts, own_counts, *numbers, parts, BYTE=byte, **settings)
+            _count_kernel[grid](*inputs, counts, own_counts, *numbers, parts, byte, **settings)
         _collect_kernel[grid](*inputs, counts, own_counts, keys, *numbers, parts, **settings)
 
     if selected > MOST_RANKED:
