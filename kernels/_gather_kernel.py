@@ -14,9 +14,9 @@ def _gather_kernel(
     x_ptr,  # b n d
     selected_ptr,  # b r blocks selected, int64: in the block
     relaxed_ptr,  # b r blocks width
-    indices_ptr,  # b r blocks selected, int64: in the sequence
     weights_ptr,  # b r blocks selected
     tokens_ptr,  # b r blocks selected d
+    indices_ptr,  # b r blocks selected, int64: in the sequence
     x_stride,
     token_stride,
     n,
@@ -49,9 +49,9 @@ def _gather_kernel(
 
 
 def launch_gather(
-    x: Tensor, selected: Tensor, relaxed: Tensor, blocks: int, indices: Tensor, weights: Tensor, tokens: Tensor
+    x: Tensor, selected: Tensor, relaxed: Tensor, blocks: int, weights: Tensor, tokens: Tensor, indices: Tensor
 ) -> None:
-    """Write indices and weights `b r blocks*selected` and tokens `b r blocks*selected d` of x `b n d`, whose last
+    """Write weights and indices `b r blocks*selected` and tokens `b r blocks*selected d` of x `b n d`, whose last
     stride is 1, from rows of `b r blocks`: what is selected, and the relaxed selection."""
     n, d = x.shape[1:]
     groups = triton.cdiv(selected.shape[1], SLOTS)
@@ -59,9 +59,9 @@ def launch_gather(
         x,
         selected,
         relaxed,
-        indices,
         weights,
         tokens,
+        indices,
         x.stride(0),
         x.stride(1),
         n,
@@ -77,7 +77,7 @@ def launch_gather(
 
 
 def gather_in_pytorch(
-    x: Tensor, selected: Tensor, relaxed: Tensor, blocks: int, indices: Tensor, weights: Tensor, tokens: Tensor
+    x: Tensor, selected: Tensor, relaxed: Tensor, blocks: int, weights: Tensor, tokens: Tensor, indices: Tensor
 ) -> None:
     """As `launch_gather`."""
     weights.copy_(relaxed.gather(-1, selected).view(weights.shape))

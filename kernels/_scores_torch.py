@@ -16,6 +16,7 @@ def scores(x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_norms: Ten
     if inverse_norms is None:
         scores[..., :n] = products
         return
+    inverse_norms[:, n:] = 0.0
     inverse_norms[:, :n] = 1.0 / x.norm(dim=-1).clamp(min=SMALLEST_NORM.value)
     torch.mul(products, inverse_norms[:, None, :n], out=scores[..., :n])
 

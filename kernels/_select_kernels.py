@@ -49,7 +49,12 @@ def _load_ordered(scores_ptr, mask_ptr, columns, n, HAS_MASK: tl.constexpr):
 def _count_byte(ordered, exists, known, byte):
     """How many entries, of those whose bytes before this one are as known, have each value of this byte: int32."""
     up_to_this = ordered >> (24 - 8 * byte)
-    return tl.histogram((up_to_this & 0xFF).to(tl.int32), BINS, mask=exists & ((up_to_this >> 8) == known))
+    candidates = exists & ((up_to_this >> 8) == known)
+    counts = tl.zeros([BINS], tl.int32)
+    # Of the last bytes most programs have nothing to count.
+    if tl.max(candidates.to(tl.int32), axis=0) > 0:
+        counts = tl.histogram((up_to_this & 0xFF).to(tl.int32), BINS, mask=candidates)
+    return counts
 
 
 @triton.jit

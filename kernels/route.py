@@ -61,10 +61,10 @@ def _row_mask(x: Tensor, mask: Tensor | None, routes: int, blocks: int, width: i
 def _allocate_routed(
     x: Tensor, scores: Tensor, num_selected: int, block_size: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices, weights and tokens."""
+    """Weights, tokens and indices."""
     (batch, n, d), routes = x.shape, scores.shape[1]
     shape = (batch, routes, _blocks(n, block_size)[0] * num_selected)
-    return x.new_empty(shape, dtype=torch.int64), scores.new_empty(shape), x.new_empty((*shape, d))
+    return scores.new_empty(shape), x.new_empty((*shape, d)), x.new_empty(shape, dtype=torch.int64)
 
 
 @torch.library.register_fake("colt5::route", lib=_library)
@@ -83,7 +83,7 @@ def _allocate(
     block_size: int | None,
     save: bool,
 ) -> tuple[Tensor, ...]:
-    """Indices, weights and tokens, then what the backward pass needs: scores, inverse norms, and a state a row."""
+    """Weights, tokens and indices, then what the backward pass needs: scores, inverse norms, and a state a row."""
     blocks, width = _blocks(x.shape[1], block_size)
     scores, inverse_norms = allocate_scores(x, routing_tokens, cosine, blocks * width)
     rows = scores.shape[0] * scores.shape[1] * blocks
@@ -202,14 +202,14 @@ for _device in ("CPU", "CUDA"):
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     x, routing_tokens, mask, *numbers, _ = inputs
-    indices, _, _, scores, inverse_norms, state = output
+    _, _, indices, scores, inverse_norms, state = output
     ctx.save_for_backward(x, routing_tokens, mask, indices, scores, inverse_norms, state)
     ctx.mark_non_differentiable(indices, scores, inverse_norms, state)
     ctx.numbers = numbers
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, _: None, grad_weights: Tensor | None, grad_tokens: Tensor | None, *__: None) -> tuple:
+def _differentiate(ctx, grad_weights: Tensor | None, grad_tokens: Tensor | None, *_: None) -> tuple:
     nothing = (None,) * 13
     grads = [grad for grad in (grad_weights, grad_tokens) if grad is not None]
     if not grads:
@@ -286,19 +286,18 @@ def route(
     operation: Callable[..., tuple[Tensor, ...]] = _Eager.apply if save else _forward
     if is_traced(x):
         operation = torch.ops.colt5.route
-    return RouteReturn(
-        *operation(
-            *as_kernels_take(x, routing_tokens, cosine_sim_scale),
-            mask,
-            num_selected,
-            float(k),
-            n_iters,
-            eps,
-            first_temperature(eps, eps_init),
-            eps_decay,
-            solver == "exact",
-            cosine_sim_scale is not None,
-            block_size,
-            save,
-        )[:3]
+    weights, tokens, indices, *_ = operation(
+        *as_kernels_take(x, routing_tokens, cosine_sim_scale),
+        mask,
+        num_selected,
+        float(k),
+        n_iters,
+        eps,
+        first_temperature(eps, eps_init),
+        eps_decay,
+        solver == "exact",
+        cosine_sim_scale is not None,
+        block_size,
+        save,
     )
+    return RouteReturn(indices, weights, tokens)

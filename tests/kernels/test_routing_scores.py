@@ -1,5 +1,6 @@
 import pytest
 import torch
+import triton
 
 import reference
 from colt5_bench.static_facts import compiled_kernels
@@ -109,6 +110,7 @@ def test_wrong_arguments(device):
         routing_scores(*inputs("cpu")[:1], torch.ones(3, 2, 20))
 
 
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="says nothing about kernels")
 @pytest.mark.parametrize("cosine", [False, True])
 def test_is_an_operator(device, cosine):
     x, routing_tokens = inputs(device, n=5, d=4)
@@ -123,11 +125,10 @@ def test_is_an_operator(device, cosine):
 def test_no_register_spills(device, target):
     def launch():
         with triton_for_cpu_tensors():
-            for routes, dtype in ((1, torch.bfloat16), (2, torch.float32), (16, torch.float32)):
-                for scale in (None, 8.0):
-                    x, routing_tokens = inputs("cpu", n=1000, d=512, r=routes, dtype=dtype)
-                    scores = routing_scores(x.requires_grad_(), routing_tokens.requires_grad_(), cosine_sim_scale=scale)
-                    scores.sum().backward()
+            for routes, dtype in ((2, torch.float32), (1, torch.bfloat16), (8, torch.bfloat16), (16, torch.float32)):
+                x, routing_tokens = inputs("cpu", n=1000, d=512, r=routes, dtype=dtype)
+                scale = None if routes == 2 else 8.0
+                routing_scores(x.requires_grad_(), routing_tokens, cosine_sim_scale=scale).sum().backward()
 
     kernels = compiled_kernels(launch, target=target)
     assert {kernel["spilled_bytes"] for kernel in kernels} == {0}

@@ -22,8 +22,7 @@ pytestmark = pytest.mark.parametrize("device", DEVICES)
 def path(request, monkeypatch):
     """Each way in which a kernel goes through a row of these tests' length."""
     if request.param != "one program a row":
-        monkeypatch.setattr(_select_kernels, "CHUNK", 128)
-        monkeypatch.setattr(_select_kernels, "IN_THREAD", 4)
+        monkeypatch.setattr(_select_kernels, "CHUNK", 64)
     if request.param == "sorted":
         monkeypatch.setattr(_select_kernels, "MOST_RANKED", 0)
 
@@ -35,31 +34,31 @@ def check(scores, k, mask=None):
     assert torch.equal(indices, reference.select(scores, num_selected=k, mask=mask))
 
 
-@pytest.mark.parametrize("k", [1, 20, 300])
 @pytest.mark.usefixtures("path")
-def test_random_scores(device, k):
-    scores = torch.randn(3, 300, device=device)
-    check(scores, k)
-    check(scores, k, torch.rand(3, 300, device=device) > 0.5)
+def test_random_scores(device):
+    scores = torch.randn(2, 150, device=device)
+    for k in (1, 20, 150):
+        check(scores, k)
+    check(scores, 70, torch.rand(2, 150, device=device) > 0.5)
 
 
 @pytest.mark.usefixtures("path")
 def test_ties(device):
-    levels = torch.randint(-2, 3, (2, 290), device=device) / 2
+    levels = torch.randint(-2, 3, (2, 140), device=device) / 2
     levels[0, ::7] = -0.0
     check(levels, 77)
-    check(torch.full((1, 290), -3.25, device=device), 200, torch.arange(290, device=device) % 3 > 0)
+    check(torch.full((1, 140), -3.25, device=device), 100, torch.arange(140, device=device) % 3 > 0)
 
 
 @pytest.mark.usefixtures("path")
 def test_extremes(device):
-    scores = torch.randn(3, 140, device=device)
+    scores = torch.randn(3, 90, device=device)
     scores[0, 5::9], scores[0, 7], scores[1, 3:] = math.nan, -math.nan, -math.inf
     scores[2, ::2] *= 1e30
     scores[2, 1::2] *= 1e-42
-    mask = torch.rand(3, 140, device=device) > 0.3
+    mask = torch.rand(3, 90, device=device) > 0.3
     mask[1, :50] = False
-    check(scores, 130, mask)
+    check(scores, 80, mask)
     check(scores, 40)
 
 
@@ -103,6 +102,7 @@ def test_wrong_arguments(device, arguments, named):
         select(**{"scores": torch.randn(2, 5), "num_selected": 2, **arguments})
 
 
+@pytest.mark.skipif(INTERPRETED, reason="says nothing about kernels")
 def test_is_an_operator(device):
     scores, mask = torch.randn(2, 9, device=device), torch.rand(2, 9, device=device) > 0.2
     torch.library.opcheck(torch.ops.colt5.select, (scores, mask, 3))
@@ -127,7 +127,7 @@ def test_long_rows_and_graphs(device, n):
         assert torch.equal(captured, reference.select(scores, num_selected=500))
 
 
-@settings(max_examples=5 if INTERPRETED else 50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3 if INTERPRETED else 50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.floats(width=32), min_size=1, max_size=30), st.data())
 def test_any_numbers(device, numbers, data):
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(numbers), max_size=len(numbers))), device=device)
@@ -140,9 +140,9 @@ def test_any_numbers(device, numbers, data):
 def test_no_register_spills(device, target):
     def launch():
         with triton_for_cpu_tensors():
-            for n in (512, 4096, 100_000):
-                for mask in (None, torch.ones(n, dtype=torch.bool)):
-                    select(torch.randn(2, n), num_selected=100, mask=mask)
+            for n in (4096, 100_000):
+                select(torch.randn(2, n), num_selected=100)
+            select(torch.randn(2, n), num_selected=100, mask=torch.ones(n, dtype=torch.bool))
 
     kernels = compiled_kernels(launch, target=target)
     assert {kernel["spilled_bytes"] for kernel in kernels} == {0}
