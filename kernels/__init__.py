@@ -1,9 +1,21 @@
 """Fused Triton kernels for the operations of `reference`, with the same signatures."""
 
 from kernels.coor_descent import coor_descent
+from kernels.route import route
+from kernels.routing_scores import routing_scores
 from kernels.segmented_coor_descent import segmented_coor_descent
+from kernels.select import select
 from kernels.soft_topk import soft_topk
 from kernels.topk import topk
 from kernels.windowed_attention import windowed_attention
 
-__all__ = ["coor_descent", "segmented_coor_descent", "soft_topk", "topk", "windowed_attention"]
+__all__ = [
+    "coor_descent",
+    "route",
+    "routing_scores",
+    "segmented_coor_descent",
+    "select",
+    "soft_topk",
+    "topk",
+    "windowed_attention",
+]

@@ -6,7 +6,10 @@ from reference.block import ConditionalRoutedTransformerBlock
 from reference.coor_descent import coor_descent
 from reference.feedforward import ConditionalRoutedFeedForward
 from reference.image import ConditionalRoutedImageAttention
+from reference.route import RouteReturn, route
 from reference.router import CoordinateDescentRouter, RouterReturn
+from reference.routing_scores import routing_scores
+from reference.select import select
 from reference.soft_topk import soft_topk
 from reference.topk import TopkReturn, topk
 from reference.vit import ConditionalRoutedViT
@@ -21,9 +24,13 @@ __all__ = [
     "ConditionalRoutedTransformerBlock",
     "ConditionalRoutedViT",
     "CoordinateDescentRouter",
+    "RouteReturn",
     "RouterReturn",
     "TopkReturn",
     "coor_descent",
+    "route",
+    "routing_scores",
+    "select",
     "soft_topk",
     "topk",
     "windowed_attention",
