@@ -1,6 +1,8 @@
 """Fused Triton kernels for the operations of `reference`, with the same signatures."""
 
+from kernels.combine import combine
 from kernels.coor_descent import coor_descent
+from kernels.normalize import normalize
 from kernels.route import route
 from kernels.routing_scores import routing_scores
 from kernels.segmented_coor_descent import segmented_coor_descent
@@ -10,7 +12,9 @@ from kernels.topk import topk
 from kernels.windowed_attention import windowed_attention
 
 __all__ = [
+    "combine",
     "coor_descent",
+    "normalize",
     "route",
     "routing_scores",
     "segmented_coor_descent",

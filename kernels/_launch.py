@@ -77,6 +77,14 @@ def tile_settings(entries: int, in_thread: int) -> Mapping[str, int]:
     }
 
 
+@cache
+def feature_tile(d: int) -> Mapping[str, int]:
+    """Launch settings for rows of d features, each row in a tile as a whole: 2048 entries, of which a thread has 16, or
+    a longer row."""
+    block = triton.next_power_of_2(d)
+    return {"ROWS": max(2048 // block, 1), "BLOCK_D": block, "num_warps": max(block, 2048) // 512}
+
+
 @contextmanager
 def triton_for_cpu_tensors() -> Iterator[None]:
     """Send CPU tensors to the Triton kernels at an H200's launch settings, to compile them where there is no GPU.

@@ -3,9 +3,11 @@
 from reference.attention import ConditionalRoutedAttention, ConditionalRoutedCrossAttention
 from reference.autoregressive import ConditionalRoutedAutoregressiveAttention
 from reference.block import ConditionalRoutedTransformerBlock
+from reference.combine import combine
 from reference.coor_descent import coor_descent
 from reference.feedforward import ConditionalRoutedFeedForward
 from reference.image import ConditionalRoutedImageAttention
+from reference.normalize import normalize
 from reference.route import RouteReturn, route
 from reference.router import CoordinateDescentRouter, RouterReturn
 from reference.routing_scores import routing_scores
@@ -27,7 +29,9 @@ __all__ = [
     "RouteReturn",
     "RouterReturn",
     "TopkReturn",
+    "combine",
     "coor_descent",
+    "normalize",
     "route",
     "routing_scores",
     "select",

@@ -8,20 +8,47 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
 from reference._arguments import require
+from reference._operations import choose, is_fused, path
+from reference.normalize import normalize
 
 
 class RMSNorm(nn.Module):
-    """Tokens `... d` divided by their root mean square, times a learned gain (Zhang and Sennrich, 1910.07467)."""
+    """Tokens `... d` divided by their root mean square, times a learned gain, for a linear layer to come next."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, use_triton: bool | None = False) -> None:
         super().__init__()
-        self.scale = dim**0.5
+        self.use_triton = use_triton
         self.gamma = nn.Parameter(torch.ones(dim))
+        self._normalize = choose("normalize", normalize, use_triton)
+
+    def extra_repr(self) -> str:
+        return path("normalize", self.use_triton)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In fp16 a norm can overflow, and the least norm to divide by, 1e-12, is 0.
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.normalize(wide, dim=-1).to(x.dtype) * self.scale * self.gamma
+        return self._normalize(x, weight=self.gamma, dtype=_dtype_of_linear(x))
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, for a linear layer to come next."""
+
+    def __init__(self, dim: int, use_triton: bool | None = False) -> None:
+        super().__init__(dim)
+        self.use_triton = use_triton
+        self._normalize = choose("normalize", normalize, use_triton)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {path('normalize', self.use_triton)}"
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        options = {"weight": self.weight, "bias": self.bias, "center": True, "eps": self.eps}
+        return self._normalize(input, **options, dtype=_dtype_of_linear(input))
+
+
+def _dtype_of_linear(x: Tensor) -> torch.dtype | None:
+    """What a linear layer rounds x to under autocast; None where it takes x as it is."""
+    device = x.device.type
+    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else None
 
 
 class RotaryEmbedding(nn.Module):
@@ -54,14 +81,16 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return (x * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()).to(x.dtype)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, use_flash: bool) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, use_flash: bool, has_some: bool = False
+) -> Tensor:
     """Softmax attention of queries `b h i d` to keys and values `b h j d`; mask broadcasts to `b h i j`.
 
     With `use_flash` it is PyTorch's scaled_dot_product_attention, which picks the fastest kernel that the device has
-    for it. A query that may attend to nothing gives 0.
+    for it. A query that may attend to nothing gives 0; `has_some` says that there is none.
     """
     nothing = None
-    if mask is not None:
+    if mask is not None and not has_some:
         nothing = ~mask.any(dim=-1, keepdim=True)
         mask = mask | nothing
     if use_flash:
@@ -76,10 +105,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 class SelfAttention(nn.Module):
     """Dense self-attention, by which the image layer's windows see themselves."""
 
-    def __init__(self, dim: int, dim_head: int = 64, heads: int = 8) -> None:
+    def __init__(self, dim: int, dim_head: int = 64, heads: int = 8, use_triton: bool | None = False) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = RMSNorm(dim)
+        self.norm = RMSNorm(dim, use_triton)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
@@ -108,21 +137,30 @@ class Attention(nn.Module):
         heads: int = 8,
         multiply_keys_by_score: bool = False,
         use_flash: bool = False,
+        use_triton: bool | None = False,
     ) -> None:
         super().__init__()
         self.heads = heads
         self.multiply_keys_by_score = multiply_keys_by_score
-        self.use_flash = use_flash
-        self.norm = RMSNorm(dim)
+        self.use_flash, self.use_triton = use_flash, use_triton
+        self.norm = RMSNorm(dim, use_triton)
         self.null_kv = nn.Parameter(torch.randn(2, heads, dim_head))
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
+    def extra_repr(self) -> str:
+        if self.use_flash or self.use_triton:
+            return "scaled_dot_product_attention"
+        return "einsum" if self.use_triton is False else "scaled_dot_product_attention for CUDA tensors, else einsum"
+
     def project(self, context: Tensor, routes: int) -> Tensor:
         """Keys and values `b r j (h kv d)` of tokens `b r j d`, or of `b 1 j d` for all routes."""
-        weight = rearrange(self.to_kv.weight, "(r hd) d -> r d hd", r=routes)
-        return self.norm(context) @ weight
+        context = self.norm(context)
+        if context.shape[1] == 1:
+            # One product for all routes, and no copy of the tokens for each.
+            return rearrange(self.to_kv(context), "b 1 j (r hd) -> b r j hd", r=routes)
+        return context @ rearrange(self.to_kv.weight, "(r hd) d -> r d hd", r=routes)
 
     def forward(
         self,
@@ -159,5 +197,6 @@ class Attention(nn.Module):
         key, value = torch.cat((null_key, key), dim=-2), torch.cat((null_value, value), dim=-2)
         if mask is not None:
             mask = repeat(F.pad(mask, (1, 0), value=True), "b r j -> b (r h) 1 j", h=self.heads // routes)
-        out = attend(query, key, value, mask, use_flash=self.use_flash)
+        use_flash = self.use_flash or is_fused(self.use_triton, x)
+        out = attend(query, key, value, mask, use_flash=use_flash, has_some=True)
         return self.to_out(rearrange(out, "b h i d -> b i (h d)"))

@@ -25,5 +25,19 @@ def choose(name: str, plain: Operation, use_triton: bool | None) -> Operation:
     return fused(name) if use_triton else plain
 
 
-def _by_device(on_gpu: Operation, elsewhere: Operation, x: Tensor, *tensors: Tensor, **options: object) -> Any:
+def _by_device(on_gpu: Operation, elsewhere: Operation, x: Tensor, /, *tensors: Tensor, **options: object) -> Any:
     return (on_gpu if x.is_cuda else elsewhere)(x, *tensors, **options)
+
+
+def is_fused(use_triton: bool | None, x: Tensor) -> bool:
+    """Whether x goes the way of the kernels."""
+    return x.is_cuda if use_triton is None else use_triton
+
+
+def path(name: str, use_triton: bool | None) -> str:
+    """Which way `choose` goes, for people."""
+    if use_triton:
+        return f"kernels.{name}"
+    if use_triton is None and torch.cuda.is_available():
+        return f"kernels.{name} for CUDA tensors, else reference.{name}"
+    return f"reference.{name} ({'there is no GPU' if use_triton is None else 'use_triton=False'})"

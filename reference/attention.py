@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from reference._arguments import check_counts, check_tokens, require
 from reference._attention import Attention, RotaryEmbedding, Rotations
+from reference._operations import choose, path
+from reference.combine import combine, join
 from reference.router import CoordinateDescentRouter, RouterReturn
 from reference.windowed_attention import WindowedAttention
 
@@ -24,9 +26,9 @@ class RoutedBranch(nn.Module):
         router_straight_through: weights of routed tokens are 1 in value and keep their gradient.
         router_kwargs: further arguments of both routers; `kv_router_kwargs`: of the one for keys and values.
         multiply_keys_by_score, multiply_queries_by_score: beside the values, which always are.
-        use_triton: as in `CoordinateDescentRouter`.
+        use_triton: as in `CoordinateDescentRouter`, for all operations that there are kernels for.
         use_null_q_tokens: tokens that are not routed get a learned output, else 0.
-        use_flash_attn: PyTorch's scaled_dot_product_attention.
+        use_flash_attn: PyTorch's scaled_dot_product_attention, which `use_triton` takes in any case.
     """
 
     def __init__(
@@ -54,7 +56,12 @@ class RoutedBranch(nn.Module):
         self.q_router = CoordinateDescentRouter(dim, num_routing_tokens=1, **options)
         kv_options = {**options, **(kv_router_kwargs or {})}
         self.kv_router = CoordinateDescentRouter(dim, num_routing_tokens=num_routed_kv, **kv_options)
-        self.heavy_attn = Attention(dim, dim_head, heads, multiply_keys_by_score, use_flash_attn)
+        self.heavy_attn = Attention(dim, dim_head, heads, multiply_keys_by_score, use_flash_attn, use_triton)
+        self.use_triton = use_triton
+        self._combine = choose("combine", combine, use_triton)
+
+    def extra_repr(self) -> str:
+        return path("combine", self.use_triton)
 
     def route_context(
         self, context: Tensor, num_tokens: int, mask: Tensor | None, routing_tokens: Tensor | None
@@ -66,8 +73,17 @@ class RoutedBranch(nn.Module):
         key_value = self.heavy_attn.project(routed.routed_tokens, self.kv_router.num_routing_tokens)
         return routed._replace(routed_tokens=key_value)
 
-    def attend_routed(self, x: Tensor, q: RouterReturn, kv: RouterReturn, rotations: Rotations | None = None) -> Tensor:
-        """The heavy branch for tokens `b n d`, of which q are routed, to kv as `route_context` makes them: `b n d`."""
+    def attend_routed(
+        self,
+        x: Tensor,
+        q: RouterReturn,
+        kv: RouterReturn,
+        rotations: Rotations | None = None,
+        light: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """The heavy branch for tokens `b n d`, of which q are routed, to kv as `route_context` makes them; with light
+        and residual, `b n d`, added if there are any: `b n d`."""
         out = self.heavy_attn(
             q.routed_tokens,
             key_value=kv.routed_tokens,
@@ -76,12 +92,8 @@ class RoutedBranch(nn.Module):
             scores_q=q.scores if self.multiply_queries_by_score else None,
             rotations=rotations,
         )
-        out = out * q.scores.unsqueeze(-1).to(out.dtype)
-        return out if q.indices is None else self.q_router.route_back(self.unrouted(x), out, q.indices)
-
-    def unrouted(self, x: Tensor) -> Tensor:
-        """The output of tokens `b n d` that are not routed."""
-        return torch.zeros_like(x) if self.null_q_token is None else self.null_q_token.to(x.dtype).expand_as(x)
+        branches = {"null": self.null_q_token, "light": light, "residual": residual}
+        return join(self._combine, out, q.scores, q.indices, x, **branches)
 
 
 class ConditionalRoutedAttention(RoutedBranch):
@@ -152,6 +164,7 @@ class ConditionalRoutedAttention(RoutedBranch):
         mask: Tensor | None = None,
         routing_tokens_q: Tensor | None = None,
         routing_tokens_kv: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Tokens `b n d` to `b n d`.
 
@@ -159,6 +172,7 @@ class ConditionalRoutedAttention(RoutedBranch):
             num_heavy_tokens_q, num_heavy_tokens_kv: instead of those of the layer.
             mask: `b n`, False for tokens that nothing attends to and that are not routed.
             routing_tokens_q, routing_tokens_kv: `b d` and `b r d`, instead of those of the routers.
+            residual: `b n d`, added to the result.
 
         Raises:
             ValueError: an argument is out of its range, or shapes do not match.
@@ -172,8 +186,8 @@ class ConditionalRoutedAttention(RoutedBranch):
         if self.rotary_emb is not None:
             angles = self.rotary_emb(x.shape[1])
             rotations = Rotations(angles_at(angles, q.indices), angles_at(angles, kv.indices))
-        heavy = self.attend_routed(x, q, kv, rotations)
-        return heavy if self.light_attn is None else self.light_attn(x, mask=mask) + heavy
+        light = None if self.light_attn is None else self.light_attn(x, mask=mask)
+        return self.attend_routed(x, q, kv, rotations, light, residual)
 
 
 def angles_at(angles: Tensor, indices: Tensor | None) -> Tensor:

@@ -80,14 +80,15 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         Raises:
             ValueError: an argument is out of its range, or shapes do not match.
         """
-        attended = self.conditional_attn(
+        x = self.conditional_attn(
             x,
             mask=mask,
             num_heavy_tokens_q=num_heavy_attn_tokens_q,
             num_heavy_tokens_kv=num_heavy_attn_tokens_kv,
             routing_tokens_q=attn_routing_tokens_q,
             routing_tokens_kv=attn_routing_tokens_kv,
+            residual=x,
         )
-        x = attended + x
-        fed = self.conditional_ff(x, mask=mask, num_heavy_tokens=num_heavy_ff_tokens, routing_tokens=ff_routing_tokens)
-        return fed + x
+        return self.conditional_ff(
+            x, mask=mask, num_heavy_tokens=num_heavy_ff_tokens, routing_tokens=ff_routing_tokens, residual=x
+        )

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from reference._arguments import check_counts
 from reference._attention import RMSNorm
+from reference._operations import choose, path
+from reference.combine import combine, join
 from reference.router import CoordinateDescentRouter
 
 
@@ -20,7 +21,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         light_ff_mult, heavy_ff_mult: hidden size of either over dim.
         router_straight_through: weights of routed tokens are 1 in value and keep their gradient.
         router_kwargs: further arguments of `CoordinateDescentRouter`.
-        use_triton: as in `CoordinateDescentRouter`.
+        use_triton: as in `CoordinateDescentRouter`, for all operations that there are kernels for.
     """
 
     def __init__(
@@ -39,8 +40,13 @@ class ConditionalRoutedFeedForward(nn.Module):
         self.num_heavy_tokens = num_heavy_tokens
         options = {"straight_through": router_straight_through, "use_triton": use_triton, **(router_kwargs or {})}
         self.router = CoordinateDescentRouter(dim, num_routing_tokens=1, **options)
-        self.light_ff = _feed_forward(dim, light_ff_mult)
-        self.heavy_ff = _feed_forward(dim, heavy_ff_mult)
+        self.light_ff = _feed_forward(dim, light_ff_mult, use_triton)
+        self.heavy_ff = _feed_forward(dim, heavy_ff_mult, use_triton)
+        self.use_triton = use_triton
+        self._combine = choose("combine", combine, use_triton)
+
+    def extra_repr(self) -> str:
+        return path("combine", self.use_triton)
 
     def forward(
         self,
@@ -48,6 +54,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         mask: Tensor | None = None,
         num_heavy_tokens: int | None = None,
         routing_tokens: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Tokens `b n d` to `b n d`.
 
@@ -55,6 +62,7 @@ class ConditionalRoutedFeedForward(nn.Module):
             mask: `b n`, False for tokens that are not routed.
             num_heavy_tokens: instead of that of the layer.
             routing_tokens: `b d`, instead of that of the router.
+            residual: `b n d`, added to the result.
 
         Raises:
             ValueError: an argument is out of its range, or shapes do not match.
@@ -63,12 +71,9 @@ class ConditionalRoutedFeedForward(nn.Module):
         check_counts(num_heavy_tokens=num_heavy_tokens)
         routed = self.router(x, num_tokens=num_heavy_tokens, mask=mask, routing_tokens=routing_tokens)
         heavy = self.heavy_ff(routed.routed_tokens)
-        heavy = heavy * routed.scores.unsqueeze(-1).to(heavy.dtype)
-        if routed.indices is not None:
-            heavy = self.router.route_back(torch.zeros_like(x), heavy, routed.indices)
-        return self.light_ff(x) + heavy
+        return join(self._combine, heavy, routed.scores, routed.indices, x, light=self.light_ff(x), residual=residual)
 
 
-def _feed_forward(dim: int, mult: float) -> nn.Sequential:
+def _feed_forward(dim: int, mult: float, use_triton: bool | None) -> nn.Sequential:
     hidden = int(dim * mult)
-    return nn.Sequential(RMSNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+    return nn.Sequential(RMSNorm(dim, use_triton), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))

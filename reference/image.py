@@ -69,7 +69,7 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         self.num_heavy_tokens_q, self.num_heavy_tokens_kv = num_heavy_tokens_q, num_heavy_tokens_kv
         self.light_window_size = light_window_size
         self.channel_first = channel_first
-        self.light_attn = SelfAttention(dim, light_dim_head, light_heads)
+        self.light_attn = SelfAttention(dim, light_dim_head, light_heads, use_triton)
 
     def forward(
         self,
@@ -80,6 +80,7 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         mask: Tensor | None = None,
         routing_tokens_q: Tensor | None = None,
         routing_tokens_kv: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """A feature map `b h w d`, or `b d h w` if channel_first, to one of that shape.
 
@@ -87,6 +88,7 @@ class ConditionalRoutedImageAttention(RoutedBranch):
             num_heavy_tokens_q, num_heavy_tokens_kv: instead of those of the layer.
             mask: `b h w`, False for positions that nothing attends to and that are not routed.
             routing_tokens_q, routing_tokens_kv: `b d` and `b r d`, instead of those of the routers.
+            residual: of the shape of the map, added to the result.
 
         Raises:
             ValueError: an argument is out of its range, or shapes do not match.
@@ -95,8 +97,12 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         fits = x.dim() == 4 and x.shape[1 if self.channel_first else 3] == dim
         shape = f"(b, {dim}, h, w)" if self.channel_first else f"(b, h, w, {dim})"
         require(fits, "x", f"shape {tuple(x.shape)}", f"a feature map of shape {shape}")
+        if residual is not None:
+            fits = residual.shape == x.shape
+            require(fits, "residual", f"shape {tuple(residual.shape)}", f"of shape {tuple(x.shape)} as x is")
         if self.channel_first:
             x = rearrange(x, "b d h w -> b h w d")
+            residual = None if residual is None else rearrange(residual, "b d h w -> b h w d")
         tokens = rearrange(x, "b h w d -> b (h w) d")
         if mask is not None:
             expected, actual = tuple(x.shape[:3]), tuple(mask.shape)
@@ -107,7 +113,9 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         check_counts(num_heavy_tokens_q=num_q, num_heavy_tokens_kv=num_kv)
         q = self.q_router(tokens, num_tokens=num_q, mask=token_mask, routing_tokens=routing_tokens_q)
         kv = self.route_context(tokens, num_kv, token_mask, routing_tokens_kv)
-        out = self._within_windows(x, mask) + self.attend_routed(tokens, q, kv).reshape(x.shape)
+        light = rearrange(self._within_windows(x, mask), "b h w d -> b (h w) d")
+        residual = None if residual is None else rearrange(residual, "b h w d -> b (h w) d")
+        out = self.attend_routed(tokens, q, kv, light=light, residual=residual).view(x.shape)
         return rearrange(out, "b h w d -> b d h w") if self.channel_first else out
 
     def _within_windows(self, x: Tensor, mask: Tensor | None) -> Tensor:

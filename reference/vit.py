@@ -132,9 +132,9 @@ class _Transformer(nn.Module):
         """Patches `b h w d`."""
         for layer in self.layers.children():
             attention, feed_forward = layer.children()
-            x = attention(x) + x
+            x = attention(x, residual=x)
             tokens = rearrange(x, "b h w d -> b (h w) d")
-            x = x + feed_forward(tokens).view_as(x)
+            x = feed_forward(tokens, residual=tokens).view_as(x)
         return x
 
 

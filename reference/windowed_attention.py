@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from reference._arguments import check_windows
-from reference._attention import attend
+from reference._attention import LayerNorm, attend
 from reference._operations import choose
 
 
@@ -90,7 +90,7 @@ class WindowedAttention(nn.Module):
         self.heads = heads
         self.causal = causal
         self.use_triton = use_triton
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim, use_triton)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
         self._attend = choose("windowed_attention", windowed_attention, use_triton)

@@ -3,6 +3,8 @@
 Parameters are inputs of a problem like tokens are, under their names in the module: so implementations that have the
 same ones get the same, and the gradient of each is asked for, compared with fp64 and timed. Masks are all True: every
 implementation does the work of having one.
+
+Under autocast the layer that sets the accuracy budget is the plain one under autocast, and fp64 is fp64.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,6 +24,7 @@ from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.suite import Implementation
 from suites import _descent
 from suites._dense import Attend
+from suites._pieces import in_pieces
 
 SCORE_STD = 0.25
 """Standard deviation of the scores of normally distributed tokens. Wide enough to select by and so narrow that fewer
@@ -44,6 +47,11 @@ class Layer:
     output: tuple[int, ...]
     masks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     dtype: str = "float32"
+    """Of inputs and parameters; `autocast`: these are float32, and the layer runs under autocast to bfloat16."""
+
+    sparing: Callable[[nn.Module], Callable[..., Tensor]] = in_pieces
+    """From the plain module to a function of the same inputs that computes the same and needs less memory at a time: for
+    the fp64 answer, and the accuracy budget, of any size."""
 
     dense: Callable[[Attend], nn.Module] | None = None
     """From a function that attends to the layer in whose place this one stands, if there is such a layer."""
@@ -55,8 +63,13 @@ class Layer:
     """Why colt5-attention 0.11.2 cannot be compared with."""
 
     @property
+    def autocast(self) -> bool:
+        return self.dtype == "autocast"
+
+    @property
     def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
+        """Of inputs and parameters."""
+        return torch.float32 if self.autocast else getattr(torch, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -68,13 +81,33 @@ class LayerCase(Case):
         raise NotImplementedError
 
 
-def as_function(module: nn.Module) -> Callable[..., Tensor]:
+class RoutedTokens(nn.Module):
+    """A router alone: the tokens that it routes, in the order of their positions, times their weights.
+
+    In the order of selection those of equal weight could change places.
+    """
+
+    def __init__(self, router: nn.Module, num_tokens: int) -> None:
+        super().__init__()
+        self.router = router
+        self.num_tokens = num_tokens
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens `b n d` to `b (r) k d`."""
+        routed = self.router(x, num_tokens=self.num_tokens, mask=mask)
+        order = routed.indices.argsort(dim=-1).unsqueeze(-1)
+        weighted = routed.routed_tokens * routed.scores.unsqueeze(-1)
+        return weighted.gather(-2, order.expand_as(weighted))
+
+
+def as_function(module: nn.Module, *, autocast: bool = False) -> Callable[..., Tensor]:
     """The module as a function of the tensors that it is called with and, by their names, of its parameters."""
     names = [name for name, _ in module.named_parameters()]
 
     def function(**tensors: Tensor) -> Tensor:
         parameters = {name: tensors.pop(name) for name in names}
-        return functional_call(module, parameters, kwargs=tensors)
+        with torch.autocast(next(iter(parameters.values())).device.type, torch.bfloat16, enabled=autocast):
+            return functional_call(module, parameters, kwargs=tensors)
 
     return function
 
@@ -126,11 +159,35 @@ def truth_of(function: Callable[..., Tensor], problem: Problem, direction: str) 
 
 
 def ours(case: LayerCase, *, use_triton: bool) -> Callable[..., Tensor]:
-    return as_function(without_memory(lambda: case.layer.make(reference, use_triton)))
+    layer = case.layer
+    return as_function(without_memory(lambda: layer.make(reference, use_triton)), autocast=layer.autocast)
+
+
+def sparingly(
+    layer: Layer, sparing: Callable[[nn.Module], Callable[..., Tensor]], *, autocast: bool
+) -> Callable[..., Tensor]:
+    """The plain layer as `sparing` computes it, as a function like those of `as_function`."""
+    module = without_memory(lambda: layer.make(reference, False))
+    names = [name for name, _ in module.named_parameters()]
+    call = sparing(module)
+
+    def function(**tensors: Tensor) -> Tensor:
+        device = tensors[names[0]].device.type
+        for name in names:
+            # For good, as they are needed in the backward pass again.
+            owner, _, own_name = name.rpartition(".")
+            part = module.get_submodule(owner)
+            part._parameters.pop(own_name, None)
+            setattr(part, own_name, tensors.pop(name))
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            return call(**tensors)
+
+    return function
 
 
 def plain(case: LayerCase) -> Callable[..., Tensor]:
-    return ours(case, use_triton=False)
+    layer = case.layer
+    return sparingly(layer, layer.sparing, autocast=layer.autocast)
 
 
 def problem(case: LayerCase, device: torch.device) -> Problem:
@@ -138,7 +195,8 @@ def problem(case: LayerCase, device: torch.device) -> Problem:
 
 
 def truth(case: LayerCase, problem: Problem, direction: str) -> Truth:
-    return truth_of(plain(case), problem, direction)
+    layer = case.layer
+    return truth_of(sparingly(layer, layer.sparing, autocast=False), problem, direction)
 
 
 @cache
@@ -146,7 +204,7 @@ def _sizes(case: LayerCase) -> tuple[int, int, int]:
     """Elements of the inputs that have a gradient, bytes of the masks, and forward matrix products in flops."""
     layer = case.layer
     with FakeTensorMode(), torch.no_grad():
-        module = layer.make(reference, True)
+        module = layer.make(reference, False)
         inputs = {name: torch.empty(shape) for name, shape in layer.inputs.items()}
         masks = {name: torch.empty(shape, dtype=torch.bool) for name, shape in layer.masks.items()}
         elements = sum(tensor.numel() for tensor in (*inputs.values(), *module.parameters()))
@@ -158,13 +216,14 @@ def _sizes(case: LayerCase) -> tuple[int, int, int]:
 def cost(case: LayerCase, direction: str) -> Cost:
     """Inputs and parameters read and the output written; then these and the upstream gradient again, and a gradient
     written for each. Products are those of plain PyTorch, and of the windowed branch those of keys within reach."""
-    elements, masks, flops = _sizes(case)
-    size, output = case.layer.torch_dtype.itemsize, prod(case.layer.output)
+    layer, (elements, masks, flops) = case.layer, _sizes(case)
+    size, output = layer.torch_dtype.itemsize, prod(layer.output)
     forward = size * (elements + output) + masks
+    flops_dtype = "bfloat16" if layer.autocast else layer.dtype
     if direction == FORWARD:
-        return Cost(bytes=forward, flops=flops, flops_dtype=case.layer.dtype)
-    return Cost(2 * forward + size * elements, flops=TRAINING_PRODUCTS * flops, flops_dtype=case.layer.dtype)
+        return Cost(bytes=forward, flops=flops, flops_dtype=flops_dtype)
+    return Cost(2 * forward + size * elements, flops=TRAINING_PRODUCTS * flops, flops_dtype=flops_dtype)
 
 
-REFERENCE = Implementation[LayerCase]("reference", plain)
+REFERENCE = Implementation[LayerCase]("reference", lambda case: ours(case, use_triton=False))
 OURS = Implementation[LayerCase]("ours", lambda case: ours(case, use_triton=True), bound=_descent.lenient)

@@ -24,6 +24,7 @@ class HeadsCase(LayerCase):
 
     n: int
     dim: int
+    dtype: str = "float32"
 
     @property
     def layer(self) -> Layer:
@@ -41,20 +42,25 @@ class HeadsCase(LayerCase):
             inputs={"x": shape},
             output=shape,
             masks={"mask": shape[:2]},
+            dtype=self.dtype,
             dense=lambda attend: DenseAttention(attend, self.dim, self.heads, self.dim_head),
             dense_pairs=self.n**2,
         )
 
 
 def cases(preset: str, device: torch.device) -> list[HeadsCase]:
-    n, dim = (16384, 512) if device.type == "cuda" else (1024, 64)
+    on_gpu = device.type == "cuda"
+    n, dim = (16384, 512) if on_gpu else (1024, 64)
+    dtypes = ["float32", "autocast"] if on_gpu else ["float32"]
     heads, dim_heads, routed_sets = [4, 8, 16], [64], [1, 2, 4]
     if preset == "smoke":
-        heads, routed_sets, n = [4], [1, 2], 128
+        heads, routed_sets, n, dtypes = [4], [1, 2], 128, ["float32"]
     elif preset == "full":
         heads, dim_heads, routed_sets = [1, 2, 4, 8, 16, 32], [32, 64, 128], [1, 2, 4, 8]
     return [
-        HeadsCase(*sizes, n=n, dim=dim) for sizes in product(heads, dim_heads, routed_sets) if sizes[0] % sizes[2] == 0
+        HeadsCase(*sizes, n=n, dim=dim, dtype=dtype)
+        for dtype, sizes in product(dtypes, product(heads, dim_heads, routed_sets))
+        if sizes[0] % sizes[2] == 0
     ]
 
 

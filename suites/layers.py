@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 import torch
 
+from colt5_bench.case import FORWARD
 from colt5_bench.replay import replay
 from colt5_bench.suite import Suite
 from suites._dense import DenseAttention, DenseBlock, DenseFeedForward, OverMap
 from suites._descent import both_directions, implementations
-from suites._layers import OURS, REFERENCE, Layer, LayerCase, cost, plain, problem, truth
+from suites._layers import OURS, REFERENCE, Layer, LayerCase, RoutedTokens, cost, plain, problem, truth
+from suites._pieces import by_window, in_pieces
 from suites.peers import COLT5_LAYER_PLAIN, COLT5_LAYER_TRITON, DENSE, DENSE_FLASH
 
 
@@ -67,7 +69,6 @@ class Example(NamedTuple):
     """What the document's other examples are of, and by how much they are smaller here."""
 
     context: int
-    autoregressive: int
     side: int
     """Of the feature map."""
 
@@ -76,10 +77,26 @@ class Example(NamedTuple):
 
 
 EXAMPLES = {
-    "tiny": Example(512, 256, 16, 32, 1),
-    "document-2k": Example(65536, 1024, 64, 256, 6),
-    "document": Example(1_048_576, 8192, 256, 1024, 6),
+    "tiny": Example(512, 16, 32, 1),
+    "document-2k": Example(65536, 64, 256, 6),
+    "document": Example(1_048_576, 256, 1024, 6),
 }
+
+AUTOREGRESSIVE = {
+    "tiny": (2, 256, 64),
+    "document-2k": (2, 1024, 512),
+    "document": (2, 8192, 512),
+    "document-32k": (2, 32768, 512),
+    "document-128k": (1, 131_072, 512),
+    "document-1m": (1, 1_048_576, 512),
+}
+"""The document's example, smaller and longer ones: sequences, their length and dim."""
+
+LONGEST_AT_ONCE = 8192
+"""Tokens of an autoregressive layer whose windows can all be routed at once in fp64."""
+
+ONLY_FORWARD = {"document-1m"}
+"""What is too long to be trained with."""
 
 
 def feed_forward(model: str) -> Layer:
@@ -147,13 +164,31 @@ def block(model: str) -> Layer:
     )
 
 
+def router(model: str) -> Layer:
+    """1024 of a million tokens for each of two routes."""
+    dim, context = ENCODERS[model].dim, EXAMPLES[model].context
+    k = min(1024, context // 4)
+    return Layer(
+        lambda package, use_triton: RoutedTokens(
+            package.CoordinateDescentRouter(dim, num_routing_tokens=2, straight_through=False, use_triton=use_triton), k
+        ),
+        inputs={"x": (1, context, dim)},
+        output=(1, 2, k, dim),
+    )
+
+
 def cross_attention(model: str) -> Layer:
-    """A sequence of 1024 tokens attends to 1024 tokens of a million."""
+    """A sequence of 1024 tokens attends to 1024 tokens of a million, selected from eight blocks."""
     dim, context = ENCODERS[model].dim, EXAMPLES[model].context
     n = min(1024, context // 4)
     return Layer(
         lambda package, use_triton: package.ConditionalRoutedCrossAttention(
-            dim, num_tokens_q=n // 2, num_tokens_kv=n, kv_routing_tokens=2, use_triton=use_triton
+            dim,
+            num_tokens_q=n // 2,
+            num_tokens_kv=n,
+            kv_routing_tokens=2,
+            route_block_size=context // 8,
+            use_triton=use_triton,
         ),
         inputs={"x": (1, n, dim), "context": (1, context, dim)},
         output=(1, n, dim),
@@ -165,13 +200,12 @@ def cross_attention(model: str) -> Layer:
 
 
 def autoregressive(model: str) -> Layer:
-    dim, n = ENCODERS[model].dim, EXAMPLES[model].autoregressive
-    shape = (2, n, dim)
+    shape = batch, n, dim = AUTOREGRESSIVE[model]
     return Layer(
         lambda package, use_triton: package.ConditionalRoutedAutoregressiveAttention(
             dim,
             num_heavy_tokens_q=32,
-            num_heavy_tokens_kv=n // 8,
+            num_heavy_tokens_kv=min(1024, n // 8),
             num_routed_kv=2,
             use_triton=use_triton,
             use_flash_attn=True,
@@ -179,7 +213,8 @@ def autoregressive(model: str) -> Layer:
         inputs={"x": shape},
         output=shape,
         dense=lambda attend: DenseAttention(attend, dim, heads=8, causal=True),
-        dense_pairs=2 * n**2,
+        sparing=by_window if n > LONGEST_AT_ONCE else in_pieces,
+        dense_pairs=batch * n**2,
         colt5_raises="with two sets of keys, it gives each sequence of a batch the tokens of the first",
     )
 
@@ -234,6 +269,7 @@ def vit(model: str) -> Layer:
 
 
 LAYERS: dict[str, Callable[[str], Layer]] = {
+    "router": router,
     "feed_forward": feed_forward,
     "attention": attention,
     "block": block,
@@ -245,6 +281,9 @@ LAYERS: dict[str, Callable[[str], Layer]] = {
 
 OF_AN_ENCODER = ("feed_forward", "attention", "block")
 
+WITHOUT_PRODUCTS = ("router", "cross_attention")
+"""Layers of which most is routing, in fp32 under autocast too."""
+
 
 @dataclass(frozen=True)
 class ModelLayerCase(LayerCase):
@@ -254,7 +293,7 @@ class ModelLayerCase(LayerCase):
     """Of LAYERS."""
 
     model: str
-    """Of ENCODERS."""
+    """Of ENCODERS, or of AUTOREGRESSIVE."""
 
     dtype: str = "float32"
 
@@ -265,23 +304,37 @@ class ModelLayerCase(LayerCase):
 
 def cases(preset: str, device: torch.device) -> list[ModelLayerCase]:
     if preset == "smoke":
-        return [ModelLayerCase(kind, "tiny") for kind in LAYERS]
+        return [
+            *(ModelLayerCase(kind, "tiny") for kind in LAYERS),
+            *(ModelLayerCase(kind, "tiny", "autocast") for kind in ("feed_forward", "image")),
+        ]
     on_gpu = device.type == "cuda"
-    example = "document" if on_gpu else "document-2k"
-    models = [model for model in ENCODERS if model.startswith(tuple(PAPER_SIZES))] if on_gpu else []
-    dtypes = ["float32"]
-    if preset == "full":
-        models = models or ["base-4k"]
-        dtypes = ["float32", "bfloat16"] if on_gpu else dtypes
-    of_models = [*product(LAYERS, [example]), *product(OF_AN_ENCODER, models)]
-    return [ModelLayerCase(kind, model, dtype) for dtype, (kind, model) in product(dtypes, of_models)]
+    of_models = list(product(LAYERS, ["document" if on_gpu else "document-2k"]))
+    dtypes, models = ["float32"], ["base-4k"] if preset == "full" else []
+    if on_gpu:
+        dtypes += ["autocast", "bfloat16"] if preset == "full" else ["autocast"]
+        models = [model for model in ENCODERS if model.startswith(tuple(PAPER_SIZES))]
+    of_models += product(OF_AN_ENCODER, models)
+    made = [
+        ModelLayerCase(kind, model, dtype)
+        for dtype, (kind, model) in product(dtypes, of_models)
+        if dtype != "autocast" or kind not in WITHOUT_PRODUCTS
+    ]
+    if on_gpu:
+        longer = [model for model in AUTOREGRESSIVE if model not in EXAMPLES]
+        made += [ModelLayerCase("autoregressive", model, "autocast") for model in longer]
+    return made
+
+
+def directions(case: ModelLayerCase) -> tuple[str, ...]:
+    return (FORWARD,) if case.model in ONLY_FORWARD else both_directions(case)
 
 
 SUITE = Suite(
     name="layers",
     description="every layer at the sizes of the document and of CoLT5 Base, Large and XL, beside dense ones",
     cases=cases,
-    directions=both_directions,
+    directions=directions,
     implementations=implementations(REFERENCE, OURS, DENSE, DENSE_FLASH, COLT5_LAYER_PLAIN, COLT5_LAYER_TRITON),
     reference="reference",
     problem=problem,

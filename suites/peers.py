@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from colt5_bench.case import Case, Problem
+from colt5_bench.case import Case, Problem, Truth
 from colt5_bench.suite import Implementation, Operation
 from suites._dense import Attend, attend_plainly, attend_with_flash, attend_with_sdpa
 from suites._descent import LONGEST_SEGMENTED, DescentCase, in_segments, lenient, segments_of
@@ -61,6 +61,8 @@ def _colt5_layer(case: LayerCase, use_triton: bool) -> Callable[..., Tensor]:
 
 
 def _layer_missing(case: LayerCase, device: torch.device) -> str | None:
+    if case.layer.autocast:
+        return "each of its layers raises under autocast, where it multiplies factors of two dtypes"
     if case.layer.torch_dtype.itemsize < 4:
         return "routes in half precision, by which too many scores are equal"
     return case.layer.colt5_raises or missing(case, device)
@@ -93,9 +95,9 @@ def _dense_layer(case: LayerCase, dtype: str | None) -> tuple[Layer, Callable[[A
     return replace(layer, masks={}, dtype=dtype or layer.dtype), layer.dense
 
 
-def _dense(case: LayerCase, attend: Attend) -> Callable[..., Tensor]:
-    _, make = _dense_layer(case, None)
-    return as_function(without_memory(lambda: make(attend)))
+def _dense(case: LayerCase, attend: Attend, dtype: str | None = None) -> Callable[..., Tensor]:
+    layer, make = _dense_layer(case, dtype)
+    return as_function(without_memory(lambda: make(attend)), autocast=layer.autocast)
 
 
 def _dense_operation(dtype: str | None = None) -> Operation[LayerCase]:
@@ -106,9 +108,12 @@ def _dense_operation(dtype: str | None = None) -> Operation[LayerCase]:
         return seeded_problem(case, layer, lambda: make(attend_plainly), device)
 
     def plain(case: LayerCase) -> Callable[..., Tensor]:
-        return _dense(case, attend_plainly)
+        return _dense(case, attend_plainly, dtype)
 
-    return Operation(problem, lambda case, problem, direction: truth_of(plain(case), problem, direction), plain)
+    def truth(case: LayerCase, problem: Problem, direction: str) -> Truth:
+        return truth_of(_dense(case, attend_plainly, "float64"), problem, direction)
+
+    return Operation(problem, truth, plain)
 
 
 def _dense_missing(case: LayerCase, device: torch.device) -> str | None:
@@ -133,7 +138,7 @@ DENSE = Implementation[LayerCase](
 
 DENSE_FLASH = Implementation[LayerCase](
     "dense_flash",
-    lambda case: _dense(case, attend_with_flash),
+    lambda case: _dense(case, attend_with_flash, "bfloat16"),
     _flash_missing,
     operation=_dense_operation("bfloat16"),
 )

@@ -1,4 +1,4 @@
-"""The router, cross attention and self-attention by length, to rows of 1,048,576 tokens: routed whole, or in blocks.
+"""The router and the attention layers by length, to rows of 1,048,576 tokens: routed whole, or in blocks.
 
 Metrics of the router: `lost`, the share of the tokens with the k largest scores that it does not select, as routing in
 blocks does where one block has more of them than another. Tokens here are independent of their position: those of a
@@ -7,19 +7,21 @@ text, whose important parts lie together, lose more.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.func import functional_call
 
 import reference
-from colt5_bench.case import Problem
+from colt5_bench.case import FORWARD, Problem
 from colt5_bench.replay import replay
 from colt5_bench.suite import Suite
 from suites._dense import DenseAttention
 from suites._descent import both_directions, implementations
-from suites._layers import OURS, REFERENCE, Layer, LayerCase, cost, plain, problem, truth
+from suites._layers import OURS, REFERENCE, Layer, LayerCase, RoutedTokens, cost, plain, problem, truth
+from suites._pieces import by_window, in_pieces
+from suites.layers import LONGEST_AT_ONCE
 from suites.peers import COLT5_LAYER_PLAIN, COLT5_LAYER_TRITON, DENSE, DENSE_FLASH
 
 BLOCK = 131_072
@@ -27,25 +29,6 @@ BLOCK = 131_072
 
 MOST_ROUTED = 1024
 """Tokens that are routed, of a million too; of few tokens a quarter."""
-
-
-class RoutedTokens(nn.Module):
-    """A router alone: the tokens that it routes, in the order of their positions, times their weights.
-
-    In the order of selection those of equal weight could change places.
-    """
-
-    def __init__(self, router: nn.Module, num_tokens: int) -> None:
-        super().__init__()
-        self.router = router
-        self.num_tokens = num_tokens
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens `b n d` to `b k d`."""
-        routed = self.router(x, num_tokens=self.num_tokens, mask=mask)
-        order = routed.indices.argsort(dim=-1).unsqueeze(-1)
-        weighted = routed.routed_tokens * routed.scores.unsqueeze(-1)
-        return weighted.gather(1, order.expand_as(weighted))
 
 
 @dataclass(frozen=True)
@@ -59,12 +42,11 @@ class LengthCase(LayerCase):
 
     route_block_size: int | None
     dim: int
+    dtype: str = "float32"
 
     @property
     def layer(self) -> Layer:
-        layer = {"router": _router, "cross_attention": _cross_attention, "self_attention": _self_attention}[self.kind](
-            self
-        )
+        layer = replace(LAYERS[self.kind](self), dtype=self.dtype)
         if self.route_block_size is None:
             return layer
         return replace(layer, colt5_raises=layer.colt5_raises or "its route_block_size raises IndexError")
@@ -125,24 +107,67 @@ def _self_attention(case: LengthCase) -> Layer:
     )
 
 
+def _autoregressive(case: LengthCase) -> Layer:
+    """As in the document's example."""
+    shape = (1, case.n, case.dim)
+    return Layer(
+        lambda package, use_triton: package.ConditionalRoutedAutoregressiveAttention(
+            case.dim,
+            num_heavy_tokens_q=32,
+            num_heavy_tokens_kv=case.k,
+            num_routed_kv=2,
+            use_triton=use_triton,
+            use_flash_attn=True,
+        ),
+        inputs={"x": shape},
+        output=shape,
+        sparing=by_window if case.n > LONGEST_AT_ONCE else in_pieces,
+        dense=lambda attend: DenseAttention(attend, case.dim, heads=8, causal=True),
+        dense_pairs=case.n**2,
+    )
+
+
+LAYERS = {
+    "router": _router,
+    "cross_attention": _cross_attention,
+    "self_attention": _self_attention,
+    "autoregressive": _autoregressive,
+}
+
+
 def cases(preset: str, device: torch.device) -> list[LengthCase]:
-    """Without a GPU tokens are small, and blocks are a fraction of a million tokens only for the router."""
+    """Without a GPU tokens are small, and a million of them is for the router alone.
 
-    def at(kind: str, n: int, block: int | None, dim: int) -> LengthCase:
-        return LengthCase(kind, n, min(MOST_ROUTED, n // 4), block, dim)
+    Windows of an autoregressive layer are not routed in blocks; it has no gradient of a million tokens.
+    """
 
-    kinds = ("router", "cross_attention", "self_attention")
+    def at(kind: str, n: int, block: int | None, dim: int, dtype: str = "float32") -> LengthCase:
+        return LengthCase(kind, n, min(MOST_ROUTED, n // 4), block, dim, dtype)
+
     if preset == "smoke":
-        return [*(at(kind, 512, None, 32) for kind in kinds), at("router", 512, 128, 32)]
+        return [*(at(kind, 512, None, 32) for kind in LAYERS), at("router", 512, 128, 32)]
     on_gpu = device.type == "cuda"
-    dim, longest = (512, 2**20) if on_gpu else (64, 2**14)
-    step = 1 if preset == "full" else 2
+    dim, step = 512 if on_gpu else 64, 1 if preset == "full" else 2
+    longest = dict.fromkeys(LAYERS, 2**20 if on_gpu else 2**14) | {"router": 2**20}
+    if not on_gpu:
+        longest["autoregressive"] = 2**12
     made = []
-    for kind in kinds:
-        most = 2**20 if kind == "router" else longest
-        lengths = [2**power for power in range(10, 21, step) if 2**power <= most]
-        made += [at(kind, n, block, dim) for n in lengths for block in (None, BLOCK) if block is None or block < n]
+    for kind in LAYERS:
+        lengths = [2**power for power in range(10, 21, step) if 2**power <= longest[kind]]
+        blocks = (None,) if kind == "autoregressive" else (None, BLOCK)
+        dtypes = ["float32"] if kind != "autoregressive" or not on_gpu or preset == "full" else []
+        if on_gpu and kind in ("self_attention", "autoregressive"):
+            dtypes.append("autocast")
+        made += [
+            at(kind, n, block, dim, dtype)
+            for dtype, n, block in product(dtypes, lengths, blocks)
+            if block is None or block < n
+        ]
     return made
+
+
+def directions(case: LengthCase) -> tuple[str, ...]:
+    return (FORWARD,) if case.kind == "autoregressive" and case.n > BLOCK else both_directions(case)
 
 
 def lost(use_triton: bool) -> Callable[[LayerCase, Problem], dict[str, float]]:
@@ -166,9 +191,9 @@ def lost(use_triton: bool) -> Callable[[LayerCase, Problem], dict[str, float]]:
 
 SUITE = Suite(
     name="sequence_length",
-    description="router, cross attention and self-attention to 1,048,576 tokens, routed whole or in blocks",
+    description="the router and the attention layers to 1,048,576 tokens, routed whole or in blocks",
     cases=cases,
-    directions=both_directions,
+    directions=directions,
     implementations=implementations(
         replace(REFERENCE, metrics=lost(use_triton=False)),
         replace(OURS, metrics=lost(use_triton=True)),

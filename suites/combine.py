@@ -1,0 +1,113 @@
+"""The branches of a routed layer and its residual in one sum."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import kernels
+import reference
+from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
+from colt5_bench.replay import replay
+from colt5_bench.suite import Implementation, Suite
+from suites._descent import both_directions, implementations
+from suites._layers import truth_of
+
+
+@dataclass(frozen=True)
+class CombineCase(Case):
+    """Of each of `batch` sequences of n tokens of d features, k are routed."""
+
+    batch: int
+    n: int
+    k: int
+    d: int
+    null: bool
+    residual: bool
+    dtype: str
+    """Of all; `autocast`: what comes out of the branches is bfloat16, the rest float32."""
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Of the result."""
+        return torch.float32 if self.dtype == "autocast" else getattr(torch, self.dtype)
+
+    @property
+    def of_branches(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == "autocast" else self.wide
+
+
+def cases(preset: str, device: torch.device) -> list[CombineCase]:
+    """The sizes of the document's attention and feed-forward layers; these have a null token, and none."""
+    sizes, dtypes = (2, 32768, 1024, 512), ["autocast"]
+    if preset == "smoke":
+        sizes = (2, 96, 5, 24)
+    elif device.type != "cuda":
+        sizes = (2, 2048, 64, 512)
+    if preset == "full":
+        dtypes += ["float32", "bfloat16"]
+    kinds = [(True, False), (False, False), (True, True)]
+    return [CombineCase(*sizes, *kind, dtype) for dtype in dtypes for kind in kinds]
+
+
+def problem(case: CombineCase, device: torch.device) -> Problem:
+    """Normally distributed branches, and routed tokens spread evenly at random."""
+    generator = case.generator()
+
+    def randn(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    all_tokens = (case.batch, case.n, case.d)
+    inputs = {
+        "routed": randn(case.batch, case.k, case.d, dtype=case.of_branches),
+        "scores": randn(case.batch, case.k, dtype=case.wide),
+        "light": randn(*all_tokens, dtype=case.of_branches),
+    }
+    if case.null:
+        inputs["null"] = randn(case.d, dtype=case.wide)
+    if case.residual:
+        inputs["residual"] = randn(*all_tokens, dtype=case.wide)
+    differentiable = tuple(inputs)
+    inputs["indices"] = torch.rand(case.batch, case.n, generator=generator).topk(case.k).indices.to(device)
+    return Problem(inputs, randn(*all_tokens, dtype=case.wide), differentiable)
+
+
+def truth(case: CombineCase, problem: Problem, direction: str) -> Truth:
+    return truth_of(partial(reference.combine, length=case.n), problem, direction)
+
+
+def plain(case: CombineCase) -> Callable[..., Tensor]:
+    return partial(reference.combine, length=case.n, dtype=case.wide)
+
+
+def cost(case: CombineCase, direction: str) -> Cost:
+    """What there is read and the result written; then the upstream gradient read, of which the one of the residual is
+    the same, and a gradient written for everything else."""
+    result, branch = case.wide.itemsize, case.of_branches.itemsize
+    entries, routed = case.batch * case.n * case.d, case.batch * case.k * (case.d * branch + result)
+    light, null = entries * branch, case.null * case.d * result
+    forward = light + routed + null + 8 * case.batch * case.k + entries * result * (1 + case.residual)
+    return Cost(forward if direction == FORWARD else forward + entries * result + light + 2 * routed + null)
+
+
+SUITE = Suite(
+    name="combine",
+    description="the branches of a routed layer and its residual in one sum",
+    cases=cases,
+    directions=both_directions,
+    implementations=implementations(
+        Implementation("reference", plain),
+        Implementation[CombineCase]("ours", lambda case: partial(kernels.combine, length=case.n, dtype=case.wide)),
+    ),
+    reference="reference",
+    problem=problem,
+    truth=truth,
+    plain=plain,
+    cost=cost,
+)
+
+
+def test_combine(record, benchmark):
+    replay(record, benchmark)

@@ -1,0 +1,115 @@
+"""RMSNorm and LayerNorm for a linear layer to come next, beside PyTorch's own and a conversion of its result."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+import reference
+from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
+from colt5_bench.replay import replay
+from colt5_bench.suite import Implementation, Suite
+from suites._descent import both_directions, implementations
+from suites._layers import truth_of
+
+
+@dataclass(frozen=True)
+class NormalizeCase(Case):
+    """Tokens `rows d`."""
+
+    rows: int
+    d: int
+    center: bool
+    dtype: str
+    """Of tokens, weight and bias."""
+
+    result: str
+    """The dtype of the result."""
+
+    @property
+    def eps(self) -> float:
+        return 1e-5 if self.center else 1e-12
+
+    @property
+    def options(self) -> dict[str, object]:
+        return {"center": self.center, "eps": self.eps, "dtype": getattr(torch, self.result)}
+
+
+def cases(preset: str, device: torch.device) -> list[NormalizeCase]:
+    """The tokens of the document's feed-forward and image layers, and those of CoLT5 XL."""
+    shapes, dtypes = [(65536, 512)], [("float32", "bfloat16")]
+    if preset == "smoke":
+        shapes = [(64, 48)]
+    elif device.type != "cuda":
+        shapes = [(4096, 512)]
+    if preset == "full":
+        shapes += [(65536, 32), (16384, 2048)] if device.type == "cuda" else []
+        dtypes += [("float32", "float32"), ("bfloat16", "bfloat16")]
+    return [NormalizeCase(*shape, center, *dtype) for dtype in dtypes for shape in shapes for center in (False, True)]
+
+
+def problem(case: NormalizeCase, device: torch.device) -> Problem:
+    """Normally distributed tokens; the gradient of the result has its dtype."""
+    generator, dtype = case.generator(), getattr(torch, case.dtype)
+    shapes: dict[str, tuple[int, ...]] = {"x": (case.rows, case.d), "weight": (case.d,)}
+    if case.center:
+        shapes["bias"] = (case.d,)
+    inputs = {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
+    upstream = torch.randn(case.rows, case.d, generator=generator) / case.rows**0.5
+    return Problem(inputs, upstream.to(device, getattr(torch, case.result)), tuple(inputs))
+
+
+def truth(case: NormalizeCase, problem: Problem, direction: str) -> Truth:
+    return truth_of(partial(reference.normalize, center=case.center, eps=case.eps), problem, direction)
+
+
+def plain(case: NormalizeCase) -> Callable[..., Tensor]:
+    return partial(reference.normalize, **case.options)
+
+
+def in_torch(case: NormalizeCase) -> Callable[..., Tensor]:
+    """PyTorch's kernel adds its epsilon to the mean square; what is used here is too small to show."""
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if case.center:
+            out = F.layer_norm(x, x.shape[-1:], weight, bias, case.eps)
+        else:
+            out = F.rms_norm(x, x.shape[-1:], weight, case.eps**2 / case.d)
+        return out.to(getattr(torch, case.result))
+
+    return function
+
+
+def cost(case: NormalizeCase, direction: str) -> Cost:
+    """Tokens read and the result written; then tokens and upstream gradient read and the gradient written."""
+    size, result = (getattr(torch, dtype).itemsize for dtype in (case.dtype, case.result))
+    entries, parameters = case.rows * case.d, size * case.d * (1 + case.center)
+    forward = entries * (size + result) + parameters
+    return Cost(forward if direction == FORWARD else 2 * (forward + parameters) + entries * size)
+
+
+SUITE = Suite(
+    name="normalize",
+    description="RMSNorm and LayerNorm for a linear layer to come next",
+    cases=cases,
+    directions=both_directions,
+    implementations=implementations(
+        Implementation("reference", plain),
+        Implementation[NormalizeCase]("ours", lambda case: partial(kernels.normalize, **case.options)),
+        Implementation("torch", in_torch),
+    ),
+    reference="reference",
+    problem=problem,
+    truth=truth,
+    plain=plain,
+    cost=cost,
+    x_axis="d",
+)
+
+
+def test_normalize(record, benchmark):
+    replay(record, benchmark)
