@@ -6,6 +6,7 @@ from reference.block import ConditionalRoutedTransformerBlock
 from reference.coor_descent import coor_descent
 from reference.feedforward import ConditionalRoutedFeedForward
 from reference.image import ConditionalRoutedImageAttention
+from reference.route_prefixes import PrefixSelection, route_prefixes
 from reference.router import CoordinateDescentRouter, RouterReturn
 from reference.soft_topk import soft_topk
 from reference.topk import TopkReturn, topk
@@ -20,9 +21,11 @@ __all__ = [
     "ConditionalRoutedTransformerBlock",
     "ConditionalRoutedViT",
     "CoordinateDescentRouter",
+    "PrefixSelection",
     "RouterReturn",
     "TopkReturn",
     "coor_descent",
+    "route_prefixes",
     "soft_topk",
     "topk",
 ]
