@@ -41,14 +41,14 @@ def _allocate(
     eps_decay: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Indices and weights `b w r s`; for each token the first window that does not select it any more, counted from
+    """Weights and indices `b w r s`; for each token the first window that does not select it any more, counted from
     the second, 0 if none does (`b r n`, or empty where nothing is to be saved); and the state of the descents."""
     batch, routes, n = scores.shape
     shape = (batch, windows_with_a_prefix(n, window_size), routes, num_selected)
     prefixes = shape[0] * shape[1] * shape[2]
     return (
-        scores.new_empty(shape, dtype=torch.int64),
         scores.new_empty(shape, dtype=torch.promote_types(scores.dtype, torch.float32)),
+        scores.new_empty(shape, dtype=torch.int64),
         scores.new_zeros(scores.shape if save else (0,), dtype=torch.int32),
         scores.new_empty((prefixes + 1, 2, n_iters + 1), dtype=torch.float64),
     )
@@ -67,7 +67,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     schedule = (n_iters, eps, first, eps_decay)
     outputs = _allocate(scores, window_size, num_selected, k, *schedule, save)
-    indices, weights, leaves, state = outputs
+    weights, indices, leaves, state = outputs
     if indices.numel() == 0:
         return outputs
     if runs_triton(scores):
@@ -124,14 +124,14 @@ for _device in ("CPU", "CUDA"):
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     scores, window_size, _, k, *schedule, _ = inputs
-    indices, _, leaves, state = output
+    _, indices, leaves, state = output
     ctx.save_for_backward(scores, indices, leaves, state)
     ctx.mark_non_differentiable(indices, leaves, state)
     ctx.numbers = (window_size, k, *schedule)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, _: None, grad: Tensor | None, *__: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 9
     return torch.ops.colt5.route_prefixes_backward(grad, *ctx.saved_tensors, *ctx.numbers), *(None,) * 8
@@ -183,7 +183,7 @@ def route_prefixes(
     operation: Callable[..., tuple[Tensor, ...]] = (
         torch.ops.colt5.route_prefixes if save or is_traced(scores) else _forward
     )
-    indices, weights, *_ = operation(
+    weights, indices, *_ = operation(
         scores,
         window_size,
         num_selected,

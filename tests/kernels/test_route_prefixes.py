@@ -17,7 +17,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 CONSTANT = {"n_iters": 3, "eps": 0.1}
-DECAYING = {"n_iters": 6, "eps": 0.05, "eps_init": 1.0, "eps_decay": 0.5}
+DECAYING = {"n_iters": 5, "eps": 0.1, "eps_init": 0.5, "eps_decay": 0.5}
 
 # Where a branch is not taken, tensors hold what the interpreter's NumPy warns of.
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.parametrize("device", DEVICES)]
@@ -31,7 +31,7 @@ def small_tiles(monkeypatch):
         (_prefix_forward, "IN_THREAD", 4),
         (_prefix_forward, "RANKS", 16),
         (_prefix_backward, "SLOTS", 16),
-        (_prefix_backward, "TOKENS", 64),
+        (_prefix_backward, "TOKENS", 128),
         (_prefix_backward, "NUM_WARPS", 1),
     ):
         monkeypatch.setattr(module, name, size)
@@ -72,7 +72,7 @@ def check(scores, **arguments):
 @pytest.mark.parametrize(
     ("shape", "window_size", "num_selected"),
     [
-        ((2, 2, 44), 8, 10),
+        ((2, 2, 20), 8, 10),
         ((1, 1, 41), 20, 3),
         ((1, 1, 9), 8, 9),
     ],
@@ -82,16 +82,16 @@ def test_follows_the_reference(device, shape, window_size, num_selected, schedul
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize(("most", "window_size", "num_selected"), [(1, 77, 40), (2, 50, 20), (4, 33, 50)])
+@pytest.mark.parametrize(("most", "window_size", "num_selected"), [(1, 130, 40), (2, 75, 20), (4, 50, 60)])
 def test_several_tiles(device, most, window_size, num_selected, monkeypatch):
     monkeypatch.setattr(_prefix_forward, "GROUP", most)
-    scores = torch.randn(1, 2, 290, device=device)
+    scores = torch.randn(1, 1, 240, device=device)
     check(scores, window_size=window_size, num_selected=num_selected, **DECAYING)
 
 
 def test_many_windows(device):
     """More than have a base in common, in the backward pass."""
-    check(torch.randn(1, 1, 70, device=device) * 3, window_size=2, num_selected=5, **CONSTANT)
+    check(torch.randn(1, 1, 36, device=device) * 3, window_size=1, num_selected=5, n_iters=2, eps=0.1)
 
 
 @pytest.mark.parametrize("k", [0.5, 3.0, 30.0, 1e4])
@@ -100,10 +100,10 @@ def test_k(device, k):
 
 
 def test_ties(device):
-    levels = torch.randint(-2, 3, (1, 2, 60), device=device) / 2
-    check(levels, window_size=16, num_selected=12, **DECAYING)
+    levels = torch.randint(-2, 3, (1, 1, 60), device=device) / 2
+    check(levels, window_size=25, num_selected=12, **DECAYING)
     zeros = torch.where(torch.rand(1, 1, 40, device=device) > 0.5, 0.0, -0.0)
-    check(zeros, window_size=8, num_selected=5, **CONSTANT)
+    check(zeros, window_size=15, num_selected=5, **CONSTANT)
 
 
 @pytest.mark.parametrize("spread", [20.0, 1e4])
@@ -124,12 +124,12 @@ def test_other_dtypes(device, dtype):
 
 
 def test_layouts(device):
-    storage = torch.randn(2 * 3 * 40 + 1, device=device)
+    storage = torch.randn(2 * 3 * 20 + 1, device=device)
     for scores in (
-        storage[1:].view(2, 3, 40)[:1],
-        storage[:240].view(2, 40, 3)[:1].transpose(1, 2),
-        storage[:240].view(3, 2, 40).transpose(0, 1)[:1],
-        storage[:40].expand(1, 2, 40),
+        storage[1:61].view(1, 3, 20),
+        storage[:40].view(1, 20, 2).transpose(1, 2),
+        storage[:120].view(3, 2, 20).transpose(0, 1)[:1],
+        storage[:20].expand(1, 2, 20),
     ):
         check(scores, window_size=16, num_selected=6, **CONSTANT)
 
@@ -215,8 +215,8 @@ def test_second_derivative_is_refused(device):
 
 def test_is_bitwise_reproducible(device):
     scores = torch.randn(1, 2, 50, device=device)
-    grad = torch.randn(1, 3, 2, 9, device=device)
-    arguments = {"window_size": 16, "num_selected": 9, "k": 10, **DECAYING}
+    grad = torch.randn(1, 1, 2, 9, device=device)
+    arguments = {"window_size": 30, "num_selected": 9, "k": 10, **DECAYING}
     (first, first_ds), (second, second_ds) = (
         differentiate(route_prefixes, scores, grad, **arguments) for _ in range(2)
     )
@@ -227,12 +227,12 @@ def test_is_bitwise_reproducible(device):
 
 def test_is_an_operator(device):
     scores = torch.randn(1, 1, 9, device=device, requires_grad=True)
-    torch.library.opcheck(torch.ops.colt5.route_prefixes, (scores, 4, 2, 2.0, 2, 0.3, 0.3, 1.0, True))
+    torch.library.opcheck(torch.ops.colt5.route_prefixes, (scores, 8, 2, 2.0, 2, 0.3, 0.3, 1.0, True))
 
 
 def test_compiles_into_one_graph(device):
     def function(scores):
-        indices, weights, mask = route_prefixes(scores * 2, window_size=4, num_selected=6, k=6, **CONSTANT)
+        indices, weights, mask = route_prefixes(scores * 2, window_size=8, num_selected=10, k=6, **CONSTANT)
         return indices, (weights * mask).square()
 
     scores = torch.randn(1, 2, 14, device=device, requires_grad=True)
@@ -274,7 +274,7 @@ def test_long_sequences(device, window_size, n):
 
 
 def test_nothing_is_as_large_as_windows_times_tokens(device):
-    n, window_size = (64, 2) if INTERPRETED else (1024, 16)
+    n, window_size = (64, 4) if INTERPRETED else (1024, 16)
     scores = torch.randn(1, 1, n, device=device, requires_grad=True)
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         route_prefixes(scores, window_size=window_size, num_selected=2, k=2, n_iters=2).weights.sum().backward()
