@@ -26,7 +26,7 @@ from kernels._primitives import (
 SLOTS = 1024
 """Selected tokens that a program looks at at a time."""
 
-TOKENS = 256
+TOKENS = 128
 """Tokens of a program."""
 
 WINDOWS = 4
@@ -36,6 +36,8 @@ SAME_BASE = tl.constexpr(32)
 """Neighbouring prefixes that have the base of the first of them, unless their thresholds are far from its."""
 
 NUM_WARPS = 2
+
+UNROLLED = tl.constexpr(4)
 
 MAX_SHIFT: tl.constexpr = tl.constexpr(in_pytorch.MAX_SHIFT)
 LARGEST: tl.constexpr = tl.constexpr(in_pytorch.LARGEST)
@@ -53,9 +55,9 @@ def _thresholds_kernel(
     indices_ptr,  # prefixes selected, int64
     scores_ptr,  # rows n
     state_ptr,  # prefixes+1 2 n_iters+1, fp64
-    starts_ptr,  # rows n, int32
-    direct_ptr,  # rows windows*selected, fp32
-    steps_ptr,  # rows n_iters windows 4, fp32
+    starts_ptr,  # rows n, int64
+    direct_ptr,  # prefixes*selected, fp32
+    steps_ptr,  # rows n_iters 3 windows, fp32
     scores_stride,
     n_rows,
     n,
@@ -69,15 +71,14 @@ def _thresholds_kernel(
     ITERATIONS: tl.constexpr,
 ):
     """Of one prefix: what its selected tokens receive directly; and of each iteration the score up to which a token
-    receives through its threshold, the coefficient, the offset of the exponent, and whether the base is another one
-    than that of the prefix before."""
+    receives through its threshold, the coefficient, and the offset of the exponent, which says what the base is."""
     row = (tl.program_id(0) // n_windows).to(tl.int64)
     window = tl.program_id(0) % n_windows
     prefix = prefix_row(row, window, routes, n_windows)
     schedule_ptr = row_state(state_ptr, n_rows * n_windows + tl.zeros((), tl.int64), n_iters)
 
     temperature = tl.load(schedule_ptr + n_iters)
-    factor = tl.load(schedule_ptr + n_iters + n_iters + 1)
+    factor = tl.load(schedule_ptr + 2 * n_iters + 1)
     last_a = tl.load(row_state(state_ptr, prefix, n_iters) + n_iters - 1) + tl.zeros([1], tl.float64)
     wanted = tl.minimum((window + 1) * window_size, selected)
     total = tl.zeros([SLOTS], tl.float64)
@@ -92,7 +93,7 @@ def _thresholds_kernel(
         total += direct.to(tl.float64)
         # The windows that selected a token begin with the one after its own.
         place = tl.load(starts_ptr + row * n + position, mask=exists, other=0) + (window - position // window_size)
-        tl.store(direct_ptr + row * n_windows * selected + place, direct, mask=exists)
+        tl.store(direct_ptr + place, direct, mask=exists)
     grad_a = tl.sum(total, axis=0)
 
     t = tl.arange(0, ITERATIONS)
@@ -104,42 +105,49 @@ def _thresholds_kernel(
     factor = tl.load(schedule_ptr + n_iters + 1 + t, mask=exists, other=1.0)
     a = _load_a(state_ptr, prefix, n_iters, t)
     common_a = _load_a(state_ptr, prefix - window % SAME_BASE * routes, n_iters, t)
-    a_before = _load_a(state_ptr, prefix - tl.minimum(window, 1) * routes, n_iters, t)
-    far = MAX_SHIFT * temperature
-    is_far = tl.abs(a - common_a) > far
+    is_far = tl.abs(a - common_a) > temperature * MAX_SHIFT
     slope, offset, rest = exponent_line(-tl.where(is_far, a, common_a), factor)
     shift = tl.where(is_far, 0.0, (a - common_a) * factor)
     coefficient = (grad_a * inverse_k).to(tl.float32) * exp2_wide(shift + rest)
-    is_new = is_far | (tl.abs(a_before - common_a) > far) | (window % SAME_BASE == 0)
 
-    step_ptrs = steps_ptr + ((row * n_iters + t) * n_windows + window) * 4
+    step_ptrs = steps_ptr + (row * n_iters + t) * 3 * n_windows + window
     tl.store(step_ptrs, round_down(-_load_a(state_ptr, prefix, n_iters, t - 1)), mask=exists)
-    tl.store(step_ptrs + 1, coefficient, mask=exists)
-    tl.store(step_ptrs + 2, offset, mask=exists)
-    tl.store(step_ptrs + 3, is_new.to(tl.float32), mask=exists)
+    tl.store(step_ptrs + n_windows, coefficient, mask=exists)
+    tl.store(step_ptrs + 2 * n_windows, offset, mask=exists)
 
 
 @triton.jit
-def _add_prefixes(
-    through_a, coefficients, weights, scores, columns, slope, step_ptr, begin, end, window_size, PARTLY: tl.constexpr
-):  # fmt: skip
-    """Add the prefixes of windows `begin` to `end` at one iteration, which hold all columns, or PARTLY those before
-    their end."""
+def _add_each(through_a, scores, columns, slope, step_ptr, stride, begin, end, window_size):
+    """Add prefixes of windows `begin` to `end` at one iteration, each with an exponential of its own, at the columns
+    that it holds."""
     for window in range(begin, end):
-        limit = tl.load(step_ptr + window * 4)
-        coefficient = tl.load(step_ptr + window * 4 + 1)
-        is_new = tl.load(step_ptr + window * 4 + 3) > 0
-        if is_new | (window == begin):
-            through_a += coefficients * weights
-            coefficients = tl.zeros_like(coefficients)
-            offset = tl.load(step_ptr + window * 4 + 2) + tl.zeros([1], tl.float32)
-            # Above the threshold the weight is not used and must not overflow.
-            weights = tl.minimum(exp2_line(scores, slope, offset), LARGEST)
-        limits = limit + tl.zeros_like(scores)
-        if PARTLY:
-            limits = tl.where(columns < (window + 1) * window_size, limit, -float("inf"))
-        coefficients = fma_if_at_most(coefficients, 1.0, coefficient, scores, limits)
-    return through_a, coefficients, weights
+        limit = tl.load(step_ptr + window)
+        coefficient = tl.load(step_ptr + stride + window)
+        offset = tl.load(step_ptr + 2 * stride + window) + tl.zeros([1], tl.float32)
+        limits = tl.where(columns < (window + 1) * window_size, limit, -float("inf"))
+        # Above the threshold the weight is not used and must not overflow.
+        weights = tl.minimum(exp2_line(scores, slope, offset), LARGEST)
+        through_a = fma_if_at_most(through_a, weights, coefficient, scores, limits)
+    return through_a
+
+
+@triton.jit
+def _add_prefixes(through_a, scores, columns, slope, step_ptr, stride, begin, end, window_size):
+    """Add prefixes of windows `begin` to `end` at one iteration, which hold all columns."""
+    windows = begin // SAME_BASE * SAME_BASE + tl.arange(0, SAME_BASE)
+    offset = tl.load(step_ptr + 2 * stride + begin)
+    offsets = tl.load(step_ptr + 2 * stride + windows, mask=(windows >= begin) & (windows < end), other=offset)
+    if tl.max((offsets != offset).to(tl.int32), axis=0) > 0:
+        through_a = _add_each(through_a, scores, columns, slope, step_ptr, stride, begin, end, window_size)
+    else:
+        coefficients = tl.zeros_like(scores)
+        for window in tl.range(begin, end, loop_unroll_factor=UNROLLED):
+            limit = tl.load(step_ptr + window) + tl.zeros_like(scores)
+            coefficient = tl.load(step_ptr + stride + window)
+            coefficients = fma_if_at_most(coefficients, 1.0, coefficient, scores, limit)
+        weights = tl.minimum(exp2_line(scores, slope, offset + tl.zeros([1], tl.float32)), LARGEST)
+        through_a += coefficients * weights
+    return through_a
 
 
 @triton.jit
@@ -147,9 +155,9 @@ def _tokens_kernel(
     scores_ptr,  # rows n
     state_ptr,  # prefixes+1 2 n_iters+1, fp64
     leaves_ptr,  # rows n, int32
-    starts_ptr,  # rows n, int32
-    direct_ptr,  # rows windows*selected, fp32
-    steps_ptr,  # rows n_iters windows 4, fp32
+    starts_ptr,  # rows n, int64
+    direct_ptr,  # prefixes*selected, fp32
+    steps_ptr,  # rows n_iters 3 windows, fp32
     ds_ptr,  # rows n
     scores_stride,
     n_rows,
@@ -157,7 +165,6 @@ def _tokens_kernel(
     n_windows,
     window_size,
     n_iters,
-    selected,
     TOKENS: tl.constexpr,
     WINDOWS: tl.constexpr,
 ):
@@ -170,25 +177,21 @@ def _tokens_kernel(
 
     first = tl.minimum(start // window_size, n_windows)
     whole = tl.minimum((start + TOKENS - 1) // window_size, n_windows)
+    bases = tl.where(whole < n_windows, tl.cdiv(n_windows, SAME_BASE), 0)
     through_a = tl.zeros([1, 1, TOKENS], tl.float32)
     for t in range(n_iters - 1, 0, -1):
         factor_ptr = row_state(state_ptr, n_rows * n_windows + tl.zeros((), tl.int64), n_iters) + n_iters + 1
         slope = tl.load(factor_ptr + t).to(tl.float32)
-        coefficients = tl.zeros([1, 1, TOKENS], tl.float32)
-        weights = tl.zeros([1, 1, TOKENS], tl.float32)
-        step_ptr = steps_ptr + (row * n_iters + t) * n_windows * 4
-        through_a, coefficients, weights = _add_prefixes(
-            through_a, coefficients, weights, scores, columns, slope, step_ptr, first, whole, window_size, True
-        )
-        through_a, coefficients, weights = _add_prefixes(
-            through_a, coefficients, weights, scores, columns, slope, step_ptr, whole, n_windows, window_size, False
-        )
-        through_a += coefficients * weights
+        step_ptr = steps_ptr + (row * n_iters + t) * 3 * n_windows
+        through_a = _add_each(through_a, scores, columns, slope, step_ptr, n_windows, first, whole, window_size)
+        for same in range(whole // SAME_BASE, bases):
+            begin = tl.maximum(same * SAME_BASE, whole)
+            end = tl.minimum(same * SAME_BASE + SAME_BASE, n_windows)
+            through_a = _add_prefixes(through_a, scores, columns, slope, step_ptr, n_windows, begin, end, window_size)
 
     leave = tl.load(leaves_ptr + row * n + column, mask=column < n, other=0)
     begin = tl.load(starts_ptr + row * n + column, mask=column < n, other=0)
     count = tl.maximum(leave - column // window_size, 0)
-    direct_ptr += row * n_windows * selected
     direct = tl.zeros([TOKENS], tl.float32)
     for passed in range(0, tl.max(count, axis=0), WINDOWS):
         place = passed + tl.arange(0, WINDOWS)[None, :]
@@ -214,10 +217,10 @@ def launch_backward(
     _, n_windows, routes, selected = indices.shape
     n_iters = iterations_of(state)
     # Where the entries of a token begin, whose number is how many windows selected it.
-    counts = (leaves.view(n_rows, n) - torch.arange(n, dtype=torch.int32, device=ds.device) // window_size).clamp_(min=0)
-    starts = counts.cumsum(dim=-1, dtype=torch.int32).sub_(counts)
-    direct = torch.empty(n_rows, n_windows * selected, dtype=torch.float32, device=ds.device)
-    steps = torch.empty(n_rows, n_iters, n_windows, 4, dtype=torch.float32, device=ds.device)
+    counts = (leaves - torch.arange(n, dtype=torch.int32, device=ds.device) // window_size).clamp_(min=0).view(-1)
+    starts = counts.cumsum(dim=0) - counts
+    direct = torch.empty(indices.numel(), dtype=torch.float32, device=ds.device)
+    steps = torch.empty(n_rows, n_iters, 3, n_windows, dtype=torch.float32, device=ds.device)
     _thresholds_kernel[(n_rows * n_windows,)](
         grad,
         indices,
@@ -253,7 +256,6 @@ def launch_backward(
         n_windows,
         window_size,
         n_iters,
-        selected,
         TOKENS=TOKENS,
         WINDOWS=WINDOWS,
         num_warps=NUM_WARPS,

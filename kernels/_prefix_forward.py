@@ -31,9 +31,9 @@ from kernels._primitives import (
     load_tile,
     log2_e_over,
     log_normal,
+    lower_fp32,
     per_row,
     round_down,
-    split,
     sum_in_thread,
     tile_columns,
 )
@@ -43,7 +43,7 @@ GROUP = 4
 
 NUM_WARPS = 8
 
-IN_THREAD = 16
+IN_THREAD = 32
 """Entries in a thread of what prefixes have in common."""
 
 REGISTERS = 128
@@ -52,8 +52,10 @@ REGISTERS = 128
 LONGEST_END = 2048
 """Most entries that one prefix of a program has and another has not."""
 
-RANKS = 1024
+RANKS = 4096
 """Ranks, or places, that selection looks at at a time."""
+
+RANKS_IN_THREAD = 16
 
 MAX_SHIFT: tl.constexpr = tl.constexpr(in_pytorch.MAX_SHIFT)
 
@@ -66,9 +68,10 @@ def prefix_row(row, window, routes, n_windows):
 
 @triton.jit
 def _clip_scaled_by_pair(x, high, low):
-    """min(x * (high + low), 1) for x of at least 0, rounded once, and 0 for NaN."""
+    """min(x * (high + low), 1), rounded once, for x of at least 0, infinity too, and 0 < low; 0 for NaN."""
     if INTERPRETED:
-        return tl.minimum((x.to(tl.float64) * (high.to(tl.float64) + low.to(tl.float64))).to(tl.float32), 1.0)
+        scaled = x.to(tl.float64) * high.to(tl.float64) + x.to(tl.float64) * low.to(tl.float64)
+        return tl.where(scaled == scaled, tl.minimum(scaled.to(tl.float32), 1.0), 0.0)
     return tl.inline_asm_elementwise(
         """{
         .reg .f32 rest;
@@ -159,13 +162,17 @@ def _descend_kernel(
         alike = tl.where(is_far > 0, 0, common)
 
         slope, offset, rest = exponent_line(base, factor)
-        scale_high, scale_low = split(tl.exp2(shift + rest) * (1.0 + EXP2_LACKS))
+        scale = tl.exp2(shift + rest) * (1.0 + EXP2_LACKS)
+        scale_high = lower_fp32(scale)
+        # Never 0, which times infinity is none of both.
+        scale_low = per_row((scale - scale_high).to(tl.float32) + 1e-30)
+        scale_high = per_row(scale_high.to(tl.float32))
         total_in_thread = tl.zeros([GROUP, WIDTH // 4], tl.float64)
         above_in_thread = tl.zeros([GROUP, WIDTH // 4], tl.int32)
         for start in range(0, alike, REPEATS * WIDTH):
             scores = _load_common(scores_ptr, row, start, alike, scores_stride, n_rows, REPEATS, WIDTH)
             weights = exp2_line(scores, slope, offset)
-            clipped = _clip_scaled_by_pair(weights, per_row(scale_high), per_row(scale_low))
+            clipped = _clip_scaled_by_pair(weights, scale_high, scale_low)
             total_in_thread += sum_in_thread(clipped, REPEATS, GROUP, WIDTH)
             if COUNT:
                 above_in_thread += count_in_thread(is_above(scores, per_row(threshold)), GROUP, WIDTH)
@@ -315,5 +322,5 @@ def launch_forward(
         selected,
         RANKS=RANKS,
         SAVE=save,
-        num_warps=4,
+        num_warps=max(RANKS // (32 * RANKS_IN_THREAD), 1),
     )

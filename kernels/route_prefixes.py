@@ -134,7 +134,10 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
 def _differentiate(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 9
-    return torch.ops.colt5.route_prefixes_backward(grad, *ctx.saved_tensors, *ctx.numbers), *(None,) * 8
+    # Only the operator can say that there is no second derivative.
+    operator = torch.is_grad_enabled() or is_traced(grad)
+    backward: Callable[..., Tensor] = torch.ops.colt5.route_prefixes_backward if operator else _backward
+    return backward(grad, *ctx.saved_tensors, *ctx.numbers), *(None,) * 8
 
 
 def _refuse(ctx, *_: Tensor) -> None:
@@ -143,6 +146,18 @@ def _refuse(ctx, *_: Tensor) -> None:
 
 torch.library.register_autograd("colt5::route_prefixes", _differentiate, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd("colt5::route_prefixes_backward", _refuse, lib=_library)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without PyTorch's dispatcher, whose way through Python takes longer than some of the kernels."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_differentiate)
 
 
 def route_prefixes(
@@ -180,9 +195,9 @@ def route_prefixes(
     check_prefixes(scores, window_size, num_selected, k)
     check_schedule(n_iters, eps, eps_init, eps_decay)
     save = torch.is_grad_enabled() and scores.requires_grad
-    operation: Callable[..., tuple[Tensor, ...]] = (
-        torch.ops.colt5.route_prefixes if save or is_traced(scores) else _forward
-    )
+    operation: Callable[..., tuple[Tensor, ...]] = _Eager.apply if save else _forward
+    if is_traced(scores):
+        operation = torch.ops.colt5.route_prefixes
     weights, indices, *_ = operation(
         scores,
         window_size,
