@@ -32,7 +32,7 @@ TOKENS = 128
 WINDOWS = 4
 """Of the windows that selected a token, how many are read at a time."""
 
-SAME_BASE = tl.constexpr(32)
+SAME_BASE = 32
 """Neighbouring prefixes that have the base of the first of them, unless their thresholds are far from its."""
 
 NUM_WARPS = 2
@@ -69,6 +69,7 @@ def _thresholds_kernel(
     inverse_k: "fp64",
     SLOTS: tl.constexpr,
     ITERATIONS: tl.constexpr,
+    SAME_BASE: tl.constexpr,
 ):
     """Of one prefix: what its selected tokens receive directly; and of each iteration the score up to which a token
     receives through its threshold, the coefficient, and the offset of the exponent, which says what the base is."""
@@ -132,7 +133,9 @@ def _add_each(through_a, scores, columns, slope, step_ptr, stride, begin, end, w
 
 
 @triton.jit
-def _add_prefixes(through_a, scores, columns, slope, step_ptr, stride, begin, end, window_size):
+def _add_prefixes(
+    through_a, scores, columns, slope, step_ptr, stride, begin, end, window_size, SAME_BASE: tl.constexpr
+):
     """Add prefixes of windows `begin` to `end` at one iteration, which hold all columns."""
     windows = begin // SAME_BASE * SAME_BASE + tl.arange(0, SAME_BASE)
     offset = tl.load(step_ptr + 2 * stride + begin)
@@ -167,6 +170,7 @@ def _tokens_kernel(
     n_iters,
     TOKENS: tl.constexpr,
     WINDOWS: tl.constexpr,
+    SAME_BASE: tl.constexpr,
 ):
     """The gradient of TOKENS neighbouring scores; the first tokens, which are in most prefixes, come first."""
     row = (tl.program_id(0) % n_rows).to(tl.int64)
@@ -187,7 +191,9 @@ def _tokens_kernel(
         for same in range(whole // SAME_BASE, bases):
             begin = tl.maximum(same * SAME_BASE, whole)
             end = tl.minimum(same * SAME_BASE + SAME_BASE, n_windows)
-            through_a = _add_prefixes(through_a, scores, columns, slope, step_ptr, n_windows, begin, end, window_size)
+            through_a = _add_prefixes(
+                through_a, scores, columns, slope, step_ptr, n_windows, begin, end, window_size, SAME_BASE
+            )
 
     leave = tl.load(leaves_ptr + row * n + column, mask=column < n, other=0)
     begin = tl.load(starts_ptr + row * n + column, mask=column < n, other=0)
@@ -240,6 +246,7 @@ def launch_backward(
         1.0 / k,
         SLOTS=SLOTS,
         ITERATIONS=triton.next_power_of_2(n_iters),
+        SAME_BASE=SAME_BASE,
         num_warps=4,
     )
     _tokens_kernel[(n_rows * triton.cdiv(n, TOKENS),)](
@@ -258,5 +265,6 @@ def launch_backward(
         n_iters,
         TOKENS=TOKENS,
         WINDOWS=WINDOWS,
+        SAME_BASE=SAME_BASE,
         num_warps=NUM_WARPS,
     )

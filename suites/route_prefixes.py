@@ -62,9 +62,9 @@ def problem(case: PrefixCase, device: torch.device) -> Problem:
 
 
 def weights(function: Callable[..., reference.PrefixSelection], case: PrefixCase) -> Callable[..., Tensor]:
-    return lambda scores: function(
-        scores, window_size=case.window_size, num_selected=case.num_selected, **case.arguments
-    ).weights
+    return lambda scores: (
+        function(scores, window_size=case.window_size, num_selected=case.num_selected, **case.arguments).weights
+    )
 
 
 def plain(case: PrefixCase) -> Callable[..., Tensor]:

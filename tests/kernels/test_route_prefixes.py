@@ -16,6 +16,8 @@ from kernels.route_prefixes import route_prefixes
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
+ONCE = pytest.mark.skipif(INTERPRETED, reason="the operator is the same, and called too often for the interpreter")
+
 CONSTANT = {"n_iters": 3, "eps": 0.1}
 DECAYING = {"n_iters": 5, "eps": 0.1, "eps_init": 0.5, "eps_decay": 0.5}
 
@@ -30,8 +32,10 @@ def small_tiles(monkeypatch):
         (_prefix_forward, "NUM_WARPS", 1),
         (_prefix_forward, "IN_THREAD", 4),
         (_prefix_forward, "RANKS", 16),
+        (_prefix_forward, "RANKS_IN_THREAD", 1),
         (_prefix_backward, "SLOTS", 16),
         (_prefix_backward, "TOKENS", 128),
+        (_prefix_backward, "SAME_BASE", 2),
         (_prefix_backward, "NUM_WARPS", 1),
     ):
         monkeypatch.setattr(module, name, size)
@@ -87,11 +91,6 @@ def test_several_tiles(device, most, window_size, num_selected, monkeypatch):
     monkeypatch.setattr(_prefix_forward, "GROUP", most)
     scores = torch.randn(1, 1, 240, device=device)
     check(scores, window_size=window_size, num_selected=num_selected, **DECAYING)
-
-
-def test_many_windows(device):
-    """More than have a base in common, in the backward pass."""
-    check(torch.randn(1, 1, 36, device=device) * 3, window_size=1, num_selected=5, n_iters=2, eps=0.1)
 
 
 @pytest.mark.parametrize("k", [0.5, 3.0, 30.0, 1e4])
@@ -225,11 +224,13 @@ def test_is_bitwise_reproducible(device):
     assert torch.equal(first_ds, second_ds)
 
 
+@ONCE
 def test_is_an_operator(device):
     scores = torch.randn(1, 1, 9, device=device, requires_grad=True)
     torch.library.opcheck(torch.ops.colt5.route_prefixes, (scores, 8, 2, 2.0, 2, 0.3, 0.3, 1.0, True))
 
 
+@ONCE
 def test_compiles_into_one_graph(device):
     def function(scores):
         indices, weights, mask = route_prefixes(scores * 2, window_size=8, num_selected=10, k=6, **CONSTANT)
@@ -274,23 +275,24 @@ def test_long_sequences(device, window_size, n):
 
 
 def test_nothing_is_as_large_as_windows_times_tokens(device):
-    n, window_size = (64, 4) if INTERPRETED else (1024, 16)
+    n, window_size = (64, 4) if INTERPRETED else (512, 16)
     scores = torch.randn(1, 1, n, device=device, requires_grad=True)
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         route_prefixes(scores, window_size=window_size, num_selected=2, k=2, n_iters=2).weights.sum().backward()
-    largest = max(getattr(event, f"self_{event.device_type.name.lower()}_memory_usage", 0) for event in profile.events())
+    largest = max(
+        getattr(event, f"self_{event.device_type.name.lower()}_memory_usage", 0) for event in profile.events()
+    )
     assert largest < n / window_size * n * 4 / 4
 
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("target", [80, 90])
-@pytest.mark.parametrize("window_size", [128, 1100])
-def test_no_register_spills(device, window_size, target):
+def test_no_register_spills(device, target):
     def launch():
         with triton_for_cpu_tensors():
             scores = torch.randn(2, 2, 9000, requires_grad=True)
             schedule = {"n_iters": 20, "eps": 0.03, "eps_init": 4.0, "eps_decay": 0.7}
-            selection = route_prefixes(scores, window_size=window_size, num_selected=1024, k=1152, **schedule)
+            selection = route_prefixes(scores, window_size=128, num_selected=1024, k=1152, **schedule)
             selection.weights.sum().backward()
 
     kernels = compiled_kernels(launch, target=target)
