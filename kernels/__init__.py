@@ -4,6 +4,7 @@ from kernels.combine import combine
 from kernels.coor_descent import coor_descent
 from kernels.normalize import normalize
 from kernels.route import route
+from kernels.route_prefixes import route_prefixes
 from kernels.routing_scores import routing_scores
 from kernels.segmented_coor_descent import segmented_coor_descent
 from kernels.select import select
@@ -16,6 +17,7 @@ __all__ = [
     "coor_descent",
     "normalize",
     "route",
+    "route_prefixes",
     "routing_scores",
     "segmented_coor_descent",
     "select",

@@ -9,6 +9,7 @@ from reference.feedforward import ConditionalRoutedFeedForward
 from reference.image import ConditionalRoutedImageAttention
 from reference.normalize import normalize
 from reference.route import RouteReturn, route
+from reference.route_prefixes import PrefixSelection, route_prefixes
 from reference.router import CoordinateDescentRouter, RouterReturn
 from reference.routing_scores import routing_scores
 from reference.select import select
@@ -26,6 +27,7 @@ __all__ = [
     "ConditionalRoutedTransformerBlock",
     "ConditionalRoutedViT",
     "CoordinateDescentRouter",
+    "PrefixSelection",
     "RouteReturn",
     "RouterReturn",
     "TopkReturn",
@@ -33,6 +35,7 @@ __all__ = [
     "coor_descent",
     "normalize",
     "route",
+    "route_prefixes",
     "routing_scores",
     "select",
     "soft_topk",

@@ -1,6 +1,6 @@
 """The routed attention layer for autoregressive models."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reference._arguments import check_counts, check_tokens
 from reference._attention import RotaryEmbedding, Rotations
+from reference._operations import fused
 from reference.attention import RoutedBranch, angles_at
 from reference.router import RouterReturn, Selection, gather_tokens
 from reference.windowed_attention import WindowedAttention
@@ -89,6 +90,15 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             dim, light_window_size, light_dim_head, light_heads, causal=True, use_triton=use_triton
         )
         self.rotary_emb = RotaryEmbedding(heavy_dim_head) if rotary_emb else None
+
+        router, segments = self.kv_router, (router_kwargs or {}).get("triton_checkpoint_segments")
+        covered = router.solver == "coor_descent" and router.route_block_size is None and segments is None
+        wanted = torch.cuda.is_available() if router.use_triton is None else router.use_triton
+        self._route_prefixes: Callable[..., Any] | None = fused("route_prefixes") if covered and wanted else None
+
+    def extra_repr(self) -> str:
+        path = "rows with a mask" if self._route_prefixes is None else "kernels.route_prefixes unless random_route"
+        return f"heavy_window_size={self.heavy_window_size}, kv_routing={path!r}"
 
     def forward(
         self,
@@ -176,19 +186,18 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
     ) -> RouterReturn:
         """Keys and values from the tokens before each window but the first: rows of `(b w)`, then routes.
 
-        Tokens are scored and projected once, and only what is selected of them is gathered for each window.
+        Tokens are scored and projected once, and only what is selected of them is gathered for each window. On the way
+        of the kernels, scores are not copied for each window either; they take neither the exact solver nor blocks.
         """
         (batch, n, _), routes = padded.shape, self.kv_router.num_routing_tokens
-        starts = torch.arange(self.heavy_window_size, n, self.heavy_window_size, device=padded.device)
-        before = rearrange(torch.arange(n, device=padded.device) < starts[:, None], "w n -> w 1 n")
         key_value = self.heavy_attn.project(rearrange(padded, "b n d -> b 1 n d"), routes)
         if n <= num_tokens:
-            key_value = repeat(key_value, "b r n e -> (b w) r n e", w=len(starts))
+            before = self._before_windows(n, padded.device)
+            key_value = repeat(key_value, "b r n e -> (b w) r n e", w=len(before))
             mask = repeat(before, "w 1 n -> (b w) r n", b=batch, r=routes)
             return RouterReturn(None, padded.new_ones(mask.shape), key_value, mask)
 
-        scores = repeat(self.kv_router.score(padded, routing_tokens), "b r n -> b w r n", w=len(starts))
-        selection = self.kv_router.select(scores, num_tokens, before, random_route)
+        selection = self._select_before(self.kv_router.score(padded, routing_tokens), num_tokens, random_route)
         batches = torch.arange(batch, device=padded.device)[:, None, None, None]
         route = torch.arange(routes, device=padded.device)[:, None]
         key_value = key_value[batches, route, selection.indices.clamp(max=n - 1)]
@@ -198,6 +207,32 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             key_value.flatten(0, 1),
             None if selection.mask is None else selection.mask.flatten(0, 1),
         )
+
+    def _before_windows(self, n: int, device: torch.device) -> Tensor:
+        """Which of n tokens are before each window but the first: `w 1 n`."""
+        positions = torch.arange(n, device=device)
+        return rearrange(positions < positions[self.heavy_window_size :: self.heavy_window_size, None], "w n -> w 1 n")
+
+    def _select_before(self, scores: Tensor, num_tokens: int, random_route: bool) -> Selection:
+        """From scores `b r n` what each window but the first selects of the tokens before it: `b w r s`."""
+        router, n = self.kv_router, scores.shape[-1]
+        if random_route or self._route_prefixes is None or not (router.use_triton or scores.is_cuda):
+            before = self._before_windows(n, scores.device)
+            rows = repeat(scores, "b r n -> b w r n", w=len(before))
+            return router.select(rows, num_tokens, before, random_route)
+        fetched = num_tokens * (router.fetch_k_ratio if router.normalize_to == "fetched" else 1.0)
+        indices, weights, mask = self._route_prefixes(
+            scores,
+            window_size=self.heavy_window_size,
+            num_selected=router.num_selected(num_tokens, n),
+            k=min(fetched, n),
+            n_iters=router.n_iters,
+            eps=router.eps,
+            eps_init=router.eps_init,
+            eps_decay=router.eps_decay,
+        )
+        weights = router.weigh(weights)
+        return Selection(indices, weights if mask is None else weights.masked_fill(~mask, 0.0), mask)
 
     def _rotations(self, angles: Tensor, q: RouterReturn, kv: RouterReturn) -> Rotations:
         """Angles `n d` at the positions in the sequence."""
