@@ -5,6 +5,7 @@ from reference.autoregressive import ConditionalRoutedAutoregressiveAttention
 from reference.block import ConditionalRoutedTransformerBlock
 from reference.coor_descent import coor_descent
 from reference.feedforward import ConditionalRoutedFeedForward
+from reference.gathered_attention import gathered_attention
 from reference.image import ConditionalRoutedImageAttention
 from reference.router import CoordinateDescentRouter, RouterReturn
 from reference.soft_topk import soft_topk
@@ -23,6 +24,7 @@ __all__ = [
     "RouterReturn",
     "TopkReturn",
     "coor_descent",
+    "gathered_attention",
     "soft_topk",
     "topk",
 ]

@@ -1,0 +1,178 @@
+"""Attention of a window's queries to the tokens of its list: the forward kernel, and what the backward ones share."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def place(n_heads, n_blocks):
+    """The row (batch and window), block of queries and head of a program; heads of a list run side by side."""
+    program = tl.program_id(0)
+    head = program % n_heads
+    return (program // n_heads // n_blocks).to(tl.int64), program // n_heads % n_blocks, head
+
+
+@triton.jit
+def load_rows(ptr, rows, stride, row_valid, dims, DIM: tl.constexpr):
+    """Rows of DIM entries at `rows` times `stride`, filled up with zeros."""
+    return tl.load(
+        ptr + rows.to(tl.int64)[:, None] * stride + dims[None, :],
+        mask=row_valid[:, None] & (dims < DIM)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def load_slots(indices_ptr, weights_ptr, mask_ptr, slots, n_slots, HAS_MASK: tl.constexpr):
+    """Tokens, weights and whether there is anything to attend to in slots of a list."""
+    valid = slots < n_slots
+    if HAS_MASK:
+        valid &= tl.load(mask_ptr + slots, mask=valid, other=0) != 0
+    tokens = tl.load(indices_ptr + slots, mask=valid, other=0)
+    return tokens, tl.load(weights_ptr + slots, mask=valid, other=0.0).to(tl.float32), valid
+
+
+@triton.jit
+def load_null(null_ptr, n_heads, head, dims, DIM: tl.constexpr):
+    """The learned key and value of a head in fp32."""
+    null_ptr += head * DIM + dims
+    key = tl.load(null_ptr, mask=dims < DIM, other=0.0).to(tl.float32)
+    return key, tl.load(null_ptr + n_heads * DIM, mask=dims < DIM, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _forward_kernel(
+    query_ptr,  # b w h i d
+    key_value_ptr,  # b r n (h kv d)
+    indices_ptr,  # b w r s
+    weights_ptr,  # b w r s
+    mask_ptr,  # b w r s
+    null_ptr,  # 2 h d
+    out_ptr,  # b w i h d
+    lse_ptr,  # b w h i, log2
+    query_batch,
+    query_window,
+    query_head,
+    query_stride,
+    key_value_batch,
+    key_value_route,
+    key_value_stride,
+    n_windows,
+    n_blocks,
+    n_heads,
+    n_routes,
+    n_queries,
+    n_slots,
+    scale,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    WEIGH_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A block of the queries of a window and head, by an online softmax that begins with the learned pair."""
+    row, block, head = place(n_heads, n_blocks)
+    batch, window = row // n_windows, row % n_windows
+    share = n_heads // n_routes
+    route = head // share
+    dims = tl.arange(0, BLOCK_D)
+    queries = block * BLOCK_I + tl.arange(0, BLOCK_I)
+    there = queries < n_queries
+    query_ptr += batch * query_batch + window * query_window + head * query_head
+    query = load_rows(query_ptr, queries, query_stride, there, dims, DIM)
+    key_ptr = key_value_ptr + batch * key_value_batch + route * key_value_route + head % share * (2 * DIM)
+    listed = (row * n_routes + route) * n_slots
+
+    null_key, null_value = load_null(null_ptr, n_heads, head, dims, DIM)
+    largest = tl.sum(query.to(tl.float32) * null_key[None, :], axis=1) * scale
+    total = tl.full([BLOCK_I], 1.0, tl.float32)
+    out = tl.zeros([BLOCK_I, BLOCK_D], tl.float32) + null_value[None, :]
+    for start in range(0, n_slots, BLOCK_S):
+        slots = start + tl.arange(0, BLOCK_S)
+        tokens, weights, valid = load_slots(
+            indices_ptr + listed, weights_ptr + listed, mask_ptr + listed, slots, n_slots, HAS_MASK
+        )
+        key = load_rows(key_ptr, tokens, key_value_stride, valid, dims, DIM)
+        value = load_rows(key_ptr + DIM, tokens, key_value_stride, valid, dims, DIM)
+        logits = tl.dot(query, key.T, input_precision=PRECISION) * scale
+        if WEIGH_KEYS:
+            logits *= weights[None, :]
+        logits = tl.where(valid[None, :], logits, -float("inf"))
+        before, largest = largest, tl.maximum(largest, tl.max(logits, axis=1))
+        shares = tl.exp2(logits - largest[:, None])
+        decay = tl.exp2(before - largest)
+        total = total * decay + tl.sum(shares, axis=1)
+        weighted = (shares * weights[None, :]).to(value.dtype)
+        out = tl.dot(weighted, value, out * decay[:, None], input_precision=PRECISION)
+
+    tl.store(lse_ptr + (row * n_heads + head) * n_queries + queries, largest + tl.log2(total), mask=there)
+    out_ptr += row * n_queries * n_heads * DIM + head * DIM
+    places = queries[:, None] * (n_heads * DIM) + dims[None, :]
+    out = (out / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + places, out, mask=there[:, None] & (dims < DIM)[None, :])
+
+
+def query_block(n_queries: int, dim: int) -> int:
+    """Queries of a program."""
+    return min(max(16, triton.next_power_of_2(n_queries)), 64 if dim <= 64 else 32)
+
+
+def arguments(query: Tensor, key_value: Tensor, slots: int) -> dict[str, Any]:
+    """Sizes and settings that the kernels have in common."""
+    _, windows, heads, queries, dim = query.shape
+    block = query_block(queries, dim)
+    return {
+        "n_windows": windows,
+        "n_blocks": triton.cdiv(queries, block),
+        "n_heads": heads,
+        "n_routes": key_value.shape[1],
+        "n_queries": queries,
+        "n_slots": slots,
+        "scale": dim**-0.5 / LN2.value,
+        "DIM": dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "BLOCK_I": block,
+        # Three products of what fp32 is more than tf32 err as little as fp32 does.
+        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
+    }
+
+
+def launch_forward(
+    query: Tensor,
+    key_value: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    null_kv: Tensor,
+    mask: Tensor | None,
+    multiply_keys: bool,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    shared = arguments(query, key_value, indices.shape[-1])
+    grid = (query.shape[0] * query.shape[1] * shared["n_blocks"] * shared["n_heads"],)
+    _forward_kernel[grid](
+        query,
+        key_value,
+        indices,
+        weights,
+        indices if mask is None else mask,
+        null_kv,
+        out,
+        lse,
+        *query.stride()[:4],
+        *key_value.stride()[:3],
+        **shared,
+        BLOCK_S=64,
+        HAS_MASK=mask is not None,
+        WEIGH_KEYS=multiply_keys,
+        num_warps=4,
+        num_stages=3,
+    )
