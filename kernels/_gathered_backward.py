@@ -8,12 +8,38 @@ its tokens together. Tokens with the same last window share a block, in the orde
 stays selected for some windows on end, and then some 1.5 times the windows are gone through that need be.
 """
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._gathered_forward import LN2, arguments, load_null, load_rows, load_slots, place
+from kernels._gathered_forward import (
+    LN2,
+    Settings,
+    SettingsBySize,
+    arguments,
+    load_null,
+    load_rows,
+    load_slots,
+    place,
+    settings_for,
+)
+
+QUERIES: SettingsBySize = {
+    (2, 64): Settings(32, 64, 4, 3),
+    (2, 128): Settings(32, 64, 4, 3),
+    (4, 64): Settings(32, 32, 4, 2),
+    (4, 128): Settings(16, 32, 8, 1),
+}
+
+KEYS: SettingsBySize = {
+    (2, 64): Settings(32, 64, 4, 3),
+    (2, 128): Settings(32, 32, 4, 3),
+    (4, 64): Settings(16, 32, 4, 2),
+    (4, 128): Settings(16, 16, 8, 2),
+}
 
 
 @triton.jit
@@ -82,13 +108,13 @@ def _query_kernel(
 
     null_key, null_value = load_null(null_ptr, n_heads, head, dims, DIM)
     wide_query, wide_grad = query.to(tl.float32), grad.to(tl.float32)
-    shares = tl.exp2(tl.sum(wide_query * null_key[None, :], axis=1) * scale - lse)
-    dlogits = shares * (tl.sum(wide_grad * null_value[None, :], axis=1) - delta)
+    null_shares = tl.exp2(tl.sum(wide_query * null_key[None, :], axis=1) * scale - lse)
+    null_dlogits = null_shares * (tl.sum(wide_grad * null_value[None, :], axis=1) - delta)
     natural = scale * LN2
     dnull_ptr += program * (2 * DIM) + dims
-    tl.store(dnull_ptr, tl.sum(dlogits[:, None] * wide_query, axis=0) * natural, mask=dims < DIM)
-    tl.store(dnull_ptr + DIM, tl.sum(shares[:, None] * wide_grad, axis=0), mask=dims < DIM)
-    dquery = dlogits[:, None] * null_key[None, :]
+    tl.store(dnull_ptr, tl.sum(null_dlogits[:, None] * wide_query, axis=0) * natural, mask=dims < DIM)
+    tl.store(dnull_ptr + DIM, tl.sum(null_shares[:, None] * wide_grad, axis=0), mask=dims < DIM)
+    dquery = null_dlogits[:, None] * null_key[None, :]
 
     for start in range(0, n_slots, BLOCK_S):
         slots = start + tl.arange(0, BLOCK_S)
@@ -269,15 +295,39 @@ def launch_backward(
     dkey_value: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weights and learned pair are returned, those of queries, keys and values are written."""
-    (batch, windows, heads, _, dim), (_, routes, n_tokens, _) = query.shape, key_value.shape
-    slots = indices.shape[-1]
-    shared = arguments(query, key_value, slots)
     delta = torch.empty_like(lse)
+    dweights, dnull = _launch_queries(
+        grad, query, key_value, indices, weights, null_kv, mask, multiply_keys, out, lse, delta, dquery
+    )
+    if indices.numel():
+        lists = by_token(indices, mask, key_value.shape[2])
+        _launch_keys(grad, query, key_value, weights, lists, multiply_keys, lse, delta, dkey_value)
+    else:
+        dkey_value.zero_()
+    return dweights, dnull
+
+
+def _launch_queries(
+    grad: Tensor,
+    query: Tensor,
+    key_value: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    null_kv: Tensor,
+    mask: Tensor | None,
+    multiply_keys: bool,
+    out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dquery: Tensor,
+) -> tuple[Tensor, Tensor]:
+    (batch, windows, heads, _, dim), (_, _, routes, slots) = query.shape, indices.shape
+    settings = settings_for(query, QUERIES)
+    shared = arguments(query, key_value, slots, settings)
     programs = (batch, windows, shared["n_blocks"], heads)
     dweights = lse.new_empty((*programs, slots))
     dnull = lse.new_empty((*programs, 2, dim))
-    strides = (*query.stride()[:4], *key_value.stride()[:3], *grad.stride()[:4])
-    _query_kernel[(batch * windows * shared["n_blocks"] * heads,)](
+    _query_kernel[(prod(programs),)](
         query,
         key_value,
         indices,
@@ -291,32 +341,46 @@ def launch_backward(
         dquery,
         dweights,
         dnull,
-        *strides,
+        *query.stride()[:4],
+        *key_value.stride()[:3],
+        *grad.stride()[:4],
         **shared,
-        BLOCK_S=64,
+        BLOCK_S=settings.others,
         HAS_MASK=mask is not None,
         WEIGH_KEYS=multiply_keys,
-        num_warps=4,
-        num_stages=3,
     )
-    block = 64
-    _key_value_kernel[(batch * triton.cdiv(n_tokens, block) * heads,)](
+    # Over the blocks of a window and the heads of a route; over all but heads.
+    dweights = dweights.unflatten(3, (routes, heads // routes)).sum(dim=(2, 4))
+    return dweights, dnull.sum(dim=(0, 1, 2)).transpose(0, 1)
+
+
+def _launch_keys(
+    grad: Tensor,
+    query: Tensor,
+    key_value: Tensor,
+    weights: Tensor,
+    lists: tuple[Tensor, Tensor, Tensor],
+    multiply_keys: bool,
+    lse: Tensor,
+    delta: Tensor,
+    dkey_value: Tensor,
+) -> None:
+    batch, _, n_tokens, _ = key_value.shape
+    settings = settings_for(query, KEYS)
+    _key_value_kernel[(batch * triton.cdiv(n_tokens, settings.others) * query.shape[2],)](
         query,
         key_value,
         weights,
-        *by_token(indices, mask, n_tokens),
+        *lists,
         grad,
         lse,
         delta,
         dkey_value,
-        *strides,
+        *query.stride()[:4],
+        *key_value.stride()[:3],
+        *grad.stride()[:4],
         n_tokens,
-        **shared,
-        BLOCK_N=block,
+        **arguments(query, key_value, weights.shape[-1], settings),
+        BLOCK_N=settings.others,
         WEIGH_KEYS=multiply_keys,
-        num_warps=4,
-        num_stages=3,
     )
-    # Over blocks and the heads of a route; over batches and windows and blocks.
-    dweights = dweights.view(batch, windows, shared["n_blocks"], routes, heads // routes, slots).sum(dim=(2, 4))
-    return dweights, dnull.sum(dim=(0, 1, 2)).transpose(0, 1)

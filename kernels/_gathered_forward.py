@@ -1,6 +1,6 @@
 """Attention of a window's queries to the tokens of its list: the forward kernel, and what the backward ones share."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -120,18 +120,45 @@ def _forward_kernel(
     tl.store(out_ptr + places, out, mask=there[:, None] & (dims < DIM)[None, :])
 
 
-def query_block(n_queries: int, dim: int) -> int:
-    """Queries of a program."""
-    return min(max(16, triton.next_power_of_2(n_queries)), 64 if dim <= 64 else 32)
+class Settings(NamedTuple):
+    """Tile and launch settings of a kernel."""
+
+    queries: int
+    """Queries of a window that a program has at a time, at most."""
+
+    others: int
+    """Slots of a list, or tokens."""
+
+    num_warps: int
+    num_stages: int
 
 
-def arguments(query: Tensor, key_value: Tensor, slots: int) -> dict[str, Any]:
+SettingsBySize = dict[tuple[int, int], Settings]
+"""By the bytes of an entry, and the largest head dimension that they are for. With what fp32 takes, nothing spills."""
+
+LARGEST_DIM = 128
+
+FORWARD: SettingsBySize = {
+    (2, 64): Settings(32, 64, 4, 3),
+    (2, 128): Settings(32, 64, 4, 3),
+    (4, 64): Settings(32, 32, 4, 2),
+    (4, 128): Settings(16, 32, 4, 2),
+}
+
+
+def settings_for(query: Tensor, by_size: SettingsBySize) -> Settings:
+    """Those of a kernel for queries `b w h i d`."""
+    queries, dim = query.shape[3:]
+    settings = by_size[query.itemsize, 64 if dim <= 64 else LARGEST_DIM]
+    return settings._replace(queries=min(max(16, triton.next_power_of_2(queries)), settings.queries))
+
+
+def arguments(query: Tensor, key_value: Tensor, slots: int, settings: Settings) -> dict[str, Any]:
     """Sizes and settings that the kernels have in common."""
     _, windows, heads, queries, dim = query.shape
-    block = query_block(queries, dim)
     return {
         "n_windows": windows,
-        "n_blocks": triton.cdiv(queries, block),
+        "n_blocks": triton.cdiv(queries, settings.queries),
         "n_heads": heads,
         "n_routes": key_value.shape[1],
         "n_queries": queries,
@@ -139,9 +166,11 @@ def arguments(query: Tensor, key_value: Tensor, slots: int) -> dict[str, Any]:
         "scale": dim**-0.5 / LN2.value,
         "DIM": dim,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
-        "BLOCK_I": block,
-        # Three products of what fp32 is more than tf32 err as little as fp32 does.
+        "BLOCK_I": settings.queries,
+        # Three products of parts in tf32 err as little as one in fp32.
         "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
+        "num_warps": settings.num_warps,
+        "num_stages": settings.num_stages,
     }
 
 
@@ -156,7 +185,8 @@ def launch_forward(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    shared = arguments(query, key_value, indices.shape[-1])
+    settings = settings_for(query, FORWARD)
+    shared = arguments(query, key_value, indices.shape[-1], settings)
     grid = (query.shape[0] * query.shape[1] * shared["n_blocks"] * shared["n_heads"],)
     _forward_kernel[grid](
         query,
@@ -170,9 +200,7 @@ def launch_forward(
         *query.stride()[:4],
         *key_value.stride()[:3],
         **shared,
-        BLOCK_S=64,
+        BLOCK_S=settings.others,
         HAS_MASK=mask is not None,
         WEIGH_KEYS=multiply_keys,
-        num_warps=4,
-        num_stages=3,
     )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kernels import _gathered_torch as in_pytorch
 from kernels._gathered_backward import launch_backward
-from kernels._gathered_forward import launch_forward
+from kernels._gathered_forward import LARGEST_DIM, launch_forward
 from kernels._launch import runs_triton
 from reference._arguments import check_gathered
 
@@ -100,7 +100,7 @@ def _backward(
 
 def _runs_kernel(query: Tensor) -> bool:
     """fp64 stays fp64, which the kernels are not."""
-    return query.dtype != torch.float64 and runs_triton(query)
+    return query.dtype != torch.float64 and query.shape[-1] <= LARGEST_DIM and runs_triton(query)
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -151,8 +151,8 @@ def gathered_attention(
     Keys and values are read by index while a softmax goes over the list of a window. The backward pass sorts the
     entries of all lists by their token: it is right for any lists, and fast where a token that is in a list stays in
     those of the windows after it, as what is routed of ever longer prefixes does. It keeps the output and one number a
-    query and head. Results are bitwise equal from run to run. A CPU tensor, and any of fp64, goes window by window
-    through PyTorch.
+    query and head. Results are bitwise equal from run to run. A CPU tensor, and any of fp64 or of heads of
+    more than 128 dimensions, goes window by window through PyTorch.
 
     Args:
         query: `b w h i d`, any float dtype: the queries of w windows, h heads of d dimensions.
