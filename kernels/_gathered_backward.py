@@ -30,8 +30,8 @@ from kernels._gathered_forward import (
 QUERIES: SettingsBySize = {
     (2, 64): Settings(32, 64, 4, 3),
     (2, 128): Settings(32, 64, 4, 3),
-    (4, 64): Settings(32, 32, 4, 2),
-    (4, 128): Settings(16, 32, 8, 1),
+    (4, 64): Settings(16, 32, 4, 2),
+    (4, 128): Settings(16, 16, 8, 1),
 }
 
 KEYS: SettingsBySize = {
