@@ -77,4 +77,4 @@ def gather_and_attend(
     if mask is not None:
         mask = repeat(F.pad(mask, (1, 0), value=True), "b w r s -> (b w) (r h) 1 s", h=heads // routes)
     out = attend(rearrange(query, "b w h i d -> (b w) h i d"), key, value, mask, use_flash=use_flash)
-    return rearrange(out, "(b w) h i d -> b w h i d", w=windows)
+    return out.unflatten(0, (batch, windows))

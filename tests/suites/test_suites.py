@@ -25,7 +25,7 @@ def conditions():
 
 
 def test_every_suite_is_found():
-    of_operations = {"coor_descent", "segments", "gradients", "topk", "soft_topk"}
+    of_operations = {"coor_descent", "segments", "gradients", "topk", "soft_topk", "gathered_attention"}
     assert set(SUITES) == of_operations | {"layers", "sequence_length", "heads", "flops", "routing"}
 
 
