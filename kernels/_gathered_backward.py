@@ -4,11 +4,12 @@ The gradient of a key needs the queries of all windows that have its token in th
 by their token, are each token's windows in order. A program takes a block of tokens and goes through the windows from
 the first to the last that has any of them; each token has a pointer to its next entry, which is of the window at hand
 or of a later one. So a block is attended to by matrix products, and the rows of a window's queries are read for all of
-its tokens together. Tokens with the same last window share a block, in the order of their first: what a prefix selects
-stays selected for some windows on end, and then some 1.5 times the windows are gone through that need be.
+its tokens together. Tokens with the same last window share a block, in the order of their positions: what a prefix
+selects stays selected for some windows on end, and then some 1.5 times the windows are gone through that need be.
 """
 
 from math import prod
+from typing import NamedTuple
 
 import torch
 import triton
@@ -46,9 +47,8 @@ KEYS: SettingsBySize = {
 def _query_kernel(
     query_ptr,  # b w h i d
     key_value_ptr,  # b r n (h kv d)
-    indices_ptr,  # b w r s
+    lists_ptr,  # b w r s, -1 for nothing
     weights_ptr,  # b w r s
-    mask_ptr,  # b w r s
     null_ptr,  # 2 h d
     out_ptr,  # b w i h d
     grad_ptr,  # b w h i d
@@ -79,7 +79,6 @@ def _query_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     WEIGH_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -118,9 +117,7 @@ def _query_kernel(
 
     for start in range(0, n_slots, BLOCK_S):
         slots = start + tl.arange(0, BLOCK_S)
-        tokens, weights, valid = load_slots(
-            indices_ptr + listed, weights_ptr + listed, mask_ptr + listed, slots, n_slots, HAS_MASK
-        )
+        tokens, weights, valid = load_slots(lists_ptr + listed, weights_ptr + listed, slots, n_slots)
         key = load_rows(key_ptr, tokens, key_value_stride, valid, dims, DIM)
         value = load_rows(key_ptr + DIM, tokens, key_value_stride, valid, dims, DIM)
         logits = tl.dot(query, key.T, input_precision=PRECISION) * scale
@@ -143,10 +140,10 @@ def _query_kernel(
 def _key_value_kernel(
     query_ptr,  # b w h i d
     key_value_ptr,  # b r n (h kv d)
-    weights_ptr,  # b w r s
-    entries_ptr,  # entries of all lists in the order of their tokens
+    windows_ptr,  # windows of the entries of all lists in the order of their tokens
+    weights_ptr,  # and their weights
     ends_ptr,  # b r n+1: where the entries of each token begin, and so those of the one before end
-    order_ptr,  # b r n: tokens by their windows
+    order_ptr,  # b r n: tokens by their last windows
     grad_ptr,  # b w h i d
     lse_ptr,  # b w h i, log2
     delta_ptr,  # b w h i
@@ -181,7 +178,6 @@ def _key_value_kernel(
     program = tl.program_id(0)
     head = program % n_heads
     blocks = tl.cdiv(n_tokens, BLOCK_N)
-    # All batches' blocks of the last windows, which take the longest, before others.
     batch = (program // n_heads // blocks).to(tl.int64)
     share = n_heads // n_routes
     route = head // share
@@ -197,16 +193,11 @@ def _key_value_kernel(
     key = load_rows(key_ptr, tokens, key_value_stride, present, dims, DIM)
     value = load_rows(key_ptr + DIM, tokens, key_value_stride, present, dims, DIM)
 
-    # Entries of a batch are those of its windows, each n_routes lists of n_slots.
-    in_window = n_routes * n_slots
-    weights_ptr += batch * n_windows * in_window
-    origin = batch * n_windows * in_window
     listed = following < end
-    entry = (tl.load(entries_ptr + following, mask=listed, other=0) - origin).to(tl.int32)
-    last_entry = (tl.load(entries_ptr + end - 1, mask=listed, other=0) - origin).to(tl.int32)
-    first_window = tl.min(tl.where(listed, entry // in_window, n_windows))
-    last_window = tl.max(tl.where(listed, last_entry // in_window, -1))
-    weights = tl.load(weights_ptr + entry, mask=listed, other=0.0).to(tl.float32)
+    listed_in = tl.load(windows_ptr + following, mask=listed, other=n_windows)
+    weights = tl.load(weights_ptr + following, mask=listed, other=0.0).to(tl.float32)
+    first_window = tl.min(listed_in)
+    last_window = tl.max(tl.load(windows_ptr + end - 1, mask=listed, other=-1))
 
     query_ptr += batch * query_batch + head * query_head
     grad_ptr += batch * grad_batch + head * grad_head
@@ -222,7 +213,13 @@ def _key_value_kernel(
         lse = tl.load(lse_ptr + of_head, mask=there, other=float("inf"))
         delta = tl.load(delta_ptr + of_head, mask=there, other=0.0)
 
-        attended = listed & (entry < (window + 1) * in_window)
+        attended = listed_in == window
+        following += (attended & (block == n_blocks - 1)).to(following.dtype)
+        # Loaded before it is needed, with the products of this step to wait for it.
+        listed = following < end
+        listed_next = tl.load(windows_ptr + following, mask=listed, other=n_windows)
+        weights_next = tl.load(weights_ptr + following, mask=listed, other=0.0).to(tl.float32)
+
         factor = weights[:, None] if WEIGH_KEYS else 1.0
         logits = tl.dot(key, query.T, input_precision=PRECISION) * (scale * factor)
         shares = tl.where(attended[:, None], tl.exp2(logits - lse[None, :]), 0.0)
@@ -232,11 +229,7 @@ def _key_value_kernel(
         dlogits = shares * (dshares * weights[:, None] - delta[None, :]) * factor
         dkey = tl.dot(dlogits.to(query.dtype), query, dkey, input_precision=PRECISION)
 
-        passed = attended & (block == n_blocks - 1)
-        following += passed.to(following.dtype)
-        listed = following < end
-        entry = (tl.load(entries_ptr + following, mask=listed, other=0) - origin).to(tl.int32)
-        weights = tl.load(weights_ptr + entry, mask=listed, other=0.0).to(tl.float32)
+        listed_in, weights = listed_next, weights_next
 
     width = 2 * DIM * share
     places = (sequence * n_tokens + tokens)[:, None] * width + head % share * (2 * DIM) + dims[None, :]
@@ -246,48 +239,52 @@ def _key_value_kernel(
     tl.store(dkey_value_ptr + places + DIM, dvalue.to(kind), mask=written)
 
 
-def by_token(indices: Tensor, mask: Tensor | None, n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of lists `b w r s` of tokens of sequences `b r n`.
+class Inverse(NamedTuple):
+    """Lists `b w r s` of tokens of sequences `b r n`, by token."""
 
-    Returns:
-        The entries of all lists in the order of their tokens, those of a token in the order of windows; where those of
-        each token begin, `b r n+1` flat; and all tokens, those with the same last window side by side, later ones first
-        and those without a window last, `b r n` flat.
-    """
-    batch, windows, routes, slots = indices.shape
-    sequences = torch.arange(batch * routes, device=indices.device).view(batch, 1, routes, 1)
+    windows: Tensor
+    """int32: the windows of the entries of all lists in the order of their tokens, then of windows."""
+
+    weights: Tensor
+    """Of the same entries."""
+
+    ends: Tensor
+    """`b r n+1` flat: where the entries of each token begin, and so those of the one before end."""
+
+    order: Tensor
+    """`b r n` flat: all tokens by their last window, later ones first and those without a window last."""
+
+
+def invert(lists: Tensor, weights: Tensor, n_tokens: int) -> Inverse:
+    batch, windows, routes, slots = lists.shape
     total = batch * routes * n_tokens
-    keys = indices + sequences * n_tokens
-    if mask is not None:
-        keys = keys.masked_fill(~mask, total)
-    keys, entries = _integers(keys, total).flatten().sort(stable=True)
-    tokens = torch.arange(total + 1, device=indices.device, dtype=keys.dtype)
+    sequences = torch.arange(batch * routes, device=lists.device).view(batch, 1, routes, 1)
+    keys = torch.where(lists >= 0, lists + sequences * n_tokens, total)
+    keys, entries = _narrow(keys, total).flatten().sort(stable=True)
+    tokens = torch.arange(total + 1, device=lists.device, dtype=keys.dtype)
     ends = torch.searchsorted(keys, tokens)
+    windows_of = (entries // (routes * slots) % windows).to(torch.int32)
 
-    window_of = entries // (routes * slots) % windows
     begin, end = ends[:-1], ends[1:]
-    most = max(len(window_of) - 1, 0)
-    first, last = window_of[begin.clamp(max=most)], window_of[(end - 1).clamp(min=0)]
-    last = torch.where(begin < end, windows - 1 - last, windows)
-    sequence = tokens[:-1] // n_tokens
-    keys = (sequence * (windows + 1) + last) * windows + first
-    order = _integers(keys, batch * routes * (windows + 1) * windows).sort(stable=True).indices
-    return entries, ends, order
+    missed = torch.where(begin < end, windows - 1 - windows_of[(end - 1).clamp(min=0)], windows)
+    missed += tokens[:-1] // n_tokens * (windows + 1)
+    order = _narrow(missed, batch * routes * (windows + 1)).sort(stable=True).indices
+    return Inverse(windows_of, weights.flatten()[entries], ends, order)
 
 
-def _integers(keys: Tensor, most: int) -> Tensor:
-    """Keys up to `most` in the narrowest type, by the bits of which a sort takes its time."""
-    return keys.to(torch.int32 if most < 2**31 else torch.int64)
+def _narrow(keys: Tensor, most: int) -> Tensor:
+    """Keys up to `most` in a narrow type: a sort takes its time by the bits of it."""
+    types = (torch.int16, torch.int32, torch.int64)
+    return keys.to(next(dtype for dtype in types if most <= torch.iinfo(dtype).max))
 
 
 def launch_backward(
     grad: Tensor,
     query: Tensor,
     key_value: Tensor,
-    indices: Tensor,
+    lists: Tensor,
     weights: Tensor,
     null_kv: Tensor,
-    mask: Tensor | None,
     multiply_keys: bool,
     out: Tensor,
     lse: Tensor,
@@ -297,11 +294,11 @@ def launch_backward(
     """Gradients of weights and learned pair are returned, those of queries, keys and values are written."""
     delta = torch.empty_like(lse)
     dweights, dnull = _launch_queries(
-        grad, query, key_value, indices, weights, null_kv, mask, multiply_keys, out, lse, delta, dquery
+        grad, query, key_value, lists, weights, null_kv, multiply_keys, out, lse, delta, dquery
     )
-    if indices.numel():
-        lists = by_token(indices, mask, key_value.shape[2])
-        _launch_keys(grad, query, key_value, weights, lists, multiply_keys, lse, delta, dkey_value)
+    if lists.numel():
+        inverse = invert(lists, weights, key_value.shape[2])
+        _launch_keys(grad, query, key_value, inverse, lists.shape[-1], multiply_keys, lse, delta, dkey_value)
     else:
         dkey_value.zero_()
     return dweights, dnull
@@ -311,17 +308,16 @@ def _launch_queries(
     grad: Tensor,
     query: Tensor,
     key_value: Tensor,
-    indices: Tensor,
+    lists: Tensor,
     weights: Tensor,
     null_kv: Tensor,
-    mask: Tensor | None,
     multiply_keys: bool,
     out: Tensor,
     lse: Tensor,
     delta: Tensor,
     dquery: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    (batch, windows, heads, _, dim), (_, _, routes, slots) = query.shape, indices.shape
+    (batch, windows, heads, _, dim), (_, _, routes, slots) = query.shape, lists.shape
     settings = settings_for(query, QUERIES)
     shared = arguments(query, key_value, slots, settings)
     programs = (batch, windows, shared["n_blocks"], heads)
@@ -330,9 +326,8 @@ def _launch_queries(
     _query_kernel[(prod(programs),)](
         query,
         key_value,
-        indices,
+        lists,
         weights,
-        indices if mask is None else mask,
         null_kv,
         out,
         grad,
@@ -346,7 +341,6 @@ def _launch_queries(
         *grad.stride()[:4],
         **shared,
         BLOCK_S=settings.others,
-        HAS_MASK=mask is not None,
         WEIGH_KEYS=multiply_keys,
     )
     # Over the blocks of a window and the heads of a route; over all but heads.
@@ -358,8 +352,8 @@ def _launch_keys(
     grad: Tensor,
     query: Tensor,
     key_value: Tensor,
-    weights: Tensor,
-    lists: tuple[Tensor, Tensor, Tensor],
+    inverse: Inverse,
+    slots: int,
     multiply_keys: bool,
     lse: Tensor,
     delta: Tensor,
@@ -370,8 +364,7 @@ def _launch_keys(
     _key_value_kernel[(batch * triton.cdiv(n_tokens, settings.others) * query.shape[2],)](
         query,
         key_value,
-        weights,
-        *lists,
+        *inverse,
         grad,
         lse,
         delta,
@@ -380,7 +373,7 @@ def _launch_keys(
         *key_value.stride()[:3],
         *grad.stride()[:4],
         n_tokens,
-        **arguments(query, key_value, weights.shape[-1], settings),
+        **arguments(query, key_value, slots, settings),
         BLOCK_N=settings.others,
         WEIGH_KEYS=multiply_keys,
     )

@@ -29,13 +29,11 @@ def load_rows(ptr, rows, stride, row_valid, dims, DIM: tl.constexpr):
 
 
 @triton.jit
-def load_slots(indices_ptr, weights_ptr, mask_ptr, slots, n_slots, HAS_MASK: tl.constexpr):
+def load_slots(lists_ptr, weights_ptr, slots, n_slots):
     """Tokens, weights and whether there is anything to attend to in slots of a list."""
-    valid = slots < n_slots
-    if HAS_MASK:
-        valid &= tl.load(mask_ptr + slots, mask=valid, other=0) != 0
-    tokens = tl.load(indices_ptr + slots, mask=valid, other=0)
-    return tokens, tl.load(weights_ptr + slots, mask=valid, other=0.0).to(tl.float32), valid
+    tokens = tl.load(lists_ptr + slots, mask=slots < n_slots, other=-1)
+    weights = tl.load(weights_ptr + slots, mask=slots < n_slots, other=0.0)
+    return tokens, weights.to(tl.float32), tokens >= 0
 
 
 @triton.jit
@@ -50,9 +48,8 @@ def load_null(null_ptr, n_heads, head, dims, DIM: tl.constexpr):
 def _forward_kernel(
     query_ptr,  # b w h i d
     key_value_ptr,  # b r n (h kv d)
-    indices_ptr,  # b w r s
+    lists_ptr,  # b w r s, -1 for nothing
     weights_ptr,  # b w r s
-    mask_ptr,  # b w r s
     null_ptr,  # 2 h d
     out_ptr,  # b w i h d
     lse_ptr,  # b w h i, log2
@@ -74,7 +71,6 @@ def _forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     WEIGH_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -97,17 +93,15 @@ def _forward_kernel(
     out = tl.zeros([BLOCK_I, BLOCK_D], tl.float32) + null_value[None, :]
     for start in range(0, n_slots, BLOCK_S):
         slots = start + tl.arange(0, BLOCK_S)
-        tokens, weights, valid = load_slots(
-            indices_ptr + listed, weights_ptr + listed, mask_ptr + listed, slots, n_slots, HAS_MASK
-        )
+        tokens, weights, valid = load_slots(lists_ptr + listed, weights_ptr + listed, slots, n_slots)
         key = load_rows(key_ptr, tokens, key_value_stride, valid, dims, DIM)
         value = load_rows(key_ptr + DIM, tokens, key_value_stride, valid, dims, DIM)
-        logits = tl.dot(query, key.T, input_precision=PRECISION) * scale
+        logits = tl.dot(query, key.T, input_precision=PRECISION)
         if WEIGH_KEYS:
             logits *= weights[None, :]
         logits = tl.where(valid[None, :], logits, -float("inf"))
-        before, largest = largest, tl.maximum(largest, tl.max(logits, axis=1))
-        shares = tl.exp2(logits - largest[:, None])
+        before, largest = largest, tl.maximum(largest, tl.max(logits, axis=1) * scale)
+        shares = tl.exp2(logits * scale - largest[:, None])
         decay = tl.exp2(before - largest)
         total = total * decay + tl.sum(shares, axis=1)
         weighted = (shares * weights[None, :]).to(value.dtype)
@@ -177,23 +171,21 @@ def arguments(query: Tensor, key_value: Tensor, slots: int, settings: Settings) 
 def launch_forward(
     query: Tensor,
     key_value: Tensor,
-    indices: Tensor,
+    lists: Tensor,
     weights: Tensor,
     null_kv: Tensor,
-    mask: Tensor | None,
     multiply_keys: bool,
     out: Tensor,
     lse: Tensor,
 ) -> None:
     settings = settings_for(query, FORWARD)
-    shared = arguments(query, key_value, indices.shape[-1], settings)
+    shared = arguments(query, key_value, lists.shape[-1], settings)
     grid = (query.shape[0] * query.shape[1] * shared["n_blocks"] * shared["n_heads"],)
     _forward_kernel[grid](
         query,
         key_value,
-        indices,
+        lists,
         weights,
-        indices if mask is None else mask,
         null_kv,
         out,
         lse,
@@ -201,6 +193,5 @@ def launch_forward(
         *key_value.stride()[:3],
         **shared,
         BLOCK_S=settings.others,
-        HAS_MASK=mask is not None,
         WEIGH_KEYS=multiply_keys,
     )

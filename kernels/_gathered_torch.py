@@ -13,19 +13,17 @@ class _Window:
         window: int,
         query: Tensor,
         key_value: Tensor,
-        indices: Tensor,
+        lists: Tensor,
         weights: Tensor,
         null_kv: Tensor,
-        mask: Tensor | None,
         multiply_keys: bool,
     ) -> None:
         wide = torch.promote_types(query.dtype, torch.float32)
         (batch, _, heads, _, dim), routes = query.shape, key_value.shape[1]
         self.share = heads // routes
-        self.mask = None if mask is None else mask[:, window]
-        tokens = indices[:, window] if self.mask is None else indices[:, window].masked_fill(~self.mask, 0)
+        tokens = lists[:, window]
         sequences = torch.arange(batch * routes, device=query.device).view(batch, routes, 1)
-        self.rows = (sequences * key_value.shape[2] + tokens).flatten()
+        self.rows = (sequences * key_value.shape[2] + tokens.clamp(min=0)).flatten()
         """Of the tokens `b r s` among `(b r n)`."""
 
         gathered = key_value.flatten(0, 2)[self.rows].to(wide)
@@ -37,8 +35,7 @@ class _Window:
         self.query = query[:, window].to(wide) * self.scale
         self.products = einsum(self.query, self.key, "b h i d, b h s d -> b h i s")
         self.logits = self.products * self.weights if multiply_keys else self.products
-        if self.mask is not None:
-            self.logits = self.logits.masked_fill(~self._by_head(self.mask), -torch.inf)
+        self.logits = self.logits.masked_fill(self._by_head(tokens < 0), -torch.inf)
         self.null_logits = einsum(self.query, self.null_key, "b h i d, h d -> b h i")
 
     def _by_head(self, listed: Tensor) -> Tensor:
@@ -49,16 +46,15 @@ class _Window:
 def forward(
     query: Tensor,
     key_value: Tensor,
-    indices: Tensor,
+    lists: Tensor,
     weights: Tensor,
     null_kv: Tensor,
-    mask: Tensor | None,
     multiply_keys: bool,
     out: Tensor,
     lse: Tensor,
 ) -> None:
     for window in range(query.shape[1]):
-        at = _Window(window, query, key_value, indices, weights, null_kv, mask, multiply_keys)
+        at = _Window(window, query, key_value, lists, weights, null_kv, multiply_keys)
         total = torch.logaddexp(at.logits.logsumexp(dim=-1), at.null_logits)
         shares = (at.logits - total.unsqueeze(-1)).exp() * at.weights
         null_shares = (at.null_logits - total).exp().unsqueeze(-1)
@@ -70,10 +66,9 @@ def backward(
     grad: Tensor,
     query: Tensor,
     key_value: Tensor,
-    indices: Tensor,
+    lists: Tensor,
     weights: Tensor,
     null_kv: Tensor,
-    mask: Tensor | None,
     multiply_keys: bool,
     out: Tensor,
     lse: Tensor,
@@ -85,7 +80,7 @@ def backward(
     dweights = torch.zeros(weights.shape, dtype=lse.dtype, device=query.device)
     dnull = torch.zeros(null_kv.shape, dtype=lse.dtype, device=query.device)
     for window in range(query.shape[1]):
-        at = _Window(window, query, key_value, indices, weights, null_kv, mask, multiply_keys)
+        at = _Window(window, query, key_value, lists, weights, null_kv, multiply_keys)
         dout, total = grad[:, window].to(lse.dtype), lse[:, window]
         delta = (dout * out[:, window]).sum(dim=-1, keepdim=True)
         shares = (at.logits - total.unsqueeze(-1)).exp()

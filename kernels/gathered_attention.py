@@ -1,4 +1,7 @@
-"""Attention to keys and values that are taken by index, inside the kernel, from a sequence that holds them once."""
+"""Attention to keys and values that are taken by index, inside the kernel, from a sequence that holds them once.
+
+In the operator a list holds -1 where there is nothing to attend to: one load tells a kernel all it needs to fetch keys.
+"""
 
 import torch
 from torch import Tensor
@@ -10,9 +13,7 @@ from kernels._launch import runs_triton
 from reference._arguments import check_gathered
 
 _library = torch.library.Library("colt5", "FRAGMENT")
-_INPUTS = (
-    "Tensor query, Tensor key_value, Tensor indices, Tensor weights, Tensor null_kv, Tensor? mask, bool multiply_keys"
-)
+_INPUTS = "Tensor query, Tensor key_value, Tensor lists, Tensor weights, Tensor null_kv, bool multiply_keys"
 _library.define(f"gathered_attention({_INPUTS}) -> (Tensor, Tensor)")
 _library.define(
     f"gathered_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -23,10 +24,9 @@ _library.define(
 def _allocate(
     query: Tensor,
     key_value: Tensor,
-    indices: Tensor,
+    lists: Tensor,
     weights: Tensor,
     null_kv: Tensor,
-    mask: Tensor | None,
     multiply_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the logarithm of what its softmax divides by, to the base 2 if a kernel writes it.
@@ -42,16 +42,15 @@ def _allocate(
 def _forward(
     query: Tensor,
     key_value: Tensor,
-    indices: Tensor,
+    lists: Tensor,
     weights: Tensor,
     null_kv: Tensor,
-    mask: Tensor | None,
     multiply_keys: bool,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _allocate(query, key_value, indices, weights, null_kv, mask, multiply_keys)
+    out, lse = _allocate(query, key_value, lists, weights, null_kv, multiply_keys)
     if out.numel():
         attend = launch_forward if _runs_kernel(query) else in_pytorch.forward
-        attend(query, key_value, indices, weights, null_kv, mask, multiply_keys, out, lse)
+        attend(query, key_value, lists, weights, null_kv, multiply_keys, out, lse)
     return out, lse
 
 
@@ -60,10 +59,9 @@ def _allocate_gradients(
     grad: Tensor,
     query: Tensor,
     key_value: Tensor,
-    indices: Tensor,
+    lists: Tensor,
     weights: Tensor,
     null_kv: Tensor,
-    mask: Tensor | None,
     multiply_keys: bool,
     out: Tensor,
     lse: Tensor,
@@ -81,15 +79,14 @@ def _backward(
     grad: Tensor,
     query: Tensor,
     key_value: Tensor,
-    indices: Tensor,
+    lists: Tensor,
     weights: Tensor,
     null_kv: Tensor,
-    mask: Tensor | None,
     multiply_keys: bool,
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = (query, key_value, indices, weights, null_kv, mask, multiply_keys)
+    inputs = (query, key_value, lists, weights, null_kv, multiply_keys)
     if not query.numel():
         return query.new_zeros(out.shape), *(torch.zeros_like(x) for x in (key_value, weights, null_kv))
     dquery, dkey_value, *_ = _allocate_gradients(grad, *inputs, out, lse)
@@ -120,12 +117,12 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
 
 def _differentiate(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 7
+        return (None,) * 6
     *tensors, out, lse = ctx.saved_tensors
     dquery, dkey_value, dweights, dnull = torch.ops.colt5.gathered_attention_backward(
         grad, *tensors, ctx.multiply_keys, out, lse
     )
-    return dquery, dkey_value, None, dweights, dnull, None, None
+    return dquery, dkey_value, None, dweights, dnull, None
 
 
 def _refuse(ctx, *_: Tensor) -> None:
@@ -172,13 +169,13 @@ def gathered_attention(
         NotImplementedError: a second derivative is asked for.
     """
     check_gathered(query, key_value, indices, weights, null_kv, mask)
+    lists = indices if mask is None else torch.where(mask, indices, -1)
     out, _ = torch.ops.colt5.gathered_attention(
         _dense_rows(query),
         _dense_rows(key_value),
-        indices.contiguous(),
+        lists.to(torch.int32).contiguous(),
         weights.contiguous(),
         null_kv.contiguous(),
-        None if mask is None else mask.contiguous(),
         multiply_keys_by_score,
     )
     return out

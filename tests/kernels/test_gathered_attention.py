@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 import triton
@@ -10,7 +8,7 @@ from torch.autograd import gradcheck
 import reference
 from colt5_bench.static_facts import compiled_kernels
 from kernels import _gathered_backward
-from kernels._gathered_backward import by_token
+from kernels._gathered_backward import invert
 from kernels._launch import triton_for_cpu_tensors
 from kernels.gathered_attention import gathered_attention
 
@@ -227,7 +225,9 @@ def test_is_an_operator(device):
     tensors = make(device, b=1, w=1, h=1, r=1, masked=False)
     for name in DIFFERENTIABLE:
         tensors[name].requires_grad_()
-    torch.library.opcheck(torch.ops.colt5.gathered_attention, (*tensors.values(), True))
+    tensors["indices"] = tensors["indices"].to(torch.int32)
+    inputs = [tensor for tensor in tensors.values() if tensor is not None]
+    torch.library.opcheck(torch.ops.colt5.gathered_attention, (*inputs, True))
 
 
 def test_compiles_into_one_graph(device):
@@ -286,25 +286,18 @@ def test_lists_are_inverted(device, data):
     indices = torch.tensor(lists, device=device).view(b, w, r, s)
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=b * w * r * s, max_size=b * w * r * s)))
     mask = mask.to(device).view(b, w, r, s)
-    entries, ends, order = by_token(indices, mask, n)
-    windows_of = []
-    for token in range(b * r * n):
-        found = entries[ends[token] : ends[token + 1]].tolist()
-        places = SimpleNamespace(batch=token // n // r, route=token // n % r, token=token % n)
-        expected = [
-            ((places.batch * w + window) * r + places.route) * s + slot
-            for window in range(w)
-            for slot in range(s)
-            if mask[places.batch, window, places.route, slot]
-            and indices[places.batch, window, places.route, slot] == places.token
-        ]
-        assert found == expected
-        windows = [entry // s // r % w for entry in expected]
-        windows_of.append((-windows[-1], windows[0]) if windows else (1, 0))
-    for sequence in order.view(b * r, n).tolist():
-        assert [windows_of[token] for token in sequence] == sorted(windows_of[token] for token in sequence)
-        assert len({token // n for token in sequence}) == 1
-    assert sorted(order.tolist()) == list(range(b * r * n))
+    weights = torch.rand(b, w, r, s, device=device)
+    inverse = invert(torch.where(mask, indices, -1).to(torch.int32), weights, n)
+    last = []
+    for flat in range(b * r * n):
+        batch, route, token = flat // n // r, flat // n % r, flat % n
+        places = ((indices == token) & mask)[batch, :, route].nonzero().tolist()
+        entries = slice(*inverse.ends[flat : flat + 2].tolist())
+        assert inverse.windows[entries].tolist() == [window for window, _ in places]
+        assert inverse.weights[entries].tolist() == [weights[batch, window, route, slot] for window, slot in places]
+        last.append(places[-1][0] if places else -1)
+    for sequence, order in enumerate(inverse.order.view(b * r, n).tolist()):
+        assert order == sorted(range(sequence * n, (sequence + 1) * n), key=lambda token: (-last[token], token))
 
 
 @pytest.mark.compiled
