@@ -244,6 +244,28 @@ def test_compiles_into_one_graph(device):
     torch.testing.assert_close(compiled, eager)
 
 
+def test_in_its_layer(device):
+    """Under autocast, which gives fp32 weights and parameters with queries and keys in half precision."""
+    sizes = {"dim": 16, "num_heavy_tokens_q": 3, "num_heavy_tokens_kv": 6, "light_window_size": 8, "light_heads": 1}
+    options = {**sizes, "heavy_heads": 2, "heavy_dim_head": 16, "num_routed_kv": 2, "rotary_emb": True}
+    layers = [
+        reference.ConditionalRoutedAutoregressiveAttention(
+            **options, use_triton=use_triton, router_kwargs={"use_triton": False}
+        ).to(device)
+        for use_triton in (True, False, False)
+    ]
+    x = torch.randn(1, 27, 16, device=device)
+    results = []
+    for layer, half in zip(layers, (True, True, False), strict=True):
+        layer.load_state_dict(layers[0].state_dict())
+        with torch.autocast(device, dtype=torch.float16, enabled=half):
+            out = layer(x)
+        results.append((out.double(), *torch.autograd.grad(out.float().square().mean(), layer.heavy_attn.parameters())))
+    for fused, plain, exact in zip(*results, strict=True):
+        roundings = 4 * torch.finfo(torch.float16).eps * exact.abs().max()
+        assert (fused - exact).abs().max() <= torch.maximum(2 * (plain - exact).abs().max(), roundings)
+
+
 @pytest.mark.gpu
 def test_is_captured_in_a_cuda_graph(device):
     if device == "cpu":
