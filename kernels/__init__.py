@@ -2,6 +2,7 @@
 
 from kernels.combine import combine
 from kernels.coor_descent import coor_descent
+from kernels.gathered_attention import gathered_attention
 from kernels.normalize import normalize
 from kernels.route import route
 from kernels.route_prefixes import route_prefixes
@@ -15,6 +16,7 @@ from kernels.windowed_attention import windowed_attention
 __all__ = [
     "combine",
     "coor_descent",
+    "gathered_attention",
     "normalize",
     "route",
     "route_prefixes",

@@ -6,6 +6,7 @@ from reference.block import ConditionalRoutedTransformerBlock
 from reference.combine import combine
 from reference.coor_descent import coor_descent
 from reference.feedforward import ConditionalRoutedFeedForward
+from reference.gathered_attention import gathered_attention
 from reference.image import ConditionalRoutedImageAttention
 from reference.normalize import normalize
 from reference.route import RouteReturn, route
@@ -33,6 +34,7 @@ __all__ = [
     "TopkReturn",
     "combine",
     "coor_descent",
+    "gathered_attention",
     "normalize",
     "route",
     "route_prefixes",

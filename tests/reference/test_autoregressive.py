@@ -137,7 +137,7 @@ def test_causal_query_routing_by_hand(layer, n, rotary_emb):
         {"use_flash_attn": True, "use_null_q_tokens": False},
         {"router_kwargs": {"solver": "exact", "normalize_to": "selected"}, "router_straight_through": False},
         {"router_kwargs": {"use_triton": True, "route_block_size": 16}},
-        {"use_triton": True, "num_routed_kv": 2},
+        {"use_triton": True, "num_routed_kv": 2, "rotary_emb": True},
         {"random_route": True},
     ],
     ids=str,
@@ -219,6 +219,31 @@ def test_every_parameter_has_a_gradient(layer, causal_query_routing):
     attention = layer(num_routed_kv=2, rotary_emb=True, causal_query_routing=causal_query_routing)
     attention(X).square().sum().backward()
     assert all(parameter.grad.any() for parameter in attention.parameters())
+
+
+@pytest.mark.parametrize("n", [9, 44])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_routed_kv": 2, "rotary_emb": True, "router_straight_through": False},
+        {"multiply_keys_by_score": True, "multiply_queries_by_score": True, "router_straight_through": False},
+        {"heavy_window_size": 5, "causal_query_routing": True, "use_null_q_tokens": False},
+        {"num_heavy_tokens_q": 8, "num_heavy_tokens_kv": 44, "rotary_emb": True},
+    ],
+    ids=str,
+)
+def test_kernels_give_what_plain_pytorch_does(layer, options, n):
+    plain, fused = layer(**options), layer(use_triton=True, **options)
+    fused.load_state_dict(plain.state_dict())
+    x = X[:, :n].clone().requires_grad_()
+    results = []
+    for attention in (plain, fused):
+        out = attention(x)
+        gradients = torch.autograd.grad(out.square().sum(), (x, *attention.parameters()), allow_unused=True)
+        results.append((out.detach(), *gradients))
+    # Coordinate descent of the kernels is not that of the definition to the last bit.
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
 
 
 def test_the_sequence_is_not_copied_for_each_window(build):
