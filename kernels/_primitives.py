@@ -39,8 +39,8 @@ def per_row(x):
 def tile_pointers(ptr, rows, columns, stride):
     """Pointers to a tile of a matrix `rows n` whose last stride is 1."""
     # A thread is to have four neighbours, whatever the size of an entry: it would load up to sixteen of a mask at once,
-    # and each tile that meets that one would go through shared memory. Of the other directions, in which there are none,
-    # it is rows that are to be spread over a warp, and not, as Triton 3.6 would, repeats.
+    # and each tile that meets that one would go through shared memory. Of the other directions, which have none, it is
+    # rows that are to be spread over a warp, and not, as Triton 3.6 would, repeats.
     ROWS_FIRST: tl.constexpr = 2 if rows.shape[0] > 1 else 1
     return tl.max_contiguous(ptr + per_row(rows) * stride + columns, [1, ROWS_FIRST, 4])
 

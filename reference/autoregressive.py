@@ -13,6 +13,7 @@ from reference._arguments import check_counts, check_tokens
 from reference._attention import RotaryEmbedding, rotate
 from reference._operations import choose, fused
 from reference.attention import RoutedBranch, angles_at
+from reference.combine import join
 from reference.gathered_attention import gather_and_attend
 from reference.router import RouterReturn, Selection, gather_tokens
 from reference.windowed_attention import WindowedAttention
@@ -135,11 +136,12 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         padded = F.pad(x, (0, 0, 0, -n % size)) if n % size else x
         q = self._route_queries(padded, n, num_q, routing_tokens_q, random_route)
         kv = self._route_windows(padded, num_kv, routing_tokens_kv, random_route)
-        return light + F.pad(self._attend_windows(x, q, kv), (0, 0, size, 0))
+        return self._attend_windows(x, q, kv, light)
 
-    def _attend_windows(self, x: Tensor, q: RouterReturn, kv: Selection) -> Tensor:
-        """The heavy branch for tokens `b n d`, from the second window on, as the routers see these: q in rows of
-        `(b w)`, kv in lists `b w r s` of tokens of the sequence. Keys and values are projected once for all windows."""
+    def _attend_windows(self, x: Tensor, q: RouterReturn, kv: Selection, light: Tensor) -> Tensor:
+        """The heavy branch for tokens `b n d`, from the second window on, as the routers see these, added to the light
+        one: q in rows of `(b w)`, kv in lists `b w r s` of tokens of the sequence. Keys and values are projected once for
+        all windows."""
         attention, size = self.heavy_attn, self.heavy_window_size
         n = x.shape[1]
         starts = torch.arange(size, n, size, device=x.device)[:, None]
@@ -168,12 +170,14 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             multiply_keys_by_score=attention.multiply_keys_by_score,
         )
         out = attention.to_out(rearrange(out, "b w h i d -> b (w i) (h d)"))
-        out = out * rearrange(q.scores, "(b w) i -> b (w i) 1", w=windows).to(out.dtype)
-        if indices is None:
-            return out[:, : n - size]
+        scores = rearrange(q.scores, "(b w) i -> b (w i)", w=windows)
         # Past the end of a window is no place, not one of the next window.
-        places = torch.where(indices < size, indices + (starts - size), n)
-        return self.q_router.route_back(self.unrouted(x[:, size:]), out, places.flatten(1))
+        within = torch.arange(size, device=x.device) if indices is None else indices
+        places = torch.where(within < size, within + starts, n).expand(len(x), windows, -1).flatten(1)
+        # The first window has no heavy branch: zeros take the places of its tokens.
+        places = torch.cat((torch.arange(size, device=x.device).expand(len(x), size), places), dim=1)
+        out, scores = F.pad(out, (0, 0, size, 0)), F.pad(scores, (size, 0))
+        return join(self._combine, out, scores, places, x, null=self.null_q_token, light=light)
 
     def _route_queries(
         self, padded: Tensor, n: int, num_tokens: int, routing_tokens: Tensor | None, random_route: bool
