@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from colt5_bench.commands import INTERRUPTED, USAGE, env, history, report, run, selftest
+from colt5_bench.commands import INTERRUPTED, USAGE, baseline, compare, env, history, report, run, selftest
 from colt5_bench.commands import list as list_command
 from colt5_bench.selection import SelectionError
 from colt5_bench.startup import StartupError
@@ -12,6 +12,8 @@ from colt5_bench.startup import StartupError
 COMMANDS = {
     "run": run,
     "list": list_command,
+    "compare": compare,
+    "baseline": baseline,
     "report": report,
     "history": history,
     "selftest": selftest,

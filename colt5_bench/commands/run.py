@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from colt5_bench import plugin
-from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, USAGE, _profile
+from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED, USAGE, _check, _profile
 from colt5_bench.commands import list as list_command
 from colt5_bench.progress import Watcher
 from colt5_bench.report.layout import View
@@ -34,12 +34,14 @@ EXAMPLES = """\
   python bench.py --suite coor_descent --impl reference --impl ours -k 'n=4096 and not eps=0.03'
   python bench.py --suite gradients --preset full --out reports/gradients
   python bench.py --suite coor_descent --impl ours -k n=4096 --profile torch
+  python bench.py --suite coor_descent --baseline reports/baselines/nvidia-h200.jsonl --check
   python bench.py --suite coor_descent -- --benchmark-json=benchmark.json
 
 what follows `--` is passed on to pytest
 
-exit status: 0 all is measured; 1 an implementation missed its accuracy bound or failed; 2 wrong usage; 130 interrupted,
-with everything kept that was measured until then
+exit status: 0 all is measured; 1 an implementation missed its accuracy bound or failed, or with --check, something is
+worse than in the baseline; 2 wrong usage; 3 could not measure; 130 interrupted, with everything kept that was measured
+until then
 """
 
 
@@ -57,6 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where results go (default: reports/<utc-timestamp>-<suite>)"
     )
+    _check.configure(parser)
     _profile.add_option(parser)
 
 
@@ -70,7 +73,8 @@ def main(options: argparse.Namespace) -> int:
     _validate(options, suites, device)
     if options.profile:
         return _profile.main(options, [suites[name] for name in options.suite], device, checkout)
-    return _run(options, [suites[name] for name in options.suite], checkout, options.pytest)
+    check_against = _check.Check.of(options, suites)
+    return _run(options, {name: suites[name] for name in options.suite}, checkout, check_against)
 
 
 def _validate(options: argparse.Namespace, suites: dict[str, Suite], device: torch.device) -> None:
@@ -86,20 +90,30 @@ def _validate(options: argparse.Namespace, suites: dict[str, Suite], device: tor
             raise SelectionError(f"no case of suite {name}, preset {options.preset}, satisfies {options.cases!r}.")
 
 
-def _run(options: argparse.Namespace, suites: list[Suite], checkout: Path, passed_on: list[str]) -> int:
+def _run(
+    options: argparse.Namespace, suites: dict[str, Suite], checkout: Path, check_against: _check.Check | None
+) -> int:
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     status = DONE
-    for suite in suites:
-        directory = options.out or checkout / "reports" / f"{started}-{suite.name}"
+    directories: dict[str, Path] = {}
+    for name, suite in suites.items():
+        directory = options.out or checkout / "reports" / f"{started}-{name}"
         if options.out and len(suites) > 1:
-            directory = directory / suite.name
-        status = max(status, _run_suite(options, suite, checkout, directory, passed_on))
+            directory = directory / name
+        directories[name] = directory
+        status = max(status, _run_suite(options, suite, checkout, directory))
         if status in (USAGE, INTERRUPTED):
-            break
-    return status
+            return status
+    if check_against is None:
+        return status
+
+    def more(suite: Suite, cases: str, directory: Path) -> int:
+        return _run_suite(argparse.Namespace(**{**vars(options), "cases": cases}), suite, checkout, directory)
+
+    return check_against.conclude(status, directories, suites, more)
 
 
-def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, directory: Path, passed_on: list[str]) -> int:
+def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, directory: Path) -> int:
     results = directory / f"{suite.name}.jsonl"
     if results.exists():
         raise SelectionError(f"{results} is there already; --out has to name a place without results.")
@@ -113,14 +127,14 @@ def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, direct
                 *("--preset", options.preset, "--device", options.device, "--cases", options.cases),
                 *("--out", str(directory)),
                 *(f"--impl={name}" for name in options.impl),
-                *passed_on,
+                *options.pytest,
             ],
             plugins=[plugin, watcher],
         )
     for failure in watcher.failures:
         print(failure, file=sys.stderr)
 
-    failed = code == pytest.ExitCode.TESTS_FAILED or bool(watcher.failures)
+    failed = code == pytest.ExitCode.TESTS_FAILED
     if results.exists():
         run = load(results)
         records = run.records
@@ -137,4 +151,6 @@ def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, direct
         return INTERRUPTED
     if code == pytest.ExitCode.USAGE_ERROR:
         return USAGE
-    return FAILURE if failed or code != pytest.ExitCode.OK else DONE
+    if watcher.failures or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        return UNMEASURED
+    return FAILURE if failed else DONE
