@@ -20,6 +20,7 @@ from colt5_bench.measure import Conditions, measure
 from colt5_bench.replay import virtual_clock
 from colt5_bench.results import Record, Writer
 from colt5_bench.selection import SelectionError, case_filter, choose_device
+from colt5_bench.static_facts import TARGETS
 from colt5_bench.suite import PRESETS, Suite
 
 MAX_SECONDS = {"smoke": 0.1, "default": 1.0, "full": 2.0}
@@ -38,13 +39,21 @@ class Run:
     """What one pytest session measures, and where the records go."""
 
     def __init__(
-        self, *, device: torch.device, preset: str, implementations: list[str], cases: str, out: Path | None
+        self,
+        *,
+        device: torch.device,
+        preset: str,
+        implementations: list[str],
+        cases: str,
+        out: Path | None,
+        targets: list[int],
     ) -> None:
         self._device = device
         self._preset = preset
         self._implementations = implementations
         self._wanted = case_filter(cases)
         self._out = out
+        self._targets = targets
         self._cases: dict[tuple[str, str], tuple[Suite, Case]] = {}
         self._expected: dict[_Key, list[str]] = {}
         self._records: dict[tuple[_Key, str], Record] = {}
@@ -97,7 +106,9 @@ class Run:
         if self._conditions is None:
             described = environment.describe(self._device)
             digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
-            self._conditions = Conditions.on(self._device, digest, max_seconds=MAX_SECONDS[self._preset])
+            self._conditions = Conditions.on(
+                self._device, digest, max_seconds=MAX_SECONDS[self._preset], targets=self._targets
+            )
             self._environment = {"key": digest, **described, "ceilings": asdict(self._conditions.ceilings)}
         return self._conditions
 
@@ -125,6 +136,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--out", type=Path, default=None, metavar="DIR", help="Write records to DIR/<suite>.jsonl as they are taken."
     )
+    group.addoption(
+        "--compile-for", action="append", default=[], type=int, choices=TARGETS, help="Without a GPU: compile kernels."
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -138,6 +152,7 @@ def pytest_configure(config: pytest.Config) -> None:
             implementations=config.getoption("--impl"),
             cases=config.getoption("--cases"),
             out=config.getoption("--out"),
+            targets=config.getoption("--compile-for"),
         )
     except SelectionError as error:
         raise pytest.UsageError(str(error)) from error

@@ -24,6 +24,7 @@ from colt5_bench.report.table import summary
 from colt5_bench.results import FAILED, load
 from colt5_bench.selection import SelectionError, case_filter, choose_device, load_suites, pick, suite_files
 from colt5_bench.startup import check, find_checkout
+from colt5_bench.static_facts import TARGETS
 from colt5_bench.suite import PRESETS, Suite
 
 SUMMARY = "measure suites; what is meant where no command is named"
@@ -58,6 +59,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where results go (default: reports/<utc-timestamp>-<suite>)"
+    )
+    parser.add_argument(
+        "--compile-for",
+        action="append",
+        default=[],
+        type=int,
+        choices=TARGETS,
+        metavar="SM",
+        help=f"without a GPU, record what the compiler makes of kernels for it: {', '.join(map(str, TARGETS))}; may be "
+        "repeated",
     )
     _check.configure(parser)
     _profile.add_option(parser)
@@ -127,6 +138,7 @@ def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, direct
                 *("--preset", options.preset, "--device", options.device, "--cases", options.cases),
                 *("--out", str(directory)),
                 *(f"--impl={name}" for name in options.impl),
+                *(f"--compile-for={target}" for target in options.compile_for),
                 *options.pytest,
             ],
             plugins=[plugin, watcher],

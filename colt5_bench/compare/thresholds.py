@@ -46,7 +46,7 @@ class Thresholds:
     """The time columns."""
 
     speed_up: float
-    """Speed-ups over the reference in the same run: 0.25 allows the time in units of the reference's to grow by 25 %."""
+    """Over the reference in the same run: 0.25 allows the time in units of the reference's to grow by 25 %."""
 
     peak_memory: float
     saved_memory: float

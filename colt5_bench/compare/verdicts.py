@@ -75,7 +75,7 @@ def compare(
     if left_out:
         devices = ", ".join(dict.fromkeys(before.conditions[key].device for key in before.records if key in left_out))
         notes.append(
-            f"{len(left_out)} records of the baseline are of {devices}, on whose kind this run is not: left out"
+            f"{len(left_out)} records of the baseline are of {devices}, and this run of another kind: left out"
         )
     return Comparison(_settle(drafts), notes)
 
