@@ -73,8 +73,8 @@ def _refuse_another_device(before: Run, run: Run, file: Path) -> None:
     theirs, ours = _devices(before), _devices(run)
     if theirs and theirs != ours:
         raise SelectionError(
-            f"{file} is of {' and '.join(sorted(theirs))} and {run.path} of {' and '.join(sorted(ours))}: a baseline is "
-            "of one kind of device, each kind has a file of its own."
+            f"{file} is of {' and '.join(sorted(theirs))}, {run.path} of {' and '.join(sorted(ours))}: a baseline is of "
+            "one kind of device, and each kind has a file of its own."
         )
 
 

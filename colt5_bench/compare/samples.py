@@ -86,20 +86,20 @@ def holm(values: Sequence[float]) -> list[float]:
 def judge(found: Change, p: float, threshold: float) -> Verdict:
     """What a change means.
 
-    It is worse or better if the test, the interval and the threshold all say so, and the same if the interval lies
-    within the threshold. All else is unclear, and more samples may tell.
+    It is worse or better if the test says that something changed, and the whole interval that it changed by more than
+    the threshold; it is the same if the whole interval lies within. All else is unclear, and more samples may tell.
 
     Args:
         found: the change.
         p: its p value, corrected for the number of tests.
         threshold: the relative change that counts: 0.05 for a time of 1.05, and for one over 1.05.
     """
-    bound, low, middle, high = log1p(threshold), log(found.low), log(found.ratio), log(found.high)
-    if p < SIGNIFICANCE and middle >= bound and low > 0:
+    bound, low, high = log1p(threshold), log(found.low), log(found.high)
+    if p < SIGNIFICANCE and low > bound:
         return "worse"
-    if p < SIGNIFICANCE and middle <= -bound and high < 0:
+    if p < SIGNIFICANCE and high < -bound:
         return "better"
-    return "same" if -bound < low and high < bound else "unclear"
+    return "same" if -bound <= low and high <= bound else "unclear"
 
 
 def _key(samples: Sequence[float], of_reference: Sequence[float] | None) -> tuple[list[float], list[float]]:

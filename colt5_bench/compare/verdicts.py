@@ -53,20 +53,14 @@ def compare(
     pairings: list[Pairing] = []
     drafts: list[_Draft] = []
     for key in dict.fromkeys([*before.records, *after.records]):
-        if key in left_out:
+        old, new = None if key in left_out else before.records.get(key), after.records.get(key)
+        if (about := new or old) is None:
             continue
-        old, new = before.records.get(key), after.records.get(key)
-        about = new or old
-        assert about is not None
-        pairing = Pairing(
-            before.conditions.get(key, after.conditions.get(key)),  # type: ignore[arg-type]
-            after.conditions.get(key, before.conditions.get(key)),  # type: ignore[arg-type]
-            any_machine,
-        )
         point = _Point(about, labels[key])
         if old is None or new is None or old.status != "ok" or new.status != "ok":
             drafts += [point.draft(*each) for each in _of_status(old, new)]
             continue
+        pairing = Pairing(before.conditions[key], after.conditions[key], any_machine)
         pairings.append(pairing)
         held_to = rules.of(new, pairing.kind)
         beside = replace(point.record, implementation=references.get(new.suite, "")).key
@@ -74,9 +68,7 @@ def compare(
     notes = notes_on(pairings)
     if left_out:
         devices = ", ".join(dict.fromkeys(before.conditions[key].device for key in before.records if key in left_out))
-        notes.append(
-            f"{len(left_out)} records of the baseline are of {devices}, and this run of another kind: left out"
-        )
+        notes.append(f"{len(left_out)} records of the baseline are of {devices} and left out: this run is of none")
     return Comparison(_settle(drafts), notes)
 
 
