@@ -4,14 +4,16 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from rich.console import Console
 
 from colt5_bench.commands import DONE, FAILURE, UNMEASURED
-from colt5_bench.commands._comparison import Comparer, add_options, expression, in_scope, read, status_of
+from colt5_bench.commands._comparison import Comparer, add_options, expression, in_scope, status_of
 from colt5_bench.compare import Comparison
 from colt5_bench.compare.output import append_summary, show
+from colt5_bench.parts import read
 from colt5_bench.report.layout import View
 from colt5_bench.report.page import PAGE, write_page
 from colt5_bench.results import Run, load
@@ -44,6 +46,8 @@ class Check:
     @classmethod
     def of(cls, options: argparse.Namespace, suites: Mapping[str, Suite]) -> "Check | None":
         """None without a baseline."""
+        if options.check and options.shard:
+            raise SelectionError("--check compares whole runs: `merge` the shards, then `compare` what they are.")
         if not options.baseline:
             if options.check:
                 raise SelectionError("--check needs a --baseline to compare with.")
@@ -63,10 +67,10 @@ class Check:
         for repetition in range(1, MOST_REPETITIONS + 1):
             if not (unclear := comparison.unclear()):
                 break
-            count = sum(map(len, unclear.values()))
-            print(f"{count} cases are unclear: measuring them again ({repetition} of {MOST_REPETITIONS})")
+            cases_unclear = sum(map(len, unclear.values()))
+            print(f"{cases_unclear} cases are unclear: measuring them again ({repetition} of {MOST_REPETITIONS})")
             for name, cases in unclear.items():
-                more(suites[name], expression(cases), directories[name] / f"again-{repetition}")
+                more(suites[name], expression(cases), _free(directories[name]))
             comparison = self._compare(directories)
 
         show(comparison, Console())
@@ -94,3 +98,8 @@ class Check:
         if results.exists():
             own = [finding for finding in comparison.findings if finding.suite == suite.name]
             write_page(directory / PAGE, load(results), {suite.name: View.of(suite)}, findings=own)
+
+
+def _free(directory: Path) -> Path:
+    """Where more results of a run go; one that was resumed has some already."""
+    return next(path for number in count(1) if not (path := directory / f"again-{number}").exists())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from colt5_bench.commands import DONE, FAILURE, UNMEASURED
 from colt5_bench.compare import Comparison, IncomparableError, Rules, compare, load_rules
-from colt5_bench.results import Record, Run, load
+from colt5_bench.results import Record, Run
 from colt5_bench.selection import SelectionError, case_filter
 from colt5_bench.suite import Suite
 
@@ -32,14 +32,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compare what holds on any machine: speed-ups over the reference in place of times",
     )
-
-
-def read(path: Path) -> Run:
-    """The run of a path that the user named."""
-    try:
-        return load(path)
-    except ValueError as error:
-        raise SelectionError(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,16 @@
 """`python bench.py baseline RUN FILE`: make a run what later ones are compared with."""
 
 import argparse
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from colt5_bench.commands import DONE
-from colt5_bench.commands._comparison import Comparer, add_options, read
+from colt5_bench.commands._comparison import Comparer, add_options
 from colt5_bench.compare.output import show
-from colt5_bench.results import Record, Run, Writer
+from colt5_bench.parts import read
+from colt5_bench.results import Run, write
 from colt5_bench.selection import SelectionError, load_suites
 from colt5_bench.startup import check, find_checkout
 
@@ -40,7 +40,11 @@ def main(options: argparse.Namespace) -> int:
     _refuse_another_device(before, run, options.file)
     comparison = comparer(before, run, lambda record: record.suite in suites)
 
-    _write(options.file, [*kept, *run.records], {**before.environments, **run.environments})
+    options.file.parent.mkdir(parents=True, exist_ok=True)
+    records = [*kept, *run.records]
+    named = dict.fromkeys(record.environment for record in records)
+    environments = {**before.environments, **run.environments}
+    write(options.file, [environments[key] for key in named], records)
     show(comparison, Console())
     if kept:
         print(f"kept: {len(kept)} records of {', '.join(dict.fromkeys(record.suite for record in kept))}")
@@ -54,6 +58,11 @@ def _refuse_unfit(run: Run) -> None:
         raise SelectionError(f"{run.path} holds no records.")
     if run.cut_off:
         raise SelectionError(f"the last line of {run.cut_off[0]} is cut off: complete the run first.")
+    # By suite: a run that was completed has two environments, and each expects all.
+    expected = {environment["options"]["suite"]: environment["expected"] for environment in _described(run)}
+    for suite, number in expected.items():
+        if (missing := number - sum(record.suite == suite for record in run.records)) > 0:
+            raise SelectionError(f"{run.path} lacks {missing} records of suite {suite}: complete it with --resume.")
     keys = [record.key for record in run.records]
     if len(set(keys)) < len(keys):
         raise SelectionError(f"{run.path} holds several records of one point: a baseline is of one run.")
@@ -68,30 +77,21 @@ def _refuse_unfit(run: Run) -> None:
             )
 
 
+def _described(run: Run) -> list[dict[str, Any]]:
+    """Environments that say what the run was to measure, as those of old files do not."""
+    return [each for each in run.environments.values() if "options" in each and "expected" in each]
+
+
 def _refuse_another_device(before: Run, run: Run, file: Path) -> None:
     """A file is of one GPU model, or of processors of any."""
     theirs, ours = _devices(before), _devices(run)
     if theirs and theirs != ours:
         raise SelectionError(
-            f"{file} is of {' and '.join(sorted(theirs))}, {run.path} of {' and '.join(sorted(ours))}: a baseline is of "
-            "one kind of device, and each kind has a file of its own."
+            f"{file} is of {' and '.join(sorted(theirs))}, {run.path} of {' and '.join(sorted(ours))}: each kind of "
+            "device has a baseline of its own."
         )
 
 
 def _devices(run: Run) -> set[str]:
     on_gpu = {key for key, environment in run.environments.items() if environment.get("gpu")}
     return {record.device if record.environment in on_gpu else "a CPU" for record in run.records}
-
-
-def _write(file: Path, records: Iterable[Record], environments: dict[str, dict[str, Any]]) -> None:
-    """Each environment before the first record that names it; the file is replaced at once."""
-    records = list(records)
-    unfinished = file.with_suffix(".tmp")
-    writer = Writer(unfinished)
-    for key in dict.fromkeys(record.environment for record in records):
-        writer.environment({"key": key, **environments[key]})
-        for record in records:
-            if record.environment == key:
-                writer.record(record)
-    writer.close()
-    unfinished.replace(file)

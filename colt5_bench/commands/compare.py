@@ -6,10 +6,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from colt5_bench.commands import UNMEASURED
-from colt5_bench.commands._comparison import STATUSES, Comparer, add_options, expression, in_scope, read, status_of
+from colt5_bench.commands._comparison import STATUSES, Comparer, add_options, expression, in_scope, status_of
 from colt5_bench.compare import Comparison
 from colt5_bench.compare.output import FORMATS, append_summary, write
 from colt5_bench.compare.revisions import Alternating, MeasuringError, revision
+from colt5_bench.parts import read
 from colt5_bench.selection import SelectionError, load_suites, pick
 from colt5_bench.startup import check, find_checkout
 from colt5_bench.suite import PRESETS

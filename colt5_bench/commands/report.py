@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from colt5_bench.commands import DONE
-from colt5_bench.commands._comparison import Comparer, add_options, read
+from colt5_bench.commands._comparison import Comparer, add_options
 from colt5_bench.compare import Finding
+from colt5_bench.parts import read
 from colt5_bench.report.export import write_csv, write_parquet
 from colt5_bench.report.layout import View, by
 from colt5_bench.report.page import PAGE, write_page

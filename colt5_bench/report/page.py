@@ -24,7 +24,7 @@ from colt5_bench.results import Record, Run
 PAGE = "report.html"
 """What the page of a run is called, beside its results."""
 
-PASSING = ("key", "utc", "command", "gpu.at_start.sm_clock_mhz", "gpu.at_start.reasons")
+PASSING = ("key", "utc", "command", "expected", "gpu.at_start.sm_clock_mhz", "gpu.at_start.reasons")
 """What differs between runs under the same conditions."""
 
 
@@ -207,10 +207,15 @@ def _environments(run: Run) -> list[dict[str, Any]]:
     distinct: dict[tuple, dict[str, Any]] = {}
     for environment in run.environments.values():
         values = flat(environment)
-        facts = {name: value for name, value in values.items() if name not in PASSING and value is not None}
+        facts = {name: value for name, value in values.items() if not _passes(name) and value is not None}
         same = distinct.setdefault(tuple(map(str, facts.items())), {"facts": facts, "runs": []})
         same["runs"].append((values.get("utc"), values.get("command")))
     return list(distinct.values())
+
+
+def _passes(name: str) -> bool:
+    """Whether a value is one of a run, and no condition."""
+    return name in PASSING or name.startswith("options.")
 
 
 def _count_endings(records: Iterable[Record]) -> str:

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -57,6 +59,24 @@ def spoiling(scores):
     with torch.no_grad():
         scores.zero_()
     return y
+
+
+def dying(scores):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hanging(scores):
+    if scores.shape[-1] == 16 and not Path("released").exists():
+        Path("hanging").write_text(str(os.getpid()))
+        time.sleep(3600)
+    return 2 * scores
+
+
+def breaking(scores):
+    """Breaks the context of a GPU; where there is none it says so all the same."""
+    if scores.is_cuda:
+        return 2 * scores[:, scores.argmax(-1) + 1000]
+    raise torch.AcceleratorError("CUDA error: device-side assert triggered\nCUDA kernel errors might be ...")
 
 
 def interrupting(scores):
