@@ -65,7 +65,8 @@ def main(options: argparse.Namespace) -> int:
             print(f"compare: {error}", file=sys.stderr)
             return UNMEASURED
     write(comparison, options.format)
-    append_summary(comparison)
+    if options.format == "text":
+        append_summary(comparison)
     return status_of(comparison)
 
 
