@@ -134,6 +134,14 @@ class TestSavedRuns:
         assert compare(*(argument.format(run=run) for argument in arguments)) == USAGE
         assert message in capsys.readouterr().err
 
+    def test_the_page_of_a_run_has_them_on_top(self, here, saved, tmp_path):
+        """Of the suites that the run has; of others it says nothing."""
+        before = saved("a.jsonl", reference(), ours(1.0), replace(ours(), suite="other"))
+        page = tmp_path / "page.html"
+        run = saved("b.jsonl", reference(), ours(1.1))
+        assert cli.main(["report", str(run), "--baseline", str(before), "--out", str(page)]) == DONE
+        assert "1 worse, 11 same" in page.read_text()
+
 
 class TestRevisions:
     @pytest.fixture
@@ -172,9 +180,8 @@ class TestRevisions:
         commit("before", ours(1.0))
         commit("after", ours(1.1), status=1)
         out = tmp_path / "out"
-        assert (
-            compare("before", "after", "--suite", "toy", "--rounds", "2", "--preset", "smoke", "--out", out) == FAILURE
-        )
+        arguments = ("before", "after", "--suite", "toy", "--out", out)
+        assert compare(*arguments, "--rounds", "2", "--preset", "smoke") == FAILURE
         assert [line.split()[0] for line in started()] == ["a", "b", "b", "a"]
         assert all("--suite=toy" in line and "--preset smoke" in line for line in started())
         assert {len(load(out / side).records) for side in "ab"} == {2}
