@@ -82,9 +82,9 @@ def as_markdown(comparison: Comparison) -> str:
 
 def as_junit(comparison: Comparison) -> str:
     """A test for each finding, which fails if it is a regression."""
-    root = ElementTree.Element("testsuites", name="colt5-bench", **_counted(comparison.findings))
+    root = ElementTree.Element("testsuites", {"name": "colt5-bench", **_counted(comparison.findings)})
     for own in by(comparison.findings, lambda finding: finding.suite):
-        suite = ElementTree.SubElement(root, "testsuite", name=own[0].suite, **_counted(own))
+        suite = ElementTree.SubElement(root, "testsuite", {"name": own[0].suite, **_counted(own)})
         for finding in own:
             test = ElementTree.SubElement(
                 suite,

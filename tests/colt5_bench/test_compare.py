@@ -130,6 +130,13 @@ class TestTimes:
         (found,) = compare(run_of(before), run_of(after), rules(), {}).regressions
         assert (found.metric, found.verdict, found.note) == ("graph", "missing", "not capturable: synchronises")
 
+    @pytest.mark.parametrize("sample", [nan, inf, 0.0, -1.0])
+    def test_a_sample_that_is_no_time_fails(self, against, sample):
+        broken = ours()
+        broken.timings["cold"].samples = [*samples(1), sample]
+        assert against(ours(), broken) == {"cold": "failed"}
+        assert against(broken, ours()) == {"cold": "new"}
+
     def test_noise_is_unclear_and_says_which_cases_need_more(self, rules):
         noisy = ours()
         noisy.timings["cold"].samples = samples(1, spread=1.0)
