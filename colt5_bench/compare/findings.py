@@ -45,7 +45,7 @@ class Finding:
 
     note: str = ""
 
-    label: str = ""
+    label: str | None = None
     """The fields of the case that differ within the suite, for people."""
 
     @property

@@ -112,7 +112,7 @@ def append_summary(comparison: Comparison) -> None:
 
 def _cells(finding: Finding) -> tuple[str, ...]:
     """In the order of `HEADERS`."""
-    case = f"{finding.label or finding.case} {finding.direction}"
+    case = f"{finding.case if finding.label is None else finding.label} {finding.direction}".lstrip()
     interval = ""
     if finding.interval:
         low, high = (f"{100 * (bound - 1):+.1f}" for bound in finding.interval)
