@@ -3,6 +3,7 @@
 Processes are forked from a server that has imported PyTorch and the like, and has never touched a GPU.
 """
 
+import ctypes
 import importlib.util
 import multiprocessing
 import os
@@ -107,7 +108,19 @@ class Measurer:
             return _Attempt(measure(point.suite, point.case, point.direction, names, conditions))
         except BrokenContextError as error:
             self.isolated = True
+            if conditions.device.type == "cuda":
+                _let_go_of(conditions.device)
             return _Attempt(error.finished, str(error))
+
+
+def _let_go_of(device: torch.device) -> None:
+    """Free the memory that a lost context holds on to: other processes are to measure with all of it.
+
+    PyTorch has no call for that, and nothing of it may use the GPU in this process any more.
+    """
+    driver, handle = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    driver.cuDeviceGet(ctypes.byref(handle), device.index or 0)
+    driver.cuDevicePrimaryCtxReset_v2(handle)
 
 
 def _in_a_process(point: Point, names: list[str], conditions: Conditions, time_limit: float) -> _Attempt:

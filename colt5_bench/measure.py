@@ -221,18 +221,34 @@ def _measure_each(
     begin("")
     if calls:
         with _failing([records[name] for name in calls], "timing: "):
-            taken = timing.time_interleaved(
-                calls,
-                device=conditions.device,
-                columns=conditions.columns,
-                before={name: call.renew for name, call in calls.items()},
-                max_seconds=conditions.max_seconds,
-            )
-            for name, timings in taken.items():
-                records[name].timings = timings
+            _time(calls, records, conditions)
         for name, call in calls.items():
             with _failing([records[name]], "timing: "):
                 _refuse_impossible(records[name], call, conditions)
+
+
+def _time(calls: dict[str, "Call"], records: dict[str, Record], conditions: Conditions) -> None:
+    """Interleaved. If one of several fails, nobody knows which: they are timed again, each on its own."""
+    taken = None
+    try:
+        taken = timing.time_interleaved(
+            calls,
+            device=conditions.device,
+            columns=conditions.columns,
+            before={name: call.renew for name, call in calls.items()},
+            max_seconds=conditions.max_seconds,
+        )
+    except Exception as error:
+        if len(calls) == 1 or _breaks_context(error):
+            raise
+    if taken is None:
+        _free_memory()
+        for name, call in calls.items():
+            with _failing([records[name]], "timing: "):
+                _time({name: call}, records, conditions)
+        return
+    for name, timings in taken.items():
+        records[name].timings = timings
 
 
 def _static_facts(implementation: Implementation, call: "Call", conditions: Conditions) -> list[dict[str, object]]:
@@ -344,10 +360,12 @@ def _failing(records: Sequence[Record], where: str = "", *, out_of_memory: Statu
     """
     try:
         yield
+    except BrokenContextError:
+        raise
     except Exception as error:
         status: Status = out_of_memory if _is_out_of_memory(error) else "error"
         message = where + " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_REASON]
-        broken = any(text in str(error) for text in BREAKS_THE_CONTEXT)
+        broken = _breaks_context(error)
         if len(records) == 1 or not broken:
             for record in records:
                 record.status, record.reason = status, message
@@ -356,13 +374,21 @@ def _failing(records: Sequence[Record], where: str = "", *, out_of_memory: Statu
     else:
         return
     # Only now is the traceback gone that kept the tensors of the failed call alive.
+    _free_memory()
+
+
+def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         try:
             torch.cuda.empty_cache()
         except RuntimeError as error:
             # Of a kernel that was still running when something else failed.
-            raise BrokenContextError(f"{where}{error}") from None
+            raise BrokenContextError(str(error)) from None
+
+
+def _breaks_context(error: Exception) -> bool:
+    return any(text in str(error) for text in BREAKS_THE_CONTEXT)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, Self
 import pytest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 
 class Watcher:
@@ -30,7 +31,9 @@ class Watcher:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[point]}", markup=False),
+            # Of a line that is too long, this is what is cut.
+            TextColumn("{task.fields[point]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
+            expand=True,
             console=console,
             disable=quiet or not console.is_terminal,
             transient=True,

@@ -1,9 +1,12 @@
+import itertools
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from colt5_bench import cli, commands
-from colt5_bench.parts import differences, keep_finished, merge
+from colt5_bench.parts import _in_turn, differences, keep_finished, merge
 from colt5_bench.results import load, write
 from colt5_bench.selection import SelectionError, Shard
 from tests.colt5_bench import made
@@ -60,6 +63,15 @@ def test_merged_shards_are_in_the_order_of_the_whole(part, out, order):
     assert [record.fields["n"] for record in merged.records] == [2**power for power in range(8) for _ in range(2)]
     assert load(out).records == merged.records
     assert set(load(out).environments) == {"1/3", "2/3", "3/3"}
+
+
+@given(cases=st.integers(0, 30), count=st.integers(1, 9))
+def test_shards_in_turn_are_the_whole_whatever_their_number(cases, count):
+    records = [made.record(name, n=n) for n in range(cases) for name in ("reference", "ours")]
+    ids = list(dict.fromkeys(record.case for record in records))
+    shards = [Shard(index + 1, count).of(ids) for index in range(count)]
+    assert sorted(itertools.chain(*shards)) == sorted(ids)
+    assert _in_turn([[record for record in records if record.case in shard] for shard in shards]) == records
 
 
 def test_suites_are_merged_each_on_its_own(part, out):

@@ -7,8 +7,10 @@ from pathlib import Path
 from time import monotonic, sleep
 
 import pytest
-import torch._dynamo  # noqa: F401
+import torch
+import torch._dynamo
 
+from colt5_bench import roofline
 from colt5_bench.parts import merge
 from colt5_bench.results import load
 
@@ -20,9 +22,16 @@ ROOT = Path(__file__).parents[2]
 TOY = Path(__file__).with_name("toy.py")
 
 
+@pytest.fixture(scope="module")
+def ceilings():
+    return roofline.measure_ceilings(torch.device("cpu"))
+
+
 @pytest.fixture
-def run(pytester, monkeypatch):
+def run(pytester, monkeypatch, ceilings):
     """Run pytest on the toy suite with some implementations beside the reference."""
+    # Measured once for all of these runs.
+    monkeypatch.setattr(roofline, "measure_ceilings", lambda device: ceilings)
     # pytest-benchmark turns itself off in a worker of pytest-xdist, which this process may be.
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     pytester.makepyfile(test_toy=TOY.read_text())

@@ -68,6 +68,18 @@ def test_a_last_line_that_was_cut_off_is_left_out(path):
     assert run.cut_off == [path]
 
 
+def test_wherever_a_file_is_cut_off_what_is_before_is_read(path, record):
+    whole = path.read_bytes()
+    ends = [position for position, byte in enumerate(whole) if byte == ord("\n")]
+    for size in range(1, len(whole), 7):
+        path.write_bytes(whole[:size])
+        run = load(path)
+        lines = sum(end <= size for end in ends)
+        assert len(run.environments) + len(run.records) == lines
+        assert run.records == [record] * max(lines - 1, 0)
+        assert run.cut_off == ([] if size in ends or size - 1 in ends else [path])
+
+
 def test_a_broken_line_elsewhere_is_an_error(path):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1][:-40], lines[2]]))

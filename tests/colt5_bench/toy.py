@@ -72,10 +72,19 @@ def hanging(scores):
     return 2 * scores
 
 
-def breaking(scores):
-    """Breaks the context of a GPU; where there is none it says so all the same."""
+def greedy(scores):
+    """Needs most of a GPU's memory."""
     if scores.is_cuda:
-        return 2 * scores[:, scores.argmax(-1) + 1000]
+        size = int(0.6 * torch.cuda.get_device_properties(scores.device).total_memory)
+        torch.empty(size, dtype=torch.uint8, device=scores.device)
+    return 2 * scores
+
+
+def breaking(scores):
+    """Breaks the context of a GPU, most of whose memory it had; where there is none it says so all the same."""
+    if scores.is_cuda:
+        greedy(scores)
+        return 2 * scores.gather(-1, torch.full_like(scores, 1000, dtype=torch.int64))
     raise torch.AcceleratorError("CUDA error: device-side assert triggered\nCUDA kernel errors might be ...")
 
 
