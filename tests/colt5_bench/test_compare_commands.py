@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from colt5_bench import cli
+from colt5_bench import cli, environment
+from colt5_bench.case import DIRECTIONS
 from colt5_bench.commands import DONE, FAILURE, UNMEASURED, USAGE
 from colt5_bench.commands._check import Check
 from colt5_bench.results import load, write
@@ -72,10 +74,10 @@ def saved(tmp_path):
     """A results file with the records given."""
 
     def saved(name, *records, **more):
-        environment = {**ENVIRONMENT, **more}
+        described = {**ENVIRONMENT, **more}
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, [environment], [replace(made, environment=environment["key"]) for made in records])
+        write(path, [described], [replace(made, environment=described["key"]) for made in records])
         return path
 
     return saved
@@ -333,29 +335,42 @@ class TestCheck:
             check(**selected)
 
 
-def test_a_tenth_slower_is_found_by_a_whole_run(tmp_path):
-    """A checkout whose one suite measures by a clock of its own, on which an implementation slows down by 10 %."""
+def test_a_tenth_slower_is_found_by_a_whole_run(saved, tmp_path):
+    """A checkout whose one suite measures by a clock of its own, on which a call takes 1.1 ms; it took 1 ms before."""
     for package in ("reference", "kernels", "suites"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").touch()
     (tmp_path / "suites" / "toy.py").write_text(Path(toy.__file__).read_text() + ON_A_CLOCK)
     thresholds = (ROOT / "suites" / "thresholds.toml").read_text().replace("wall = 0.20", "wall = 0.05")
     (tmp_path / "suites" / "thresholds.toml").write_text(thresholds)
+    case, device = toy.ToyCase(2, 8), torch.device("cpu")
+    before = [
+        replace(
+            ours(1.0, name, "wall"),
+            case=case.id,
+            fields=case.fields(),
+            direction=direction,
+            device=environment.device_name(device),
+            peak_bytes=None,
+            saved_bytes=None,
+            accuracy={},
+        )
+        for direction in DIRECTIONS
+        for name in ("slowed", "lost")
+    ]
+    baseline = saved("baseline.jsonl", *before, **{**environment.describe(device), "threads": 1})
     summary = tmp_path / "summary.md"
 
-    def bench(milliseconds, *options):
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-        environment = {**inherited, "MILLISECONDS": str(milliseconds), "GITHUB_STEP_SUMMARY": str(summary)}
-        command = [sys.executable, ROOT / "bench.py", "--suite", "toy", "--device", "cpu", "--preset", "smoke"]
-        command += ["--impl", "slowed", "--quiet", *options]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        return done.returncode, done.stdout + done.stderr
-
-    status, said = bench(1.0, "--out", "before")
-    assert status == DONE, said
-    assert not summary.exists()
-    status, said = bench(1.1, "--out", "after", "--baseline", "before", "--check")
-    assert status == FAILURE, said
-    assert "2 worse" in said
-    assert "+10.0 %" in said
+    command = [sys.executable, ROOT / "bench.py", "--suite", "toy", "--device", "cpu", "--preset", "smoke"]
+    command += ["--impl", "slowed", "--quiet", "--out", "out", "--baseline", baseline, "--check"]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    told = {"MILLISECONDS": "1.1", "OMP_NUM_THREADS": "1", "GITHUB_STEP_SUMMARY": str(summary)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=inherited | told, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == FAILURE, done.stdout + done.stderr
+    # What was not asked for, `lost`, is not missing.
+    assert "against the baseline: 2 worse, " in done.stdout
+    assert "+10.0 %" in done.stdout
     assert summary.read_text().startswith("### 2 regressions against the baseline")
+    assert "Against the baseline" in (tmp_path / "out" / "report.html").read_text()
