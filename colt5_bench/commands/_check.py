@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from colt5_bench.commands import DONE, FAILURE, UNMEASURED
+from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED
 from colt5_bench.commands._comparison import Comparer, add_options, expression, in_scope, status_of
 from colt5_bench.compare import Comparison
 from colt5_bench.compare.output import append_summary, show
@@ -65,19 +65,22 @@ class Check:
         """
         comparison = self._compare(directories)
         for repetition in range(1, MOST_REPETITIONS + 1):
-            if not (unclear := comparison.unclear()):
+            unclear = comparison.unclear()
+            if not unclear or status not in (DONE, FAILURE):
                 break
             cases_unclear = sum(map(len, unclear.values()))
             print(f"{cases_unclear} cases are unclear: measuring them again ({repetition} of {MOST_REPETITIONS})")
             for name, cases in unclear.items():
-                more(suites[name], expression(cases), _free(directories[name]))
+                status = max(status, more(suites[name], expression(cases), _free(directories[name])))
+                if status == INTERRUPTED:
+                    break
             comparison = self._compare(directories)
 
         show(comparison, Console())
         append_summary(comparison)
         for name, directory in directories.items():
             self._write_page(directory, suites[name], comparison)
-        if not self.options.check:
+        if status == INTERRUPTED or not self.options.check:
             return status
         if status not in (DONE, FAILURE):
             print("--check: not everything could be measured", file=sys.stderr)

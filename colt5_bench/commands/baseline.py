@@ -65,7 +65,9 @@ def _refuse_unfit(run: Run) -> None:
             raise SelectionError(f"{run.path} lacks {missing} records of suite {suite}: complete it with --resume.")
     keys = [record.key for record in run.records]
     if len(set(keys)) < len(keys):
-        raise SelectionError(f"{run.path} holds several records of one point: a baseline is of one run.")
+        raise SelectionError(
+            f"{run.path} holds several records of one point: name the results file of one run, not a directory with more."
+        )
     for record in run.records:
         git: Any = run.environments.get(record.environment, {}).get("git")
         if not git:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 
 from colt5_bench import cli, environment
 from colt5_bench.case import DIRECTIONS
-from colt5_bench.commands import DONE, FAILURE, UNMEASURED, USAGE
+from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED, USAGE
 from colt5_bench.commands._check import Check
 from colt5_bench.results import load, write
 from colt5_bench.selection import SelectionError
@@ -326,6 +327,13 @@ class TestCheck:
         assert asked[0] == ("toy", "(rows=8 n=512 eps=0.1)", "again-1")
         assert "1 cases are unclear: measuring them again (1 of 2)" in capsys.readouterr().out
 
+    def test_interrupting_that_is_interrupting_the_run(self, check):
+        few = ours(1.1)
+        few.timings["cold"].samples = samples(1.1, count=2)
+        asked = []
+        assert check(reference(), few, more=lambda *each: asked.append(each) or INTERRUPTED) == INTERRUPTED
+        assert len(asked) == 1
+
     @pytest.mark.parametrize(
         ("selected", "message"),
         [({"baseline": None}, "--check needs a --baseline"), ({"shard": "1/2"}, "--check compares whole runs")],
@@ -371,6 +379,7 @@ def test_a_tenth_slower_is_found_by_a_whole_run(saved, tmp_path):
     assert done.returncode == FAILURE, done.stdout + done.stderr
     # What was not asked for, `lost`, is not missing.
     assert "against the baseline: 2 worse, " in done.stdout
-    assert "+10.0 %" in done.stdout
+    changes = re.findall(r"worse .* \+(\S+) %   time", done.stdout)
+    assert [float(change) for change in changes] == pytest.approx([10, 10], abs=0.5)
     assert summary.read_text().startswith("### 2 regressions against the baseline")
     assert "Against the baseline" in (tmp_path / "out" / "report.html").read_text()
