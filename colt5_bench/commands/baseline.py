@@ -66,7 +66,7 @@ def _refuse_unfit(run: Run) -> None:
     keys = [record.key for record in run.records]
     if len(set(keys)) < len(keys):
         raise SelectionError(
-            f"{run.path} holds several records of one point: name the results file of one run, not a directory with more."
+            f"{run.path} holds several records of one point: name the results of one run, not a directory with more."
         )
     for record in run.records:
         git: Any = run.environments.get(record.environment, {}).get("git")
