@@ -69,6 +69,7 @@ def compare(
     if left_out:
         devices = ", ".join(dict.fromkeys(before.conditions[key].device for key in before.records if key in left_out))
         notes.append(f"{len(left_out)} records of the baseline are of {devices} and left out: this run is of none")
+    notes += [f"the last line of {file} is cut off, and a record with it" for file in (*baseline.cut_off, *run.cut_off)]
     return Comparison(_settle(drafts), notes)
 
 

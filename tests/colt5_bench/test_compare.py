@@ -329,6 +329,12 @@ class TestOtherConditions:
         assert [finding.verdict for finding in comparison.findings] == ["missing"]
         assert comparison.compared
 
+    def test_a_file_that_was_cut_off_is_told_of(self, rules):
+        cut_off = replace(run_of(reference()), cut_off=[Path("run.jsonl")])
+        comparison = compare(run_of(reference(), ours()), cut_off, rules(), {})
+        assert [finding.verdict for finding in comparison.regressions] == ["missing"]
+        assert comparison.notes == ["the last line of run.jsonl is cut off, and a record with it"]
+
     def test_what_is_out_of_scope_is_not_missing(self, rules):
         comparison = compare(run_of(ours()), Run(Path("run")), rules(), {}, scope=lambda made: made.suite != "toy")
         assert comparison.findings == []
