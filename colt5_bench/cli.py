@@ -5,7 +5,19 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from colt5_bench.commands import INTERRUPTED, USAGE, completion, env, history, merge, report, run, selftest
+from colt5_bench.commands import (
+    INTERRUPTED,
+    USAGE,
+    baseline,
+    compare,
+    completion,
+    env,
+    history,
+    merge,
+    report,
+    run,
+    selftest,
+)
 from colt5_bench.commands import list as list_command
 from colt5_bench.selection import SelectionError, pick
 from colt5_bench.startup import StartupError
@@ -13,6 +25,8 @@ from colt5_bench.startup import StartupError
 COMMANDS = {
     "run": run,
     "list": list_command,
+    "compare": compare,
+    "baseline": baseline,
     "merge": merge,
     "report": report,
     "history": history,

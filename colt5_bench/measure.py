@@ -62,16 +62,21 @@ class Conditions:
     max_seconds: float = 2.0
     """The longest that sampling one time column of a case may take."""
 
+    targets: tuple[int, ...] = ()
+    """Compute capabilities times ten that kernels are compiled for where there is no GPU that they run on."""
+
     @property
     def columns(self) -> tuple[str, ...]:
         """The time columns; the first is the one that the figure of a case is."""
         return GPU_COLUMNS if self.device.type == "cuda" else CPU_COLUMNS
 
     @classmethod
-    def on(cls, device: torch.device, environment_key: str, *, max_seconds: float = 2.0) -> "Conditions":
+    def on(
+        cls, device: torch.device, environment_key: str, *, max_seconds: float = 2.0, targets: Sequence[int] = ()
+    ) -> "Conditions":
         """The conditions on a device, whose ceilings are measured for it."""
         ceilings = roofline.measure_ceilings(device)
-        return cls(device, environment.device_name(device), environment_key, ceilings, max_seconds)
+        return cls(device, environment.device_name(device), environment_key, ceilings, max_seconds, tuple(targets))
 
 
 @dataclass(frozen=True)
@@ -210,8 +215,7 @@ def _measure_each(
             if record.status == "ok" and suite.timed:
                 record.peak_bytes = memory.measure_memory(call, device=conditions.device)
                 record.saved_bytes = call.saved_bytes()
-                if conditions.device.type == "cuda":
-                    record.kernels = static_facts.compiled_kernels(call)
+                record.kernels = _static_facts(implementation, call, conditions)
                 calls[name] = call
 
     begin("")
@@ -245,6 +249,15 @@ def _time(calls: dict[str, "Call"], records: dict[str, Record], conditions: Cond
         return
     for name, timings in taken.items():
         records[name].timings = timings
+
+
+def _static_facts(implementation: Implementation, call: "Call", conditions: Conditions) -> list[dict[str, object]]:
+    if conditions.device.type == "cuda":
+        return static_facts.compiled_kernels(call)
+    if implementation.launching is None:
+        return []
+    with implementation.launching():
+        return [facts for target in conditions.targets for facts in static_facts.compiled_kernels(call, target)]
 
 
 def _refuse_impossible(record: Record, call: "Call", conditions: Conditions) -> None:

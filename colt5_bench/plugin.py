@@ -20,6 +20,7 @@ from colt5_bench.parts import keep_finished
 from colt5_bench.replay import virtual_clock
 from colt5_bench.results import Group, Record, Writer
 from colt5_bench.selection import WHOLE, SelectionError, Shard, case_filter, choose_device, parse_seconds
+from colt5_bench.static_facts import TARGETS
 from colt5_bench.suite import PRESETS, Suite
 
 MAX_SECONDS = {"smoke": 0.1, "default": 1.0, "full": 2.0}
@@ -39,6 +40,8 @@ class Options:
     resume: bool = False
     isolate: bool = False
     time_limit: float | None = None
+    targets: tuple[int, ...] = ()
+    """What kernels are compiled for where there is no GPU."""
 
     def __post_init__(self) -> None:
         if self.resume and self.out is None:
@@ -52,6 +55,7 @@ class Options:
             "implementations": list(self.implementations),
             "cases": self.cases,
             "shard": str(self.shard),
+            "targets": list(self.targets),
         }
 
 
@@ -144,7 +148,12 @@ class Run:
 
     def _prepare(self, suite: str) -> Conditions:
         if self._conditions is None:
-            self._conditions = Conditions.on(self._options.device, "", max_seconds=MAX_SECONDS[self._options.preset])
+            self._conditions = Conditions.on(
+                self._options.device,
+                "",
+                max_seconds=MAX_SECONDS[self._options.preset],
+                targets=self._options.targets,
+            )
         return replace(self._conditions, environment=str(self._environments[suite]["key"]))
 
     def _results(self, suite: str) -> Path | None:
@@ -180,6 +189,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--shard", default=str(WHOLE), metavar="I/N", help="Only this one of N shares of the cases.")
     group.addoption("--isolate", action="store_true", help="Measure each case in a process of its own.")
     group.addoption(
+        "--compile-for", action="append", default=[], type=int, choices=TARGETS, help="Without a GPU: compile kernels."
+    )
+    group.addoption(
         "--time-limit", default=None, metavar="SECONDS", help="End the process of a case after this; isolates."
     )
 
@@ -201,6 +213,7 @@ def pytest_configure(config: pytest.Config) -> None:
                 resume=config.getoption("--resume"),
                 isolate=config.getoption("--isolate"),
                 time_limit=None if limit is None else parse_seconds(limit),
+                targets=tuple(config.getoption("--compile-for")),
             )
         )
     except SelectionError as error:

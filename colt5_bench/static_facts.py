@@ -1,10 +1,14 @@
 """What the compiler made of the Triton kernels that a call launches; with no GPU too, by compiling only."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
+from unittest.mock import patch
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -12,6 +16,12 @@ from triton.runtime.jit import JITFunction
 from colt5_bench.sass import Usage, instructions, usage
 
 WARP_SIZE = 32
+
+TARGETS = (80, 86, 89, 90, 100, 120)
+"""GPUs that kernels may be compiled for, by compute capability times ten: Ampere, Ada, Hopper and Blackwell."""
+
+ALLOCATING = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")]
+"""Functions that return memory as it was."""
 
 
 class _CompileOnly:
@@ -42,15 +52,15 @@ def compiled_kernels(
     Args:
         launch: called once.
         target: None: kernels really run, on the GPU of their tensors. 80, 90, ...: kernels are compiled for that
-            compute capability times ten and nothing is launched, so that their outputs stay as they were allocated;
-            tensors may be on the CPU and no GPU is needed.
+            compute capability times ten and nothing is launched, so that their outputs stay as they were allocated,
+            zeros where they were allocated empty; tensors may be on the CPU and no GPU is needed.
         disassemble: False leaves out `instructions`, which take half as long again as compiling does.
 
     Returns:
-        For each kernel `name`, `registers` (a thread), `spilled_bytes` (local memory a thread: spilled registers, and
-        arrays that are not in registers), `shared_bytes` (a program), `num_warps`, `num_stages`, `cooperative`,
-        `instructions`, how many there are by class (see `sass.CLASSES`), and `constants`, the values of its constexpr
-        arguments by name.
+        For each kernel `name`, `target` (`sm_90`), `registers` (a thread), `spilled_bytes` (local memory a thread:
+            spilled registers, and arrays that are not in registers), `shared_bytes` (a program), `num_warps`,
+            `num_stages`, `cooperative`, `instructions`, how many there are by class (see `sass.CLASSES`), and
+            `constants`, the values of its constexpr arguments by name.
 
     Raises:
         RuntimeError: Triton's interpreter is on (TRITON_INTERPRET=1), which compiles nothing.
@@ -90,9 +100,22 @@ def _driver_for(target: int | None) -> Iterator[None]:
     active = driver._active
     driver.set_active(_CompileOnly(target))
     try:
-        yield
+        with ExitStack() as stack:
+            for owner, name in ALLOCATING:
+                stack.enter_context(patch.object(owner, name, _zeroed(getattr(owner, name))))
+            yield
     finally:
         driver.set_active(active)
+
+
+def _zeroed(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What no kernel has written is 0: an index that one was to write has to be one that PyTorch can go on with."""
+
+    @wraps(allocate)
+    def zeros(*args: Any, **kwargs: Any) -> Tensor:
+        return allocate(*args, **kwargs).zero_()
+
+    return zeros
 
 
 def _facts(kernel: Any, usage: Usage, *, disassemble: bool) -> dict[str, object]:
@@ -101,6 +124,7 @@ def _facts(kernel: Any, usage: Usage, *, disassemble: bool) -> dict[str, object]
     declared = [parameter.name for parameter in function.params if parameter.is_constexpr]
     return {
         "name": metadata.name,
+        "target": f"sm_{metadata.target.arch}",
         "registers": usage.registers,
         "spilled_bytes": usage.spilled_bytes,
         "shared_bytes": metadata.shared,

@@ -13,6 +13,7 @@ import kernels
 import reference
 from colt5_bench.case import DIRECTIONS, FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.suite import C, Implementation
+from kernels._launch import triton_for_cpu_tensors
 from reference._arguments import epsilon_schedule
 
 
@@ -222,7 +223,12 @@ def compiled(case: DescentCase) -> Callable[..., Tensor]:
 
 
 REFERENCE = Implementation("reference", plain)
-OURS = Implementation[DescentCase]("ours", lambda case: partial(kernels.coor_descent, **case.arguments), bound=promised)
+OURS = Implementation[DescentCase](
+    "ours",
+    lambda case: partial(kernels.coor_descent, **case.arguments),
+    bound=promised,
+    launching=triton_for_cpu_tensors,
+)
 
 
 def implementations(*listed: Implementation[C]) -> dict[str, Implementation[C]]:

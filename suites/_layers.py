@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.suite import Implementation
+from kernels._launch import triton_for_cpu_tensors
 from suites import _descent
 from suites._dense import Attend
 from suites._pieces import in_pieces
@@ -226,4 +227,9 @@ def cost(case: LayerCase, direction: str) -> Cost:
 
 
 REFERENCE = Implementation[LayerCase]("reference", lambda case: ours(case, use_triton=False))
-OURS = Implementation[LayerCase]("ours", lambda case: ours(case, use_triton=True), bound=_descent.lenient)
+OURS = Implementation[LayerCase](
+    "ours",
+    lambda case: ours(case, use_triton=True),
+    bound=_descent.lenient,
+    launching=triton_for_cpu_tensors,
+)

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from colt5_bench import plugin
-from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, USAGE, _profile
+from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED, USAGE, _check, _profile
 from colt5_bench.commands import list as list_command
 from colt5_bench.isolation import TIME_LIMIT
 from colt5_bench.progress import Watcher
@@ -35,6 +35,7 @@ from colt5_bench.selection import (
     suite_files,
 )
 from colt5_bench.startup import check, find_checkout
+from colt5_bench.static_facts import TARGETS
 from colt5_bench.suite import PRESETS, Suite
 
 SUMMARY = "measure suites; what is meant where no command is named"
@@ -48,12 +49,14 @@ EXAMPLES = """\
   python bench.py --suite layers --preset full --isolate --time-limit 600 --out reports/layers
   python bench.py --suite layers --preset full --isolate --time-limit 600 --out reports/layers --resume
   python bench.py --suite layers --shard 2/4 --out reports/layers-2
+  python bench.py --suite coor_descent --baseline reports/baselines/nvidia-h200.jsonl --check
   python bench.py --suite coor_descent -- --benchmark-json=benchmark.json
 
 what follows `--` is passed on to pytest
 
-exit status: 0 all is measured; 1 an implementation missed its accuracy bound or failed; 2 wrong usage; 130 interrupted,
-with everything kept that was measured until then
+exit status: 0 all is measured; 1 an implementation missed its accuracy bound or failed, or with --check, something is
+worse than in the baseline; 2 wrong usage; 3 could not measure; 130 interrupted, with everything kept that was measured
+until then
 """
 
 
@@ -93,9 +96,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help=f"end the process of a case after this, and record an error (default: {TIME_LIMIT:g}); implies --isolate",
     )
+    parser.add_argument(
+        "--compile-for",
+        action="append",
+        default=[],
+        type=int,
+        choices=TARGETS,
+        metavar="SM",
+        help=f"without a GPU, record what the compiler makes of kernels for it: {', '.join(map(str, TARGETS))}; may be "
+        "repeated",
+    )
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("-q", "--quiet", action="store_true", help="no progress and no table, just how it ended")
     shown.add_argument("-v", "--verbose", action="store_true", help="a line for each record as it is taken")
+    _check.configure(parser)
     _profile.add_option(parser)
 
 
@@ -109,7 +123,8 @@ def main(options: argparse.Namespace) -> int:
     _validate(options, suites, device)
     if options.profile:
         return _profile.main(options, [suites[name] for name in options.suite], device, checkout)
-    return _run(options, [suites[name] for name in options.suite], checkout, options.pytest)
+    check_against = _check.Check.of(options, suites)
+    return _run(options, {name: suites[name] for name in options.suite}, checkout, check_against)
 
 
 def _validate(options: argparse.Namespace, suites: dict[str, Suite], device: torch.device) -> None:
@@ -131,22 +146,30 @@ def _validate(options: argparse.Namespace, suites: dict[str, Suite], device: tor
             raise SelectionError(f"no case of suite {name}, preset {options.preset}, satisfies {options.cases!r}.")
 
 
-def _run(options: argparse.Namespace, suites: list[Suite], checkout: Path, passed_on: list[str]) -> int:
+def _run(
+    options: argparse.Namespace, suites: dict[str, Suite], checkout: Path, check_against: _check.Check | None
+) -> int:
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    several = len(suites) > 1
-    out = options.out or checkout / "reports" / (started if several else f"{started}-{suites[0].name}")
+    out = options.out or checkout / "reports" / (started if len(suites) > 1 else f"{started}-{options.suite[0]}")
+    directories = {name: out / name if len(suites) > 1 else out for name in suites}
     status = DONE
-    for suite in suites:
-        directory = out / suite.name if several else out
-        status = max(status, _run_suite(options, suite, checkout, directory, passed_on))
+    for name, suite in suites.items():
+        status = max(status, _run_suite(options, suite, checkout, directories[name]))
         if status in (USAGE, INTERRUPTED):
             break
     if status == INTERRUPTED:
         print(f"interrupted; this completes it: {_again(options, out)}", file=sys.stderr)
-    return status
+    if check_against is None or status in (USAGE, INTERRUPTED):
+        return status
+
+    def more(suite: Suite, cases: str, directory: Path) -> int:
+        own = {"cases": cases, "resume": False, "shard": None}
+        return _run_suite(argparse.Namespace(**{**vars(options), **own}), suite, checkout, directory)
+
+    return check_against.conclude(status, directories, suites, more)
 
 
-def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, directory: Path, passed_on: list[str]) -> int:
+def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, directory: Path) -> int:
     # Before anything is measured that could not be kept.
     directory.mkdir(parents=True, exist_ok=True)
     with Watcher(suite.name, quiet=options.quiet, verbose=options.verbose) as watcher:
@@ -160,7 +183,7 @@ def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, direct
                 *(f"--impl={name}" for name in options.impl),
                 *_how(options),
                 *(["--resume"] if options.resume else []),
-                *passed_on,
+                *options.pytest,
             ],
             plugins=[plugin, watcher],
         )
@@ -169,7 +192,7 @@ def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, direct
     if code == pytest.ExitCode.USAGE_ERROR:
         return USAGE
 
-    failed = code != pytest.ExitCode.OK or bool(watcher.failures)
+    failed = code == pytest.ExitCode.TESTS_FAILED
     results = directory / f"{suite.name}.jsonl"
     if results.exists():
         run = load(results)
@@ -177,6 +200,8 @@ def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, direct
         _show(run, suite, quiet=options.quiet)
     if code == pytest.ExitCode.INTERRUPTED and not watcher.failures:
         return INTERRUPTED
+    if watcher.failures or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        return UNMEASURED
     return FAILURE if failed else DONE
 
 
@@ -200,6 +225,7 @@ def _how(options: argparse.Namespace) -> list[str]:
         *(["--shard", options.shard] if options.shard else []),
         *(["--isolate"] if options.isolate else []),
         *(["--time-limit", options.time_limit] if options.time_limit else []),
+        *(f"--compile-for={target}" for target in options.compile_for),
     ]
 
 

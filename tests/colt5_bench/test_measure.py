@@ -1,3 +1,4 @@
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -53,6 +54,39 @@ def test_a_good_implementation_is_measured_in_full(conditions, timed):
     assert record.peak_bytes >= CASE.rows * CASE.n * 4
     assert record.saved_bytes is not None
     assert timed == ["reference", "good"]
+
+
+def test_without_a_gpu_kernels_are_compiled_for_those_that_are_named(conditions, timed, monkeypatch):
+    launching = []
+
+    @contextmanager
+    def launch():
+        launching.append(True)
+        yield
+        launching.pop()
+
+    def compiled_kernels(call, target):
+        assert len(call()) == 2
+        return [{"name": "kernel", "target": target, "launched": bool(launching)}]
+
+    monkeypatch.setattr(measuring.static_facts, "compiled_kernels", compiled_kernels)
+    ours = toy.Implementation("ours", lambda case: toy.good, launching=launch)
+    suite = toy.suite(implementations={**toy.suite().implementations, "ours": ours})
+    records = run(suite, replace(conditions, targets=(80, 90)))
+    assert records["ours"].kernels == [{"name": "kernel", "target": each, "launched": True} for each in (80, 90)]
+    assert records["reference"].kernels == run(suite, conditions)["ours"].kernels == []
+
+
+def test_a_kernel_that_does_not_compile_fails_its_implementation(conditions, timed, monkeypatch):
+    def compiled_kernels(call, target):
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(measuring.static_facts, "compiled_kernels", compiled_kernels)
+    ours = toy.Implementation("ours", lambda case: toy.good, launching=nullcontext)
+    suite = toy.suite(implementations={**toy.suite().implementations, "ours": ours})
+    records = run(suite, replace(conditions, targets=(90,)))
+    assert (records["ours"].status, records["ours"].reason) == ("error", "RuntimeError: out of registers")
+    assert records["reference"].status == "ok"
 
 
 def test_forward_alone_has_no_gradient_and_saves_nothing(conditions, timed):
