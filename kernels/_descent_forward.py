@@ -403,7 +403,7 @@ def _plan(n_rows: int, n: int, simple: bool, available: int, resident: int, stre
         tile = tile_settings(n, entries_in_thread(n_rows, n, available))
         # The fewer registers a thread, the more rows under way, which hide each other's waiting. Loading needs more of
         # them where there is a mask or a conversion.
-        registers = 128 if simple else min(255, 65536 // (32 * tile["num_warps"]))
+        registers = 128 if simple else most_registers(tile["num_warps"])
         alone = {"PROGRAMS": 1, "SLOTS": 1, "maxnreg": registers}
         return _Plan(triton.cdiv(n_rows, tile["ROWS"]), 0, 0, {**tile, **alone})
     # As few entries a program as there are programs to share them, but no fewer than are worth an exchange.
@@ -419,12 +419,20 @@ def _plan(n_rows: int, n: int, simple: bool, available: int, resident: int, stre
 
 def _shared(piece: int, in_thread: int, programs: int) -> dict[str, int]:
     """Settings for rows of which each program has a piece; all must run at the same time to talk."""
+    tile = tile_settings(piece, in_thread)
     return {
-        **tile_settings(piece, in_thread),
+        **tile,
         "PROGRAMS": programs,
         "SLOTS": triton.next_power_of_2(programs),
         "launch_cooperative_grid": True,
+        # All that a multiprocessor has: left to itself, an assembler may spill to make room for a second program.
+        "maxnreg": most_registers(tile["num_warps"]),
     }
+
+
+def most_registers(num_warps: int) -> int:
+    """Registers that a thread can have where a program has a multiprocessor to itself."""
+    return min(255, 65536 // (32 * num_warps))
 
 
 @lru_cache(maxsize=1024)

@@ -152,7 +152,7 @@ def test_ties():
 
 @pytest.mark.parametrize("iteration", [1, 3, 6])
 def test_next_to_a_kink_the_gradient_is_that_of_one_side(iteration):
-    """A score so near to the kink of an iteration, whose a is put there by k, that its fp32 number leaves the side open."""
+    """k puts the a of an iteration so near to a score that its fp32 number leaves open which side it is on."""
     options = {"n_iters": 6, "eps": 0.03, "eps_init": 4.0, "eps_decay": 0.7}
     scores, grad = randn(1, 200, std=5.0), randn(1, 200)
     wide = scores.double()
