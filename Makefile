@@ -11,14 +11,17 @@ VENV ?= .venv
 ARGS ?=
 WORKERS ?= 2
 
-SUITES := coor_descent segments topk soft_topk gradients layers sequence_length heads flops routing
+SUITES := coor_descent segments topk soft_topk gradients layers sequence_length heads flops routing windowed_attention
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# In one thread: two that wait for each other would show how busy the machine is.
+CHECK = OMP_NUM_THREADS=1 $(BIN)/python bench.py --suite coor_descent --suite topk --preset smoke --device cpu --compile-for 90
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install bench baseline test test-plain test-compiled test-interpreted lint lint-style lint-types lint-imports format clean
+.PHONY: help install bench baseline check baseline-cpu test test-plain test-compiled test-interpreted lint lint-style lint-types lint-imports format clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -38,7 +41,15 @@ bench: $(INSTALLED) ## measure coordinate descent, on the GPU if there is one
 baseline: $(INSTALLED) ## measure all suites, for others to compare with: on an idle GPU, from a clean commit
 	@test -n "$(NAME)" || { echo "make: name the device, e.g. make baseline NAME=nvidia-h200" >&2; exit 1; }
 	$(BIN)/python bench.py $(patsubst %,--suite %,$(SUITES)) --out reports/$(NAME) $(ARGS)
-	cat $(patsubst %,reports/$(NAME)/%.jsonl,$(SUITES)) > reports/baselines/$(NAME).jsonl
+	$(BIN)/python bench.py baseline reports/$(NAME) reports/baselines/$(NAME).jsonl
+
+check: $(INSTALLED) ## compare with reports/baselines/cpu.jsonl what needs no GPU: kernels as compiled, memory, errors, speed-ups
+	$(CHECK) --baseline reports/baselines/cpu.jsonl --check --any-machine $(ARGS)
+
+baseline-cpu: $(INSTALLED) ## record anew what `make check` compares with: from a clean commit
+	rm -rf reports/cpu
+	$(CHECK) --out reports/cpu
+	$(BIN)/python bench.py baseline reports/cpu reports/baselines/cpu.jsonl
 
 test: test-plain test-compiled test-interpreted ## all tests
 

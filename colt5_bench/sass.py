@@ -4,6 +4,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +64,7 @@ def _class_of(mnemonic: str) -> str:
     return "integer"
 
 
+@lru_cache(maxsize=256)
 def _inspect(cubin: bytes, option: str) -> str:
     with tempfile.TemporaryDirectory() as directory:
         binary = Path(directory) / "kernel.cubin"

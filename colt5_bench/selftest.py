@@ -13,10 +13,11 @@ from typing import Literal
 import numpy as np
 import torch
 import triton
-from scipy.stats import mannwhitneyu
 from triton.language.extra.cuda import globaltimer
 
 from colt5_bench import cuda_bench, roofline
+from colt5_bench.compare.findings import Verdict
+from colt5_bench.compare.samples import change, judge
 from colt5_bench.environment import device_name
 from colt5_bench.rounds import CPU_COLUMNS, GPU_COLUMNS, Call
 from colt5_bench.timing import current, relative_interval, time_interleaved
@@ -43,10 +44,9 @@ AGREEMENT = 0.05
 WARM_GAIN = 0.1
 """By how much a sum of numbers that come from memory takes longer, at least, than one of numbers in the L2."""
 
-SIGNIFICANCE, LEAST_CHANGE = 0.001, 0.02
+LEAST_CHANGE = 0.02
 
 Outcome = Literal["passed", "failed", "unclear", "skipped"]
-Verdict = Literal["better", "same", "worse"]
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,9 @@ class Report:
 
 
 def verdict(before: Sequence[float], after: Sequence[float]) -> Verdict:
-    """Whether the later samples are of another call than the earlier ones: the test and the threshold have to agree."""
-    ratio = median(after) / median(before)
-    if abs(ratio - 1) < LEAST_CHANGE or mannwhitneyu(before, after).pvalue >= SIGNIFICANCE:
-        return "same"
-    return "worse" if ratio > 1 else "better"
+    """Whether the later samples are of another call than the earlier ones, as a comparison of runs would judge it."""
+    found = change(before, after)
+    return judge(found, found.p, LEAST_CHANGE)
 
 
 def run(device: torch.device) -> Report:
@@ -123,7 +121,7 @@ def check_equal(device: torch.device) -> tuple[Check, float]:
     alarms, noise = 0, []
     for _ in range(COMPARISONS):
         before, after = _compare(call, call, device)
-        alarms += verdict(before, after) != "same"
+        alarms += verdict(before, after) in ("worse", "better")
         low, middle, high = quantiles(before, n=4)
         noise.append((high - low) / middle)
     outcome: Outcome = "passed" if alarms <= MOST_FALSE_ALARMS else "failed"

@@ -1,10 +1,14 @@
 """What the compiler made of the Triton kernels that a call launches; with no GPU too, by compiling only."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
+from unittest.mock import patch
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -12,6 +16,12 @@ from triton.runtime.jit import JITFunction
 from colt5_bench.sass import Usage, instructions, usage
 
 WARP_SIZE = 32
+
+TARGETS = (80, 86, 89, 90, 100, 120)
+"""GPUs that kernels may be compiled for, by compute capability times ten: Ampere, Ada, Hopper and Blackwell."""
+
+ALLOCATING = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")]
+"""Functions that return memory as it was."""
 
 
 class _CompileOnly:
@@ -31,7 +41,9 @@ class _CompileOnly:
         return 0
 
 
-def compiled_kernels(launch: Callable[[], object], target: int | None = None) -> list[dict[str, object]]:
+def compiled_kernels(
+    launch: Callable[[], object], target: int | None = None, *, disassemble: bool = True
+) -> list[dict[str, object]]:
     """The facts of each distinct Triton kernel that `launch` launches, in the order of their first launch.
 
     A kernel is distinct if anything differs that it is compiled for. What `torch.compile` generates is launched by
@@ -40,14 +52,15 @@ def compiled_kernels(launch: Callable[[], object], target: int | None = None) ->
     Args:
         launch: called once.
         target: None: kernels really run, on the GPU of their tensors. 80, 90, ...: kernels are compiled for that
-            compute capability times ten and nothing is launched, so that their outputs stay as they were allocated;
-            tensors may be on the CPU and no GPU is needed.
+            compute capability times ten and nothing is launched, so that their outputs stay as they were allocated,
+            zeros where they were allocated empty; tensors may be on the CPU and no GPU is needed.
+        disassemble: False leaves out `instructions`, which take half as long again as compiling does.
 
     Returns:
-        For each kernel `name`, `registers` (a thread), `spilled_bytes` (local memory a thread: spilled registers, and
-        arrays that are not in registers), `shared_bytes` (a program), `num_warps`, `num_stages`, `cooperative`,
-        `instructions`, how many there are by class (see `sass.CLASSES`), and `constants`, the values of its constexpr
-        arguments by name.
+        For each kernel `name`, `target` (`sm_90`), `registers` (a thread), `spilled_bytes` (local memory a thread:
+            spilled registers, and arrays that are not in registers), `shared_bytes` (a program), `num_warps`,
+            `num_stages`, `cooperative`, `instructions`, how many there are by class (see `sass.CLASSES`), and
+            `constants`, the values of its constexpr arguments by name.
 
     Raises:
         RuntimeError: Triton's interpreter is on (TRITON_INTERPRET=1), which compiles nothing.
@@ -58,7 +71,7 @@ def compiled_kernels(launch: Callable[[], object], target: int | None = None) ->
     with _observed(kernels, compile_only=target is not None), _driver_for(target):
         launch()
     usage_of = _loaded_usage if target is None else _compiled_usage
-    return [_facts(kernel, usage_of(kernel)) for kernel in kernels.values()]
+    return [_facts(kernel, usage_of(kernel), disassemble=disassemble) for kernel in kernels.values()]
 
 
 @contextmanager
@@ -87,24 +100,38 @@ def _driver_for(target: int | None) -> Iterator[None]:
     active = driver._active
     driver.set_active(_CompileOnly(target))
     try:
-        yield
+        with ExitStack() as stack:
+            for owner, name in ALLOCATING:
+                stack.enter_context(patch.object(owner, name, _zeroed(getattr(owner, name))))
+            yield
     finally:
         driver.set_active(active)
 
 
-def _facts(kernel: Any, usage: Usage) -> dict[str, object]:
+def _zeroed(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What no kernel has written is 0: an index that one was to write has to be one that PyTorch can go on with."""
+
+    @wraps(allocate)
+    def zeros(*args: Any, **kwargs: Any) -> Tensor:
+        return allocate(*args, **kwargs).zero_()
+
+    return zeros
+
+
+def _facts(kernel: Any, usage: Usage, *, disassemble: bool) -> dict[str, object]:
     metadata, function = kernel.metadata, kernel.src.fn
     given = {function.arg_names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
     declared = [parameter.name for parameter in function.params if parameter.is_constexpr]
     return {
         "name": metadata.name,
+        "target": f"sm_{metadata.target.arch}",
         "registers": usage.registers,
         "spilled_bytes": usage.spilled_bytes,
         "shared_bytes": metadata.shared,
         "num_warps": metadata.num_warps,
         "num_stages": metadata.num_stages,
         "cooperative": metadata.launch_cooperative_grid,
-        "instructions": instructions(kernel.asm["cubin"]),
+        **({"instructions": instructions(kernel.asm["cubin"])} if disassemble else {}),
         "constants": {name: _plain(given[name]) for name in declared if name in given},
     }
 

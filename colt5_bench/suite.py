@@ -1,6 +1,7 @@
 """What a file in suites/ provides, and how the harness finds it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -64,6 +65,10 @@ class Implementation(Generic[C]):
 
     metrics: Callable[[C, Problem], Mapping[str, float]] = _no_metrics
     """Further figures of what it does with the problem of a case, by name."""
+
+    launching: Callable[[], AbstractContextManager[None]] | None = None
+    """A context in which its calls launch their Triton kernels with tensors on a CPU, so that these can be compiled
+    where there is no GPU; None if it has no kernels that could."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,14 @@
 
 from kernels.combine import combine
 from kernels.coor_descent import coor_descent
+from kernels.gathered_attention import gathered_attention
 from kernels.normalize import normalize
+from kernels.route import route
+from kernels.route_prefixes import route_prefixes
 from kernels.routed_attention import routed_attention
+from kernels.routing_scores import routing_scores
 from kernels.segmented_coor_descent import segmented_coor_descent
+from kernels.select import select
 from kernels.soft_topk import soft_topk
 from kernels.topk import topk
 from kernels.windowed_attention import windowed_attention
@@ -12,9 +17,14 @@ from kernels.windowed_attention import windowed_attention
 __all__ = [
     "combine",
     "coor_descent",
+    "gathered_attention",
     "normalize",
+    "route",
+    "route_prefixes",
     "routed_attention",
+    "routing_scores",
     "segmented_coor_descent",
+    "select",
     "soft_topk",
     "topk",
     "windowed_attention",

@@ -67,14 +67,14 @@ def _masked_count_in_thread(
 
 
 @triton.jit
-def _first_step(log_k, highest, n_valid, temperature):
+def first_step(log_k, highest, n_valid, temperature):
     """a after the first iteration, and the highest score as fp64; finite for a row without a valid entry."""
     a = temperature * (log_k - tl.log(n_valid))
     return tl.where(n_valid == 0, 0.0, a), tl.where(n_valid == 0, 0.0, highest.to(tl.float64))
 
 
 @triton.jit
-def _cool(temperature, eps_decay, eps):
+def cool(temperature, eps_decay, eps):
     """The next temperature of the schedule, and log2(e) over it."""
     temperature = tl.maximum(temperature * eps_decay, eps)
     return temperature, log2_e_over(temperature)
@@ -140,12 +140,12 @@ def descend(
     log_k = tl.log(k_of_row)
     temperature = first + tl.zeros((), tl.float64)
     factor = log2_e_over(temperature)
-    a, highest = _first_step(log_k, highest, n_valid, temperature)
+    a, highest = first_step(log_k, highest, n_valid, temperature)
     if SAVE:
         save_step(state_ptr, rows, part, n_rows, n_iters, 0, a, tl.zeros([ROWS], tl.float64), temperature, factor)
 
     for t in range(1, cooling):
-        temperature, factor = _cool(temperature, eps_decay, eps)
+        temperature, factor = cool(temperature, eps_decay, eps)
         threshold = -a
         anchor = tl.where(highest < threshold, highest, threshold)
         slope, offset, rest = exponent_line(anchor, factor)
@@ -162,7 +162,7 @@ def descend(
             ratio = above * inverse(total)
             save_step(state_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature, factor)
 
-    temperature, factor = _cool(temperature, eps_decay, eps)
+    temperature, factor = cool(temperature, eps_decay, eps)
     weights, slope, offset, base, r, r_highest = _weigh(scores, a, highest, temperature)
     below = round_down(-a)
     for t in range(tl.maximum(cooling, 1), n_iters):
@@ -331,12 +331,12 @@ def _streaming_kernel(
         log_k = tl.log(load_k(k_ptr, rows, k, n_rows, HAS_K))
         temperature = first + tl.zeros((), tl.float64)
         factor = log2_e_over(temperature)
-        a, highest = _first_step(log_k, highest, n_valid, temperature)
+        a, highest = first_step(log_k, highest, n_valid, temperature)
         if SAVE:
             save_step(state_ptr, rows, part, n_rows, n_iters, 0, a, tl.zeros([1], tl.float64), temperature, factor)
 
         for t in range(1, n_iters):
-            temperature, factor = _cool(temperature, eps_decay, eps)
+            temperature, factor = cool(temperature, eps_decay, eps)
             anchor = tl.where(highest < -a, highest, -a)
             threshold = per_row(round_down(-a))
             slope, offset, rest = exponent_line(anchor, factor)
@@ -362,7 +362,7 @@ def _streaming_kernel(
                 ratio = above * inverse(total)
                 save_step(state_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature, factor)
 
-        temperature, factor = _cool(temperature, eps_decay, eps)
+        temperature, factor = cool(temperature, eps_decay, eps)
         if SAVE:
             ratio = tl.zeros([1], tl.float64)
             save_step(state_ptr, rows, part, n_rows, n_iters, n_iters, a, ratio, temperature, factor)
@@ -403,7 +403,7 @@ def _plan(n_rows: int, n: int, simple: bool, available: int, resident: int, stre
         tile = tile_settings(n, entries_in_thread(n_rows, n, available))
         # The fewer registers a thread, the more rows under way, which hide each other's waiting. Loading needs more of
         # them where there is a mask or a conversion.
-        registers = 128 if simple else min(255, 65536 // (32 * tile["num_warps"]))
+        registers = 128 if simple else most_registers(tile["num_warps"])
         alone = {"PROGRAMS": 1, "SLOTS": 1, "maxnreg": registers}
         return _Plan(triton.cdiv(n_rows, tile["ROWS"]), 0, 0, {**tile, **alone})
     # As few entries a program as there are programs to share them, but no fewer than are worth an exchange.
@@ -419,12 +419,20 @@ def _plan(n_rows: int, n: int, simple: bool, available: int, resident: int, stre
 
 def _shared(piece: int, in_thread: int, programs: int) -> dict[str, int]:
     """Settings for rows of which each program has a piece; all must run at the same time to talk."""
+    tile = tile_settings(piece, in_thread)
     return {
-        **tile_settings(piece, in_thread),
+        **tile,
         "PROGRAMS": programs,
         "SLOTS": triton.next_power_of_2(programs),
         "launch_cooperative_grid": True,
+        # All that a multiprocessor has: left to itself, an assembler may spill to make room for a second program.
+        "maxnreg": most_registers(tile["num_warps"]),
     }
+
+
+def most_registers(num_warps: int) -> int:
+    """Registers that a thread can have where a program has a multiprocessor to itself."""
+    return min(255, 65536 // (32 * num_warps))
 
 
 @lru_cache(maxsize=1024)

@@ -38,12 +38,11 @@ def per_row(x):
 @triton.jit
 def tile_pointers(ptr, rows, columns, stride):
     """Pointers to a tile of a matrix `rows n` whose last stride is 1."""
-    starts = per_row(rows) * stride
-    if rows.shape[0] > 1:
-        # Not so in memory. But a compiler looks for neighbours only along the direction that has most of them, which
-        # columns are; of the other two it is to spread rows over a warp, and not, as Triton 3.6 would, repeats.
-        starts = tl.max_contiguous(starts, [1, rows.shape[0], 1])
-    return ptr + starts + columns
+    # A thread is to have four neighbours, whatever the size of an entry: it would load up to sixteen of a mask at once,
+    # and each tile that meets that one would go through shared memory. Of the other directions, which have none, it is
+    # rows that are to be spread over a warp, and not, as Triton 3.6 would, repeats.
+    ROWS_FIRST: tl.constexpr = 2 if rows.shape[0] > 1 else 1
+    return tl.max_contiguous(ptr + per_row(rows) * stride + columns, [1, ROWS_FIRST, 4])
 
 
 @triton.jit
@@ -75,12 +74,15 @@ def load_tile(
     CACHE: tl.constexpr = ".cg" if AGAIN else ""
     if AGAIN:
         rows = opaque(rows)
-    valid = (per_row(rows) < n_rows) & (columns < n)
-    if HAS_MASK:
-        mask_ptrs = tile_pointers(mask_ptr, rows, columns, mask_stride)
-        valid = valid & (tl.load(mask_ptrs, mask=valid, other=0, cache_modifier=CACHE) != 0)
+    exists = (per_row(rows) < n_rows) & (columns < n)
     score_ptrs = tile_pointers(scores_ptr, rows, columns, scores_stride)
-    scores = tl.load(score_ptrs, mask=valid, other=-float("inf"), cache_modifier=CACHE).to(tl.float32)
+    scores = tl.load(score_ptrs, mask=exists, other=-float("inf"), cache_modifier=CACHE).to(tl.float32)
+    if HAS_MASK:
+        # What is masked is read all the same: to leave it out, entries would be loaded one by one, in a layout of their
+        # own, and each tile that meets this one would go through shared memory.
+        mask_ptrs = tile_pointers(mask_ptr, rows, columns, mask_stride)
+        taking_part = tl.load(mask_ptrs, mask=exists, other=0, cache_modifier=CACHE) != 0
+        scores = tl.where(taking_part, scores, -float("inf"))
     return tl.maximum(scores, LOWEST, propagate_nan=tl.PropagateNan.ALL)
 
 

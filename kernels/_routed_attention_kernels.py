@@ -65,7 +65,9 @@ def _load_null(null_ptr, head, columns, HEADS: tl.constexpr, HEAD_DIM: tl.conste
 
 
 @triton.jit
-def _kv_offset(batch, head, batch_stride, route_stride, HEADS: tl.constexpr, ROUTES: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _kv_offset(
+    batch, head, batch_stride, route_stride, HEADS: tl.constexpr, ROUTES: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     """Where keys of a head begin, and its row of weights and mask."""
     shared: tl.constexpr = HEADS // ROUTES
     route = head // shared

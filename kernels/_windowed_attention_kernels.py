@@ -4,9 +4,9 @@ What queries may attend to is an interval of positions, and so is what attends t
 a program looks at and which entries of a tile count.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,12 +43,12 @@ def _within(position, first, end):
 
 
 @triton.jit
-def _product(a, b, plus, PRECISION: tl.constexpr):
-    """The matrix product in fp32, plus what there is if it is not None."""
+def _product(a, b, plus):
+    """The matrix product in fp32, plus what there is if it is not None. Factors in fp32 are sums of two of tf32."""
     if INTERPRETED:
         # Which has bf16 as integers. A product of two of them is exact in fp32.
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, plus, input_precision=PRECISION)
+    return tl.dot(a, b, plus, input_precision="tf32x3")
 
 
 @triton.jit
@@ -61,35 +61,13 @@ def _are_present(mask_ptr, position, n, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def _offsets(ROWS: tl.constexpr, BLOCK_D: tl.constexpr, stride):
-    return tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
-
-
-@triton.jit
-def _inside(start, n, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    inside = (start + tl.arange(0, ROWS) < n)[:, None]
+def _tile(ptr, start, n, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE: tl.constexpr):
+    """Pointers to `ROWS BLOCK_D` from position start on, and which of them are inside."""
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    inside = start + row < n
     if HEAD_DIM < BLOCK_D:
-        inside = inside & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
-    return inside
-
-
-@triton.jit
-def _load_tile(
-    ptr, start, n, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE: tl.constexpr
-):
-    """`ROWS BLOCK_D` from position start on, 0 past the end."""
-    ptr += start.to(tl.int64) * STRIDE
-    inside = _inside(start, n, ROWS, HEAD_DIM, BLOCK_D)
-    return tl.load(ptr + _offsets(ROWS, BLOCK_D, STRIDE), mask=inside, other=0.0)
-
-
-@triton.jit
-def _store_tile(
-    ptr, tile, start, n, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE: tl.constexpr
-):
-    ptr += start.to(tl.int64) * STRIDE
-    inside = _inside(start, n, ROWS, HEAD_DIM, BLOCK_D)
-    tl.store(ptr + _offsets(ROWS, BLOCK_D, STRIDE), tile.to(ptr.dtype.element_ty), mask=inside)
+        inside = inside & (column < HEAD_DIM)
+    return ptr + start.to(tl.int64) * STRIDE + (row * STRIDE + column), inside
 
 
 @triton.jit
@@ -108,7 +86,7 @@ def _forward_kernel(
     qkv_ptr,  # b n 3 h d
     mask_ptr,  # b n
     out_ptr,  # b n h d
-    log_sum_ptr,  # b h n, fp32
+    log_sum_ptr,  # b h n, fp32, to the base 2
     n,
     window_size,
     scale,
@@ -117,7 +95,6 @@ def _forward_kernel(
     BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -131,32 +108,35 @@ def _forward_kernel(
     first_key, _ = _keys_of(start, n, window_size, CAUSAL)
     _, end_key = _keys_of(tl.minimum(start + BLOCK, n) - 1, n, window_size, CAUSAL)
 
-    q = _load_tile(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    own, owned = _tile(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    q = tl.load(own, mask=owned, other=0.0)
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     out = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for tile in range(tl.cdiv(end_key - first_key, TILE)):
         start_n = first_key + tile * TILE
-        k = _load_tile(qkv_ptr + WIDTH, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-        v = _load_tile(qkv_ptr + 2 * WIDTH, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        at, inside = _tile(qkv_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        k = tl.load(at + WIDTH, mask=inside, other=0.0)
+        v = tl.load(at + 2 * WIDTH, mask=inside, other=0.0)
         key = start_n + tl.arange(0, TILE)
         key = tl.where(_are_present(mask_ptr + row, key, n, HAS_MASK), key, NOWHERE)
-        similarity = _product(q, k.T, None, PRECISION)
+        similarity = _product(q, k.T, None)
         similarity = tl.where(_within(key[None, :], first[:, None], end[:, None]), similarity, float("-inf"))
-        larger = tl.maximum(largest, tl.max(similarity, axis=1) * scale)
-        # Nothing has been within reach of a query whose largest is -inf.
+        larger = tl.maximum(largest, tl.max(similarity, axis=1))
+        # Nothing has been within reach of a query whose largest is -inf. A difference of near numbers is exact.
         shift = tl.where(larger == float("-inf"), 0.0, larger)
-        weight = tl.exp2(similarity * scale - shift[:, None])
-        shrink = tl.exp2(largest - shift)
+        weight = tl.exp2((similarity - shift[:, None]) * scale)
+        shrink = tl.exp2((largest - shift) * scale)
         total = total * shrink + tl.sum(weight, axis=1)
-        out = _product(weight.to(v.dtype), v, out * shrink[:, None], PRECISION)
+        out = _product(weight.to(v.dtype), v, out * shrink[:, None])
         largest = larger
 
     nothing = total == 0
     out = out / tl.where(nothing, 1.0, total)[:, None]
-    _store_tile(out_ptr + row * WIDTH + column, out, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
-    # A weight is exp(similarity - log_sum): 0 where there is nothing to attend to.
-    log_sum = tl.where(nothing, float("inf"), (largest + tl.log2(total)) / LOG2_E)
+    own, owned = _tile(out_ptr + row * WIDTH + column, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
+    tl.store(own, out.to(out_ptr.dtype.element_ty), mask=owned)
+    # A weight is exp2(similarity * scale - log_sum): 0 where there is nothing to attend to.
+    log_sum = tl.where(nothing, float("inf"), largest * scale + tl.log2(total))
     tl.store(log_sum_ptr + numbers + query, log_sum, mask=query < n)
 
 
@@ -178,7 +158,6 @@ def _query_gradient(
     BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -189,25 +168,30 @@ def _query_gradient(
     first_key, _ = _keys_of(start, n, window_size, CAUSAL)
     _, end_key = _keys_of(tl.minimum(start + BLOCK, n) - 1, n, window_size, CAUSAL)
 
-    grad = _load_tile(grad_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
-    out = _load_tile(out_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
+    own, owned = _tile(grad_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
+    grad = tl.load(own, mask=owned, other=0.0)
+    own, owned = _tile(out_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
+    out = tl.load(own, mask=owned, other=0.0)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
-    log_sum = LOG2_E * tl.load(log_sum_ptr + query, mask=query < n, other=float("inf"))
-    q = _load_tile(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    log_sum = tl.load(log_sum_ptr + query, mask=query < n, other=float("inf"))
+    own, owned = _tile(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    q = tl.load(own, mask=owned, other=0.0)
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for tile in range(tl.cdiv(end_key - first_key, TILE)):
         start_n = first_key + tile * TILE
         key = start_n + tl.arange(0, TILE)
         key = tl.where(_are_present(mask_ptr, key, n, HAS_MASK), key, NOWHERE)
-        k = _load_tile(qkv_ptr + WIDTH, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-        v = _load_tile(qkv_ptr + 2 * WIDTH, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-        similarity = _product(q, k.T, None, PRECISION)
+        at, inside = _tile(qkv_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        k = tl.load(at + WIDTH, mask=inside, other=0.0)
+        v = tl.load(at + 2 * WIDTH, mask=inside, other=0.0)
+        similarity = _product(q, k.T, None)
         weight = tl.exp2(similarity * scale - log_sum[:, None])
         weight = tl.where(_within(key[None, :], first[:, None], end[:, None]), weight, 0.0)
-        dweight = _product(grad, v.T, None, PRECISION)
+        dweight = _product(grad, v.T, None)
         dsimilarity = weight * (dweight - delta[:, None])
-        dq = _product(dsimilarity.to(k.dtype), k, dq, PRECISION)
-    _store_tile(dqkv_ptr, dq * dim_scale, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        dq = _product(dsimilarity.to(k.dtype), k, dq)
+    own, owned = _tile(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    tl.store(own, (dq * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=owned)
 
 
 @triton.jit
@@ -228,7 +212,6 @@ def _key_value_gradient(
     BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -240,27 +223,32 @@ def _key_value_gradient(
     first_query, _ = _queries_of(start, n, window_size, CAUSAL)
     _, end_query = _queries_of(tl.minimum(start + BLOCK, n) - 1, n, window_size, CAUSAL)
 
-    k = _load_tile(qkv_ptr + WIDTH, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-    v = _load_tile(qkv_ptr + 2 * WIDTH, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    own, owned = _tile(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    k = tl.load(own + WIDTH, mask=owned, other=0.0)
+    v = tl.load(own + 2 * WIDTH, mask=owned, other=0.0)
     dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for tile in range(tl.cdiv(end_query - first_query, TILE)):
         start_m = first_query + tile * TILE
         query = start_m + tl.arange(0, TILE)
-        q = _load_tile(qkv_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-        grad = _load_tile(grad_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, WIDTH)
-        out = _load_tile(out_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, WIDTH)
+        at, inside = _tile(qkv_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        q = tl.load(at, mask=inside, other=0.0)
+        at, inside = _tile(grad_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, WIDTH)
+        grad = tl.load(at, mask=inside, other=0.0)
+        at, inside = _tile(out_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, WIDTH)
+        out = tl.load(at, mask=inside, other=0.0)
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
-        log_sum = LOG2_E * tl.load(log_sum_ptr + query, mask=query < n, other=float("inf"))
-        similarity = _product(k, q.T, None, PRECISION)
+        log_sum = tl.load(log_sum_ptr + query, mask=query < n, other=float("inf"))
+        similarity = _product(k, q.T, None)
         weight = tl.exp2(similarity * scale - log_sum[None, :])
         weight = tl.where(_within(query[None, :], first[:, None], end[:, None]), weight, 0.0)
-        dv = _product(weight.to(grad.dtype), grad, dv, PRECISION)
-        dweight = _product(v, grad.T, None, PRECISION)
+        dv = _product(weight.to(grad.dtype), grad, dv)
+        dweight = _product(v, grad.T, None)
         dsimilarity = weight * (dweight - delta[None, :])
-        dk = _product(dsimilarity.to(q.dtype), q, dk, PRECISION)
-    _store_tile(dqkv_ptr + WIDTH, dk * dim_scale, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-    _store_tile(dqkv_ptr + 2 * WIDTH, dv, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        dk = _product(dsimilarity.to(q.dtype), q, dk)
+    own, owned = _tile(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    tl.store(own + WIDTH, (dk * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=owned)
+    tl.store(own + 2 * WIDTH, dv.to(dqkv_ptr.dtype.element_ty), mask=owned)
 
 
 @triton.jit
@@ -269,7 +257,7 @@ def _backward_kernel(
     qkv_ptr,  # b n 3 h d
     mask_ptr,  # b n
     out_ptr,  # b n h d
-    log_sum_ptr,  # b h n, fp32
+    log_sum_ptr,  # b h n, fp32, to the base 2
     dqkv_ptr,  # b n 3 h d
     n,
     window_size,
@@ -280,7 +268,6 @@ def _backward_kernel(
     BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -311,7 +298,6 @@ def _backward_kernel(
             BLOCK_D,
             CAUSAL,
             HAS_MASK,
-            PRECISION,
             BLOCK,
             TILE,
         )
@@ -333,7 +319,6 @@ def _backward_kernel(
             BLOCK_D,
             CAUSAL,
             HAS_MASK,
-            PRECISION,
             BLOCK,
             TILE,
         )
@@ -352,24 +337,37 @@ class Settings(NamedTuple):
     num_stages: int
 
 
-FORWARD = {(2, 64): Settings(64, 64, 4, 2), (2, 128): Settings(64, 32, 4, 2), (4, 64): Settings(64, 32, 4, 2), (4, 128): Settings(64, 32, 8, 2)}
-BACKWARD = {(2, 64): Settings(64, 64, 4, 2), (2, 128): Settings(64, 64, 8, 2), (4, 64): Settings(32, 32, 4, 2), (4, 128): Settings(32, 64, 8, 2)}
+# By bytes of a number and by the dimensions of a head that there is place for: what was fastest on an H100 of what
+# spills nothing on sm_80 and sm_90.
+FORWARD = {
+    (2, 64): Settings(64, 32, 4, 3),
+    (2, 128): Settings(64, 32, 4, 2),
+    (4, 64): Settings(32, 32, 4, 1),
+    (4, 128): Settings(16, 32, 4, 1),
+}
+BACKWARD = {
+    (2, 64): Settings(64, 32, 4, 1),
+    (2, 128): Settings(64, 16, 4, 1),
+    (4, 64): Settings(32, 16, 4, 1),
+    (4, 128): Settings(16, 16, 8, 1),
+}
 
 
 def launch_forward(
     qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, out: Tensor, log_sum: Tensor
 ) -> None:
-    batch, n, width = out.shape
-    settings = _settings(FORWARD, qkv, width // heads)
-    _forward_kernel[(heads * triton.cdiv(n, settings.block), batch)](
+    """Fill in the output `b n (h d)` and the logarithms `b h n`, from contiguous tensors."""
+    head_dim = out.shape[2] // heads
+    settings, constants = _settings(FORWARD, qkv, heads, causal, mask)
+    _forward_kernel[_grid(heads, out, settings)](
         qkv,
         qkv if mask is None else mask,
         out,
         log_sum,
-        n,
-        min(window_size, n),
-        LOG2_E.value * (width // heads) ** -0.5,
-        **_constants(qkv, heads, width // heads, causal, mask, settings),
+        out.shape[1],
+        min(window_size, out.shape[1]),
+        LOG2_E.value * head_dim**-0.5,
+        **constants,
     )
 
 
@@ -384,39 +382,41 @@ def launch_backward(
     log_sum: Tensor,
     dqkv: Tensor,
 ) -> None:
-    batch, n, width = out.shape
-    dim_scale = (width // heads) ** -0.5
-    settings = _settings(BACKWARD, qkv, width // heads)
-    _backward_kernel[(2 * heads * triton.cdiv(n, settings.block), batch)](
+    """Fill in the gradient `b n (3 h d)`, from contiguous tensors."""
+    scale = (out.shape[2] // heads) ** -0.5
+    settings, constants = _settings(BACKWARD, qkv, heads, causal, mask)
+    _backward_kernel[_grid(2 * heads, out, settings)](
         grad,
         qkv,
         qkv if mask is None else mask,
         out,
         log_sum,
         dqkv,
-        n,
-        min(window_size, n),
-        LOG2_E.value * dim_scale,
-        dim_scale,
-        **_constants(qkv, heads, width // heads, causal, mask, settings),
+        out.shape[1],
+        min(window_size, out.shape[1]),
+        LOG2_E.value * scale,
+        scale,
+        **constants,
     )
 
 
-def _settings(table, qkv, head_dim):
-    return table[qkv.element_size(), 64 if head_dim <= 64 else 128]
+def _grid(programs: int, out: Tensor, settings: Settings) -> tuple[int, int]:
+    batch, n, _ = out.shape
+    return programs * triton.cdiv(n, settings.block), batch
 
 
-PRECISION = "ieee"
-
-
-def _constants(qkv, heads, head_dim, causal, mask, settings):
-    return {
+def _settings(
+    table: Mapping[tuple[int, int], Settings], qkv: Tensor, heads: int, causal: bool, mask: Tensor | None
+) -> tuple[Settings, dict[str, Any]]:
+    """The settings for a tensor, and all constants of its launch."""
+    head_dim = qkv.shape[2] // (3 * heads)
+    settings = table[qkv.element_size(), 64 if head_dim <= 64 else LARGEST_HEAD]
+    return settings, {
         "HEADS": heads,
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
         "CAUSAL": causal,
         "HAS_MASK": mask is not None,
-        "PRECISION": PRECISION,
         "BLOCK": settings.block,
         "TILE": settings.tile,
         "num_warps": settings.num_warps,

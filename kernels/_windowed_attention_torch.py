@@ -12,15 +12,12 @@ from torch import Tensor
 def forward(
     qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, out: Tensor, log_sum: Tensor
 ) -> None:
-    """Fill in the output `b n (h d)` and the logarithms `b h n` of what each softmax divides by."""
+    """Fill in the output `b n (h d)` and the natural logarithms `b h n` of what each softmax divides by."""
     size = min(window_size, qkv.shape[1])
     with torch.autocast(qkv.device.type, enabled=False):
         query, key, value = (_split(each, heads, size) for each in qkv.chunk(3, dim=-1))
-        similarity = _similarity(query, _with_neighbours(key, causal), _allowed(qkv, mask, size, causal))
-        log = similarity.logsumexp(dim=-1, keepdim=True)
-        # Weights are exp(similarity - log): 0 where there is nothing to attend to.
-        log = log.masked_fill(log == -torch.inf, torch.inf)
-        out.copy_(_join((similarity - log).exp() @ _with_neighbours(value, causal), qkv.shape[1]))
+        weight, log = _weights(query, _with_neighbours(key, causal), _allowed(qkv, mask, size, causal))
+        out.copy_(_join(weight @ _with_neighbours(value, causal), qkv.shape[1]))
         log_sum.copy_(rearrange(log, "b h w i 1 -> b h (w i)")[..., : qkv.shape[1]])
 
 
@@ -42,9 +39,8 @@ def backward(
         query, key, value = (_split(each, heads, size) for each in qkv.chunk(3, dim=-1))
         key, value = _with_neighbours(key, causal), _with_neighbours(value, causal)
         grad, out = _split(grad, heads, size), _split(out, heads, size)
-        log = rearrange(F.pad(log_sum, (0, -n % size), value=torch.inf), "b h (w i) -> b h w i 1", i=size)
-
-        weight = (_similarity(query, key, _allowed(qkv, mask, size, causal)) - log).exp()
+        # Not from the logarithms: where they are large, their rounding is.
+        weight, _ = _weights(query, key, _allowed(qkv, mask, size, causal))
         delta = (grad * out).sum(dim=-1, keepdim=True)
         dsimilarity = weight * (grad @ value.mT - delta) * query.shape[-1] ** -0.5
         gradients = (
@@ -92,5 +88,11 @@ def _allowed(qkv: Tensor, mask: Tensor | None, size: int, causal: bool) -> Tenso
     return within & _with_neighbours(present, causal).mT
 
 
-def _similarity(query: Tensor, key: Tensor, allowed: Tensor) -> Tensor:
-    return (query @ key.mT * query.shape[-1] ** -0.5).masked_fill(~allowed, -torch.inf)
+def _weights(query: Tensor, key: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights `b h w i j`, 0 where there is nothing to attend to, and the logarithms of what they are divided by."""
+    similarity = (query @ key.mT * query.shape[-1] ** -0.5).masked_fill(~allowed, -torch.inf)
+    largest = similarity.amax(dim=-1, keepdim=True)
+    largest = largest.masked_fill(largest == -torch.inf, 0.0)
+    weight = (similarity - largest).exp()
+    total = weight.sum(dim=-1, keepdim=True)
+    return weight / total.masked_fill(total == 0, 1.0), largest + total.log()

@@ -378,7 +378,7 @@ def combine(
     check_combine(routed, scores, indices, length, null, light, residual, dtype)
     tensors = (routed, scores, null, light, residual)
     result = combined_dtype(dtype, *tensors)
-    (batch, k, d) = routed.shape
+    batch, _, d = routed.shape
     if not runs_triton(routed) or d > LONGEST or any(t is not None and t.dtype == torch.float64 for t in tensors):
         return _in_pytorch(routed, scores, indices, length, null, light, residual, result)
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -11,9 +11,11 @@ and there is one kernel for dq, which adds up over keys, and one for dk and dv, 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels import _windowed_attention_torch as in_pytorch
 from kernels._launch import is_traced, runs_triton
@@ -31,10 +33,8 @@ _library.define(
 
 
 @torch.library.register_fake("colt5::windowed_attention", lib=_library)
-def _allocate(
-    qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The output, and the logarithm of what each softmax divides by."""
+def _allocate(qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The output, and the logarithm of what each softmax divides by, to the base that the path computes with."""
     batch, n, width = qkv.shape
     wide = torch.promote_types(qkv.dtype, torch.float32)
     return qkv.new_empty(batch, n, width // 3), qkv.new_empty(batch, heads, n, dtype=wide)
@@ -111,6 +111,29 @@ def _refuse(ctx, *_: Tensor) -> None:
 
 torch.library.register_autograd("colt5::windowed_attention", _differentiate, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd("colt5::windowed_attention_backward", _refuse, lib=_library)
+
+
+def pairs_in_reach(n: int, window_size: int, causal: bool) -> int:
+    """Pairs of a query and a key that it may attend to, in a sequence of n tokens without a mask."""
+    if not causal:
+        radius = min(window_size, max(n - 1, 0))
+        return n * (2 * radius + 1) - radius * (radius + 1)
+    windows, rest = divmod(n, window_size)
+    within = windows * window_size * (window_size + 1) // 2 + rest * (rest + 1) // 2
+    return within + max(n - window_size, 0) * window_size
+
+
+@register_flop_formula(torch.ops.colt5.windowed_attention)
+def _flops(shape: torch.Size, heads: int, window_size: int, causal: bool, *_: object, **__: object) -> int:
+    """Of a query and a key and of a weight and a value, for each pair in reach, as a flop counter counts them."""
+    batch, n, width = shape
+    return 2 * 2 * batch * pairs_in_reach(n, window_size, causal) * width // 3
+
+
+@register_flop_formula(torch.ops.colt5.windowed_attention_backward)
+def _backward_flops(_: torch.Size, shape: torch.Size, *options: Any, **__: object) -> int:
+    """A gradient for either factor of both products, and the weights again: as PyTorch counts its own kernels."""
+    return _flops(shape, *options) * 5 // 2
 
 
 class _Eager(torch.autograd.Function):

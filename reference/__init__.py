@@ -6,10 +6,15 @@ from reference.block import ConditionalRoutedTransformerBlock
 from reference.combine import combine
 from reference.coor_descent import coor_descent
 from reference.feedforward import ConditionalRoutedFeedForward
+from reference.gathered_attention import gathered_attention
 from reference.image import ConditionalRoutedImageAttention
 from reference.normalize import normalize
+from reference.route import RouteReturn, route
+from reference.route_prefixes import PrefixSelection, route_prefixes
 from reference.routed_attention import routed_attention
 from reference.router import CoordinateDescentRouter, RouterReturn
+from reference.routing_scores import routing_scores
+from reference.select import select
 from reference.soft_topk import soft_topk
 from reference.topk import TopkReturn, topk
 from reference.vit import ConditionalRoutedViT
@@ -24,12 +29,19 @@ __all__ = [
     "ConditionalRoutedTransformerBlock",
     "ConditionalRoutedViT",
     "CoordinateDescentRouter",
+    "PrefixSelection",
+    "RouteReturn",
     "RouterReturn",
     "TopkReturn",
     "combine",
     "coor_descent",
+    "gathered_attention",
     "normalize",
+    "route",
+    "route_prefixes",
     "routed_attention",
+    "routing_scores",
+    "select",
     "soft_topk",
     "topk",
     "windowed_attention",

@@ -50,6 +50,40 @@ def check_windows(qkv: Tensor, heads: int, window_size: int, mask: Tensor | None
     check_tokens(qkv, qkv.shape[-1], mask, "qkv")
 
 
+def check_gathered(
+    query: Tensor, key_value: Tensor, indices: Tensor, weights: Tensor, null_kv: Tensor, mask: Tensor | None
+) -> None:
+    """Shapes, dtypes and devices of `gathered_attention`; which tokens the indices name is not looked at."""
+    require(query.dtype in FLOAT_DTYPES, "query", query.dtype, "a tensor of a float dtype")
+    require(query.ndim == 5, "query", f"shape {tuple(query.shape)}", "of shape (b, w, h, i, d)")
+    batch, windows, heads, _, dim = query.shape
+    require(dim >= 1 and heads >= 1, "query", f"shape {tuple(query.shape)}", "of shape (b, w, h, i, d), h and d >= 1")
+    require(key_value.ndim == 4, "key_value", f"shape {tuple(key_value.shape)}", "of shape (b, r, n, 2 d h / r)")
+    routes = key_value.shape[1]
+    shares = routes >= 1 and heads % routes == 0
+    require(shares, "key_value", f"{routes} routes", f"of a number of routes that divides the {heads} heads of query")
+    expected = (batch, routes, key_value.shape[2], 2 * dim * heads // routes)
+    require(key_value.shape == expected, "key_value", f"shape {tuple(key_value.shape)}", f"of shape {expected}")
+    require(key_value.dtype == query.dtype, "key_value", key_value.dtype, f"of dtype {query.dtype} as query is")
+
+    allowed = f"of shape ({batch}, {windows}, {routes}, s)"
+    fits = indices.ndim == 4 and indices.shape[:3] == (batch, windows, routes)
+    require(fits, "indices", f"shape {tuple(indices.shape)}", allowed)
+    require(indices.dtype in (torch.int32, torch.int64), "indices", indices.dtype, "of dtype int32 or int64")
+    require(weights.dtype in FLOAT_DTYPES, "weights", weights.dtype, "a tensor of a float dtype")
+    require(null_kv.dtype in FLOAT_DTYPES, "null_kv", null_kv.dtype, "a tensor of a float dtype")
+    shape = tuple(null_kv.shape)
+    require(shape == (2, heads, dim), "null_kv", f"shape {shape}", f"of shape {(2, heads, dim)}")
+    listed = {"weights": weights} if mask is None else {"weights": weights, "mask": mask}
+    for name, tensor in listed.items():
+        fits, shape = tensor.shape == indices.shape, tuple(indices.shape)
+        require(fits, name, f"shape {tuple(tensor.shape)}", f"of shape {shape} as indices are")
+    if mask is not None:
+        require(mask.dtype == torch.bool, "mask", mask.dtype, "a tensor of dtype torch.bool")
+    for name, tensor in {"key_value": key_value, "indices": indices, "null_kv": null_kv, **listed}.items():
+        require(tensor.device == query.device, name, f"on {tensor.device}", f"on {query.device} as query is")
+
+
 def check_k(k: float | Tensor, scores: Tensor) -> None:
     """k is a positive number, or a tensor that broadcasts to scores.shape[:-1], one k a row.
 

@@ -1,10 +1,10 @@
-"""The dense attentions that the routed layers are made of, for tokens that are routed and for the image layer's windows."""
+"""The dense attentions that the layers are made of: for what is routed, and for the windows of an image."""
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, repeat
+from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from reference._arguments import require

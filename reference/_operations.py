@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Operation = Callable[..., Tensor]
+Operation = Callable[..., Any]
 
 
 def fused(name: str) -> Operation:
@@ -17,14 +18,15 @@ def fused(name: str) -> Operation:
 
 
 def choose(name: str, plain: Operation, use_triton: bool | None) -> Operation:
-    """An operation as a function of its first argument: the kernel if `use_triton`; if it is None, for CUDA tensors alone."""
+    """An operation as a function of its first tensor: the kernel if `use_triton`; if it is None, for CUDA tensors
+    alone."""
     if use_triton is None and torch.cuda.is_available():
         return partial(_by_device, fused(name), plain)
     return fused(name) if use_triton else plain
 
 
-def _by_device(on_gpu: Operation, elsewhere: Operation, x: Tensor, /, **options: object) -> Tensor:
-    return (on_gpu if x.is_cuda else elsewhere)(x, **options)
+def _by_device(on_gpu: Operation, elsewhere: Operation, x: Tensor, /, *tensors: Tensor, **options: object) -> Any:
+    return (on_gpu if x.is_cuda else elsewhere)(x, *tensors, **options)
 
 
 def is_fused(use_triton: bool | None, x: Tensor) -> bool:

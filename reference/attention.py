@@ -96,10 +96,6 @@ class RoutedBranch(nn.Module):
         branches = {"null": self.null_q_token, "light": light, "residual": residual}
         return join(self._combine, out, q.scores, q.indices, x, **branches)
 
-    def unrouted(self, x: Tensor) -> Tensor:
-        """The output of tokens `b n d` that are not routed."""
-        return torch.zeros_like(x) if self.null_q_token is None else self.null_q_token.to(x.dtype).expand_as(x)
-
 
 class ConditionalRoutedAttention(RoutedBranch):
     """Attention within a radius for all tokens, and dense attention from routed to routed ones (2303.09752, 3.2).

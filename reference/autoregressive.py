@@ -1,6 +1,7 @@
 """The routed attention layer for autoregressive models."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +10,11 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from reference._arguments import check_counts, check_tokens
-from reference._attention import RotaryEmbedding, Rotations
+from reference._attention import RotaryEmbedding, rotate
+from reference._operations import choose, fused
 from reference.attention import RoutedBranch, angles_at
+from reference.combine import join
+from reference.gathered_attention import gather_and_attend
 from reference.router import RouterReturn, Selection, gather_tokens
 from reference.windowed_attention import WindowedAttention
 
@@ -85,10 +89,20 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             heavy_window_size=self.heavy_window_size,
         )
         self.causal_query_routing = causal_query_routing
+        self._attend = choose("gathered_attention", partial(gather_and_attend, use_flash=use_flash_attn), use_triton)
         self.light_attn = WindowedAttention(
             dim, light_window_size, light_dim_head, light_heads, causal=True, use_triton=use_triton
         )
         self.rotary_emb = RotaryEmbedding(heavy_dim_head) if rotary_emb else None
+
+        router, segments = self.kv_router, (router_kwargs or {}).get("triton_checkpoint_segments")
+        covered = router.solver == "coor_descent" and router.route_block_size is None and segments is None
+        wanted = torch.cuda.is_available() if router.use_triton is None else router.use_triton
+        self._route_prefixes: Callable[..., Any] | None = fused("route_prefixes") if covered and wanted else None
+
+    def extra_repr(self) -> str:
+        path = "rows with a mask" if self._route_prefixes is None else "kernels.route_prefixes unless random_route"
+        return f"heavy_window_size={self.heavy_window_size}, kv_routing={path!r}"
 
     def forward(
         self,
@@ -115,19 +129,55 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         num_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
         check_counts(num_heavy_tokens_q=num_q, num_heavy_tokens_kv=num_kv)
         light = self.light_attn(x)
-        batch, n, _ = x.shape
-        size = self.heavy_window_size
+        n, size = x.shape[1], self.heavy_window_size
         if n <= size:
             return light
 
-        padded = F.pad(x, (0, 0, 0, -n % size))
+        padded = F.pad(x, (0, 0, 0, -n % size)) if n % size else x
         q = self._route_queries(padded, n, num_q, routing_tokens_q, random_route)
         kv = self._route_windows(padded, num_kv, routing_tokens_kv, random_route)
-        rotations = None if self.rotary_emb is None else self._rotations(self.rotary_emb(padded.shape[1]), q, kv)
-        queries = rearrange(padded[:, size:], "b (w i) d -> (b w) i d", i=size)
-        heavy = self.attend_routed(queries, q, kv, rotations)
-        heavy = rearrange(heavy, "(b w) i d -> b (w i) d", b=batch, w=padded.shape[1] // size - 1)[:, : n - size]
-        return light + F.pad(heavy, (0, 0, size, 0))
+        return self._attend_windows(x, q, kv, light)
+
+    def _attend_windows(self, x: Tensor, q: RouterReturn, kv: Selection, light: Tensor) -> Tensor:
+        """The heavy branch for tokens `b n d`, from the second window on, as the routers see these, added to the light
+        one: q in rows of `(b w)`, kv in lists `b w r s` of tokens of the sequence. Keys and values are projected once for
+        all windows."""
+        attention, size = self.heavy_attn, self.heavy_window_size
+        n = x.shape[1]
+        starts = torch.arange(size, n, size, device=x.device)[:, None]
+        windows = len(starts)
+        indices = None if q.indices is None else rearrange(q.indices, "(b w) i -> b w i", w=windows)
+        query = attention.to_q(attention.norm(q.routed_tokens))
+        if self.multiply_queries_by_score:
+            query = query * q.scores.unsqueeze(-1).to(query.dtype)
+        query = rearrange(query, "(b w) i (h d) -> b w h i d", w=windows, h=attention.heads)
+        key_value = attention.project(rearrange(x, "b n d -> b 1 n d"), self.kv_router.num_routing_tokens)
+        if self.rotary_emb is not None:
+            positions = starts + torch.arange(size, device=x.device) if indices is None else starts + indices
+            angles = self.rotary_emb(size + windows * size)
+            query = rotate(query, angles_at(angles, positions))
+            key, value = rearrange(key_value, "b r n (h kv d) -> kv b r n h d", kv=2, d=query.shape[-1])
+            key = rotate(key, rearrange(angles[:n], "n d -> n 1 d"))
+            key_value = rearrange([key, value], "kv b r n h d -> b r n (h kv d)")
+
+        out = self._attend(
+            query,
+            key_value=key_value,
+            indices=kv.indices,
+            weights=kv.weights,
+            null_kv=attention.null_kv,
+            mask=kv.mask,
+            multiply_keys_by_score=attention.multiply_keys_by_score,
+        )
+        out = attention.to_out(rearrange(out, "b w h i d -> b (w i) (h d)"))
+        scores = rearrange(q.scores, "(b w) i -> b (w i)", w=windows)
+        # Past the end of a window is no place, not one of the next window.
+        within = torch.arange(size, device=x.device) if indices is None else indices
+        places = torch.where(within < size, within + starts, n).expand(len(x), windows, -1).flatten(1)
+        # The first window has no heavy branch: zeros take the places of its tokens.
+        places = torch.cat((torch.arange(size, device=x.device).expand(len(x), size), places), dim=1)
+        out, scores = F.pad(out, (0, 0, size, 0)), F.pad(scores, (size, 0))
+        return join(self._combine, out, scores, places, x, null=self.null_q_token, light=light)
 
     def _route_queries(
         self, padded: Tensor, n: int, num_tokens: int, routing_tokens: Tensor | None, random_route: bool
@@ -173,37 +223,42 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
 
     def _route_windows(
         self, padded: Tensor, num_tokens: int, routing_tokens: Tensor | None, random_route: bool
-    ) -> RouterReturn:
-        """Keys and values from the tokens before each window but the first: rows of `(b w)`, then routes.
+    ) -> Selection:
+        """Keys and values of each window but the first, from the tokens before it: `b w r s`.
 
-        Tokens are scored and projected once, and only what is selected of them is gathered for each window.
+        On the way of the kernels, scores are not copied for each window; they take neither the exact solver nor blocks.
         """
-        (batch, n, _), routes = padded.shape, self.kv_router.num_routing_tokens
-        starts = torch.arange(self.heavy_window_size, n, self.heavy_window_size, device=padded.device)
-        before = rearrange(torch.arange(n, device=padded.device) < starts[:, None], "w n -> w 1 n")
-        key_value = self.heavy_attn.project(rearrange(padded, "b n d -> b 1 n d"), routes)
+        batch, n, _ = padded.shape
         if n <= num_tokens:
-            key_value = repeat(key_value, "b r n e -> (b w) r n e", w=len(starts))
-            mask = repeat(before, "w 1 n -> (b w) r n", b=batch, r=routes)
-            return RouterReturn(None, padded.new_ones(mask.shape), key_value, mask)
+            before = self._before_windows(n, padded.device)
+            mask = before.expand(batch, len(before), self.kv_router.num_routing_tokens, n)
+            indices = torch.arange(n, device=padded.device).expand(mask.shape)
+            return Selection(indices, padded.new_ones(mask.shape), mask)
+        selection = self._select_before(self.kv_router.score(padded, routing_tokens), num_tokens, random_route)
+        return selection._replace(weights=selection.weights.to(padded.dtype))
 
-        scores = repeat(self.kv_router.score(padded, routing_tokens), "b r n -> b w r n", w=len(starts))
-        selection = self.kv_router.select(scores, num_tokens, before, random_route)
-        batches = torch.arange(batch, device=padded.device)[:, None, None, None]
-        route = torch.arange(routes, device=padded.device)[:, None]
-        key_value = key_value[batches, route, selection.indices.clamp(max=n - 1)]
-        return RouterReturn(
-            selection.indices.flatten(0, 1),
-            selection.weights.to(padded.dtype).flatten(0, 1),
-            key_value.flatten(0, 1),
-            None if selection.mask is None else selection.mask.flatten(0, 1),
+    def _before_windows(self, n: int, device: torch.device) -> Tensor:
+        """Which of n tokens are before each window but the first: `w 1 n`."""
+        positions = torch.arange(n, device=device)
+        return rearrange(positions < positions[self.heavy_window_size :: self.heavy_window_size, None], "w n -> w 1 n")
+
+    def _select_before(self, scores: Tensor, num_tokens: int, random_route: bool) -> Selection:
+        """From scores `b r n` what each window but the first selects of the tokens before it: `b w r s`."""
+        router, n = self.kv_router, scores.shape[-1]
+        if random_route or self._route_prefixes is None or not (router.use_triton or scores.is_cuda):
+            before = self._before_windows(n, scores.device)
+            rows = repeat(scores, "b r n -> b w r n", w=len(before))
+            return router.select(rows, num_tokens, before, random_route)
+        fetched = num_tokens * (router.fetch_k_ratio if router.normalize_to == "fetched" else 1.0)
+        indices, weights, mask = self._route_prefixes(
+            scores,
+            window_size=self.heavy_window_size,
+            num_selected=router.num_selected(num_tokens, n),
+            k=min(fetched, n),
+            n_iters=router.n_iters,
+            eps=router.eps,
+            eps_init=router.eps_init,
+            eps_decay=router.eps_decay,
         )
-
-    def _rotations(self, angles: Tensor, q: RouterReturn, kv: RouterReturn) -> Rotations:
-        """Angles `n d` at the positions in the sequence."""
-        size = self.heavy_window_size
-        windows = len(angles) // size - 1
-        positions = torch.arange(size, device=angles.device) if q.indices is None else q.indices
-        starts = torch.arange(1, windows + 1, device=angles.device) * size
-        starts = repeat(starts, "w -> (b w) 1", b=q.scores.shape[0] // windows)
-        return Rotations(angles_at(angles, positions + starts), angles_at(angles, kv.indices))
+        weights = router.weigh(weights)
+        return Selection(indices, weights if mask is None else weights.masked_fill(~mask, 0.0), mask)

@@ -2,7 +2,7 @@
 
 from functools import partial
 from math import ceil
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from reference._arguments import check_counts, check_tokens, require
 from reference._operations import choose, fused
 from reference.coor_descent import coor_descent
+from reference.route import Solver, in_blocks, positions, route
+from reference.route import gather_tokens as gather_tokens
+from reference.routing_scores import routing_scores
+from reference.select import select
 from reference.soft_topk import soft_topk
 
 
@@ -55,11 +59,14 @@ class CoordinateDescentRouter(nn.Module):
         fetch_k_ratio: at least 1; see `normalize_to`.
         num_routing_tokens: routes; each has a routing token of its own and selects for itself.
         learned_routing_tokens: the routing tokens are passed to `forward`; the router has none.
-        use_triton: True: kernels, which have a CPU path too; False: plain PyTorch; None: kernels for CUDA tensors.
+        use_triton: True: kernels, which have a CPU path too; False: plain PyTorch; None: kernels for CUDA tensors. One
+            operation, `route`, does it all, but for `random_route`, where scores, relaxed selection and choice are
+            operations of their own.
         cosine_sim_routing, cosine_sim_scale: score by the cosine instead of the product, times this.
         route_block_size: select from blocks of so many tokens, from each as many. The last block may be shorter.
         triton_checkpoint_segments: with `use_triton`, compute coordinate descent with the kernel that saves
             intermediates in so many segments. It is there for comparison: the other one saves a number an iteration.
+            The operations around it are then separate, too.
         solver: `coor_descent`, or `exact`: what it converges to at temperature eps. After too few iterations all that
             is selected may be at 1, where it has no gradient.
         normalize_to: what the relaxed selection sums to. `fetched`: to fetch_k_ratio times the number of tokens that
@@ -86,7 +93,7 @@ class CoordinateDescentRouter(nn.Module):
         cosine_sim_scale: float = 8,
         route_block_size: int | None = None,
         triton_checkpoint_segments: int | None = None,
-        solver: Literal["coor_descent", "exact"] = "coor_descent",
+        solver: Solver = "coor_descent",
         normalize_to: Literal["fetched", "selected"] = "fetched",
     ) -> None:
         super().__init__()
@@ -106,17 +113,24 @@ class CoordinateDescentRouter(nn.Module):
         self.solver = solver
         self.normalize_to = normalize_to
 
+        self.in_segments = bool(use_triton) and triton_checkpoint_segments is not None
         self._descent = choose("coor_descent", coor_descent, use_triton)
-        if use_triton and triton_checkpoint_segments is not None:
+        if self.in_segments:
             self._descent = partial(fused("segmented_coor_descent"), checkpoint_segments=triton_checkpoint_segments)
         self._exact = choose("soft_topk", soft_topk, use_triton)
+        self._scores = choose("routing_scores", routing_scores, use_triton)
+        self._choose = choose("select", select, use_triton)
+        self._route = choose("route", route, use_triton)
         self.routing_token = None if learned_routing_tokens else nn.Parameter(torch.randn(num_routing_tokens, dim))
 
     def extra_repr(self) -> str:
+        path = "kernels.route" if not self.in_segments else "kernels.segmented_coor_descent and others"
+        if not self.use_triton:
+            path = "plain PyTorch" if self.use_triton is False else "kernels.route for CUDA tensors, else plain PyTorch"
         return (
             f"num_routing_tokens={self.num_routing_tokens}, solver={self.solver!r}, n_iters={self.n_iters}, "
             f"eps={self.eps:g}, normalize_to={self.normalize_to!r}, route_block_size={self.route_block_size}, "
-            f"use_triton={self.use_triton}"
+            f"use_triton={self.use_triton} ({path})"
         )
 
     def forward(
@@ -149,10 +163,7 @@ class CoordinateDescentRouter(nn.Module):
             scores = x.new_ones(x.shape[0], routes, x.shape[1])
             routed = RouterReturn(None, scores, repeat(x, "b n d -> b r n d", r=routes), routed_mask)
         else:
-            per_route = None if mask is None else rearrange(mask, "b n -> b 1 n")
-            selection = self.select(self.score(x, routing_tokens), num_tokens, per_route, random_route)
-            tokens = gather_tokens(x, selection.indices)
-            routed = RouterReturn(selection.indices, selection.weights.to(x.dtype), tokens, selection.mask)
+            routed = self._route_some(x, self._routing_tokens(x, routing_tokens), num_tokens, mask, random_route)
         if keep_one_route_dim or routes > 1:
             return routed
         indices, scores, tokens, routed_mask = routed
@@ -163,8 +174,39 @@ class CoordinateDescentRouter(nn.Module):
             None if routed_mask is None else routed_mask.squeeze(1),
         )
 
-    def score(self, x: Tensor, routing_tokens: Tensor | None = None) -> Tensor:
-        """Scores `b r n` of tokens `b n d`, in fp32 at least: rounded to half precision, too many would be equal."""
+    def _route_some(
+        self, x: Tensor, routing_tokens: Tensor, num_tokens: int, mask: Tensor | None, random_route: bool
+    ) -> RouterReturn:
+        """Fewer tokens than there are, with a dimension of routes."""
+        per_route = None if mask is None else rearrange(mask, "b n -> b 1 n")
+        if random_route or self.in_segments:
+            selection = self.select(self._score(x, routing_tokens), num_tokens, per_route, random_route)
+            tokens = gather_tokens(x, selection.indices)
+            return RouterReturn(selection.indices, selection.weights.to(x.dtype), tokens, selection.mask)
+
+        n, size = x.shape[1], self._block_size(x.shape[1])
+        each, width = (num_tokens, n) if size is None else (ceil(num_tokens / ceil(n / size)), size)
+        indices, weights, tokens = self._route(
+            x,
+            routing_tokens,
+            num_selected=self.num_selected(each, width),
+            **self._relaxation(each, width),
+            n_iters=self.n_iters,
+            solver=self.solver,
+            cosine_sim_scale=self._cosine_sim_scale,
+            block_size=size,
+            mask=mask,
+        )
+        selected = None
+        if mask is not None or (size is not None and n % size):
+            there = x.new_ones((1, n), dtype=torch.bool) if mask is None else mask
+            filled_up = F.pad(there, (0, -n % width))[:, None]
+            selected = filled_up.expand(*indices.shape[:2], -1).gather(-1, indices)
+        selection = self._weighed(indices, weights, selected)
+        return RouterReturn(indices, selection.weights.to(x.dtype), tokens, selected)
+
+    def _routing_tokens(self, x: Tensor, routing_tokens: Tensor | None) -> Tensor:
+        """The router's own as `1 r d`, or those that are passed as `b r d`."""
         if routing_tokens is None:
             if self.routing_token is None:
                 raise ValueError("routing_tokens must be a tensor where learned_routing_tokens is set, got None")
@@ -175,43 +217,47 @@ class CoordinateDescentRouter(nn.Module):
         fits = shape[0] in (1, x.shape[0]) and shape[1:] == (self.num_routing_tokens, x.shape[-1])
         allowed = f"of shape ({x.shape[0]}, {self.num_routing_tokens}, {x.shape[-1]})"
         require(fits, "routing_tokens", f"shape {shape}", allowed)
+        return routing_tokens
 
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x, routing_tokens = x.to(wide), routing_tokens.to(wide)
-        with torch.autocast(x.device.type, enabled=False):
-            if not self.cosine_sim_routing:
-                return routing_tokens @ x.mT
-            return F.normalize(routing_tokens, dim=-1) @ F.normalize(x, dim=-1).mT * self.cosine_sim_scale
+    def score(self, x: Tensor, routing_tokens: Tensor | None = None) -> Tensor:
+        """Scores `b r n` of tokens `b n d`, in fp32 at least."""
+        return self._score(x, self._routing_tokens(x, routing_tokens))
+
+    def _score(self, x: Tensor, routing_tokens: Tensor) -> Tensor:
+        scores: Tensor = self._scores(x, routing_tokens, cosine_sim_scale=self._cosine_sim_scale)
+        return scores
+
+    @property
+    def _cosine_sim_scale(self) -> float | None:
+        return self.cosine_sim_scale if self.cosine_sim_routing else None
+
+    def _block_size(self, n: int) -> int | None:
+        """None where there is one block only, which need not be filled up."""
+        return None if self.route_block_size is None or n <= self.route_block_size else self.route_block_size
 
     def select(
         self, scores: Tensor, num_tokens: int, mask: Tensor | None = None, random_route: bool = False
     ) -> Selection:
         """Select from rows `... n` of scores, in blocks if there are any; mask broadcasts to `... n`."""
-        n, size = scores.shape[-1], self.route_block_size
-        if size is None or n <= size:
-            return self._select(scores, num_tokens, mask, random_route)
-        blocks, missing = ceil(n / size), -n % size
-        if missing:
-            mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand(scores.shape)
-            scores, mask = F.pad(scores, (0, missing)), F.pad(mask, (0, missing))
-        if mask is not None:
-            mask = rearrange(mask, "... (m w) -> ... m w", w=size)
-        scores = rearrange(scores, "... (m w) -> ... m w", w=size)
-        indices, weights, mask = self._select(scores, ceil(num_tokens / blocks), mask, random_route)
-        indices = indices + torch.arange(blocks, device=scores.device)[:, None] * size
-        return Selection(indices.flatten(-2), weights.flatten(-2), None if mask is None else mask.flatten(-2))
-
-    def _select(self, scores: Tensor, num_tokens: int, mask: Tensor | None, random_route: bool) -> Selection:
-        weights = self.relax(scores, num_tokens, mask)
+        n = scores.shape[-1]
+        size = self._block_size(n)
+        each = num_tokens if size is None else ceil(num_tokens / ceil(n / size))
+        scores, mask = in_blocks(scores, mask, size)
+        relaxed = self.relax(scores, each, mask)
         # By score, not by weight: of saturated weights, which are all 1, any are the largest.
-        candidates = torch.rand_like(scores) if random_route else scores.detach()
-        candidates = candidates if mask is None else candidates.masked_fill(~mask, -torch.inf)
-        indices = candidates.topk(self.num_selected(num_tokens, scores.shape[-1]), dim=-1).indices
-        weights = self.weigh(weights.gather(-1, indices))
-        if mask is None:
-            return Selection(indices, weights, None)
-        mask = mask.expand(scores.shape).gather(-1, indices)
-        return Selection(indices, weights.masked_fill(~mask, 0.0), mask)
+        candidates = torch.rand_like(scores) if random_route else scores
+        indices = self._choose(candidates, num_selected=self.num_selected(each, scores.shape[-1]), mask=mask)
+        weights = relaxed.gather(-1, indices)
+        selected = None if mask is None else mask.expand(scores.shape).gather(-1, indices)
+        if size is not None:
+            indices, weights = positions(indices, size), weights.flatten(-2)
+            selected = None if selected is None else selected.flatten(-2)
+        return self._weighed(indices, weights, selected)
+
+    def _weighed(self, indices: Tensor, weights: Tensor, selected: Tensor | None) -> Selection:
+        """A selection with the weights that it is to have; 0 where nothing should have been selected."""
+        weights = self.weigh(weights)
+        return Selection(indices, weights if selected is None else weights.masked_fill(~selected, 0.0), selected)
 
     def num_selected(self, num_tokens: int, n: int) -> int:
         """How many of n are selected where `num_tokens` are asked for."""
@@ -219,20 +265,19 @@ class CoordinateDescentRouter(nn.Module):
 
     def relax(self, scores: Tensor, num_tokens: int, mask: Tensor | None = None) -> Tensor:
         """The relaxed selection of `num_tokens` from rows `... n`."""
-        fetched = num_tokens * (self.fetch_k_ratio if self.normalize_to == "fetched" else 1.0)
-        k = min(fetched, scores.shape[-1])
+        relaxation = self._relaxation(num_tokens, scores.shape[-1])
         with torch.autocast(scores.device.type, enabled=False):
+            relaxed: Tensor
             if self.solver == "exact":
-                return self._exact(scores, k=k, eps=self.eps, mask=mask)
-            return self._descent(
-                scores,
-                n_iters=self.n_iters,
-                k=k,
-                eps=self.eps,
-                eps_init=self.eps_init,
-                eps_decay=self.eps_decay,
-                mask=mask,
-            )
+                relaxed = self._exact(scores, k=relaxation["k"], eps=self.eps, mask=mask)
+            else:
+                relaxed = self._descent(scores, n_iters=self.n_iters, mask=mask, **relaxation)
+            return relaxed
+
+    def _relaxation(self, num_tokens: int, n: int) -> dict[str, Any]:
+        """What coordinate descent over rows of n is to sum to, and the temperatures."""
+        fetched = num_tokens * (self.fetch_k_ratio if self.normalize_to == "fetched" else 1.0)
+        return {"k": min(fetched, n), "eps": self.eps, "eps_init": self.eps_init, "eps_decay": self.eps_decay}
 
     def weigh(self, weights: Tensor) -> Tensor:
         """1 with the gradient of the relaxed selection, if it is passed straight through."""
@@ -244,12 +289,3 @@ class CoordinateDescentRouter(nn.Module):
         places = repeat(indices.clamp(max=n), "b k -> b k d", d=src.shape[-1])
         # Those without a place end in a row of their own.
         return F.pad(src, (0, 0, 0, 1)).scatter_(1, places, routed_tokens.to(src.dtype))[:, :n]
-
-
-def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
-    """Tokens `b ... k d` of x `b n d` at indices `b ... k`; of an index past the end, the last token.
-
-    By indexing and not by `torch.gather`, whose gradient is as large as x for each of `...`.
-    """
-    batch = torch.arange(x.shape[0], device=x.device).view(-1, *(1,) * (indices.dim() - 1))
-    return x[batch, indices.clamp(max=x.shape[1] - 1)]

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.suite import Implementation
+from kernels._launch import triton_for_cpu_tensors
 from suites import _descent
 from suites._dense import Attend
 from suites._pieces import in_pieces
@@ -50,8 +51,8 @@ class Layer:
     """Of inputs and parameters; `autocast`: these are float32, and the layer runs under autocast to bfloat16."""
 
     sparing: Callable[[nn.Module], Callable[..., Tensor]] = in_pieces
-    """From the plain module to a function of the same inputs that computes the same and needs less memory at a time: for
-    the fp64 answer, and the accuracy budget, of any size."""
+    """From the plain module to a function of the same inputs that computes the same with less memory at a time: for the
+    fp64 answer, and the accuracy budget, of any size."""
 
     dense: Callable[[Attend], nn.Module] | None = None
     """From a function that attends to the layer in whose place this one stands, if there is such a layer."""
@@ -215,7 +216,7 @@ def _sizes(case: LayerCase) -> tuple[int, int, int]:
 
 def cost(case: LayerCase, direction: str) -> Cost:
     """Inputs and parameters read and the output written; then these and the upstream gradient again, and a gradient
-    written for each. Products are those of plain PyTorch; that of the windowed branch includes keys out of reach."""
+    written for each. Products are those of plain PyTorch, and of the windowed branch those of keys within reach."""
     layer, (elements, masks, flops) = case.layer, _sizes(case)
     size, output = layer.torch_dtype.itemsize, prod(layer.output)
     forward = size * (elements + output) + masks
@@ -226,4 +227,9 @@ def cost(case: LayerCase, direction: str) -> Cost:
 
 
 REFERENCE = Implementation[LayerCase]("reference", lambda case: ours(case, use_triton=False))
-OURS = Implementation[LayerCase]("ours", lambda case: ours(case, use_triton=True), bound=_descent.lenient)
+OURS = Implementation[LayerCase](
+    "ours",
+    lambda case: ours(case, use_triton=True),
+    bound=_descent.lenient,
+    launching=triton_for_cpu_tensors,
+)

@@ -8,6 +8,7 @@ import torch
 import kernels
 from colt5_bench.replay import replay
 from colt5_bench.suite import Implementation, Suite
+from kernels._launch import triton_for_cpu_tensors
 from suites._descent import (
     CONSTANT,
     DECAYING,
@@ -81,6 +82,7 @@ SUITE = Suite(
             ),
             in_segments,
             bound=lenient,
+            launching=triton_for_cpu_tensors,
         ),
         OURS,
         COLT5_PLAIN,

@@ -20,6 +20,7 @@ table, `unlisted`, the share of the count that is in no formula, and `giga` mult
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from math import ceil
 from typing import Any
@@ -38,6 +39,7 @@ import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.replay import check
 from colt5_bench.suite import Implementation, Operation, Suite
+from kernels.windowed_attention import pairs_in_reach
 from suites._dense import DenseAttention, DenseBlock, DenseFeedForward, attend_with_sdpa
 from suites._descent import implementations
 
@@ -111,7 +113,7 @@ def longt5(case: FlopsCase) -> nn.Module:
 
 
 class _AttentionFlops(TorchFunctionMode):
-    """Counts what scaled_dot_product_attention takes within each module."""
+    """Counts what attention takes within each module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +121,7 @@ class _AttentionFlops(TorchFunctionMode):
         self.by_module: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
+        if func not in (F.scaled_dot_product_attention, torch.ops.colt5.windowed_attention):
             return func(*args, **(kwargs or {}))
         with FlopCounterMode(display=False) as counter:
             result = func(*args, **(kwargs or {}))
@@ -201,9 +203,11 @@ def _colt5_terms(of_all: Counter[str], of_attention: Counter[str]) -> dict[str, 
     }
 
 
-def _colt5_expected(case: FlopsCase) -> dict[str, int]:
+def _colt5_expected(case: FlopsCase, use_triton: bool = False) -> dict[str, int]:
+    """Plain PyTorch looks at all of a window and its neighbours, the kernel is counted by the pairs in reach."""
     n, d, light, heavy = case.n, case.dim, case.heads // 4 * DIM_HEAD, (case.heads - case.heads // 4) * DIM_HEAD
     q, kv = n // 16, n // 8
+    light_pairs = pairs_in_reach(n, RADIUS, False) if use_triton else ceil(n / RADIUS) * RADIUS * 3 * RADIUS
     return {
         "light_feed_forward": 2 * n * d * 2 * d,
         "heavy_feed_forward": 2 * q * d * 16 * d,
@@ -211,7 +215,7 @@ def _colt5_expected(case: FlopsCase) -> dict[str, int]:
         "heavy_projections": 2 * q * d * heavy + 2 * kv * d * heavy,
         # A learned key comes to those that are routed.
         "heavy_attention": 2 * q * (kv + 1) * heavy,
-        "light_attention": 2 * ceil(n / RADIUS) * RADIUS * 3 * RADIUS * light,
+        "light_attention": 2 * light_pairs * light,
         "routing": 3 * n * d,
     }
 
@@ -261,10 +265,10 @@ DENSE_TERMS = ("feed_forward", "projections", "attention", "global_projections")
 
 REFERENCE, OURS = (
     Accounting(
-        lambda case, use_triton=use_triton: colt5(case, use_triton),  # type: ignore[misc]
+        partial(colt5, use_triton=use_triton),
         COLT5_TERMS,
         _colt5_terms,
-        _colt5_expected,
+        partial(_colt5_expected, use_triton=use_triton),
         _colt5_paper,
         (7.25, 1 / 84),
     )
@@ -321,7 +325,7 @@ SUITE = Suite(
     directions=lambda case: (FORWARD,),
     implementations=implementations(
         implementation("reference", REFERENCE, of_suite=True),
-        implementation("ours", OURS, of_suite=True),
+        implementation("ours", OURS),
         implementation("t5", T5),
         implementation("longt5", LONGT5),
     ),

@@ -9,6 +9,7 @@ import torch
 import kernels
 from colt5_bench.replay import replay
 from colt5_bench.suite import Implementation, Suite
+from kernels._launch import triton_for_cpu_tensors
 from suites._descent import (
     CONSTANT,
     OURS,
@@ -60,6 +61,7 @@ SUITE = Suite(
             lambda case: partial(kernels.segmented_coor_descent, **case.arguments, checkpoint_segments=case.segments),
             in_segments,
             bound=lenient,
+            launching=triton_for_cpu_tensors,
         ),
         Implementation[SegmentCase](
             "colt5_triton", lambda case: in_triton(case, case.segments), COLT5_TRITON.unavailable, bound=lenient

@@ -13,6 +13,7 @@ import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.replay import replay
 from colt5_bench.suite import Implementation, Suite
+from kernels._launch import triton_for_cpu_tensors
 from suites._descent import HEAVY_SHARE, both_directions, implementations
 
 
@@ -80,7 +81,9 @@ SUITE = Suite(
     directions=both_directions,
     implementations=implementations(
         Implementation("reference", plain),
-        Implementation[SoftTopkCase]("ours", lambda case: partial(kernels.soft_topk, k=case.k, eps=case.eps)),
+        Implementation[SoftTopkCase](
+            "ours", lambda case: partial(kernels.soft_topk, k=case.k, eps=case.eps), launching=triton_for_cpu_tensors
+        ),
     ),
     reference="reference",
     problem=problem,

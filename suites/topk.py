@@ -12,6 +12,7 @@ import reference
 from colt5_bench.case import FORWARD, Cost, Problem, Truth
 from colt5_bench.replay import replay
 from colt5_bench.suite import Implementation, Suite
+from kernels._launch import triton_for_cpu_tensors
 from suites import _descent
 from suites._descent import CONSTANT, DescentCase, both_directions, implementations, lenient, problem
 from suites.peers import colt5_topk, in_triton_missing, missing
@@ -57,7 +58,7 @@ def truth(case: DescentCase, problem: Problem, direction: str) -> Truth:
         return Truth(values)
     (gradient,) = torch.autograd.grad(values, scores, problem.upstream.double())
     sums_to = min(case.k * COOR_DESCENT_K_RATIO, case.n)
-    at_kink = _descent.rows_at_kink(case, scores.detach(), k=sums_to).unsqueeze(-1).expand_as(gradient)
+    at_kink = _descent.entries_at_kink(case, scores.detach(), k=sums_to)
     return Truth(values.detach(), {"scores": gradient}, {"scores": at_kink})
 
 
@@ -78,7 +79,10 @@ SUITE = Suite(
     implementations=implementations(
         Implementation("reference", plain),
         Implementation[DescentCase](
-            "ours", lambda case: selected_values(kernels.topk, case, fused=True), bound=_descent.promised
+            "ours",
+            lambda case: selected_values(kernels.topk, case, fused=True),
+            bound=_descent.promised,
+            launching=triton_for_cpu_tensors,
         ),
         Implementation[DescentCase](
             "colt5_plain", lambda case: selected_values(colt5_topk(), case, fused=False), missing, bound=lenient

@@ -13,8 +13,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+import yaml
 
 import reference
+from colt5_bench import cli
 from colt5_bench.case import DIRECTIONS, FORWARD_BACKWARD
 from colt5_bench.results import load
 from colt5_bench.selection import load_suites
@@ -118,6 +120,46 @@ def test_command(command):
         name, _, environment[name] = words.pop(0).partition("=")
     check = {"make": make, "python": python, "pytest": pytest_, "pip": pip}[words[0]]
     check(words[1:], environment)
+
+
+@pytest.mark.parametrize("command", [line for block in blocks("shell") for line in block.splitlines()])
+def test_a_command_of_several_is_one_that_there_is(command):
+    """What takes long, or needs what another has written, is read as it is and not run."""
+    words = shlex.split(command)
+    assert words[:2] == ["python", "bench.py"]
+    cli._parser().parse_args(cli._with_command(words[2:]))
+
+
+@pytest.mark.parametrize("source", blocks("yaml"))
+def test_a_workflow(source):
+    """Its commands are commands that there are, its targets are made, and the baselines that it names are there."""
+    workflow = yaml.safe_load(source)
+    assert workflow[True] == "pull_request"  # `on`, as YAML 1.1 reads it
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    commands = [shlex.split(step["run"].partition(" > ")[0]) for step in steps if "run" in step]
+    assert commands[0] == ["make", "install"]
+    for program, *arguments in commands:
+        if program == "make":
+            make(arguments, {})
+        else:
+            assert (program, arguments[0]) == (".venv/bin/python", "bench.py")
+            cli._parser().parse_args(cli._with_command(arguments[1:]))
+            baselines = [name for name in arguments if name.startswith("reports/baselines/")]
+            assert baselines
+            assert all((ROOT / name).is_file() for name in baselines)
+
+
+def test_what_the_hosted_workflow_compares_with_is_there():
+    """For a GPU that need not be there: the baseline has no times of one, and the facts of kernels."""
+    (command,) = (line for line in run(["make", "--dry-run", "check"]).splitlines() if "--check" in line)
+    words = shlex.split(command)
+    records = load(ROOT / words[words.index("--baseline") + 1]).records
+    assert {record.suite for record in records} == {word for at, word in enumerate(words) if words[at - 1] == "--suite"}
+    assert {column for record in records for column in record.timings} == {"wall"}
+    ours = [record for record in records if record.implementation == "ours"]
+    assert {record.status for record in ours} == {"ok"}
+    assert all(kernel["target"] == "sm_90" for record in ours for kernel in record.kernels)
+    assert all(record.kernels and record.peak_bytes and record.accuracy for record in ours)
 
 
 def test_every_suite_is_listed():

@@ -1,14 +1,18 @@
 """`python bench.py report`: a run as a page, as images, and as a table for other programs."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from colt5_bench.commands import DONE
+from colt5_bench.commands._comparison import Comparer, add_options
+from colt5_bench.compare import Finding
+from colt5_bench.parts import read
 from colt5_bench.report.export import write_csv, write_parquet
 from colt5_bench.report.layout import View, by
 from colt5_bench.report.page import PAGE, write_page
 from colt5_bench.report.plots import write_plots
-from colt5_bench.results import Run, load
+from colt5_bench.results import Run
 from colt5_bench.selection import SelectionError, load_suites
 from colt5_bench.startup import check, find_checkout
 
@@ -17,6 +21,7 @@ EXAMPLES = """\
   python bench.py report reports/baselines/nvidia-h200.jsonl --out reports/h200.html
   python bench.py report reports/gradients --out gradients.csv --out gradients.parquet
   python bench.py report reports/gradients --plots docs/figures
+  python bench.py report reports/after --baseline reports/baselines/nvidia-h200.jsonl
 """
 
 ENDINGS = (".html", ".csv", ".parquet")
@@ -33,6 +38,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"what to write, ending in {', '.join(ENDINGS)}; may be repeated (default: {PAGE} beside the results)",
     )
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write each plot there, as PNG and SVG")
+    parser.add_argument(
+        "--baseline", type=Path, metavar="RUN", help="what the page compares with, of the suites that are in both"
+    )
+    add_options(parser)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -41,21 +50,20 @@ def main(options: argparse.Namespace) -> int:
             raise SelectionError(f"--out {path} ends in {path.suffix!r}; it may end in {', '.join(ENDINGS)}.")
     run = read(options.run)
     views = load_views()
+    findings = _compare(options, run) if options.baseline else None
     directory = options.run if options.run.is_dir() else options.run.parent
     for path in options.out or ([] if options.plots else [directory / PAGE]):
-        print(_write(path, run, views))
+        print(_write(path, run, views, findings))
     if options.plots:
         for path in write_all_plots(run, views, options.plots):
             print(path)
     return DONE
 
 
-def read(path: Path) -> Run:
-    """The run of a path that the user named."""
-    try:
-        return load(path)
-    except ValueError as error:
-        raise SelectionError(str(error)) from error
+def _compare(options: argparse.Namespace, run: Run) -> Sequence[Finding]:
+    suites = {record.suite for record in run.records}
+    comparer = Comparer.of(options, load_suites(find_checkout(Path.cwd().resolve())))
+    return comparer(read(options.baseline), run, lambda record: record.suite in suites).findings
 
 
 def load_views() -> dict[str, View]:
@@ -77,9 +85,9 @@ def write_all_plots(run: Run, views: dict[str, View], directory: Path) -> list[P
     return paths
 
 
-def _write(path: Path, run: Run, views: dict[str, View]) -> Path:
+def _write(path: Path, run: Run, views: dict[str, View], findings: Sequence[Finding] | None) -> Path:
     if path.suffix == ".html":
-        return write_page(path, run, views)
+        return write_page(path, run, views, findings=findings)
     try:
         return write_csv(path, run.records) if path.suffix == ".csv" else write_parquet(path, run.records)
     except ImportError as error:

@@ -4,10 +4,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from typing import TypeVar
 
 from colt5_bench.report import label, varying_fields, worst_gradient
 from colt5_bench.results import Record
 from colt5_bench.suite import Suite
+
+T = TypeVar("T")
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 """Okabe and Ito's palette, which every kind of colour vision tells apart."""
@@ -111,9 +114,9 @@ def largest_error(record: Record) -> float | None:
     return gradient.largest if gradient and 0 < gradient.largest < inf else None
 
 
-def by(records: Iterable[Record], key: Callable[[Record], object]) -> list[list[Record]]:
-    """Records with the same key, in the order of the first of each."""
-    groups: dict[object, list[Record]] = {}
+def by(records: Iterable[T], key: Callable[[T], object]) -> list[list[T]]:
+    """Records with the same key, or findings on them, in the order of the first of each."""
+    groups: dict[object, list[T]] = {}
     for record in records:
         groups.setdefault(key(record), []).append(record)
     return list(groups.values())

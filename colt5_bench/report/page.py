@@ -13,6 +13,7 @@ from markupsafe import Markup
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
+from colt5_bench.compare.findings import Finding, count_verdicts, telling
 from colt5_bench.environment import flat
 from colt5_bench.report import main_column, severity, share_of_limit, short, speed_ups, varying_fields, worst_gradient
 from colt5_bench.report.figures import Card, cards
@@ -23,28 +24,8 @@ from colt5_bench.results import Record, Run
 PAGE = "report.html"
 """What the page of a run is called, beside its results."""
 
-VERDICTS = ("failed", "missing", "worse", "unclear", "new", "better", "same")
-"""In the order in which findings are shown; the first three are regressions, and what is the same is only counted."""
-
-PASSING = ("key", "utc", "command", "gpu.at_start.sm_clock_mhz", "gpu.at_start.reasons")
+PASSING = ("key", "utc", "command", "expected", "gpu.at_start.sm_clock_mhz", "gpu.at_start.reasons")
 """What differs between runs under the same conditions."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a comparison says of one figure of one case: a line at the top of the page."""
-
-    verdict: str
-    """One of `VERDICTS`."""
-
-    suite: str
-    case: str
-    direction: str
-    implementation: str
-    metric: str
-    baseline: str
-    now: str
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,14 +112,9 @@ def write_page(
     return path
 
 
-def _comparison(findings: Iterable[Finding]) -> dict[str, Any]:
+def _comparison(findings: Sequence[Finding]) -> dict[str, Any]:
     """How often each verdict was given, and all findings that say something, the worst first."""
-    ordered = sorted(findings, key=lambda finding: VERDICTS.index(finding.verdict))
-    counts = Counter(finding.verdict for finding in ordered)
-    return {
-        "counts": ", ".join(f"{count:,} {verdict}" for verdict, count in counts.items()) or "nothing to compare",
-        "findings": [finding for finding in ordered if finding.verdict != "same"],
-    }
+    return {"counts": count_verdicts(findings), "findings": telling(findings)}
 
 
 def _embedded(run: Run, sections: Iterable[SuiteSection], views: Mapping[str, View]) -> Markup:
@@ -231,10 +207,15 @@ def _environments(run: Run) -> list[dict[str, Any]]:
     distinct: dict[tuple, dict[str, Any]] = {}
     for environment in run.environments.values():
         values = flat(environment)
-        facts = {name: value for name, value in values.items() if name not in PASSING and value is not None}
+        facts = {name: value for name, value in values.items() if not _passes(name) and value is not None}
         same = distinct.setdefault(tuple(map(str, facts.items())), {"facts": facts, "runs": []})
         same["runs"].append((values.get("utc"), values.get("command")))
     return list(distinct.values())
+
+
+def _passes(name: str) -> bool:
+    """Whether a value is one of a run, and no condition."""
+    return name in PASSING or name.startswith("options.")
 
 
 def _count_endings(records: Iterable[Record]) -> str:

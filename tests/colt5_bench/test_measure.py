@@ -1,3 +1,4 @@
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -55,6 +56,39 @@ def test_a_good_implementation_is_measured_in_full(conditions, timed):
     assert timed == ["reference", "good"]
 
 
+def test_without_a_gpu_kernels_are_compiled_for_those_that_are_named(conditions, timed, monkeypatch):
+    launching = []
+
+    @contextmanager
+    def launch():
+        launching.append(True)
+        yield
+        launching.pop()
+
+    def compiled_kernels(call, target):
+        assert len(call()) == 2
+        return [{"name": "kernel", "target": target, "launched": bool(launching)}]
+
+    monkeypatch.setattr(measuring.static_facts, "compiled_kernels", compiled_kernels)
+    ours = toy.Implementation("ours", lambda case: toy.good, launching=launch)
+    suite = toy.suite(implementations={**toy.suite().implementations, "ours": ours})
+    records = run(suite, replace(conditions, targets=(80, 90)))
+    assert records["ours"].kernels == [{"name": "kernel", "target": each, "launched": True} for each in (80, 90)]
+    assert records["reference"].kernels == run(suite, conditions)["ours"].kernels == []
+
+
+def test_a_kernel_that_does_not_compile_fails_its_implementation(conditions, timed, monkeypatch):
+    def compiled_kernels(call, target):
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(measuring.static_facts, "compiled_kernels", compiled_kernels)
+    ours = toy.Implementation("ours", lambda case: toy.good, launching=nullcontext)
+    suite = toy.suite(implementations={**toy.suite().implementations, "ours": ours})
+    records = run(suite, replace(conditions, targets=(90,)))
+    assert (records["ours"].status, records["ours"].reason) == ("error", "RuntimeError: out of registers")
+    assert records["reference"].status == "ok"
+
+
 def test_forward_alone_has_no_gradient_and_saves_nothing(conditions, timed):
     record = run(toy.suite(toy.good), conditions, FORWARD)["good"]
     assert set(record.accuracy) == {"output"}
@@ -104,6 +138,26 @@ def test_a_timer_that_fails_fails_what_it_timed(conditions, monkeypatch):
     records = run(toy.suite(toy.good, toy.wrong), conditions)
     assert records["good"].reason == "timing: RuntimeError: lost the device"
     assert records["wrong"].status == "wrong"
+
+
+def test_of_several_that_are_timed_the_one_that_fails_fails_alone(conditions, timed, monkeypatch):
+    time_interleaved, together = measuring.timing.time_interleaved, []
+
+    def failing(calls, **options):
+        together.append(list(calls))
+        if "late" in calls:
+            raise torch.OutOfMemoryError("of the graph's pool")
+        return time_interleaved(calls, **options)
+
+    monkeypatch.setattr(measuring.timing, "time_interleaved", failing)
+    late = toy.Implementation("late", lambda case: toy.good)
+    records = run(toy.suite(implementations={**toy.suite(toy.good).implementations, "late": late}), conditions)
+    assert (records["late"].status, records["late"].reason) == (
+        "out_of_memory",
+        "timing: OutOfMemoryError: of the graph's pool",
+    )
+    assert {name for name, record in records.items() if record.timings} == {"reference", "good"}
+    assert together == [["reference", "good", "late"], ["reference"], ["good"], ["late"]]
 
 
 class TestBrokenMeasurements:

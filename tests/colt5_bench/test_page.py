@@ -3,8 +3,9 @@ import re
 from math import nan
 from pathlib import Path
 
+from colt5_bench.compare import Finding
 from colt5_bench.report.layout import View
-from colt5_bench.report.page import Finding, write_page
+from colt5_bench.report.page import write_page
 from colt5_bench.report.rows import columns
 from colt5_bench.results import Run
 from tests.colt5_bench.made import FORWARD, diverging, record, timed
@@ -96,7 +97,8 @@ class TestPage:
 
     def test_conditions_are_shown_once(self, tmp_path):
         run = run_of(timed("ours", 1))
-        run.environments["b"] = {**ENVIRONMENT, "key": "b", "command": "bench.py --suite other"}
+        of_the_run = {"command": "bench.py --suite other", "options": {"suite": "other"}, "expected": 4}
+        run.environments["b"] = {**ENVIRONMENT, "key": "b", **of_the_run}
         page = page_of(tmp_path, run)
         assert page.count('<details class="environment">') == 1
         assert "bench.py --suite other" in page
@@ -110,7 +112,7 @@ class TestPage:
 
     def test_a_comparison_stands_at_the_top_and_what_is_worst_in_it(self, tmp_path):
         findings = [
-            Finding(verdict, "toy", "n=512", FORWARD, "ours", "cold", "1 ms", "2 ms", f"it is {verdict}")
+            Finding(verdict, "toy", "n=512", FORWARD, "ours", "cold", 1e-3, 2e-3, "s", note=f"it is {verdict}")
             for verdict in ("same", "better", "worse", "same")
         ]
         page = visible(page_of(tmp_path, run_of(timed("ours", 1)), findings=findings))

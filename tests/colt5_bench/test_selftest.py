@@ -49,8 +49,8 @@ class TestVerdict:
     def test_a_change_that_is_certain_and_small_is_none(self):
         assert selftest.verdict([1.0, 1.001] * 20, [1.01, 1.011] * 20) == "same"
 
-    def test_a_change_that_is_large_and_uncertain_is_none(self):
-        assert selftest.verdict([1.0, 2.0, 3.0], [1.5, 2.5, 3.5]) == "same"
+    def test_a_change_that_is_large_and_uncertain_is_unclear(self):
+        assert selftest.verdict([1.0, 2.0, 3.0], [1.5, 2.5, 3.5]) == "unclear"
 
 
 class TestDurations:

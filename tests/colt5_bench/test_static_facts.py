@@ -45,7 +45,7 @@ class TestCompileOnly:
     @BOTH
     def test_facts_of_a_small_kernel(self, target):
         (facts,) = compiled_kernels(lambda: scale(torch.ones(1000), num_warps=2, num_stages=2), target=target)
-        assert facts["name"] == "scale_kernel"
+        assert (facts["name"], facts["target"]) == ("scale_kernel", f"sm_{target}")
         assert 8 <= facts["registers"] <= 64
         assert facts["spilled_bytes"] == 0
         assert facts["shared_bytes"] == 0
@@ -61,7 +61,8 @@ class TestCompileOnly:
             hoard_kernel[(1,)](torch.ones(4096), torch.ones(4096), 10, BLOCK=4096, num_warps=4, **options)
 
         def spilled(**options):
-            (facts,) = compiled_kernels(lambda: launch(**options), target=target)
+            (facts,) = compiled_kernels(lambda: launch(**options), target=target, disassemble=False)
+            assert "instructions" not in facts
             return facts["spilled_bytes"]
 
         assert spilled() == 0
@@ -121,6 +122,25 @@ class TestCompileOnly:
             launched[target] = compiled_kernels(lambda: scale(torch.ones(1000)), target=target)
         caches = [key for key in scale_kernel.device_caches if isinstance(key, str)]
         assert sorted(caches) == ["compile only: sm_80", "compile only: sm_90"]
+
+    def test_what_no_kernel_has_written_is_zero(self):
+        """Even where PyTorch would index with it; and only then."""
+        indexed = []
+
+        def launch():
+            for indices in (torch.empty(5, dtype=torch.int64), torch.ones(5, dtype=torch.int64).new_empty(5)):
+                scale(indices.float())
+                indexed.append(torch.arange(3)[torch.empty_like(indices)] + indices)
+
+        allocating = torch.empty, torch.empty_like, torch.Tensor.new_empty
+        # PyTorch fills what is allocated empty with the largest numbers then.
+        torch.use_deterministic_algorithms(True)
+        try:
+            compiled_kernels(launch, target=90)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert all(each.eq(0).all() for each in indexed)
+        assert (torch.empty, torch.empty_like, torch.Tensor.new_empty) == allocating
 
     def test_what_launches_nothing_has_no_kernels(self):
         assert compiled_kernels(lambda: torch.ones(3), target=90) == []

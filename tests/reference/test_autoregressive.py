@@ -137,6 +137,7 @@ def test_causal_query_routing_by_hand(layer, n, rotary_emb):
         {"use_flash_attn": True, "use_null_q_tokens": False},
         {"router_kwargs": {"solver": "exact", "normalize_to": "selected"}, "router_straight_through": False},
         {"router_kwargs": {"use_triton": True, "route_block_size": 16}},
+        {"use_triton": True, "num_routed_kv": 2, "rotary_emb": True},
         {"random_route": True},
     ],
     ids=str,
@@ -220,6 +221,31 @@ def test_every_parameter_has_a_gradient(layer, causal_query_routing):
     assert all(parameter.grad.any() for parameter in attention.parameters())
 
 
+@pytest.mark.parametrize("n", [9, 44])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_routed_kv": 2, "rotary_emb": True, "router_straight_through": False},
+        {"multiply_keys_by_score": True, "multiply_queries_by_score": True, "router_straight_through": False},
+        {"heavy_window_size": 5, "causal_query_routing": True, "use_null_q_tokens": False},
+        {"num_heavy_tokens_q": 8, "num_heavy_tokens_kv": 44, "rotary_emb": True},
+    ],
+    ids=str,
+)
+def test_kernels_give_what_plain_pytorch_does(layer, options, n):
+    plain, fused = layer(**options), layer(use_triton=True, **options)
+    fused.load_state_dict(plain.state_dict())
+    x = X[:, :n].clone().requires_grad_()
+    results = []
+    for attention in (plain, fused):
+        out = attention(x)
+        gradients = torch.autograd.grad(out.square().sum(), (x, *attention.parameters()), allow_unused=True)
+        results.append((out.detach(), *gradients))
+    # Coordinate descent of the kernels is not that of the definition to the last bit.
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
 def test_the_sequence_is_not_copied_for_each_window(build):
     """Neither forwards nor backwards, where the gradient of `torch.gather` would be as large as all copies."""
     attention = build("ConditionalRoutedAutoregressiveAttention", num_heavy_tokens_kv=2)
@@ -228,6 +254,37 @@ def test_the_sequence_is_not_copied_for_each_window(build):
         attention(x).sum().backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest < 127 * 1024 * 16 * 4 / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [
+        ({"num_routed_kv": 2}, "kernels.route_prefixes"),
+        ({"heavy_window_size": 5, "router_straight_through": False, "rotary_emb": True}, "kernels.route_prefixes"),
+        ({"router_kwargs": {"normalize_to": "selected"}, "multiply_keys_by_score": True}, "kernels.route_prefixes"),
+        ({"router_kwargs": {"cosine_sim_routing": True}, "causal_query_routing": True}, "kernels.route_prefixes"),
+        ({"router_kwargs": {"solver": "exact"}}, "rows with a mask"),
+        ({"router_kwargs": {"route_block_size": 16}}, "rows with a mask"),
+        ({"router_kwargs": {"triton_checkpoint_segments": 2}}, "rows with a mask"),
+        ({"router_kwargs": {"use_triton": False}}, "rows with a mask"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_kv", [10, 99])
+def test_prefixes_are_routed_as_masked_rows_are(layer, options, path, num_kv):
+    plain = layer(**options)
+    routed = layer(**{"use_triton": True, **options})
+    routed.load_state_dict(plain.state_dict())
+    assert "kv_routing='rows with a mask'" in repr(plain)
+    assert f"kv_routing='{path}" in repr(routed)
+    expected, out = (attention(X, num_heavy_tokens_kv=num_kv) for attention in (plain, routed))
+    torch.testing.assert_close(out, expected)
+    expected.square().sum().backward()
+    out.square().sum().backward()
+    # Nothing is selected, and nothing scored, where there is room for all.
+    assert (plain.kv_router.routing_token.grad is None) == (num_kv == 99)
+    for ours, theirs in zip(routed.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("causal_query_routing", [False, True])

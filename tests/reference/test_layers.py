@@ -70,13 +70,17 @@ def test_modules_in_half_precision(build, name, dtype):
     ("name", "options"),
     [
         ("ConditionalRoutedCrossAttention", {"kv_routing_tokens": 2, "route_block_size": 32, "use_triton": True}),
-        ("ConditionalRoutedAutoregressiveAttention", {"causal_query_routing": True, "rotary_emb": True}),
-        ("ConditionalRoutedImageAttention", {}),
-        ("ConditionalRoutedTransformerBlock", {"num_routed_kv": 2}),
+        (
+            "ConditionalRoutedAutoregressiveAttention",
+            {"causal_query_routing": True, "rotary_emb": True, "router_kwargs": {"n_iters": 2}},
+        ),
+        ("ConditionalRoutedViT", {"depth": 1, "router_use_triton": True}),
+        ("ConditionalRoutedTransformerBlock", {"num_routed_kv": 2, "use_triton": True}),
     ],
 )
 def test_compiles_in_one_graph(build, name, options):
-    layer = build(name, router_kwargs={"n_iters": 2}, **options)
+    """Routed in plain PyTorch and by the operators of `kernels`; of the ViT's layers and the block's, too."""
+    layer = build(name, **options)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x, *rest = inputs_for(name)
     gradients = []

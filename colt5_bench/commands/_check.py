@@ -1,0 +1,108 @@
+"""`python bench.py run --baseline FILE --check`: a run that is compared as soon as it is measured."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from rich.console import Console
+
+from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED
+from colt5_bench.commands._comparison import Comparer, add_options, expression, in_scope, status_of
+from colt5_bench.compare import Comparison
+from colt5_bench.compare.output import append_summary, show
+from colt5_bench.parts import read
+from colt5_bench.report.layout import View
+from colt5_bench.report.page import PAGE, write_page
+from colt5_bench.results import Run, load
+from colt5_bench.selection import SelectionError
+from colt5_bench.suite import Suite
+
+MOST_REPETITIONS = 2
+"""How often a case is measured again whose times are unclear."""
+
+Measure = Callable[[Suite, str, Path], int]
+"""Measures the cases of a suite that an expression selects, with results in a directory: an exit status."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help="compare with this results file, or directory")
+    parser.add_argument(
+        "--check", action="store_true", help="fail if anything is worse than in the baseline, and for nothing else"
+    )
+    add_options(parser)
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a run is compared with."""
+
+    options: argparse.Namespace
+    baseline: Run
+    comparer: Comparer
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, suites: Mapping[str, Suite]) -> "Check | None":
+        """None without a baseline."""
+        if options.check and options.shard:
+            raise SelectionError("--check compares whole runs: `merge` the shards, then `compare` what they are.")
+        if not options.baseline:
+            if options.check:
+                raise SelectionError("--check needs a --baseline to compare with.")
+            return None
+        return cls(options, read(options.baseline), Comparer.of(options, suites))
+
+    def conclude(self, status: int, directories: Mapping[str, Path], suites: Mapping[str, Suite], more: Measure) -> int:
+        """Compare what was measured, and measure again what is unclear.
+
+        Args:
+            status: how measuring ended.
+            directories: where results are, by suite.
+            suites: those that were measured, by name.
+            more: how to measure more.
+        """
+        comparison = self._compare(directories)
+        for repetition in range(1, MOST_REPETITIONS + 1):
+            unclear = comparison.unclear()
+            if not unclear or status not in (DONE, FAILURE):
+                break
+            cases_unclear = sum(map(len, unclear.values()))
+            print(f"{cases_unclear} cases are unclear: measuring them again ({repetition} of {MOST_REPETITIONS})")
+            for name, cases in unclear.items():
+                status = max(status, more(suites[name], expression(cases), _free(directories[name])))
+                if status == INTERRUPTED:
+                    break
+            comparison = self._compare(directories)
+
+        show(comparison, Console())
+        append_summary(comparison)
+        for name, directory in directories.items():
+            self._write_page(directory, suites[name], comparison)
+        if status == INTERRUPTED or not self.options.check:
+            return status
+        if status not in (DONE, FAILURE):
+            print("--check: not everything could be measured", file=sys.stderr)
+            return UNMEASURED
+        return status_of(comparison)
+
+    def _compare(self, directories: Mapping[str, Path]) -> Comparison:
+        run = Run(Path("this run"))
+        for directory in directories.values():
+            if any(directory.rglob("*.jsonl")):
+                part = load(directory)
+                run.environments |= part.environments
+                run.records += part.records
+        return self.comparer(self.baseline, run, in_scope(self.options))
+
+    def _write_page(self, directory: Path, suite: Suite, comparison: Comparison) -> None:
+        results = directory / f"{suite.name}.jsonl"
+        if results.exists():
+            own = [finding for finding in comparison.findings if finding.suite == suite.name]
+            write_page(directory / PAGE, load(results), {suite.name: View.of(suite)}, findings=own)
+
+
+def _free(directory: Path) -> Path:
+    """Where more results of a run go; one that was resumed has some already."""
+    return next(path for number in count(1) if not (path := directory / f"again-{number}").exists())

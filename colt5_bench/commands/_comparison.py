@@ -1,0 +1,77 @@
+"""What the commands share that compare with a baseline."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from colt5_bench.commands import DONE, FAILURE, UNMEASURED
+from colt5_bench.compare import Comparison, IncomparableError, Rules, compare, load_rules
+from colt5_bench.results import Record, Run
+from colt5_bench.selection import SelectionError, case_filter
+from colt5_bench.suite import Suite
+
+THRESHOLDS = Path("suites") / "thresholds.toml"
+
+STATUSES = """\
+exit status: 0 no regression; 1 there is one: what failed, is missing or became worse; 2 wrong usage; 3 nothing could be
+compared, or measuring failed
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--thresholds",
+        type=Path,
+        default=THRESHOLDS,
+        metavar="FILE",
+        help="what a regression is (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--any-machine",
+        action="store_true",
+        help="compare what holds on any machine: speed-ups over the reference in place of times",
+    )
+
+
+@dataclass(frozen=True)
+class Comparer:
+    """Compares as the options of a command say."""
+
+    rules: Rules
+    references: Mapping[str, str]
+    any_machine: bool
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, suites: Mapping[str, Suite]) -> "Comparer":
+        """Whatever is wrong with the options is found before anything is measured."""
+        references = {name: suite.reference for name, suite in suites.items()}
+        return cls(load_rules(options.thresholds), references, options.any_machine)
+
+    def __call__(self, baseline: Run, run: Run, scope: Callable[[Record], bool]) -> Comparison:
+        try:
+            return compare(baseline, run, self.rules, self.references, scope=scope, any_machine=self.any_machine)
+        except IncomparableError as error:
+            raise SelectionError(str(error)) from error
+
+
+def in_scope(options: argparse.Namespace) -> Callable[[Record], bool]:
+    """Whether a record is of what `--suite`, `--impl` and `-k` select; each selects everything if it is not given."""
+    wanted = case_filter(options.cases)
+    return lambda record: (
+        (not options.suite or record.suite in options.suite)
+        and (not options.impl or record.implementation in options.impl)
+        and wanted(record.case)
+    )
+
+
+def expression(cases: list[str]) -> str:
+    """For `-k`, of just these cases."""
+    return " or ".join(f"({case})" for case in cases)
+
+
+def status_of(comparison: Comparison) -> int:
+    """The exit status that a comparison is."""
+    if not comparison.compared:
+        return UNMEASURED
+    return FAILURE if comparison.regressions else DONE

@@ -1,0 +1,99 @@
+"""`python bench.py baseline RUN FILE`: make a run what later ones are compared with."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from colt5_bench.commands import DONE
+from colt5_bench.commands._comparison import Comparer, add_options
+from colt5_bench.compare.output import show
+from colt5_bench.parts import read
+from colt5_bench.results import Run, write
+from colt5_bench.selection import SelectionError, load_suites
+from colt5_bench.startup import check, find_checkout
+
+SUMMARY = "make a run what later ones are compared with, and say what that changes"
+EXAMPLES = """\
+  python bench.py baseline reports/nvidia-h200 reports/baselines/nvidia-h200.jsonl
+
+records of the suites that the run has take the place of theirs in the file; those of other suites stay
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a results file, or a directory with any")
+    parser.add_argument("file", type=Path, metavar="FILE", help="the baseline, which is made if it is not there")
+    add_options(parser)
+
+
+def main(options: argparse.Namespace) -> int:
+    checkout = find_checkout(Path.cwd().resolve())
+    check(checkout)
+    comparer = Comparer.of(options, load_suites(checkout))
+    run = read(options.run)
+    _refuse_unfit(run)
+    before = read(options.file) if options.file.exists() else Run(options.file)
+    suites = {record.suite for record in run.records}
+    kept = [record for record in before.records if record.suite not in suites]
+    _refuse_another_device(before, run, options.file)
+    comparison = comparer(before, run, lambda record: record.suite in suites)
+
+    options.file.parent.mkdir(parents=True, exist_ok=True)
+    records = [*kept, *run.records]
+    named = dict.fromkeys(record.environment for record in records)
+    environments = {**before.environments, **run.environments}
+    write(options.file, [environments[key] for key in named], records)
+    show(comparison, Console())
+    if kept:
+        print(f"kept: {len(kept)} records of {', '.join(dict.fromkeys(record.suite for record in kept))}")
+    print(f"baseline: {options.file}, {len(kept) + len(run.records)} records")
+    return DONE
+
+
+def _refuse_unfit(run: Run) -> None:
+    """A baseline names a revision that can be checked out, and has each point once and whole."""
+    if not run.records:
+        raise SelectionError(f"{run.path} holds no records.")
+    if run.cut_off:
+        raise SelectionError(f"the last line of {run.cut_off[0]} is cut off: complete the run first.")
+    # By suite: a run that was completed has two environments, and each expects all.
+    expected = {environment["options"]["suite"]: environment["expected"] for environment in _described(run)}
+    for suite, number in expected.items():
+        if (missing := number - sum(record.suite == suite for record in run.records)) > 0:
+            raise SelectionError(f"{run.path} lacks {missing} records of suite {suite}: complete it with --resume.")
+    keys = [record.key for record in run.records]
+    if len(set(keys)) < len(keys):
+        raise SelectionError(
+            f"{run.path} holds several records of one point: name the results of one run, not a directory with more."
+        )
+    for record in run.records:
+        git: Any = run.environments.get(record.environment, {}).get("git")
+        if not git:
+            raise SelectionError(f"{run.path} does not say of which revision it is: measure in a checkout, then again.")
+        if git["dirty"]:
+            raise SelectionError(
+                f"{run.path} was measured with changes that are not committed to {git['revision'][:10]}: commit them, "
+                "measure anew, then try again."
+            )
+
+
+def _described(run: Run) -> list[dict[str, Any]]:
+    """Environments that say what the run was to measure, as those of old files do not."""
+    return [each for each in run.environments.values() if "options" in each and "expected" in each]
+
+
+def _refuse_another_device(before: Run, run: Run, file: Path) -> None:
+    """A file is of one GPU model, or of processors of any."""
+    theirs, ours = _devices(before), _devices(run)
+    if theirs and theirs != ours:
+        raise SelectionError(
+            f"{file} is of {' and '.join(sorted(theirs))}, {run.path} of {' and '.join(sorted(ours))}: each kind of "
+            "device has a baseline of its own."
+        )
+
+
+def _devices(run: Run) -> set[str]:
+    on_gpu = {key for key, environment in run.environments.items() if environment.get("gpu")}
+    return {record.device if record.environment in on_gpu else "a CPU" for record in run.records}

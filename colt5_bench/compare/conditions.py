@@ -1,0 +1,107 @@
+"""Under what two records were measured, and what of them can therefore be compared."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from colt5_bench.results import Record, Run
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a record was measured under, as far as it decides what it can be compared with."""
+
+    kind: str
+    """`cpu` or `cuda`."""
+
+    device: str
+    """Model name."""
+
+    threads: int | None
+    torch: str | None
+    triton: str | None
+    revision: str | None
+    """A plus is for changes that are not committed."""
+
+    @classmethod
+    def of(cls, record: Record, run: Run) -> "Conditions":
+        environment = run.environments.get(record.environment, {})
+        git = environment.get("git")
+        return cls(
+            kind="cuda" if environment.get("gpu") else "cpu",
+            device=record.device,
+            **{name: environment.get(name) for name in ("threads", "torch", "triton")},  # type: ignore[arg-type]
+            revision=f"{git['revision']}{'+' if git['dirty'] else ''}" if isinstance(git, dict) else None,
+        )
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """The conditions of a record in the baseline and in the run."""
+
+    before: Conditions
+    after: Conditions
+    any_machine: bool = False
+    """Whether hardware of one name is taken for different machines."""
+
+    @property
+    def kind(self) -> str:
+        return self.after.kind
+
+    @property
+    def same_kind(self) -> bool:
+        return self.before.kind == self.after.kind
+
+    @property
+    def same_device(self) -> bool:
+        return self.same_kind and self.before.device == self.after.device
+
+    @property
+    def same_parallelism(self) -> bool:
+        """How fast calls are beside each other depends on the threads that they have."""
+        return self.same_kind and (self.kind == "cuda" or self.before.threads == self.after.threads)
+
+    @property
+    def times(self) -> bool:
+        return self.same_device and self.same_parallelism and not self.any_machine
+
+    @property
+    def speed_ups(self) -> bool:
+        """In place of times that cannot be compared."""
+        return self.same_parallelism and not self.times
+
+    @property
+    def memory(self) -> bool:
+        """A GPU's number of multiprocessors decides how work is split, and so what memory it takes."""
+        return self.same_device or (self.same_kind and self.kind == "cpu")
+
+    @property
+    def kernels(self) -> bool:
+        return self.before.triton == self.after.triton
+
+    def notes(self) -> Iterator[str]:
+        """What differs, and what follows from it."""
+        before, after = self.before, self.after
+        if not self.same_parallelism:
+            yield (
+                f"the baseline was measured with {before.threads} threads and this run with {after.threads}: neither "
+                "times nor speed-ups are compared"
+            )
+        elif not self.same_device:
+            yield (
+                f"the baseline is of {before.device} and this run of {after.device}: speed-ups over the reference are "
+                f"compared in place of times{'' if self.memory else ', and memory is not compared'}"
+            )
+        elif self.any_machine:
+            yield "speed-ups over the reference are compared in place of times, as on any machine"
+        if before.torch != after.torch:
+            yield f"the baseline is of torch {before.torch}, this run of torch {after.torch}"
+        if not self.kernels:
+            yield (
+                f"the baseline is of Triton {before.triton} and this run of Triton {after.triton}: what the compiler "
+                "made of kernels is not compared"
+            )
+
+
+def notes_on(pairings: Iterable[Pairing]) -> list[str]:
+    """What differs anywhere, each once."""
+    return list(dict.fromkeys(note for pairing in pairings for note in pairing.notes()))

@@ -1,0 +1,230 @@
+"""The figures of a record that was measured both times: which are compared, and a verdict on each."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, isfinite, isnan, nan
+from statistics import median
+from typing import Any
+
+from colt5_bench.compare.conditions import Pairing
+from colt5_bench.compare.findings import Figure, Finding, Unit, Verdict
+from colt5_bench.compare.samples import Change, change
+from colt5_bench.compare.thresholds import Bound, Thresholds
+from colt5_bench.results import Record
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A finding whose verdict may have to wait until all times are known that are tested together."""
+
+    finding: Finding
+    change: Change | None = None
+    threshold: float = 0.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """What findings of a record have in common."""
+
+    record: Record
+    label: str
+
+    def draft(
+        self,
+        verdict: Verdict,
+        metric: str,
+        baseline: Figure,
+        now: Figure,
+        unit: Unit = "",
+        note: str = "",
+        change: Change | None = None,
+        threshold: float = 0.0,
+    ) -> Draft:
+        finding = Finding(
+            verdict,
+            *self.record.key[:2],
+            self.record.direction,
+            self.record.implementation,
+            metric,
+            baseline,
+            now,
+            unit,
+            interval=(change.low, change.high) if change else None,
+            note=note,
+            label=self.label,
+        )
+        return Draft(finding, change, threshold)
+
+
+def figures(
+    point: Point,
+    old: Record,
+    new: Record,
+    pairing: Pairing,
+    held_to: Thresholds,
+    references: tuple[Record | None, Record | None],
+) -> Iterator[Draft]:
+    """Findings on all that can be compared of two records of one point.
+
+    Args:
+        point: what they are about.
+        old: the record in the baseline, which ended ok.
+        new: that of the run, which did so too.
+        pairing: under what they were measured.
+        held_to: how much of a change counts.
+        references: the records of the reference beside either.
+    """
+    yield point.draft("same", "status", "ok", "ok")
+    if pairing.times:
+        for column in old.timings:
+            yield from _of_times(point, column, old, new, getattr(held_to, column))
+    elif pairing.speed_ups:
+        yield from _of_speed_ups(point, old, new, references, held_to.speed_up)
+    if pairing.memory:
+        yield from _of_number(point, "peak memory", old.peak_bytes, new.peak_bytes, held_to.peak_memory, "B")
+        yield from _of_number(point, "saved memory", old.saved_bytes, new.saved_bytes, held_to.saved_memory, "B")
+    if pairing.same_kind:
+        yield from _of_errors(point, old, new, held_to)
+        yield from _of_metrics(point, old, new, held_to.metrics)
+    if pairing.kernels:
+        yield from _of_kernels(point, old.kernels, new.kernels, held_to)
+
+
+def _of_times(point: Point, column: str, old: Record, new: Record, threshold: float) -> Iterator[Draft]:
+    before, after = _samples(old, column), _samples(new, column)
+    seconds = _median(before), _median(after)
+    if verdict := _without_a_number(*seconds):
+        reason = new.timings[column].stopped if column in new.timings and not after else ""
+        yield point.draft(verdict, column, *seconds, "s", reason)
+    elif before and after:
+        yield point.draft("unclear", column, *seconds, "s", "", change(before, after), threshold)
+
+
+def _of_speed_ups(
+    point: Point, old: Record, new: Record, references: tuple[Record | None, Record | None], threshold: float
+) -> Iterator[Draft]:
+    """By the column that the figure of a case is, where the reference has a time on both sides."""
+    column = next(iter(old.timings), "")
+    beside_old, beside_new = (_samples(reference, column) for reference in references)
+    if not beside_old or not beside_new or point.record.key in {each.key for each in references if each}:
+        return
+    before, after = _samples(old, column), _samples(new, column)
+    ratios = _ratio(beside_old, before), _ratio(beside_new, after)
+    metric = f"speed-up, {column}"
+    if verdict := _without_a_number(*ratios):
+        yield point.draft(verdict, metric, *ratios, "x")
+    elif before and after:
+        found = change(before, after, (beside_old, beside_new))
+        yield point.draft("unclear", metric, *ratios, "x", "", found, threshold)
+
+
+def _samples(record: Record | None, column: str) -> list[float]:
+    return record.timings[column].samples if record and column in record.timings else []
+
+
+def _median(samples: Sequence[float]) -> float | None:
+    """NaN if any sample is no time."""
+    if not samples:
+        return None
+    return median(samples) if all(0 < sample < inf for sample in samples) else nan
+
+
+def _ratio(of_reference: Sequence[float], own: Sequence[float]) -> float | None:
+    base, seconds = _median(of_reference), _median(own)
+    return base / seconds if base and seconds else None
+
+
+def _of_number(
+    point: Point, metric: str, before: float | None, after: float | None, relative: float, unit: Unit = ""
+) -> Iterator[Draft]:
+    """Of what is better the lower it is."""
+    if before is None and after is None:
+        return
+    verdict = _without_a_number(before, after) or _by(before, after, relative)
+    yield point.draft(verdict, metric, before, after, unit)
+
+
+def _by(before: float | None, after: float | None, relative: float) -> Verdict:
+    assert before is not None
+    assert after is not None
+    if after > before * (1 + relative):
+        return "worse"
+    return "better" if before > after * (1 + relative) else "same"
+
+
+def _without_a_number(before: float | None, after: float | None) -> Verdict | None:
+    """The verdict where a side has no number; None where both have one. Infinity is none."""
+    had, has = (value is not None and isfinite(value) for value in (before, after))
+    if had and has:
+        return None
+    if had:
+        return "missing" if after is None else "failed"
+    return "new" if has else "same"
+
+
+def _of_errors(point: Point, old: Record, new: Record, held_to: Thresholds) -> Iterator[Draft]:
+    for tensor in dict.fromkeys([*old.accuracy, *new.accuracy]):
+        of_old, of_new = old.accuracy.get(tensor), new.accuracy.get(tensor)
+        before, after = of_old.largest if of_old else None, of_new.largest if of_new else None
+        if not (verdict := _without_a_number(before, after)):
+            assert of_old
+            assert of_new
+            verdict = _by(before, after, held_to.error)
+            larger = max(of_old, of_new, key=lambda divergence: divergence.largest)
+            if larger.budget is not None and larger.largest <= held_to.error_share * larger.budget:
+                verdict = "same"
+        yield point.draft(verdict, f"error of {tensor}", before, after, "error")
+
+
+def _of_metrics(point: Point, old: Record, new: Record, bounds: Mapping[str, Bound]) -> Iterator[Draft]:
+    for name in dict.fromkeys([*old.metrics, *new.metrics]):
+        before, after = old.metrics.get(name), new.metrics.get(name)
+        verdict = _without_a_number(before, after)
+        if verdict == "same" and before is not None and after is not None and isnan(before) != isnan(after):
+            # Infinity then, NaN now, or the other way round.
+            verdict = "failed" if isnan(after) else "new"
+        if not verdict and name in bounds:
+            assert before is not None
+            assert after is not None
+            verdict = _within(bounds[name], before, after)
+        yield point.draft(verdict or "same", name, before, after)
+
+
+def _within(bound: Bound, before: float, after: float) -> Verdict:
+    if abs(after - before) <= max(bound.absolute, bound.relative * abs(before)):
+        return "same"
+    if bound.better == "equal":
+        return "worse"
+    return "better" if (after < before) == (bound.better == "lower") else "worse"
+
+
+def _of_kernels(
+    point: Point, old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], held_to: Thresholds
+) -> Iterator[Draft]:
+    """Kernels of one name and target are taken in the order of their launch."""
+    before, after = _numbered(old), _numbered(new)
+    for name in dict.fromkeys([*before, *after]):
+        was, now = before.get(name), after.get(name)
+        if was is None or now is None:
+            verdict: Verdict = "missing" if now is None else "new"
+            yield point.draft(verdict, name, "launched" if was else None, "launched" if now else None)
+            continue
+        constants = "" if was["constants"] == now["constants"] else "compiled for other settings than in the baseline"
+        for fact in ("registers", "spilled_bytes", "shared_bytes"):
+            yield point.draft(
+                _by(was[fact], now[fact], getattr(held_to, fact)), f"{name} {fact}", was[fact], now[fact], "", constants
+            )
+        for kind in sorted({*was["instructions"], *now["instructions"]}):
+            counts = was["instructions"].get(kind, 0), now["instructions"].get(kind, 0)
+            verdict = _by(*counts, held_to.instructions)
+            yield point.draft(verdict, f"{name} {kind} instructions", *counts, "", constants)
+
+
+def _numbered(kernels: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """By name and target, and by number from the second on."""
+    named: dict[str, Mapping[str, Any]] = {}
+    for kernel in kernels:
+        name = " ".join(str(kernel[key]) for key in ("name", "target") if key in kernel)
+        count = sum(each == name or each.startswith(f"{name} #") for each in named)
+        named[f"{name} #{count + 1}" if count else name] = kernel
+    return named

@@ -1,0 +1,136 @@
+"""What a comparison says: a finding for each figure of each case."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from colt5_bench.report import short
+
+Verdict = Literal["failed", "missing", "worse", "unclear", "new", "better", "same"]
+
+VERDICTS: tuple[Verdict, ...] = ("failed", "missing", "worse", "unclear", "new", "better", "same")
+"""In the order in which findings are shown; what is the same is only counted."""
+
+REGRESSIONS: tuple[Verdict, ...] = ("failed", "missing", "worse")
+
+Figure = float | str | None
+"""A number, a status, or None where there is nothing."""
+
+Unit = Literal["s", "B", "x", "error", ""]
+"""How a figure is said: seconds, bytes, a speed-up, a distance from fp64, or a plain number."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a comparison says of one figure of one case."""
+
+    verdict: Verdict
+    suite: str
+    case: str
+    direction: str
+    implementation: str
+
+    metric: str
+    """`status`; a time column, or `speed-up` with one; `peak memory` and `saved memory`; `error of` a tensor; a kernel,
+    its target and a fact; or a metric of the suite."""
+
+    baseline: Figure
+    now: Figure
+    unit: Unit = ""
+
+    interval: tuple[float, float] | None = None
+    """95 % interval of the later time over the earlier, or for a speed-up of the earlier over the later: above 1 it
+    became worse."""
+
+    note: str = ""
+
+    label: str | None = None
+    """The fields of the case that differ within the suite, for people."""
+
+    @property
+    def is_regression(self) -> bool:
+        return self.verdict in REGRESSIONS
+
+    @property
+    def said_baseline(self) -> str:
+        return _say(self.baseline, self.unit)
+
+    @property
+    def said_now(self) -> str:
+        return _say(self.now, self.unit)
+
+    @property
+    def change(self) -> str:
+        """`+12.3 %` of the baseline; empty without two numbers that have a ratio."""
+        before, after = self.baseline, self.now
+        if not isinstance(before, int | float) or not isinstance(after, int | float) or not before:
+            return ""
+        return f"{100 * (after / before - 1):+.1f} %"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All findings, and what has to be known to read them."""
+
+    findings: Sequence[Finding]
+
+    notes: Sequence[str] = field(default_factory=tuple)
+    """What differs between the conditions of the two runs, and what is therefore not compared."""
+
+    @property
+    def regressions(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.is_regression]
+
+    @property
+    def compared(self) -> bool:
+        """Whether there is a figure that both runs have a say in."""
+        return any(finding.verdict != "new" for finding in self.findings)
+
+    @property
+    def counts(self) -> str:
+        """`1 worse, 12 same`, the worst first."""
+        return count_verdicts(self.findings)
+
+    def telling(self) -> list[Finding]:
+        """All findings that say something, the worst first."""
+        return telling(self.findings)
+
+    def unclear(self) -> dict[str, list[str]]:
+        """The cases that need more samples, by suite."""
+        cases: dict[str, list[str]] = {}
+        for finding in self.findings:
+            if finding.verdict == "unclear" and finding.case not in cases.setdefault(finding.suite, []):
+                cases[finding.suite].append(finding.case)
+        return cases
+
+
+def count_verdicts(findings: Sequence[Finding]) -> str:
+    """How often each verdict was given, the worst first."""
+    counts = Counter(finding.verdict for finding in findings)
+    return (
+        ", ".join(f"{counts[verdict]:,} {verdict}" for verdict in VERDICTS if counts[verdict]) or "nothing to compare"
+    )
+
+
+def telling(findings: Sequence[Finding]) -> list[Finding]:
+    """What is not the same, the worst first."""
+    ordered = sorted(findings, key=lambda finding: VERDICTS.index(finding.verdict))
+    return [finding for finding in ordered if finding.verdict != "same"]
+
+
+def _say(figure: Figure, unit: Unit) -> str:
+    if figure is None:
+        return "-"
+    if isinstance(figure, str):
+        return figure
+    match unit:
+        case "s":
+            return f"{short(1e3 * figure)} ms"
+        case "B":
+            return f"{figure:,.0f} B"
+        case "x":
+            return f"{short(figure)}x"
+        case "error":
+            return f"{figure:.1e}"
+    return f"{figure:,}" if isinstance(figure, int) else f"{figure:.4g}"

@@ -1,0 +1,101 @@
+"""Two revisions measured in turns on one machine, each in a checkout of its own, through its own command line."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from colt5_bench.selection import SelectionError
+
+SIDES = ("a", "b")
+
+MEASURED = (0, 1)
+"""Exit statuses of a run that has results: some may be of implementations that failed."""
+
+
+class MeasuringError(RuntimeError):
+    """A revision could not be measured; the message is for the user."""
+
+
+def revision(checkout: Path, name: str) -> str:
+    """The commit that a name stands for.
+
+    Raises:
+        SelectionError: it stands for none.
+    """
+    found = _git(checkout, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+    if found.returncode:
+        raise SelectionError(f"{name} is neither a results file, nor a directory with any, nor a revision.")
+    return found.stdout.strip()
+
+
+class Alternating:
+    """Measures both revisions, once a round each, and each first in every other round.
+
+    What one round does to a machine, be it warm or busy, it does to both.
+    """
+
+    def __init__(self, checkout: Path, revisions: Sequence[str], selection: Sequence[str], directory: Path) -> None:
+        self._checkout, self._revisions, self._selection = checkout, revisions, selection
+        self.places = [directory / side for side in SIDES]
+        """Where the results of each are."""
+        self._rounds = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        temporary = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="colt5-bench-")))
+        self._worktrees = [temporary / side for side in SIDES]
+        try:
+            for worktree, commit in zip(self._worktrees, self._revisions, strict=True):
+                self._stack.callback(_git, self._checkout, "worktree", "remove", "--force", str(worktree))
+                added = _git(self._checkout, "worktree", "add", "--detach", str(worktree), commit)
+                if added.returncode:
+                    raise MeasuringError(f"cannot check out {commit}: {_last_line(added.stderr)}")
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def measure(self, suites: Sequence[str], cases: str) -> None:
+        """A round: all cases of the suites that satisfy the expression, once for each revision.
+
+        Raises:
+            MeasuringError: a run ended otherwise than with results.
+        """
+        self._rounds += 1
+        order = (0, 1) if self._rounds % 2 else (1, 0)
+        for side in order:
+            commit = self._revisions[side]
+            print(f"round {self._rounds}: {SIDES[side]}, {commit[:10]}, {', '.join(suites)}", file=sys.stderr)
+            command = [
+                *(sys.executable, "bench.py"),
+                *(f"--suite={suite}" for suite in suites),
+                *self._selection,
+                *("-k", cases, "--out", str(self.places[side] / f"round-{self._rounds}")),
+            ]
+            # An installed or named path to this checkout's packages must not come before those of the other.
+            environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+            done = subprocess.run(
+                command, cwd=self._worktrees[side], env=environment, capture_output=True, text=True, check=False
+            )
+            if done.returncode not in MEASURED:
+                why = _last_line(done.stderr) or _last_line(done.stdout)
+                raise MeasuringError(f"{commit[:10]} ended with status {done.returncode}: {why}")
+
+
+def _git(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, check=False)
+
+
+def _last_line(text: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "")

@@ -1,0 +1,176 @@
+"""How much of a change counts, as suites/thresholds.toml says: defaults, and rules for some suites and cases."""
+
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from colt5_bench.results import Record
+from colt5_bench.selection import SelectionError, case_filter
+
+Direction = Literal["lower", "higher", "equal"]
+
+DIRECTIONS = get_args(Direction)
+
+SELECTORS = ("suite", "cases", "implementation", "device")
+"""What a rule may be restricted to: a name or a list of names; cases by expressions as of `-k`."""
+
+DEVICES = ("cpu", "cuda")
+
+
+class ThresholdsError(SelectionError):
+    """The file of thresholds cannot be read as such; the message says where and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How much a metric of a suite may change."""
+
+    better: Direction
+    """Whether a lower or a higher value is better; `equal`: any other value is worse."""
+
+    relative: float = 0.0
+    absolute: float = 0.0
+    """A change counts if it is more than `absolute` and more than `relative` times the value before."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What one record is held to. All are relative: 0.05 allows 5 % more, 0 not a byte more."""
+
+    cold: float
+    warm: float
+    graph: float
+    wall: float
+    """The time columns."""
+
+    speed_up: float
+    """Over the reference in the same run: 0.25 allows the time in units of the reference's to grow by 25 %."""
+
+    peak_memory: float
+    saved_memory: float
+
+    error: float
+    """Largest distance from fp64: 1.0 allows twice the distance before."""
+
+    error_share: float
+    """Errors below this share of their budget are all the same."""
+
+    registers: float
+    spilled_bytes: float
+    shared_bytes: float
+    instructions: float
+    """Static facts of each kernel; instructions by class."""
+
+    metrics: Mapping[str, Bound] = field(default_factory=dict)
+    """By name of the metric; one without a bound is compared only as to whether it is a number."""
+
+
+NUMBERS = tuple(each.name for each in fields(Thresholds) if each.name != "metrics")
+
+
+@dataclass(frozen=True)
+class _Rule:
+    applies: Callable[[Record, str], bool]
+    numbers: Mapping[str, float]
+    metrics: Mapping[str, Bound]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The thresholds of every record."""
+
+    default: Thresholds
+    rules: Sequence[_Rule] = ()
+
+    def of(self, record: Record, device: str) -> Thresholds:
+        """The defaults, changed by each rule that applies, in the order of the file.
+
+        Args:
+            record: any of the two that are compared.
+            device: `cpu` or `cuda`.
+        """
+        thresholds = self.default
+        for rule in self.rules:
+            if rule.applies(record, device):
+                metrics = {**thresholds.metrics, **rule.metrics}
+                thresholds = replace(thresholds, **rule.numbers, metrics=metrics)
+        return thresholds
+
+
+def load_rules(path: Path) -> Rules:
+    """Read thresholds: a table `default` with all of them, then tables `rule` with those that differ.
+
+    Raises:
+        ThresholdsError: there is no such file, or it says what cannot be.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ThresholdsError(f"cannot read the thresholds {path}: {error.strerror}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ThresholdsError(f"{path} is not TOML: {error}") from error
+    _only(content, ("default", "rule"), str(path))
+    default = content.get("default", {})
+    where = f"{path}, [default]"
+    _only(default, (*NUMBERS, "metrics"), where)
+    if missing := [name for name in NUMBERS if name not in default]:
+        raise ThresholdsError(f"{where} lacks {', '.join(missing)}.")
+    return Rules(
+        Thresholds(**_numbers(default, where), metrics=_metrics(default, where)),
+        [_rule(rule, f"{path}, [[rule]] {number}") for number, rule in enumerate(content.get("rule", []), start=1)],
+    )
+
+
+def _rule(content: Mapping[str, Any], where: str) -> _Rule:
+    _only(content, (*SELECTORS, *NUMBERS, "metrics"), where)
+    wanted = {name: _names(content[name], f"{where}: {name}") for name in SELECTORS if name in content}
+    if not set(wanted.get("device", ())) <= set(DEVICES):
+        raise ThresholdsError(f"{where}: device has to be {' or '.join(DEVICES)}, got {content['device']!r}.")
+    in_cases = case_filter(" or ".join(f"({expression})" for expression in wanted.get("cases", ())))
+
+    def applies(record: Record, device: str) -> bool:
+        return (
+            record.suite in wanted.get("suite", (record.suite,))
+            and record.implementation in wanted.get("implementation", (record.implementation,))
+            and device in wanted.get("device", (device,))
+            and in_cases(record.case)
+        )
+
+    return _Rule(applies, _numbers(content, where), _metrics(content, where))
+
+
+def _names(value: Any, where: str) -> list[str]:
+    """A name, or any of several."""
+    names = value if isinstance(value, list) else [value]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ThresholdsError(f"{where} has to be text or a list of texts, got {value!r}.")
+    return names
+
+
+def _numbers(content: Mapping[str, Any], where: str) -> dict[str, float]:
+    return {name: _number(content[name], f"{where}: {name}") for name in NUMBERS if name in content}
+
+
+def _metrics(content: Mapping[str, Any], where: str) -> dict[str, Bound]:
+    return {name: _bound(bound, f"{where}, metrics.{name}") for name, bound in content.get("metrics", {}).items()}
+
+
+def _bound(content: Any, where: str) -> Bound:
+    if not isinstance(content, dict) or content.get("better") not in DIRECTIONS:
+        raise ThresholdsError(f"{where} needs `better`, which is {', '.join(DIRECTIONS)}.")
+    _only(content, [each.name for each in fields(Bound)], where)
+    numbers = {name: _number(content[name], f"{where}: {name}") for name in ("relative", "absolute") if name in content}
+    return Bound(content["better"], **numbers)
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ThresholdsError(f"{where} has to be a number from 0, got {value!r}.")
+    return float(value)
+
+
+def _only(content: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
+    if unknown := [name for name in content if name not in allowed]:
+        raise ThresholdsError(f"{where}: there is no {unknown[0]!r}; there is {', '.join(allowed)}.")

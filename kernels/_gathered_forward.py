@@ -1,0 +1,197 @@
+"""Attention of a window's queries to the tokens of its list: the forward kernel, and what the backward ones share."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def place(n_heads, n_blocks):
+    """The row (batch and window), block of queries and head of a program; heads of a list run side by side."""
+    program = tl.program_id(0)
+    head = program % n_heads
+    return (program // n_heads // n_blocks).to(tl.int64), program // n_heads % n_blocks, head
+
+
+@triton.jit
+def load_rows(ptr, rows, stride, row_valid, dims, DIM: tl.constexpr):
+    """Rows of DIM entries at `rows` times `stride`, filled up with zeros."""
+    return tl.load(
+        ptr + rows.to(tl.int64)[:, None] * stride + dims[None, :],
+        mask=row_valid[:, None] & (dims < DIM)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def load_slots(lists_ptr, weights_ptr, slots, n_slots):
+    """Tokens, weights and whether there is anything to attend to in slots of a list."""
+    tokens = tl.load(lists_ptr + slots, mask=slots < n_slots, other=-1)
+    weights = tl.load(weights_ptr + slots, mask=slots < n_slots, other=0.0)
+    return tokens, weights.to(tl.float32), tokens >= 0
+
+
+@triton.jit
+def load_null(null_ptr, n_heads, head, dims, DIM: tl.constexpr):
+    """The learned key and value of a head in fp32."""
+    null_ptr += head * DIM + dims
+    key = tl.load(null_ptr, mask=dims < DIM, other=0.0).to(tl.float32)
+    return key, tl.load(null_ptr + n_heads * DIM, mask=dims < DIM, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _forward_kernel(
+    query_ptr,  # b w h i d
+    key_value_ptr,  # b r n (h kv d)
+    lists_ptr,  # b w r s, -1 for nothing
+    weights_ptr,  # b w r s
+    null_ptr,  # 2 h d
+    out_ptr,  # b w i h d
+    lse_ptr,  # b w h i, log2
+    query_batch,
+    query_window,
+    query_head,
+    query_stride,
+    key_value_batch,
+    key_value_route,
+    key_value_stride,
+    n_windows,
+    n_blocks,
+    n_heads,
+    n_routes,
+    n_queries,
+    n_slots,
+    scale,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    WEIGH_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A block of the queries of a window and head, by an online softmax that begins with the learned pair."""
+    row, block, head = place(n_heads, n_blocks)
+    batch, window = row // n_windows, row % n_windows
+    share = n_heads // n_routes
+    route = head // share
+    dims = tl.arange(0, BLOCK_D)
+    queries = block * BLOCK_I + tl.arange(0, BLOCK_I)
+    there = queries < n_queries
+    query_ptr += batch * query_batch + window * query_window + head * query_head
+    query = load_rows(query_ptr, queries, query_stride, there, dims, DIM)
+    key_ptr = key_value_ptr + batch * key_value_batch + route * key_value_route + head % share * (2 * DIM)
+    listed = (row * n_routes + route) * n_slots
+
+    null_key, null_value = load_null(null_ptr, n_heads, head, dims, DIM)
+    largest = tl.sum(query.to(tl.float32) * null_key[None, :], axis=1) * scale
+    total = tl.full([BLOCK_I], 1.0, tl.float32)
+    out = tl.zeros([BLOCK_I, BLOCK_D], tl.float32) + null_value[None, :]
+    for start in range(0, n_slots, BLOCK_S):
+        slots = start + tl.arange(0, BLOCK_S)
+        tokens, weights, valid = load_slots(lists_ptr + listed, weights_ptr + listed, slots, n_slots)
+        key = load_rows(key_ptr, tokens, key_value_stride, valid, dims, DIM)
+        value = load_rows(key_ptr + DIM, tokens, key_value_stride, valid, dims, DIM)
+        logits = tl.dot(query, key.T, input_precision=PRECISION)
+        if WEIGH_KEYS:
+            logits *= weights[None, :]
+        logits = tl.where(valid[None, :], logits, -float("inf"))
+        before, largest = largest, tl.maximum(largest, tl.max(logits, axis=1) * scale)
+        shares = tl.exp2(logits * scale - largest[:, None])
+        decay = tl.exp2(before - largest)
+        total = total * decay + tl.sum(shares, axis=1)
+        weighted = (shares * weights[None, :]).to(value.dtype)
+        out = tl.dot(weighted, value, out * decay[:, None], input_precision=PRECISION)
+
+    tl.store(lse_ptr + (row * n_heads + head) * n_queries + queries, largest + tl.log2(total), mask=there)
+    out_ptr += row * n_queries * n_heads * DIM + head * DIM
+    places = queries[:, None] * (n_heads * DIM) + dims[None, :]
+    out = (out / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + places, out, mask=there[:, None] & (dims < DIM)[None, :])
+
+
+class Settings(NamedTuple):
+    """Tile and launch settings of a kernel."""
+
+    queries: int
+    """Queries of a window that a program has at a time, at most."""
+
+    others: int
+    """Slots of a list, or tokens."""
+
+    num_warps: int
+    num_stages: int
+
+
+SettingsBySize = dict[tuple[int, int], Settings]
+"""By the bytes of an entry, and the largest head dimension that they are for. With what fp32 takes, nothing spills."""
+
+LARGEST_DIM = 128
+
+FORWARD: SettingsBySize = {
+    (2, 64): Settings(32, 64, 4, 3),
+    (2, 128): Settings(32, 64, 4, 3),
+    (4, 64): Settings(32, 32, 4, 2),
+    (4, 128): Settings(16, 32, 4, 2),
+}
+
+
+def settings_for(query: Tensor, by_size: SettingsBySize) -> Settings:
+    """Those of a kernel for queries `b w h i d`."""
+    queries, dim = query.shape[3:]
+    settings = by_size[query.itemsize, 64 if dim <= 64 else LARGEST_DIM]
+    return settings._replace(queries=min(max(16, triton.next_power_of_2(queries)), settings.queries))
+
+
+def arguments(query: Tensor, key_value: Tensor, slots: int, settings: Settings) -> dict[str, Any]:
+    """Sizes and settings that the kernels have in common."""
+    _, windows, heads, queries, dim = query.shape
+    return {
+        "n_windows": windows,
+        "n_blocks": triton.cdiv(queries, settings.queries),
+        "n_heads": heads,
+        "n_routes": key_value.shape[1],
+        "n_queries": queries,
+        "n_slots": slots,
+        "scale": dim**-0.5 / LN2.value,
+        "DIM": dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "BLOCK_I": settings.queries,
+        # Three products of parts in tf32 err as little as one in fp32.
+        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
+        "num_warps": settings.num_warps,
+        "num_stages": settings.num_stages,
+    }
+
+
+def launch_forward(
+    query: Tensor,
+    key_value: Tensor,
+    lists: Tensor,
+    weights: Tensor,
+    null_kv: Tensor,
+    multiply_keys: bool,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    settings = settings_for(query, FORWARD)
+    shared = arguments(query, key_value, lists.shape[-1], settings)
+    grid = (query.shape[0] * query.shape[1] * shared["n_blocks"] * shared["n_heads"],)
+    _forward_kernel[grid](
+        query,
+        key_value,
+        lists,
+        weights,
+        null_kv,
+        out,
+        lse,
+        *query.stride()[:4],
+        *key_value.stride()[:3],
+        **shared,
+        BLOCK_S=settings.others,
+        WEIGH_KEYS=multiply_keys,
+    )

@@ -1,0 +1,77 @@
+"""The hard top-k of long rows: a radix search instead of a sort; see `kernels._select_kernels`."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels._launch import as_rows, is_traced, mask_as_rows, runs_triton
+from kernels._select_kernels import LAST_INDEX, launch_select
+from reference.select import check_select
+
+_library = torch.library.Library("colt5", "FRAGMENT")
+_library.define("select(Tensor scores, Tensor? mask, int num_selected) -> Tensor")
+
+
+@torch.library.register_fake("colt5::select", lib=_library)
+def _allocate(scores: Tensor, mask: Tensor | None, num_selected: int) -> Tensor:
+    return torch.empty((scores.shape[0], num_selected), dtype=torch.int64, device=scores.device)
+
+
+def select_rows(scores: Tensor, mask: Tensor | None, num_selected: int) -> Tensor:
+    """`select` of scores `rows n` with a mask of that shape, the last stride of each of which is 1."""
+    if scores.numel() == 0:
+        return _allocate(scores, mask, num_selected)
+    if scores.dtype == torch.float64 or not runs_triton(scores):
+        return _select_in_pytorch(scores, mask, num_selected)
+    indices = _allocate(scores, mask, num_selected)
+    launch_select(scores, mask, indices)
+    return indices
+
+
+def _select_in_pytorch(scores: Tensor, mask: Tensor | None, num_selected: int) -> Tensor:
+    if scores.dtype == torch.float64:
+        # Neither do scores and indices fit into one integer.
+        order = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).sort(descending=True, stable=True)
+        if mask is None:
+            return order.indices[:, :num_selected].contiguous()
+        is_valid = mask.gather(-1, order.indices).to(torch.int8)
+        valid_first = is_valid.sort(descending=True, stable=True).indices
+        return order.indices.gather(-1, valid_first[:, :num_selected])
+
+    # The keys of the kernels.
+    scores = scores.float()
+    bits = scores.masked_fill(scores == 0, 0.0).view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).masked_fill_(scores.isnan(), 2**31 - 1)
+    if mask is not None:
+        ordered.masked_fill_(~mask, -(2**31))
+    keys = (ordered.long() << 31) | torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
+    return scores.shape[1] - 1 - (keys.topk(num_selected, dim=-1).values & LAST_INDEX.value)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("select", select_rows, _device)
+
+
+def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> Tensor:
+    """`reference.select` by a radix search over each row, of which only what is selected is sorted.
+
+    A CPU tensor gets the same from PyTorch, and so does any of fp64. Results are equal from run to run.
+
+    Args:
+        scores: `... n`, any float dtype. Any strides.
+        num_selected: how many, from 1 to n.
+        mask: bool, broadcasts to `... n`; entries that are False come after all others, in the order of their indices.
+
+    Returns:
+        int64 `... num_selected`, the largest first, of equal ones the first by index; NaN counts as larger than any
+        number, as in torch.topk. It has no gradient.
+
+    Raises:
+        ValueError: an argument is out of its range, or shapes do not match.
+    """
+    check_select(scores, num_selected, mask)
+    scores = scores.detach()
+    operation: Callable[..., Tensor] = torch.ops.colt5.select if is_traced(scores) else select_rows
+    indices = operation(as_rows(scores), mask_as_rows(mask, scores.shape), num_selected)
+    return indices.view(*scores.shape[:-1], num_selected)

@@ -1,0 +1,133 @@
+"""Routing as it is defined: scores, their relaxed top-k, the choice of the largest, and the tokens that these are."""
+
+from math import ceil
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from reference._arguments import check_counts, check_k, check_schedule, check_tokens, require
+from reference.coor_descent import coor_descent
+from reference.routing_scores import check_routing_tokens, routing_scores
+from reference.select import select
+from reference.soft_topk import soft_topk
+
+Solver = Literal["coor_descent", "exact"]
+
+
+class RouteReturn(NamedTuple):
+    """What is routed of tokens `b n d`: s tokens for each of r routes, block after block, the largest score first."""
+
+    indices: Tensor
+    """int64 `b r s`. From n on where a block that fills up the tokens has none left to select."""
+
+    weights: Tensor
+    """`b r s`: the relaxed selection at what is selected, in the dtype of the scores; 0 for what should not be."""
+
+    tokens: Tensor
+    """`b r s d`; of an index past the end, the last token."""
+
+
+def route(
+    x: Tensor,
+    routing_tokens: Tensor,
+    *,
+    num_selected: int,
+    k: float,
+    n_iters: int,
+    eps: float = 0.1,
+    eps_init: float | None = None,
+    eps_decay: float = 1.0,
+    solver: Solver = "coor_descent",
+    cosine_sim_scale: float | None = None,
+    block_size: int | None = None,
+    mask: Tensor | None = None,
+) -> RouteReturn:
+    """Select tokens by score, with a gradient for the scores of all (CoLT5, 2303.09752, section 3.1).
+
+    Weights and tokens are differentiable with respect to tokens and routing tokens.
+
+    Args:
+        x: tokens `b n d`, any float dtype.
+        routing_tokens: `b r d`, or `1 r d` for all of a batch.
+        num_selected: how many tokens each route selects, from each block if there are blocks.
+        k: what the relaxed selection of a route sums to, in each block.
+        n_iters, eps, eps_init, eps_decay: of coordinate descent; `reference.coor_descent` explains them.
+        solver: `coor_descent`, or `exact`: `reference.soft_topk` at temperature eps.
+        cosine_sim_scale: score by the cosine times this, instead of by the product.
+        block_size: select from blocks of so many tokens. A last one that is shorter is filled up with masked tokens.
+        mask: bool `b n`, False for tokens that take part in nothing.
+
+    Raises:
+        ValueError: an argument is out of its range, or shapes do not match.
+    """
+    check_route(x, routing_tokens, num_selected, k, (n_iters, eps, eps_init, eps_decay), solver, block_size, mask)
+    scores = routing_scores(x, routing_tokens, cosine_sim_scale=cosine_sim_scale)
+    per_route = None if mask is None else rearrange(mask, "b n -> b 1 n")
+    scores, per_route = in_blocks(scores, per_route, block_size)
+    with torch.autocast(x.device.type, enabled=False):
+        if solver == "exact":
+            relaxed = soft_topk(scores, k=k, eps=eps, mask=per_route)
+        else:
+            schedule = {"eps": eps, "eps_init": eps_init, "eps_decay": eps_decay}
+            relaxed = coor_descent(scores, n_iters=n_iters, k=k, mask=per_route, **schedule)
+    indices = select(scores, num_selected=num_selected, mask=per_route)
+    weights = relaxed.gather(-1, indices)
+    if block_size is not None:
+        indices, weights = positions(indices, block_size), weights.flatten(-2)
+    return RouteReturn(indices, weights, gather_tokens(x, indices))
+
+
+def check_route(
+    x: Tensor,
+    routing_tokens: Tensor,
+    num_selected: int,
+    k: float,
+    schedule: tuple[int, float, float | None, float],
+    solver: str,
+    block_size: int | None,
+    mask: Tensor | None,
+) -> None:
+    """Everything that `route` asks of its arguments."""
+    check_routing_tokens(x, routing_tokens)
+    check_tokens(x, x.shape[-1], mask)
+    require(block_size is None or block_size >= 1, "block_size", block_size, "None or >= 1")
+    check_counts(num_selected=num_selected)
+    n = x.shape[1] if block_size is None else block_size
+    name = "n" if block_size is None else "block_size"
+    require(num_selected <= n, "num_selected", num_selected, f"from 1 to {name} = {n}")
+    require(not isinstance(k, Tensor), "k", "a tensor", "a number")
+    check_k(k, x)
+    check_schedule(*schedule)
+    require(solver in ("coor_descent", "exact"), "solver", solver, "coor_descent or exact")
+
+
+def in_blocks(scores: Tensor, mask: Tensor | None, size: int | None) -> tuple[Tensor, Tensor | None]:
+    """Scores `... n` and a mask that broadcasts to them as `... m size`, masked where they had to be filled up."""
+    if size is None:
+        return scores, mask
+    n = scores.shape[-1]
+    missing = ceil(n / size) * size - n
+    if missing:
+        mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand(scores.shape)
+        scores, mask = F.pad(scores, (0, missing)), F.pad(mask, (0, missing))
+    if mask is not None:
+        mask = rearrange(mask, "... (m w) -> ... m w", w=size)
+    return rearrange(scores, "... (m w) -> ... m w", w=size), mask
+
+
+def positions(indices: Tensor, size: int) -> Tensor:
+    """Indices `... m s` within blocks of that size as indices of the whole: `... (m s)`."""
+    starts = torch.arange(indices.shape[-2], device=indices.device) * size
+    return (indices + starts[:, None]).flatten(-2)
+
+
+def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
+    """Tokens `b ... k d` of x `b n d` at indices `b ... k`; of an index past the end, the last token.
+
+    By indexing and not by `torch.gather`, whose gradient is as large as x for each of `...`.
+    """
+    batch = torch.arange(x.shape[0], device=x.device).view(-1, *(1,) * (indices.dim() - 1))
+    return x[batch, indices.clamp(max=x.shape[1] - 1)]

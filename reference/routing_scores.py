@@ -1,0 +1,43 @@
+"""The scores that a router selects tokens by, as they are defined."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reference._arguments import FLOAT_DTYPES, require
+
+
+def routing_scores(x: Tensor, routing_tokens: Tensor, *, cosine_sim_scale: float | None = None) -> Tensor:
+    """The product of each token with each routing token (CoLT5, https://arxiv.org/abs/2303.09752, section 3.1).
+
+    Args:
+        x: tokens `b n d`, any float dtype.
+        routing_tokens: `b r d`, or `1 r d` for all of a batch; any float dtype.
+        cosine_sim_scale: score by the cosine times this, instead of by the product.
+
+    Returns:
+        `b r n` in fp32 at least, autocast or not: rounded to half precision, too many would be equal.
+
+    Raises:
+        ValueError: shapes do not match.
+    """
+    check_routing_tokens(x, routing_tokens)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, routing_tokens = x.to(wide), routing_tokens.to(wide)
+    with torch.autocast(x.device.type, enabled=False):
+        if cosine_sim_scale is None:
+            return routing_tokens @ x.mT
+        return F.normalize(routing_tokens, dim=-1) @ F.normalize(x, dim=-1).mT * cosine_sim_scale
+
+
+def check_routing_tokens(x: Tensor, routing_tokens: Tensor) -> None:
+    """Tokens are a float tensor (b, n, d), routing tokens one of (b, r, d) or (1, r, d)."""
+    require(x.dtype in FLOAT_DTYPES, "x", x.dtype, "a tensor of a float dtype")
+    require(x.ndim == 3 and x.shape[-1] >= 1, "x", f"shape {tuple(x.shape)}", "of shape (b, n, d) with d >= 1")
+    require(routing_tokens.dtype in FLOAT_DTYPES, "routing_tokens", routing_tokens.dtype, "a tensor of a float dtype")
+    (batch, _, d), shape = x.shape, tuple(routing_tokens.shape)
+    fits = len(shape) == 3 and shape[0] in (1, batch) and shape[1] >= 1 and shape[2] == d
+    allowed = f"of shape ({batch}, r, {d}) or (1, r, {d}) with r >= 1"
+    require(fits, "routing_tokens", f"shape {shape}", allowed)
+    allowed = f"on {x.device} as x is"
+    require(routing_tokens.device == x.device, "routing_tokens", f"on {routing_tokens.device}", allowed)

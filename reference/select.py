@@ -1,0 +1,39 @@
+"""The hard top-k, as it is defined: which scores of a row are the largest."""
+
+import torch
+from torch import Tensor
+
+from reference._arguments import check_scores, require
+
+
+def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> Tensor:
+    """Indices of the largest scores of each row, the largest first, of equal ones the first by index.
+
+    NaN counts as larger than any number, as in torch.topk; zeros of either sign are equal.
+
+    Args:
+        scores: `... n`, any float dtype.
+        num_selected: how many, from 1 to n.
+        mask: bool, broadcasts to `... n`; entries that are False come after all others, in the order of their indices.
+
+    Returns:
+        int64 `... num_selected`; it has no gradient.
+
+    Raises:
+        ValueError: an argument is out of its range, or shapes do not match.
+    """
+    check_select(scores, num_selected, mask)
+    scores = scores.detach()
+    if mask is None:
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :num_selected]
+    order = scores.masked_fill(~mask, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    # A score of minus infinity is as large as what a masked entry was filled with.
+    is_valid = mask.expand(scores.shape).gather(-1, order).to(torch.int8)
+    return order.gather(-1, is_valid.sort(dim=-1, descending=True, stable=True).indices[..., :num_selected])
+
+
+def check_select(scores: Tensor, num_selected: int, mask: Tensor | None) -> None:
+    """Scores and mask match, and there are as many entries as are to be selected."""
+    check_scores(scores, mask)
+    n = scores.shape[-1]
+    require(1 <= num_selected <= n, "num_selected", num_selected, f"from 1 to n = {n}")

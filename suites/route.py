@@ -1,0 +1,135 @@
+"""Routing from tokens to tokens: scores, their relaxed top-k, selection and gathering, and the gradient of it all.
+
+What is compared is the sum of the routed tokens of each route times their weights, in which the order of what has been
+selected does not show: two of almost equal scores may change places by rounding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+import reference
+from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
+from colt5_bench.replay import replay
+from colt5_bench.suite import Implementation, Suite
+from reference._arguments import epsilon_schedule
+from suites._descent import DECAYING, both_directions, implementations, lenient
+from suites._layers import SCORE_STD, truth_of
+
+FETCH_K_RATIO = 9 / 8
+"""The default of the system's router: the relaxed selection sums to 9 / 8 of what is selected."""
+
+N_ITERS = 20
+"""That of its iterations."""
+
+
+@dataclass(frozen=True)
+class RouteCase(Case):
+    """Routing of k of n normally distributed tokens of size dim."""
+
+    n: int
+    dim: int
+    routes: int
+    k: int
+    solver: str
+    block_size: int | None
+    dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every implementation is called with, beside the tokens."""
+        each = self.k // (1 if self.block_size is None else self.n // self.block_size)
+        return {
+            "num_selected": each,
+            "k": each * FETCH_K_RATIO,
+            "n_iters": N_ITERS,
+            "eps": DECAYING.eps,
+            "eps_init": DECAYING.eps_init,
+            "eps_decay": DECAYING.eps_decay,
+            "solver": self.solver,
+            "block_size": self.block_size,
+        }
+
+
+def cases(preset: str, device: torch.device) -> list[RouteCase]:
+    if preset == "smoke":
+        return [RouteCase(512, 32, 2, 64, "coor_descent", None, "float32")]
+    if device.type == "cpu":
+        return [RouteCase(2**14, 64, 2, 1024, "coor_descent", None, "float32")]
+    made = [
+        RouteCase(2**20, 512, 2, 1024, "coor_descent", None, "float32"),
+        RouteCase(2**15, 512, 1, 4096, "coor_descent", None, "bfloat16"),
+    ]
+    if preset == "full":
+        made += [
+            RouteCase(2**20, 512, 2, 1024, "exact", None, "float32"),
+            RouteCase(2**20, 512, 2, 1024, "coor_descent", 131072, "float32"),
+            RouteCase(2**20, 512, 2, 1024, "coor_descent", None, "bfloat16"),
+        ]
+    return made
+
+
+def routed(function: Callable[..., reference.RouteReturn]) -> Callable[[RouteCase], Callable[..., Tensor]]:
+    def build(case: RouteCase) -> Callable[..., Tensor]:
+        def weighted(x: Tensor, routing_tokens: Tensor) -> Tensor:
+            _, weights, tokens = function(x, routing_tokens, **case.options)
+            return torch.einsum("brk,brkd->brd", weights, tokens.to(weights.dtype))
+
+        return weighted
+
+    return build
+
+
+def problem(case: RouteCase, device: torch.device) -> Problem:
+    generator = case.generator()
+    x = torch.randn(1, case.n, case.dim, generator=generator)
+    routing_tokens = SCORE_STD * torch.randn(1, case.routes, case.dim, generator=generator) / case.dim**0.5
+    upstream = torch.randn(1, case.routes, case.dim, generator=generator) / case.k**0.5
+    inputs = {"x": x.to(device, case.torch_dtype), "routing_tokens": routing_tokens.to(device)}
+    return Problem(inputs, upstream.to(device), tuple(inputs))
+
+
+def truth(case: RouteCase, problem: Problem, direction: str) -> Truth:
+    return truth_of(routed(reference.route)(case), problem, direction)
+
+
+def cost(case: RouteCase, direction: str) -> Cost:
+    """Tokens read and the routed ones written, with an exponential for each score and temperature; then the same again
+    for the gradient, and that of the tokens written."""
+    size = case.torch_dtype.itemsize
+    tokens, kept = case.n * case.dim * size, case.routes * case.k * (case.dim * size + 12)
+    _, *later, _ = epsilon_schedule(N_ITERS, DECAYING.eps, DECAYING.eps_init, DECAYING.eps_decay)
+    exponentials = case.n * case.routes * (len(set(later)) + 1 if case.solver == "coor_descent" else 2)
+    forward = tokens + kept
+    if direction == FORWARD:
+        return Cost(bytes=forward, exponentials=exponentials)
+    return Cost(bytes=2 * forward + tokens, exponentials=2 * exponentials)
+
+
+SUITE = Suite(
+    name="route",
+    description="from tokens to routed tokens and back",
+    cases=cases,
+    directions=both_directions,
+    implementations=implementations(
+        Implementation("reference", routed(reference.route)),
+        Implementation("ours", routed(kernels.route), bound=lenient),
+    ),
+    reference="reference",
+    problem=problem,
+    truth=truth,
+    plain=routed(reference.route),
+    cost=cost,
+)
+
+
+def test_route(record, benchmark):
+    replay(record, benchmark)

@@ -1,0 +1,95 @@
+"""Scores of tokens for several routes, products or cosines, beside a matrix product."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import kernels
+import reference
+from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
+from colt5_bench.replay import replay
+from colt5_bench.suite import Implementation, Suite
+from suites._descent import both_directions, implementations
+from suites._layers import truth_of
+
+COSINE_SIM_SCALE = 8.0
+"""The default of the system's router."""
+
+
+@dataclass(frozen=True)
+class ScoresCase(Case):
+    """Scores of n normally distributed tokens of size dim."""
+
+    n: int
+    dim: int
+    routes: int
+    cosine: bool
+    dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def scale(self) -> float | None:
+        return COSINE_SIM_SCALE if self.cosine else None
+
+
+def cases(preset: str, device: torch.device) -> list[ScoresCase]:
+    if preset == "smoke":
+        return [ScoresCase(512, 32, 2, cosine, "float32") for cosine in (False, True)]
+    if device.type == "cpu":
+        return [ScoresCase(2**16, 64, 2, cosine, "float32") for cosine in (False, True)]
+    made = [ScoresCase(2**20, 512, 2, cosine, "float32") for cosine in (False, True)]
+    made += [ScoresCase(2**16, 512, 1, False, "bfloat16")]
+    if preset == "full":
+        made += [ScoresCase(2**20, 512, routes, False, dtype) for routes in (1, 8) for dtype in ("float32", "bfloat16")]
+    return made
+
+
+def problem(case: ScoresCase, device: torch.device) -> Problem:
+    generator = case.generator()
+    x = torch.randn(1, case.n, case.dim, generator=generator)
+    routing_tokens = torch.randn(1, case.routes, case.dim, generator=generator) / case.dim**0.5
+    upstream = torch.randn(1, case.routes, case.n, generator=generator) / case.n**0.5
+    inputs = {"x": x.to(device, case.torch_dtype), "routing_tokens": routing_tokens.to(device)}
+    return Problem(inputs, upstream.to(device), tuple(inputs))
+
+
+def plain(case: ScoresCase) -> Callable[..., Tensor]:
+    return partial(reference.routing_scores, cosine_sim_scale=case.scale)
+
+
+def truth(case: ScoresCase, problem: Problem, direction: str) -> Truth:
+    return truth_of(plain(case), problem, direction)
+
+
+def cost(case: ScoresCase, direction: str) -> Cost:
+    """Tokens read and scores written; then both read, the latter's gradient that is, and that of the tokens written."""
+    tokens, scores = case.n * case.dim * case.torch_dtype.itemsize, 4 * case.n * case.routes
+    forward = tokens + scores
+    return Cost(bytes=forward if direction == FORWARD else 2 * forward + tokens)
+
+
+SUITE = Suite(
+    name="routing_scores",
+    description="scores of tokens for several routes",
+    cases=cases,
+    directions=both_directions,
+    implementations=implementations(
+        Implementation("reference", plain),
+        Implementation[ScoresCase]("ours", lambda case: partial(kernels.routing_scores, cosine_sim_scale=case.scale)),
+    ),
+    reference="reference",
+    problem=problem,
+    truth=truth,
+    plain=plain,
+    cost=cost,
+)
+
+
+def test_routing_scores(record, benchmark):
+    replay(record, benchmark)

@@ -1,0 +1,385 @@
+"""Comparing on the command line: exit statuses, revisions, baselines, and runs that are checked."""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from colt5_bench import cli, environment
+from colt5_bench.case import DIRECTIONS
+from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED, USAGE
+from colt5_bench.commands._check import Check
+from colt5_bench.results import load, write
+from colt5_bench.selection import SelectionError
+from tests.colt5_bench import toy
+from tests.colt5_bench.made import record
+from tests.colt5_bench.test_compare import ENVIRONMENT, ours, reference, samples
+
+ROOT = Path(__file__).parents[2]
+
+ON_A_CLOCK = """
+
+import colt5_bench.rounds
+
+
+class Clock:
+    seconds, calls = 0.0, 0
+
+    def __call__(self):
+        return self.seconds
+
+    def take(self, milliseconds):
+        self.calls += 1
+        self.seconds += 1e-3 * milliseconds * (1 + 0.002 * (self.calls % 7 - 3))
+
+
+def slowed(scores):
+    clock.take(float(os.environ["MILLISECONDS"]))
+    return 2 * scores
+
+
+clock = colt5_bench.rounds.perf_counter = Clock()
+SUITE = suite(slowed)
+"""
+"""Makes the toy suite measure by a clock of its own, on which one implementation takes a known time."""
+
+FAKE_BENCH = """
+import sys
+from pathlib import Path
+out = Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir(parents=True)
+here = Path(__file__).parent
+(out / "toy.jsonl").write_text((here / "results.jsonl").read_text())
+with Path("{log}").open("a") as log:
+    print(here.name, *sys.argv[1:], file=log)
+sys.exit({status})
+"""
+"""A bench.py that takes its results from a file beside it, and says that it ran."""
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A results file with the records given."""
+
+    def saved(name, *records, **more):
+        described = {**ENVIRONMENT, **more}
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, [described], [replace(made, environment=described["key"]) for made in records])
+        return path
+
+    return saved
+
+
+def compare(*arguments):
+    return cli.main(["compare", *map(str, arguments)])
+
+
+class TestSavedRuns:
+    def test_the_exit_status_is_what_was_found(self, here, saved, capsys):
+        before, same = saved("a.jsonl", reference(), ours(1.0)), saved("b.jsonl", reference(), ours(1.0))
+        slower = saved("c.jsonl", reference(), ours(1.1))
+        assert compare(before, same) == DONE
+        assert compare(before, slower) == FAILURE
+        assert compare(slower, before) == DONE
+        assert "1 worse" in capsys.readouterr().out
+        # Nothing of a GPU can be compared with what was measured on a CPU.
+        assert compare(before, saved("d.jsonl", ours(column="wall"), gpu=None)) == UNMEASURED
+
+    def test_only_what_is_selected_counts(self, here, saved):
+        before, after = saved("a.jsonl", reference(), ours(1.0)), saved("b.jsonl", reference(), ours(1.1))
+        assert compare(before, after, "--impl", "reference") == DONE
+        assert compare(before, after, "--suite", "toy", "-k", "n=512") == FAILURE
+        assert compare(before, after, "-k", "n=513") == UNMEASURED
+
+    @pytest.mark.parametrize("form", ["json", "markdown", "junit"])
+    def test_formats(self, here, saved, capsys, form):
+        assert compare(saved("a.jsonl", ours(1.0)), saved("b.jsonl", ours(1.1)), "--format", form) == FAILURE
+        printed = capsys.readouterr().out
+        start = {"json": "{", "markdown": "### 1 regression against", "junit": "<?xml"}[form]
+        assert printed.startswith(start)
+
+    def test_a_changed_schema_is_told_of(self, here, saved, capsys):
+        before, after = saved("a.jsonl", ours()), saved("b.jsonl", ours())
+        before.write_text(before.read_text().replace('"schema": 2', '"schema": 1'))
+        assert compare(before, after) == USAGE
+        assert "has schema 1, this version reads 2" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("{run}", "HEAD"), "is a saved run and HEAD is none"),
+            (
+                ("no-such-run", "HEAD"),
+                "no-such-run is neither a results file, nor a directory",
+            ),
+            (("HEAD", "HEAD"), "say which suites with --suite"),
+            (("HEAD", "HEAD", "--suite", "topc"), "no suite 'topc'"),
+            (("HEAD", "HEAD", "--suite", "topk", "--rounds", "0"), "--rounds has to be at least 1, got 0"),
+            (("{run}", "{run}", "--thresholds", "none.toml"), "cannot read the thresholds none.toml"),
+        ],
+    )
+    def test_what_cannot_be_compared_is_a_usage_error(self, here, saved, capsys, arguments, message):
+        run = str(saved("a.jsonl", ours()))
+        assert compare(*(argument.format(run=run) for argument in arguments)) == USAGE
+        assert message in capsys.readouterr().err
+
+    def test_the_page_of_a_run_has_them_on_top(self, here, saved, tmp_path):
+        """Of the suites that the run has; of others it says nothing."""
+        before = saved("a.jsonl", reference(), ours(1.0), replace(ours(), suite="other"))
+        page = tmp_path / "page.html"
+        run = saved("b.jsonl", reference(), ours(1.1))
+        assert cli.main(["report", str(run), "--baseline", str(before), "--out", str(page)]) == DONE
+        assert "1 worse, 11 same" in page.read_text()
+
+
+class TestRevisions:
+    @pytest.fixture
+    def repository(self, tmp_path, here, saved, monkeypatch):
+        """A checkout with two revisions, `before` and `after`, and what was started of them."""
+        root, log = tmp_path / "checkout", tmp_path / "log"
+        for package in ("reference", "kernels", "suites"):
+            (root / package).mkdir(parents=True)
+            (root / package / "__init__.py").touch()
+        (root / "suites" / "thresholds.toml").write_text((ROOT / "suites" / "thresholds.toml").read_text())
+
+        def git(*arguments):
+            command = ["git", "-c", "user.name=me", "-c", "user.email=me@example.org", "-C", str(root), *arguments]
+            subprocess.run(command, check=True, capture_output=True)
+
+        git("init", "--initial-branch=main")
+        monkeypatch.chdir(root)
+        # In this process the packages are those of the real checkout.
+        for name in ("check", "load_suites"):
+            monkeypatch.setattr(f"colt5_bench.commands.compare.{name}", lambda checkout: {"toy": toy.SUITE})
+
+        def commit(tag, *records, status=0, **more):
+            (root / "bench.py").write_text(FAKE_BENCH.format(log=log, status=status))
+            (root / "results.jsonl").write_text(saved(f"{tag}.jsonl", *records, **more).read_text())
+            git("add", ".")
+            git("commit", "--message", tag)
+            git("tag", tag)
+
+        def started():
+            return log.read_text().splitlines()
+
+        return commit, started
+
+    def test_are_measured_in_turns(self, repository, tmp_path):
+        commit, started = repository
+        commit("before", ours(1.0))
+        commit("after", ours(1.1), status=1)
+        out = tmp_path / "out"
+        arguments = ("before", "after", "--suite", "toy", "--out", out)
+        assert compare(*arguments, "--rounds", "2", "--preset", "smoke") == FAILURE
+        assert [line.split()[0] for line in started()] == ["a", "b", "b", "a"]
+        assert all("--suite=toy" in line and "--preset smoke" in line for line in started())
+        assert {len(load(out / side).records) for side in "ab"} == {2}
+        worktrees = subprocess.run(["git", "worktree", "list"], check=True, capture_output=True, text=True).stdout
+        assert len(worktrees.splitlines()) == 1
+        # Results that are there are not mixed with others.
+        assert compare(*arguments) == USAGE
+
+    def test_what_is_unclear_is_measured_more_often(self, repository, tmp_path):
+        commit, started = repository
+        few, slower = ours(1.0), ours(1.1)
+        few.timings["cold"].samples, slower.timings["cold"].samples = samples(1.0, count=3), samples(1.1, count=3)
+        commit("before", few)
+        commit("after", slower)
+        assert compare("before", "after", "--suite", "toy", "--rounds", "1", "--out", tmp_path / "out") == FAILURE
+        assert len(started()) == 4
+        assert "-k (rows=8 n=512 eps=0.1)" in started()[-1]
+
+    def test_one_that_cannot_be_measured_is_said(self, repository, tmp_path, capsys):
+        commit, _ = repository
+        commit("before", ours(1.0))
+        commit("after", ours(1.0), status=2)
+        assert compare("before", "after", "--suite", "toy", "--out", tmp_path / "out") == UNMEASURED
+        assert "ended with status 2" in capsys.readouterr().err
+
+
+class TestBaseline:
+    @pytest.fixture
+    def baseline(self, here, tmp_path):
+        file = tmp_path / "baselines" / "toy.jsonl"
+        return lambda run: (cli.main(["baseline", str(run), str(file)]), file)
+
+    def test_is_made_and_updated_and_says_what_changes(self, baseline, saved, capsys):
+        status, file = baseline(saved("first.jsonl", reference(), ours(1.0)))
+        assert status == DONE
+        assert len(load(file).records) == 2
+        other = replace(ours(), suite="other")
+        assert baseline(saved("second.jsonl", other, key="b"))[0] == DONE
+        capsys.readouterr()
+        assert baseline(saved("third.jsonl", ours(1.1), key="c"))[0] == DONE
+        printed = capsys.readouterr().out
+        assert "1 missing, 1 worse" in printed
+        assert "kept: 1 records of other" in printed
+        kept = load(file)
+        assert [(made.suite, made.implementation) for made in kept.records] == [("other", "ours"), ("toy", "ours")]
+        assert set(kept.environments) == {"b", "c"}
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            ({"git": {"revision": "abc", "dirty": True}}, "changes that are not committed to abc"),
+            ({"git": None}, "does not say of which revision"),
+            ({"options": {"suite": "toy"}, "expected": 3}, "lacks 2 records of suite toy"),
+        ],
+    )
+    def test_refuses_what_cannot_be_measured_again(self, baseline, saved, capsys, more, message):
+        status, file = baseline(saved("run.jsonl", ours(), **more))
+        assert status == USAGE
+        assert not file.exists()
+        assert message in capsys.readouterr().err
+
+    def test_refuses_what_is_not_one_whole_run(self, baseline, saved, capsys):
+        run = saved("run.jsonl", ours(), ours())
+        assert baseline(run)[0] == USAGE
+        assert "several records of one point" in capsys.readouterr().err
+        run.write_text(run.read_text()[:-20])
+        assert baseline(run)[0] == USAGE
+        assert "is cut off" in capsys.readouterr().err
+        assert baseline(saved("none.jsonl"))[0] == USAGE
+        assert "holds no records" in capsys.readouterr().err
+
+    def test_of_another_gpu_it_is_another_file(self, baseline, saved, capsys):
+        assert baseline(saved("one.jsonl", ours()))[0] == DONE
+        assert baseline(saved("other.jsonl", replace(ours(), device="Another GPU")))[0] == USAGE
+        assert "is of Toy GPU" in capsys.readouterr().err
+
+    def test_processors_share_a_file(self, baseline, saved):
+        assert baseline(saved("one.jsonl", ours(), gpu=None))[0] == DONE
+        assert baseline(saved("other.jsonl", replace(ours(), device="Another CPU"), gpu=None))[0] == DONE
+
+
+class TestCheck:
+    @pytest.fixture
+    def check(self, here, saved, tmp_path):
+        """The exit status of a run with these records; more are measured if `more` says so."""
+        baseline = saved("baseline.jsonl", reference(), ours(1.0))
+
+        def check(*records, status=DONE, more=None, **selected):
+            options = {"suite": ["toy"], "impl": [], "cases": "", "shard": None, "any_machine": False, "check": True}
+            options |= {"baseline": baseline, "thresholds": ROOT / "suites" / "thresholds.toml", **selected}
+            made = Check.of(argparse.Namespace(**options), {"toy": toy.SUITE})
+            directory = tmp_path / "run"
+            if records:
+                saved("run/toy.jsonl", *records)
+            return made.conclude(status, {"toy": directory}, {"toy": toy.SUITE}, more or refuse)
+
+        def refuse(*_):
+            raise AssertionError("nothing is unclear")
+
+        return check
+
+    def test_is_the_exit_status(self, check, capsys):
+        assert check(reference(), ours(1.0)) == DONE
+        assert check(reference(), ours(1.1)) == FAILURE
+        assert check(reference(), ours(1.1), check=False) == DONE
+
+    def test_wrong_values_fail(self, check):
+        assert check(reference(), record(status="wrong", reason="off by 3"), status=FAILURE) == FAILURE
+
+    def test_what_failed_in_the_baseline_may_fail(self, check, saved):
+        known = saved("known.jsonl", reference(), record(status="wrong"))
+        assert check(reference(), record(status="wrong"), status=FAILURE, baseline=known) == DONE
+
+    def test_a_run_that_broke_is_not_measured(self, check):
+        assert check(reference(), ours(1.0), status=UNMEASURED) == UNMEASURED
+        assert check(status=UNMEASURED) == UNMEASURED
+
+    def test_without_results_everything_is_missing(self, check):
+        assert check() == FAILURE
+
+    def test_what_was_not_asked_for_is_not_missing(self, check):
+        assert check(reference(), impl=["reference"]) == DONE
+        assert check(reference()) == FAILURE
+
+    def test_the_page_has_the_findings(self, check, tmp_path):
+        check(reference(), ours(1.1))
+        assert "Against the baseline" in (tmp_path / "run" / "report.html").read_text()
+
+    def test_unclear_cases_are_measured_again(self, check, saved, capsys):
+        few = ours(1.1)
+        few.timings["cold"].samples = samples(1.1, count=2)
+        asked = []
+
+        def more(suite, cases, directory):
+            asked.append((suite.name, cases, directory.name))
+            saved(f"run/{directory.name}/toy.jsonl", few)
+            return DONE
+
+        assert check(reference(), few, more=more) == FAILURE
+        assert asked[0] == ("toy", "(rows=8 n=512 eps=0.1)", "again-1")
+        assert "1 cases are unclear: measuring them again (1 of 2)" in capsys.readouterr().out
+
+    def test_interrupting_that_is_interrupting_the_run(self, check):
+        few = ours(1.1)
+        few.timings["cold"].samples = samples(1.1, count=2)
+        asked = []
+        assert check(reference(), few, more=lambda *each: asked.append(each) or INTERRUPTED) == INTERRUPTED
+        assert len(asked) == 1
+
+    @pytest.mark.parametrize(
+        ("selected", "message"),
+        [({"baseline": None}, "--check needs a --baseline"), ({"shard": "1/2"}, "--check compares whole runs")],
+    )
+    def test_what_cannot_be_checked(self, check, selected, message):
+        with pytest.raises(SelectionError, match=message):
+            check(**selected)
+
+
+def test_a_tenth_slower_is_found_by_a_whole_run(saved, tmp_path):
+    """A checkout whose one suite measures by a clock of its own, on which a call takes 1.1 ms; it took 1 ms before."""
+    for package in ("reference", "kernels", "suites"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    (tmp_path / "suites" / "toy.py").write_text(Path(toy.__file__).read_text() + ON_A_CLOCK)
+    thresholds = (ROOT / "suites" / "thresholds.toml").read_text().replace("wall = 0.20", "wall = 0.05")
+    (tmp_path / "suites" / "thresholds.toml").write_text(thresholds)
+    case, device = toy.ToyCase(2, 8), torch.device("cpu")
+    before = [
+        replace(
+            ours(1.0, name, "wall"),
+            case=case.id,
+            fields=case.fields(),
+            direction=direction,
+            device=environment.device_name(device),
+            peak_bytes=None,
+            saved_bytes=None,
+            accuracy={},
+        )
+        for direction in DIRECTIONS
+        for name in ("slowed", "lost")
+    ]
+    baseline = saved("baseline.jsonl", *before, **{**environment.describe(device), "threads": 1})
+    summary = tmp_path / "summary.md"
+
+    command = [sys.executable, ROOT / "bench.py", "--suite", "toy", "--device", "cpu", "--preset", "smoke"]
+    command += ["--impl", "slowed", "--quiet", "--out", "out", "--baseline", baseline, "--check"]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    told = {"MILLISECONDS": "1.1", "OMP_NUM_THREADS": "1", "GITHUB_STEP_SUMMARY": str(summary)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=inherited | told, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == FAILURE, done.stdout + done.stderr
+    # What was not asked for, `lost`, is not missing.
+    assert "against the baseline: 2 worse, " in done.stdout
+    changes = re.findall(r"worse .* \+(\S+) %   time", done.stdout)
+    assert [float(change) for change in changes] == pytest.approx([10, 10], abs=0.5)
+    assert summary.read_text().startswith("### 2 regressions against the baseline")
+    assert "Against the baseline" in (tmp_path / "out" / "report.html").read_text()

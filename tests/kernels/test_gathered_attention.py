@@ -1,0 +1,339 @@
+import pytest
+import torch
+import triton
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+import reference
+from colt5_bench.static_facts import compiled_kernels
+from kernels import _gathered_backward
+from kernels._gathered_backward import invert
+from kernels._launch import triton_for_cpu_tensors
+from kernels.gathered_attention import gathered_attention
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+pytestmark = pytest.mark.parametrize("device", DEVICES)
+
+
+def make(device, b=2, w=2, h=2, i=5, d=16, r=2, n=40, s=20, dtype=torch.float32, masked=True):
+    """Random tensors, and lists of different tokens; where masked, of none, as all of one window are."""
+    indices = torch.rand(b, w, r, n).argsort(dim=-1)[..., :s]
+    mask = torch.rand(b, w, r, s) > 0.3 if masked else None
+    if masked and w and b:
+        mask[0, -1] = False
+        indices = torch.where(mask, indices, torch.tensor([10**6, -(10**6)])[torch.randint(2, indices.shape)])
+    tensors = {
+        "query": torch.randn(b, w, h, i, d).to(dtype),
+        "key_value": torch.randn(b, r, n, 2 * d * h // r).to(dtype),
+        "indices": indices,
+        "weights": torch.rand(b, w, r, s) + 0.25,
+        "null_kv": torch.randn(2, h, d),
+        "mask": mask,
+    }
+    return {name: tensor if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
+
+
+DIFFERENTIABLE = ("query", "key_value", "weights", "null_kv")
+
+
+def run(function, tensors, grad, dtype=None, **options):
+    """Output and gradients, in fp64 if that is the dtype."""
+    tensors = {name: tensor if tensor is None else tensor.detach() for name, tensor in tensors.items()}
+    for name in DIFFERENTIABLE:
+        tensors[name] = tensors[name].to(dtype or tensors[name].dtype).requires_grad_()
+    out = function(**tensors, **options)
+    gradients = torch.autograd.grad(out, [tensors[name] for name in DIFFERENTIABLE], grad.to(out.dtype))
+    return dict(zip(("output", *DIFFERENTIABLE), (out.detach(), *gradients), strict=True))
+
+
+def check(tensors, **options):
+    """No further from fp64 than plain PyTorch is in the same dtype, within some roundings."""
+    query = tensors["query"]
+    grad = torch.randn(query.shape, device=query.device).to(query.dtype)
+    actual = run(gathered_attention, tensors, grad, **options)
+    truth = run(reference.gathered_attention, tensors, grad, torch.float64, **options)
+    plain = run(reference.gathered_attention, tensors, grad, **options)
+    for name, expected in truth.items():
+        assert actual[name].dtype == plain[name].dtype
+        assert actual[name].shape == expected.shape
+        error = (plain[name].double() - expected).abs().max().item()
+        roundings = 16 * torch.finfo(query.dtype).eps * expected.abs().max().item()
+        difference = (actual[name].double() - expected).abs().max().item()
+        assert difference <= max(1.5 * error, roundings), (name, difference, error)
+
+
+@pytest.mark.parametrize("multiply_keys_by_score", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"masked": False, "b": 1, "w": 1, "h": 1, "i": 1, "r": 1, "n": 1, "s": 1},
+        {"i": 33, "d": 20, "s": 35, "n": 70, "b": 1},
+        {"b": 1, "w": 3, "h": 4, "n": 70, "s": 3},
+    ],
+    ids=str,
+)
+def test_follows_the_reference(device, sizes, multiply_keys_by_score):
+    check(make(device, **sizes), multiply_keys_by_score=multiply_keys_by_score)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(device, dtype):
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies the bits of bf16")
+    check(make(device, dtype=dtype, w=1))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_large_heads(device, dim):
+    check(make(device, b=1, w=1, h=1, r=1, d=dim, masked=False))
+
+
+def test_more_queries_than_a_program_takes(device, monkeypatch):
+    few = {size: kept._replace(queries=16) for size, kept in _gathered_backward.KEYS.items()}
+    monkeypatch.setattr(_gathered_backward, "KEYS", few)
+    check(make(device, b=1, i=37), multiply_keys_by_score=True)
+
+
+def test_prefixes(device):
+    """Lists as they are routed: the largest scores of ever longer prefixes."""
+    tensors = make(device, b=1, w=5, s=20, n=80, i=3)
+    scores = torch.randn(1, 1, 2, 80, device=device).expand(1, 5, 2, 80)
+    before = torch.arange(80, device=device) < 16 * torch.arange(1, 6, device=device)[:, None, None]
+    largest = scores.masked_fill(~before, -torch.inf).topk(20, dim=-1)
+    check({**tensors, "indices": largest.indices, "mask": largest.values > -torch.inf})
+
+
+def test_nothing_listed_leaves_the_learned_pair(device):
+    tensors = make(device)
+    out = gathered_attention(**tensors)
+    expected = tensors["null_kv"][1].unsqueeze(1).expand(2, 5, 16)
+    assert torch.equal(out[0, -1], expected)
+    alone = gathered_attention(**{**tensors, "mask": torch.zeros_like(tensors["mask"])})
+    assert torch.equal(alone, expected.expand(alone.shape))
+
+
+@pytest.mark.parametrize("empty", [{"b": 0}, {"w": 0}, {"i": 0}, {"s": 0}, {"s": 0, "n": 0}], ids=str)
+def test_nothing_to_do(device, empty):
+    tensors = make(device, masked=False, **empty)
+    results = run(gathered_attention, tensors, torch.ones_like(tensors["query"]))
+    expected = run(reference.gathered_attention, tensors, torch.ones_like(tensors["query"]))
+    for name, result in results.items():
+        torch.testing.assert_close(result, expected[name])
+
+
+def test_layouts(device):
+    tensors = make(device, b=1, d=8, n=41)
+    grad = torch.randn(1, 2, 2, 5, 8, device=device)
+    expected = run(gathered_attention, tensors, grad)
+    query = tensors["query"].transpose(2, 3).contiguous().transpose(2, 3)
+    storage = torch.zeros(tensors["key_value"].numel() + 1, device=device)
+    key_value = storage[1:].view(tensors["key_value"].shape).copy_(tensors["key_value"])
+    mask = tensors["mask"].mT.contiguous().mT
+    indices = tensors["indices"].to(torch.int32)
+    null_kv = tensors["null_kv"].mT.contiguous().mT
+    strided = {**tensors, "query": query, "key_value": key_value, "mask": mask, "indices": indices, "null_kv": null_kv}
+    results = run(gathered_attention, strided, grad.mT.contiguous().mT)
+    for name, result in results.items():
+        torch.testing.assert_close(result, expected[name], rtol=0, atol=0)
+    assert results["output"].transpose(2, 3).is_contiguous()
+
+
+def test_lists_that_windows_share(device):
+    """Expanded indices, weights and mask, as those of a sequence no longer than a list."""
+    tensors = make(device, b=1)
+    for name in ("indices", "weights", "mask"):
+        tensors[name] = tensors[name][:, :1].expand(1, 2, 2, 20)
+    check(tensors)
+
+
+def test_extreme_logits(device):
+    tensors = make(device, b=1)
+    tensors["query"] = tensors["query"] * 1e6
+    grad = torch.randn(1, 2, 2, 5, 16, device=device)
+    results = run(gathered_attention, tensors, grad)
+    expected = run(reference.gathered_attention, tensors, grad, torch.float64)
+    # A softmax that far out is a maximum: all or nothing, and no gradient but through the values.
+    torch.testing.assert_close(results["output"].double(), expected["output"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results["null_kv"].double(), expected["null_kv"], rtol=1e-5, atol=1e-5)
+    assert all(result.isfinite().all() for result in results.values())
+
+
+def test_nan_stays_where_it_is_attended_to(device):
+    tensors = make(device, masked=False)
+    tensors["indices"][:, 0], tensors["indices"][:, 1] = torch.arange(20), torch.arange(20, 40)
+    tensors["key_value"][1, 0, 3] = torch.nan
+    nan = gathered_attention(**tensors).isnan()
+    assert nan[1, 0, 0].all()
+    assert nan.sum() == nan[1, 0, 0].numel()
+
+
+@pytest.mark.parametrize("multiply_keys_by_score", [False, True])
+def test_fp64_gradients(device, multiply_keys_by_score):
+    tensors = make(device, w=2, h=2, i=2, d=3, n=6, s=4, dtype=torch.float64)
+
+    def function(query, key_value, weights, null_kv):
+        lists = {"indices": tensors["indices"], "mask": tensors["mask"]}
+        differentiable = {"query": query, "key_value": key_value, "weights": weights, "null_kv": null_kv}
+        return gathered_attention(**differentiable, **lists, multiply_keys_by_score=multiply_keys_by_score)
+
+    inputs = [tensors[name].double().requires_grad_() for name in DIFFERENTIABLE]
+    assert gradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"query": torch.randn(2, 2, 2, 16)}, "query"),
+        ({"query": torch.ones(2, 2, 2, 5, 16, dtype=torch.int64)}, "query"),
+        ({"key_value": torch.randn(2, 2, 40, 16)}, "key_value"),
+        ({"key_value": torch.randn(2, 3, 40, 32)}, "key_value"),
+        ({"key_value": torch.randn(2, 2, 40, 32).half()}, "key_value"),
+        ({"indices": torch.zeros(2, 2, 20, dtype=torch.int64)}, "indices"),
+        ({"indices": torch.zeros(2, 2, 2, 20)}, "indices"),
+        ({"weights": torch.ones(2, 2, 2, 19)}, "weights"),
+        ({"weights": torch.ones(2, 2, 2, 20, dtype=torch.int64)}, "weights"),
+        ({"null_kv": torch.randn(2, 2, 15)}, "null_kv"),
+        ({"mask": torch.ones(2, 2, 2, 1, dtype=torch.bool)}, "mask"),
+        ({"mask": torch.ones(2, 2, 2, 20)}, "mask"),
+    ],
+)
+def test_wrong_arguments(device, arguments, named):
+    for function in (gathered_attention, reference.gathered_attention):
+        with pytest.raises(ValueError, match=rf"^{named} must be .*, got "):
+            function(**{**make("cpu"), **arguments})
+
+
+def test_second_derivative_is_refused(device):
+    tensors = make(device, b=1, w=1)
+    tensors["query"].requires_grad_()
+    (dquery,) = torch.autograd.grad(gathered_attention(**tensors).square().sum(), tensors["query"], create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"reference\.gathered_attention"):
+        dquery.sum().backward()
+
+
+def test_is_bitwise_reproducible(device):
+    tensors = make(device, **({"n": 300, "w": 20, "s": 150} if device == "cuda" else {"b": 1}))
+    grad = torch.randn(tensors["query"].shape, device=device)
+    first, second = (run(gathered_attention, tensors, grad) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_is_an_operator(device):
+    tensors = make(device, b=1, w=1, h=1, r=1, masked=False)
+    for name in DIFFERENTIABLE:
+        tensors[name].requires_grad_()
+    tensors["indices"] = tensors["indices"].to(torch.int32)
+    inputs = [tensor for tensor in tensors.values() if tensor is not None]
+    torch.library.opcheck(torch.ops.colt5.gathered_attention, (*inputs, True))
+
+
+def test_compiles_into_one_graph(device):
+    tensors = make(device, b=1, w=1)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def function(query, key_value, indices, weights, null_kv, mask):
+        return gathered_attention(query, key_value * 2, indices, weights, null_kv, mask=mask)
+
+    grad = torch.randn(tensors["query"].shape, device=device)
+    doubled = {**tensors, "key_value": tensors["key_value"] * 2}
+    compiled, eager = run(function, tensors, grad), run(gathered_attention, doubled, grad)
+    eager["key_value"] *= 2
+    torch.testing.assert_close(compiled, eager)
+
+
+def test_in_its_layer(device):
+    """Under autocast, which gives fp32 weights and parameters with queries and keys in half precision."""
+    sizes = {"dim": 16, "num_heavy_tokens_q": 3, "num_heavy_tokens_kv": 6, "light_window_size": 8, "light_heads": 1}
+    options = {**sizes, "heavy_heads": 2, "heavy_dim_head": 16, "num_routed_kv": 2, "rotary_emb": True}
+    layers = [
+        reference.ConditionalRoutedAutoregressiveAttention(
+            **options, use_triton=use_triton, router_kwargs={"use_triton": False}
+        ).to(device)
+        for use_triton in (True, False, False)
+    ]
+    x = torch.randn(1, 27, 16, device=device)
+    results = []
+    for layer, half in zip(layers, (True, True, False), strict=True):
+        layer.load_state_dict(layers[0].state_dict())
+        with torch.autocast(device, dtype=torch.float16, enabled=half):
+            out = layer(x)
+        results.append((out.double(), *torch.autograd.grad(out.float().square().mean(), layer.heavy_attn.parameters())))
+    for fused, plain, exact in zip(*results, strict=True):
+        roundings = 4 * torch.finfo(torch.float16).eps * exact.abs().max()
+        assert (fused - exact).abs().max() <= torch.maximum(2 * (plain - exact).abs().max(), roundings)
+
+
+@pytest.mark.gpu
+def test_is_captured_in_a_cuda_graph(device):
+    if device == "cpu":
+        pytest.skip("graphs are CUDA's")
+    tensors = make(device, dtype=torch.bfloat16, n=300, s=100, w=8)
+    grad = torch.randn(tensors["query"].shape, device=device).bfloat16()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run(gathered_attention, tensors, grad)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(gathered_attention, tensors, grad)
+    other = make(device, dtype=torch.bfloat16, n=300, s=100, w=8)
+    for name, tensor in tensors.items():
+        tensor.copy_(other[name])
+    graph.replay()
+    eager = run(gathered_attention, tensors, grad)
+    assert all(torch.equal(captured[name], eager[name]) for name in eager)
+
+
+@pytest.mark.gpu
+def test_nothing_is_copied_for_a_window(device):
+    if device == "cpu":
+        pytest.skip("a CPU tensor's windows are gathered one after the other")
+    tensors = make(device, b=1, w=256, h=4, d=64, r=1, n=1024, s=512, i=2, dtype=torch.bfloat16, masked=False)
+    copies = 256 * 512 * tensors["key_value"].shape[-1] * 2
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(gathered_attention, tensors, torch.ones_like(tensors["query"]))
+    assert torch.cuda.max_memory_allocated() - before < copies / 10
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_lists_are_inverted(device, data):
+    b, w, r, n = (data.draw(st.integers(1, most)) for most in (2, 4, 2, 9))
+    s = data.draw(st.integers(1, n))
+    lists = [data.draw(st.permutations(range(n)))[:s] for _ in range(b * w * r)]
+    indices = torch.tensor(lists, device=device).view(b, w, r, s)
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=b * w * r * s, max_size=b * w * r * s)))
+    mask = mask.to(device).view(b, w, r, s)
+    weights = torch.rand(b, w, r, s, device=device)
+    inverse = invert(torch.where(mask, indices, -1).to(torch.int32), weights, n)
+    last = []
+    for flat in range(b * r * n):
+        batch, route, token = flat // n // r, flat // n % r, flat % n
+        places = ((indices == token) & mask)[batch, :, route].nonzero().tolist()
+        entries = slice(*inverse.ends[flat : flat + 2].tolist())
+        assert inverse.windows[entries].tolist() == [window for window, _ in places]
+        assert inverse.weights[entries].tolist() == [weights[batch, window, route, slot] for window, slot in places]
+        last.append(places[-1][0] if places else -1)
+    for sequence, order in enumerate(inverse.order.view(b * r, n).tolist()):
+        assert order == sorted(range(sequence * n, (sequence + 1) * n), key=lambda token: (-last[token], token))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("target", [80, 90])
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 64), (torch.float32, 128)])
+def test_no_register_spills(device, dtype, dim, target):
+    def launch():
+        tensors = make("cpu", b=1, w=2, h=2, i=32, d=dim, r=1, n=200, s=100, dtype=dtype)
+        tensors["indices"].clamp_(0, 199)
+        tensors["query"].requires_grad_()
+        with triton_for_cpu_tensors():
+            gathered_attention(**tensors, multiply_keys_by_score=True).sum().backward()
+
+    kernels = compiled_kernels(launch, target=target)
+    assert len(kernels) == 3
+    assert {kernel["spilled_bytes"] for kernel in kernels} == {0}
+    assert all(kernel["instructions"]["matrix"] for kernel in kernels)

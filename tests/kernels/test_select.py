@@ -1,0 +1,148 @@
+import math
+
+import pytest
+import torch
+import triton
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import reference
+from colt5_bench.static_facts import compiled_kernels
+from kernels import _select_kernels
+from kernels._launch import triton_for_cpu_tensors
+from kernels.select import select
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+pytestmark = pytest.mark.parametrize("device", DEVICES)
+
+
+@pytest.fixture(params=["one program a row", "parts", "sorted"])
+def path(request, monkeypatch):
+    """Each way in which a kernel goes through a row of these tests' length."""
+    if request.param != "one program a row":
+        monkeypatch.setattr(_select_kernels, "CHUNK", 64)
+    if request.param == "sorted":
+        monkeypatch.setattr(_select_kernels, "MOST_RANKED", 0)
+
+
+def check(scores, k, mask=None):
+    """Exactly the reference."""
+    indices = select(scores, num_selected=k, mask=mask)
+    assert indices.dtype == torch.int64
+    assert torch.equal(indices, reference.select(scores, num_selected=k, mask=mask))
+
+
+@pytest.mark.usefixtures("path")
+def test_random_scores(device):
+    scores = torch.randn(2, 150, device=device)
+    for k in (1, 20, 150):
+        check(scores, k)
+    check(scores, 70, torch.rand(2, 150, device=device) > 0.5)
+
+
+@pytest.mark.usefixtures("path")
+def test_ties(device):
+    levels = torch.randint(-2, 3, (2, 140), device=device) / 2
+    levels[0, ::7] = -0.0
+    check(levels, 77)
+    check(torch.full((1, 140), -3.25, device=device), 100, torch.arange(140, device=device) % 3 > 0)
+
+
+@pytest.mark.usefixtures("path")
+def test_extremes(device):
+    scores = torch.randn(3, 90, device=device)
+    scores[0, 5::9], scores[0, 7], scores[1, 3:] = math.nan, -math.nan, -math.inf
+    scores[2, ::2] *= 1e30
+    scores[2, 1::2] *= 1e-42
+    mask = torch.rand(3, 90, device=device) > 0.3
+    mask[1, :50] = False
+    check(scores, 80, mask)
+    check(scores, 40)
+
+
+def test_masked_rows(device):
+    mask = torch.zeros(2, 9, dtype=torch.bool, device=device)
+    mask[1, 4] = True
+    scores = torch.full((2, 9), -math.inf, device=device)
+    assert select(scores, num_selected=4, mask=mask).tolist() == [[0, 1, 2, 3], [4, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(device, dtype):
+    scores = torch.randn(2, 130, device=device).to(dtype)
+    check(scores, 50)
+    check(scores, 50, torch.rand(2, 130, device=device) > 0.5)
+
+
+def test_layouts(device):
+    n = 37
+    storage = torch.randn(2 * n * 3 + 1, device=device)
+    mask = torch.rand(n, device=device) > 0.2
+    for scores in (
+        storage[1 : 1 + 2 * n].view(2, n),
+        storage[: 4 * n].view(2, 2 * n)[:, ::2],
+        storage[: 2 * n].view(n, 2).t(),
+        storage[:n].expand(2, n),
+        storage[: 2 * n].view(2, 1, n),
+        storage[:n],
+        storage[:2].view(2, 1),
+        storage[: 2 * n].view(2, n)[:0],
+    ):
+        check(scores, min(5, scores.shape[-1]), mask[: scores.shape[-1]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [({"num_selected": 0}, "num_selected"), ({"num_selected": 6}, "num_selected"), ({"mask": torch.ones(5)}, "mask")],
+)
+def test_wrong_arguments(device, arguments, named):
+    with pytest.raises(ValueError, match=rf"^{named} must be .*, got "):
+        select(**{"scores": torch.randn(2, 5), "num_selected": 2, **arguments})
+
+
+@pytest.mark.skipif(INTERPRETED, reason="says nothing about kernels")
+def test_is_an_operator(device):
+    scores, mask = torch.randn(2, 9, device=device), torch.rand(2, 9, device=device) > 0.2
+    torch.library.opcheck(torch.ops.colt5.select, (scores, mask, 3))
+    compiled = torch.compile(lambda s: select(s * 2, num_selected=3), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(scores), select(scores * 2, num_selected=3))
+    assert not select(scores.requires_grad_(), num_selected=3).requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [512, 2**20])
+def test_long_rows_and_graphs(device, n):
+    if device == "cpu":
+        pytest.skip("graphs are CUDA's")
+    scores = torch.randn(2, n, device=device)
+    check((scores * 1e3).round(), min(n, 5000))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = select(scores, num_selected=500)
+    scores.copy_(torch.randn_like(scores))
+    for _ in range(2):
+        graph.replay()
+        assert torch.equal(captured, reference.select(scores, num_selected=500))
+
+
+@settings(max_examples=3 if INTERPRETED else 50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.floats(width=32), min_size=1, max_size=30), st.data())
+def test_any_numbers(device, numbers, data):
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(numbers), max_size=len(numbers))), device=device)
+    scores = torch.tensor(numbers, dtype=torch.float32, device=device)
+    check(scores, data.draw(st.integers(1, len(numbers))), mask)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("target", [80, 90])
+def test_no_register_spills(device, target):
+    def launch():
+        with triton_for_cpu_tensors():
+            for n in (4096, 100_000):
+                select(torch.randn(2, n), num_selected=100)
+            select(torch.randn(2, n), num_selected=100, mask=torch.ones(n, dtype=torch.bool))
+
+    kernels = compiled_kernels(launch, target=target)
+    assert {kernel["spilled_bytes"] for kernel in kernels} == {0}
