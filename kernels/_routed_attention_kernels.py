@@ -307,22 +307,22 @@ class Settings(NamedTuple):
 FORWARD = {
     (2, 64): Settings(64, 64, 4, 3),
     (2, 128): Settings(64, 64, 8, 2),
-    (4, 64): Settings(32, 32, 4, 2),
-    (4, 128): Settings(32, 32, 8, 2),
+    (4, 64): Settings(16, 64, 4, 2),
+    (4, 128): Settings(16, 32, 4, 2),
 }
 """By bytes of an entry, and dimensions of a head."""
 
 QUERY = {
-    (2, 64): Settings(64, 64, 4, 2),
+    (2, 64): Settings(64, 64, 4, 3),
     (2, 128): Settings(64, 64, 8, 2),
-    (4, 64): Settings(32, 32, 8, 2),
+    (4, 64): Settings(16, 64, 4, 2),
     (4, 128): Settings(32, 16, 8, 2),
 }
 KEY_VALUE = {
-    (2, 64): Settings(64, 64, 4, 2),
+    (2, 64): Settings(64, 64, 4, 3),
     (2, 128): Settings(64, 64, 8, 2),
-    (4, 64): Settings(32, 32, 8, 2),
-    (4, 128): Settings(32, 16, 8, 2),
+    (4, 64): Settings(16, 64, 4, 2),
+    (4, 128): Settings(16, 32, 8, 2),
 }
 
 
