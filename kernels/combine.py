@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._launch import as_rows, feature_tile, is_traced, multiprocessors, runs_triton
-from reference.combine import check_combine, combined_dtype
+from reference._arguments import check_combine, result_dtype
 
 LONGEST = 8192
 """Most features that the kernel takes; more are left to PyTorch."""
@@ -308,14 +308,12 @@ def _differentiate(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     backward: Callable[..., tuple[Tensor, ...]] = torch.ops.colt5.combine_backward if operator else _backward
     casts = None if light_dtype in (None, dtype) else light_dtype
     drouted, dscores, dlight, dnull = backward(grad, *ctx.saved_tensors, casts)
-    if casts is None:
-        dlight = None if light_dtype is None else grad
     return (
         drouted,
         dscores,
         None,
         None if null_dtype is None else dnull.to(null_dtype),
-        dlight,
+        None if light_dtype is None else dlight if casts else grad,
         None if residual_dtype is None else grad.to(residual_dtype),
         None,
         None,
@@ -377,7 +375,7 @@ def combine(
     """
     check_combine(routed, scores, indices, length, null, light, residual, dtype)
     tensors = (routed, scores, null, light, residual)
-    result = combined_dtype(dtype, *tensors)
+    result = result_dtype(dtype, *tensors)
     batch, _, d = routed.shape
     if not runs_triton(routed) or d > LONGEST or any(t is not None and t.dtype == torch.float64 for t in tensors):
         return _in_pytorch(routed, scores, indices, length, null, light, residual, result)
@@ -416,8 +414,8 @@ def _in_pytorch(
         is_routed = torch.zeros(batch, n + 1, dtype=torch.bool, device=device)
         is_routed = is_routed.scatter(1, indices.long().clamp(max=n), True)[:, :n]
         out = null.to(wide) * ~is_routed.unsqueeze(-1)
-    for branch in (light, residual):
-        out = out if branch is None else out + branch.to(wide)
+    for each in (light, residual):
+        out = out if each is None else out + each.to(wide)
     heavy = (routed.to(wide) * scores.unsqueeze(-1).to(wide)).masked_fill((indices >= n).unsqueeze(-1), 0.0)
     places = torch.arange(batch, device=device)[:, None] * n + indices.clamp(max=n - 1)
     out = out.expand(batch, n, d).reshape(-1, d).index_add(0, places.flatten(), heavy.flatten(0, 1))

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._launch import as_rows, feature_tile, is_traced, multiprocessors, runs_triton
-from reference.normalize import check_normalize, normalized_dtype
+from reference._arguments import check_normalize, result_dtype
 
 LONGEST = 8192
 """Most features that the kernel takes; more are left to PyTorch."""
@@ -312,7 +312,7 @@ def normalize(
         NotImplementedError: a second derivative is asked for, but on the CPU.
     """
     check_normalize(x, weight, bias, eps, dtype)
-    result = normalized_dtype(x, weight, bias, dtype)
+    result = result_dtype(dtype, x, weight, bias)
     if x.dtype == torch.float64 or x.shape[-1] > LONGEST or not runs_triton(x):
         return _in_pytorch(x, weight, bias, center, eps).to(result)
     tensors = (x, weight, bias)
@@ -325,7 +325,7 @@ def normalize(
 
 
 def _in_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, center: bool, eps: float) -> Tensor:
-    wide = torch.promote_types(normalized_dtype(x, weight, bias, None), torch.float32)
+    wide = torch.promote_types(result_dtype(None, x, weight, bias), torch.float32)
     x, weight, bias = x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
     if center:
         return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)

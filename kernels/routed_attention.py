@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels._launch import is_traced, runs_triton
 from kernels._routed_attention_kernels import LARGEST_HEAD, launch_backward, launch_forward
-from reference.routed_attention import check_routed
+from reference._arguments import check_routed
 
 _library = torch.library.Library("colt5", "FRAGMENT")
 _INPUTS = "Tensor query, Tensor key_value, Tensor weights, Tensor null_kv, Tensor? mask, bool multiply_keys"

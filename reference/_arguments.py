@@ -1,6 +1,7 @@
 """Definitions that the plain and the fused operations share: argument checks and the epsilon schedule."""
 
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -127,3 +128,77 @@ def epsilon_schedule(n_iters: int, eps: float, eps_init: float | None, eps_decay
     for _ in range(n_iters + 1):
         yield temperature
         temperature = max(temperature * eps_decay, eps)
+
+
+def result_dtype(dtype: torch.dtype | None, *tensors: Tensor | None) -> torch.dtype:
+    """What dtype a result has if `dtype` is what is asked for: by default the one that all tensors promote to."""
+    given = [tensor.dtype for tensor in tensors if tensor is not None]
+    return reduce(torch.promote_types, given) if dtype is None else dtype
+
+
+def check_normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype | None) -> None:
+    """x is `... d` with d >= 1, weight and bias are `d` on its device, and eps is positive."""
+    require(x.dtype in FLOAT_DTYPES, "x", x.dtype, "a tensor of a float dtype")
+    require(x.ndim >= 1 and x.shape[-1] >= 1, "x", f"shape {tuple(x.shape)}", "of shape (..., d) with d >= 1")
+    for name, each in (("weight", weight), ("bias", bias)):
+        if each is not None:
+            require(each.dtype in FLOAT_DTYPES, name, each.dtype, "a tensor of a float dtype")
+            fits, shape = each.shape == x.shape[-1:], tuple(each.shape)
+            require(fits, name, f"shape {shape}", f"of shape {tuple(x.shape[-1:])}, one entry a feature of x")
+            require(each.device == x.device, name, f"on {each.device}", f"on {x.device} as x is")
+    require(eps > 0, "eps", eps, "> 0")
+    require(dtype is None or dtype in FLOAT_DTYPES, "dtype", dtype, "None or a float dtype")
+
+
+def check_combine(
+    routed: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    length: int,
+    null: Tensor | None,
+    light: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Shapes match, indices are integers, and everything is on one device."""
+    require(routed.ndim == 3, "routed", f"shape {tuple(routed.shape)}", "of shape (b, k, d)")
+    require(length >= 1, "length", length, ">= 1")
+    batch, k, d = routed.shape
+    shapes = {
+        "scores": (scores, (batch, k)),
+        "indices": (indices, (batch, k)),
+        "null": (null, (d,)),
+        "light": (light, (batch, length, d)),
+        "residual": (residual, (batch, length, d)),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None:
+            require(tensor.shape == shape, name, f"shape {tuple(tensor.shape)}", f"of shape {shape}")
+            require(tensor.device == routed.device, name, f"on {tensor.device}", f"on {routed.device} as routed is")
+    require(indices.dtype in (torch.int32, torch.int64), "indices", indices.dtype, "a tensor of int32 or int64")
+    for name, tensor in (("routed", routed), ("scores", scores)):
+        require(tensor.dtype in FLOAT_DTYPES, name, tensor.dtype, "a tensor of a float dtype")
+    require(dtype is None or dtype in FLOAT_DTYPES, "dtype", dtype, "None or a float dtype")
+
+
+def check_routed(query: Tensor, key_value: Tensor, weights: Tensor, null_kv: Tensor, mask: Tensor | None) -> None:
+    """Shapes match, heads are shared evenly between routes, and everything is on one device."""
+    require(query.dtype in FLOAT_DTYPES, "query", query.dtype, "a tensor of a float dtype")
+    require(query.ndim == 3, "query", f"shape {tuple(query.shape)}", "of shape (b, i, h * d)")
+    fits = null_kv.ndim == 3 and null_kv.shape[0] == 2 and null_kv.shape[1] * null_kv.shape[2] == query.shape[2]
+    require(fits, "null_kv", f"shape {tuple(null_kv.shape)}", f"of shape (2, h, d) with h * d = {query.shape[2]}")
+    require(key_value.ndim == 4, "key_value", f"shape {tuple(key_value.shape)}", "of shape (b, r, j, 2 * h / r * d)")
+    (batch, routes, n_keys, width), (_, heads, dim) = key_value.shape, null_kv.shape
+    fits = batch == query.shape[0] and routes >= 1 and heads % routes == 0 and width == 2 * heads // routes * dim
+    allowed = f"of shape ({query.shape[0]}, r, j, 2 * {heads} / r * {dim}), as are {heads} heads of {dim} in r routes"
+    require(fits, "key_value", f"shape {tuple(key_value.shape)}", allowed)
+    require(key_value.dtype == query.dtype, "key_value", key_value.dtype, f"of {query.dtype} as query is")
+    for name, tensor in (("weights", weights), ("mask", mask)):
+        if tensor is not None:
+            shape = (batch, routes, n_keys)
+            require(tensor.shape == shape, name, f"shape {tuple(tensor.shape)}", f"of shape {shape}")
+    if mask is not None:
+        require(mask.dtype == torch.bool, "mask", mask.dtype, "a tensor of dtype torch.bool")
+    for name, tensor in (("key_value", key_value), ("weights", weights), ("null_kv", null_kv), ("mask", mask)):
+        if tensor is not None:
+            require(tensor.device == query.device, name, f"on {tensor.device}", f"on {query.device} as query is")

@@ -4,29 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference._arguments import FLOAT_DTYPES, require
-
-
-def check_normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype | None) -> None:
-    """x is `... d` with d >= 1, weight and bias are `d` on its device, and eps is positive."""
-    require(x.dtype in FLOAT_DTYPES, "x", x.dtype, "a tensor of a float dtype")
-    require(x.ndim >= 1 and x.shape[-1] >= 1, "x", f"shape {tuple(x.shape)}", "of shape (..., d) with d >= 1")
-    for name, each in (("weight", weight), ("bias", bias)):
-        if each is not None:
-            require(each.dtype in FLOAT_DTYPES, name, each.dtype, "a tensor of a float dtype")
-            fits, shape = each.shape == x.shape[-1:], tuple(each.shape)
-            require(fits, name, f"shape {shape}", f"of shape {tuple(x.shape[-1:])}, one entry a feature of x")
-            require(each.device == x.device, name, f"on {each.device}", f"on {x.device} as x is")
-    require(eps > 0, "eps", eps, "> 0")
-    require(dtype is None or dtype in FLOAT_DTYPES, "dtype", dtype, "None or a float dtype")
-
-
-def normalized_dtype(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> torch.dtype:
-    """What dtype the result has if `dtype` is what is asked for."""
-    if dtype is not None:
-        return dtype
-    promoted = torch.promote_types(x.dtype, weight.dtype)
-    return promoted if bias is None else torch.promote_types(promoted, bias.dtype)
+from reference._arguments import check_normalize, result_dtype
 
 
 def normalize(
@@ -58,9 +36,9 @@ def normalize(
         ValueError: an argument is out of its range, or shapes do not match.
     """
     check_normalize(x, weight, bias, eps, dtype)
-    result = normalized_dtype(x, weight, bias, dtype)
+    result = result_dtype(dtype, x, weight, bias)
     # In fp16 a norm can overflow, and the least norm to divide by, 1e-12, is 0.
-    wide = torch.promote_types(normalized_dtype(x, weight, bias, None), torch.float32)
+    wide = torch.promote_types(result_dtype(None, x, weight, bias), torch.float32)
     x, weight = x.to(wide), weight.to(wide)
     bias = None if bias is None else bias.to(wide)
     if center:

@@ -7,32 +7,9 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from reference._arguments import FLOAT_DTYPES, require
+from reference._arguments import check_routed
 from reference._attention import RMSNorm, Rotations, attend, rotate
 from reference._operations import choose, path
-
-
-def check_routed(query: Tensor, key_value: Tensor, weights: Tensor, null_kv: Tensor, mask: Tensor | None) -> None:
-    """Shapes match, heads are shared evenly between routes, and everything is on one device."""
-    require(query.dtype in FLOAT_DTYPES, "query", query.dtype, "a tensor of a float dtype")
-    require(query.ndim == 3, "query", f"shape {tuple(query.shape)}", "of shape (b, i, h * d)")
-    fits = null_kv.ndim == 3 and null_kv.shape[0] == 2 and null_kv.shape[1] * null_kv.shape[2] == query.shape[2]
-    require(fits, "null_kv", f"shape {tuple(null_kv.shape)}", f"of shape (2, h, d) with h * d = {query.shape[2]}")
-    require(key_value.ndim == 4, "key_value", f"shape {tuple(key_value.shape)}", "of shape (b, r, j, 2 * h / r * d)")
-    (batch, routes, n_keys, width), (_, heads, dim) = key_value.shape, null_kv.shape
-    fits = batch == query.shape[0] and routes >= 1 and heads % routes == 0 and width == 2 * heads // routes * dim
-    allowed = f"of shape ({query.shape[0]}, r, j, 2 * {heads} / r * {dim}), as are {heads} heads of {dim} in r routes"
-    require(fits, "key_value", f"shape {tuple(key_value.shape)}", allowed)
-    require(key_value.dtype == query.dtype, "key_value", key_value.dtype, f"of {query.dtype} as query is")
-    for name, tensor in (("weights", weights), ("mask", mask)):
-        if tensor is not None:
-            shape = (batch, routes, n_keys)
-            require(tensor.shape == shape, name, f"shape {tuple(tensor.shape)}", f"of shape {shape}")
-    if mask is not None:
-        require(mask.dtype == torch.bool, "mask", mask.dtype, "a tensor of dtype torch.bool")
-    for name, tensor in (("key_value", key_value), ("weights", weights), ("null_kv", null_kv), ("mask", mask)):
-        if tensor is not None:
-            require(tensor.device == query.device, name, f"on {tensor.device}", f"on {query.device} as query is")
 
 
 def routed_attention(

@@ -326,7 +326,8 @@ def cases(preset: str, device: torch.device) -> list[ModelLayerCase]:
     return made
 
 
-def directions(case: ModelLayerCase) -> tuple[str, ...]:
+def directions(case: LayerCase) -> tuple[str, ...]:
+    assert isinstance(case, ModelLayerCase)
     return (FORWARD,) if case.model in ONLY_FORWARD else both_directions(case)
 
 

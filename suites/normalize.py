@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ class NormalizeCase(Case):
         return 1e-5 if self.center else 1e-12
 
     @property
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         return {"center": self.center, "eps": self.eps, "dtype": getattr(torch, self.result)}
 
 

@@ -166,7 +166,8 @@ def cases(preset: str, device: torch.device) -> list[LengthCase]:
     return made
 
 
-def directions(case: LengthCase) -> tuple[str, ...]:
+def directions(case: LayerCase) -> tuple[str, ...]:
+    assert isinstance(case, LengthCase)
     return (FORWARD,) if case.kind == "autoregressive" and case.n > BLOCK else both_directions(case)
 
 

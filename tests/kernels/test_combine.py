@@ -42,7 +42,7 @@ def check(tensors, indices, n, **options):
     upstream = torch.randn_like(out)
     gradients = torch.autograd.grad(out, list(fused.values()), upstream)
     truths = torch.autograd.grad(expected, list(plain.values()), upstream.double())
-    for name, actual, truth in zip(("out", *fused), (out, *gradients), (expected, *truths), strict=True):
+    for actual, truth in zip((out, *gradients), (expected, *truths), strict=True):
         largest = truth.abs().max().item() if truth.numel() else 0.0
         # A few sums in fp32, and one rounding to the dtype of the result.
         eps = 8 * torch.finfo(torch.float32).eps + (torch.finfo(actual.dtype).eps if actual.dtype.itemsize < 4 else 0)
