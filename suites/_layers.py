@@ -226,10 +226,17 @@ def cost(case: LayerCase, direction: str) -> Cost:
     return Cost(2 * forward + size * elements, flops=TRAINING_PRODUCTS * flops, flops_dtype=flops_dtype)
 
 
+def lenient(case: LayerCase, tensor: str, expected: Tensor, budget: float) -> float:
+    """That of code which rounds in another order; under autocast, where results have passed through bf16, a rounding of
+    the largest to that counts, too: plain PyTorch may happen to be more exact where a few tokens make a gradient."""
+    rounding = torch.finfo(torch.bfloat16).eps if case.layer.autocast else 0.0
+    return max(_descent.lenient(case, tensor, expected, budget), rounding * expected.abs().max().item())
+
+
 REFERENCE = Implementation[LayerCase]("reference", lambda case: ours(case, use_triton=False))
 OURS = Implementation[LayerCase](
     "ours",
     lambda case: ours(case, use_triton=True),
-    bound=_descent.lenient,
+    bound=lenient,
     launching=triton_for_cpu_tensors,
 )

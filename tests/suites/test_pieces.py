@@ -28,7 +28,7 @@ def truths(monkeypatch, kind, sparing, tokens):
         ("block", _pieces.in_pieces, 100),
         ("autoregressive", _pieces.in_pieces, 1),
         ("autoregressive", _pieces.by_window, 1),
-        ("image", _pieces.in_pieces, 8),
+        ("image", _pieces.in_pieces, 512),
     ],
 )
 def test_pieces_make_the_whole(monkeypatch, kind, sparing, tokens):
