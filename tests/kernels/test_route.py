@@ -84,6 +84,22 @@ def test_layouts(device):
         check(view.detach().requires_grad_(), routing_tokens)
 
 
+def test_of_a_router(device):
+    """With blocks, routes, cosines and a mask, beside the plain one."""
+    options = {"num_routing_tokens": 2, "cosine_sim_routing": True, "route_block_size": 16, "n_iters": 3, "eps": 0.3}
+    plain, fused = (
+        reference.CoordinateDescentRouter(20, use_triton=use_triton, straight_through=False, **options).to(device)
+        for use_triton in (False, True)
+    )
+    fused.load_state_dict(plain.state_dict())
+    x, mask = torch.randn(1, 37, 20, device=device), torch.rand(1, 37, device=device) > 0.3
+    expected, found = (router(x, num_tokens=9, mask=mask) for router in (plain, fused))
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.routed_tokens, expected.routed_tokens)
+    assert torch.equal(found.routed_mask, expected.routed_mask)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-4)
+
+
 def test_a_fully_masked_row(device):
     x, routing_tokens = inputs(device)
     mask = torch.tensor([[True], [False]], device=device).expand(2, 37)
