@@ -3,12 +3,14 @@ from functools import partial
 import pytest
 import torch
 import triton
+from torch.utils.flop_counter import FlopCounterMode
 
 import reference
 from colt5_bench.static_facts import compiled_kernels
 from kernels import _descent_forward, _select_kernels
 from kernels._launch import triton_for_cpu_tensors
 from kernels.route import route
+from kernels.routing_scores import routing_scores
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -199,6 +201,18 @@ def test_is_an_operator(device, exact):
     mask = torch.rand(2, 9, device=device) > 0.2
     arguments = (x, routing_tokens, mask, 2, 2.5, 3, 0.3, 1.0, 0.7, exact, True, 4, True)
     torch.library.opcheck(torch.ops.colt5.route, arguments)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="says nothing about kernels")
+@pytest.mark.parametrize("pieces", [False, True])
+def test_flops_are_counted(device, pieces):
+    """Those of scores: 2 x 37 tokens of size 20, 2 routes; and twice as many for the two gradients."""
+    x, routing_tokens = inputs(device)
+    with FlopCounterMode(display=False) as counter:
+        output = routing_scores(x, routing_tokens) if pieces else route(x, routing_tokens, **OPTIONS).weights
+        assert counter.get_total_flops() == 2 * 2 * 37 * 20 * 2
+        output.sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 2 * 37 * 20 * 2
 
 
 @pytest.mark.skipif(INTERPRETED, reason="says nothing about kernels")
