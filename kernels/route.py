@@ -46,9 +46,6 @@ _library.define(
     f"Tensor indices, Tensor scores, Tensor inverse_norms, Tensor state, {_NUMBERS}, bool needs_x) -> (Tensor, Tensor)"
 )
 
-Numbers = tuple[int, float, int, float, float, float, bool, bool, int | None]
-"""The arguments of both operators that are no tensors, in their order."""
-
 
 def _blocks(n: int, block_size: int | None) -> tuple[int, int]:
     """How many blocks of n tokens, and how many tokens of each."""
