@@ -44,7 +44,7 @@ LARGEST: tl.constexpr = tl.constexpr(in_pytorch.LARGEST)
 
 
 @triton.jit
-def _direct_gradient(scores, grad, a, temperature, factor, HAS_MASK: tl.constexpr):
+def direct_gradient(scores, grad, a, temperature, factor, HAS_MASK: tl.constexpr):
     """The gradient of the scores through the output alone, at constant a: g y / temperature where y < 1."""
     slope, offset, rest = exponent_line(-a, factor)
     scale = exp2(rest.to(tl.float32)) * inverse(temperature).to(tl.float32)
@@ -83,7 +83,7 @@ def _grad_a_kernel(
     a = tl.load(row_state(state_ptr, rows, n_iters) + n_iters - 1)
     schedule_ptr = row_state(state_ptr, n_rows + tl.zeros((), tl.int64), n_iters) + n_iters
     temperature, factor = tl.load(schedule_ptr), tl.load(schedule_ptr + n_iters + 1)
-    direct = _direct_gradient(scores, grad, a, temperature, factor, HAS_MASK)
+    direct = direct_gradient(scores, grad, a, temperature, factor, HAS_MASK)
     grad_a = tl.sum(sum_in_thread(direct, REPEATS, ROWS, WIDTH), axis=1)
     tl.store(grad_a_ptr + tl.program_id(0) + tl.arange(0, ROWS), grad_a)
 
@@ -134,7 +134,7 @@ def _backward_kernel(
     inverse_k = inverse(load_k(k_ptr, rows, k, n_rows, HAS_K))
     if SLOTS == 1:
         grad = tl.load(grad_ptrs, mask=exists, other=0.0).to(tl.float32)
-        direct = _direct_gradient(scores, grad, last_a, last_temperature, last_factor, HAS_MASK)
+        direct = direct_gradient(scores, grad, last_a, last_temperature, last_factor, HAS_MASK)
         grad_a = tl.sum(sum_in_thread(direct, REPEATS, ROWS, WIDTH), axis=1)
     else:
         in_slot = tl.zeros([SLOTS], tl.float64)
@@ -190,7 +190,7 @@ def _backward_kernel(
     again = opaque(rows)
     last_a = tl.load(row_state(state_ptr, again, n_iters) + n_iters - 1, mask=row_exists, other=0.0)
     grad = tl.load(tile_pointers(grad_ptr, again, columns, grad_stride), mask=exists, other=0.0).to(tl.float32)
-    ds = _direct_gradient(scores, grad, last_a, last_temperature, last_factor, HAS_MASK) - through_a
+    ds = direct_gradient(scores, grad, last_a, last_temperature, last_factor, HAS_MASK) - through_a
     if HAS_MASK:
         ds = tl.where(scores == LOWEST, 0.0, ds)
     tl.store(tile_pointers(ds_ptr, rows, columns, n), ds.to(ds_ptr.dtype.element_ty), mask=exists)

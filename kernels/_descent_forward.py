@@ -67,14 +67,14 @@ def _masked_count_in_thread(
 
 
 @triton.jit
-def _first_step(log_k, highest, n_valid, temperature):
+def first_step(log_k, highest, n_valid, temperature):
     """a after the first iteration, and the highest score as fp64; finite for a row without a valid entry."""
     a = temperature * (log_k - tl.log(n_valid))
     return tl.where(n_valid == 0, 0.0, a), tl.where(n_valid == 0, 0.0, highest.to(tl.float64))
 
 
 @triton.jit
-def _cool(temperature, eps_decay, eps):
+def cool(temperature, eps_decay, eps):
     """The next temperature of the schedule, and log2(e) over it."""
     temperature = tl.maximum(temperature * eps_decay, eps)
     return temperature, log2_e_over(temperature)
@@ -140,12 +140,12 @@ def descend(
     log_k = tl.log(k_of_row)
     temperature = first + tl.zeros((), tl.float64)
     factor = log2_e_over(temperature)
-    a, highest = _first_step(log_k, highest, n_valid, temperature)
+    a, highest = first_step(log_k, highest, n_valid, temperature)
     if SAVE:
         save_step(state_ptr, rows, part, n_rows, n_iters, 0, a, tl.zeros([ROWS], tl.float64), temperature, factor)
 
     for t in range(1, cooling):
-        temperature, factor = _cool(temperature, eps_decay, eps)
+        temperature, factor = cool(temperature, eps_decay, eps)
         threshold = -a
         anchor = tl.where(highest < threshold, highest, threshold)
         slope, offset, rest = exponent_line(anchor, factor)
@@ -162,7 +162,7 @@ def descend(
             ratio = above * inverse(total)
             save_step(state_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature, factor)
 
-    temperature, factor = _cool(temperature, eps_decay, eps)
+    temperature, factor = cool(temperature, eps_decay, eps)
     weights, slope, offset, base, r, r_highest = _weigh(scores, a, highest, temperature)
     below = round_down(-a)
     for t in range(tl.maximum(cooling, 1), n_iters):
@@ -331,12 +331,12 @@ def _streaming_kernel(
         log_k = tl.log(load_k(k_ptr, rows, k, n_rows, HAS_K))
         temperature = first + tl.zeros((), tl.float64)
         factor = log2_e_over(temperature)
-        a, highest = _first_step(log_k, highest, n_valid, temperature)
+        a, highest = first_step(log_k, highest, n_valid, temperature)
         if SAVE:
             save_step(state_ptr, rows, part, n_rows, n_iters, 0, a, tl.zeros([1], tl.float64), temperature, factor)
 
         for t in range(1, n_iters):
-            temperature, factor = _cool(temperature, eps_decay, eps)
+            temperature, factor = cool(temperature, eps_decay, eps)
             anchor = tl.where(highest < -a, highest, -a)
             threshold = per_row(round_down(-a))
             slope, offset, rest = exponent_line(anchor, factor)
@@ -362,7 +362,7 @@ def _streaming_kernel(
                 ratio = above * inverse(total)
                 save_step(state_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature, factor)
 
-        temperature, factor = _cool(temperature, eps_decay, eps)
+        temperature, factor = cool(temperature, eps_decay, eps)
         if SAVE:
             ratio = tl.zeros([1], tl.float64)
             save_step(state_ptr, rows, part, n_rows, n_iters, n_iters, a, ratio, temperature, factor)

@@ -7,6 +7,7 @@ from reference.coor_descent import coor_descent
 from reference.feedforward import ConditionalRoutedFeedForward
 from reference.gathered_attention import gathered_attention
 from reference.image import ConditionalRoutedImageAttention
+from reference.route_prefixes import PrefixSelection, route_prefixes
 from reference.router import CoordinateDescentRouter, RouterReturn
 from reference.soft_topk import soft_topk
 from reference.topk import TopkReturn, topk
@@ -21,10 +22,12 @@ __all__ = [
     "ConditionalRoutedTransformerBlock",
     "ConditionalRoutedViT",
     "CoordinateDescentRouter",
+    "PrefixSelection",
     "RouterReturn",
     "TopkReturn",
     "coor_descent",
     "gathered_attention",
+    "route_prefixes",
     "soft_topk",
     "topk",
 ]

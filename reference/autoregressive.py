@@ -1,6 +1,6 @@
 """The routed attention layer for autoregressive models."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reference._arguments import check_counts, check_tokens
 from reference._attention import RotaryEmbedding, WindowedAttention, rotate
-from reference._operations import choose
+from reference._operations import choose, fused
 from reference.attention import RoutedBranch, angles_at
 from reference.gathered_attention import gather_and_attend
 from reference.router import RouterReturn, Selection, gather_tokens
@@ -90,6 +90,15 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         self._attend = choose("gathered_attention", partial(gather_and_attend, use_flash=use_flash_attn), use_triton)
         self.light_attn = WindowedAttention(dim, light_window_size, light_dim_head, light_heads, causal=True)
         self.rotary_emb = RotaryEmbedding(heavy_dim_head) if rotary_emb else None
+
+        router, segments = self.kv_router, (router_kwargs or {}).get("triton_checkpoint_segments")
+        covered = router.solver == "coor_descent" and router.route_block_size is None and segments is None
+        wanted = torch.cuda.is_available() if router.use_triton is None else router.use_triton
+        self._route_prefixes: Callable[..., Any] | None = fused("route_prefixes") if covered and wanted else None
+
+    def extra_repr(self) -> str:
+        path = "rows with a mask" if self._route_prefixes is None else "kernels.route_prefixes unless random_route"
+        return f"heavy_window_size={self.heavy_window_size}, kv_routing={path!r}"
 
     def forward(
         self,
@@ -208,15 +217,42 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
     def _route_windows(
         self, padded: Tensor, num_tokens: int, routing_tokens: Tensor | None, random_route: bool
     ) -> Selection:
-        """Keys and values of each window but the first, from the tokens before it: `b w r s`."""
+        """Keys and values of each window but the first, from the tokens before it: `b w r s`.
+
+        On the way of the kernels, scores are not copied for each window; they take neither the exact solver nor blocks.
+        """
         (batch, n, _), routes = padded.shape, self.kv_router.num_routing_tokens
-        starts = torch.arange(self.heavy_window_size, n, self.heavy_window_size, device=padded.device)
-        before = rearrange(torch.arange(n, device=padded.device) < starts[:, None], "w n -> w 1 n")
         if n <= num_tokens:
-            mask = before.expand(batch, len(starts), routes, n)
+            before = self._before_windows(n, padded.device)
+            mask = before.expand(batch, len(before), routes, n)
             indices = torch.arange(n, device=padded.device).expand(mask.shape)
             return Selection(indices, padded.new_ones(mask.shape), mask)
 
-        scores = repeat(self.kv_router.score(padded, routing_tokens), "b r n -> b w r n", w=len(starts))
-        selection = self.kv_router.select(scores, num_tokens, before, random_route)
+        selection = self._select_before(self.kv_router.score(padded, routing_tokens), num_tokens, random_route)
         return selection._replace(weights=selection.weights.to(padded.dtype))
+
+    def _before_windows(self, n: int, device: torch.device) -> Tensor:
+        """Which of n tokens are before each window but the first: `w 1 n`."""
+        positions = torch.arange(n, device=device)
+        return rearrange(positions < positions[self.heavy_window_size :: self.heavy_window_size, None], "w n -> w 1 n")
+
+    def _select_before(self, scores: Tensor, num_tokens: int, random_route: bool) -> Selection:
+        """From scores `b r n` what each window but the first selects of the tokens before it: `b w r s`."""
+        router, n = self.kv_router, scores.shape[-1]
+        if random_route or self._route_prefixes is None or not (router.use_triton or scores.is_cuda):
+            before = self._before_windows(n, scores.device)
+            rows = repeat(scores, "b r n -> b w r n", w=len(before))
+            return router.select(rows, num_tokens, before, random_route)
+        fetched = num_tokens * (router.fetch_k_ratio if router.normalize_to == "fetched" else 1.0)
+        indices, weights, mask = self._route_prefixes(
+            scores,
+            window_size=self.heavy_window_size,
+            num_selected=router.num_selected(num_tokens, n),
+            k=min(fetched, n),
+            n_iters=router.n_iters,
+            eps=router.eps,
+            eps_init=router.eps_init,
+            eps_decay=router.eps_decay,
+        )
+        weights = router.weigh(weights)
+        return Selection(indices, weights if mask is None else weights.masked_fill(~mask, 0.0), mask)

@@ -256,6 +256,37 @@ def test_the_sequence_is_not_copied_for_each_window(build):
     assert largest < 127 * 1024 * 16 * 4 / 2
 
 
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [
+        ({"num_routed_kv": 2}, "kernels.route_prefixes"),
+        ({"heavy_window_size": 5, "router_straight_through": False, "rotary_emb": True}, "kernels.route_prefixes"),
+        ({"router_kwargs": {"normalize_to": "selected"}, "multiply_keys_by_score": True}, "kernels.route_prefixes"),
+        ({"router_kwargs": {"cosine_sim_routing": True}, "causal_query_routing": True}, "kernels.route_prefixes"),
+        ({"router_kwargs": {"solver": "exact"}}, "rows with a mask"),
+        ({"router_kwargs": {"route_block_size": 16}}, "rows with a mask"),
+        ({"router_kwargs": {"triton_checkpoint_segments": 2}}, "rows with a mask"),
+        ({"router_kwargs": {"use_triton": False}}, "rows with a mask"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_kv", [10, 99])
+def test_prefixes_are_routed_as_masked_rows_are(layer, options, path, num_kv):
+    plain = layer(**options)
+    routed = layer(**{"use_triton": True, **options})
+    routed.load_state_dict(plain.state_dict())
+    assert "kv_routing='rows with a mask'" in repr(plain)
+    assert f"kv_routing='{path}" in repr(routed)
+    expected, out = (attention(X, num_heavy_tokens_kv=num_kv) for attention in (plain, routed))
+    torch.testing.assert_close(out, expected)
+    expected.square().sum().backward()
+    out.square().sum().backward()
+    # Nothing is selected, and nothing scored, where there is room for all.
+    assert (plain.kv_router.routing_token.grad is None) == (num_kv == 99)
+    for ours, theirs in zip(routed.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 @pytest.mark.parametrize("causal_query_routing", [False, True])
 @pytest.mark.parametrize("n", [0, 1, 8])
 def test_short_sequences(layer, n, causal_query_routing):

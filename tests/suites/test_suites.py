@@ -25,7 +25,15 @@ def conditions():
 
 
 def test_every_suite_is_found():
-    of_operations = {"coor_descent", "segments", "gradients", "topk", "soft_topk", "gathered_attention"}
+    of_operations = {
+        "coor_descent",
+        "gathered_attention",
+        "gradients",
+        "route_prefixes",
+        "segments",
+        "soft_topk",
+        "topk",
+    }
     assert set(SUITES) == of_operations | {"layers", "sequence_length", "heads", "flops", "routing"}
 
 

@@ -1,0 +1,67 @@
+"""`kernels.route_prefixes` in PyTorch, one window after the other: what a CPU tensor gets."""
+
+import torch
+from torch import Tensor
+
+from kernels import _coor_descent_torch as in_pytorch
+from kernels._descent_state import views_of
+from reference._arguments import epsilon_schedule
+
+
+def forward(
+    scores: Tensor,  # b r n
+    window_size: int,
+    k: float,
+    schedule: tuple[int, float, float, float],
+    indices: Tensor,  # b w r s
+    weights: Tensor,  # b w r s
+    state: Tensor,  # b*w*r+1 2 n_iters+1, fp64
+) -> None:
+    """Write indices, weights and state; see `kernels.route_prefixes`."""
+    batch, windows, routes, selected = indices.shape
+    rows = scores.reshape(batch * routes, -1)
+    temperatures = list(epsilon_schedule(*schedule))
+    for window in range(windows):
+        length = (window + 1) * window_size
+        prefix = rows[:, :length]
+        kept = [torch.empty(len(rows), schedule[0], dtype=torch.float64) for _ in range(2)]
+        y = in_pytorch.forward(prefix, None, in_pytorch.wide_k(prefix, None, k), temperatures, kept)
+        for of_prefixes, of_window in zip(views_of(state), kept, strict=True):
+            _of_window(of_prefixes, indices, window).copy_(of_window.view(batch, routes, -1))
+        largest = prefix.sort(dim=-1, descending=True, stable=True).indices[:, :selected]
+        found = largest.shape[-1]
+        indices[:, window, :, :found] = largest.view(batch, routes, -1)
+        indices[:, window, :, found:] = torch.arange(found, selected)
+        weights[:, window, :, :found] = y.gather(-1, largest).view(batch, routes, -1)
+        weights[:, window, :, found:] = 0.0
+
+
+def backward(
+    grad: Tensor,  # b w r s
+    scores: Tensor,  # b r n
+    window_size: int,
+    k: float,
+    schedule: tuple[int, float, float, float],
+    indices: Tensor,  # b w r s
+    state: Tensor,  # b*w*r+1 2 n_iters+1, fp64
+    ds: Tensor,  # b r n, zeros
+) -> None:
+    """Add the gradient of the scores, window by window."""
+    batch, windows, routes, _ = indices.shape
+    rows = scores.reshape(batch * routes, -1)
+    temperatures = list(epsilon_schedule(*schedule))
+    for window in range(windows):
+        length = (window + 1) * window_size
+        prefix = rows[:, :length]
+        kept = [_of_window(numbers, indices, window).flatten(0, 1) for numbers in views_of(state)]
+        of_selected, position = (x[:, window].flatten(0, 1)[:, :length] for x in (grad, indices))
+        of_prefix = torch.zeros_like(prefix, dtype=grad.dtype).scatter_(-1, position, of_selected)
+        of_scores, _ = in_pytorch.backward(
+            of_prefix, prefix, None, in_pytorch.wide_k(prefix, None, k), temperatures, *kept
+        )
+        ds[..., :length] += of_scores.view(batch, routes, -1)
+
+
+def _of_window(numbers: Tensor, indices: Tensor, window: int) -> Tensor:
+    """Of numbers `(b w r) t`, those of one window: `b r t`."""
+    return numbers.view(*indices.shape[:3], -1)[:, window]

@@ -1,0 +1,101 @@
+"""Routing for autoregressive attention: each window of a sequence selects from all tokens before it."""
+
+from math import ceil
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reference._arguments import check_counts, check_k, check_schedule, check_scores, require
+from reference.coor_descent import coor_descent
+
+
+class PrefixSelection(NamedTuple):
+    """What each window but the first selects from the tokens before it, the largest score first: each `b w r s`."""
+
+    indices: Tensor
+    """int64. Where a window has fewer than s tokens before it, all of these, then the ones that follow."""
+
+    weights: Tensor
+    """The relaxed selection, in fp32 at least; 0 for what is not before the window."""
+
+    mask: Tensor | None
+    """False for what is not before the window; None where every window has s tokens before it."""
+
+
+def route_prefixes(
+    scores: Tensor,
+    *,
+    window_size: int,
+    num_selected: int,
+    k: float,
+    n_iters: int,
+    eps: float = 0.1,
+    eps_init: float | None = None,
+    eps_decay: float = 1.0,
+) -> PrefixSelection:
+    """Select, for each window but the first, the largest scores before it, weighted by coordinate descent over these.
+
+    A row of coordinate descent is a prefix of the scores, window by window (CoLT5, https://arxiv.org/abs/2303.09752,
+    section 3.1, with a mask of what is before a window). Of equal scores the first is selected. A token that is
+    selected by some windows is so by all from the first after it to the last of them: more tokens only take places.
+
+    Args:
+        scores: `b r n`, any float dtype.
+        window_size: tokens of a window; the last one may be shorter.
+        num_selected: s, how many are selected, from 1 to n.
+        k: how many entries a row of coordinate descent should sum to, whatever its length.
+        n_iters, eps, eps_init, eps_decay: of coordinate descent; `reference.coor_descent` explains them.
+
+    Returns:
+        Indices, weights and mask, `b w r s` for the w = ceil(n / window_size) - 1 windows after the first. Weights have
+        a gradient. All of a window's are NaN if there is a NaN before it, which counts as the largest score.
+
+    Raises:
+        ValueError: an argument is out of its range, or shapes do not match.
+    """
+    check_prefixes(scores, window_size, num_selected, k)
+    check_schedule(n_iters, eps, eps_init, eps_decay)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    n = scores.shape[-1]
+    following = torch.arange(num_selected, device=scores.device)
+    # There may be no window after the first.
+    weights = [scores[:, None, :, :1][:, :0].expand(-1, -1, -1, num_selected)]
+    indices = [weights[0].long()]
+    for length in range(window_size, n, window_size):
+        prefix = scores[..., :length]
+        y = coor_descent(prefix, n_iters=n_iters, k=k, eps=eps, eps_init=eps_init, eps_decay=eps_decay)
+        largest = prefix.detach().sort(dim=-1, descending=True, stable=True).indices[..., :num_selected]
+        rest = following[length:].expand(*largest.shape[:-1], -1)
+        indices.append(torch.cat((largest, rest), dim=-1)[:, None])
+        weights.append(F.pad(y.gather(-1, largest), (0, rest.shape[-1]))[:, None])
+    return PrefixSelection(
+        torch.cat(indices, dim=1), torch.cat(weights, dim=1), mask_of_prefixes(scores, window_size, num_selected)
+    )
+
+
+def check_prefixes(scores: Tensor, window_size: int, num_selected: int, k: float) -> None:
+    """Scores are `b r n`; at least one and at most n of them are selected, from windows of at least one token."""
+    check_scores(scores, None)
+    require(scores.ndim == 3, "scores", f"shape {tuple(scores.shape)}", "of shape (b, r, n)")
+    check_counts(window_size=window_size, num_selected=num_selected)
+    n = scores.shape[-1]
+    require(num_selected <= n, "num_selected", num_selected, f"at most n = {n}")
+    require(not isinstance(k, Tensor), "k", "a tensor", "a number")
+    check_k(k, scores)
+
+
+def windows_with_a_prefix(n: int, window_size: int) -> int:
+    """How many windows of n tokens there are after the first."""
+    return max(ceil(n / window_size) - 1, 0)
+
+
+def mask_of_prefixes(scores: Tensor, window_size: int, num_selected: int) -> Tensor | None:
+    """Which of the selected are before the window, `b w r s`, as a view of `w s`; None if all are."""
+    if window_size >= num_selected:
+        return None
+    batch, routes, n = scores.shape
+    lengths = torch.arange(1, windows_with_a_prefix(n, window_size) + 1, device=scores.device) * window_size
+    before = torch.arange(num_selected, device=scores.device) < lengths[:, None]
+    return before[None, :, None].expand(batch, -1, routes, -1)

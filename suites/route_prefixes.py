@@ -1,0 +1,142 @@
+"""Routing for autoregressive attention: every window selects from all tokens before it, by length of the sequence."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+import kernels
+import reference
+from colt5_bench.case import FORWARD, Cost, Problem, Truth
+from colt5_bench.replay import replay
+from colt5_bench.suite import Implementation, Suite
+from suites import _descent
+from suites._descent import DECAYING, DescentCase, both_directions, implementations
+
+ROUTES, WINDOW, SELECTED = 2, 128, 1024
+"""Of the example of the system's document."""
+
+
+@dataclass(frozen=True)
+class PrefixCase(DescentCase):
+    """Coordinate descent on every prefix of a number of windows, of which 8 / 9 k entries are selected."""
+
+    batch: int
+    """`rows` of scores are those of so many sequences."""
+
+    window_size: int
+
+    @property
+    def num_selected(self) -> int:
+        return self.k * 8 // 9
+
+    def lengths(self) -> range:
+        """Of the prefixes."""
+        return range(self.window_size, self.n, self.window_size)
+
+
+def cases(preset: str, device: torch.device) -> list[PrefixCase]:
+    def at(batch: int, n: int, window_size: int = WINDOW, selected: int = SELECTED) -> PrefixCase:
+        case = PrefixCase.at(batch * ROUTES, n, 20, DECAYING, batch=batch, window_size=window_size)
+        return replace(case, k=selected * 9 // 8)
+
+    if preset == "smoke":
+        return [at(1, 96, window_size=16, selected=24)]
+    if device.type != "cuda":
+        return [at(1, 2048), at(1, 4096)] if preset == "full" else [at(1, 2048)]
+    return [at(2, 8192), at(2, 32768), *([at(1, 131072), at(1, 1048576)] if preset == "full" else [])]
+
+
+def directions(case: PrefixCase) -> tuple[str, ...]:
+    """Of a million tokens, the answer alone for the gradient would take hours."""
+    return (FORWARD,) if case.n > 131072 else both_directions(case)
+
+
+def problem(case: PrefixCase, device: torch.device) -> Problem:
+    generator, routes = case.generator(), case.rows // case.batch
+    scores = case.std * torch.randn(case.batch, routes, case.n, generator=generator)
+    upstream = torch.randn(case.batch, len(case.lengths()), routes, case.num_selected, generator=generator)
+    return Problem({"scores": scores.to(device)}, upstream.to(device))
+
+
+def weights(function: Callable[..., reference.PrefixSelection], case: PrefixCase) -> Callable[..., Tensor]:
+    return lambda scores: (
+        function(scores, window_size=case.window_size, num_selected=case.num_selected, **case.arguments).weights
+    )
+
+
+def plain(case: PrefixCase) -> Callable[..., Tensor]:
+    return weights(reference.route_prefixes, case)
+
+
+def in_masked_rows(case: PrefixCase) -> Callable[..., Tensor]:
+    """As the plain layer does it: the scores once for each window, with a mask."""
+
+    def select(scores: Tensor) -> Tensor:
+        lengths = torch.arange(case.window_size, case.n, case.window_size, device=scores.device)
+        before = torch.arange(case.n, device=scores.device) < lengths[:, None, None]
+        rows = repeat(scores, "b r n -> b w r n", w=len(lengths))
+        relaxed = reference.coor_descent(rows, mask=before, **case.arguments)
+        indices = rows.detach().masked_fill(~before, -torch.inf).topk(case.num_selected, dim=-1).indices
+        return relaxed.gather(-1, indices)
+
+    return select
+
+
+def truth(case: PrefixCase, problem: Problem, direction: str) -> Truth:
+    """The definition in fp64, a window at a time."""
+    scores, outputs = problem.inputs["scores"].detach().double(), []
+    gradient, at_kink = torch.zeros_like(scores), torch.zeros_like(scores, dtype=torch.bool)
+    for window, length in enumerate(case.lengths()):
+        prefix = scores[..., :length].clone().requires_grad_(direction != FORWARD)
+        y = reference.coor_descent(prefix, **case.arguments)
+        largest = prefix.detach().sort(dim=-1, descending=True, stable=True).indices[..., : case.num_selected]
+        selected = torch.nn.functional.pad(y.gather(-1, largest), (0, case.num_selected - largest.shape[-1]))
+        outputs.append(selected.detach())
+        if direction != FORWARD:
+            (of_prefix,) = torch.autograd.grad(selected, prefix, problem.upstream[:, window].double())
+            gradient[..., :length] += of_prefix
+            at_kink |= _descent.rows_at_kink(replace(case, n=length), prefix.detach())[..., None]
+    output = torch.stack(outputs, dim=1)
+    return Truth(output) if direction == FORWARD else Truth(output, {"scores": gradient}, {"scores": at_kink})
+
+
+def cost(case: PrefixCase, direction: str) -> Cost:
+    """Scores read, and an index and a weight written for each selected entry; then the gradient of the weights, indices
+    and scores read, and the gradient of the scores written.
+
+    An exponential for each entry and temperature, which prefixes can share, and one for each weight; and as many again.
+    Adding them up, for each prefix and iteration, takes longer than all this and is not counted here.
+    """
+    _, *later, _ = case.temperatures()
+    entries = case.rows * case.n
+    selected = case.rows * len(case.lengths()) * case.num_selected
+    exponentials = entries * len(set(later)) + selected
+    forward = 4 * entries + 12 * selected
+    if direction == FORWARD:
+        return Cost(bytes=forward, exponentials=exponentials)
+    return Cost(bytes=forward + 12 * selected + 8 * entries, exponentials=2 * exponentials)
+
+
+SUITE = Suite(
+    name="route_prefixes",
+    description="routing from every prefix of a sequence",
+    cases=cases,
+    directions=directions,
+    implementations=implementations(
+        Implementation("reference", plain),
+        Implementation("masked_rows", in_masked_rows),
+        Implementation[PrefixCase]("ours", lambda case: weights(kernels.route_prefixes, case)),
+    ),
+    reference="reference",
+    problem=problem,
+    truth=truth,
+    plain=plain,
+    cost=cost,
+)
+
+
+def test_route_prefixes(record, benchmark):
+    replay(record, benchmark)
