@@ -4,6 +4,7 @@ Processes are forked from a server that has imported PyTorch and the like, and h
 """
 
 import ctypes
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -109,15 +110,18 @@ class Measurer:
         except BrokenContextError as error:
             self.isolated = True
             if conditions.device.type == "cuda":
-                _let_go_of(conditions.device)
+                _let_go_of(conditions.device, error)
             return _Attempt(error.finished, str(error))
 
 
-def _let_go_of(device: torch.device) -> None:
+def _let_go_of(device: torch.device, error: BrokenContextError) -> None:
     """Free the memory that a lost context holds on to: other processes are to measure with all of it.
 
-    PyTorch has no call for that, and nothing of it may use the GPU in this process any more.
+    PyTorch has no call for that. Nor must it free a tensor or an event of that context any more: an error in a
+    destructor ends the process. So whatever was under way lives on for ever, in the frames of its error or as garbage.
     """
+    gc.freeze()
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(error))
     driver, handle = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
     driver.cuDeviceGet(ctypes.byref(handle), device.index or 0)
     driver.cuDevicePrimaryCtxReset_v2(handle)

@@ -97,7 +97,8 @@ class TestPage:
 
     def test_conditions_are_shown_once(self, tmp_path):
         run = run_of(timed("ours", 1))
-        run.environments["b"] = {**ENVIRONMENT, "key": "b", "command": "bench.py --suite other"}
+        of_the_run = {"command": "bench.py --suite other", "options": {"suite": "other"}, "expected": 4}
+        run.environments["b"] = {**ENVIRONMENT, "key": "b", **of_the_run}
         page = page_of(tmp_path, run)
         assert page.count('<details class="environment">') == 1
         assert "bench.py --suite other" in page

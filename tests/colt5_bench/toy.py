@@ -72,18 +72,22 @@ def hanging(scores):
     return 2 * scores
 
 
+def take(share, device):
+    """So much of a GPU's memory, for a moment; PyTorch's allocator keeps it."""
+    torch.empty(int(share * torch.cuda.get_device_properties(device).total_memory), dtype=torch.uint8, device=device)
+
+
 def greedy(scores):
-    """Needs most of a GPU's memory."""
+    """Needs more of a GPU's memory than is left beside `breaking`; a graph of it, as much again."""
     if scores.is_cuda:
-        size = int(0.6 * torch.cuda.get_device_properties(scores.device).total_memory)
-        torch.empty(size, dtype=torch.uint8, device=scores.device)
+        take(0.4, scores.device)
     return 2 * scores
 
 
 def breaking(scores):
     """Breaks the context of a GPU, most of whose memory it had; where there is none it says so all the same."""
     if scores.is_cuda:
-        greedy(scores)
+        take(0.7, scores.device)
         return 2 * scores.gather(-1, torch.full_like(scores, 1000, dtype=torch.int64))
     raise torch.AcceleratorError("CUDA error: device-side assert triggered\nCUDA kernel errors might be ...")
 
