@@ -77,8 +77,10 @@ def _place(program, n, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.co
     The heads of one block run side by side, as they are in memory.
     """
     head = program % HEADS
-    batch = tl.program_id(1).to(tl.int64)
-    return program // HEADS * BLOCK, batch * n, head * HEAD_DIM, (batch * HEADS + head) * n
+    block = program // HEADS
+    blocks = tl.cdiv(n, BLOCK)
+    batch = (block // blocks).to(tl.int64)
+    return block % blocks * BLOCK, batch * n, head * HEAD_DIM, (batch * HEADS + head) * n
 
 
 @triton.jit
@@ -400,9 +402,10 @@ def launch_backward(
     )
 
 
-def _grid(programs: int, out: Tensor, settings: Settings) -> tuple[int, int]:
+def _grid(programs: int, out: Tensor, settings: Settings) -> tuple[int]:
+    """So many programs for each block of each sequence."""
     batch, n, _ = out.shape
-    return programs * triton.cdiv(n, settings.block), batch
+    return (programs * triton.cdiv(n, settings.block) * batch,)
 
 
 def _settings(
