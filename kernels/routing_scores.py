@@ -97,8 +97,8 @@ register_flop_formula(torch.ops.colt5.routing_scores)(count_flops)
 
 @register_flop_formula(torch.ops.colt5.routing_scores_backward)
 def _count_backward_flops(*arguments: Any, **_: object) -> int:
-    _, x_shape, routing_shape, *_, needs_x = arguments
-    return count_flops(x_shape, routing_shape) * (2 if needs_x else 1)
+    needs_x = arguments[-1]
+    return count_flops(*arguments[1:3]) * (2 if needs_x else 1)
 
 
 for _device in ("CPU", "CUDA"):
