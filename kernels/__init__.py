@@ -6,6 +6,7 @@ from kernels.gathered_attention import gathered_attention
 from kernels.normalize import normalize
 from kernels.route import route
 from kernels.route_prefixes import route_prefixes
+from kernels.routed_attention import routed_attention
 from kernels.routing_scores import routing_scores
 from kernels.segmented_coor_descent import segmented_coor_descent
 from kernels.select import select
@@ -20,6 +21,7 @@ __all__ = [
     "normalize",
     "route",
     "route_prefixes",
+    "routed_attention",
     "routing_scores",
     "segmented_coor_descent",
     "select",

@@ -11,6 +11,7 @@ from reference.image import ConditionalRoutedImageAttention
 from reference.normalize import normalize
 from reference.route import RouteReturn, route
 from reference.route_prefixes import PrefixSelection, route_prefixes
+from reference.routed_attention import routed_attention
 from reference.router import CoordinateDescentRouter, RouterReturn
 from reference.routing_scores import routing_scores
 from reference.select import select
@@ -38,6 +39,7 @@ __all__ = [
     "normalize",
     "route",
     "route_prefixes",
+    "routed_attention",
     "routing_scores",
     "select",
     "soft_topk",

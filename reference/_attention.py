@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, repeat
+from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from reference._arguments import require
-from reference._operations import choose, is_fused, path
+from reference._operations import choose, fused, is_fused, path
 from reference.normalize import normalize
 
 
@@ -108,13 +108,22 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, dim_head: int = 64, heads: int = 8, use_triton: bool | None = False) -> None:
         super().__init__()
         self.heads = heads
+        self.use_triton = use_triton
         self.norm = RMSNorm(dim, use_triton)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
+    def extra_repr(self) -> str:
+        return path("windowed_attention", self.use_triton)
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to."""
-        query, key, value = rearrange(self.to_qkv(self.norm(x)), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
+        qkv = self.to_qkv(self.norm(x))
+        if is_fused(self.use_triton, x):
+            # Of a window that has room for all.
+            out = fused("windowed_attention")(qkv, heads=self.heads, window_size=max(x.shape[1], 1), mask=mask)
+            return self.to_out(out)
+        query, key, value = rearrange(qkv, "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
         mask = None if mask is None else rearrange(mask, "b n -> b 1 1 n")
         out = attend(query, key, value, mask, use_flash=True)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
@@ -125,78 +134,3 @@ class Rotations(NamedTuple):
 
     query: Tensor
     key: Tensor
-
-
-class Attention(nn.Module):
-    """The heavy branch: dense attention of routed queries to routed keys and values, and to a learned pair of these."""
-
-    def __init__(
-        self,
-        dim: int,
-        dim_head: int = 64,
-        heads: int = 8,
-        multiply_keys_by_score: bool = False,
-        use_flash: bool = False,
-        use_triton: bool | None = False,
-    ) -> None:
-        super().__init__()
-        self.heads = heads
-        self.multiply_keys_by_score = multiply_keys_by_score
-        self.use_flash, self.use_triton = use_flash, use_triton
-        self.norm = RMSNorm(dim, use_triton)
-        self.null_kv = nn.Parameter(torch.randn(2, heads, dim_head))
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
-
-    def extra_repr(self) -> str:
-        if self.use_flash or self.use_triton:
-            return "scaled_dot_product_attention"
-        return "einsum" if self.use_triton is False else "scaled_dot_product_attention for CUDA tensors, else einsum"
-
-    def project(self, context: Tensor, routes: int) -> Tensor:
-        """Keys and values `b r j (h kv d)` of tokens `b r j d`, or of `b 1 j d` for all routes."""
-        context = self.norm(context)
-        if context.shape[1] == 1:
-            # One product for all routes, and no copy of the tokens for each.
-            return rearrange(self.to_kv(context), "b 1 j (r hd) -> b r j hd", r=routes)
-        return context @ rearrange(self.to_kv.weight, "(r hd) d -> r d hd", r=routes)
-
-    def forward(
-        self,
-        x: Tensor,
-        key_value: Tensor,
-        scores_kv: Tensor,
-        mask: Tensor | None = None,
-        scores_q: Tensor | None = None,
-        rotations: Rotations | None = None,
-    ) -> Tensor:
-        """Queries from tokens `b i d`, which attend in each route with its share of the heads.
-
-        Args:
-            key_value: `b r j (h kv d)`, as `project` makes them.
-            scores_kv: `b r j`, multiplied with values, and with keys if `multiply_keys_by_score`.
-            mask: `b r j`, False for keys that are not attended to.
-            scores_q: `b i`, multiplied with queries.
-        """
-        routes = key_value.shape[1]
-        query = rearrange(self.to_q(self.norm(x)), "b i (h d) -> b h i d", h=self.heads)
-        if scores_q is not None:
-            query = query * rearrange(scores_q, "b i -> b 1 i 1").to(query.dtype)
-
-        key, value = rearrange(key_value, "b r j (h kv d) -> kv b r h j d", kv=2, h=self.heads // routes)
-        scores_kv = rearrange(scores_kv, "b r j -> b r 1 j 1").to(value.dtype)
-        value = value * scores_kv
-        if self.multiply_keys_by_score:
-            key = key * scores_kv
-        if rotations is not None:
-            query, key = rotate(query, rotations.query), rotate(key, rotations.key)
-
-        null_key, null_value = repeat(self.null_kv, "kv h d -> kv b h 1 d", b=x.shape[0]).to(key.dtype)
-        key, value = (rearrange(each, "b r h j d -> b (r h) j d") for each in (key, value))
-        key, value = torch.cat((null_key, key), dim=-2), torch.cat((null_value, value), dim=-2)
-        if mask is not None:
-            mask = repeat(F.pad(mask, (1, 0), value=True), "b r j -> b (r h) 1 j", h=self.heads // routes)
-        use_flash = self.use_flash or is_fused(self.use_triton, x)
-        out = attend(query, key, value, mask, use_flash=use_flash, has_some=True)
-        return self.to_out(rearrange(out, "b h i d -> b i (h d)"))

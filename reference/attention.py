@@ -8,9 +8,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from reference._arguments import check_counts, check_tokens, require
-from reference._attention import Attention, RotaryEmbedding, Rotations
+from reference._attention import RotaryEmbedding, Rotations
 from reference._operations import choose, path
 from reference.combine import combine, join
+from reference.routed_attention import Attention
 from reference.router import CoordinateDescentRouter, RouterReturn
 from reference.windowed_attention import WindowedAttention
 
@@ -28,7 +29,7 @@ class RoutedBranch(nn.Module):
         multiply_keys_by_score, multiply_queries_by_score: beside the values, which always are.
         use_triton: as in `CoordinateDescentRouter`, for all operations that there are kernels for.
         use_null_q_tokens: tokens that are not routed get a learned output, else 0.
-        use_flash_attn: PyTorch's scaled_dot_product_attention, which `use_triton` takes in any case.
+        use_flash_attn: PyTorch's scaled_dot_product_attention, where there is no kernel.
     """
 
     def __init__(

@@ -102,7 +102,7 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
 
     def extra_repr(self) -> str:
         path = "rows with a mask" if self._route_prefixes is None else "kernels.route_prefixes unless random_route"
-        return f"heavy_window_size={self.heavy_window_size}, kv_routing={path!r}"
+        return f"{super().extra_repr()}, heavy_window_size={self.heavy_window_size}, kv_routing={path!r}"
 
     def forward(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from reference._arguments import check_windows
 from reference._attention import LayerNorm, attend
-from reference._operations import choose
+from reference._operations import choose, path
 
 
 def windowed_attention(
@@ -96,7 +96,8 @@ class WindowedAttention(nn.Module):
         self._attend = choose("windowed_attention", windowed_attention, use_triton)
 
     def extra_repr(self) -> str:
-        return f"window_size={self.window_size}, causal={self.causal}, use_triton={self.use_triton}"
+        way = path("windowed_attention", self.use_triton)
+        return f"window_size={self.window_size}, causal={self.causal}, {way}"
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to."""

@@ -51,8 +51,8 @@ class Layer:
     """Of inputs and parameters; `autocast`: these are float32, and the layer runs under autocast to bfloat16."""
 
     sparing: Callable[[nn.Module], Callable[..., Tensor]] = in_pieces
-    """From the plain module to a function of the same inputs that computes the same and needs less memory at a time: for
-    the fp64 answer, and the accuracy budget, of any size."""
+    """From the plain module to a function of the same inputs that computes the same with less memory at a time: for the
+    fp64 answer, and the accuracy budget, of any size."""
 
     dense: Callable[[Attend], nn.Module] | None = None
     """From a function that attends to the layer in whose place this one stands, if there is such a layer."""

@@ -32,7 +32,7 @@ def conditions():
 def test_every_suite_is_found():
     of_operations = {"coor_descent", "segments", "gradients", "topk", "soft_topk", "windowed_attention"}
     of_operations |= {"route", "routing_scores", "select", "combine", "normalize"}
-    of_operations |= {"route_prefixes", "gathered_attention"}
+    of_operations |= {"route_prefixes", "gathered_attention", "routed_attention"}
     assert set(SUITES) == of_operations | {"layers", "sequence_length", "heads", "flops", "routing"}
 
 
