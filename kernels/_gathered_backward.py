@@ -29,14 +29,14 @@ from kernels._gathered_forward import (
 )
 
 QUERIES: SettingsBySize = {
-    (2, 64): Settings(32, 64, 4, 3),
+    (2, 64): Settings(32, 32, 1, 3),
     (2, 128): Settings(32, 64, 4, 3),
     (4, 64): Settings(16, 32, 4, 2),
     (4, 128): Settings(16, 16, 8, 1),
 }
 
 KEYS: SettingsBySize = {
-    (2, 64): Settings(32, 64, 4, 3),
+    (2, 64): Settings(64, 64, 4, 2),
     (2, 128): Settings(32, 32, 4, 3),
     (4, 64): Settings(16, 32, 4, 2),
     (4, 128): Settings(16, 16, 8, 2),
@@ -68,12 +68,12 @@ def _query_kernel(
     grad_window,
     grad_head,
     grad_stride,
+    n_slots,
     n_windows,
     n_blocks,
     n_heads,
     n_routes,
     n_queries,
-    n_slots,
     scale,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -137,6 +137,13 @@ def _query_kernel(
 
 
 @triton.jit
+def load_entry(windows_ptr, weights_ptr, entry, end, n_windows):
+    """Windows and weights of entries, one for each token; past the end of its entries none of the windows."""
+    windows = tl.load(windows_ptr + entry, mask=entry < end, other=n_windows)
+    return windows, tl.load(weights_ptr + entry, mask=entry < end, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _key_value_kernel(
     query_ptr,  # b w h i d
     key_value_ptr,  # b r n (h kv d)
@@ -159,31 +166,33 @@ def _key_value_kernel(
     grad_window,
     grad_head,
     grad_stride,
+    n_batches,
     n_tokens,
     n_windows,
     n_blocks,
     n_heads,
     n_routes,
     n_queries,
-    n_slots,
     scale,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WINDOWS: tl.constexpr,
     WEIGH_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Keys and values of a block of tokens for one head, against the queries of their windows one after the other."""
+    """Keys and values of a block of tokens for one head, against the queries of their windows: of one after the other,
+    or two by two, if a block holds all queries of a window."""
+    # The first blocks of each sequence, of the last windows, have the most to do.
     program = tl.program_id(0)
     head = program % n_heads
-    blocks = tl.cdiv(n_tokens, BLOCK_N)
-    batch = (program // n_heads // blocks).to(tl.int64)
+    batch = (program // n_heads % n_batches).to(tl.int64)
     share = n_heads // n_routes
     route = head // share
     sequence = batch * n_routes + route
     dims = tl.arange(0, BLOCK_D)
-    ranks = program // n_heads % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = program // n_heads // n_batches * BLOCK_N + tl.arange(0, BLOCK_N)
     present = ranks < n_tokens
     tokens = tl.load(order_ptr + sequence * n_tokens + ranks, mask=present, other=0)
     following = tl.load(ends_ptr + tokens, mask=present, other=0)
@@ -193,43 +202,51 @@ def _key_value_kernel(
     key = load_rows(key_ptr, tokens, key_value_stride, present, dims, DIM)
     value = load_rows(key_ptr + DIM, tokens, key_value_stride, present, dims, DIM)
 
-    listed = following < end
-    listed_in = tl.load(windows_ptr + following, mask=listed, other=n_windows)
-    weights = tl.load(weights_ptr + following, mask=listed, other=0.0).to(tl.float32)
+    listed_in, weights = load_entry(windows_ptr, weights_ptr, following, end, n_windows)
+    listed_then, weights_then = load_entry(windows_ptr, weights_ptr, following + 1, end, n_windows)
     first_window = tl.min(listed_in)
-    last_window = tl.max(tl.load(windows_ptr + end - 1, mask=listed, other=-1))
+    last_window = tl.max(tl.load(windows_ptr + end - 1, mask=following < end, other=-1))
 
     query_ptr += batch * query_batch + head * query_head
     grad_ptr += batch * grad_batch + head * grad_head
     dkey = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dvalue = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for step in range(first_window * n_blocks, (last_window + 1) * n_blocks):
-        window, block = step // n_blocks, step % n_blocks
-        queries = block * BLOCK_I + tl.arange(0, BLOCK_I)
-        there = queries < n_queries
-        query = load_rows(query_ptr + window.to(tl.int64) * query_window, queries, query_stride, there, dims, DIM)
-        grad = load_rows(grad_ptr + window.to(tl.int64) * grad_window, queries, grad_stride, there, dims, DIM)
-        of_head = ((batch * n_windows + window) * n_heads + head) * n_queries + queries
+    columns = tl.arange(0, WINDOWS * BLOCK_I)
+    for step in range(first_window * n_blocks // WINDOWS, tl.cdiv((last_window + 1) * n_blocks, WINDOWS)):
+        window, block = step * WINDOWS // n_blocks, step % n_blocks
+        windows = window + columns // BLOCK_I
+        queries = block * BLOCK_I + columns % BLOCK_I
+        there = (queries < n_queries) & (windows < n_windows)
+        query = load_rows(query_ptr, windows * query_window + queries * query_stride, 1, there, dims, DIM)
+        grad = load_rows(grad_ptr, windows * grad_window + queries * grad_stride, 1, there, dims, DIM)
+        of_head = ((batch * n_windows + windows) * n_heads + head) * n_queries + queries
         lse = tl.load(lse_ptr + of_head, mask=there, other=float("inf"))
         delta = tl.load(delta_ptr + of_head, mask=there, other=0.0)
 
-        attended = listed_in == window
-        following += (attended & (block == n_blocks - 1)).to(following.dtype)
+        here = listed_in == window
+        attended, weight = here[:, None], weights[:, None]
+        passed = here & (block == n_blocks - 1 if WINDOWS == 1 else True)
+        if WINDOWS == 2:
+            # What is listed in the first of two windows has its next entry for the second one, everything else this.
+            next_weights = tl.where(here, weights_then, weights)
+            here_next = tl.where(here, listed_then, listed_in) == window + 1
+            is_next = (windows > window)[None, :]
+            attended = tl.where(is_next, here_next[:, None], attended)
+            weight = tl.where(is_next, next_weights[:, None], weight)
+            following += here_next.to(following.dtype)
+        following += passed.to(following.dtype)
         # Loaded before it is needed, with the products of this step to wait for it.
-        listed = following < end
-        listed_next = tl.load(windows_ptr + following, mask=listed, other=n_windows)
-        weights_next = tl.load(weights_ptr + following, mask=listed, other=0.0).to(tl.float32)
+        listed_in, weights = load_entry(windows_ptr, weights_ptr, following, end, n_windows)
+        if WINDOWS == 2:
+            listed_then, weights_then = load_entry(windows_ptr, weights_ptr, following + 1, end, n_windows)
 
-        factor = weights[:, None] if WEIGH_KEYS else 1.0
+        factor = weight if WEIGH_KEYS else 1.0
         logits = tl.dot(key, query.T, input_precision=PRECISION) * (scale * factor)
-        shares = tl.where(attended[:, None], tl.exp2(logits - lse[None, :]), 0.0)
-        weighted = (shares * weights[:, None]).to(grad.dtype)
-        dvalue = tl.dot(weighted, grad, dvalue, input_precision=PRECISION)
+        shares = tl.where(attended, tl.exp2(logits - lse[None, :]), 0.0)
+        dvalue = tl.dot((shares * weight).to(grad.dtype), grad, dvalue, input_precision=PRECISION)
         dshares = tl.dot(value, grad.T, input_precision=PRECISION)
-        dlogits = shares * (dshares * weights[:, None] - delta[None, :]) * factor
+        dlogits = shares * (dshares * weight - delta[None, :]) * factor
         dkey = tl.dot(dlogits.to(query.dtype), query, dkey, input_precision=PRECISION)
-
-        listed_in, weights = listed_next, weights_next
 
     width = 2 * DIM * share
     places = (sequence * n_tokens + tokens)[:, None] * width + head % share * (2 * DIM) + dims[None, :]
@@ -262,7 +279,7 @@ def invert(lists: Tensor, weights: Tensor, n_tokens: int) -> Inverse:
     keys = torch.where(lists >= 0, lists + sequences * n_tokens, total)
     keys, entries = _narrow(keys, total).flatten().sort(stable=True)
     tokens = torch.arange(total + 1, device=lists.device, dtype=keys.dtype)
-    ends = torch.searchsorted(keys, tokens)
+    ends = torch.searchsorted(keys, tokens, out_int32=True)
     windows_of = (entries // (routes * slots) % windows).to(torch.int32)
 
     begin, end = ends[:-1], ends[1:]
@@ -298,7 +315,7 @@ def launch_backward(
     )
     if lists.numel():
         inverse = invert(lists, weights, key_value.shape[2])
-        _launch_keys(grad, query, key_value, inverse, lists.shape[-1], multiply_keys, lse, delta, dkey_value)
+        _launch_keys(grad, query, key_value, inverse, multiply_keys, lse, delta, dkey_value)
     else:
         dkey_value.zero_()
     return dweights, dnull
@@ -318,8 +335,8 @@ def _launch_queries(
     dquery: Tensor,
 ) -> tuple[Tensor, Tensor]:
     (batch, windows, heads, _, dim), (_, _, routes, slots) = query.shape, lists.shape
-    settings = settings_for(query, QUERIES)
-    shared = arguments(query, key_value, slots, settings)
+    settings, _ = settings_for(query, QUERIES)
+    shared = arguments(query, key_value, settings)
     programs = (batch, windows, shared["n_blocks"], heads)
     dweights = lse.new_empty((*programs, slots))
     dnull = lse.new_empty((*programs, 2, dim))
@@ -339,6 +356,7 @@ def _launch_queries(
         *query.stride()[:4],
         *key_value.stride()[:3],
         *grad.stride()[:4],
+        slots,
         **shared,
         BLOCK_S=settings.others,
         WEIGH_KEYS=multiply_keys,
@@ -353,14 +371,14 @@ def _launch_keys(
     query: Tensor,
     key_value: Tensor,
     inverse: Inverse,
-    slots: int,
     multiply_keys: bool,
     lse: Tensor,
     delta: Tensor,
     dkey_value: Tensor,
 ) -> None:
     batch, _, n_tokens, _ = key_value.shape
-    settings = settings_for(query, KEYS)
+    settings, most = settings_for(query, KEYS)
+    shared = arguments(query, key_value, settings)
     _key_value_kernel[(batch * triton.cdiv(n_tokens, settings.others) * query.shape[2],)](
         query,
         key_value,
@@ -372,8 +390,10 @@ def _launch_keys(
         *query.stride()[:4],
         *key_value.stride()[:3],
         *grad.stride()[:4],
+        batch,
         n_tokens,
-        **arguments(query, key_value, slots, settings),
+        **shared,
         BLOCK_N=settings.others,
+        WINDOWS=2 if shared["n_blocks"] == 1 and 2 * settings.queries <= most.queries else 1,
         WEIGH_KEYS=multiply_keys,
     )

@@ -60,12 +60,12 @@ def _forward_kernel(
     key_value_batch,
     key_value_route,
     key_value_stride,
+    n_slots,
     n_windows,
     n_blocks,
     n_heads,
     n_routes,
     n_queries,
-    n_slots,
     scale,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -133,21 +133,21 @@ SettingsBySize = dict[tuple[int, int], Settings]
 LARGEST_DIM = 128
 
 FORWARD: SettingsBySize = {
-    (2, 64): Settings(32, 64, 4, 3),
+    (2, 64): Settings(32, 32, 1, 3),
     (2, 128): Settings(32, 64, 4, 3),
     (4, 64): Settings(32, 32, 4, 2),
     (4, 128): Settings(16, 32, 4, 2),
 }
 
 
-def settings_for(query: Tensor, by_size: SettingsBySize) -> Settings:
-    """Those of a kernel for queries `b w h i d`."""
+def settings_for(query: Tensor, by_size: SettingsBySize) -> tuple[Settings, Settings]:
+    """Those of a kernel for queries `b w h i d`, and what they would be for many of these."""
     queries, dim = query.shape[3:]
-    settings = by_size[query.itemsize, 64 if dim <= 64 else LARGEST_DIM]
-    return settings._replace(queries=min(max(16, triton.next_power_of_2(queries)), settings.queries))
+    most = by_size[query.itemsize, 64 if dim <= 64 else LARGEST_DIM]
+    return most._replace(queries=min(max(16, triton.next_power_of_2(queries)), most.queries)), most
 
 
-def arguments(query: Tensor, key_value: Tensor, slots: int, settings: Settings) -> dict[str, Any]:
+def arguments(query: Tensor, key_value: Tensor, settings: Settings) -> dict[str, Any]:
     """Sizes and settings that the kernels have in common."""
     _, windows, heads, queries, dim = query.shape
     return {
@@ -156,7 +156,6 @@ def arguments(query: Tensor, key_value: Tensor, slots: int, settings: Settings) 
         "n_heads": heads,
         "n_routes": key_value.shape[1],
         "n_queries": queries,
-        "n_slots": slots,
         "scale": dim**-0.5 / LN2.value,
         "DIM": dim,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
@@ -178,8 +177,8 @@ def launch_forward(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    settings = settings_for(query, FORWARD)
-    shared = arguments(query, key_value, lists.shape[-1], settings)
+    settings, _ = settings_for(query, FORWARD)
+    shared = arguments(query, key_value, settings)
     grid = (query.shape[0] * query.shape[1] * shared["n_blocks"] * shared["n_heads"],)
     _forward_kernel[grid](
         query,
@@ -191,6 +190,7 @@ def launch_forward(
         lse,
         *query.stride()[:4],
         *key_value.stride()[:3],
+        lists.shape[-1],
         **shared,
         BLOCK_S=settings.others,
         WEIGH_KEYS=multiply_keys,

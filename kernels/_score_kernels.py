@@ -20,13 +20,15 @@ MOST_ROUTES = 16
 SMALLEST_NORM: tl.constexpr = tl.constexpr(1e-12)
 """A token whose norm is below this is divided by this, as by PyTorch's normalize."""
 
+WARPS = 2
+"""Of a program. The fewer, the less of them wait for each other."""
+
 IN_THREAD = 32
-"""Accumulators of a thread, or more where there are many routes."""
+"""Accumulators of a thread, or twice as many where there are many routes."""
 
-PROGRAMS = 8
-"""Of the backward pass for each multiprocessor, each of which leaves a partial sum."""
-
-WARPS = 4
+SCORING_WARPS, GRADIENT_WARPS = 24, 16
+"""Of each multiprocessor, forward and backward: about as many as it has the registers for, so that all programs run at
+the same time and have the same to do; and not so many that the sum of their contributions takes long."""
 
 
 @triton.jit
@@ -71,35 +73,71 @@ def _score_kernel(
     padded,
     d,
     routes,
+    blocks,
     ROUTES: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr,
     COSINE: tl.constexpr,
 ):
-    """Scores of a block of tokens for all routes; of what pads the tokens, 0."""
+    """Scores of every so many blocks of tokens for all routes; of what pads the tokens, 0.
+
+    Where a tile has a WHOLE token, the routing tokens stay in registers.
+    """
     batch = tl.program_id(1).to(tl.int64)
     route = tl.arange(0, ROUTES)[None, :, None]
     place = tl.arange(0, TOKENS)[:, None, None]
-    token = tl.program_id(0) * TOKENS + place
     column = tl.arange(0, COLUMNS)[None, None, :]
     x_ptr += batch * x_stride
     routing_ptr += batch * routing_stride
-    products = tl.zeros([TOKENS, ROUTES, COLUMNS], tl.float32)
-    squares = tl.zeros([TOKENS, 1, COLUMNS], tl.float32)
-    for first in range(0, d, COLUMNS):
-        columns = first + column
-        x = _load_tokens(x_ptr, token, columns, token_stride, n, d)
-        products += x * _load_routing(routing_ptr, place, route, columns, no_stride, routes, d)
+    routing = tl.zeros([TOKENS, ROUTES, COLUMNS], tl.float32)
+    if WHOLE:
+        routing = _load_routing(routing_ptr, place, route, column, no_stride, routes, d)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        token = block * TOKENS + place
+        products = tl.zeros([TOKENS, ROUTES, COLUMNS], tl.float32)
+        squares = tl.zeros([TOKENS, 1, COLUMNS], tl.float32)
+        for first in range(0, COLUMNS if WHOLE else d, COLUMNS):
+            x = _load_tokens(x_ptr, token, first + column, token_stride, n, d)
+            if not WHOLE:
+                routing = _load_routing(routing_ptr, place, route, first + column, no_stride, routes, d)
+            products += x * routing
+            if COSINE:
+                squares += x * x
+        scores = tl.sum(products, axis=2, keep_dims=True)
         if COSINE:
-            squares += x * x
-    scores = tl.sum(products, axis=2, keep_dims=True)
+            norm = tl.sqrt(tl.sum(squares, axis=2, keep_dims=True))
+            inverse_norm = 1.0 / tl.maximum(norm, SMALLEST_NORM)
+            scores *= inverse_norm
+            tl.store(inverse_norms_ptr + batch * padded + token, inverse_norm, mask=token < padded)
+        score_ptrs = scores_ptr + (batch * routes + route) * padded + token
+        tl.store(score_ptrs, scores, mask=(route < routes) & (token < padded))
+
+
+@triton.jit
+def _through_scores(
+    x,  # tokens 1 columns
+    grad_scores_ptrs,  # tokens routes 1
+    scores_ptrs,  # tokens routes 1
+    inverse_norm_ptrs,  # tokens 1 1
+    routing,  # tokens routes columns
+    is_route,
+    is_token,
+    COSINE: tl.constexpr,
+):
+    """The gradient of tokens through their scores, and what these are multiplied with in that of routing tokens."""
+    grad = tl.load(grad_scores_ptrs, mask=is_route & is_token, other=0.0)
     if COSINE:
-        norm = tl.sqrt(tl.sum(squares, axis=2, keep_dims=True))
-        inverse_norm = 1.0 / tl.maximum(norm, SMALLEST_NORM)
-        scores *= inverse_norm
-        tl.store(inverse_norms_ptr + batch * padded + token, inverse_norm, mask=token < padded)
-    score_ptrs = scores_ptr + (batch * routes + route) * padded + token
-    tl.store(score_ptrs, scores, mask=(route < routes) & (token < padded))
+        inverse_norm = tl.load(inverse_norm_ptrs, mask=is_token, other=0.0)
+        scores = tl.load(scores_ptrs, mask=is_route & is_token, other=0.0)
+        along = tl.sum(grad * scores, axis=1, keep_dims=True) * inverse_norm * inverse_norm
+        grad *= inverse_norm
+        # Below the smallest norm, it is a constant that was divided by.
+        dx = tl.sum(grad * routing, axis=1, keep_dims=True)
+        dx -= tl.where(inverse_norm < 1.0 / SMALLEST_NORM, along, 0.0) * x
+    else:
+        dx = tl.sum(grad * routing, axis=1, keep_dims=True)
+    return dx, grad
 
 
 @triton.jit
@@ -109,8 +147,6 @@ def _gradient_kernel(
     scores_ptr,  # b r padded, fp32
     inverse_norms_ptr,  # b padded, fp32
     grad_scores_ptr,  # b r padded, fp32
-    slots_ptr,  # b r padded, int32: which of the selected tokens a token is, or -1
-    grad_tokens_ptr,  # b r selected d
     dx_ptr,  # b n d
     partials_ptr,  # b parts r d, fp32
     x_stride,
@@ -121,56 +157,100 @@ def _gradient_kernel(
     padded,
     d,
     routes,
-    selected,
     blocks,
     ROUTES: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     COSINE: tl.constexpr,
-    GATHERED: tl.constexpr,
     NEEDS_X: tl.constexpr,
 ):
-    """Gradient of some columns of a range of tokens, through their scores and where they were gathered, and this
-    range's part in the gradient of the routing tokens."""
+    """Gradient of some columns of every so many blocks of tokens through their scores, and what these tokens contribute
+    to the gradient of the routing tokens."""
     batch = tl.program_id(2).to(tl.int64)
-    part = tl.program_id(1)
+    part, parts = tl.program_id(1), tl.num_programs(1)
     route = tl.arange(0, ROUTES)[None, :, None]
+    place = tl.arange(0, TOKENS)[:, None, None]
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
     is_route, is_column = route < routes, columns < d
-    place = tl.arange(0, TOKENS)[:, None, None]
     routing = _load_routing(routing_ptr + batch * routing_stride, place, route, columns, no_stride, routes, d)
     of_route = (batch * routes + route) * padded
     x_ptr += batch * x_stride
     dx_ptr += batch * n * d
-    grad_tokens_ptr += (batch * routes + route) * selected * d
+    inverse_norms_ptr += batch * padded
 
     total = tl.zeros([TOKENS, ROUTES, COLUMNS], tl.float32)
-    for block in range(part * blocks, (part + 1) * blocks):
+    for block in range(part, blocks, parts):
         token = block * TOKENS + place
-        is_token = token < n
         x = _load_tokens(x_ptr, token, columns, token_stride, n, d)
-        grad = tl.load(grad_scores_ptr + of_route + token, mask=is_route & is_token, other=0.0)
-        if COSINE:
-            inverse_norm = tl.load(inverse_norms_ptr + batch * padded + token, mask=is_token, other=0.0)
-            score = tl.load(scores_ptr + of_route + token, mask=is_route & is_token, other=0.0)
-            along = tl.sum(grad * score, axis=1, keep_dims=True) * inverse_norm * inverse_norm
-            along = tl.where(inverse_norm < 1.0 / SMALLEST_NORM, along, 0.0)
-            grad *= inverse_norm
+        dx, grad = _through_scores(
+            x, grad_scores_ptr + of_route + token, scores_ptr + of_route + token, inverse_norms_ptr + token, routing,
+            is_route, token < n, COSINE,
+        )  # fmt: skip
         total += grad * x
         if NEEDS_X:
-            dx = tl.sum(grad * routing, axis=1, keep_dims=True)
-            if COSINE:
-                dx -= along * x
-            if GATHERED:
-                slot = tl.load(slots_ptr + of_route + token, mask=is_route & is_token, other=-1)
-                grad_token_ptrs = grad_tokens_ptr + _token_starts(slot, d) + columns
-                grad_token = tl.load(grad_token_ptrs, mask=(slot >= 0) & is_column, other=0.0)
-                dx += tl.sum(grad_token.to(tl.float32), axis=1, keep_dims=True)
             dx_ptrs = dx_ptr + _token_starts(token, d) + columns
-            tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=is_token & is_column)
+            tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=(token < n) & is_column)
     partial = tl.sum(total, axis=0, keep_dims=True)
-    partial_ptrs = partials_ptr + ((batch * tl.num_programs(1) + part) * routes + route) * d + columns
+    partial_ptrs = partials_ptr + ((batch * parts + part) * routes + route) * d + columns
     tl.store(partial_ptrs, partial, mask=is_route & is_column)
+
+
+@triton.jit
+def _gathered_kernel(
+    x_ptr,  # b n d
+    routing_ptr,  # b r d, or 1 r d with a stride of 0
+    scores_ptr,  # b r padded, fp32
+    inverse_norms_ptr,  # b padded, fp32
+    grad_scores_ptr,  # b r padded, fp32
+    indices_ptr,  # b r selected, int64
+    slots_ptr,  # b r padded, int32: which of the selected tokens a token is, or -1
+    grad_tokens_ptr,  # b r selected d
+    dx_ptr,  # b n d
+    x_stride,
+    token_stride,
+    routing_stride,
+    no_stride,
+    n,
+    padded,
+    d,
+    routes,
+    selected,
+    ROUTES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COSINE: tl.constexpr,
+):
+    """The whole gradient of some selected tokens, in the place of that through their scores alone. Of the routes that
+    have selected a token, the first computes it, and adds up what it gets from all of them in their order."""
+    batch = (tl.program_id(1) // routes).to(tl.int64)
+    own_route = tl.program_id(1) % routes
+    route = tl.arange(0, ROUTES)[None, :, None]
+    place = tl.arange(0, TOKENS)[:, None, None]
+    slot = tl.program_id(0) * TOKENS + place
+    row = batch * routes + own_route
+    token = tl.load(indices_ptr + row * selected + slot, mask=slot < selected, other=n).to(tl.int32)
+    is_route, is_token = route < routes, token < n
+    of_route = (batch * routes + route) * padded
+    slots = tl.load(slots_ptr + of_route + token, mask=is_route & is_token, other=-1)
+    first = tl.min(tl.where(slots >= 0, route, ROUTES), axis=1, keep_dims=True)
+    is_token = is_token & (first == own_route)
+    of_gradients = (batch * routes + route) * selected * d
+    for start in range(0, d, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)[None, None, :]
+        is_column = columns < d
+        routing = _load_routing(routing_ptr + batch * routing_stride, place, route, columns, no_stride, routes, d)
+        x = tl.zeros([TOKENS, 1, COLUMNS], tl.float32)
+        if COSINE:
+            x = _load_tokens(x_ptr + batch * x_stride, token, columns, token_stride, n, d)
+        dx, _ = _through_scores(
+            x, grad_scores_ptr + of_route + token, scores_ptr + of_route + token,
+            inverse_norms_ptr + batch * padded + token, routing, is_route, is_token, COSINE,
+        )  # fmt: skip
+        grad_ptrs = grad_tokens_ptr + of_gradients + _token_starts(slots, d) + columns
+        grads = tl.load(grad_ptrs, mask=is_token & (slots >= 0) & is_column, other=0.0).to(tl.float32)
+        dx += tl.sum(grads, axis=1, keep_dims=True)
+        dx_ptrs = dx_ptr + batch * n * d + _token_starts(token, d) + columns
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=is_token & is_column)
 
 
 @cache
@@ -194,7 +274,9 @@ def launch_scores(x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_nor
     batch, n, d = x.shape
     routes, padded = scores.shape[1:]
     tile = _tile(d, routes, x.element_size())
-    _score_kernel[(triton.cdiv(padded, tile["TOKENS"]), batch)](
+    blocks = triton.cdiv(padded, tile["TOKENS"])
+    programs = SCORING_WARPS // WARPS * multiprocessors(x.device)
+    _score_kernel[(min(blocks, triton.cdiv(programs, batch)), batch)](
         x,
         routing_tokens,
         scores,
@@ -204,6 +286,8 @@ def launch_scores(x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_nor
         padded,
         d,
         routes,
+        blocks,
+        WHOLE=d <= tile["COLUMNS"],
         COSINE=inverse_norms is not None,
         **tile,
     )
@@ -230,36 +314,44 @@ def launch_gradients(
     batch, n, d = x.shape
     routes, padded = scores.shape[1:]
     tile = _tile(d, routes, x.element_size())
-    column_blocks, token_blocks = triton.cdiv(d, tile["COLUMNS"]), triton.cdiv(n, tile["TOKENS"])
-    available = triton.cdiv(PROGRAMS * multiprocessors(x.device), column_blocks * batch)
-    blocks = triton.cdiv(token_blocks, available)
-    parts = triton.cdiv(token_blocks, blocks)
+    column_blocks, blocks = triton.cdiv(d, tile["COLUMNS"]), triton.cdiv(n, tile["TOKENS"])
+    programs = GRADIENT_WARPS // WARPS * multiprocessors(x.device)
+    parts = min(blocks, triton.cdiv(programs, column_blocks * batch))
     partials = torch.empty((batch, parts, routes, d), dtype=torch.float32, device=x.device)
-    slots, grad_tokens = scores, x
-    if gathered is not None:
-        indices, grad_tokens = gathered
-        slot = torch.arange(indices.shape[2], dtype=torch.int32, device=x.device).expand(indices.shape)
-        slots = torch.full_like(scores, -1, dtype=torch.int32).scatter_(2, indices, slot)
+    inputs = (x, routing_tokens, scores, scores if inverse_norms is None else inverse_norms, grad_scores)
+    strides = _strides(x, routing_tokens)
     _gradient_kernel[(column_blocks, parts, batch)](
-        x,
-        routing_tokens,
-        scores,
-        scores if inverse_norms is None else inverse_norms,
-        grad_scores,
-        slots,
-        grad_tokens,
+        *inputs,
         x if dx is None else dx,
         partials,
-        *_strides(x, routing_tokens),
+        *strides,
         n,
         padded,
         d,
         routes,
-        grad_tokens.shape[2],
         blocks,
         COSINE=inverse_norms is not None,
-        GATHERED=gathered is not None,
         NEEDS_X=dx is not None,
         **tile,
     )
+    if dx is not None and gathered is not None:
+        indices, grad_tokens = gathered
+        selected = indices.shape[2]
+        slot = torch.arange(selected, dtype=torch.int32, device=x.device).expand(indices.shape)
+        slots = torch.full_like(scores, -1, dtype=torch.int32).scatter_(2, indices, slot)
+        _gathered_kernel[(triton.cdiv(selected, tile["TOKENS"]), batch * routes)](
+            *inputs,
+            indices.contiguous(),
+            slots,
+            grad_tokens,
+            dx,
+            *strides,
+            n,
+            padded,
+            d,
+            routes,
+            selected,
+            COSINE=inverse_norms is not None,
+            **tile,
+        )
     return partials.sum(dim=1)

@@ -15,8 +15,8 @@ from torch import Tensor
 CHUNK = 4096
 """Entries of a row that one program handles."""
 
-IN_THREAD, ROW_IN_THREAD = 32, 16
-"""Of these in a thread, and of those of a row that has a program to itself, which keeps them."""
+IN_THREAD = 16
+"""Of these in a thread."""
 
 RANKED, RANKED_AGAINST = 16, 256
 """Selected entries that one program ranks, and how many others it looks at in one go."""
@@ -222,8 +222,7 @@ def launch_select(scores: Tensor, mask: Tensor | None, indices: Tensor) -> None:
     inputs = (scores, scores if mask is None else mask)
     numbers = (scores.stride(0), 0 if mask is None else mask.stride(0), n, selected)
     block = min(max(triton.next_power_of_2(n), 128), CHUNK)
-    in_thread = ROW_IN_THREAD if n <= CHUNK else IN_THREAD
-    settings = {"BLOCK": block, "HAS_MASK": mask is not None, "num_warps": max(block // (32 * in_thread), 1)}
+    settings = {"BLOCK": block, "HAS_MASK": mask is not None, "num_warps": max(block // (32 * IN_THREAD), 1)}
     if n <= CHUNK:
         # Without a limit on registers, ptxas aims at fewer and spills some.
         _row_kernel[(n_rows,)](*inputs, keys, *numbers, **settings, maxnreg=128)

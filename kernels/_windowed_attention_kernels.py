@@ -77,8 +77,10 @@ def _place(program, n, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.co
     The heads of one block run side by side, as they are in memory.
     """
     head = program % HEADS
-    batch = tl.program_id(1).to(tl.int64)
-    return program // HEADS * BLOCK, batch * n, head * HEAD_DIM, (batch * HEADS + head) * n
+    block = program // HEADS
+    blocks = tl.cdiv(n, BLOCK)
+    batch = (block // blocks).to(tl.int64)
+    return block % blocks * BLOCK, batch * n, head * HEAD_DIM, (batch * HEADS + head) * n
 
 
 @triton.jit
@@ -185,9 +187,9 @@ def _query_gradient(
         k = tl.load(at + WIDTH, mask=inside, other=0.0)
         v = tl.load(at + 2 * WIDTH, mask=inside, other=0.0)
         similarity = _product(q, k.T, None)
+        dweight = _product(grad, v.T, None)
         weight = tl.exp2(similarity * scale - log_sum[:, None])
         weight = tl.where(_within(key[None, :], first[:, None], end[:, None]), weight, 0.0)
-        dweight = _product(grad, v.T, None)
         dsimilarity = weight * (dweight - delta[:, None])
         dq = _product(dsimilarity.to(k.dtype), k, dq)
     own, owned = _tile(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
@@ -240,10 +242,10 @@ def _key_value_gradient(
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
         log_sum = tl.load(log_sum_ptr + query, mask=query < n, other=float("inf"))
         similarity = _product(k, q.T, None)
+        dweight = _product(v, grad.T, None)
         weight = tl.exp2(similarity * scale - log_sum[None, :])
         weight = tl.where(_within(query[None, :], first[:, None], end[:, None]), weight, 0.0)
         dv = _product(weight.to(grad.dtype), grad, dv)
-        dweight = _product(v, grad.T, None)
         dsimilarity = weight * (dweight - delta[None, :])
         dk = _product(dsimilarity.to(q.dtype), q, dk)
     own, owned = _tile(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
@@ -400,9 +402,10 @@ def launch_backward(
     )
 
 
-def _grid(programs: int, out: Tensor, settings: Settings) -> tuple[int, int]:
+def _grid(programs: int, out: Tensor, settings: Settings) -> tuple[int]:
+    """So many programs for each block of each sequence."""
     batch, n, _ = out.shape
-    return programs * triton.cdiv(n, settings.block), batch
+    return (programs * triton.cdiv(n, settings.block) * batch,)
 
 
 def _settings(

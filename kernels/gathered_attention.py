@@ -87,12 +87,12 @@ def _backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = (query, key_value, lists, weights, null_kv, multiply_keys)
+    dquery, dkey_value, dweights, dnull = _allocate_gradients(grad, *inputs, out, lse)
     if not query.numel():
-        return query.new_zeros(out.shape), *(torch.zeros_like(x) for x in (key_value, weights, null_kv))
-    dquery, dkey_value, *_ = _allocate_gradients(grad, *inputs, out, lse)
+        return dquery, dkey_value.zero_(), dweights.zero_(), dnull.zero_()
     differentiate = launch_backward if _runs_kernel(query) else in_pytorch.backward
-    dweights, dnull = differentiate(_dense_rows(grad), *inputs, out, lse, dquery, dkey_value)
-    return dquery, dkey_value, dweights.to(weights.dtype), dnull.to(null_kv.dtype).contiguous()
+    for_weights, for_null = differentiate(_dense_rows(grad), *inputs, out, lse, dquery, dkey_value)
+    return dquery, dkey_value, dweights.copy_(for_weights), dnull.copy_(for_null)
 
 
 def _runs_kernel(query: Tensor) -> bool:

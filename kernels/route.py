@@ -7,16 +7,25 @@ selection to the scores, and from there, together with that of the selected toke
 
 from collections.abc import Callable
 from math import ceil
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels._gather_kernel import gather_in_pytorch, launch_gather
 from kernels._launch import is_traced, runs_triton
 from kernels.coor_descent import _forward as descend
 from kernels.coor_descent import _gradients as descent_gradients
-from kernels.routing_scores import allocate_gradients, allocate_scores, as_kernels_take, gradients, score_tokens
+from kernels.routing_scores import (
+    allocate_gradients,
+    allocate_scores,
+    as_kernels_take,
+    count_flops,
+    gradients,
+    score_tokens,
+)
 from kernels.select import select_rows
 from kernels.soft_topk import _backward as exact_gradients
 from kernels.soft_topk import _forward as solve_exactly
@@ -36,9 +45,6 @@ _library.define(
     "route_backward(Tensor? grad_weights, Tensor? grad_tokens, Tensor x, Tensor routing_tokens, Tensor? mask, "
     f"Tensor indices, Tensor scores, Tensor inverse_norms, Tensor state, {_NUMBERS}, bool needs_x) -> (Tensor, Tensor)"
 )
-
-Numbers = tuple[int, float, int, float, float, float, bool, bool, int | None]
-"""The arguments of both operators that are no tensors, in their order."""
 
 
 def _blocks(n: int, block_size: int | None) -> tuple[int, int]:
@@ -193,6 +199,15 @@ def _backward(
     if past_the_end is not None:
         dx[:, -1] += past_the_end.sum(dim=(1, 2), dtype=scores.dtype)
     return dx, dr
+
+
+register_flop_formula(torch.ops.colt5.route)(count_flops)
+
+
+@register_flop_formula(torch.ops.colt5.route_backward)
+def _count_backward_flops(*arguments: Any, **_: object) -> int:
+    needs_x = arguments[-1]
+    return count_flops(*arguments[2:4]) * (2 if needs_x else 1)
 
 
 for _device in ("CPU", "CUDA"):

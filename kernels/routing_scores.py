@@ -1,10 +1,12 @@
 """Scores of all routes in one read of the tokens, and their gradients in one pass; see `kernels._score_kernels`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels import _scores_torch as in_pytorch
 from kernels._launch import is_traced, runs_triton
@@ -82,6 +84,21 @@ def allocate_gradients(
     """Room for the gradients of tokens, of size 0 if they need none, and of routing tokens."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else x.new_empty(0)
     return dx, torch.empty_like(routing_tokens)
+
+
+def count_flops(x_shape: torch.Size, routing_shape: torch.Size, *_: object, **__: object) -> int:
+    """A multiplication and an addition for each column of each token and each route."""
+    batch, n, d = x_shape
+    return 2 * batch * n * d * routing_shape[1]
+
+
+register_flop_formula(torch.ops.colt5.routing_scores)(count_flops)
+
+
+@register_flop_formula(torch.ops.colt5.routing_scores_backward)
+def _count_backward_flops(*arguments: Any, **_: object) -> int:
+    needs_x = arguments[-1]
+    return count_flops(*arguments[1:3]) * (2 if needs_x else 1)
 
 
 for _device in ("CPU", "CUDA"):

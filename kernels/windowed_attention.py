@@ -44,7 +44,7 @@ def _forward(qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tens
     out, log_sum = _allocate(qkv, heads, window_size, causal, mask)
     if qkv.numel() > 0:
         attend = launch_forward if _runs_kernel(qkv, heads) else in_pytorch.forward
-        attend(qkv, heads, window_size, causal, mask, out, log_sum)
+        attend(qkv.contiguous(), heads, window_size, causal, _contiguous(mask), out, log_sum)
     return out, log_sum
 
 
@@ -59,7 +59,7 @@ def _allocate_gradient(
     out: Tensor,
     log_sum: Tensor,
 ) -> Tensor:
-    return torch.empty_like(qkv)
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
 def _backward(
@@ -72,11 +72,16 @@ def _backward(
     out: Tensor,
     log_sum: Tensor,
 ) -> Tensor:
-    dqkv = torch.empty_like(qkv)
+    dqkv = _allocate_gradient(grad, qkv, heads, window_size, causal, mask, out, log_sum)
     if qkv.numel() > 0:
         differentiate = launch_backward if _runs_kernel(qkv, heads) else in_pytorch.backward
-        differentiate(grad.contiguous(), qkv, heads, window_size, causal, mask, out, log_sum, dqkv)
+        inputs = (grad.contiguous(), qkv.contiguous(), heads, window_size, causal, _contiguous(mask))
+        differentiate(*inputs, out, log_sum, dqkv)
     return dqkv
+
+
+def _contiguous(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous()
 
 
 def _runs_kernel(qkv: Tensor, heads: int) -> bool:
@@ -181,5 +186,5 @@ def windowed_attention(
         operation = torch.ops.colt5.windowed_attention
     elif torch.is_grad_enabled() and qkv.requires_grad:
         operation = _Eager.apply
-    out, _ = operation(qkv.contiguous(), heads, window_size, causal, None if mask is None else mask.contiguous())
+    out, _ = operation(qkv, heads, window_size, causal, mask)
     return out

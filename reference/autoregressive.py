@@ -140,8 +140,8 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
 
     def _attend_windows(self, x: Tensor, q: RouterReturn, kv: Selection, light: Tensor) -> Tensor:
         """The heavy branch for tokens `b n d`, from the second window on, as the routers see these, added to the light
-        one: q in rows of `(b w)`, kv in lists `b w r s` of tokens of the sequence. Keys and values are projected once for
-        all windows."""
+        one: q in rows of `(b w)`, kv in lists `b w r s` of tokens of the sequence. Keys and values are projected once
+        for all windows."""
         attention, size = self.heavy_attn, self.heavy_window_size
         n = x.shape[1]
         starts = torch.arange(size, n, size, device=x.device)[:, None]

@@ -71,8 +71,9 @@ def route(
         if solver == "exact":
             relaxed = soft_topk(scores, k=k, eps=eps, mask=per_route)
         else:
-            schedule = {"eps": eps, "eps_init": eps_init, "eps_decay": eps_decay}
-            relaxed = coor_descent(scores, n_iters=n_iters, k=k, mask=per_route, **schedule)
+            relaxed = coor_descent(
+                scores, n_iters=n_iters, k=k, eps=eps, eps_init=eps_init, eps_decay=eps_decay, mask=per_route
+            )
     indices = select(scores, num_selected=num_selected, mask=per_route)
     weights = relaxed.gather(-1, indices)
     if block_size is not None:

@@ -123,7 +123,7 @@ def truth(case: GatheredCase, problem: Problem, direction: str) -> Truth:
         outputs.append(out.detach())
         if direction != FORWARD:
             out.backward(problem.upstream[:, windows].double())
-    gradients = {} if direction == FORWARD else {name: wide[name].grad for name in DIFFERENTIABLE}
+    gradients = {name: gradient for name, tensor in wide.items() if (gradient := tensor.grad) is not None}
     return Truth(torch.cat(outputs, dim=1), gradients)
 
 

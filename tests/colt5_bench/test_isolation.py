@@ -1,9 +1,12 @@
 """Planted faults: processes that die, hang, and lose their CUDA context."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +114,37 @@ class TestABrokenContext:
             toy.suite(toy.raising, toy.out_of_memory), CASE, FORWARD, ["raising", "out_of_memory"], conditions
         )
         assert [record.status for record in records] == ["error", "out_of_memory"]
+
+    def test_lets_go_of_the_gpu_and_never_of_an_object(self, monkeypatch):
+        """Neither of what the frames of its error hold, nor of what was garbage by then."""
+        called, seen = [], []
+        driver = SimpleNamespace(
+            cuDeviceGet=lambda handle, index: called.append(index),
+            cuDevicePrimaryCtxReset_v2=lambda handle: called.append("reset"),
+        )
+        monkeypatch.setattr(isolation.ctypes, "CDLL", lambda name: driver)
+
+        class Held:
+            def __init__(self):
+                seen.append(weakref.ref(self))
+
+        def leave_garbage():
+            garbage = Held()
+            garbage.cycle = garbage
+
+        def fail():
+            held = Held()
+            raise BrokenContextError(f"lost with {held}")
+
+        leave_garbage()
+        try:
+            fail()
+        except BrokenContextError as error:
+            isolation._let_go_of(torch.device("cuda", 1), error)
+        gc.collect()
+        gc.unfreeze()
+        assert [each() is not None for each in seen] == [True, True]
+        assert called == [1, "reset"]
 
     @pytest.mark.gpu
     def test_of_a_real_gpu(self, tmp_path):

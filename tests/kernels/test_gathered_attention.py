@@ -83,7 +83,7 @@ def test_follows_the_reference(device, sizes, multiply_keys_by_score):
 def test_half_precision(device, dtype):
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies the bits of bf16")
-    check(make(device, dtype=dtype, w=1))
+    check(make(device, b=1, w=3, dtype=dtype), multiply_keys_by_score=True)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -97,9 +97,10 @@ def test_more_queries_than_a_program_takes(device, monkeypatch):
     check(make(device, b=1, i=37), multiply_keys_by_score=True)
 
 
-def test_prefixes(device):
-    """Lists as they are routed: the largest scores of ever longer prefixes."""
-    tensors = make(device, b=1, w=5, s=20, n=80, i=3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_prefixes(device, dtype):
+    """Lists as they are routed: the largest scores of ever longer prefixes. In half precision windows go in pairs."""
+    tensors = make(device, b=1, w=5, s=20, n=80, i=3, dtype=dtype)
     scores = torch.randn(1, 1, 2, 80, device=device).expand(1, 5, 2, 80)
     before = torch.arange(80, device=device) < 16 * torch.arange(1, 6, device=device)[:, None, None]
     largest = scores.masked_fill(~before, -torch.inf).topk(20, dim=-1)

@@ -279,6 +279,78 @@ def test_use_triton(router, solver):
     assert not torch.equal(results[True].scores, results[False].scores)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"straight_through": False, "num_routing_tokens": 3},
+        {"cosine_sim_routing": True, "cosine_sim_scale": 3.0, "straight_through": False},
+        {"route_block_size": 16, "num_routing_tokens": 2, "straight_through": False},
+        {"route_block_size": 32, "solver": "exact", "eps": 0.05, "straight_through": False},
+        {"route_block_size": 40, "normalize_to": "selected", "straight_through": False},
+        {"solver": "exact", "normalize_to": "selected", "eps": 0.05, "straight_through": False},
+        {"n_iters": 3, "eps_init": 1.0, "fetch_k_ratio": 1.5, "straight_through": False},
+        {"learned_routing_tokens": True, "num_routing_tokens": 2},
+        {"random_route": True, "num_routing_tokens": 2, "straight_through": False},
+        {"triton_checkpoint_segments": 2, "route_block_size": 16},
+    ],
+    ids=str,
+)
+def test_kernels_do_what_the_definition_says(router, options, masked):
+    """Each option of a router: what is returned, and the gradients of tokens and routing tokens, in fp64."""
+    options = dict(options)
+    random_route = options.pop("random_route", False)
+    mask = torch.rand(3, 40) > 0.3 if masked else None
+    tokens = None
+    if options.get("learned_routing_tokens"):
+        tokens = (torch.randn(3, 2, 16, dtype=X.dtype) / 40).requires_grad_()
+    plain = router(**options)
+    results = []
+    for use_triton in (False, True):
+        route = router(**options, use_triton=use_triton)
+        route.load_state_dict(plain.state_dict())
+        x = X.clone().requires_grad_()
+        torch.manual_seed(1)
+        routed = route(x, num_tokens=7, mask=mask, routing_tokens=tokens, random_route=random_route)
+        upstream = [torch.randn_like(tensor) for tensor in routed[1:3]]
+        inputs = (x, route.routing_token if tokens is None else tokens)
+        results.append((*routed, *torch.autograd.grad(routed[1:3], inputs, upstream)))
+    (indices, *values, routed_mask, dx, dtoken), (of_kernels, *others, other_mask, other_dx, other_dtoken) = results
+    assert torch.equal(of_kernels, indices)
+    assert routed_mask is other_mask is None or torch.equal(other_mask, routed_mask)
+    # The segmented kernel is fp32.
+    tolerance = 1e-4 if "triton_checkpoint_segments" in options else 1e-9
+    for value, other in zip((*values, dx, dtoken), (*others, other_dx, other_dtoken), strict=True):
+        torch.testing.assert_close(other, value, rtol=tolerance, atol=tolerance)
+
+
+def test_kernels_in_one_graph(router):
+    route = router(use_triton=True, num_routing_tokens=2, route_block_size=16).float()
+    x = X.float().requires_grad_()
+    compiled = torch.compile(route, backend="aot_eager", fullgraph=True)
+    results = [function(x, num_tokens=6, mask=MASK) for function in (route, compiled)]
+    for eager, graph in zip(*results, strict=True):
+        torch.testing.assert_close(graph, eager)
+    grads = [torch.autograd.grad(r.scores.sum() + r.routed_tokens.square().sum(), x)[0] for r in results]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_under_autocast(build, dtype):
+    route = build("CoordinateDescentRouter", use_triton=True, straight_through=False)
+    x = torch.randn(2, 300, 16).to(dtype)
+    outside = route(x, num_tokens=30)
+    with torch.autocast("cpu", dtype=dtype):
+        inside = route(x, num_tokens=30)
+        back = inside.scores.sum()
+    back.backward()
+    assert inside.scores.dtype == inside.routed_tokens.dtype == dtype
+    assert torch.equal(inside.indices, outside.indices)
+    assert torch.equal(inside.scores, outside.scores)
+    assert route.routing_token.grad.dtype == torch.float32
+
+
 @pytest.mark.gpu
 def test_automatic_takes_the_kernels_for_cuda_tensors(router):
     route = router(straight_through=False, use_triton=None).float().cuda()
@@ -353,6 +425,14 @@ def test_copies(router, use_triton, duplicate):
 
 def test_repr(router):
     assert "solver='exact'" in repr(router(solver="exact"))
+    paths = {
+        False: "plain PyTorch",
+        True: "kernels.route",
+        None: "kernels.route for CUDA tensors, else plain PyTorch",
+    }
+    for use_triton, path in paths.items():
+        assert f"use_triton={use_triton} ({path})" in repr(router(use_triton=use_triton))
+    assert "(kernels.segmented_coor_descent and others)" in repr(router(use_triton=True, triton_checkpoint_segments=2))
 
 
 def test_returns_a_named_tuple(router):
