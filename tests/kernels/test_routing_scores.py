@@ -12,7 +12,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 
-def inputs(device, b=2, n=37, d=20, r=2, shared=True, dtype=torch.float32):
+def inputs(device, b=2, n=13, d=20, r=2, shared=True, dtype=torch.float32):
     """Tokens and routing tokens."""
     x = torch.randn(b, n, d, device=device).to(dtype)
     return x, torch.randn(1 if shared else b, r, d, device=device)
