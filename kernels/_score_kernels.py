@@ -27,7 +27,7 @@ SCORING_WARPS, GRADIENT_WARPS = 1, 2
 """Of a program. Scores change threads before they are written, for which the warps of a program would wait for each
 other."""
 
-SCORING_PROGRAMS, GRADIENT_PROGRAMS = 24, 8
+SCORING_PROGRAMS, GRADIENT_PROGRAMS = 32, 8
 """For each multiprocessor: about as many as it has the registers for, so that all run at the same time and have the
 same to do."""
 
