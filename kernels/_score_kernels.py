@@ -14,21 +14,22 @@ from torch import Tensor
 
 from kernels._launch import multiprocessors
 
-MOST_ROUTES = 16
+MOST_ROUTES = 8
 """Routes for which a program has accumulators."""
 
 SMALLEST_NORM: tl.constexpr = tl.constexpr(1e-12)
 """A token whose norm is below this is divided by this, as by PyTorch's normalize."""
 
-WARPS = 2
-"""Of a program. The fewer, the less of them wait for each other."""
-
 IN_THREAD = 32
 """Accumulators of a thread, or twice as many where there are many routes."""
 
-SCORING_WARPS, GRADIENT_WARPS = 24, 16
-"""Of each multiprocessor, forward and backward: about as many as it has the registers for, so that all programs run at
-the same time and have the same to do; and not so many that the sum of their contributions takes long."""
+SCORING_WARPS, GRADIENT_WARPS = 1, 2
+"""Of a program. Scores change threads before they are written, for which the warps of a program would wait for each
+other."""
+
+SCORING_PROGRAMS, GRADIENT_PROGRAMS = 32, 8
+"""For each multiprocessor: about as many as it has the registers for, so that all run at the same time and have the
+same to do."""
 
 
 @triton.jit
@@ -254,14 +255,14 @@ def _gathered_kernel(
 
 
 @cache
-def _tile(d: int, routes: int, itemsize: int) -> dict[str, int]:
+def _tile(d: int, routes: int, itemsize: int, num_warps: int) -> dict[str, int]:
     """Launch settings: of a token, as many columns as a thread has accumulators for, but no fewer than a warp reads at
     a time, so that no warp has more than one token; and at least one token for each warp."""
     padded_routes = triton.next_power_of_2(routes)
-    read_at_a_time = min(32 * 16 // itemsize, 64 * IN_THREAD // padded_routes)
+    read_at_a_time = 32 * 16 // itemsize
     columns = max(min(triton.next_power_of_2(d), 32 * IN_THREAD // padded_routes), read_at_a_time)
-    tokens = max(IN_THREAD * 32 * WARPS // (padded_routes * columns), WARPS)
-    return {"ROUTES": padded_routes, "TOKENS": tokens, "COLUMNS": columns, "num_warps": WARPS}
+    tokens = max(IN_THREAD * 32 * num_warps // (padded_routes * columns), num_warps)
+    return {"ROUTES": padded_routes, "TOKENS": tokens, "COLUMNS": columns, "num_warps": num_warps}
 
 
 def _strides(x: Tensor, routing_tokens: Tensor) -> tuple[int, int, int, int]:
@@ -273,9 +274,9 @@ def launch_scores(x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_nor
     cosines times the norm of the routing token, and inverse norms `b padded`, where there is room for these."""
     batch, n, d = x.shape
     routes, padded = scores.shape[1:]
-    tile = _tile(d, routes, x.element_size())
+    tile = _tile(d, routes, x.element_size(), SCORING_WARPS)
     blocks = triton.cdiv(padded, tile["TOKENS"])
-    programs = SCORING_WARPS // WARPS * multiprocessors(x.device)
+    programs = SCORING_PROGRAMS * multiprocessors(x.device)
     _score_kernel[(min(blocks, triton.cdiv(programs, batch)), batch)](
         x,
         routing_tokens,
@@ -313,9 +314,9 @@ def launch_gradients(
     """
     batch, n, d = x.shape
     routes, padded = scores.shape[1:]
-    tile = _tile(d, routes, x.element_size())
+    tile = _tile(d, routes, x.element_size(), GRADIENT_WARPS)
     column_blocks, blocks = triton.cdiv(d, tile["COLUMNS"]), triton.cdiv(n, tile["TOKENS"])
-    programs = GRADIENT_WARPS // WARPS * multiprocessors(x.device)
+    programs = GRADIENT_PROGRAMS * multiprocessors(x.device)
     parts = min(blocks, triton.cdiv(programs, column_blocks * batch))
     partials = torch.empty((batch, parts, routes, d), dtype=torch.float32, device=x.device)
     inputs = (x, routing_tokens, scores, scores if inverse_norms is None else inverse_norms, grad_scores)
@@ -339,6 +340,8 @@ def launch_gradients(
         selected = indices.shape[2]
         slot = torch.arange(selected, dtype=torch.int32, device=x.device).expand(indices.shape)
         slots = torch.full_like(scores, -1, dtype=torch.int32).scatter_(2, indices, slot)
+        # There are few of these: no need for more registers than half of the bytes at a time take.
+        tile = _tile(d, routes, 4, GRADIENT_WARPS)
         _gathered_kernel[(triton.cdiv(selected, tile["TOKENS"]), batch * routes)](
             *inputs,
             indices.contiguous(),

@@ -142,7 +142,7 @@ def routing_scores(x: Tensor, routing_tokens: Tensor, *, cosine_sim_scale: float
     """`reference.routing_scores` in one read of the tokens, of which nothing is copied or converted in memory.
 
     The gradients of both are made in one pass, bitwise equal from run to run. Products and sums are fp32, and fp64 for
-    fp64 tokens, which PyTorch computes with; it does so, too, where there are more than 16 routes, and on a CPU.
+    fp64 tokens, which PyTorch computes with; it does so, too, where there are more than 8 routes, and on a CPU.
 
     Args:
         x: tokens `b n d`, any float dtype.

@@ -35,9 +35,9 @@ def check(scores, k, mask=None):
 @pytest.mark.usefixtures("path")
 def test_random_scores(device):
     scores = torch.randn(2, 150, device=device)
-    for k in (1, 20, 150):
-        check(scores, k)
-    check(scores, 70, torch.rand(2, 150, device=device) > 0.5)
+    check(scores, 20)
+    check(scores[:1], 150)
+    check(scores, 1, torch.rand(2, 150, device=device) > 0.5)
 
 
 def test_more_than_are_ranked(device, monkeypatch):
@@ -61,8 +61,8 @@ def test_extremes(device):
     scores[2, 1::2] *= 1e-42
     mask = torch.rand(3, 90, device=device) > 0.3
     mask[1, :50] = False
-    check(scores, 80, mask)
-    check(scores, 40)
+    check(scores, 50, mask)
+    check(scores, 20)
 
 
 def test_masked_rows(device):
