@@ -37,7 +37,8 @@ SAME_BASE = 32
 
 NUM_WARPS = 2
 
-UNROLLED = tl.constexpr(4)
+UNROLLED = 16
+"""Prefixes whose numbers are loaded at a time: to wait for those of each took 100 cycles a prefix."""
 
 MAX_SHIFT: tl.constexpr = tl.constexpr(in_pytorch.MAX_SHIFT)
 LARGEST: tl.constexpr = tl.constexpr(in_pytorch.LARGEST)
@@ -107,7 +108,7 @@ def _thresholds_kernel(
     a = _load_a(state_ptr, prefix, n_iters, t)
     common_a = _load_a(state_ptr, prefix - window % SAME_BASE * routes, n_iters, t)
     is_far = tl.abs(a - common_a) > temperature * MAX_SHIFT
-    slope, offset, rest = exponent_line(-tl.where(is_far, a, common_a), factor)
+    _, offset, rest = exponent_line(-tl.where(is_far, a, common_a), factor)
     shift = tl.where(is_far, 0.0, (a - common_a) * factor)
     coefficient = (grad_a * inverse_k).to(tl.float32) * exp2_wide(shift + rest)
 
@@ -134,19 +135,22 @@ def _add_each(through_a, scores, columns, slope, step_ptr, stride, begin, end, w
 
 @triton.jit
 def _add_prefixes(
-    through_a, scores, columns, slope, step_ptr, stride, begin, end, window_size, SAME_BASE: tl.constexpr
-):
-    """Add prefixes of windows `begin` to `end` at one iteration, which hold all columns."""
-    windows = begin // SAME_BASE * SAME_BASE + tl.arange(0, SAME_BASE)
+    through_a, scores, columns, slope, step_ptr, stride, begin, end, window_size, SAME_BASE: tl.constexpr,
+    UNROLLED: tl.constexpr,
+):  # fmt: skip
+    """Add prefixes of windows `begin` to `end` at one iteration, which hold all columns and may have the same base."""
+    first = begin // SAME_BASE * SAME_BASE
+    windows = first + tl.arange(0, SAME_BASE)
     offset = tl.load(step_ptr + 2 * stride + begin)
     offsets = tl.load(step_ptr + 2 * stride + windows, mask=(windows >= begin) & (windows < end), other=offset)
     if tl.max((offsets != offset).to(tl.int32), axis=0) > 0:
         through_a = _add_each(through_a, scores, columns, slope, step_ptr, stride, begin, end, window_size)
     else:
         coefficients = tl.zeros_like(scores)
-        for window in tl.range(begin, end, loop_unroll_factor=UNROLLED):
-            limit = tl.load(step_ptr + window) + tl.zeros_like(scores)
-            coefficient = tl.load(step_ptr + stride + window)
+        for window in tl.range(first, first + SAME_BASE, loop_unroll_factor=UNROLLED):
+            exists = (window >= begin) & (window < end)
+            limit = tl.load(step_ptr + window, mask=exists, other=0.0) + tl.zeros_like(scores)
+            coefficient = tl.load(step_ptr + stride + window, mask=exists, other=0.0)
             coefficients = fma_if_at_most(coefficients, 1.0, coefficient, scores, limit)
         weights = tl.minimum(exp2_line(scores, slope, offset + tl.zeros([1], tl.float32)), LARGEST)
         through_a += coefficients * weights
@@ -171,6 +175,7 @@ def _tokens_kernel(
     TOKENS: tl.constexpr,
     WINDOWS: tl.constexpr,
     SAME_BASE: tl.constexpr,
+    UNROLLED: tl.constexpr,
 ):
     """The gradient of TOKENS neighbouring scores; the first tokens, which are in most prefixes, come first."""
     row = (tl.program_id(0) % n_rows).to(tl.int64)
@@ -192,7 +197,17 @@ def _tokens_kernel(
             begin = tl.maximum(same * SAME_BASE, whole)
             end = tl.minimum(same * SAME_BASE + SAME_BASE, n_windows)
             through_a = _add_prefixes(
-                through_a, scores, columns, slope, step_ptr, n_windows, begin, end, window_size, SAME_BASE
+                through_a,
+                scores,
+                columns,
+                slope,
+                step_ptr,
+                n_windows,
+                begin,
+                end,
+                window_size,
+                SAME_BASE,
+                UNROLLED,
             )
 
     leave = tl.load(leaves_ptr + row * n + column, mask=column < n, other=0)
@@ -266,5 +281,6 @@ def launch_backward(
         TOKENS=TOKENS,
         WINDOWS=WINDOWS,
         SAME_BASE=SAME_BASE,
+        UNROLLED=UNROLLED,
         num_warps=NUM_WARPS,
     )

@@ -52,10 +52,10 @@ REGISTERS = 128
 LONGEST_END = 2048
 """Most entries that one prefix of a program has and another has not."""
 
-RANKS = 4096
+RANKS = 2048
 """Ranks, or places, that selection looks at at a time."""
 
-RANKS_IN_THREAD = 16
+RANKS_IN_THREAD = 8
 
 MAX_SHIFT: tl.constexpr = tl.constexpr(in_pytorch.MAX_SHIFT)
 
