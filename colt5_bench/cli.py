@@ -3,19 +3,22 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from colt5_bench.commands import INTERRUPTED, USAGE, env, history, report, run, selftest
+from colt5_bench.commands import INTERRUPTED, USAGE, completion, env, history, merge, report, run, selftest
 from colt5_bench.commands import list as list_command
-from colt5_bench.selection import SelectionError
+from colt5_bench.selection import SelectionError, pick
 from colt5_bench.startup import StartupError
 
 COMMANDS = {
     "run": run,
     "list": list_command,
+    "merge": merge,
     "report": report,
     "history": history,
     "selftest": selftest,
     "env": env,
+    "completion": completion,
 }
 """Each module has `SUMMARY`, `EXAMPLES`, `configure(parser)` and `main(options)`."""
 
@@ -29,12 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     split = arguments.index("--") if "--" in arguments else len(arguments)
     arguments, passed_on = arguments[:split], arguments[split + 1 :]
     parser = _parser()
-    options = parser.parse_args(_with_command(arguments))
-    options.pytest = passed_on
     try:
+        options = parser.parse_args(_with_command(arguments))
+        options.pytest, options.parser = passed_on, parser
         return COMMANDS[options.command].main(options)
     except (StartupError, SelectionError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return USAGE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"{parser.prog}: error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -42,12 +50,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _with_command(arguments: Sequence[str]) -> list[str]:
     """`--suite topk` is `run --suite topk`."""
-    named = arguments and (arguments[0] in COMMANDS or arguments[0] in ("-h", "--help") or arguments[0][0] != "-")
-    return list(arguments) if named else [DEFAULT, *arguments]
+    if arguments and arguments[0] in ("-h", "--help"):
+        return list(arguments)
+    if arguments and not arguments[0].startswith("-"):
+        return [pick("command", arguments[0], COMMANDS), *arguments[1:]]
+    return [DEFAULT, *arguments]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line, and not also every option there is."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description="Measure implementations of the operations of conditionally routed attention.",
         epilog=f"examples, and what `{DEFAULT}` is short for:\n{run.EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

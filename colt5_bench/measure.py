@@ -18,6 +18,34 @@ from colt5_bench.suite import Implementation, Operation, Suite
 LONGEST_REASON = 300
 """Characters of an error message that go into a record."""
 
+BREAKS_THE_CONTEXT = (
+    "an illegal memory access was encountered",
+    "the launch timed out and was terminated",
+    "device-side assert triggered",
+    "hardware stack error",
+    "an illegal instruction was encountered",
+    "misaligned address",
+    "operation not supported on global/shared address space",
+    "invalid program counter",
+    "unspecified launch failure",
+    "uncorrectable ECC error encountered",
+)
+"""Texts of the errors after which every call to CUDA fails in the process that had one: those of which the CUDA Runtime
+API's page on `cudaError_t` says that the process must be terminated and relaunched. PyTorch and Triton pass them on."""
+
+
+NOT_MEASURED = "not measured"
+"""The reason of a record until something happens to it."""
+
+
+class BrokenContextError(RuntimeError):
+    """The CUDA context is lost: what is not measured yet can be measured in another process only."""
+
+    def __init__(self, why: str, finished: Sequence[Record] = ()) -> None:
+        super().__init__(why)
+        self.finished = list(finished)
+        """The records that stand: of what was skipped or failed before, and of what broke the context, if known."""
+
 
 @dataclass(frozen=True)
 class Conditions:
@@ -62,15 +90,40 @@ class _Oracle:
 
 
 def measure(
-    suite: Suite, case: Case, direction: str, implementations: Sequence[str], conditions: Conditions
+    suite: Suite,
+    case: Case,
+    direction: str,
+    implementations: Sequence[str],
+    conditions: Conditions,
+    begin: Callable[[str], None] = lambda name: None,
 ) -> list[Record]:
     """One record for each named implementation, whatever happens to it.
 
     An implementation that cannot run here is skipped; one that misses its accuracy bound is wrong and is not timed; an
     exception ends that implementation only, and one in the fp64 truth those that are judged by it. Times are taken
-    interleaved.
+    interleaved. `begin` is told the name of an implementation before anything of it runs, and "" before what
+    concerns several.
+
+    Raises:
+        BrokenContextError: nothing more can be measured in this process.
     """
-    records = {name: _unmeasured(suite, case, direction, name, conditions) for name in implementations}
+    records = {name: unmeasured(suite, case, direction, name, conditions) for name in implementations}
+    try:
+        _measure_all(suite, case, direction, records, conditions, begin)
+    except BrokenContextError as error:
+        finished = [record for record in records.values() if record.status != "ok" and record.reason != NOT_MEASURED]
+        raise BrokenContextError(str(error), finished) from None
+    return list(records.values())
+
+
+def _measure_all(
+    suite: Suite,
+    case: Case,
+    direction: str,
+    records: dict[str, Record],
+    conditions: Conditions,
+    begin: Callable[[str], None],
+) -> None:
     running: dict[str, Record] = {}
     for name, record in records.items():
         if why := not_applicable(suite.implementations[name], case, direction, conditions.device):
@@ -85,11 +138,13 @@ def measure(
         with _failing([running[name] for name in own], "fp64 truth: ", out_of_memory="error"):
             _describe_cost(suite, case, direction, [running[name] for name in own], conditions.ceilings)
             oracles.update(dict.fromkeys(own, _consult_oracle(operation or suite, case, direction, conditions.device)))
-    _measure_each(suite, case, direction, {name: running[name] for name in oracles}, oracles, conditions)
-    return list(records.values())
+    _measure_each(suite, case, direction, {name: running[name] for name in oracles}, oracles, conditions, begin)
 
 
-def _unmeasured(suite: Suite, case: Case, direction: str, name: str, conditions: Conditions) -> Record:
+def unmeasured(
+    suite: Suite, case: Case, direction: str, name: str, conditions: Conditions, why: str = NOT_MEASURED
+) -> Record:
+    """The record of an implementation of which nothing is known but why."""
     return Record(
         suite=suite.name,
         case=case.id,
@@ -98,7 +153,7 @@ def _unmeasured(suite: Suite, case: Case, direction: str, name: str, conditions:
         direction=direction,
         device=conditions.device_name,
         status="error",
-        reason="not measured",
+        reason=why,
         environment=conditions.environment,
     )
 
@@ -139,9 +194,11 @@ def _measure_each(
     records: dict[str, Record],
     oracles: dict[str, _Oracle],
     conditions: Conditions,
+    begin: Callable[[str], None],
 ) -> None:
     calls: dict[str, Call] = {}
     for name, record in records.items():
+        begin(name)
         implementation, oracle = suite.implementations[name], oracles[name]
         with _failing([record]):
             call = Call(implementation.build(case), oracle.problem, direction)
@@ -157,20 +214,37 @@ def _measure_each(
                     record.kernels = static_facts.compiled_kernels(call)
                 calls[name] = call
 
+    begin("")
     if calls:
         with _failing([records[name] for name in calls], "timing: "):
-            taken = timing.time_interleaved(
-                calls,
-                device=conditions.device,
-                columns=conditions.columns,
-                before={name: call.renew for name, call in calls.items()},
-                max_seconds=conditions.max_seconds,
-            )
-            for name, timings in taken.items():
-                records[name].timings = timings
+            _time(calls, records, conditions)
         for name, call in calls.items():
             with _failing([records[name]], "timing: "):
                 _refuse_impossible(records[name], call, conditions)
+
+
+def _time(calls: dict[str, "Call"], records: dict[str, Record], conditions: Conditions) -> None:
+    """Interleaved. If one of several fails, nobody knows which: they are timed again, each on its own."""
+    taken = None
+    try:
+        taken = timing.time_interleaved(
+            calls,
+            device=conditions.device,
+            columns=conditions.columns,
+            before={name: call.renew for name, call in calls.items()},
+            max_seconds=conditions.max_seconds,
+        )
+    except Exception as error:
+        if len(calls) == 1 or _breaks_context(error):
+            raise
+    if taken is None:
+        _free_memory()
+        for name, call in calls.items():
+            with _failing([records[name]], "timing: "):
+                _time({name: call}, records, conditions)
+        return
+    for name, timings in taken.items():
+        records[name].timings = timings
 
 
 def _refuse_impossible(record: Record, call: "Call", conditions: Conditions) -> None:
@@ -265,21 +339,43 @@ class Call:
 
 
 @contextmanager
-def _failing(records: Iterable[Record], where: str = "", *, out_of_memory: Status = "out_of_memory") -> Iterator[None]:
-    """An exception becomes the status and the reason of the records, and the run goes on."""
+def _failing(records: Sequence[Record], where: str = "", *, out_of_memory: Status = "out_of_memory") -> Iterator[None]:
+    """An exception becomes the status and the reason of the records, and the run goes on.
+
+    One that breaks the CUDA context ends it. Of several records one is to blame, and nobody knows which: they are left
+    to be measured one by one.
+    """
     try:
         yield
+    except BrokenContextError:
+        raise
     except Exception as error:
         status: Status = out_of_memory if _is_out_of_memory(error) else "error"
-        message = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_REASON]
-        for record in records:
-            record.status, record.reason = status, where + message
+        message = where + " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_REASON]
+        broken = _breaks_context(error)
+        if len(records) == 1 or not broken:
+            for record in records:
+                record.status, record.reason = status, message
+        if broken:
+            raise BrokenContextError(message) from None
     else:
         return
     # Only now is the traceback gone that kept the tensors of the failed call alive.
+    _free_memory()
+
+
+def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            # Of a kernel that was still running when something else failed.
+            raise BrokenContextError(str(error)) from None
+
+
+def _breaks_context(error: Exception) -> bool:
+    return any(text in str(error) for text in BREAKS_THE_CONTEXT)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -7,105 +7,156 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
 from colt5_bench import environment
-from colt5_bench.case import Case
-from colt5_bench.measure import Conditions, measure
+from colt5_bench.isolation import TIME_LIMIT, Measurer, Point
+from colt5_bench.measure import Conditions
+from colt5_bench.parts import keep_finished
 from colt5_bench.replay import virtual_clock
-from colt5_bench.results import Record, Writer
-from colt5_bench.selection import SelectionError, case_filter, choose_device
+from colt5_bench.results import Group, Record, Writer
+from colt5_bench.selection import WHOLE, SelectionError, Shard, case_filter, choose_device, parse_seconds
 from colt5_bench.suite import PRESETS, Suite
 
 MAX_SECONDS = {"smoke": 0.1, "default": 1.0, "full": 2.0}
 """How long sampling a time column of a case may take, by preset. A smoke run shows that everything runs."""
 
 
-class _Key(NamedTuple):
-    """What is measured together."""
+@dataclass(frozen=True)
+class Options:
+    """What a run was asked for; the command line explains each."""
 
-    suite: str
-    case: str
-    direction: str
+    device: torch.device
+    preset: str = "default"
+    implementations: tuple[str, ...] = ()
+    cases: str = ""
+    shard: Shard = WHOLE
+    out: Path | None = None
+    resume: bool = False
+    isolate: bool = False
+    time_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.resume and self.out is None:
+            raise SelectionError("--resume needs --out, which says where the results are that are to be completed.")
+
+    def of_results(self, suite: str) -> dict[str, object]:
+        """Those that decide which records there are to be, as the results state them."""
+        return {
+            "suite": suite,
+            "preset": self.preset,
+            "implementations": list(self.implementations),
+            "cases": self.cases,
+            "shard": str(self.shard),
+        }
 
 
 class Run:
     """What one pytest session measures, and where the records go."""
 
-    def __init__(
-        self, *, device: torch.device, preset: str, implementations: list[str], cases: str, out: Path | None
-    ) -> None:
-        self._device = device
-        self._preset = preset
-        self._implementations = implementations
-        self._wanted = case_filter(cases)
-        self._out = out
-        self._cases: dict[tuple[str, str], tuple[Suite, Case]] = {}
-        self._expected: dict[_Key, list[str]] = {}
-        self._records: dict[tuple[_Key, str], Record] = {}
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._wanted = case_filter(options.cases)
+        isolated = options.isolate or options.time_limit is not None
+        self._measurer = Measurer(isolated=isolated, time_limit=options.time_limit or TIME_LIMIT)
+        self._points: dict[Group, Point] = {}
+        self._expected: dict[Group, list[str]] = {}
+        self._records: dict[tuple[Group, str], Record] = {}
+        self._environments: dict[str, dict[str, object]] = {}
+        """By suite."""
         self._writers: dict[str, Writer] = {}
         self._conditions: Conditions | None = None
-        self._environment: dict[str, object] = {}
 
-    def points(self, suite: Suite) -> Iterator[tuple[str, str, str]]:
+    def points(self, suite: Suite, file: Path) -> Iterator[tuple[str, str, str]]:
         """Case id, direction and implementation of everything that was asked for."""
-        names = [name for name in suite.implementations if not self._implementations or name in self._implementations]
-        for case in suite.cases(self._preset, self._device):
-            if self._wanted(case.id):
-                self._cases[suite.name, case.id] = suite, case
-                for direction in suite.directions(case):
-                    for name in names:
-                        yield case.id, direction, name
+        options = self._options
+        names = [
+            name for name in suite.implementations if not options.implementations or name in options.implementations
+        ]
+        cases = [case for case in suite.cases(options.preset, options.device) if self._wanted(case.id)]
+        for case in options.shard.of(cases):
+            for direction in suite.directions(case):
+                group = Group(suite.name, case.id, direction)
+                self._points[group] = Point(suite, case, direction, file, options.preset)
+                for name in names:
+                    yield case.id, direction, name
 
-    def expect(self, key: _Key, implementation: str) -> None:
-        """A record of this will have to be there at the end."""
-        self._expected.setdefault(key, []).append(implementation)
+    def begin(self, expected: list[tuple[Group, str]], suites: list[str]) -> None:
+        """What will have to be recorded, and the suites that were asked for. An interrupted run is read.
 
-    def record(self, key: _Key, implementation: str) -> Record:
+        Raises:
+            SelectionError: there are results already, which are not to be completed or cannot be.
+        """
+        for group, implementation in expected:
+            self._expected.setdefault(group, []).append(implementation)
+        for suite in suites:
+            described = environment.describe(self._options.device)
+            described["options"] = self._options.of_results(suite)
+            described["expected"] = sum(len(names) for group, names in self._expected.items() if group.suite == suite)
+            digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
+            self._environments[suite] = {"key": digest, **described}
+            if (path := self._results(suite)) is not None and path.exists():
+                self._continue(suite, path)
+
+    def record(self, group: Group, implementation: str) -> Record:
         """The record, measured together with those of the other implementations if it is the first of them."""
-        if (key, implementation) not in self._records:
-            suite, case = self._cases[key.suite, key.case]
+        if (group, implementation) not in self._records:
+            conditions = self._prepare(group.suite)
             with warnings.catch_warnings():
                 # What a measured implementation warns of is no failure, whatever filter the tests run under.
                 warnings.simplefilter("default")
-                records = measure(suite, case, key.direction, self._expected[key], self._prepare())
+                records = self._measurer.measure(self._points[group], self._expected[group], conditions)
             for record in records:
-                self._records[key, record.implementation] = record
-                if self._out is not None:
-                    self._writer(key.suite, self._out).record(record)
-        return self._records[key, implementation]
+                self._records[group, record.implementation] = record
+                if (writer := self._writer(group.suite)) is not None:
+                    writer.record(record)
+        return self._records[group, implementation]
 
     def missing(self) -> list[str]:
         """What was expected and never recorded."""
         return [
-            " ".join((*key, name))
-            for key, names in self._expected.items()
+            " ".join((*group, name))
+            for group, names in self._expected.items()
             for name in names
-            if (key, name) not in self._records
+            if (group, name) not in self._records
         ]
 
     def close(self) -> None:
+        for suite, described in self._environments.items():
+            path = self._results(suite)
+            if path is not None and not path.exists() and not described["expected"] and self._options.shard != WHOLE:
+                # A shard without a case is there, all the same.
+                self._writer(suite)
         for writer in self._writers.values():
             writer.close()
 
-    def _prepare(self) -> Conditions:
-        if self._conditions is None:
-            described = environment.describe(self._device)
-            digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
-            self._conditions = Conditions.on(self._device, digest, max_seconds=MAX_SECONDS[self._preset])
-            self._environment = {"key": digest, **described, "ceilings": asdict(self._conditions.ceilings)}
-        return self._conditions
+    def _continue(self, suite: str, path: Path) -> None:
+        if not self._options.resume:
+            raise SelectionError(
+                f"{path} is there already: complete it with --resume, or name a place without results with --out."
+            )
+        for record in keep_finished(path, self._environments[suite], self._expected):
+            self._records[record.group, record.implementation] = record
 
-    def _writer(self, suite: str, out: Path) -> Writer:
-        if suite not in self._writers:
-            self._writers[suite] = Writer(out / f"{suite}.jsonl")
-            self._writers[suite].environment(self._environment)
-        return self._writers[suite]
+    def _prepare(self, suite: str) -> Conditions:
+        if self._conditions is None:
+            self._conditions = Conditions.on(self._options.device, "", max_seconds=MAX_SECONDS[self._options.preset])
+        return replace(self._conditions, environment=str(self._environments[suite]["key"]))
+
+    def _results(self, suite: str) -> Path | None:
+        return None if self._options.out is None else self._options.out / f"{suite}.jsonl"
+
+    def _writer(self, suite: str) -> Writer | None:
+        path = self._results(suite)
+        if path is not None and suite not in self._writers:
+            ceilings = asdict(self._prepare(suite).ceilings)
+            self._writers[suite] = Writer(path)
+            self._writers[suite].environment({**self._environments[suite], "ceilings": ceilings})
+        return self._writers.get(suite)
 
 
 _RUN = pytest.StashKey[Run]()
@@ -125,6 +176,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--out", type=Path, default=None, metavar="DIR", help="Write records to DIR/<suite>.jsonl as they are taken."
     )
+    group.addoption("--resume", action="store_true", help="Measure what is missing in the results of --out.")
+    group.addoption("--shard", default=str(WHOLE), metavar="I/N", help="Only this one of N shares of the cases.")
+    group.addoption("--isolate", action="store_true", help="Measure each case in a process of its own.")
+    group.addoption(
+        "--time-limit", default=None, metavar="SECONDS", help="End the process of a case after this; isolates."
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -132,12 +189,19 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("dist", "no") != "no":
         raise pytest.UsageError("suites are measured one case at a time: leave out -n")
     try:
+        limit = config.getoption("--time-limit")
         config.stash[_RUN] = Run(
-            device=choose_device(config.getoption("--device")),
-            preset=config.getoption("--preset"),
-            implementations=config.getoption("--impl"),
-            cases=config.getoption("--cases"),
-            out=config.getoption("--out"),
+            Options(
+                device=choose_device(config.getoption("--device")),
+                preset=config.getoption("--preset"),
+                implementations=tuple(config.getoption("--impl")),
+                cases=config.getoption("--cases"),
+                shard=Shard.parse(config.getoption("--shard")),
+                out=config.getoption("--out"),
+                resume=config.getoption("--resume"),
+                isolate=config.getoption("--isolate"),
+                time_limit=None if limit is None else parse_seconds(limit),
+            )
         )
     except SelectionError as error:
         raise pytest.UsageError(str(error)) from error
@@ -160,7 +224,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 id=f"{case}-{direction}-{implementation}",
                 marks=[pytest.mark.benchmark(group=f"{case} {direction}", timer=virtual_clock), *patient],
             )
-            for case, direction, implementation in config.stash[_RUN].points(suite)
+            for case, direction, implementation in config.stash[_RUN].points(suite, Path(metafunc.module.__file__))
         ],
     )
 
@@ -169,31 +233,38 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """What was collected, and not deselected since, is what has to be recorded, unless collecting is all there is."""
     if session.config.getoption("collectonly"):
         return
-    for item in filter(_is_measured, session.items):
-        session.config.stash[_RUN].expect(*_point(item))
+    asking = [item for item in session.items if isinstance(item, pytest.Function) and "record" in item.fixturenames]
+    suites = list(dict.fromkeys(item.module.SUITE.name for item in asking))
+    try:
+        session.config.stash[_RUN].begin([_point(item) for item in filter(_is_measured, asking)], suites)
+    except SelectionError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest, case: str, direction: str, implementation: str) -> Record:
     """What was measured for the case, direction and implementation of this test."""
     taken = request.config.stash[_RUN].record(*_point(request.node))
-    request.node.user_properties.append(("status", taken.status))
+    column = next(iter(taken.timings), "")
+    request.node.user_properties += [
+        ("status", taken.status),
+        ("reason", taken.reason),
+        ("seconds", taken.seconds(column)),
+    ]
     return taken
 
 
-def _is_measured(item: pytest.Item) -> bool:
+def _is_measured(item: pytest.Function) -> bool:
     """Not so for what stands in for a suite of which no case was asked for: pytest skips it."""
-    if not isinstance(item, pytest.Function) or "record" not in item.fixturenames:
-        return False
     return isinstance(item.callspec.params["case"], str)
 
 
-def _point(item: pytest.Item) -> tuple[_Key, str]:
+def _point(item: pytest.Item) -> tuple[Group, str]:
     assert isinstance(item, pytest.Function)
     case, direction, implementation = (
         str(item.callspec.params[name]) for name in ("case", "direction", "implementation")
     )
-    return _Key(item.module.SUITE.name, case, direction), implementation
+    return Group(item.module.SUITE.name, case, direction), implementation
 
 
 @pytest.hookimpl(tryfirst=True)

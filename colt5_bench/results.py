@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, NamedTuple
 
 import pandas as pd
 
@@ -79,6 +79,14 @@ class Divergence:
     """What `largest` may be at most: set from the error of plain PyTorch on the same inputs; None: not gated."""
 
 
+class Group(NamedTuple):
+    """What is measured together, in each of its implementations."""
+
+    suite: str
+    case: str
+    direction: str
+
+
 @dataclass
 class Record:
     """One implementation on one case in one direction: what was measured, under what, and how it ended."""
@@ -129,7 +137,11 @@ class Record:
     @property
     def key(self) -> tuple[str, str, str, str]:
         """Suite, case, direction and implementation: no two records of a run share it."""
-        return self.suite, self.case, self.direction, self.implementation
+        return *self.group, self.implementation
+
+    @property
+    def group(self) -> Group:
+        return Group(self.suite, self.case, self.direction)
 
     def seconds(self, column: str) -> float | None:
         """Median of a time column."""
@@ -143,7 +155,7 @@ class Writer:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = path.open("w", encoding="utf-8")
+        self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def environment(self, environment: dict[str, object]) -> None:
         """The first line: what the records were measured under."""
@@ -174,6 +186,19 @@ class Run:
     """Files whose last line was cut off, as by a process that was killed while it wrote."""
 
 
+def write(path: Path, environments: Iterable[dict[str, object]], records: Iterable[Record]) -> None:
+    """A results file in one go: whatever happens, `path` holds what it held before or all of this."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.unlink(missing_ok=True)
+    writer = Writer(unfinished)
+    for environment in environments:
+        writer.environment(environment)
+    for record in records:
+        writer.record(record)
+    writer.close()
+    unfinished.replace(path)
+
+
 def load(path: Path) -> Run:
     """A results file, or all that are below a directory; a last line that was cut off is left out.
 
@@ -199,10 +224,13 @@ def _read(path: Path, run: Run) -> None:
                 run.cut_off.append(path)
                 break
             raise ValueError(f"{path}:{number} is not JSON: {error}") from error
-        if content.pop("kind") == "environment":
-            run.environments[content["key"]] = content
-        else:
-            run.records.append(_record(content, f"{path}:{number}"))
+        try:
+            if content.pop("kind") == "environment":
+                run.environments[content["key"]] = content
+            else:
+                run.records.append(_record(content, f"{path}:{number}"))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is no line of a results file: {error!r}") from error
 
 
 def _record(content: dict, where: str) -> Record:

@@ -1,14 +1,19 @@
-"""What the user asked for: suites by name, cases by expression, a device, and help with what was mistyped."""
+"""What the user asked for: suites by name, cases by expression or share, a device, and help with what was mistyped."""
 
 import difflib
 import importlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf, nan
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from colt5_bench.suite import Suite
+
+T = TypeVar("T")
 
 
 class SelectionError(ValueError):
@@ -63,6 +68,51 @@ def case_filter(expression: str) -> Callable[[str], bool]:
             "parentheses, as in 'n=512 and not dtype=bfloat16'"
         ) from error
     return lambda case_id: bool(eval(code, {"case_id": case_id}))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `count` shares of the cases, numbered from 1."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """`2/4`, the second of four.
+
+        Raises:
+            SelectionError: it is none.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise SelectionError(f"there is no shard {text!r}; the shards of four are 1/4, 2/4, 3/4 and 4/4.")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    def of(self, cases: Sequence[T]) -> Sequence[T]:
+        """Every `count`-th case: neighbours in a grid take about as long, so that shards do."""
+        return cases[self.index - 1 :: self.count]
+
+
+WHOLE = Shard(1, 1)
+
+
+def parse_seconds(text: str) -> float:
+    """A limit of time.
+
+    Raises:
+        SelectionError: it is none.
+    """
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = nan
+    if not 0 < seconds < inf:
+        raise SelectionError(f"there is no time limit of {text!r}; it is a number of seconds above 0, such as 600.")
+    return seconds
 
 
 def choose_device(name: str) -> torch.device:

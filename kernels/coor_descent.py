@@ -10,7 +10,7 @@ same, the weights are, and with r = exp((a + base) / e) it is `r = k max(r, exp(
 `S = sum min(w max(r, exp((base - max s) / e)), 1)`: a multiplication, a minimum and an addition for an entry.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -140,6 +140,16 @@ for _device in ("CPU", "CUDA"):
     _library.impl("coor_descent_backward", _backward, _device)
 
 
+def gradients(
+    grad: Tensor, scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, numbers: Sequence, state: Tensor
+) -> tuple[Tensor, Any]:
+    """Gradients of scores `rows n` and of k, by the operator or, where nobody is to see that, past the dispatcher."""
+    # Only the operator can say that there is no second derivative.
+    operator = torch.is_grad_enabled() or is_traced(grad)
+    backward: Callable[..., tuple[Tensor, Any]] = torch.ops.colt5.coor_descent_backward if operator else _gradients
+    return backward(grad, scores, mask, k_rows, *numbers, state)
+
+
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     scores, mask, k_rows, *numbers, _ = inputs
     ctx.save_for_backward(scores, mask, k_rows, output[1])
@@ -151,10 +161,7 @@ def _differentiate(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
     if grad is None:
         return (None,) * 9
     scores, mask, k_rows, state = ctx.saved_tensors
-    # Only the operator can say that there is no second derivative.
-    operator = torch.is_grad_enabled() or is_traced(grad)
-    backward: Callable[..., tuple[Tensor, Any]] = torch.ops.colt5.coor_descent_backward if operator else _gradients
-    ds, dk = backward(grad, scores, mask, k_rows, *ctx.numbers, state)
+    ds, dk = gradients(grad, scores, mask, k_rows, ctx.numbers, state)
     return ds, None, None if k_rows is None else dk.to(k_rows.dtype), *(None,) * 6
 
 

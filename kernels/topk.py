@@ -1,6 +1,7 @@
 """Differentiable top-k in one kernel: coordinate descent, selection and gates of a row while it is in registers."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -11,7 +12,7 @@ from kernels._descent_forward import cooling_iterations, descend, soft_selection
 from kernels._descent_state import allocate_state
 from kernels._launch import as_rows, is_traced, mask_as_rows, runs_triton, tile_settings
 from kernels._primitives import LOWEST, load_tile, per_row, tile_columns
-from kernels.coor_descent import coor_descent
+from kernels.coor_descent import coor_descent, gradients
 from reference._arguments import check_schedule, check_scores, first_temperature
 from reference.topk import TopkReturn, check_topk, select_topk
 from reference.topk import topk as plain_topk
@@ -185,23 +186,48 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     _, indices, _, gates, state = output
     ctx.save_for_backward(x, mask, indices, gates, state)
     ctx.mark_non_differentiable(indices)
+    ctx.set_materialize_grads(False)
     ctx.numbers = numbers
 
 
 def _differentiate(
-    ctx, grad_values: Tensor, _: Tensor | None, grad_soft: Tensor, grad_gates: Tensor, *__: None
+    ctx, grad_values: Tensor | None, _: None, grad_soft: Tensor | None, grad_gates: Tensor | None, *__: None
 ) -> tuple[Tensor | None, ...]:
+    if grad_values is None and grad_soft is None and grad_gates is None:
+        return (None,) * 9
     x, mask, indices, gates, state = ctx.saved_tensors
-    # A gate is 0 where nothing was selected, and then nothing depends on anything.
-    chosen = gates != 0
-    direct = grad_values * gates
-    through_gate = torch.where(chosen, grad_gates + grad_values * x.gather(-1, indices), 0.0) + grad_soft
-    grad = torch.zeros_like(x).scatter_(-1, indices, through_gate)
-    dx, _ = torch.ops.colt5.coor_descent_backward(grad, x, mask, None, *ctx.numbers, state)
-    return dx.scatter_add(-1, indices, direct), *(None,) * 8
+    through_value = None if grad_values is None else grad_values * x.gather(-1, indices)
+    through_gate = _sum(grad_gates, through_value)
+    if mask is not None and through_gate is not None:
+        # A gate is 0 where nothing was selected, and then nothing depends on anything.
+        through_gate = torch.where(gates != 0, through_gate, 0.0)
+    grad = torch.zeros_like(x).scatter_(-1, indices, _sum(through_gate, grad_soft))
+    dx, _ = gradients(grad, x, mask, None, ctx.numbers, state)
+    if grad_values is not None:
+        dx.scatter_add_(-1, indices, grad_values * gates)
+    return dx, *(None,) * 8
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Any:
+    """None stands for a gradient of 0."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other
 
 
 torch.library.register_autograd("colt5::topk", _differentiate, setup_context=_setup_context, lib=_library)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without PyTorch's dispatcher, as in `coor_descent`."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_differentiate)
 
 
 def topk(
@@ -231,7 +257,9 @@ def topk(
     check_topk(x, k, coor_descent_k_ratio)
     check_schedule(n_iters, eps, eps_init, eps_decay)
     save = x.requires_grad and torch.is_grad_enabled()
-    operation: Callable[..., tuple[Tensor, ...]] = torch.ops.colt5.topk if save or is_traced(x) else _forward
+    operation: Callable[..., tuple[Tensor, ...]] = _Eager.apply if save else _forward
+    if is_traced(x):
+        operation = torch.ops.colt5.topk
     selected = operation(
         as_rows(x),
         mask_as_rows(mask, x.shape),
@@ -243,4 +271,4 @@ def topk(
         eps_decay,
         save,
     )[:4]
-    return TopkReturn(*(tensor.view(*x.shape[:-1], k) for tensor in selected))
+    return TopkReturn(*(selected if x.dim() == 2 else (tensor.view(*x.shape[:-1], k) for tensor in selected)))

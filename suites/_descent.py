@@ -42,6 +42,9 @@ FORWARD_BOUND, GRADIENT_BOUND = 2e-6, 1e-4
 LONGEST_SEGMENTED = 131072
 """Entries of a row that the published algorithm takes, whole as it is in one program."""
 
+UNIT_ROUNDOFF = torch.finfo(torch.float32).eps / 2
+"""The largest relative difference between a number and the fp32 that it is rounded to."""
+
 CHUNK_BYTES = 2**30
 """About how much memory the fp64 answer may take at a time."""
 
@@ -139,28 +142,38 @@ def truth(case: DescentCase, problem: Problem, direction: str) -> Truth:
         outputs.append(y.detach())
         if direction != FORWARD:
             gradients += torch.autograd.grad(y, s, upstream.double())
-            at_kink.append(rows_at_kink(case, s.detach()))
+            at_kink.append(entries_at_kink(case, s.detach()))
     if direction == FORWARD:
         return Truth(torch.cat(outputs))
-    whole_rows = torch.cat(at_kink).unsqueeze(-1).expand(case.rows, case.n)
-    return Truth(torch.cat(outputs), {"scores": torch.cat(gradients)}, {"scores": whole_rows})
+    return Truth(torch.cat(outputs), {"scores": torch.cat(gradients)}, {"scores": torch.cat(at_kink)})
 
 
-def rows_at_kink(case: DescentCase, scores: Tensor, k: float | None = None) -> Tensor:
-    """Which rows have a score within fp64 rounding of the kink s = -a of some iteration.
+def entries_at_kink(case: DescentCase, scores: Tensor, k: float | None = None) -> Tensor:
+    """Which entries of fp64 scores `rows n` have no decided derivative, for the kink s = -a of some iteration: bool.
 
-    relu(s + a) has no derivative there, and fp64 itself cannot tell the side. Such an entry is or is not among those
-    that pass the gradient on to the a before, which every entry of the row depends on: so the whole row is marked.
+    relu(s + a) has no derivative at the kink. There are two kinds of such entries.
+
+    - Within fp64 rounding of the kink, fp64 itself cannot tell the side. Such an entry is or is not among those that
+      pass the gradient on to the a before, which every entry of the row depends on: so the whole row is marked. Equal
+      scores put many entries there at once.
+    - Within the unit roundoff of fp32 of the kink, relative to the score, the input cannot tell the side: numbers on
+      both sides of the kink have the same fp32 score. Of a million scores of std 5 some four get that near to one of
+      100 kinks. The tolerance is that of the input and not of a kernel, whose a is exact to a fraction of it. Only the
+      entry itself is marked: what its side does to the rest of the row has to stay within the bound.
     """
     log_k = log(case.k if k is None else k)
     *temperatures, _ = case.temperatures()
-    resolution = 1e-13 * scores.abs().clamp(min=1)
+    magnitude = scores.abs()
+    undecided = torch.zeros_like(scores, dtype=torch.bool)
+    whole_rows = undecided[:, :1].clone()
     a = torch.full_like(scores[:, :1], temperatures[0] * (log_k - log(case.n)))
-    near = ((scores + a).abs() <= resolution).any(dim=-1)
-    for temperature in temperatures[1:]:
-        a = temperature * (log_k - (torch.minimum(scores, -a) / temperature).logsumexp(dim=-1, keepdim=True))
-        near |= ((scores + a).abs() <= resolution).any(dim=-1)
-    return near
+    for t, temperature in enumerate(temperatures):
+        if t > 0:
+            a = temperature * (log_k - (torch.minimum(scores, -a) / temperature).logsumexp(dim=-1, keepdim=True))
+        distance = (scores + a).abs()
+        undecided |= distance <= UNIT_ROUNDOFF * magnitude
+        whole_rows |= (distance <= 1e-13 * magnitude.clamp(min=1)).any(dim=-1, keepdim=True)
+    return undecided | whole_rows
 
 
 def cost(case: DescentCase, direction: str) -> Cost:

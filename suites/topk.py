@@ -57,7 +57,7 @@ def truth(case: DescentCase, problem: Problem, direction: str) -> Truth:
         return Truth(values)
     (gradient,) = torch.autograd.grad(values, scores, problem.upstream.double())
     sums_to = min(case.k * COOR_DESCENT_K_RATIO, case.n)
-    at_kink = _descent.rows_at_kink(case, scores.detach(), k=sums_to).unsqueeze(-1).expand_as(gradient)
+    at_kink = _descent.entries_at_kink(case, scores.detach(), k=sums_to)
     return Truth(values.detach(), {"scores": gradient}, {"scores": at_kink})
 
 

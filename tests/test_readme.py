@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import reference
+from colt5_bench import cli
 from colt5_bench.case import DIRECTIONS, FORWARD_BACKWARD
 from colt5_bench.results import load
 from colt5_bench.selection import load_suites
@@ -118,6 +119,14 @@ def test_command(command):
         name, _, environment[name] = words.pop(0).partition("=")
     check = {"make": make, "python": python, "pytest": pytest_, "pip": pip}[words[0]]
     check(words[1:], environment)
+
+
+@pytest.mark.parametrize("command", [line for block in blocks("shell") for line in block.splitlines()])
+def test_a_command_of_several_is_one_that_there_is(command):
+    """What takes long, or needs what another has written, is read as it is and not run."""
+    words = shlex.split(command)
+    assert words[:2] == ["python", "bench.py"]
+    cli._parser().parse_args(cli._with_command(words[2:]))
 
 
 def test_every_suite_is_listed():

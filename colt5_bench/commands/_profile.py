@@ -26,6 +26,9 @@ def main(options: argparse.Namespace, suites: list[Suite], device: torch.device,
     mode = options.profile
     if options.pytest:
         raise SelectionError("what follows -- is for pytest, which --profile does not start: leave it out.")
+    of_records = {name: getattr(options, name) for name in ("resume", "isolate", "time_limit", "shard")}
+    if given := [f"--{name.replace('_', '-')}" for name, value in of_records.items() if value]:
+        raise SelectionError(f"--profile records nothing that {' and '.join(given)} could be for: leave it out.")
     if why := profiling.missing(mode, device):
         raise SelectionError(why)
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")

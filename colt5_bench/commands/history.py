@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from colt5_bench.commands import DONE
-from colt5_bench.commands.report import load_views, read, write_all_plots
+from colt5_bench.commands.report import load_views, write_all_plots
+from colt5_bench.parts import read
 from colt5_bench.report.layout import RUN
 from colt5_bench.report.page import write_page
 from colt5_bench.results import Record, Run

@@ -4,11 +4,12 @@ import argparse
 from pathlib import Path
 
 from colt5_bench.commands import DONE
+from colt5_bench.parts import read
 from colt5_bench.report.export import write_csv, write_parquet
 from colt5_bench.report.layout import View, by
 from colt5_bench.report.page import PAGE, write_page
 from colt5_bench.report.plots import write_plots
-from colt5_bench.results import Run, load
+from colt5_bench.results import Run
 from colt5_bench.selection import SelectionError, load_suites
 from colt5_bench.startup import check, find_checkout
 
@@ -48,14 +49,6 @@ def main(options: argparse.Namespace) -> int:
         for path in write_all_plots(run, views, options.plots):
             print(path)
     return DONE
-
-
-def read(path: Path) -> Run:
-    """The run of a path that the user named."""
-    try:
-        return load(path)
-    except ValueError as error:
-        raise SelectionError(str(error)) from error
 
 
 def load_views() -> dict[str, View]:

@@ -5,6 +5,7 @@ Each suite is a file of tests, run through pytest with the plugin.
 
 import argparse
 import os
+import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,13 +17,23 @@ from rich.console import Console
 from colt5_bench import plugin
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, USAGE, _profile
 from colt5_bench.commands import list as list_command
+from colt5_bench.isolation import TIME_LIMIT
 from colt5_bench.progress import Watcher
 from colt5_bench.report.layout import View
 from colt5_bench.report.page import PAGE, write_page
 from colt5_bench.report.plots import write_plots
-from colt5_bench.report.table import summary
-from colt5_bench.results import FAILED, load
-from colt5_bench.selection import SelectionError, case_filter, choose_device, load_suites, pick, suite_files
+from colt5_bench.report.table import endings, summary
+from colt5_bench.results import FAILED, Run, load
+from colt5_bench.selection import (
+    SelectionError,
+    Shard,
+    case_filter,
+    choose_device,
+    load_suites,
+    parse_seconds,
+    pick,
+    suite_files,
+)
 from colt5_bench.startup import check, find_checkout
 from colt5_bench.suite import PRESETS, Suite
 
@@ -34,6 +45,9 @@ EXAMPLES = """\
   python bench.py --suite coor_descent --impl reference --impl ours -k 'n=4096 and not eps=0.03'
   python bench.py --suite gradients --preset full --out reports/gradients
   python bench.py --suite coor_descent --impl ours -k n=4096 --profile torch
+  python bench.py --suite layers --preset full --isolate --time-limit 600 --out reports/layers
+  python bench.py --suite layers --preset full --isolate --time-limit 600 --out reports/layers --resume
+  python bench.py --suite layers --shard 2/4 --out reports/layers-2
   python bench.py --suite coor_descent -- --benchmark-json=benchmark.json
 
 what follows `--` is passed on to pytest
@@ -55,8 +69,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:<index>; default auto"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where results go (default: reports/<utc-timestamp>-<suite>)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where results go (default: reports/<utc-timestamp>-<suite>, or without the suite for several)",
     )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="complete the run in --out, begun with the same options; what ended with an error is measured again",
+    )
+    parser.add_argument(
+        "--shard", metavar="I/N", help="only this one of N shares of the cases; `merge` joins the results of all"
+    )
+    parser.add_argument(
+        "--isolate",
+        action="store_true",
+        help="measure each case in a process of its own, so that the run survives whatever one does; where a CUDA "
+        "context breaks, the run goes on like this by itself",
+    )
+    parser.add_argument(
+        "--time-limit",
+        metavar="SECONDS",
+        help=f"end the process of a case after this, and record an error (default: {TIME_LIMIT:g}); implies --isolate",
+    )
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("-q", "--quiet", action="store_true", help="no progress and no table, just how it ended")
+    shown.add_argument("-v", "--verbose", action="store_true", help="a line for each record as it is taken")
     _profile.add_option(parser)
 
 
@@ -76,6 +115,12 @@ def main(options: argparse.Namespace) -> int:
 def _validate(options: argparse.Namespace, suites: dict[str, Suite], device: torch.device) -> None:
     if not options.suite:
         raise SelectionError(f"say which suite with --suite; there is {', '.join(suites)}.")
+    if options.resume and options.out is None:
+        raise SelectionError("--resume completes the run in --out DIR: say which.")
+    if options.shard:
+        Shard.parse(options.shard)
+    if options.time_limit:
+        parse_seconds(options.time_limit)
     options.suite = list(dict.fromkeys(options.suite))
     wanted = case_filter(options.cases)
     for name in options.suite:
@@ -88,23 +133,23 @@ def _validate(options: argparse.Namespace, suites: dict[str, Suite], device: tor
 
 def _run(options: argparse.Namespace, suites: list[Suite], checkout: Path, passed_on: list[str]) -> int:
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    several = len(suites) > 1
+    out = options.out or checkout / "reports" / (started if several else f"{started}-{suites[0].name}")
     status = DONE
     for suite in suites:
-        directory = options.out or checkout / "reports" / f"{started}-{suite.name}"
-        if options.out and len(suites) > 1:
-            directory = directory / suite.name
+        directory = out / suite.name if several else out
         status = max(status, _run_suite(options, suite, checkout, directory, passed_on))
         if status in (USAGE, INTERRUPTED):
             break
+    if status == INTERRUPTED:
+        print(f"interrupted; this completes it: {_again(options, out)}", file=sys.stderr)
     return status
 
 
 def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, directory: Path, passed_on: list[str]) -> int:
-    results = directory / f"{suite.name}.jsonl"
-    if results.exists():
-        raise SelectionError(f"{results} is there already; --out has to name a place without results.")
-
-    with Watcher(suite.name) as watcher:
+    # Before anything is measured that could not be kept.
+    directory.mkdir(parents=True, exist_ok=True)
+    with Watcher(suite.name, quiet=options.quiet, verbose=options.verbose) as watcher:
         code = pytest.main(
             [
                 str(suite_files(checkout)[suite.name]),
@@ -113,28 +158,58 @@ def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, direct
                 *("--preset", options.preset, "--device", options.device, "--cases", options.cases),
                 *("--out", str(directory)),
                 *(f"--impl={name}" for name in options.impl),
+                *_how(options),
+                *(["--resume"] if options.resume else []),
                 *passed_on,
             ],
             plugins=[plugin, watcher],
         )
     for failure in watcher.failures:
         print(failure, file=sys.stderr)
-
-    failed = code == pytest.ExitCode.TESTS_FAILED or bool(watcher.failures)
-    if results.exists():
-        run = load(results)
-        records = run.records
-        failed |= any(record.status in FAILED for record in records)
-        console = Console()
-        summary(records, suite.reference, console)
-        plots = write_plots(records, directory, x=suite.x_axis, lines=suite.lines) if records else []
-        console.print(f"results: {results}", soft_wrap=True, highlight=False)
-        if plots:
-            console.print(f"plots: {len(plots)} files in {directory}", soft_wrap=True, highlight=False)
-        page = write_page(directory / PAGE, run, {suite.name: View.of(suite)})
-        console.print(f"report: {page}", soft_wrap=True, highlight=False)
-    if code == pytest.ExitCode.INTERRUPTED and not watcher.failures:
-        return INTERRUPTED
     if code == pytest.ExitCode.USAGE_ERROR:
         return USAGE
-    return FAILURE if failed or code != pytest.ExitCode.OK else DONE
+
+    failed = code != pytest.ExitCode.OK or bool(watcher.failures)
+    results = directory / f"{suite.name}.jsonl"
+    if results.exists():
+        run = load(results)
+        failed |= any(record.status in FAILED for record in run.records)
+        _show(run, suite, quiet=options.quiet)
+    if code == pytest.ExitCode.INTERRUPTED and not watcher.failures:
+        return INTERRUPTED
+    return FAILURE if failed else DONE
+
+
+def _show(run: Run, suite: Suite, *, quiet: bool) -> None:
+    directory, console = run.path.parent, Console()
+    if quiet:
+        endings(run.records, console)
+    else:
+        summary(run.records, suite.reference, console)
+    plots = write_plots(run.records, directory, x=suite.x_axis, lines=suite.lines) if run.records else []
+    console.print(f"results: {run.path}", soft_wrap=True, highlight=False)
+    if plots:
+        console.print(f"plots: {len(plots)} files in {directory}", soft_wrap=True, highlight=False)
+    page = write_page(directory / PAGE, run, {suite.name: View.of(suite)})
+    console.print(f"report: {page}", soft_wrap=True, highlight=False)
+
+
+def _how(options: argparse.Namespace) -> list[str]:
+    """The options of a run that say how it is measured, as they were given."""
+    return [
+        *(["--shard", options.shard] if options.shard else []),
+        *(["--isolate"] if options.isolate else []),
+        *(["--time-limit", options.time_limit] if options.time_limit else []),
+    ]
+
+
+def _again(options: argparse.Namespace, out: Path) -> str:
+    """The command that completes a run."""
+    words = ["python", "bench.py"]
+    words += [word for name in options.suite for word in ("--suite", name)]
+    words += ["--preset", options.preset, "--device", options.device]
+    words += [word for name in options.impl for word in ("--impl", name)]
+    words += ["-k", options.cases] if options.cases else []
+    words += [*_how(options), "--out", str(out), "--resume"]
+    words += ["--", *options.pytest] if options.pytest else []
+    return shlex.join(words)

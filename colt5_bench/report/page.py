@@ -26,7 +26,7 @@ PAGE = "report.html"
 VERDICTS = ("failed", "missing", "worse", "unclear", "new", "better", "same")
 """In the order in which findings are shown; the first three are regressions, and what is the same is only counted."""
 
-PASSING = ("key", "utc", "command", "gpu.at_start.sm_clock_mhz", "gpu.at_start.reasons")
+PASSING = ("key", "utc", "command", "expected", "gpu.at_start.sm_clock_mhz", "gpu.at_start.reasons")
 """What differs between runs under the same conditions."""
 
 
@@ -231,10 +231,15 @@ def _environments(run: Run) -> list[dict[str, Any]]:
     distinct: dict[tuple, dict[str, Any]] = {}
     for environment in run.environments.values():
         values = flat(environment)
-        facts = {name: value for name, value in values.items() if name not in PASSING and value is not None}
+        facts = {name: value for name, value in values.items() if not _passes(name) and value is not None}
         same = distinct.setdefault(tuple(map(str, facts.items())), {"facts": facts, "runs": []})
         same["runs"].append((values.get("utc"), values.get("command")))
     return list(distinct.values())
+
+
+def _passes(name: str) -> bool:
+    """Whether a value is one of a run, and no condition."""
+    return name in PASSING or name.startswith("options.")
 
 
 def _count_endings(records: Iterable[Record]) -> str:

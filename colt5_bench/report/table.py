@@ -62,7 +62,7 @@ def summary(records: Sequence[Record], reference: str, console: Console) -> None
         console: where to.
     """
     if not records:
-        console.print("nothing was measured")
+        endings(records, console)
         return
     groups, metrics = _by_case(records), _metric_columns(records)
     if any(record.timings for record in records):
@@ -72,7 +72,7 @@ def summary(records: Sequence[Record], reference: str, console: Console) -> None
         _print(_table(records, shown, [*_divergence_columns(records), *metrics]), console)
         if len(shown) < len(groups):
             console.print(f"the {len(shown)} of {len(groups)} cases that are farthest from fp64", highlight=False)
-    _print_endings(records, console)
+    endings(records, console)
     _print_clocks(records, console)
 
 
@@ -111,10 +111,11 @@ def _print(table: Table, console: Console) -> None:
     console.print(table, crop=False, overflow="ignore", no_wrap=True)
 
 
-def _print_endings(records: Sequence[Record], console: Console) -> None:
+def endings(records: Sequence[Record], console: Console) -> None:
     """How many ended how, and each reason once."""
     counts = Counter(record.status for record in records)
-    console.print(", ".join(f"{count} {_status(status)}" for status, count in counts.items()), highlight=False)
+    counted = ", ".join(f"{count} {_status(status)}" for status, count in counts.items())
+    console.print(counted or "nothing was measured", highlight=False)
     reasons = Counter((r.implementation, r.status, r.reason) for r in records if r.status != "ok")
     for (implementation, status, reason), count in reasons.items():
         times = f" ({count} times)" if count > 1 else ""

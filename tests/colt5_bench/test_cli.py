@@ -1,16 +1,22 @@
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from colt5_bench import cli, commands
+from colt5_bench.report.table import endings
 from colt5_bench.results import load
 from colt5_bench.selection import SelectionError, case_filter, choose_device, pick
 from colt5_bench.startup import StartupError, check, find_checkout
+from tests.colt5_bench import made
 
 ROOT = Path(__file__).parents[2]
 TOY = Path(__file__).with_name("toy.py")
@@ -61,15 +67,17 @@ def test_a_run_prints_a_table_and_says_where_results_are(bench, checkout):
     assert (checkout / "out" / "report.html").exists()
     assert (checkout / "benchmark.json").exists()
 
-    # Measured results are never written over.
-    again = bench("good")
-    assert again.returncode == commands.USAGE
-    assert "is there already" in again.stderr
+    # Neither output is a terminal.
+    assert "\x1b" not in run.stdout + run.stderr
 
 
 def test_a_failed_accuracy_gate_is_the_exit_status(bench, checkout):
-    run = bench("good,wrong,raising", "--preset", "smoke")
+    run = bench("good,wrong,raising", "--preset", "smoke", "--verbose")
     assert run.returncode == commands.FAILURE
+    told = [re.sub(r"\d\S* ms$", "? ms", line) for line in run.stderr.splitlines()]
+    assert "ok           rows=2,n=8-forward-good  ? ms" in told
+    assert "error        rows=2,n=8-forward-raising  RuntimeError: no luck with this" in told
+    assert len(told) == 8
     assert "output is off by" in run.stdout
     assert "no luck with this" in run.stdout
     assert "Traceback" not in run.stdout + run.stderr
@@ -89,14 +97,19 @@ def test_an_interrupted_run_keeps_what_it_has(bench, checkout):
     assert {record.case for record in records} == {"rows=2,n=8"}
     assert len(records) == 4
     assert "toy.jsonl" in run.stdout
+    assert (
+        "interrupted; this completes it: python bench.py --suite toy --preset default --device cpu --out out --resume"
+        in run.stderr
+    )
 
 
 def test_a_failure_of_the_harness_is_shown_and_fails(bench, checkout):
     with (checkout / "suites" / "toy.py").open("a") as file:
         file.write("\n\ndef test_more(no_such_fixture):\n    pass\n")
-    run = bench("good", "--preset", "smoke")
+    run = bench("good", "--preset", "smoke", "--quiet")
     assert run.returncode == commands.FAILURE
     assert "no_such_fixture" in run.stderr
+    assert [line.partition(":")[0] for line in run.stdout.splitlines()] == ["4 ok", "results", "plots", "report"]
 
 
 @pytest.fixture
@@ -120,14 +133,33 @@ def test_what_a_run_would_be_measured_under(here, capsys):
         (["--suite", "coor_descent", "-k", "n=513"], ["no case", "'n=513'"]),
         (["--suite", "coor_descent", "-k", "(n=512"], ["cannot read"]),
         (["--suite", "coor_descent", "--device", "tpu"], ["no device 'tpu'"]),
+        (["--suite", "coor_descent", "--resume"], ["--resume completes the run in --out DIR"]),
+        (["--suite", "coor_descent", "--shard", "5/4"], ["no shard '5/4'", "1/4, 2/4"]),
+        (["--suite", "coor_descent", "--time-limit", "soon"], ["no time limit of 'soon'", "seconds above 0"]),
+        (["--suite", "coor_descent", "--out", "/dev/null/results"], ["cannot use /dev/null/results: Not a directory"]),
+        (["--suite", "topk", "--profile", "torch", "--shard", "1/2"], ["--profile records nothing", "--shard"]),
+        (["histroy"], ["no command 'histroy'", "report, history", "Did you mean history?"]),
         ([], ["--suite", "coor_descent", "gradients"]),
     ],
 )
 def test_what_there_is_not_is_a_usage_error_that_says_what_there_is(here, capsys, arguments, messages):
     assert cli.main([*arguments, "--device", "cpu"] if "--device" not in arguments else arguments) == commands.USAGE
     error = capsys.readouterr().err
+    assert error.count("\n") == 1
     for message in messages:
         assert message in error
+
+
+def test_a_wrong_option_is_told_of_in_a_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["--suite", "topk", "--preset", "huge"])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "invalid choice: 'huge' (choose from" in error
+    assert error.endswith(" run --help\n")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["--suite", "topk", "-q", "-v"])
+    assert "not allowed with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["list"], ["--list"], ["run", "--list"]])
@@ -143,6 +175,61 @@ def test_help_has_examples(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     assert "python bench.py --suite coor_descent" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        (["mer"], ["merge"]),
+        (["run", "--preset", ""], ["smoke", "default", "full"]),
+        (["run", "--suite", "to"], ["toy"]),
+        (["merge", "suites/to"], ["suites/toy.py"]),
+    ],
+)
+def test_a_shell_completes(checkout, capsys, words, completed):
+    pytest.importorskip("shtab")
+    assert cli.main(["completion", "bash"]) == commands.DONE
+    script = f"""{capsys.readouterr().out}
+        COMP_WORDS=(colt5-bench {shlex.join(words)}) COMP_CWORD={len(words)}
+        $(complete -p colt5-bench | sed 's/.* -F \\([^ ]*\\).*/\\1/')
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    shell = subprocess.run(["bash", "-c", script], cwd=checkout, capture_output=True, text=True, check=True)
+    assert shell.stdout.split() == completed
+
+
+@pytest.mark.parametrize(
+    ("shell", "lines"),
+    [
+        ("zsh", [r"#compdef colt5-bench", r'  "--resume\[complete the run in --out, .*']),
+        ("fish", [r"complete -c colt5-bench -n '.* run' -l resume .*", r"complete -c colt5-bench .* -a merge .*"]),
+    ],
+)
+def test_other_shells_have_a_script_of_their_own(capsys, shell, lines):
+    pytest.importorskip("shtab")
+    assert cli.main(["completion", shell]) == commands.DONE
+    script = capsys.readouterr().out
+    for line in lines:
+        assert re.search(f"^{line}$", script, flags=re.MULTILINE)
+
+
+def test_without_its_library_completion_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["completion", "bash"]) == commands.USAGE
+    assert "pip install shtab" in capsys.readouterr().err
+
+
+def test_without_colour_a_terminal_gets_none(monkeypatch):
+    def shown():
+        console = Console(file=StringIO(), force_terminal=True)
+        endings([made.record(status="error", reason="no luck")], console)
+        return console.file.getvalue()
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert "\x1b[31m" in shown()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in shown()
 
 
 def test_the_package_starts_as_bench_py_does():

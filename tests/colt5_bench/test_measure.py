@@ -106,6 +106,26 @@ def test_a_timer_that_fails_fails_what_it_timed(conditions, monkeypatch):
     assert records["wrong"].status == "wrong"
 
 
+def test_of_several_that_are_timed_the_one_that_fails_fails_alone(conditions, timed, monkeypatch):
+    time_interleaved, together = measuring.timing.time_interleaved, []
+
+    def failing(calls, **options):
+        together.append(list(calls))
+        if "late" in calls:
+            raise torch.OutOfMemoryError("of the graph's pool")
+        return time_interleaved(calls, **options)
+
+    monkeypatch.setattr(measuring.timing, "time_interleaved", failing)
+    late = toy.Implementation("late", lambda case: toy.good)
+    records = run(toy.suite(implementations={**toy.suite(toy.good).implementations, "late": late}), conditions)
+    assert (records["late"].status, records["late"].reason) == (
+        "out_of_memory",
+        "timing: OutOfMemoryError: of the graph's pool",
+    )
+    assert {name for name, record in records.items() if record.timings} == {"reference", "good"}
+    assert together == [["reference", "good", "late"], ["reference"], ["good"], ["late"]]
+
+
 class TestBrokenMeasurements:
     @pytest.fixture
     def on_gpu(self, conditions, monkeypatch):

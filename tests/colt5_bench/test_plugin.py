@@ -1,21 +1,37 @@
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from time import monotonic, sleep
 
 import pytest
-import torch._dynamo  # noqa: F401
+import torch
+import torch._dynamo
 
+from colt5_bench import roofline
+from colt5_bench.parts import merge
 from colt5_bench.results import load
 
 # `pytester` forgets every module that a run inside this process imports, and PyTorch cannot bear to import its compiler
 # twice, which it does on first use: hence the import above.
 pytest_plugins = ("pytester",)
 
+ROOT = Path(__file__).parents[2]
 TOY = Path(__file__).with_name("toy.py")
 
 
+@pytest.fixture(scope="module")
+def ceilings():
+    return roofline.measure_ceilings(torch.device("cpu"))
+
+
 @pytest.fixture
-def run(pytester, monkeypatch):
+def run(pytester, monkeypatch, ceilings):
     """Run pytest on the toy suite with some implementations beside the reference."""
+    # Measured once for all of these runs.
+    monkeypatch.setattr(roofline, "measure_ceilings", lambda device: ceilings)
     # pytest-benchmark turns itself off in a worker of pytest-xdist, which this process may be.
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     pytester.makepyfile(test_toy=TOY.read_text())
@@ -102,6 +118,9 @@ def test_what_is_expected_and_not_recorded_fails_the_run(run, pytester):
         ("--device=tpu", "*there is no device 'tpu'; there is auto, cpu, cuda*"),
         ("--preset=huge", "*invalid choice: 'huge'*"),
         ("--cases=n=8 and and", "*cannot read the case expression*"),
+        ("--shard=0/2", "*there is no shard '0/2'; the shards of four are 1/4, *"),
+        ("--time-limit=0", "*there is no time limit of '0'; it is a number of seconds above 0*"),
+        ("--resume", "*--resume needs --out*"),
     ],
 )
 def test_a_wrong_option_is_a_usage_error(run, option, message):
@@ -121,3 +140,89 @@ def test_collecting_alone_misses_nothing(run):
     result = run("good", "--collect-only")
     assert result.ret == pytest.ExitCode.OK
     result.stdout.no_fnmatch_line("*expected and not measured*")
+
+
+def results(pytester, directory="results"):
+    return load(pytester.path / directory / "toy.jsonl")
+
+
+def wait_for(condition, seconds=120):
+    until = monotonic() + seconds
+    while not condition():
+        assert monotonic() < until
+        sleep(0.05)
+
+
+def test_a_killed_run_loses_the_case_under_way_and_is_completed(run, pytester, monkeypatch):
+    """With a last line that was cut off, and no process left behind."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    options = ["-p", "colt5_bench.plugin", "--device=cpu", "--out=results"]
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "pytest", *options, "--isolate", "test_toy.py"],
+        env={**environment, "PYTHONPATH": str(ROOT), "TOY": "good,hanging"},
+        stdout=subprocess.DEVNULL,
+    )
+    hanging = pytester.path / "hanging"
+    wait_for(lambda: hanging.exists() and hanging.read_text())
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    wait_for(lambda: not Path("/proc", hanging.read_text()).exists())
+
+    before = results(pytester).records
+    assert [record.key[1:] for record in before] == [
+        ("rows=2,n=8", direction, name)
+        for direction in ("forward", "forward+backward")
+        for name in ("reference", "good", "hanging")
+    ]
+    with (pytester.path / "results" / "toy.jsonl").open("a") as file:
+        file.write('{"kind": "record", "suite": "toy", "cas')
+    assert results(pytester).cut_off
+
+    Path("released").touch()
+    run("good,hanging", "--preset=default", "--out=results", "--resume").assert_outcomes(passed=12)
+    completed = results(pytester)
+    assert not completed.cut_off
+    assert completed.records[:6] == before
+    assert len({record.key for record in completed.records}) == len(completed.records) == 12
+    assert {record.status for record in completed.records} == {"ok"}
+    assert len(completed.environments) == len({record.environment for record in completed.records}) == 2
+
+
+def test_resuming_measures_errors_again_and_keeps_what_is_a_result(run, pytester):
+    run("raising,wrong", "--impl=raising", "--impl=wrong", "--out=both").assert_outcomes(failed=4)
+    run("raising,wrong", "--impl=wrong", "--out=wrong").assert_outcomes(failed=2)
+    before = {name: results(pytester, name) for name in ("both", "wrong")}
+    run("raising,wrong", "--impl=raising", "--impl=wrong", "--out=both", "--resume").assert_outcomes(failed=4)
+    run("raising,wrong", "--impl=wrong", "--out=wrong", "--resume").assert_outcomes(failed=2)
+    assert results(pytester, "wrong") == before["wrong"]
+    again = results(pytester, "both").records
+    assert [record.key for record in again] == [record.key for record in before["both"].records]
+    assert {record.environment for record in again}.isdisjoint(before["both"].environments)
+
+
+def test_what_is_there_is_neither_written_over_nor_mixed_with_what_is_not_like_it(run, pytester):
+    run("good", "--impl=good", "--out=results")
+    kept = results(pytester)
+    for options, message in {
+        (): "*is there already: complete it with --resume, or name a place without results with --out.",
+        (
+            "--resume",
+            "--impl=reference",
+        ): "*cannot be completed here, as there and here differ options.implementations*",
+        ("--resume", "--preset=default"): "*differ options.preset 'smoke' and 'default': start anew*",
+    }.items():
+        result = run("good", "--impl=good", "--out=results", *options)
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        result.stderr.fnmatch_lines([message])
+    assert results(pytester) == kept
+
+
+def test_shards_are_the_whole_run_and_a_shard_without_a_case_is_there(run, pytester):
+    run("good", "--preset=default", "--out=whole").assert_outcomes(passed=8)
+    run("good", "--preset=default", "--shard=1/3", "--out=1").assert_outcomes(passed=4)
+    run("good", "--preset=default", "--shard=2/3", "--out=2").assert_outcomes(passed=4)
+    run("good", "--preset=default", "--shard=3/3", "--out=3").assert_outcomes(skipped=1)
+    merged = merge([pytester.path / name for name in "312"], pytester.path / "merged.jsonl")
+    assert [record.key for record in merged.records] == [record.key for record in results(pytester, "whole").records]
+    assert load(merged.path).records == merged.records
+    assert len(merged.environments) == 3

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from colt5_bench.results import Divergence, Record, Timing, Writer, load, to_frame
+from colt5_bench.results import Divergence, Record, Run, Timing, Writer, load, to_frame, write
 
 
 @pytest.fixture
@@ -68,6 +68,18 @@ def test_a_last_line_that_was_cut_off_is_left_out(path):
     assert run.cut_off == [path]
 
 
+def test_wherever_a_file_is_cut_off_what_is_before_is_read(path, record):
+    whole = path.read_bytes()
+    ends = [position for position, byte in enumerate(whole) if byte == ord("\n")]
+    for size in range(1, len(whole), 7):
+        path.write_bytes(whole[:size])
+        run = load(path)
+        lines = sum(end <= size for end in ends)
+        assert len(run.environments) + len(run.records) == lines
+        assert run.records == [record] * max(lines - 1, 0)
+        assert run.cut_off == ([] if size in ends or size - 1 in ends else [path])
+
+
 def test_a_broken_line_elsewhere_is_an_error(path):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1][:-40], lines[2]]))
@@ -81,6 +93,27 @@ def test_another_schema_is_an_error(path):
     path.write_text("\n".join([lines[0], json.dumps(content), lines[2]]))
     with pytest.raises(ValueError, match="has schema 99"):
         load(path)
+
+
+@pytest.mark.parametrize("line", ["{}", "[1, 2]", '{"kind": "environment"}', '{"kind": "record", "schema": 2}'])
+def test_what_is_no_line_of_results_is_an_error(path, line):
+    path.write_text(f"{line}\n{path.read_text()}")
+    with pytest.raises(ValueError, match=r"toy\.jsonl:1 is no line of a results file"):
+        load(path)
+
+
+def test_a_file_written_in_one_go_takes_the_place_of_what_was_there(path, record):
+    path.with_name("toy.jsonl.unfinished").write_text("left behind")
+    write(path, [{"key": "def"}], [record])
+    assert load(path.parent) == Run(path.parent, {"def": {"key": "def"}}, [record])
+    assert [each.name for each in path.parent.iterdir()] == ["toy.jsonl"]
+
+
+def test_a_file_that_is_there_is_gone_on_with(path, record):
+    writer = Writer(path)
+    writer.record(record)
+    writer.close()
+    assert load(path).records == [record] * 3
 
 
 def test_divergence_that_is_not_a_number_survives(tmp_path, record):

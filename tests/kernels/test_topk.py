@@ -17,6 +17,9 @@ module = import_module("kernels.topk")
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
+N_ITERS = 5 if INTERPRETED else 20
+"""The interpreter takes its time for each iteration."""
+
 
 def randn(*shape):
     return torch.randn(shape, device=DEVICE)
@@ -26,14 +29,18 @@ def max_abs(*tensors):
     return max((tensor.abs().max().item() for tensor in tensors if tensor.numel()), default=0.0)
 
 
-def weighted(result, weights):
-    """A scalar that every differentiable part of the result reaches."""
-    parts = (result.values, result.coor_descent_values, result.gates)
-    return sum((part * weight.to(part)).sum() for part, weight in zip(parts, weights, strict=True))
+PARTS = ("values", "coor_descent_values", "gates")
 
 
-def check(x, k, mask=None, **options):
+def weighted(result, weights, parts=PARTS):
+    """A scalar that differentiable parts of the result reach."""
+    given = zip((getattr(result, part) for part in parts), weights, strict=True)
+    return sum((part * weight.to(part)).sum() for part, weight in given)
+
+
+def check(x, k, mask=None, parts=PARTS, **options):
     """Results and gradient against plain PyTorch in fp64, where as many entries are valid as are selected."""
+    options.setdefault("n_iters", N_ITERS)
     one, other = x.detach().clone().requires_grad_(), x.detach().double().requires_grad_()
     fused = topk(one, k, mask=mask, fused=True, **options)
     plain = reference.topk(other, k, mask=mask, **options)
@@ -41,22 +48,22 @@ def check(x, k, mask=None, **options):
 
     chosen = plain.gates != 0
     assert torch.equal(fused.indices[chosen], plain.indices[chosen])
-    for name in ("values", "coor_descent_values", "gates"):
+    for name in PARTS:
         actual, expected = getattr(fused, name), getattr(plain, name)
         assert actual.dtype == x.dtype
         torch.testing.assert_close(actual.double(), expected, rtol=1e-6 + rounding, atol=2e-6)
         assert not actual[~chosen].any()
 
-    weights = [randn(*fused.values.shape) for _ in range(3)]
-    weighted(fused, weights).backward()
-    weighted(plain, weights).backward()
+    weights = [randn(*fused.values.shape) for _ in parts]
+    weighted(fused, weights, parts).backward()
+    weighted(plain, weights, parts).backward()
     # 2e-6 in an output of the descent, times what it contributes: a gradient of 3 weights and |x|, over eps.
     scale = 3 * max_abs(*weights) * (1 + max_abs(x)) / options.get("eps", 0.1)
     torch.testing.assert_close(one.grad.double(), other.grad, rtol=rounding, atol=2e-6 * scale + rounding)
 
 
 @pytest.mark.parametrize(
-    ("shape", "k"), [((6, 512), 10), ((2, 3, 100), 3), ((5, 1), 1), ((3, 77), 32), ((2, 77), 77), ((0, 9), 2)], ids=str
+    ("shape", "k"), [((3, 512), 10), ((2, 3, 100), 3), ((5, 1), 1), ((3, 77), 32), ((2, 77), 77), ((0, 9), 2)], ids=str
 )
 def test_matches_plain_pytorch(shape, k):
     check(randn(*shape), k)
@@ -68,10 +75,17 @@ def test_masked_entries_are_never_selected(k):
     mask[0] = False
     mask[1] = False
     mask[1, 3] = True
-    check(randn(3, 97), k, mask, eps=0.03, eps_init=4.0, eps_decay=0.7)
-    result = topk(randn(3, 97), k, mask=mask, fused=True)
+    check(randn(3, 97), k, mask, eps=0.03, eps_init=4.0, eps_decay=0.2 if INTERPRETED else 0.7)
+    result = topk(randn(3, 97), k, n_iters=N_ITERS, mask=mask, fused=True)
     assert (result.gates != 0).sum(-1).tolist() == [0, 1, min(k, int(mask[2].sum()))]
     assert mask.gather(-1, result.indices)[result.gates != 0].all()
+
+
+@pytest.mark.parametrize("parts", [("values",), ("coor_descent_values",), ("gates", "coor_descent_values")], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_some_results(parts, masked):
+    mask = torch.rand(2, 30, device=DEVICE) > 0.5 if masked else None
+    check(randn(2, 30), 20, mask, parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -99,7 +113,7 @@ def test_negative_zero_and_infinite_scores_are_ordered():
 
 
 def test_the_example_of_the_systems_document():
-    x = randn(8 if INTERPRETED else 1024, 512)
+    x = randn(2 if INTERPRETED else 1024, 512)
     values, indices, coor_descent_values, gates = topk(x, k=10, fused=True)
     expected = x.topk(10)
     torch.testing.assert_close(values, expected.values, rtol=1e-6, atol=0)
@@ -125,7 +139,7 @@ def test_laws(data):
     k = data.draw(st.integers(1, n))
     entries = data.draw(st.lists(st.integers(-1000, 1000), min_size=n, max_size=n, unique=True))
     x = torch.tensor([entries], device=DEVICE) / 64
-    result = topk(x, k, fused=True)
+    result = topk(x, k, n_iters=N_ITERS, fused=True)
     assert result.indices.unique().numel() == k
     assert torch.equal(x.gather(-1, result.indices), x.topk(k).values)
     assert (result.coor_descent_values.diff(dim=-1) <= 0).all()
@@ -151,9 +165,9 @@ def test_wrong_arguments_are_named(fused, wrong, message):
 def test_opcheck():
     if not INTERPRETED and DEVICE == "cpu":
         pytest.skip("the CPU path composes other operators")
-    mask = torch.rand(3, 40, device=DEVICE) > 0.3
+    mask = torch.rand(2, 40, device=DEVICE) > 0.3
     for hidden in (None, mask):
-        x = randn(3, 40).requires_grad_()
+        x = randn(2, 40).requires_grad_()
         torch.library.opcheck(torch.ops.colt5.topk.default, (x, hidden, 4, 4.5, 5, 0.1, 0.1, 1.0, True))
 
 
@@ -202,6 +216,6 @@ def test_compiles_without_spills(shape, target):
             topk(x.detach(), 32, mask=hidden, fused=True)
 
     with triton_for_cpu_tensors():
-        facts = compiled_kernels(launch, target)
+        facts = compiled_kernels(launch, target, disassemble=False)
     assert len(facts) == 4
     assert {str(fact): fact["spilled_bytes"] for fact in facts} == {str(fact): 0 for fact in facts}

@@ -64,18 +64,26 @@ def a_by_definition(case, scores):
 
 @pytest.mark.parametrize("iteration", [0, 1, 5, 11])
 @pytest.mark.parametrize("temperature", [CONSTANT, DECAYING])
-def test_a_score_at_a_kink_marks_its_row(iteration, temperature):
+def test_an_entry_at_a_kink_is_marked(iteration, temperature):
     case = DescentCase.at(4, 64, 12, temperature)
     scores = _descent.problem(case, CPU).inputs["scores"].double()
-    assert not _descent.rows_at_kink(case, scores).any()
+    assert not _descent.entries_at_kink(case, scores).any()
 
     # a depends on the score only weakly: putting the score at -a over and over ends where it is at -a.
     for _ in range(60):
         scores[2, 7] = -a_by_definition(case, scores)[iteration][2, 0]
-    assert _descent.rows_at_kink(case, scores).tolist() == [False, False, True, False]
+    whole_row = torch.zeros_like(scores, dtype=torch.bool)
+    whole_row[2] = True
+    assert torch.equal(_descent.entries_at_kink(case, scores), whole_row)
 
-    scores[2, 7] += 1e-9
-    assert not _descent.rows_at_kink(case, scores).any()
+    # Next to the kink fp64 knows the side, and the score as an fp32 number does not.
+    exact, roundoff = scores[2, 7].item(), 2.0**-24 * scores[2, 7].abs().item()
+    scores[2, 7] = exact + 0.3 * roundoff
+    assert _descent.entries_at_kink(case, scores).nonzero().tolist() == [[2, 7]]
+
+    # An a that moves along takes up to two thirds of the distance back.
+    scores[2, 7] = exact + 4 * roundoff
+    assert not _descent.entries_at_kink(case, scores).any()
 
 
 def test_cost_is_the_least_that_has_to_be_done():

@@ -19,6 +19,11 @@ SUITES = load_suites(ROOT)
 DEVICES = [torch.device("cpu"), torch.device("cuda")]
 
 
+def some(cases):
+    """The first, the last and some between: to count the products of a layer takes a fifth of a second."""
+    return [*cases[:-1:12], cases[-1]]
+
+
 @pytest.fixture(scope="module")
 def conditions():
     return Conditions(DEVICES[0], "cpu", "abc", measure_ceilings(DEVICES[0]))
@@ -53,9 +58,10 @@ def test_cases_are_distinct_and_can_be_written_down(suite, preset, device):
     assert len({case.id for case in cases}) == len(cases)
     for case in cases:
         assert suite.x_axis in json.loads(json.dumps(case.fields()))
-        for direction in suite.directions(case):
-            assert direction in DIRECTIONS
-            assert suite.cost(case, direction).bytes > 0
+        assert set(suite.directions(case)) <= set(DIRECTIONS)
+        assert callable(suite.plain(case))
+    for case in some(cases):
+        assert all(suite.cost(case, direction).bytes > 0 for direction in suite.directions(case))
 
 
 @pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES.keys())
@@ -67,7 +73,7 @@ def test_implementations_go_by_their_names(suite):
 
 @pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES.keys())
 def test_backward_costs_more_than_forward(suite):
-    for case in suite.cases("default", DEVICES[0]):
+    for case in some(suite.cases("default", DEVICES[0])):
         forward, both = (suite.cost(case, direction) for direction in (FORWARD, FORWARD_BACKWARD))
         assert forward.bytes < both.bytes
         assert forward.exponentials <= both.exponentials

@@ -1,0 +1,28 @@
+"""`python bench.py merge`: the shards of a run, joined."""
+
+import argparse
+from pathlib import Path
+
+from colt5_bench import parts
+from colt5_bench.commands import DONE
+
+SUMMARY = "join the results of `run --shard` into one file, if they belong together and none is missing"
+EXAMPLES = """\
+  python bench.py merge reports/layers-1 reports/layers-2 --out reports/layers.jsonl
+
+parts belong together if suite, options, revision, versions, GPU and schema are the same
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "parts", type=Path, nargs="+", metavar="PART", help="results files, or directories with any: one a shard"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, ending in .jsonl")
+
+
+def main(options: argparse.Namespace) -> int:
+    merged = parts.merge(options.parts, options.out)
+    suites = dict.fromkeys(record.suite for record in merged.records)
+    print(f"merged: {len(merged.records)} records of {', '.join(suites) or 'no suite'}: {merged.path}")
+    return DONE
