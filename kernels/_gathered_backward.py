@@ -105,7 +105,7 @@ def _query_kernel(
     program = (row * n_blocks + block) * n_heads + head
     dweights_ptr += program * n_slots
 
-    null_key, null_value = load_null(null_ptr, n_heads, head, dims, DIM)
+    null_key, null_value = load_null(null_ptr, n_heads, head, dims, DIM, query.dtype)
     wide_query, wide_grad = query.to(tl.float32), grad.to(tl.float32)
     null_shares = tl.exp2(tl.sum(wide_query * null_key[None, :], axis=1) * scale - lse)
     null_dlogits = null_shares * (tl.sum(wide_grad * null_value[None, :], axis=1) - delta)
@@ -215,6 +215,8 @@ def _key_value_kernel(
     for step in range(first_window * n_blocks // WINDOWS, tl.cdiv((last_window + 1) * n_blocks, WINDOWS)):
         window, block = step * WINDOWS // n_blocks, step % n_blocks
         windows = window + columns // BLOCK_I
+        if WINDOWS == 1:
+            windows = windows.to(tl.int64)
         queries = block * BLOCK_I + columns % BLOCK_I
         there = (queries < n_queries) & (windows < n_windows)
         query = load_rows(query_ptr, windows * query_window + queries * query_stride, 1, there, dims, DIM)
@@ -379,6 +381,10 @@ def _launch_keys(
     batch, _, n_tokens, _ = key_value.shape
     settings, most = settings_for(query, KEYS)
     shared = arguments(query, key_value, settings)
+    # There are no registers left for weights of keys, nor for offsets of 64 bits.
+    near = query.shape[1] * max(query.stride(1), grad.stride(1)) < 2**31
+    fits = shared["n_blocks"] == 1 and 2 * settings.queries <= most.queries
+    in_pairs = fits and near and not multiply_keys
     _key_value_kernel[(batch * triton.cdiv(n_tokens, settings.others) * query.shape[2],)](
         query,
         key_value,
@@ -394,6 +400,6 @@ def _launch_keys(
         n_tokens,
         **shared,
         BLOCK_N=settings.others,
-        WINDOWS=2 if shared["n_blocks"] == 1 and 2 * settings.queries <= most.queries else 1,
+        WINDOWS=2 if in_pairs else 1,
         WEIGH_KEYS=multiply_keys,
     )

@@ -37,11 +37,16 @@ def load_slots(lists_ptr, weights_ptr, slots, n_slots):
 
 
 @triton.jit
-def load_null(null_ptr, n_heads, head, dims, DIM: tl.constexpr):
-    """The learned key and value of a head in fp32."""
+def load_null(null_ptr, n_heads, head, dims, DIM: tl.constexpr, kind: tl.constexpr):
+    """The learned key and value of a head, rounded as keys are, in fp32.
+
+    Else the output of a query that attends to nothing else would differ from the value by its rounding, and the
+    gradient by the product of the two.
+    """
     null_ptr += head * DIM + dims
-    key = tl.load(null_ptr, mask=dims < DIM, other=0.0).to(tl.float32)
-    return key, tl.load(null_ptr + n_heads * DIM, mask=dims < DIM, other=0.0).to(tl.float32)
+    key = tl.load(null_ptr, mask=dims < DIM, other=0.0).to(kind)
+    value = tl.load(null_ptr + n_heads * DIM, mask=dims < DIM, other=0.0).to(kind)
+    return key.to(tl.float32), value.to(tl.float32)
 
 
 @triton.jit
@@ -87,7 +92,7 @@ def _forward_kernel(
     key_ptr = key_value_ptr + batch * key_value_batch + route * key_value_route + head % share * (2 * DIM)
     listed = (row * n_routes + route) * n_slots
 
-    null_key, null_value = load_null(null_ptr, n_heads, head, dims, DIM)
+    null_key, null_value = load_null(null_ptr, n_heads, head, dims, DIM, query.dtype)
     largest = tl.sum(query.to(tl.float32) * null_key[None, :], axis=1) * scale
     total = tl.full([BLOCK_I], 1.0, tl.float32)
     out = tl.zeros([BLOCK_I, BLOCK_D], tl.float32) + null_value[None, :]

@@ -30,7 +30,7 @@ class _Window:
         gathered = rearrange(gathered, "(b r s) (h kv d) -> kv b (r h) s d", b=batch, r=routes, kv=2, d=dim)
         self.key, self.value = gathered
         self.weights = self._by_head(weights[:, window].to(wide))
-        self.null_key, self.null_value = null_kv.to(wide)
+        self.null_key, self.null_value = null_kv.to(query.dtype).to(wide)
         self.scale = dim**-0.5
         self.query = query[:, window].to(wide) * self.scale
         self.products = einsum(self.query, self.key, "b h i d, b h s d -> b h i s")
