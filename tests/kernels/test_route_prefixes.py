@@ -35,7 +35,7 @@ def small_tiles(monkeypatch):
         (_prefix_forward, "RANKS_IN_THREAD", 1),
         (_prefix_backward, "SLOTS", 16),
         (_prefix_backward, "TOKENS", 128),
-        (_prefix_backward, "SAME_BASE", 2),
+        (_prefix_backward, "PREFIXES", 2),
         (_prefix_backward, "NUM_WARPS", 1),
     ):
         monkeypatch.setattr(module, name, size)
@@ -299,6 +299,7 @@ def test_no_register_spills(device, target):
     assert {kernel["name"] for kernel in kernels} == {
         "_descend_kernel",
         "_select_kernel",
+        "_sums_kernel",
         "_thresholds_kernel",
         "_tokens_kernel",
     }
