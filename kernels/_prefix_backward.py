@@ -28,7 +28,7 @@ from kernels._primitives import (
 SLOTS = 1024
 """Selected tokens that a program looks at at a time."""
 
-TOKENS = 256
+TOKENS = 128
 """Tokens of a program."""
 
 WINDOWS = 4
