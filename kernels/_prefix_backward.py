@@ -1,9 +1,11 @@
 """Backward pass of `kernels.route_prefixes`: what each prefix hands back to its thresholds, then what each token gets.
 
-Through the threshold of iteration t of each prefix that holds it, a token below the threshold before receives
--A p = -c exp((s - base) / e) (DESIGN 3.3), where only c depends on the prefix as long as prefixes have the same base: a
-token adds up coefficients, and computes an exponential only where the base is another one. And what it receives as one
-that was selected lies side by side for all the windows that selected it, which follow each other.
+Through the threshold of iteration t of each prefix that holds it, a token that is not above the threshold before
+receives -A exp((s + a) / e) / k (DESIGN 3.3). With more entries a sum is larger and so the next threshold: thresholds
+ascend from window to window, and the prefixes that a token receives through are all from some window w on. From there
+they add up to exp((s + a_w) / e) S_w, where S_w = A_w / k + exp((a_(w+1) - a_w) / e) S_(w+1) does not depend on the
+token: it has to find w, and computes one exponential for all prefixes. What it receives as one that was selected lies
+side by side for all the windows that selected it, which follow each other.
 """
 
 import torch
@@ -16,10 +18,10 @@ from kernels._descent_backward import direct_gradient
 from kernels._descent_state import iterations_of, row_state
 from kernels._prefix_forward import prefix_row
 from kernels._primitives import (
+    exp2,
     exp2_line,
-    exp2_wide,
     exponent_line,
-    fma_if_at_most,
+    per_row,
     round_down,
 )
 
@@ -32,22 +34,12 @@ TOKENS = 128
 WINDOWS = 4
 """Of the windows that selected a token, how many are read at a time."""
 
-SAME_BASE = 32
-"""Neighbouring prefixes that have the base of the first of them, unless their thresholds are far from its."""
+PREFIXES = 1024
+"""Prefixes that are added up at a time."""
 
-NUM_WARPS = 2
+NUM_WARPS = 4
 
-UNROLLED = 16
-"""Prefixes whose numbers are loaded at a time: to wait for those of each took 100 cycles a prefix."""
-
-MAX_SHIFT: tl.constexpr = tl.constexpr(in_pytorch.MAX_SHIFT)
 LARGEST: tl.constexpr = tl.constexpr(in_pytorch.LARGEST)
-
-
-@triton.jit
-def _load_a(state_ptr, prefix, n_iters, t):
-    """a of a prefix at iterations t, 0 where there is no such iteration."""
-    return tl.load(row_state(state_ptr, prefix, n_iters) + t, mask=(t >= 0) & (t < n_iters), other=0.0)
 
 
 @triton.jit
@@ -58,6 +50,7 @@ def _thresholds_kernel(
     state_ptr,  # prefixes+1 2 n_iters+1, fp64
     starts_ptr,  # rows n, int64
     direct_ptr,  # prefixes*selected, fp32
+    shares_ptr,  # rows n_iters windows, fp64
     steps_ptr,  # rows n_iters 3 windows, fp32
     scores_stride,
     n_rows,
@@ -70,10 +63,9 @@ def _thresholds_kernel(
     inverse_k: "fp64",
     SLOTS: tl.constexpr,
     ITERATIONS: tl.constexpr,
-    SAME_BASE: tl.constexpr,
 ):
-    """Of one prefix: what its selected tokens receive directly; and of each iteration the score up to which a token
-    receives through its threshold, the coefficient, and the offset of the exponent, which says what the base is."""
+    """Of one prefix: what its selected tokens receive directly; and of each iteration A / k, and the score up to which
+    a token receives through the threshold."""
     row = (tl.program_id(0) // n_windows).to(tl.int64)
     window = tl.program_id(0) % n_windows
     prefix = prefix_row(row, window, routes, n_windows)
@@ -103,58 +95,57 @@ def _thresholds_kernel(
     ratio_ptr = row_state(state_ptr, prefix, n_iters) + n_iters + 1
     handed_on = tl.load(ratio_ptr + t + 1, mask=t + 1 < n_iters, other=1.0)
     grad_a *= tl.cumprod(handed_on, axis=0, reverse=True)
-    temperature = tl.load(schedule_ptr + t, mask=exists, other=1.0)
-    factor = tl.load(schedule_ptr + n_iters + 1 + t, mask=exists, other=1.0)
-    a = _load_a(state_ptr, prefix, n_iters, t)
-    common_a = _load_a(state_ptr, prefix - window % SAME_BASE * routes, n_iters, t)
-    is_far = tl.abs(a - common_a) > temperature * MAX_SHIFT
-    _, offset, rest = exponent_line(-tl.where(is_far, a, common_a), factor)
-    shift = tl.where(is_far, 0.0, (a - common_a) * factor)
-    coefficient = (grad_a * inverse_k).to(tl.float32) * exp2_wide(shift + rest)
-
-    step_ptrs = steps_ptr + (row * n_iters + t) * 3 * n_windows + window
-    tl.store(step_ptrs, round_down(-_load_a(state_ptr, prefix, n_iters, t - 1)), mask=exists)
-    tl.store(step_ptrs + n_windows, coefficient, mask=exists)
-    tl.store(step_ptrs + 2 * n_windows, offset, mask=exists)
+    place = (row * n_iters + t) * n_windows + window
+    tl.store(shares_ptr + place, grad_a * inverse_k, mask=exists)
+    before = tl.load(row_state(state_ptr, prefix, n_iters) + t - 1, mask=exists, other=0.0)
+    tl.store(steps_ptr + (row * n_iters + t) * 3 * n_windows + window, round_down(-before), mask=exists)
 
 
 @triton.jit
-def _add_each(through_a, scores, columns, slope, step_ptr, stride, begin, end, window_size):
-    """Add prefixes of windows `begin` to `end` at one iteration, each with an exponential of its own, at the columns
-    that it holds."""
-    for window in range(begin, end):
-        limit = tl.load(step_ptr + window)
-        coefficient = tl.load(step_ptr + stride + window)
-        offset = tl.load(step_ptr + 2 * stride + window) + tl.zeros([1], tl.float32)
-        limits = tl.where(columns < (window + 1) * window_size, limit, -float("inf"))
-        # Above the threshold the weight is not used and must not overflow.
-        weights = tl.minimum(exp2_line(scores, slope, offset), LARGEST)
-        through_a = fma_if_at_most(through_a, weights, coefficient, scores, limits)
-    return through_a
+def _follow(decay, share, next_decay, next_share):
+    """First one step of a linear recurrence, then the next."""
+    return decay * next_decay, next_share + next_decay * share
 
 
 @triton.jit
-def _add_prefixes(
-    through_a, scores, columns, slope, step_ptr, stride, begin, end, window_size, SAME_BASE: tl.constexpr,
-    UNROLLED: tl.constexpr,
-):  # fmt: skip
-    """Add prefixes of windows `begin` to `end` at one iteration, which hold all columns and may have the same base."""
-    first = begin // SAME_BASE * SAME_BASE
-    windows = first + tl.arange(0, SAME_BASE)
-    offset = tl.load(step_ptr + 2 * stride + begin)
-    offsets = tl.load(step_ptr + 2 * stride + windows, mask=(windows >= begin) & (windows < end), other=offset)
-    if tl.max((offsets != offset).to(tl.int32), axis=0) > 0:
-        through_a = _add_each(through_a, scores, columns, slope, step_ptr, stride, begin, end, window_size)
-    else:
-        coefficients = tl.zeros_like(scores)
-        for window in tl.range(first, first + SAME_BASE, loop_unroll_factor=UNROLLED):
-            exists = (window >= begin) & (window < end)
-            limit = tl.load(step_ptr + window, mask=exists, other=0.0) + tl.zeros_like(scores)
-            coefficient = tl.load(step_ptr + stride + window, mask=exists, other=0.0)
-            coefficients = fma_if_at_most(coefficients, 1.0, coefficient, scores, limit)
-        weights = tl.minimum(exp2_line(scores, slope, offset + tl.zeros([1], tl.float32)), LARGEST)
-        through_a += coefficients * weights
-    return through_a
+def _sums_kernel(
+    shares_ptr,  # rows n_iters windows, fp64
+    state_ptr,  # prefixes+1 2 n_iters+1, fp64
+    steps_ptr,  # rows n_iters 3 windows, fp32
+    n_rows,
+    routes,
+    n_windows,
+    n_iters,
+    PREFIXES: tl.constexpr,
+):
+    """For one row and iteration, and each window: the sum of the shares from that window on, in units of
+    exp(-a / e), and the offset of the exponent of tokens."""
+    row = (tl.program_id(0) // (n_iters - 1)).to(tl.int64)
+    t = 1 + tl.program_id(0) % (n_iters - 1)
+    schedule_ptr = row_state(state_ptr, n_rows * n_windows + tl.zeros((), tl.int64), n_iters)
+    factor = tl.load(schedule_ptr + n_iters + 1 + t)
+    shares_ptr += (row * n_iters + t) * n_windows
+    steps_ptr += (row * n_iters + t) * 3 * n_windows
+    carried = tl.zeros((), tl.float64)
+    for start in range(0, n_windows, PREFIXES):
+        # The last window comes first.
+        window = n_windows - 1 - start - tl.arange(0, PREFIXES)
+        exists = window >= 0
+        a_ptrs = row_state(state_ptr, prefix_row(row, window, routes, n_windows), n_iters) + t
+        a = tl.load(a_ptrs, mask=exists, other=0.0)
+        has_next = exists & (window + 1 < n_windows)
+        next_a_ptrs = row_state(state_ptr, prefix_row(row, window + 1, routes, n_windows), n_iters) + t
+        next_a = tl.load(next_a_ptrs, mask=has_next, other=0.0)
+        decay = tl.where(has_next, tl.exp2((next_a - a) * factor), 0.0)
+        share = tl.load(shares_ptr + window, mask=exists, other=0.0)
+        decay, total = tl.associative_scan((decay, share), 0, _follow)
+        # A window before the first has no share and passes nothing on.
+        total += decay * carried
+        carried = tl.sum(tl.where(tl.arange(0, PREFIXES) == PREFIXES - 1, total, 0.0), axis=0)
+        _, offset, rest = exponent_line(-a, factor)
+        total = total.to(tl.float32) * exp2(rest.to(tl.float32))
+        tl.store(steps_ptr + n_windows + window, total, mask=exists)
+        tl.store(steps_ptr + 2 * n_windows + window, offset, mask=exists)
 
 
 @triton.jit
@@ -172,43 +163,32 @@ def _tokens_kernel(
     n_windows,
     window_size,
     n_iters,
+    halvings,
     TOKENS: tl.constexpr,
     WINDOWS: tl.constexpr,
-    SAME_BASE: tl.constexpr,
-    UNROLLED: tl.constexpr,
 ):
-    """The gradient of TOKENS neighbouring scores; the first tokens, which are in most prefixes, come first."""
+    """The gradient of TOKENS neighbouring scores."""
     row = (tl.program_id(0) % n_rows).to(tl.int64)
-    start = tl.program_id(0) // n_rows * TOKENS
-    column = start + tl.arange(0, TOKENS)
+    column = tl.program_id(0) // n_rows * TOKENS + tl.arange(0, TOKENS)
     score = tl.load(scores_ptr + row * scores_stride + column, mask=column < n, other=0.0).to(tl.float32)
-    scores, columns = score[None, None, :], column[None, None, :]
+    first = tl.minimum(column // window_size, n_windows)
 
-    first = tl.minimum(start // window_size, n_windows)
-    whole = tl.minimum((start + TOKENS - 1) // window_size, n_windows)
-    bases = tl.where(whole < n_windows, tl.cdiv(n_windows, SAME_BASE), 0)
-    through_a = tl.zeros([1, 1, TOKENS], tl.float32)
+    factor_ptr = row_state(state_ptr, n_rows * n_windows + tl.zeros((), tl.int64), n_iters) + n_iters + 1
+    through_a = tl.zeros([1, TOKENS, 1], tl.float32)
     for t in range(n_iters - 1, 0, -1):
-        factor_ptr = row_state(state_ptr, n_rows * n_windows + tl.zeros((), tl.int64), n_iters) + n_iters + 1
-        slope = tl.load(factor_ptr + t).to(tl.float32)
         step_ptr = steps_ptr + (row * n_iters + t) * 3 * n_windows
-        through_a = _add_each(through_a, scores, columns, slope, step_ptr, n_windows, first, whole, window_size)
-        for same in range(whole // SAME_BASE, bases):
-            begin = tl.maximum(same * SAME_BASE, whole)
-            end = tl.minimum(same * SAME_BASE + SAME_BASE, n_windows)
-            through_a = _add_prefixes(
-                through_a,
-                scores,
-                columns,
-                slope,
-                step_ptr,
-                n_windows,
-                begin,
-                end,
-                window_size,
-                SAME_BASE,
-                UNROLLED,
-            )
+        low, high = first, tl.full([TOKENS], n_windows, tl.int32)
+        for _ in range(halvings):
+            middle = (low + high) // 2
+            is_above = score > tl.load(step_ptr + middle, mask=low < high, other=float("inf"))
+            low = tl.where(is_above, middle + 1, low)
+            high = tl.where(is_above, high, middle)
+        exists = low < n_windows
+        total = tl.load(step_ptr + n_windows + low, mask=exists, other=0.0)
+        offset = tl.load(step_ptr + 2 * n_windows + low, mask=exists, other=0.0)
+        slope = tl.load(factor_ptr + t).to(tl.float32)
+        # Where there is no prefix, the weight must not overflow.
+        through_a += per_row(total) * tl.minimum(exp2_line(per_row(score), slope, offset), LARGEST)
 
     leave = tl.load(leaves_ptr + row * n + column, mask=column < n, other=0)
     begin = tl.load(starts_ptr + row * n + column, mask=column < n, other=0)
@@ -241,6 +221,7 @@ def launch_backward(
     counts = (leaves - torch.arange(n, dtype=torch.int32, device=ds.device) // window_size).clamp_(min=0).view(-1)
     starts = counts.cumsum(dim=0) - counts
     direct = torch.empty(indices.numel(), dtype=torch.float32, device=ds.device)
+    shares = torch.empty(n_rows, n_iters, n_windows, dtype=torch.float64, device=ds.device)
     steps = torch.empty(n_rows, n_iters, 3, n_windows, dtype=torch.float32, device=ds.device)
     _thresholds_kernel[(n_rows * n_windows,)](
         grad,
@@ -249,6 +230,7 @@ def launch_backward(
         state,
         starts,
         direct,
+        shares,
         steps,
         scores.stride(0),
         n_rows,
@@ -261,9 +243,20 @@ def launch_backward(
         1.0 / k,
         SLOTS=SLOTS,
         ITERATIONS=triton.next_power_of_2(n_iters),
-        SAME_BASE=SAME_BASE,
         num_warps=4,
     )
+    if n_iters > 1:
+        _sums_kernel[(n_rows * (n_iters - 1),)](
+            shares,
+            state,
+            steps,
+            n_rows,
+            routes,
+            n_windows,
+            n_iters,
+            PREFIXES=min(PREFIXES, triton.next_power_of_2(n_windows)),
+            num_warps=4,
+        )
     _tokens_kernel[(n_rows * triton.cdiv(n, TOKENS),)](
         scores,
         state,
@@ -278,9 +271,8 @@ def launch_backward(
         n_windows,
         window_size,
         n_iters,
+        n_windows.bit_length(),
         TOKENS=TOKENS,
         WINDOWS=WINDOWS,
-        SAME_BASE=SAME_BASE,
-        UNROLLED=UNROLLED,
         num_warps=NUM_WARPS,
     )

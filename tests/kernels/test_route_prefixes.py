@@ -35,7 +35,7 @@ def small_tiles(monkeypatch):
         (_prefix_forward, "RANKS_IN_THREAD", 1),
         (_prefix_backward, "SLOTS", 16),
         (_prefix_backward, "TOKENS", 128),
-        (_prefix_backward, "SAME_BASE", 2),
+        (_prefix_backward, "PREFIXES", 2),
         (_prefix_backward, "NUM_WARPS", 1),
     ):
         monkeypatch.setattr(module, name, size)
@@ -172,6 +172,18 @@ def test_what_is_selected_once_is_so_until_it_is_not(device, numbers, window_siz
         before = chosen
 
 
+@settings(max_examples=3 if INTERPRETED else 50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.floats(-9, 9, width=32), min_size=9, max_size=30), st.integers(4, 9), st.floats(0.1, 40))
+def test_thresholds_ascend(device, numbers, window_size, k):
+    """From window to window, in each iteration: the backward pass searches among them."""
+    scores = torch.tensor(numbers, dtype=torch.float32, device=device).view(1, 1, -1)
+    schedule = (DECAYING["n_iters"], DECAYING["eps"], DECAYING["eps_init"], DECAYING["eps_decay"])
+    *_, state = torch.ops.colt5.route_prefixes(scores, window_size, 1, k, *schedule, True)
+    a = state[:-1, 0, :-1]
+    assert len(a) == math.ceil(len(numbers) / window_size) - 1
+    assert (a.diff(dim=0) <= 1e-6 * a[1:].abs().clamp(min=1)).all()
+
+
 def test_fp64_gradients(device):
     scores = torch.randn(1, 2, 13, dtype=torch.float64, device=device, requires_grad=True)
     arguments = {"window_size": 4, "num_selected": 3, "k": 3.4, "n_iters": 4, "eps": 0.4}
@@ -299,6 +311,7 @@ def test_no_register_spills(device, target):
     assert {kernel["name"] for kernel in kernels} == {
         "_descend_kernel",
         "_select_kernel",
+        "_sums_kernel",
         "_thresholds_kernel",
         "_tokens_kernel",
     }
