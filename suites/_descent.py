@@ -150,7 +150,7 @@ def truth(case: DescentCase, problem: Problem, direction: str) -> Truth:
 
 
 def entries_at_kink(case: DescentCase, scores: Tensor, k: float | None = None) -> Tensor:
-    """Which entries of fp64 scores `rows n` have no decided derivative, for the kink s = -a of some iteration: bool.
+    """Which entries of fp64 scores `... n` have no decided derivative, for the kink s = -a of some iteration: bool.
 
     relu(s + a) has no derivative at the kink. There are two kinds of such entries.
 
@@ -166,8 +166,8 @@ def entries_at_kink(case: DescentCase, scores: Tensor, k: float | None = None) -
     *temperatures, _ = case.temperatures()
     magnitude = scores.abs()
     undecided = torch.zeros_like(scores, dtype=torch.bool)
-    whole_rows = undecided[:, :1].clone()
-    a = torch.full_like(scores[:, :1], temperatures[0] * (log_k - log(case.n)))
+    whole_rows = undecided[..., :1].clone()
+    a = torch.full_like(scores[..., :1], temperatures[0] * (log_k - log(case.n)))
     for t, temperature in enumerate(temperatures):
         if t > 0:
             a = temperature * (log_k - (torch.minimum(scores, -a) / temperature).logsumexp(dim=-1, keepdim=True))

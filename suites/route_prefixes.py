@@ -98,7 +98,7 @@ def truth(case: PrefixCase, problem: Problem, direction: str) -> Truth:
         if direction != FORWARD:
             (of_prefix,) = torch.autograd.grad(selected, prefix, problem.upstream[:, window].double())
             gradient[..., :length] += of_prefix
-            at_kink |= _descent.rows_at_kink(replace(case, n=length), prefix.detach())[..., None]
+            at_kink[..., :length] |= _descent.entries_at_kink(replace(case, n=length), prefix.detach())
     output = torch.stack(outputs, dim=1)
     return Truth(output) if direction == FORWARD else Truth(output, {"scores": gradient}, {"scores": at_kink})
 

@@ -11,7 +11,7 @@ from triton import profiler as proton
 from colt5_bench import cli, commands, measure, nsight, profiling
 from colt5_bench.case import DIRECTIONS, FORWARD, FORWARD_BACKWARD
 from colt5_bench.commands import run as run_command
-from colt5_bench.plugin import Run
+from colt5_bench.plugin import Options, Run
 from colt5_bench.profiling import Point
 from tests.colt5_bench import toy
 
@@ -46,9 +46,11 @@ def ranges(monkeypatch):
 class TestPoints:
     def test_are_those_that_a_run_would_measure(self):
         suite = toy.suite(toy.good, toy.wrong)
-        run = Run(device=CPU, preset="default", implementations=["good"], cases="n=16", out=None)
+        run = Run(Options(CPU, implementations=("good",), cases="n=16"))
         points = profiling.points([suite], "default", CPU, implementations=["good"], cases="n=16")
-        assert [(point.case, point.direction, point.implementation) for point in points] == list(run.points(suite))
+        assert [(point.case, point.direction, point.implementation) for point in points] == list(
+            run.points(suite, Path("toy.py"))
+        )
         assert len(points) == len(DIRECTIONS)
 
     def test_no_label_is_part_of_another(self):
