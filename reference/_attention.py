@@ -8,7 +8,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from reference._arguments import require
-from reference._operations import choose, fused, is_fused, path
+from reference._operations import choose, path
 from reference.normalize import normalize
 
 
@@ -109,6 +109,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.use_triton = use_triton
+        self._attend = choose("windowed_attention", _attend_to_all, use_triton)
         self.norm = RMSNorm(dim, use_triton)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
@@ -118,15 +119,15 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to."""
-        qkv = self.to_qkv(self.norm(x))
-        if is_fused(self.use_triton, x):
-            # Of a window that has room for all.
-            out = fused("windowed_attention")(qkv, heads=self.heads, window_size=max(x.shape[1], 1), mask=mask)
-            return self.to_out(out)
-        query, key, value = rearrange(qkv, "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
-        mask = None if mask is None else rearrange(mask, "b n -> b 1 1 n")
-        out = attend(query, key, value, mask, use_flash=True)
-        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+        qkv, room_for_all = self.to_qkv(self.norm(x)), max(x.shape[1], 1)
+        return self.to_out(self._attend(qkv, heads=self.heads, window_size=room_for_all, mask=mask))
+
+
+def _attend_to_all(qkv: Tensor, *, heads: int, window_size: int, mask: Tensor | None) -> Tensor:
+    """`windowed_attention` of `b n (3 h d)` where the window has room for all."""
+    query, key, value = rearrange(qkv, "b n (qkv h d) -> qkv b h n d", qkv=3, h=heads)
+    mask = None if mask is None else rearrange(mask, "b n -> b 1 1 n")
+    return rearrange(attend(query, key, value, mask, use_flash=True), "b h n d -> b n (h d)")
 
 
 class Rotations(NamedTuple):

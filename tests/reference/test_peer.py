@@ -44,7 +44,8 @@ def test_constructor_arguments_and_their_defaults(name):
 def test_arguments_of_a_call(name):
     theirs = inspect.signature(getattr(PEERS[name], name).forward).parameters
     ours = inspect.signature(getattr(reference, name).forward).parameters
-    assert [each for each in ours if "routing_tokens" not in each] == [e for e in theirs if "routing_tokens" not in e]
+    compared = [each for each in ours if "routing_tokens" not in each and each != "residual"]
+    assert compared == [each for each in theirs if "routing_tokens" not in each]
     assert {each: theirs[each].default for each in theirs} == {each: ours[each].default for each in theirs}
 
 
