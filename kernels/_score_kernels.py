@@ -340,7 +340,7 @@ def launch_gradients(
         selected = indices.shape[2]
         slot = torch.arange(selected, dtype=torch.int32, device=x.device).expand(indices.shape)
         slots = torch.full_like(scores, -1, dtype=torch.int32).scatter_(2, indices, slot)
-        # There are few of these: no need for more registers than half of the bytes at a time take.
+        # The tile of fp32, which is the smallest: what is gathered takes registers, too.
         tile = _tile(d, routes, 4, GRADIENT_WARPS)
         _gathered_kernel[(triton.cdiv(selected, tile["TOKENS"]), batch * routes)](
             *inputs,
