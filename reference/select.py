@@ -23,7 +23,8 @@ def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> 
         ValueError: an argument is out of its range, or shapes do not match.
     """
     check_select(scores, num_selected, mask)
-    scores = scores.detach()
+    # A GPU sorts by bits: one NaN would come first and another, for its sign, last.
+    scores = scores.detach().masked_fill(scores.isnan(), torch.nan)
     if mask is None:
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :num_selected]
     order = scores.masked_fill(~mask, -torch.inf).sort(dim=-1, descending=True, stable=True).indices

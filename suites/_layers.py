@@ -54,6 +54,9 @@ class Layer:
     """From the plain module to a function of the same inputs that computes the same with less memory at a time: for the
     fp64 answer, and the accuracy budget, of any size."""
 
+    settle: Callable[["Layer", Problem], Problem] | None = None
+    """From a problem to one in which no rounding changes what is routed, if that can happen within the layer."""
+
     dense: Callable[[Attend], nn.Module] | None = None
     """From a function that attends to the layer in whose place this one stands, if there is such a layer."""
 
@@ -192,7 +195,9 @@ def plain(case: LayerCase) -> Callable[..., Tensor]:
 
 
 def problem(case: LayerCase, device: torch.device) -> Problem:
-    return seeded_problem(case, case.layer, lambda: case.layer.make(reference, False), device)
+    layer = case.layer
+    seeded = seeded_problem(case, layer, lambda: layer.make(reference, False), device)
+    return seeded if layer.settle is None else layer.settle(layer, seeded)
 
 
 def truth(case: LayerCase, problem: Problem, direction: str) -> Truth:

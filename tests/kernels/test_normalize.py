@@ -155,7 +155,7 @@ def test_captured_in_a_cuda_graph_and_equal_from_run_to_run():
 
     def step():
         out = normalize(x, weight, bias, center=True, eps=1e-5, dtype=torch.bfloat16)
-        return out, *torch.autograd.grad(out, (x, weight, bias), upstream)
+        return out.detach(), *torch.autograd.grad(out, (x, weight, bias), upstream)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):

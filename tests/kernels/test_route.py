@@ -152,13 +152,13 @@ def test_without_a_gradient_nothing_is_saved(device):
 def long_rows(monkeypatch):
     """Rows that several programs share in each kernel."""
     monkeypatch.setattr(_select_kernels, "CHUNK", 64)
-    monkeypatch.setattr(_descent_forward, "RESIDENT", 64)
+    monkeypatch.setattr(_descent_forward, "RESIDENT", 4096)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="one program after the other is")
 @pytest.mark.usefixtures("long_rows")
 def test_is_bitwise_reproducible(device):
-    x, routing_tokens = inputs(device, n=1000)
+    x, routing_tokens = inputs(device, n=5000)
 
     def step():
         routed = route(x, routing_tokens, **OPTIONS)

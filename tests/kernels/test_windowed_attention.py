@@ -330,7 +330,7 @@ def test_a_flop_counter_sees_it(device):
     ],
 )
 def test_no_register_spills(device, dtype, dim_head, causal, target):
-    mask = torch.ones(1, 300, dtype=torch.bool) if causal else None
+    mask = torch.ones(1, 300, dtype=torch.bool, device=device) if causal else None
 
     def launch():
         qkv = tokens(1, 300, 2, dim_head, device, dtype).requires_grad_()
