@@ -47,6 +47,20 @@ HEADLINES = [
 ]
 """The rows of the README's table of coordinate descent, and the fields that their cases are known by."""
 
+LAYERS = [
+    ("router, 1 x 1048576, 2 routes, fp32", {"kind": "router"}),
+    ("cross attention to 1048576 tokens, fp32", {"kind": "cross_attention"}),
+    ("feed-forward, 2 x 32768", {"kind": "feed_forward"}),
+    ("attention, 2 x 32768", {"kind": "attention"}),
+    ("block, 2 x 32768", {"kind": "block"}),
+    ("image, 1 x 256 x 256, 32 features", {"kind": "image"}),
+    ("autoregressive, 2 x 8192", {"kind": "autoregressive", "model": "document"}),
+    ("autoregressive, 2 x 32768", {"model": "document-32k"}),
+    ("autoregressive, 1 x 131072", {"model": "document-128k"}),
+    ("autoregressive, 1 x 1048576", {"model": "document-1m"}),
+]
+"""The rows of the README's table of layers, and the fields that their cases are known by."""
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -206,39 +220,69 @@ def pip(arguments, environment):
     assert set(extras) <= set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 
 
+@cache
+def baseline(suite):
+    return [
+        record for record in load(ROOT / "reports" / "baselines" / "nvidia-h200.jsonl").records if record.suite == suite
+    ]
+
+
+def records_of(suite, fields):
+    return {
+        (record.implementation, record.direction): record
+        for record in baseline(suite)
+        if fields.items() <= record.fields.items()
+    }
+
+
+def milliseconds(records, *implementations):
+    """Forward and forward+backward, of the faster one where there are several."""
+    return " / ".join(
+        min(
+            (
+                f"{1e3 * records[name, direction].seconds('cold'):#.3g}"
+                for name in implementations
+                if (name, direction) in records and records[name, direction].status == "ok"
+            ),
+            key=float,
+            default="-",
+        ).rstrip(".")
+        for direction in DIRECTIONS
+    )
+
+
+def megabytes(records, implementation):
+    record = records.get((implementation, FORWARD_BACKWARD))
+    return f"{record.peak_bytes / 1e6:.0f}" if record else "-"
+
+
 @pytest.mark.parametrize(("title", "fields"), HEADLINES, ids=[title for title, _ in HEADLINES])
 def test_the_table_of_results_is_what_the_baseline_says(title, fields):
     """If a baseline has been recorded anew, the line that is missing here is what has to stand there."""
-    records = {
-        (record.implementation, record.direction): record
-        for record in load(ROOT / "reports" / "baselines" / "nvidia-h200.jsonl").records
-        if record.suite == "coor_descent" and fields.items() <= record.fields.items()
-    }
-
-    def milliseconds(*implementations):
-        """Forward and forward+backward, of the faster one where there are several."""
-        return " / ".join(
-            min(
-                (
-                    f"{1e3 * records[name, direction].seconds('cold'):#.3g}"
-                    for name in implementations
-                    if records[name, direction].status == "ok"
-                ),
-                key=float,
-                default="-",
-            ).rstrip(".")
-            for direction in DIRECTIONS
-        )
-
-    def megabytes(implementation):
-        return f"{records[implementation, FORWARD_BACKWARD].peak_bytes / 1e6:.0f}"
-
+    records = records_of("coor_descent", fields)
     columns = [
         title,
-        milliseconds("ours"),
-        milliseconds("reference"),
-        milliseconds("compile"),
-        milliseconds("colt5_triton", "colt5_triton_segmented"),
-        f"{megabytes('ours')}, {megabytes('reference')}",
+        milliseconds(records, "ours"),
+        milliseconds(records, "reference"),
+        milliseconds(records, "compile"),
+        milliseconds(records, "colt5_triton", "colt5_triton_segmented"),
+        f"{megabytes(records, 'ours')}, {megabytes(records, 'reference')}",
     ]
     assert f"| {' | '.join(columns)} |" in README
+
+
+@pytest.mark.parametrize(("title", "fields"), LAYERS, ids=[title for title, _ in LAYERS])
+def test_the_table_of_layers_is_what_the_baseline_says(title, fields):
+    records = records_of("layers", fields)
+    columns = [
+        title,
+        milliseconds(records, "ours"),
+        milliseconds(records, "reference"),
+        f"{megabytes(records, 'ours')}, {megabytes(records, 'reference')}",
+    ]
+    assert f"| {' | '.join(columns)} |" in README
+
+
+def test_the_dense_layer_is_what_the_baseline_says():
+    records = records_of("layers", {"kind": "attention", "model": "document", "dtype": "autocast"})
+    assert f"takes {milliseconds(records, 'dense_flash')} ms" in README
