@@ -53,8 +53,9 @@ baseline-cpu: $(INSTALLED) ## record anew what `make check` compares with: from 
 
 test: test-plain test-compiled test-interpreted ## all tests
 
-test-plain: $(INSTALLED) ## tests as they are: CPU paths, and the GPU if there is one; one after the other, as some take times
-	$(BIN)/python -m pytest tests -m "not compiled" $(ARGS)
+test-plain: $(INSTALLED) ## tests as they are: CPU paths, and the GPU if there is one; those that take times one after the other
+	$(BIN)/python -m pytest tests -m "alone and not compiled" $(ARGS)
+	$(BIN)/python -m pytest tests -m "not alone and not compiled" -n $(WORKERS) --benchmark-disable $(ARGS)
 
 test-compiled: $(INSTALLED) ## what the compiler makes of the kernels, for GPUs that need not be there
 	$(BIN)/python -m pytest tests -m compiled -n $(WORKERS) --benchmark-disable $(ARGS)

@@ -1,6 +1,7 @@
 """What all tests share: reproducible numbers, and which tests run where."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +17,17 @@ settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+SIDE_BY_SIDE = ("kernels", "reference", "suites")
+"""Directories whose tests can run side by side, but for those that say otherwise. Others measure, or start what does."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out compile checks under the interpreter, which has no compiler, and skip GPU tests without a GPU."""
+    """Say which tests run alone, leave out compile checks under the interpreter, which has no compiler, and skip GPU
+    tests without a GPU."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] not in SIDE_BY_SIDE:
+            item.add_marker(pytest.mark.alone)
     if os.environ.get("TRITON_INTERPRET") == "1":
         left_out = [item for item in items if item.get_closest_marker("compiled")]
         config.hook.pytest_deselected(items=left_out)

@@ -396,6 +396,7 @@ def test_what_is_kept_for_the_backward_pass():
     assert kept == 16 * (rows + 1) * (n_iters + 1)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or DEVICE != "cpu", reason="about the CPU path")
 def test_the_cpu_path_is_worth_it():
