@@ -18,7 +18,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 SIDE_BY_SIDE = ("kernels", "reference", "suites")
-"""Directories whose tests can run side by side, but for those that say otherwise. Others measure, or start what does."""
+"""Directories whose tests can run side by side, but for those that say otherwise. Others measure or start programs."""
 
 
 @pytest.hookimpl(tryfirst=True)
