@@ -88,7 +88,8 @@ def describe(device: torch.device) -> dict[str, object]:
         "packages": {name: _version(name) for name in PACKAGES},
         "gpu": _gpu(device) if device.type == "cuda" else None,
         "git": _git(),
-        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        # To the millisecond: two runs that begin in one second are two runs, and have keys of their own.
+        "utc": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "command": " ".join(_without_directory(argument) for argument in sys.argv),
     }
 
