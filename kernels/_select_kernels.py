@@ -104,7 +104,8 @@ def _row_kernel(
     ordered = _load_ordered(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
     known = tl.zeros((), tl.uint32)
     remaining = selected + tl.zeros((), tl.int32)
-    for byte in range(BYTES):
+    # Unrolled, since in a loop Triton 3.6 spills registers for sm_90.
+    for byte in tl.static_range(BYTES):
         known, remaining = _narrow(_count_byte(ordered, exists, known, byte), known, remaining)
     above, equal = exists & (ordered > known), exists & (ordered == known)
     _collect(keys_ptr + row * selected, ordered, columns, above, equal, 0, 0, remaining, selected)
