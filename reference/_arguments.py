@@ -109,7 +109,7 @@ def check_schedule(n_iters: int, eps: float, eps_init: float | None, eps_decay: 
 
 def _check_broadcast(name: str, tensor: Tensor, shape: torch.Size, allowed: str) -> None:
     fits = tensor.ndim <= len(shape) and all(
-        size in (1, full) for size, full in zip(reversed(tensor.shape), reversed(shape), strict=False)
+        size == 1 or size == full for size, full in zip(reversed(tensor.shape), reversed(shape), strict=False)
     )
     require(fits, name, f"shape {tuple(tensor.shape)}", f"of a shape that broadcasts to {tuple(shape)}, {allowed}")
 

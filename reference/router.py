@@ -214,7 +214,7 @@ class CoordinateDescentRouter(nn.Module):
         elif routing_tokens.dim() == 2:
             routing_tokens = rearrange(routing_tokens, "b d -> b 1 d")
         shape = tuple(routing_tokens.shape)
-        fits = shape[0] in (1, x.shape[0]) and shape[1:] == (self.num_routing_tokens, x.shape[-1])
+        fits = (shape[0] == 1 or shape[0] == x.shape[0]) and shape[1:] == (self.num_routing_tokens, x.shape[-1])
         allowed = f"of shape ({x.shape[0]}, {self.num_routing_tokens}, {x.shape[-1]})"
         require(fits, "routing_tokens", f"shape {shape}", allowed)
         return routing_tokens

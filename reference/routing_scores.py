@@ -36,7 +36,7 @@ def check_routing_tokens(x: Tensor, routing_tokens: Tensor) -> None:
     require(x.ndim == 3 and x.shape[-1] >= 1, "x", f"shape {tuple(x.shape)}", "of shape (b, n, d) with d >= 1")
     require(routing_tokens.dtype in FLOAT_DTYPES, "routing_tokens", routing_tokens.dtype, "a tensor of a float dtype")
     (batch, _, d), shape = x.shape, tuple(routing_tokens.shape)
-    fits = len(shape) == 3 and shape[0] in (1, batch) and shape[1] >= 1 and shape[2] == d
+    fits = len(shape) == 3 and (shape[0] == 1 or shape[0] == batch) and shape[1] >= 1 and shape[2] == d
     allowed = f"of shape ({batch}, r, {d}) or (1, r, {d}) with r >= 1"
     require(fits, "routing_tokens", f"shape {shape}", allowed)
     allowed = f"on {x.device} as x is"

@@ -117,7 +117,8 @@ def test_is_an_operator(device, cosine):
     arguments = (x.requires_grad_(), routing_tokens.requires_grad_(), cosine)
     torch.library.opcheck(torch.ops.colt5.routing_scores, arguments)
     compiled = torch.compile(routing_scores, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x, routing_tokens), routing_scores(x, routing_tokens))
+    # Products of a CPU may be summed in another order from call to call.
+    torch.testing.assert_close(compiled(x, routing_tokens), routing_scores(x, routing_tokens))
 
 
 @pytest.mark.compiled

@@ -92,6 +92,18 @@ def test_compiles_in_one_graph(build, name, options):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in SINGLE if "Image" not in name])
+def test_compiles_once_for_any_length(build, name):
+    layer = build(name, use_triton=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    x, *rest = inputs_for(name)
+    results = {each: each(x, *rest) for each in (layer, compiled)}
+    torch.testing.assert_close(results[compiled], results[layer], rtol=1e-4, atol=1e-5)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        longer = torch.cat((x, x[:, :27]), dim=1)
+        torch.testing.assert_close(compiled(longer, *rest), layer(longer, *rest), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("use_triton", [False, True, None])
 @pytest.mark.parametrize("name", SHAPES)
 def test_copies(build, name, use_triton):
