@@ -203,9 +203,9 @@ def segmented_coor_descent(
     check_scores(scores, mask)
     check_k(k, scores)
     check_schedule(n_iters, eps, eps_init, eps_decay)
-    require(scores.shape[-1] <= LONGEST, "n (the length of a row)", scores.shape[-1], f"<= {LONGEST}")
-    allowed = f"from 1 to n_iters = {n_iters}"
-    require(1 <= checkpoint_segments <= n_iters, "checkpoint_segments", checkpoint_segments, allowed)
+    require(scores.shape[-1] <= LONGEST, "n (the length of a row)", scores.shape[-1], "<= {}", LONGEST)
+    fits = 1 <= checkpoint_segments <= n_iters
+    require(fits, "checkpoint_segments", checkpoint_segments, "from 1 to n_iters = {}", n_iters)
     k_rows, k_number = k_as_rows(k, scores.shape)
     needs_grad = scores.requires_grad or (k_rows is not None and k_rows.requires_grad)
     y, *_ = torch.ops.colt5.segmented_coor_descent(

@@ -9,10 +9,21 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def require(holds: bool, name: str, value: object, allowed: str) -> None:
-    """Raise ValueError that names the argument, its value and what is allowed, unless `holds`."""
-    if not holds:
-        raise ValueError(f"{name} must be {allowed}, got {value}")
+def require(holds: bool, name: str, value: object, allowed: str, *named: object) -> None:
+    """Raise ValueError that names the argument, its value and what is allowed, unless `holds`.
+
+    Args:
+        allowed: with a `{}` for each of what is `named` in it. A message is made only where it is needed: making it
+            takes time, and specialises compiled code to the sizes in it.
+    """
+    if holds:
+        return
+    if isinstance(value, torch.Size):
+        value = f"shape {tuple(value)}"
+    elif isinstance(value, torch.device):
+        value = f"on {value}"
+    sizes = (tuple(each) if isinstance(each, torch.Size) else each for each in named)
+    raise ValueError(f"{name} must be {allowed.format(*sizes)}, got {value}")
 
 
 def check_counts(**counts: int) -> None:
@@ -25,29 +36,29 @@ def check_scores(scores: Tensor, mask: Tensor | None) -> None:
     """Scores are a float tensor (..., n) with n >= 1; a mask is boolean and broadcasts to their shape."""
     require(scores.dtype in FLOAT_DTYPES, "scores", scores.dtype, "a tensor of a float dtype")
     require(scores.ndim >= 1, "scores", "a tensor without dimensions", "of shape (..., n)")
-    require(scores.shape[-1] >= 1, "scores", f"shape {tuple(scores.shape)}", "of shape (..., n) with n >= 1")
+    require(scores.shape[-1] >= 1, "scores", scores.shape, "of shape (..., n) with n >= 1")
     if mask is not None:
         require(mask.dtype == torch.bool, "mask", mask.dtype, "a tensor of dtype torch.bool")
         _check_broadcast("mask", mask, scores.shape, "the shape of scores")
-        require(mask.device == scores.device, "mask", f"on {mask.device}", f"on {scores.device} as scores are")
+        require(mask.device == scores.device, "mask", mask.device, "on {} as scores are", scores.device)
 
 
 def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None, name: str = "x", mask_name: str = "mask") -> None:
     """Tokens are a float tensor (b, n, dim); a mask is boolean and (b, n), on the device of the tokens."""
     require(x.dtype in FLOAT_DTYPES, name, x.dtype, "a tensor of a float dtype")
-    require(x.ndim == 3 and x.shape[-1] == dim, name, f"shape {tuple(x.shape)}", f"of shape (b, n, {dim})")
+    require(x.ndim == 3 and x.shape[-1] == dim, name, x.shape, "of shape (b, n, {})", dim)
     if mask is not None:
         require(mask.dtype == torch.bool, mask_name, mask.dtype, "a tensor of dtype torch.bool")
-        fits, shape = mask.shape == x.shape[:2], tuple(x.shape[:2])
-        require(fits, mask_name, f"shape {tuple(mask.shape)}", f"of shape {shape}, one entry a token of {name}")
-        require(mask.device == x.device, mask_name, f"on {mask.device}", f"on {x.device} as {name} is")
+        fits, allowed = mask.shape == x.shape[:2], "of shape {}, one entry a token of {}"
+        require(fits, mask_name, mask.shape, allowed, x.shape[:2], name)
+        require(mask.device == x.device, mask_name, mask.device, "on {} as {} is", x.device, name)
 
 
 def check_windows(qkv: Tensor, heads: int, window_size: int, mask: Tensor | None) -> None:
     """Queries, keys and values are a float tensor (b, n, 3 * heads * d); a mask is boolean and (b, n)."""
     check_counts(heads=heads, window_size=window_size)
     fits = qkv.ndim == 3 and qkv.shape[-1] >= 1 and qkv.shape[-1] % (3 * heads) == 0
-    require(fits, "qkv", f"shape {tuple(qkv.shape)}", f"of shape (b, n, {3 * heads} * d), as there are {heads} heads")
+    require(fits, "qkv", qkv.shape, "of shape (b, n, {} * d), as there are {} heads", 3 * heads, heads)
     check_tokens(qkv, qkv.shape[-1], mask, "qkv")
 
 
@@ -56,33 +67,31 @@ def check_gathered(
 ) -> None:
     """Shapes, dtypes and devices of `gathered_attention`; which tokens the indices name is not looked at."""
     require(query.dtype in FLOAT_DTYPES, "query", query.dtype, "a tensor of a float dtype")
-    require(query.ndim == 5, "query", f"shape {tuple(query.shape)}", "of shape (b, w, h, i, d)")
+    require(query.ndim == 5, "query", query.shape, "of shape (b, w, h, i, d)")
     batch, windows, heads, _, dim = query.shape
-    require(dim >= 1 and heads >= 1, "query", f"shape {tuple(query.shape)}", "of shape (b, w, h, i, d), h and d >= 1")
-    require(key_value.ndim == 4, "key_value", f"shape {tuple(key_value.shape)}", "of shape (b, r, n, 2 d h / r)")
+    require(dim >= 1 and heads >= 1, "query", query.shape, "of shape (b, w, h, i, d), h and d >= 1")
+    require(key_value.ndim == 4, "key_value", key_value.shape, "of shape (b, r, n, 2 d h / r)")
     routes = key_value.shape[1]
     shares = routes >= 1 and heads % routes == 0
-    require(shares, "key_value", f"{routes} routes", f"of a number of routes that divides the {heads} heads of query")
+    require(shares, "key_value", key_value.shape, "of a number of routes that divides the {} heads of query", heads)
     expected = (batch, routes, key_value.shape[2], 2 * dim * heads // routes)
-    require(key_value.shape == expected, "key_value", f"shape {tuple(key_value.shape)}", f"of shape {expected}")
-    require(key_value.dtype == query.dtype, "key_value", key_value.dtype, f"of dtype {query.dtype} as query is")
+    require(key_value.shape == expected, "key_value", key_value.shape, "of shape {}", expected)
+    require(key_value.dtype == query.dtype, "key_value", key_value.dtype, "of dtype {} as query is", query.dtype)
 
-    allowed = f"of shape ({batch}, {windows}, {routes}, s)"
     fits = indices.ndim == 4 and indices.shape[:3] == (batch, windows, routes)
-    require(fits, "indices", f"shape {tuple(indices.shape)}", allowed)
+    require(fits, "indices", indices.shape, "of shape ({}, {}, {}, s)", batch, windows, routes)
     require(indices.dtype in (torch.int32, torch.int64), "indices", indices.dtype, "of dtype int32 or int64")
     require(weights.dtype in FLOAT_DTYPES, "weights", weights.dtype, "a tensor of a float dtype")
     require(null_kv.dtype in FLOAT_DTYPES, "null_kv", null_kv.dtype, "a tensor of a float dtype")
-    shape = tuple(null_kv.shape)
-    require(shape == (2, heads, dim), "null_kv", f"shape {shape}", f"of shape {(2, heads, dim)}")
+    require(null_kv.shape == (2, heads, dim), "null_kv", null_kv.shape, "of shape {}", (2, heads, dim))
     listed = {"weights": weights} if mask is None else {"weights": weights, "mask": mask}
     for name, tensor in listed.items():
         fits, shape = tensor.shape == indices.shape, tuple(indices.shape)
-        require(fits, name, f"shape {tuple(tensor.shape)}", f"of shape {shape} as indices are")
+        require(fits, name, tensor.shape, "of shape {} as indices are", shape)
     if mask is not None:
         require(mask.dtype == torch.bool, "mask", mask.dtype, "a tensor of dtype torch.bool")
     for name, tensor in {"key_value": key_value, "indices": indices, "null_kv": null_kv, **listed}.items():
-        require(tensor.device == query.device, name, f"on {tensor.device}", f"on {query.device} as query is")
+        require(tensor.device == query.device, name, tensor.device, "on {} as query is", query.device)
 
 
 def check_k(k: float | Tensor, scores: Tensor) -> None:
@@ -94,7 +103,7 @@ def check_k(k: float | Tensor, scores: Tensor) -> None:
     if isinstance(k, Tensor):
         require(not k.is_complex() and k.dtype != torch.bool, "k", k.dtype, "a number or a tensor of real numbers")
         _check_broadcast("k", k, scores.shape[:-1], "scores.shape[:-1], one k a row")
-        require(k.device == scores.device, "k", f"on {k.device}", f"on {scores.device} as scores are")
+        require(k.device == scores.device, "k", k.device, "on {} as scores are", scores.device)
     else:
         require(k > 0, "k", k, "> 0")
 
@@ -111,7 +120,7 @@ def _check_broadcast(name: str, tensor: Tensor, shape: torch.Size, allowed: str)
     fits = tensor.ndim <= len(shape) and all(
         size == 1 or size == full for size, full in zip(reversed(tensor.shape), reversed(shape), strict=False)
     )
-    require(fits, name, f"shape {tuple(tensor.shape)}", f"of a shape that broadcasts to {tuple(shape)}, {allowed}")
+    require(fits, name, tensor.shape, "of a shape that broadcasts to {}, {}", shape, allowed)
 
 
 def first_temperature(eps: float, eps_init: float | None) -> float:
@@ -139,13 +148,13 @@ def result_dtype(dtype: torch.dtype | None, *tensors: Tensor | None) -> torch.dt
 def check_normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype | None) -> None:
     """x is `... d` with d >= 1, weight and bias are `d` on its device, and eps is positive."""
     require(x.dtype in FLOAT_DTYPES, "x", x.dtype, "a tensor of a float dtype")
-    require(x.ndim >= 1 and x.shape[-1] >= 1, "x", f"shape {tuple(x.shape)}", "of shape (..., d) with d >= 1")
+    require(x.ndim >= 1 and x.shape[-1] >= 1, "x", x.shape, "of shape (..., d) with d >= 1")
     for name, each in (("weight", weight), ("bias", bias)):
         if each is not None:
             require(each.dtype in FLOAT_DTYPES, name, each.dtype, "a tensor of a float dtype")
-            fits, shape = each.shape == x.shape[-1:], tuple(each.shape)
-            require(fits, name, f"shape {shape}", f"of shape {tuple(x.shape[-1:])}, one entry a feature of x")
-            require(each.device == x.device, name, f"on {each.device}", f"on {x.device} as x is")
+            fits = each.shape == x.shape[-1:]
+            require(fits, name, each.shape, "of shape {}, one entry a feature of x", x.shape[-1:])
+            require(each.device == x.device, name, each.device, "on {} as x is", x.device)
     require(eps > 0, "eps", eps, "> 0")
     require(dtype is None or dtype in FLOAT_DTYPES, "dtype", dtype, "None or a float dtype")
 
@@ -161,7 +170,7 @@ def check_combine(
     dtype: torch.dtype | None,
 ) -> None:
     """Shapes match, indices are integers, and everything is on one device."""
-    require(routed.ndim == 3, "routed", f"shape {tuple(routed.shape)}", "of shape (b, k, d)")
+    require(routed.ndim == 3, "routed", routed.shape, "of shape (b, k, d)")
     require(length >= 1, "length", length, ">= 1")
     batch, k, d = routed.shape
     shapes = {
@@ -173,8 +182,8 @@ def check_combine(
     }
     for name, (tensor, shape) in shapes.items():
         if tensor is not None:
-            require(tensor.shape == shape, name, f"shape {tuple(tensor.shape)}", f"of shape {shape}")
-            require(tensor.device == routed.device, name, f"on {tensor.device}", f"on {routed.device} as routed is")
+            require(tensor.shape == shape, name, tensor.shape, "of shape {}", shape)
+            require(tensor.device == routed.device, name, tensor.device, "on {} as routed is", routed.device)
     require(indices.dtype in (torch.int32, torch.int64), "indices", indices.dtype, "a tensor of int32 or int64")
     for name, tensor in (("routed", routed), ("scores", scores)):
         require(tensor.dtype in FLOAT_DTYPES, name, tensor.dtype, "a tensor of a float dtype")
@@ -184,21 +193,21 @@ def check_combine(
 def check_routed(query: Tensor, key_value: Tensor, weights: Tensor, null_kv: Tensor, mask: Tensor | None) -> None:
     """Shapes match, heads are shared evenly between routes, and everything is on one device."""
     require(query.dtype in FLOAT_DTYPES, "query", query.dtype, "a tensor of a float dtype")
-    require(query.ndim == 3, "query", f"shape {tuple(query.shape)}", "of shape (b, i, h * d)")
+    require(query.ndim == 3, "query", query.shape, "of shape (b, i, h * d)")
     fits = null_kv.ndim == 3 and null_kv.shape[0] == 2 and null_kv.shape[1] * null_kv.shape[2] == query.shape[2]
-    require(fits, "null_kv", f"shape {tuple(null_kv.shape)}", f"of shape (2, h, d) with h * d = {query.shape[2]}")
-    require(key_value.ndim == 4, "key_value", f"shape {tuple(key_value.shape)}", "of shape (b, r, j, 2 * h / r * d)")
+    require(fits, "null_kv", null_kv.shape, "of shape (2, h, d) with h * d = {}", query.shape[2])
+    require(key_value.ndim == 4, "key_value", key_value.shape, "of shape (b, r, j, 2 * h / r * d)")
     (batch, routes, n_keys, width), (_, heads, dim) = key_value.shape, null_kv.shape
     fits = batch == query.shape[0] and routes >= 1 and heads % routes == 0 and width == 2 * heads // routes * dim
-    allowed = f"of shape ({query.shape[0]}, r, j, 2 * {heads} / r * {dim}), as are {heads} heads of {dim} in r routes"
-    require(fits, "key_value", f"shape {tuple(key_value.shape)}", allowed)
-    require(key_value.dtype == query.dtype, "key_value", key_value.dtype, f"of {query.dtype} as query is")
+    allowed = "of shape ({0}, r, j, 2 * {1} / r * {2}), as are {1} heads of {2} in r routes"
+    require(fits, "key_value", key_value.shape, allowed, query.shape[0], heads, dim)
+    require(key_value.dtype == query.dtype, "key_value", key_value.dtype, "of {} as query is", query.dtype)
     for name, tensor in (("weights", weights), ("mask", mask)):
         if tensor is not None:
             shape = (batch, routes, n_keys)
-            require(tensor.shape == shape, name, f"shape {tuple(tensor.shape)}", f"of shape {shape}")
+            require(tensor.shape == shape, name, tensor.shape, "of shape {}", shape)
     if mask is not None:
         require(mask.dtype == torch.bool, "mask", mask.dtype, "a tensor of dtype torch.bool")
     for name, tensor in (("key_value", key_value), ("weights", weights), ("null_kv", null_kv), ("mask", mask)):
         if tensor is not None:
-            require(tensor.device == query.device, name, f"on {tensor.device}", f"on {query.device} as query is")
+            require(tensor.device == query.device, name, tensor.device, "on {} as query is", query.device)

@@ -50,7 +50,7 @@ class RoutedBranch(nn.Module):
     ) -> None:
         super().__init__()
         check_counts(dim=dim, dim_head=dim_head, heads=heads)
-        require(heads % num_routed_kv == 0, "heads", heads, f"a multiple of the {num_routed_kv} key/value routes")
+        require(heads % num_routed_kv == 0, "heads", heads, "a multiple of the {} key/value routes", num_routed_kv)
         self.multiply_queries_by_score = multiply_queries_by_score
         options = {"straight_through": router_straight_through, "use_triton": use_triton, **(router_kwargs or {})}
         self.null_q_token = nn.Parameter(torch.randn(dim)) if use_null_q_tokens else None
@@ -228,8 +228,8 @@ class ConditionalRoutedCrossAttention(RoutedBranch):
         use_flash_attn: bool = False,
         route_block_size: int | None = None,
     ) -> None:
-        allowed = f"1 or kv_routing_tokens = {kv_routing_tokens}"
-        require(num_sets_kv in (1, kv_routing_tokens), "num_sets_kv", num_sets_kv, allowed)
+        fits = num_sets_kv in (1, kv_routing_tokens)
+        require(fits, "num_sets_kv", num_sets_kv, "1 or kv_routing_tokens = {}", kv_routing_tokens)
         super().__init__(
             dim,
             num_routed_kv=kv_routing_tokens,

@@ -96,17 +96,17 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         dim = self.q_router.dim
         fits = x.dim() == 4 and x.shape[1 if self.channel_first else 3] == dim
         shape = f"(b, {dim}, h, w)" if self.channel_first else f"(b, h, w, {dim})"
-        require(fits, "x", f"shape {tuple(x.shape)}", f"a feature map of shape {shape}")
+        require(fits, "x", x.shape, "a feature map of shape {}", shape)
         if residual is not None:
             fits = residual.shape == x.shape
-            require(fits, "residual", f"shape {tuple(residual.shape)}", f"of shape {tuple(x.shape)} as x is")
+            require(fits, "residual", residual.shape, "of shape {} as x is", x.shape)
         if self.channel_first:
             x = rearrange(x, "b d h w -> b h w d")
             residual = None if residual is None else rearrange(residual, "b d h w -> b h w d")
         tokens = rearrange(x, "b h w d -> b (h w) d")
         if mask is not None:
-            expected, actual = tuple(x.shape[:3]), tuple(mask.shape)
-            require(actual == expected, "mask", f"shape {actual}", f"of shape {expected}, one entry a position")
+            fits = mask.shape == x.shape[:3]
+            require(fits, "mask", mask.shape, "of shape {}, one entry a position", x.shape[:3])
         token_mask = None if mask is None else rearrange(mask, "b h w -> b (h w)")
         num_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
         num_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv

@@ -98,7 +98,7 @@ def check_route(
     check_counts(num_selected=num_selected)
     n = x.shape[1] if block_size is None else block_size
     name = "n" if block_size is None else "block_size"
-    require(num_selected <= n, "num_selected", num_selected, f"from 1 to {name} = {n}")
+    require(num_selected <= n, "num_selected", num_selected, "from 1 to {} = {}", name, n)
     require(not isinstance(k, Tensor), "k", "a tensor", "a number")
     check_k(k, x)
     check_schedule(*schedule)

@@ -78,10 +78,10 @@ def route_prefixes(
 def check_prefixes(scores: Tensor, window_size: int, num_selected: int, k: float) -> None:
     """Scores are `b r n`; at least one and at most n of them are selected, from windows of at least one token."""
     check_scores(scores, None)
-    require(scores.ndim == 3, "scores", f"shape {tuple(scores.shape)}", "of shape (b, r, n)")
+    require(scores.ndim == 3, "scores", scores.shape, "of shape (b, r, n)")
     check_counts(window_size=window_size, num_selected=num_selected)
     n = scores.shape[-1]
-    require(num_selected <= n, "num_selected", num_selected, f"at most n = {n}")
+    require(num_selected <= n, "num_selected", num_selected, "at most n = {}", n)
     require(not isinstance(k, Tensor), "k", "a tensor", "a number")
     check_k(k, scores)
 

@@ -213,10 +213,10 @@ class CoordinateDescentRouter(nn.Module):
             routing_tokens = rearrange(self.routing_token, "r d -> 1 r d")
         elif routing_tokens.dim() == 2:
             routing_tokens = rearrange(routing_tokens, "b d -> b 1 d")
-        shape = tuple(routing_tokens.shape)
+        shape = routing_tokens.shape
         fits = (shape[0] == 1 or shape[0] == x.shape[0]) and shape[1:] == (self.num_routing_tokens, x.shape[-1])
-        allowed = f"of shape ({x.shape[0]}, {self.num_routing_tokens}, {x.shape[-1]})"
-        require(fits, "routing_tokens", f"shape {shape}", allowed)
+        expected = (x.shape[0], self.num_routing_tokens, x.shape[-1])
+        require(fits, "routing_tokens", shape, "of shape {}", expected)
         return routing_tokens
 
     def score(self, x: Tensor, routing_tokens: Tensor | None = None) -> Tensor:

@@ -33,11 +33,10 @@ def routing_scores(x: Tensor, routing_tokens: Tensor, *, cosine_sim_scale: float
 def check_routing_tokens(x: Tensor, routing_tokens: Tensor) -> None:
     """Tokens are a float tensor (b, n, d), routing tokens one of (b, r, d) or (1, r, d)."""
     require(x.dtype in FLOAT_DTYPES, "x", x.dtype, "a tensor of a float dtype")
-    require(x.ndim == 3 and x.shape[-1] >= 1, "x", f"shape {tuple(x.shape)}", "of shape (b, n, d) with d >= 1")
+    require(x.ndim == 3 and x.shape[-1] >= 1, "x", x.shape, "of shape (b, n, d) with d >= 1")
     require(routing_tokens.dtype in FLOAT_DTYPES, "routing_tokens", routing_tokens.dtype, "a tensor of a float dtype")
-    (batch, _, d), shape = x.shape, tuple(routing_tokens.shape)
+    (batch, _, d), shape = x.shape, routing_tokens.shape
     fits = len(shape) == 3 and (shape[0] == 1 or shape[0] == batch) and shape[1] >= 1 and shape[2] == d
-    allowed = f"of shape ({batch}, r, {d}) or (1, r, {d}) with r >= 1"
-    require(fits, "routing_tokens", f"shape {shape}", allowed)
-    allowed = f"on {x.device} as x is"
-    require(routing_tokens.device == x.device, "routing_tokens", f"on {routing_tokens.device}", allowed)
+    require(fits, "routing_tokens", shape, "of shape ({0}, r, {1}) or (1, r, {1}) with r >= 1", batch, d)
+    same = routing_tokens.device == x.device
+    require(same, "routing_tokens", routing_tokens.device, "on {} as x is", x.device)

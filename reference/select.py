@@ -37,4 +37,4 @@ def check_select(scores: Tensor, num_selected: int, mask: Tensor | None) -> None
     """Scores and mask match, and there are as many entries as are to be selected."""
     check_scores(scores, mask)
     n = scores.shape[-1]
-    require(1 <= num_selected <= n, "num_selected", num_selected, f"from 1 to n = {n}")
+    require(1 <= num_selected <= n, "num_selected", num_selected, "from 1 to n = {}", n)

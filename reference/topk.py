@@ -63,7 +63,7 @@ def topk(
 
 def check_topk(x: Tensor, k: int, coor_descent_k_ratio: float) -> None:
     """k is from 1 to n and the ratio at least 1."""
-    require(1 <= k <= x.shape[-1], "k", k, f"from 1 to n = {x.shape[-1]}")
+    require(1 <= k <= x.shape[-1], "k", k, "from 1 to n = {}", x.shape[-1])
     require(coor_descent_k_ratio >= 1, "coor_descent_k_ratio", coor_descent_k_ratio, ">= 1")
 
 

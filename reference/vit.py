@@ -59,7 +59,7 @@ class ConditionalRoutedViT(nn.Module):
         height, width = _pair(image_size)
         patch_height, patch_width = _pair(patch_size)
         divides = height % patch_height == 0 and width % patch_width == 0
-        require(divides, "patch_size", patch_size, f"a divisor of image_size = {image_size}")
+        require(divides, "patch_size", patch_size, "a divisor of image_size = {}", image_size)
         require(dim % 4 == 0, "dim", dim, "a multiple of 4")
 
         self.channels, self.patch_size = channels, (patch_height, patch_width)
@@ -115,8 +115,8 @@ class ConditionalRoutedViT(nn.Module):
         height, width = self.patch_size
         fits = img.dim() == 4 and img.shape[1] == self.channels
         fits = fits and img.shape[2] % height == 0 and img.shape[3] % width == 0
-        allowed = f"of shape (b, {self.channels}, h, w) with h a multiple of {height} and w of {width}"
-        require(fits, "img", f"shape {tuple(img.shape)}", allowed)
+        allowed = "of shape (b, {}, h, w) with h a multiple of {} and w of {}"
+        require(fits, "img", img.shape, allowed, self.channels, height, width)
         x = self.to_patch_embedding(img)
         return self.linear_head(self.transformer(x + _position_embedding(x)))
 
