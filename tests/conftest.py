@@ -1,7 +1,6 @@
 """What all tests share: reproducible numbers, and which tests run where."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +16,9 @@ settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-SIDE_BY_SIDE = ("kernels", "reference", "suites")
-"""Directories whose tests can run side by side, but for those that say otherwise. Others measure or start programs."""
+ALONE = {f"test_{name}.py" for name in ("compare_commands", "isolation", "measure", "memory", "plugin", "profiling")}
+ALONE |= {f"test_{name}.py" for name in ("page_in_browser", "roofline", "selftest", "timing")}
+"""Files whose tests take times or memory, or limit them; others can run side by side, unless a test says otherwise."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Say which tests run alone, leave out compile checks under the interpreter, which has no compiler, and skip GPU
     tests without a GPU."""
     for item in items:
-        if item.path.relative_to(Path(__file__).parent).parts[0] not in SIDE_BY_SIDE:
+        if item.path.name in ALONE:
             item.add_marker(pytest.mark.alone)
     if os.environ.get("TRITON_INTERPRET") == "1":
         left_out = [item for item in items if item.get_closest_marker("compiled")]
