@@ -17,7 +17,6 @@ import yaml
 
 import reference
 from colt5_bench import cli
-from colt5_bench.case import DIRECTIONS, FORWARD_BACKWARD
 from colt5_bench.results import load
 from colt5_bench.selection import load_suites
 
@@ -36,30 +35,6 @@ one that takes its place. All of them have to be there, and no larger number may
 
 LARGEST = 800
 """Of the numbers that a block of layers may have without a GPU."""
-
-HEADLINES = [
-    ("8192 x 512, 20, decaying", {"rows": 8192, "n": 512}),
-    ("1024 x 4096, 50, .1", {"rows": 1024, "n_iters": 50}),
-    ("64 x 32768, 50, .1", {"rows": 64}),
-    ("8 x 131072, 50, .1", {"rows": 8}),
-    ("1 x 1048576, 20, decaying", {"rows": 1}),
-    ("4 x 4194304, 20, decaying", {"rows": 4}),
-]
-"""The rows of the README's table of coordinate descent, and the fields that their cases are known by."""
-
-LAYERS = [
-    ("router, 1 x 1048576, 2 routes, fp32", {"kind": "router", "model": "document", "dtype": "float32"}),
-    ("cross attention to 1048576 tokens, fp32", {"kind": "cross_attention", "model": "document", "dtype": "float32"}),
-    ("feed-forward, 2 x 32768", {"kind": "feed_forward"}),
-    ("attention, 2 x 32768", {"kind": "attention"}),
-    ("block, 2 x 32768", {"kind": "block"}),
-    ("image, 1 x 256 x 256, 32 features", {"kind": "image"}),
-    ("autoregressive, 2 x 8192", {"kind": "autoregressive", "model": "document"}),
-    ("autoregressive, 2 x 32768", {"model": "document-32k"}),
-    ("autoregressive, 1 x 131072", {"model": "document-128k"}),
-    ("autoregressive, 1 x 1048576", {"model": "document-1m"}),
-]
-"""The rows of the README's table of layers, and the fields that their cases are known by."""
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -218,82 +193,3 @@ def pip(arguments, environment):
     assert (ROOT / arguments[2]).is_file()
     extras = re.fullmatch(r"\.\[(.+)\]", arguments[-1])[1].split(",")
     assert set(extras) <= set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
-
-
-@cache
-def baseline(suite):
-    return [
-        record for record in load(ROOT / "reports" / "baselines" / "nvidia-h200.jsonl").records if record.suite == suite
-    ]
-
-
-def records_of(suite, fields):
-    return {
-        (record.implementation, record.direction): record
-        for record in baseline(suite)
-        if fields.items() <= record.fields.items()
-    }
-
-
-def milliseconds(records, *implementations):
-    """Forward and forward+backward, of the faster one where there are several."""
-    return " / ".join(
-        min(
-            (
-                f"{1e3 * records[name, direction].seconds('cold'):#.3g}"
-                for name in implementations
-                if (name, direction) in records and records[name, direction].status == "ok"
-            ),
-            key=float,
-            default="-",
-        ).rstrip(".")
-        for direction in DIRECTIONS
-    )
-
-
-def megabytes(records, implementation):
-    record = records.get((implementation, FORWARD_BACKWARD))
-    return f"{record.peak_bytes / 1e6:.0f}" if record else "-"
-
-
-@pytest.mark.parametrize(("title", "fields"), HEADLINES, ids=[title for title, _ in HEADLINES])
-def test_the_table_of_results_is_what_the_baseline_says(title, fields):
-    """If a baseline has been recorded anew, the line that is missing here is what has to stand there."""
-    records = records_of("coor_descent", fields)
-    columns = [
-        title,
-        milliseconds(records, "ours"),
-        milliseconds(records, "reference"),
-        milliseconds(records, "compile"),
-        milliseconds(records, "colt5_triton", "colt5_triton_segmented"),
-        f"{megabytes(records, 'ours')}, {megabytes(records, 'reference')}",
-    ]
-    assert f"| {' | '.join(columns)} |" in README
-
-
-@pytest.mark.parametrize(("title", "fields"), LAYERS, ids=[title for title, _ in LAYERS])
-def test_the_table_of_layers_is_what_the_baseline_says(title, fields):
-    records = records_of("layers", {"model": "document", "dtype": "autocast", **fields})
-    columns = [
-        title,
-        milliseconds(records, "ours"),
-        milliseconds(records, "reference"),
-        f"{megabytes(records, 'ours')}, {megabytes(records, 'reference')}",
-    ]
-    assert f"| {' | '.join(columns)} |" in README
-
-
-def test_the_dense_layer_is_what_the_baseline_says():
-    records = records_of("layers", {"kind": "attention", "model": "document", "dtype": "autocast"})
-    assert f"takes {milliseconds(records, 'dense_flash')} ms" in README
-
-
-def test_the_error_of_layers_is_what_the_baseline_says():
-    records = {(record.case, record.direction, record.implementation): record for record in baseline("layers")}
-    ratios = [
-        divergence.largest / records[case, direction, "reference"].accuracy[tensor].largest
-        for (case, direction, implementation), record in records.items()
-        if implementation == "ours" and (case, direction, "reference") in records
-        for tensor, divergence in record.accuracy.items()
-    ]
-    assert f"{max(ratios):.2f} times as large as that of plain PyTorch" in " ".join(README.split())
