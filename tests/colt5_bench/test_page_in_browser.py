@@ -86,6 +86,7 @@ def heading(page, name):
     return page.locator("#table thead th", has_text=name)
 
 
+@pytest.mark.alone
 def test_2000_records_are_soon_there(opened):
     taken = []
     for _ in range(3):
