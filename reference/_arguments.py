@@ -13,8 +13,9 @@ def require(holds: bool, name: str, value: object, allowed: str, *named: object)
     """Raise ValueError that names the argument, its value and what is allowed, unless `holds`.
 
     Args:
-        allowed: with a `{}` for each of what is `named` in it. A message is made only where it is needed: making it
-            takes time, and specialises compiled code to the sizes in it.
+        value: a `torch.Size` is shown as a shape, a device as where the argument is.
+        allowed: a format of what is `named` in it. A message is made only where it is needed: making it takes time, and
+            specialises compiled code to the sizes in it.
     """
     if holds:
         return
@@ -22,8 +23,8 @@ def require(holds: bool, name: str, value: object, allowed: str, *named: object)
         value = f"shape {tuple(value)}"
     elif isinstance(value, torch.device):
         value = f"on {value}"
-    sizes = (tuple(each) if isinstance(each, torch.Size) else each for each in named)
-    raise ValueError(f"{name} must be {allowed.format(*sizes)}, got {value}")
+    shown = (tuple(each) if isinstance(each, torch.Size) else each for each in named)
+    raise ValueError(f"{name} must be {allowed.format(*shown)}, got {value}")
 
 
 def check_counts(**counts: int) -> None:
@@ -73,7 +74,7 @@ def check_gathered(
     require(key_value.ndim == 4, "key_value", key_value.shape, "of shape (b, r, n, 2 d h / r)")
     routes = key_value.shape[1]
     shares = routes >= 1 and heads % routes == 0
-    require(shares, "key_value", key_value.shape, "of a number of routes that divides the {} heads of query", heads)
+    require(shares, "key_value", key_value.shape, "of shape (b, r, n, 2 d h / r) with r a divisor of h = {}", heads)
     expected = (batch, routes, key_value.shape[2], 2 * dim * heads // routes)
     require(key_value.shape == expected, "key_value", key_value.shape, "of shape {}", expected)
     require(key_value.dtype == query.dtype, "key_value", key_value.dtype, "of dtype {} as query is", query.dtype)
@@ -86,8 +87,7 @@ def check_gathered(
     require(null_kv.shape == (2, heads, dim), "null_kv", null_kv.shape, "of shape {}", (2, heads, dim))
     listed = {"weights": weights} if mask is None else {"weights": weights, "mask": mask}
     for name, tensor in listed.items():
-        fits, shape = tensor.shape == indices.shape, tuple(indices.shape)
-        require(fits, name, tensor.shape, "of shape {} as indices are", shape)
+        require(tensor.shape == indices.shape, name, tensor.shape, "of shape {} as indices are", indices.shape)
     if mask is not None:
         require(mask.dtype == torch.bool, "mask", mask.dtype, "a tensor of dtype torch.bool")
     for name, tensor in {"key_value": key_value, "indices": indices, "null_kv": null_kv, **listed}.items():

@@ -95,8 +95,8 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         """
         dim = self.q_router.dim
         fits = x.dim() == 4 and x.shape[1 if self.channel_first else 3] == dim
-        shape = f"(b, {dim}, h, w)" if self.channel_first else f"(b, h, w, {dim})"
-        require(fits, "x", x.shape, "a feature map of shape {}", shape)
+        shape = "(b, {}, h, w)" if self.channel_first else "(b, h, w, {})"
+        require(fits, "x", x.shape, f"a feature map of shape {shape}", dim)
         if residual is not None:
             fits = residual.shape == x.shape
             require(fits, "residual", residual.shape, "of shape {} as x is", x.shape)

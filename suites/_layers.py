@@ -240,7 +240,7 @@ def lenient(case: LayerCase, tensor: str, expected: Tensor, budget: float) -> fl
 
 REFERENCE = Implementation[LayerCase]("reference", lambda case: ours(case, use_triton=False), bound=lenient)
 """The budget is that of the layer in pieces, which sums the gradient of a weight over a million tokens in parts, and so
-more exactly: as a whole, it rounds in another order."""
+more exactly. The layer as a whole rounds in another order, and is judged like any other that does."""
 
 OURS = Implementation[LayerCase](
     "ours",

@@ -101,7 +101,11 @@ def test_a_changed_block_does_not_run_unreduced(changed):
         reduce(block.replace(*changed))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    # The self-test takes times, and says whether they are right.
+    [pytest.param(each, marks=pytest.mark.alone if "selftest" in each else ()) for each in COMMANDS],
+)
 def test_command(command):
     words = shlex.split(command)
     environment = {}

@@ -372,6 +372,7 @@ def test_captured_in_a_cuda_graph(shape):
         return y.detach(), torch.autograd.grad(y, scores, grad)[0]
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)

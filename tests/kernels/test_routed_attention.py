@@ -191,6 +191,7 @@ def test_captured_in_a_cuda_graph_and_equal_from_run_to_run():
         return out.detach(), *torch.autograd.grad(out, list(tensors.values()), upstream)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)

@@ -189,6 +189,7 @@ def test_captured_in_a_cuda_graph():
         return result.indices, torch.autograd.grad(weighted(result, weights), x)[0]
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)

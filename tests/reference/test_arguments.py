@@ -24,6 +24,10 @@ def test_require_names_the_argument_its_value_and_what_is_allowed():
     require(True, "depth", 3, "> 2")
     with pytest.raises(ValueError, match=r"^depth must be > 2, got 1$"):
         require(False, "depth", 1, "> 2")
+    with pytest.raises(ValueError, match=r"^x must be of shape \(2, 3, 5\) or \(1, 5\), got shape \(4,\)$"):
+        require(False, "x", torch.zeros(4).shape, "of shape {} or (1, {})", SCORES.shape, 5)
+    with pytest.raises(ValueError, match=r"^x must be on meta as y is, got on cpu$"):
+        require(False, "x", SCORES.device, "on {} as y is", torch.device("meta"))
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)

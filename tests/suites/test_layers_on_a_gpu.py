@@ -1,4 +1,5 @@
-"""The layers with kernels at the sizes of the suite `layers`: the same bits however often, in CUDA graphs, compiled."""
+"""The layers with kernels on a GPU: the same bits however often and in CUDA graphs, at the sizes of the document; small
+ones compiled."""
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ def assert_same_bits(actual, expected):
 def test_the_same_bits_from_run_to_run_and_from_a_cuda_graph(case):
     problem, function = _layers.problem(case, CUDA), _layers.ours(case, use_triton=True)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         first, second = results_of(function, problem), results_of(function, problem)
     torch.cuda.current_stream().wait_stream(side)
