@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._launch import as_rows, feature_tile, is_traced, multiprocessors, runs_triton
+from kernels._operators import backward_of, define, define_backward, define_gradient, eager
 from reference._arguments import check_combine, result_dtype
 
 LONGEST = 8192
@@ -155,18 +156,6 @@ def _map_slots(indices: Tensor, n: int) -> Tensor:
     return slots
 
 
-_library = torch.library.Library("colt5", "FRAGMENT")
-_library.define(
-    "combine(Tensor routed, Tensor scores, Tensor indices, Tensor? null, Tensor? light, Tensor? residual, int n, "
-    "ScalarType dtype) -> (Tensor, Tensor)"
-)
-_library.define(
-    "combine_backward(Tensor grad, Tensor routed, Tensor scores, Tensor indices, Tensor? slots, "
-    "ScalarType? light_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-@torch.library.register_fake("colt5::combine", lib=_library)
 def _allocate(
     routed: Tensor,
     scores: Tensor,
@@ -220,7 +209,6 @@ def _forward(
     return out, slots
 
 
-@torch.library.register_fake("colt5::combine_backward", lib=_library)
 def _allocate_gradients(
     grad: Tensor,
     routed: Tensor,
@@ -288,9 +276,18 @@ def _backward(
     return drouted, dscores, dlight, dnull
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("combine", _forward, _device)
-    _library.impl("combine_backward", _backward, _device)
+define(
+    "combine(Tensor routed, Tensor scores, Tensor indices, Tensor? null, Tensor? light, Tensor? residual, int n, "
+    "ScalarType dtype) -> (Tensor, Tensor)",
+    _forward,
+    _allocate,
+)
+define_backward(
+    "combine_backward(Tensor grad, Tensor routed, Tensor scores, Tensor indices, Tensor? slots, "
+    "ScalarType? light_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _allocate_gradients,
+)
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -303,9 +300,7 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
 
 def _differentiate(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     dtype, null_dtype, light_dtype, residual_dtype = ctx.dtypes
-    # Only the operator can say that there is no second derivative.
-    operator = torch.is_grad_enabled() or is_traced(grad)
-    backward: Callable[..., tuple[Tensor, ...]] = torch.ops.colt5.combine_backward if operator else _backward
+    backward = backward_of(grad, torch.ops.colt5.combine_backward, _backward)
     casts = None if light_dtype in (None, dtype) else light_dtype
     drouted, dscores, dlight, dnull = backward(grad, *ctx.saved_tensors, casts)
     return (
@@ -320,25 +315,10 @@ def _differentiate(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     )
 
 
-def _refuse(ctx, *_: Tensor) -> None:
-    raise NotImplementedError("kernels.combine has no second derivative: use reference.combine")
+define_gradient("combine", _setup_context, _differentiate)
 
 
-torch.library.register_autograd("colt5::combine", _differentiate, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("colt5::combine_backward", _refuse, lib=_library)
-
-
-class _Eager(torch.autograd.Function):
-    """The operator without PyTorch's dispatcher, whose way through Python takes longer than everything else."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        # Not as a `setup_context`, for which PyTorch inspects the signature of `forward` on each call.
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_differentiate)
+_eager = eager(_forward, _setup_context, _differentiate)
 
 
 def combine(
@@ -380,7 +360,7 @@ def combine(
     if not runs_triton(routed) or d > LONGEST or any(t is not None and t.dtype == torch.float64 for t in tensors):
         return _in_pytorch(routed, scores, indices, length, null, light, residual, result)
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    operation: Callable[..., tuple[Tensor, Tensor]] = _Eager.apply if save else _forward
+    operation: Callable[..., tuple[Tensor, Tensor]] = _eager if save else _forward
     if is_traced(routed):
         operation = torch.ops.colt5.combine
     out, _ = operation(

@@ -21,20 +21,10 @@ from kernels._descent_backward import launch_backward
 from kernels._descent_forward import launch_forward
 from kernels._descent_state import allocate_state, views_of
 from kernels._launch import as_rows, is_traced, k_as_rows, mask_as_rows, runs_triton
+from kernels._operators import backward_of, define, define_backward, define_gradient, eager
 from reference._arguments import check_k, check_schedule, check_scores, epsilon_schedule, first_temperature
 
-_library = torch.library.Library("colt5", "FRAGMENT")
-_library.define(
-    "coor_descent(Tensor scores, Tensor? mask, Tensor? k_rows, float k, int n_iters, float eps, float first, "
-    "float eps_decay, bool save) -> (Tensor, Tensor)"
-)
-_library.define(
-    "coor_descent_backward(Tensor grad, Tensor scores, Tensor? mask, Tensor? k_rows, float k, int n_iters, float eps, "
-    "float first, float eps_decay, Tensor state) -> (Tensor, Tensor)"
-)
 
-
-@torch.library.register_fake("colt5::coor_descent", lib=_library)
 def _allocate(
     scores: Tensor,
     mask: Tensor | None,
@@ -73,7 +63,6 @@ def _forward(
     return in_pytorch.forward(scores, mask, wide_k, steps, kept), state
 
 
-@torch.library.register_fake("colt5::coor_descent_backward", lib=_library)
 def _allocate_gradients(
     grad: Tensor,
     scores: Tensor,
@@ -135,18 +124,25 @@ def _gradients(
     return ds, dk
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("coor_descent", _forward, _device)
-    _library.impl("coor_descent_backward", _backward, _device)
+define(
+    "coor_descent(Tensor scores, Tensor? mask, Tensor? k_rows, float k, int n_iters, float eps, float first, "
+    "float eps_decay, bool save) -> (Tensor, Tensor)",
+    _forward,
+    _allocate,
+)
+define_backward(
+    "coor_descent_backward(Tensor grad, Tensor scores, Tensor? mask, Tensor? k_rows, float k, int n_iters, float eps, "
+    "float first, float eps_decay, Tensor state) -> (Tensor, Tensor)",
+    _backward,
+    _allocate_gradients,
+)
 
 
 def gradients(
     grad: Tensor, scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, numbers: Sequence, state: Tensor
 ) -> tuple[Tensor, Any]:
     """Gradients of scores `rows n` and of k, by the operator or, where nobody is to see that, past the dispatcher."""
-    # Only the operator can say that there is no second derivative.
-    operator = torch.is_grad_enabled() or is_traced(grad)
-    backward: Callable[..., tuple[Tensor, Any]] = torch.ops.colt5.coor_descent_backward if operator else _gradients
+    backward = backward_of(grad, torch.ops.colt5.coor_descent_backward, _gradients)
     return backward(grad, scores, mask, k_rows, *numbers, state)
 
 
@@ -165,25 +161,10 @@ def _differentiate(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
     return ds, None, None if k_rows is None else dk.to(k_rows.dtype), *(None,) * 6
 
 
-def _refuse(ctx, *_: Tensor) -> None:
-    raise NotImplementedError("kernels.coor_descent has no second derivative: use reference.coor_descent")
+define_gradient("coor_descent", _setup_context, _differentiate)
 
 
-torch.library.register_autograd("colt5::coor_descent", _differentiate, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("colt5::coor_descent_backward", _refuse, lib=_library)
-
-
-class _Eager(torch.autograd.Function):
-    """The operator without PyTorch's dispatcher, whose way through Python takes longer than everything else."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        # Not as a `setup_context`, for which PyTorch inspects the signature of `forward` on each call.
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_differentiate)
+_eager = eager(_forward, _setup_context, _differentiate)
 
 
 def coor_descent(
@@ -224,7 +205,7 @@ def coor_descent(
     check_schedule(n_iters, eps, eps_init, eps_decay)
     k_rows, k_number = k_as_rows(k, scores.shape)
     save = torch.is_grad_enabled() and (scores.requires_grad or (k_rows is not None and k_rows.requires_grad))
-    operation: Callable[..., tuple[Tensor, Tensor]] = _Eager.apply if save else _forward
+    operation: Callable[..., tuple[Tensor, Tensor]] = _eager if save else _forward
     if is_traced(scores):
         operation = torch.ops.colt5.coor_descent
     y, _ = operation(

@@ -10,17 +10,12 @@ from kernels import _gathered_torch as in_pytorch
 from kernels._gathered_backward import launch_backward
 from kernels._gathered_forward import LARGEST_DIM, launch_forward
 from kernels._launch import runs_triton
+from kernels._operators import define, define_backward, define_gradient
 from reference._arguments import check_gathered
 
-_library = torch.library.Library("colt5", "FRAGMENT")
 _INPUTS = "Tensor query, Tensor key_value, Tensor lists, Tensor weights, Tensor null_kv, bool multiply_keys"
-_library.define(f"gathered_attention({_INPUTS}) -> (Tensor, Tensor)")
-_library.define(
-    f"gathered_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)"
-)
 
 
-@torch.library.register_fake("colt5::gathered_attention", lib=_library)
 def _allocate(
     query: Tensor,
     key_value: Tensor,
@@ -54,7 +49,6 @@ def _forward(
     return out, lse
 
 
-@torch.library.register_fake("colt5::gathered_attention_backward", lib=_library)
 def _allocate_gradients(
     grad: Tensor,
     query: Tensor,
@@ -104,9 +98,12 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("gathered_attention", _forward, _device)
-    _library.impl("gathered_attention_backward", _backward, _device)
+define(f"gathered_attention({_INPUTS}) -> (Tensor, Tensor)", _forward, _allocate)
+define_backward(
+    f"gathered_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _allocate_gradients,
+)
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -125,12 +122,7 @@ def _differentiate(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
     return dquery, dkey_value, None, dweights, dnull, None
 
 
-def _refuse(ctx, *_: Tensor) -> None:
-    raise NotImplementedError("kernels.gathered_attention has no second derivative: use reference.gathered_attention")
-
-
-torch.library.register_autograd("colt5::gathered_attention", _differentiate, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("colt5::gathered_attention_backward", _refuse, lib=_library)
+define_gradient("gathered_attention", _setup_context, _differentiate)
 
 
 def gathered_attention(

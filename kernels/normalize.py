@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._launch import as_rows, feature_tile, is_traced, multiprocessors, runs_triton
+from kernels._operators import backward_of, define, define_backward, define_gradient, eager
 from reference._arguments import check_normalize, result_dtype
 
 LONGEST = 8192
@@ -174,18 +175,6 @@ def _launch_backward(
     return shares.sum(1)
 
 
-_library = torch.library.Library("colt5", "FRAGMENT")
-_library.define(
-    "normalize(Tensor x, Tensor weight, Tensor? bias, bool center, float eps, ScalarType dtype) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "normalize_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor scale, bool center, bool has_bias, "
-    "float eps) -> (Tensor, Tensor)"
-)
-
-
-@torch.library.register_fake("colt5::normalize", lib=_library)
 def _allocate(
     x: Tensor, weight: Tensor, bias: Tensor | None, center: bool, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +196,6 @@ def _forward(
     return outputs
 
 
-@torch.library.register_fake("colt5::normalize_backward", lib=_library)
 def _allocate_gradients(
     grad: Tensor,
     x: Tensor,
@@ -238,9 +226,18 @@ def _backward(
     return dx, x.new_zeros((1 + has_bias, x.shape[1]), dtype=torch.float32) if sums is None else sums
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("normalize", _forward, _device)
-    _library.impl("normalize_backward", _backward, _device)
+define(
+    "normalize(Tensor x, Tensor weight, Tensor? bias, bool center, float eps, ScalarType dtype) "
+    "-> (Tensor, Tensor, Tensor)",
+    _forward,
+    _allocate,
+)
+define_backward(
+    "normalize_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor scale, bool center, bool has_bias, "
+    "float eps) -> (Tensor, Tensor)",
+    _backward,
+    _allocate_gradients,
+)
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -254,33 +251,16 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
 
 def _differentiate(ctx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, mean, scale = ctx.saved_tensors
-    # Only the operator can say that there is no second derivative.
-    operator = torch.is_grad_enabled() or is_traced(grad)
-    backward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.colt5.normalize_backward if operator else _backward
+    backward = backward_of(grad, torch.ops.colt5.normalize_backward, _backward)
     dx, sums = backward(grad, x, weight, mean, scale, *ctx.options)
     dbias = None if ctx.bias_dtype is None else sums[1].to(ctx.bias_dtype)
     return dx, sums[0].to(weight.dtype), dbias, None, None, None
 
 
-def _refuse(ctx, *_: Tensor) -> None:
-    raise NotImplementedError("kernels.normalize has no second derivative: use reference.normalize")
+define_gradient("normalize", _setup_context, _differentiate)
 
 
-torch.library.register_autograd("colt5::normalize", _differentiate, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("colt5::normalize_backward", _refuse, lib=_library)
-
-
-class _Eager(torch.autograd.Function):
-    """The operator without PyTorch's dispatcher, whose way through Python takes longer than everything else."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        # Not as a `setup_context`, for which PyTorch inspects the signature of `forward` on each call.
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_differentiate)
+_eager = eager(_forward, _setup_context, _differentiate)
 
 
 def normalize(
@@ -317,7 +297,7 @@ def normalize(
         return _in_pytorch(x, weight, bias, center, eps).to(result)
     tensors = (x, weight, bias)
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    operation: Callable[..., tuple[Tensor, ...]] = _Eager.apply if save else _forward
+    operation: Callable[..., tuple[Tensor, ...]] = _eager if save else _forward
     if is_traced(x):
         operation = torch.ops.colt5.normalize
     y, *_ = operation(as_rows(x), weight, bias, center, eps, result)

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels._gather_kernel import gather_in_pytorch, launch_gather
 from kernels._launch import is_traced, runs_triton
+from kernels._operators import backward_of, define, define_backward, define_gradient, eager
 from kernels.coor_descent import _forward as descend
 from kernels.coor_descent import _gradients as descent_gradients
 from kernels.routing_scores import (
@@ -32,18 +33,9 @@ from kernels.soft_topk import _forward as solve_exactly
 from reference._arguments import first_temperature
 from reference.route import RouteReturn, Solver, check_route
 
-_library = torch.library.Library("colt5", "FRAGMENT")
 _NUMBERS = (
     "int num_selected, float k, int n_iters, float eps, float first, float eps_decay, bool exact, bool cosine, "
     "int? block_size"
-)
-_library.define(
-    f"route(Tensor x, Tensor routing_tokens, Tensor? mask, {_NUMBERS}, bool save) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "route_backward(Tensor? grad_weights, Tensor? grad_tokens, Tensor x, Tensor routing_tokens, Tensor? mask, "
-    f"Tensor indices, Tensor scores, Tensor inverse_norms, Tensor state, {_NUMBERS}, bool needs_x) -> (Tensor, Tensor)"
 )
 
 
@@ -73,7 +65,6 @@ def _allocate_routed(
     return scores.new_empty(shape), x.new_empty((*shape, d)), x.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.register_fake("colt5::route", lib=_library)
 def _allocate(
     x: Tensor,
     routing_tokens: Tensor,
@@ -130,7 +121,6 @@ def _forward(
     return *routed, scores, inverse_norms, state
 
 
-@torch.library.register_fake("colt5::route_backward", lib=_library)
 def _allocate_gradients(
     grad_weights: Tensor | None,
     grad_tokens: Tensor | None,
@@ -201,6 +191,19 @@ def _backward(
     return dx, dr
 
 
+define(
+    f"route(Tensor x, Tensor routing_tokens, Tensor? mask, {_NUMBERS}, bool save) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _allocate,
+)
+define_backward(
+    "route_backward(Tensor? grad_weights, Tensor? grad_tokens, Tensor x, Tensor routing_tokens, Tensor? mask, "
+    f"Tensor indices, Tensor scores, Tensor inverse_norms, Tensor state, {_NUMBERS}, bool needs_x) -> (Tensor, Tensor)",
+    _backward,
+    _allocate_gradients,
+)
+
 register_flop_formula(torch.ops.colt5.route)(count_flops)
 
 
@@ -208,11 +211,6 @@ register_flop_formula(torch.ops.colt5.route)(count_flops)
 def _count_backward_flops(*arguments: Any, **_: object) -> int:
     needs_x = arguments[-1]
     return count_flops(*arguments[2:4]) * (2 if needs_x else 1)
-
-
-for _device in ("CPU", "CUDA"):
-    _library.impl("route", _forward, _device)
-    _library.impl("route_backward", _backward, _device)
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -230,31 +228,15 @@ def _differentiate(ctx, grad_weights: Tensor | None, grad_tokens: Tensor | None,
     if not grads:
         return nothing
     needs_x = ctx.needs_input_grad[0]
-    # Only the operator can say that there is no second derivative.
-    operator = torch.is_grad_enabled() or is_traced(grads[0])
-    backward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.colt5.route_backward if operator else _backward
+    backward = backward_of(grads[0], torch.ops.colt5.route_backward, _backward)
     dx, dr = backward(grad_weights, grad_tokens, *ctx.saved_tensors, *ctx.numbers, needs_x)
     return dx if needs_x else None, dr, *nothing[2:]
 
 
-def _refuse(ctx, *_: Tensor) -> None:
-    raise NotImplementedError("kernels.route has no second derivative: use reference.route")
+define_gradient("route", _setup_context, _differentiate)
 
 
-torch.library.register_autograd("colt5::route", _differentiate, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("colt5::route_backward", _refuse, lib=_library)
-
-
-class _Eager(torch.autograd.Function):
-    """The operator without PyTorch's dispatcher, as in `kernels.coor_descent`."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_differentiate)
+_eager = eager(_forward, _setup_context, _differentiate)
 
 
 def route(
@@ -298,7 +280,7 @@ def route(
     """
     check_route(x, routing_tokens, num_selected, k, (n_iters, eps, eps_init, eps_decay), solver, block_size, mask)
     save = torch.is_grad_enabled() and (x.requires_grad or routing_tokens.requires_grad)
-    operation: Callable[..., tuple[Tensor, ...]] = _Eager.apply if save else _forward
+    operation: Callable[..., tuple[Tensor, ...]] = _eager if save else _forward
     if is_traced(x):
         operation = torch.ops.colt5.route
     weights, tokens, indices, *_ = operation(

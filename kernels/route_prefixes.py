@@ -13,23 +13,13 @@ from torch import Tensor
 
 from kernels import _prefix_torch as in_pytorch
 from kernels._launch import as_rows, is_traced, runs_triton
+from kernels._operators import backward_of, define, define_backward, define_gradient, eager
 from kernels._prefix_backward import launch_backward
 from kernels._prefix_forward import launch_forward
 from reference._arguments import check_schedule, first_temperature
 from reference.route_prefixes import PrefixSelection, check_prefixes, mask_of_prefixes, windows_with_a_prefix
 
-_library = torch.library.Library("colt5", "FRAGMENT")
-_library.define(
-    "route_prefixes(Tensor scores, int window_size, int num_selected, float k, int n_iters, float eps, float first, "
-    "float eps_decay, bool save) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "route_prefixes_backward(Tensor grad, Tensor scores, Tensor indices, Tensor leaves, Tensor state, int window_size, "
-    "float k, int n_iters, float eps, float first, float eps_decay) -> Tensor"
-)
 
-
-@torch.library.register_fake("colt5::route_prefixes", lib=_library)
 def _allocate(
     scores: Tensor,
     window_size: int,
@@ -77,7 +67,6 @@ def _forward(
     return outputs
 
 
-@torch.library.register_fake("colt5::route_prefixes_backward", lib=_library)
 def _allocate_gradient(
     grad: Tensor,
     scores: Tensor,
@@ -117,9 +106,18 @@ def _backward(
     return ds
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("route_prefixes", _forward, _device)
-    _library.impl("route_prefixes_backward", _backward, _device)
+define(
+    "route_prefixes(Tensor scores, int window_size, int num_selected, float k, int n_iters, float eps, float first, "
+    "float eps_decay, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _allocate,
+)
+define_backward(
+    "route_prefixes_backward(Tensor grad, Tensor scores, Tensor indices, Tensor leaves, Tensor state, int window_size, "
+    "float k, int n_iters, float eps, float first, float eps_decay) -> Tensor",
+    _backward,
+    _allocate_gradient,
+)
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -134,30 +132,14 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
 def _differentiate(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 9
-    # Only the operator can say that there is no second derivative.
-    operator = torch.is_grad_enabled() or is_traced(grad)
-    backward: Callable[..., Tensor] = torch.ops.colt5.route_prefixes_backward if operator else _backward
+    backward = backward_of(grad, torch.ops.colt5.route_prefixes_backward, _backward)
     return backward(grad, *ctx.saved_tensors, *ctx.numbers), *(None,) * 8
 
 
-def _refuse(ctx, *_: Tensor) -> None:
-    raise NotImplementedError("kernels.route_prefixes has no second derivative: use reference.route_prefixes")
+define_gradient("route_prefixes", _setup_context, _differentiate)
 
 
-torch.library.register_autograd("colt5::route_prefixes", _differentiate, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("colt5::route_prefixes_backward", _refuse, lib=_library)
-
-
-class _Eager(torch.autograd.Function):
-    """The operator without PyTorch's dispatcher, whose way through Python takes longer than some of the kernels."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_differentiate)
+_eager = eager(_forward, _setup_context, _differentiate)
 
 
 def route_prefixes(
@@ -195,7 +177,7 @@ def route_prefixes(
     check_prefixes(scores, window_size, num_selected, k)
     check_schedule(n_iters, eps, eps_init, eps_decay)
     save = torch.is_grad_enabled() and scores.requires_grad
-    operation: Callable[..., tuple[Tensor, ...]] = _Eager.apply if save else _forward
+    operation: Callable[..., tuple[Tensor, ...]] = _eager if save else _forward
     if is_traced(scores):
         operation = torch.ops.colt5.route_prefixes
     weights, indices, *_ = operation(

@@ -13,18 +13,13 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from kernels._launch import is_traced, runs_triton
+from kernels._operators import backward_of, define, define_backward, define_gradient, eager
 from kernels._routed_attention_kernels import LARGEST_HEAD, launch_backward, launch_forward
 from reference._arguments import check_routed
 
-_library = torch.library.Library("colt5", "FRAGMENT")
 _INPUTS = "Tensor query, Tensor key_value, Tensor weights, Tensor null_kv, Tensor? mask, bool multiply_keys"
-_library.define(f"routed_attention({_INPUTS}, bool save) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    f"routed_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)"
-)
 
 
-@torch.library.register_fake("colt5::routed_attention", lib=_library)
 def _allocate(
     query: Tensor,
     key_value: Tensor,
@@ -60,7 +55,6 @@ def _forward(
     return outputs
 
 
-@torch.library.register_fake("colt5::routed_attention_backward", lib=_library)
 def _allocate_gradients(
     grad: Tensor,
     query: Tensor,
@@ -99,9 +93,12 @@ def _backward(
     return dquery, dkey_value, *launch_backward(grad.contiguous(), *given, dquery, dkey_value)
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("routed_attention", _forward, _device)
-    _library.impl("routed_attention_backward", _backward, _device)
+define(f"routed_attention({_INPUTS}, bool save) -> (Tensor, Tensor, Tensor)", _forward, _allocate)
+define_backward(
+    f"routed_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _allocate_gradients,
+)
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -114,32 +111,15 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
 def _differentiate(ctx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     *given, out, lse = ctx.saved_tensors
     _, _, weights, null_kv, _ = given
-    # Only the operator can say that there is no second derivative.
-    operator = torch.is_grad_enabled() or is_traced(grad)
-    backward: Callable[..., tuple[Tensor, ...]] = torch.ops.colt5.routed_attention_backward if operator else _backward
+    backward = backward_of(grad, torch.ops.colt5.routed_attention_backward, _backward)
     dquery, dkey_value, dweights, dnull = backward(grad, *given, ctx.multiply_keys, out, lse)
     return dquery, dkey_value, dweights.to(weights.dtype), dnull.to(null_kv.dtype), None, None, None
 
 
-def _refuse(ctx, *_: Tensor) -> None:
-    raise NotImplementedError("kernels.routed_attention has no second derivative: use reference.routed_attention")
+define_gradient("routed_attention", _setup_context, _differentiate)
 
 
-torch.library.register_autograd("colt5::routed_attention", _differentiate, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("colt5::routed_attention_backward", _refuse, lib=_library)
-
-
-class _Eager(torch.autograd.Function):
-    """The operator without PyTorch's dispatcher, whose way through Python takes longer than everything else."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        # Not as a `setup_context`, for which PyTorch inspects the signature of `forward` on each call.
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_differentiate)
+_eager = eager(_forward, _setup_context, _differentiate)
 
 
 def routed_attention(
@@ -176,7 +156,7 @@ def routed_attention(
     if query.dtype == torch.float64 or null_kv.shape[2] > LARGEST_HEAD or not runs_triton(query):
         return _in_pytorch(*tensors, mask, multiply_keys_by_score)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    operation: Callable[..., tuple[Tensor, ...]] = _Eager.apply if save else _forward
+    operation: Callable[..., tuple[Tensor, ...]] = _eager if save else _forward
     if is_traced(query):
         operation = torch.ops.colt5.routed_attention
     out, *_ = operation(

@@ -10,15 +10,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import _scores_torch as in_pytorch
 from kernels._launch import is_traced, runs_triton
+from kernels._operators import define, define_backward, define_gradient
 from kernels._score_kernels import MOST_ROUTES, launch_gradients, launch_scores
 from reference.routing_scores import check_routing_tokens
-
-_library = torch.library.Library("colt5", "FRAGMENT")
-_library.define("routing_scores(Tensor x, Tensor routing_tokens, bool cosine) -> (Tensor, Tensor)")
-_library.define(
-    "routing_scores_backward(Tensor grad, Tensor x, Tensor routing_tokens, Tensor scores, Tensor inverse_norms, "
-    "bool needs_x) -> (Tensor, Tensor)"
-)
 
 
 def allocate_scores(x: Tensor, routing_tokens: Tensor, cosine: bool, padded: int) -> tuple[Tensor, Tensor]:
@@ -72,12 +66,10 @@ def _backward(
     return gradients(x, routing_tokens, scores, inverse_norms, grad.contiguous(), None, needs_x)
 
 
-@torch.library.register_fake("colt5::routing_scores", lib=_library)
 def _allocate(x: Tensor, routing_tokens: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
     return allocate_scores(x, routing_tokens, cosine, x.shape[1])
 
 
-@torch.library.register_fake("colt5::routing_scores_backward", lib=_library)
 def allocate_gradients(
     grad: Tensor | None, x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_norms: Tensor, needs_x: bool
 ) -> tuple[Tensor, Tensor]:
@@ -92,6 +84,14 @@ def count_flops(x_shape: torch.Size, routing_shape: torch.Size, *_: object, **__
     return 2 * batch * n * d * routing_shape[1]
 
 
+define("routing_scores(Tensor x, Tensor routing_tokens, bool cosine) -> (Tensor, Tensor)", _forward, _allocate)
+define_backward(
+    "routing_scores_backward(Tensor grad, Tensor x, Tensor routing_tokens, Tensor scores, Tensor inverse_norms, "
+    "bool needs_x) -> (Tensor, Tensor)",
+    _backward,
+    allocate_gradients,
+)
+
 register_flop_formula(torch.ops.colt5.routing_scores)(count_flops)
 
 
@@ -99,11 +99,6 @@ register_flop_formula(torch.ops.colt5.routing_scores)(count_flops)
 def _count_backward_flops(*arguments: Any, **_: object) -> int:
     needs_x = arguments[-1]
     return count_flops(*arguments[1:3]) * (2 if needs_x else 1)
-
-
-for _device in ("CPU", "CUDA"):
-    _library.impl("routing_scores", _forward, _device)
-    _library.impl("routing_scores_backward", _backward, _device)
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -121,12 +116,7 @@ def _differentiate(ctx, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     return dx if needs_x else None, dr, None
 
 
-def _refuse(ctx, *_: Tensor) -> None:
-    raise NotImplementedError("kernels.routing_scores has no second derivative: use reference.routing_scores")
-
-
-torch.library.register_autograd("colt5::routing_scores", _differentiate, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("colt5::routing_scores_backward", _refuse, lib=_library)
+define_gradient("routing_scores", _setup_context, _differentiate)
 
 
 def as_kernels_take(x: Tensor, routing_tokens: Tensor, cosine_sim_scale: float | None) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kernels import _segmented_torch as in_pytorch
 from kernels._launch import as_rows, k_as_rows, mask_as_rows, runs_triton
+from kernels._operators import define, define_backward, define_gradient
 from kernels._segmented_kernels import launch_backward, launch_forward
 from reference._arguments import check_k, check_schedule, check_scores, epsilon_schedule, first_temperature, require
 
@@ -30,18 +31,6 @@ LONGEST = 131072
 """Longest row that is supported: one program handles a row."""
 
 
-_library = torch.library.Library("colt5", "FRAGMENT")
-_library.define(
-    "segmented_coor_descent(Tensor scores, Tensor? mask, Tensor? k_rows, float k, int n_iters, float first, "
-    "float eps_decay, float eps, int segments, bool save) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "segmented_coor_descent_backward(Tensor grad, Tensor scores, Tensor? mask, Tensor? k_rows, float k, Tensor a, "
-    "Tensor b, Tensor temperatures) -> (Tensor, Tensor)"
-)
-
-
-@torch.library.register_fake("colt5::segmented_coor_descent", lib=_library)
 def _allocate(
     scores: Tensor,
     mask: Tensor | None,
@@ -93,7 +82,6 @@ def _forward(
     return outputs
 
 
-@torch.library.register_fake("colt5::segmented_coor_descent_backward", lib=_library)
 def _allocate_gradients(
     grad: Tensor,
     scores: Tensor,
@@ -132,9 +120,19 @@ def _backward(
     return ds, dk
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("segmented_coor_descent", _forward, _device)
-    _library.impl("segmented_coor_descent_backward", _backward, _device)
+define(
+    "segmented_coor_descent(Tensor scores, Tensor? mask, Tensor? k_rows, float k, int n_iters, float first, "
+    "float eps_decay, float eps, int segments, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _allocate,
+)
+define_backward(
+    "segmented_coor_descent_backward(Tensor grad, Tensor scores, Tensor? mask, Tensor? k_rows, float k, Tensor a, "
+    "Tensor b, Tensor temperatures) -> (Tensor, Tensor)",
+    _backward,
+    _allocate_gradients,
+    reference="coor_descent",
+)
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -153,14 +151,7 @@ def _differentiate(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     return ds, None, None if k_rows is None else dk.to(k_rows.dtype), *(None,) * 7
 
 
-def _refuse(ctx, *_: Tensor) -> None:
-    raise NotImplementedError("kernels.segmented_coor_descent has no second derivative: use reference.coor_descent")
-
-
-torch.library.register_autograd(
-    "colt5::segmented_coor_descent", _differentiate, setup_context=_setup_context, lib=_library
-)
-torch.library.register_autograd("colt5::segmented_coor_descent_backward", _refuse, lib=_library)
+define_gradient("segmented_coor_descent", _setup_context, _differentiate)
 
 
 def segmented_coor_descent(

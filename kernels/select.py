@@ -6,14 +6,11 @@ import torch
 from torch import Tensor
 
 from kernels._launch import as_rows, is_traced, mask_as_rows, runs_triton
+from kernels._operators import define
 from kernels._select_kernels import LAST_INDEX, launch_select
 from reference.select import check_select
 
-_library = torch.library.Library("colt5", "FRAGMENT")
-_library.define("select(Tensor scores, Tensor? mask, int num_selected) -> Tensor")
 
-
-@torch.library.register_fake("colt5::select", lib=_library)
 def _allocate(scores: Tensor, mask: Tensor | None, num_selected: int) -> Tensor:
     return torch.empty((scores.shape[0], num_selected), dtype=torch.int64, device=scores.device)
 
@@ -49,8 +46,7 @@ def _select_in_pytorch(scores: Tensor, mask: Tensor | None, num_selected: int) -
     return scores.shape[1] - 1 - (keys.topk(num_selected, dim=-1).values & LAST_INDEX.value)
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("select", select_rows, _device)
+define("select(Tensor scores, Tensor? mask, int num_selected) -> Tensor", select_rows, _allocate)
 
 
 def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> Tensor:

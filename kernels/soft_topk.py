@@ -17,17 +17,11 @@ from torch import Tensor
 
 from kernels import _soft_topk_torch as in_pytorch
 from kernels._launch import as_rows, k_as_rows, mask_as_rows, runs_triton
+from kernels._operators import define, define_backward, define_gradient
 from kernels._soft_topk_kernels import launch_backward, launch_forward
 from reference._arguments import check_k, check_scores, require
 
-_library = torch.library.Library("colt5", "FRAGMENT")
-_library.define("soft_topk(Tensor scores, Tensor? mask, Tensor? k_rows, float k, float eps) -> (Tensor, Tensor)")
-_library.define(
-    "soft_topk_backward(Tensor grad, Tensor scores, Tensor? mask, Tensor solution, float eps) -> (Tensor, Tensor)"
-)
 
-
-@torch.library.register_fake("colt5::soft_topk", lib=_library)
 def _allocate(
     scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, k: float, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -46,7 +40,6 @@ def _forward(scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, k: floa
     return y, solution
 
 
-@torch.library.register_fake("colt5::soft_topk_backward", lib=_library)
 def _allocate_gradients(
     grad: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -69,9 +62,16 @@ def _runs_kernel(scores: Tensor) -> bool:
     return scores.dtype != torch.float64 and runs_triton(scores)
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("soft_topk", _forward, _device)
-    _library.impl("soft_topk_backward", _backward, _device)
+define(
+    "soft_topk(Tensor scores, Tensor? mask, Tensor? k_rows, float k, float eps) -> (Tensor, Tensor)",
+    _forward,
+    _allocate,
+)
+define_backward(
+    "soft_topk_backward(Tensor grad, Tensor scores, Tensor? mask, Tensor solution, float eps) -> (Tensor, Tensor)",
+    _backward,
+    _allocate_gradients,
+)
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -90,12 +90,7 @@ def _differentiate(ctx, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     return ds, None, None if ctx.k_dtype is None else dk.to(ctx.k_dtype), None, None
 
 
-def _refuse(ctx, *_: Tensor) -> None:
-    raise NotImplementedError("kernels.soft_topk has no second derivative: use reference.soft_topk")
-
-
-torch.library.register_autograd("colt5::soft_topk", _differentiate, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("colt5::soft_topk_backward", _refuse, lib=_library)
+define_gradient("soft_topk", _setup_context, _differentiate)
 
 
 def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | None = None) -> Tensor:

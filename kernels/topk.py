@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels._descent_forward import cooling_iterations, descend, soft_selection
 from kernels._descent_state import allocate_state
 from kernels._launch import as_rows, is_traced, mask_as_rows, runs_triton, tile_settings
+from kernels._operators import define, define_gradient, eager
 from kernels._primitives import LOWEST, load_tile, per_row, tile_columns
 from kernels.coor_descent import coor_descent, gradients
 from reference._arguments import check_schedule, check_scores, first_temperature
@@ -130,14 +131,6 @@ def _launch(
     )
 
 
-_library = torch.library.Library("colt5", "FRAGMENT")
-_library.define(
-    "topk(Tensor x, Tensor? mask, int selected, float k, int n_iters, float eps, float first, float eps_decay, "
-    "bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-@torch.library.register_fake("colt5::topk", lib=_library)
 def _allocate(
     x: Tensor,
     mask: Tensor | None,
@@ -177,8 +170,12 @@ def _forward(
     return outputs
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("topk", _forward, _device)
+define(
+    "topk(Tensor x, Tensor? mask, int selected, float k, int n_iters, float eps, float first, float eps_decay, "
+    "bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _allocate,
+)
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -215,19 +212,10 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Any:
     return one + other
 
 
-torch.library.register_autograd("colt5::topk", _differentiate, setup_context=_setup_context, lib=_library)
+define_gradient("topk", _setup_context, _differentiate)
 
 
-class _Eager(torch.autograd.Function):
-    """The operator without PyTorch's dispatcher, as in `coor_descent`."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_differentiate)
+_eager = eager(_forward, _setup_context, _differentiate)
 
 
 def topk(
@@ -257,7 +245,7 @@ def topk(
     check_topk(x, k, coor_descent_k_ratio)
     check_schedule(n_iters, eps, eps_init, eps_decay)
     save = x.requires_grad and torch.is_grad_enabled()
-    operation: Callable[..., tuple[Tensor, ...]] = _Eager.apply if save else _forward
+    operation: Callable[..., tuple[Tensor, ...]] = _eager if save else _forward
     if is_traced(x):
         operation = torch.ops.colt5.topk
     selected = operation(

@@ -19,20 +19,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import _windowed_attention_torch as in_pytorch
 from kernels._launch import is_traced, runs_triton
+from kernels._operators import backward_of, define, define_backward, define_gradient, eager
 from kernels._windowed_attention_kernels import LARGEST_HEAD, launch_backward, launch_forward
 from reference._arguments import check_windows
 
-_library = torch.library.Library("colt5", "FRAGMENT")
-_library.define(
-    "windowed_attention(Tensor qkv, int heads, int window_size, bool causal, Tensor? mask) -> (Tensor, Tensor)"
-)
-_library.define(
-    "windowed_attention_backward(Tensor grad, Tensor qkv, int heads, int window_size, bool causal, Tensor? mask, "
-    "Tensor out, Tensor log_sum) -> Tensor"
-)
 
-
-@torch.library.register_fake("colt5::windowed_attention", lib=_library)
 def _allocate(qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The output, and the logarithm of what each softmax divides by, to the base that the path computes with."""
     batch, n, width = qkv.shape
@@ -48,7 +39,6 @@ def _forward(qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tens
     return out, log_sum
 
 
-@torch.library.register_fake("colt5::windowed_attention_backward", lib=_library)
 def _allocate_gradient(
     grad: Tensor,
     qkv: Tensor,
@@ -89,9 +79,17 @@ def _runs_kernel(qkv: Tensor, heads: int) -> bool:
     return qkv.dtype != torch.float64 and qkv.shape[-1] <= 3 * heads * LARGEST_HEAD and runs_triton(qkv)
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("windowed_attention", _forward, _device)
-    _library.impl("windowed_attention_backward", _backward, _device)
+define(
+    "windowed_attention(Tensor qkv, int heads, int window_size, bool causal, Tensor? mask) -> (Tensor, Tensor)",
+    _forward,
+    _allocate,
+)
+define_backward(
+    "windowed_attention_backward(Tensor grad, Tensor qkv, int heads, int window_size, bool causal, Tensor? mask, "
+    "Tensor out, Tensor log_sum) -> Tensor",
+    _backward,
+    _allocate_gradient,
+)
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -104,18 +102,11 @@ def _differentiate(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
     if grad is None:
         return (None,) * 5
     qkv, mask, out, log_sum = ctx.saved_tensors
-    # Only the operator can say that there is no second derivative.
-    operator = torch.is_grad_enabled() or is_traced(grad)
-    backward: Callable[..., Tensor] = torch.ops.colt5.windowed_attention_backward if operator else _backward
+    backward = backward_of(grad, torch.ops.colt5.windowed_attention_backward, _backward)
     return backward(grad, qkv, *ctx.options, mask, out, log_sum), *(None,) * 4
 
 
-def _refuse(ctx, *_: Tensor) -> None:
-    raise NotImplementedError("kernels.windowed_attention has no second derivative: use reference.windowed_attention")
-
-
-torch.library.register_autograd("colt5::windowed_attention", _differentiate, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("colt5::windowed_attention_backward", _refuse, lib=_library)
+define_gradient("windowed_attention", _setup_context, _differentiate)
 
 
 def pairs_in_reach(n: int, window_size: int, causal: bool) -> int:
@@ -141,16 +132,7 @@ def _backward_flops(_: torch.Size, shape: torch.Size, *options: Any, **__: objec
     return _flops(shape, *options) * 5 // 2
 
 
-class _Eager(torch.autograd.Function):
-    """The operator without PyTorch's dispatcher, whose way through Python takes longer than everything else."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_differentiate)
+_eager = eager(_forward, _setup_context, _differentiate)
 
 
 def windowed_attention(
@@ -185,6 +167,6 @@ def windowed_attention(
     if is_traced(qkv):
         operation = torch.ops.colt5.windowed_attention
     elif torch.is_grad_enabled() and qkv.requires_grad:
-        operation = _Eager.apply
+        operation = _eager
     out, _ = operation(qkv, heads, window_size, causal, mask)
     return out
