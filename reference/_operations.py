@@ -29,11 +29,6 @@ def _by_device(on_gpu: Operation, elsewhere: Operation, x: Tensor, /, *tensors: 
     return (on_gpu if x.is_cuda else elsewhere)(x, *tensors, **options)
 
 
-def is_fused(use_triton: bool | None, x: Tensor) -> bool:
-    """Whether x goes the way of the kernels."""
-    return x.is_cuda if use_triton is None else use_triton
-
-
 def path(name: str, use_triton: bool | None) -> str:
     """Which way `choose` goes, for people."""
     if use_triton:

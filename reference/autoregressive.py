@@ -249,16 +249,11 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             before = self._before_windows(n, scores.device)
             rows = repeat(scores, "b r n -> b w r n", w=len(before))
             return router.select(rows, num_tokens, before, random_route)
-        fetched = num_tokens * (router.fetch_k_ratio if router.normalize_to == "fetched" else 1.0)
         indices, weights, mask = self._route_prefixes(
             scores,
             window_size=self.heavy_window_size,
             num_selected=router.num_selected(num_tokens, n),
-            k=min(fetched, n),
             n_iters=router.n_iters,
-            eps=router.eps,
-            eps_init=router.eps_init,
-            eps_decay=router.eps_decay,
+            **router.relaxation(num_tokens, n),
         )
-        weights = router.weigh(weights)
-        return Selection(indices, weights if mask is None else weights.masked_fill(~mask, 0.0), mask)
+        return router.weighed(indices, weights, mask)

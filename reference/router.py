@@ -190,7 +190,7 @@ class CoordinateDescentRouter(nn.Module):
             x,
             routing_tokens,
             num_selected=self.num_selected(each, width),
-            **self._relaxation(each, width),
+            **self.relaxation(each, width),
             n_iters=self.n_iters,
             solver=self.solver,
             cosine_sim_scale=self._cosine_sim_scale,
@@ -202,7 +202,7 @@ class CoordinateDescentRouter(nn.Module):
             there = x.new_ones((1, n), dtype=torch.bool) if mask is None else mask
             filled_up = F.pad(there, (0, -n % width))[:, None]
             selected = filled_up.expand(*indices.shape[:2], -1).gather(-1, indices)
-        selection = self._weighed(indices, weights, selected)
+        selection = self.weighed(indices, weights, selected)
         return RouterReturn(indices, selection.weights.to(x.dtype), tokens, selected)
 
     def _routing_tokens(self, x: Tensor, routing_tokens: Tensor | None) -> Tensor:
@@ -252,9 +252,9 @@ class CoordinateDescentRouter(nn.Module):
         if size is not None:
             indices, weights = positions(indices, size), weights.flatten(-2)
             selected = None if selected is None else selected.flatten(-2)
-        return self._weighed(indices, weights, selected)
+        return self.weighed(indices, weights, selected)
 
-    def _weighed(self, indices: Tensor, weights: Tensor, selected: Tensor | None) -> Selection:
+    def weighed(self, indices: Tensor, weights: Tensor, selected: Tensor | None) -> Selection:
         """A selection with the weights that it is to have; 0 where nothing should have been selected."""
         weights = self.weigh(weights)
         return Selection(indices, weights if selected is None else weights.masked_fill(~selected, 0.0), selected)
@@ -265,7 +265,7 @@ class CoordinateDescentRouter(nn.Module):
 
     def relax(self, scores: Tensor, num_tokens: int, mask: Tensor | None = None) -> Tensor:
         """The relaxed selection of `num_tokens` from rows `... n`."""
-        relaxation = self._relaxation(num_tokens, scores.shape[-1])
+        relaxation = self.relaxation(num_tokens, scores.shape[-1])
         with torch.autocast(scores.device.type, enabled=False):
             relaxed: Tensor
             if self.solver == "exact":
@@ -274,7 +274,7 @@ class CoordinateDescentRouter(nn.Module):
                 relaxed = self._descent(scores, n_iters=self.n_iters, mask=mask, **relaxation)
             return relaxed
 
-    def _relaxation(self, num_tokens: int, n: int) -> dict[str, Any]:
+    def relaxation(self, num_tokens: int, n: int) -> dict[str, Any]:
         """What coordinate descent over rows of n is to sum to, and the temperatures."""
         fetched = num_tokens * (self.fetch_k_ratio if self.normalize_to == "fetched" else 1.0)
         return {"k": min(fetched, n), "eps": self.eps, "eps_init": self.eps_init, "eps_decay": self.eps_decay}

@@ -1,12 +1,10 @@
 """Two runs, figure by figure: a verdict on each, and what of it is a regression."""
 
-from colt5_bench.compare.findings import REGRESSIONS, VERDICTS, Comparison, Finding
+from colt5_bench.compare.findings import Comparison, Finding
 from colt5_bench.compare.thresholds import Rules, ThresholdsError, load_rules
 from colt5_bench.compare.verdicts import IncomparableError, compare
 
 __all__ = [
-    "REGRESSIONS",
-    "VERDICTS",
     "Comparison",
     "Finding",
     "IncomparableError",

@@ -90,11 +90,14 @@ class Comparison:
     @property
     def counts(self) -> str:
         """`1 worse, 12 same`, the worst first."""
-        return count_verdicts(self.findings)
+        counts = Counter(finding.verdict for finding in self.findings)
+        named = [f"{counts[verdict]:,} {verdict}" for verdict in VERDICTS if counts[verdict]]
+        return ", ".join(named) or "nothing to compare"
 
     def telling(self) -> list[Finding]:
-        """All findings that say something, the worst first."""
-        return telling(self.findings)
+        """What is not the same, the worst first."""
+        ordered = sorted(self.findings, key=lambda finding: VERDICTS.index(finding.verdict))
+        return [finding for finding in ordered if finding.verdict != "same"]
 
     def unclear(self) -> dict[str, list[str]]:
         """The cases that need more samples, by suite."""
@@ -103,20 +106,6 @@ class Comparison:
             if finding.verdict == "unclear" and finding.case not in cases.setdefault(finding.suite, []):
                 cases[finding.suite].append(finding.case)
         return cases
-
-
-def count_verdicts(findings: Sequence[Finding]) -> str:
-    """How often each verdict was given, the worst first."""
-    counts = Counter(finding.verdict for finding in findings)
-    return (
-        ", ".join(f"{counts[verdict]:,} {verdict}" for verdict in VERDICTS if counts[verdict]) or "nothing to compare"
-    )
-
-
-def telling(findings: Sequence[Finding]) -> list[Finding]:
-    """What is not the same, the worst first."""
-    ordered = sorted(findings, key=lambda finding: VERDICTS.index(finding.verdict))
-    return [finding for finding in ordered if finding.verdict != "same"]
 
 
 def _say(figure: Figure, unit: Unit) -> str:

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from colt5_bench.compare.findings import REGRESSIONS, Comparison, Finding
+from colt5_bench.compare.findings import Comparison, Finding
 from colt5_bench.report.layout import by
 from colt5_bench.report.rows import sayable
+from colt5_bench.report.table import print_whole
 
 FORMATS = ("text", "json", "markdown", "junit")
 
@@ -43,9 +44,7 @@ def show(comparison: Comparison, console: Console) -> None:
             table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=True)
         for finding in own:
             table.add_row(*map(Text, _cells(finding)), style=STYLES[finding.verdict])
-        # At full width, whatever that of the console: a line that it breaks is complete, a column cut short is not.
-        table.width = console.measure(table, options=console.options.update(max_width=1000)).maximum
-        console.print(table, crop=False, overflow="ignore", no_wrap=True)
+        print_whole(table, console)
     for note in comparison.notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"against the baseline: {comparison.counts}", highlight=False, soft_wrap=True)
@@ -131,7 +130,7 @@ def _cells(finding: Finding) -> tuple[str, ...]:
 
 
 def _counted(findings: Sequence[Finding]) -> dict[str, str]:
-    failures = sum(finding.verdict in REGRESSIONS for finding in findings)
+    failures = sum(finding.is_regression for finding in findings)
     return {"tests": str(len(findings)), "failures": str(failures)}
 
 

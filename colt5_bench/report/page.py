@@ -13,7 +13,7 @@ from markupsafe import Markup
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
-from colt5_bench.compare.findings import Finding, count_verdicts, telling
+from colt5_bench.compare.findings import Comparison, Finding
 from colt5_bench.environment import flat
 from colt5_bench.report import main_column, severity, share_of_limit, short, speed_ups, varying_fields, worst_gradient
 from colt5_bench.report.figures import Card, cards
@@ -102,7 +102,7 @@ def write_page(
         headlines=[headline for section in sections if (headline := _headline(section))],
         environments=_environments(run),
         cut_off=[file.name for file in run.cut_off],
-        comparison=None if findings is None else _comparison(findings),
+        comparison=None if findings is None else Comparison(findings),
         columns=columns(run.records),
         data=_embedded(run, sections, views),
         plotly=Markup(get_plotlyjs()),
@@ -110,11 +110,6 @@ def write_page(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def _comparison(findings: Sequence[Finding]) -> dict[str, Any]:
-    """How often each verdict was given, and all findings that say something, the worst first."""
-    return {"counts": count_verdicts(findings), "findings": telling(findings)}
 
 
 def _embedded(run: Run, sections: Iterable[SuiteSection], views: Mapping[str, View]) -> Markup:

@@ -66,10 +66,10 @@ def summary(records: Sequence[Record], reference: str, console: Console) -> None
         return
     groups, metrics = _by_case(records), _metric_columns(records)
     if any(record.timings for record in records):
-        _print(_table(records, groups, [*_time_columns(records, reference), *metrics]), console)
+        print_whole(_table(records, groups, [*_time_columns(records, reference), *metrics]), console)
     else:
         shown = sorted(groups, key=_severity_of_group, reverse=True)[:MOST_CASES]
-        _print(_table(records, shown, [*_divergence_columns(records), *metrics]), console)
+        print_whole(_table(records, shown, [*_divergence_columns(records), *metrics]), console)
         if len(shown) < len(groups):
             console.print(f"the {len(shown)} of {len(groups)} cases that are farthest from fp64", highlight=False)
     endings(records, console)
@@ -105,7 +105,7 @@ def _styled(lines: Sequence[str], styles: Sequence[str]) -> Text:
     return Text("\n").join(Text(line, style=style) for line, style in zip(lines, styles, strict=True))
 
 
-def _print(table: Table, console: Console) -> None:
+def print_whole(table: Table, console: Console) -> None:
     """At full width, whatever that of the console: a line that it breaks is complete, a column cut short is not."""
     table.width = console.measure(table, options=console.options.update(max_width=1000)).maximum
     console.print(table, crop=False, overflow="ignore", no_wrap=True)

@@ -280,6 +280,7 @@ def test_is_captured_in_a_cuda_graph(device):
     tensors = make(device, dtype=torch.bfloat16, n=300, s=100, w=8)
     grad = torch.randn(tensors["query"].shape, device=device).bfloat16()
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run(gathered_attention, tensors, grad)
     stream.synchronize()

@@ -112,14 +112,3 @@ def test_a_layer_says_which_way_it_goes():
         assert f"kernels.{operation}" in repr(fused)
         assert f"kernels.{operation}" not in repr(plain)
         assert f"reference.{operation} (use_triton=False)" in repr(plain)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="one program after the other is")
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", SINGLE)
-def test_the_same_bits_from_run_to_run(name, autocast):
-    fused = build(f"ConditionalRouted{name}", router_kwargs=ROUTER, use_triton=True).to(DEVICE)
-    inputs = [each.to(DEVICE) for each in inputs_for(name, {})]
-    upstream = torch.randn_like(inputs[0])
-    first, second = (results(fused, inputs, {}, upstream, autocast) for _ in range(2))
-    assert all(torch.equal(first[each], second[each]) for each in first)

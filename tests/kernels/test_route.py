@@ -241,6 +241,7 @@ def test_is_captured_in_a_cuda_graph(device, n):
         return (indices, weights.detach(), tokens.detach(), *torch.autograd.grad(loss, (x, routing_tokens)))
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     stream.synchronize()

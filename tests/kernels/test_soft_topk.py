@@ -216,6 +216,7 @@ def test_is_captured_in_a_cuda_graph(device, n):
         return y.detach(), *torch.autograd.grad(y, scores, grad)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     stream.synchronize()

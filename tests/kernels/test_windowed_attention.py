@@ -274,6 +274,7 @@ def test_is_captured_in_a_cuda_graph(device, causal):
         return out.detach(), *torch.autograd.grad(out, qkv, grad)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     stream.synchronize()
