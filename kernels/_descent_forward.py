@@ -403,8 +403,8 @@ def _plan(n_rows: int, n: int, simple: bool, available: int, resident: int, stre
         tile = tile_settings(n, entries_in_thread(n_rows, n, available))
         # The fewer registers a thread, the more rows under way, which hide each other's waiting. Loading needs more of
         # them where there is a mask or a conversion.
-        registers = 128 if simple else most_registers(tile["num_warps"])
-        alone = {"PROGRAMS": 1, "SLOTS": 1, "maxnreg": registers}
+        registers = most_registers(tile["num_warps"])
+        alone = {"PROGRAMS": 1, "SLOTS": 1, "maxnreg": min(128, registers) if simple else registers}
         return _Plan(triton.cdiv(n_rows, tile["ROWS"]), 0, 0, {**tile, **alone})
     # As few entries a program as there are programs to share them, but no fewer than are worth an exchange.
     halve = n_rows * triton.cdiv(n, resident // 2) <= available

@@ -429,7 +429,9 @@ def test_the_cpu_path_is_worth_it():
 @pytest.mark.parametrize("target", [80, 90])
 @pytest.mark.parametrize("full", [False, True], ids=["scores alone", "mask and k a row"])
 @pytest.mark.parametrize(
-    "shape", [(8192, 512), (64, 500), (1024, 4096), (64, 32768), (8, 131072), (1, 1048576), (4, 4194304)], ids=str
+    "shape",
+    [(8192, 512), (64, 500), (2, 12000), (1024, 4096), (64, 32768), (8, 131072), (1, 1048576), (4, 4194304)],
+    ids=str,
 )
 def test_compiles_without_spills(shape, full, target):
     from colt5_bench.static_facts import compiled_kernels
