@@ -40,9 +40,10 @@ def runs_triton(x: Tensor) -> bool:
 
 def is_traced(x: Tensor) -> bool:
     """Whether somebody is to see the operator that a tensor goes through, and not its result alone: a compiler, a
-    dispatch mode, a function transform, or a subclass of Tensor."""
+    dispatch mode, a function transform, or a subclass of Tensor; and that of a meta tensor, which has a shape alone."""
     return (
         torch.compiler.is_compiling()
+        or x.is_meta
         or type(x) not in (Tensor, torch.nn.Parameter)
         or is_in_torch_dispatch_mode()
         or torch._C._are_functorch_transforms_active()

@@ -22,6 +22,7 @@ from kernels._launch import is_traced, runs_triton
 from kernels._operators import backward_of, define, define_backward, define_gradient, eager
 from kernels._windowed_attention_kernels import LARGEST_HEAD, launch_backward, launch_forward
 from reference._arguments import check_windows
+from reference._autocast import autocast_dtype
 
 
 def _allocate(qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -160,9 +161,8 @@ def windowed_attention(
         NotImplementedError: a second derivative is asked for.
     """
     check_windows(qkv, heads, window_size, mask)
-    device = qkv.device.type
-    if qkv.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        qkv = qkv.to(torch.get_autocast_dtype(device))
+    lowered = autocast_dtype(qkv)
+    qkv = qkv if lowered is None else qkv.to(lowered)
     operation: Callable[..., tuple[Tensor, Tensor]] = _forward
     if is_traced(qkv):
         operation = torch.ops.colt5.windowed_attention

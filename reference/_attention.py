@@ -8,6 +8,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from reference._arguments import require
+from reference._autocast import autocast_dtype
 from reference._operations import choose, path
 from reference.normalize import normalize
 
@@ -25,7 +26,7 @@ class RMSNorm(nn.Module):
         return path("normalize", self.use_triton)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._normalize(x, weight=self.gamma, dtype=_dtype_of_linear(x))
+        return self._normalize(x, weight=self.gamma, dtype=autocast_dtype(x))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -41,14 +42,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         options = {"weight": self.weight, "bias": self.bias, "center": True, "eps": self.eps}
-        return self._normalize(input, **options, dtype=_dtype_of_linear(input))
-
-
-def _dtype_of_linear(x: Tensor) -> torch.dtype | None:
-    """What a linear layer rounds x to under autocast; None where it takes x as it is."""
-    device = x.device.type
-    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if casts else None
+        return self._normalize(input, **options, dtype=autocast_dtype(input))
 
 
 class RotaryEmbedding(nn.Module):

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from reference._arguments import check_counts, check_k, check_schedule, check_tokens, require
+from reference._autocast import without_autocast
 from reference.coor_descent import coor_descent
 from reference.routing_scores import check_routing_tokens, routing_scores
 from reference.select import select
@@ -67,7 +68,7 @@ def route(
     scores = routing_scores(x, routing_tokens, cosine_sim_scale=cosine_sim_scale)
     per_route = None if mask is None else rearrange(mask, "b n -> b 1 n")
     scores, per_route = in_blocks(scores, per_route, block_size)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if solver == "exact":
             relaxed = soft_topk(scores, k=k, eps=eps, mask=per_route)
         else:

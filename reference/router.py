@@ -10,6 +10,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from reference._arguments import check_counts, check_tokens, require
+from reference._autocast import without_autocast
 from reference._operations import choose, fused
 from reference.coor_descent import coor_descent
 from reference.route import Solver, in_blocks, positions, route
@@ -266,7 +267,7 @@ class CoordinateDescentRouter(nn.Module):
     def relax(self, scores: Tensor, num_tokens: int, mask: Tensor | None = None) -> Tensor:
         """The relaxed selection of `num_tokens` from rows `... n`."""
         relaxation = self.relaxation(num_tokens, scores.shape[-1])
-        with torch.autocast(scores.device.type, enabled=False):
+        with without_autocast(scores):
             relaxed: Tensor
             if self.solver == "exact":
                 relaxed = self._exact(scores, k=relaxation["k"], eps=self.eps, mask=mask)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reference._arguments import FLOAT_DTYPES, require
+from reference._autocast import without_autocast
 
 
 def routing_scores(x: Tensor, routing_tokens: Tensor, *, cosine_sim_scale: float | None = None) -> Tensor:
@@ -24,7 +25,7 @@ def routing_scores(x: Tensor, routing_tokens: Tensor, *, cosine_sim_scale: float
     check_routing_tokens(x, routing_tokens)
     wide = torch.promote_types(x.dtype, torch.float32)
     x, routing_tokens = x.to(wide), routing_tokens.to(wide)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if cosine_sim_scale is None:
             return routing_tokens @ x.mT
         return F.normalize(routing_tokens, dim=-1) @ F.normalize(x, dim=-1).mT * cosine_sim_scale

@@ -1,0 +1,19 @@
+"""What autocast is asked about the device of a tensor. Meta tensors have none: they are as if it were off."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What a linear layer rounds x to under autocast; None where it takes x as it is."""
+    device = x.device.type
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Products on the device of x are of the dtypes that they are given."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
