@@ -4,6 +4,8 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from reference._autocast import without_autocast
+
 
 class _Window:
     """Queries, keys and values of a window in fp32 or fp64, and the softmax over its list; logits are natural."""
@@ -53,13 +55,14 @@ def forward(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    for window in range(query.shape[1]):
-        at = _Window(window, query, key_value, lists, weights, null_kv, multiply_keys)
-        total = torch.logaddexp(at.logits.logsumexp(dim=-1), at.null_logits)
-        shares = (at.logits - total.unsqueeze(-1)).exp() * at.weights
-        null_shares = (at.null_logits - total).exp().unsqueeze(-1)
-        out[:, window] = shares @ at.value + null_shares * at.null_value.unsqueeze(1)
-        lse[:, window] = total
+    with without_autocast(query):
+        for window in range(query.shape[1]):
+            at = _Window(window, query, key_value, lists, weights, null_kv, multiply_keys)
+            total = torch.logaddexp(at.logits.logsumexp(dim=-1), at.null_logits)
+            shares = (at.logits - total.unsqueeze(-1)).exp() * at.weights
+            null_shares = (at.null_logits - total).exp().unsqueeze(-1)
+            out[:, window] = shares @ at.value + null_shares * at.null_value.unsqueeze(1)
+            lse[:, window] = total
 
 
 def backward(
@@ -79,27 +82,28 @@ def backward(
     dkeys = torch.zeros(key_value.shape, dtype=lse.dtype, device=query.device)
     dweights = torch.zeros(weights.shape, dtype=lse.dtype, device=query.device)
     dnull = torch.zeros(null_kv.shape, dtype=lse.dtype, device=query.device)
-    for window in range(query.shape[1]):
-        at = _Window(window, query, key_value, lists, weights, null_kv, multiply_keys)
-        dout, total = grad[:, window].to(lse.dtype), lse[:, window]
-        delta = (dout * out[:, window]).sum(dim=-1, keepdim=True)
-        shares = (at.logits - total.unsqueeze(-1)).exp()
-        dshares = dout @ at.value.mT
-        dlogits = shares * (dshares * at.weights - delta)
-        per_head = (shares * dshares).sum(dim=2)
-        if multiply_keys:
-            per_head = per_head + (dlogits * at.products).sum(dim=2)
-            dlogits = dlogits * at.weights
-        dweights[:, window] = per_head.unflatten(1, (routes, at.share)).sum(dim=2)
+    with without_autocast(query):
+        for window in range(query.shape[1]):
+            at = _Window(window, query, key_value, lists, weights, null_kv, multiply_keys)
+            dout, total = grad[:, window].to(lse.dtype), lse[:, window]
+            delta = (dout * out[:, window]).sum(dim=-1, keepdim=True)
+            shares = (at.logits - total.unsqueeze(-1)).exp()
+            dshares = dout @ at.value.mT
+            dlogits = shares * (dshares * at.weights - delta)
+            per_head = (shares * dshares).sum(dim=2)
+            if multiply_keys:
+                per_head = per_head + (dlogits * at.products).sum(dim=2)
+                dlogits = dlogits * at.weights
+            dweights[:, window] = per_head.unflatten(1, (routes, at.share)).sum(dim=2)
 
-        null_shares = (at.null_logits - total).exp().unsqueeze(-1)
-        dnull_logits = null_shares * ((dout * at.null_value.unsqueeze(1)).sum(dim=-1, keepdim=True) - delta)
-        dquery[:, window] = (dlogits @ at.key + dnull_logits * at.null_key.unsqueeze(1)) * at.scale
-        dnull[0] += (dnull_logits * at.query).sum(dim=(0, 2))
-        dnull[1] += (null_shares * dout).sum(dim=(0, 2))
+            null_shares = (at.null_logits - total).exp().unsqueeze(-1)
+            dnull_logits = null_shares * ((dout * at.null_value.unsqueeze(1)).sum(dim=-1, keepdim=True) - delta)
+            dquery[:, window] = (dlogits @ at.key + dnull_logits * at.null_key.unsqueeze(1)) * at.scale
+            dnull[0] += (dnull_logits * at.query).sum(dim=(0, 2))
+            dnull[1] += (null_shares * dout).sum(dim=(0, 2))
 
-        pair = torch.stack((dlogits.mT @ at.query, (shares * at.weights).mT @ dout))
-        pair = rearrange(pair, "kv b (r h) s d -> (b r s) (h kv d)", r=routes)
-        dkeys.flatten(0, 2).index_add_(0, at.rows, pair)
+            pair = torch.stack((dlogits.mT @ at.query, (shares * at.weights).mT @ dout))
+            pair = rearrange(pair, "kv b (r h) s d -> (b r s) (h kv d)", r=routes)
+            dkeys.flatten(0, 2).index_add_(0, at.rows, pair)
     dkey_value.copy_(dkeys)
     return dweights, dnull

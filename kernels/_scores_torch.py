@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from kernels._score_kernels import SMALLEST_NORM
+from reference._autocast import without_autocast
 
 
 def scores(x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_norms: Tensor | None) -> None:
     """As `launch_scores`."""
     n = x.shape[1]
     x = x.to(scores.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         products = routing_tokens.to(scores.dtype) @ x.mT
     scores[..., n:] = 0.0
     if inverse_norms is None:
@@ -38,7 +39,7 @@ def gradients(
         along = (grad * scores).sum(dim=1) * inverse_norms.square()
         along.masked_fill_(inverse_norms >= 1.0 / SMALLEST_NORM.value, 0.0)
         grad = grad * inverse_norms[:, None]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if dx is not None:
             grad_x = grad.mT @ routing_tokens.to(wide)
             if inverse_norms is not None:

@@ -8,13 +8,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from reference._autocast import without_autocast
+
 
 def forward(
     qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, out: Tensor, log_sum: Tensor
 ) -> None:
     """Fill in the output `b n (h d)` and the natural logarithms `b h n` of what each softmax divides by."""
     size = min(window_size, qkv.shape[1])
-    with torch.autocast(qkv.device.type, enabled=False):
+    with without_autocast(qkv):
         query, key, value = (_split(each, heads, size) for each in qkv.chunk(3, dim=-1))
         weight, log = _weights(query, _with_neighbours(key, causal), _allowed(qkv, mask, size, causal))
         out.copy_(_join(weight @ _with_neighbours(value, causal), qkv.shape[1]))
@@ -35,7 +37,7 @@ def backward(
     """Fill in the gradient `b n (3 h d)`."""
     n = qkv.shape[1]
     size = min(window_size, n)
-    with torch.autocast(qkv.device.type, enabled=False):
+    with without_autocast(qkv):
         query, key, value = (_split(each, heads, size) for each in qkv.chunk(3, dim=-1))
         key, value = _with_neighbours(key, causal), _with_neighbours(value, causal)
         grad, out = _split(grad, heads, size), _split(out, heads, size)
