@@ -1,11 +1,12 @@
 """The dense attentions that the layers are made of: for what is routed, and for the windows of an image."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from reference._arguments import require
 from reference._autocast import autocast_dtype
@@ -87,13 +88,50 @@ def attend(
     if mask is not None and not has_some:
         nothing = ~mask.any(dim=-1, keepdim=True)
         mask = mask | nothing
-    if use_flash:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    else:
-        similarity = einsum(query * query.shape[-1] ** -0.5, key, "b h i d, b h j d -> b h i j")
-        similarity = similarity if mask is None else similarity.masked_fill(~mask, -torch.inf)
-        out = einsum(similarity.softmax(dim=-1).to(value.dtype), value, "b h i j, b h j d -> b h i d")
+    out = (_attend_by_kernel if use_flash else _attend_by_formula)(query, key, value, mask)
     return out if nothing is None else out.masked_fill(nothing, 0.0)
+
+
+def _attend_by_formula(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    similarity = einsum(query * query.shape[-1] ** -0.5, key, "b h i d, b h j d -> b h i j")
+    similarity = similarity if mask is None else similarity.masked_fill(~mask, -torch.inf)
+    return einsum(similarity.softmax(dim=-1).to(value.dtype), value, "b h i j, b h j d -> b h i d")
+
+
+def _attend_by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """PyTorch's, whose kernels have a first derivative only, and that in reverse mode."""
+    tensors = (query, key, value)
+    if torch.compiler.is_compiling():
+        # No more can be asked of what it compiles.
+        return F.scaled_dot_product_attention(*tensors, attn_mask=mask)
+    if torch._C._are_functorch_transforms_active() or any(unpack_dual(each).tangent is not None for each in tensors):
+        return _attend_by_formula(*tensors, mask)
+    out = F.scaled_dot_product_attention(*tensors, attn_mask=mask)
+    return _WithSecondDerivative.apply(out, *tensors, mask)
+
+
+class _WithSecondDerivative(torch.autograd.Function):
+    """The result of a kernel as it is. Where its gradient is to have a gradient, it is that of the formula."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        # The same tensors that the kernel has saved.
+        ctx.save_for_backward(query, key, value, mask)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return grad, None, None, None, None
+        *tensors, mask = ctx.saved_tensors
+        # The dtype of the result is what autocast has chosen.
+        query, key, value = (each.to(grad.dtype) for each in tensors)
+        with torch.autocast(grad.device.type, enabled=False):
+            out = _attend_by_formula(query, key, value, mask)
+        needed = ctx.needs_input_grad[1:4]
+        differentiable = [each for each, wanted in zip(tensors, needed, strict=True) if wanted]
+        gradients = iter(torch.autograd.grad(out, differentiable, grad, create_graph=True))
+        return None, *(next(gradients) if wanted else None for wanted in needed), None
 
 
 class SelfAttention(nn.Module):

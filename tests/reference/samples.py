@@ -1,0 +1,89 @@
+"""A small call of every operation and layer: the tensors that it differentiates, and its other arguments."""
+
+from inspect import isfunction
+
+import torch
+
+from tests.reference.conftest import SIZES, build
+
+MASK = torch.tensor([[True, False, True, True, True, True, False], [True] * 7])
+DESCENT = {"n_iters": 3, "eps": 0.3, "eps_init": 1.0, "eps_decay": 0.7}
+GATHERED = {
+    "indices": torch.tensor([[[0, 3, 4]], [[5, 1, 0]]])[None],
+    "mask": torch.tensor([[[True, True, False]], [[True, True, True]]])[None],
+}
+
+OPERATIONS = {
+    "combine": (
+        {"routed": (2, 3, 4), "scores": (2, 3), "null": (4,), "light": (2, 6, 4), "residual": (2, 6, 4)},
+        {"indices": torch.tensor([[0, 2, 5], [1, 3, 6]]), "length": 6},
+    ),
+    "coor_descent": ({"scores": (2, 7)}, {"k": 2.3, "mask": MASK, **DESCENT}),
+    "gathered_attention": (
+        {"query": (1, 2, 2, 3, 4), "key_value": (1, 1, 6, 16), "weights": (1, 2, 1, 3), "null_kv": (2, 2, 4)},
+        {"multiply_keys_by_score": True, **GATHERED},
+    ),
+    "normalize": ({"x": (2, 3, 5), "weight": (5,), "bias": (5,)}, {"center": True}),
+    "route": (
+        {"x": (2, 7, 4), "routing_tokens": (2, 2, 4)},
+        {"num_selected": 1, "k": 1.3, "block_size": 3, "mask": MASK, "cosine_sim_scale": 0.7, **DESCENT},
+    ),
+    "route_prefixes": ({"scores": (2, 1, 7)}, {"window_size": 2, "num_selected": 3, "k": 1.3, **DESCENT}),
+    "routed_attention": (
+        {"query": (2, 3, 8), "key_value": (2, 2, 7, 8), "weights": (2, 2, 7), "null_kv": (2, 2, 4)},
+        {"mask": MASK[:, None].expand(-1, 2, -1), "multiply_keys_by_score": True},
+    ),
+    "routing_scores": ({"x": (2, 7, 4), "routing_tokens": (2, 2, 4)}, {"cosine_sim_scale": 0.7}),
+    "segmented_coor_descent": ({"scores": (2, 7)}, {"k": 2.3, "mask": MASK, "checkpoint_segments": 2, **DESCENT}),
+    "select": ({"scores": (2, 7)}, {"num_selected": 3, "mask": MASK}),
+    "soft_topk": ({"scores": (2, 7)}, {"k": 2.3, "eps": 0.3, "mask": MASK}),
+    "topk": ({"x": (2, 7)}, {"k": 2, "coor_descent_k_ratio": 1.3, "mask": MASK, **DESCENT}),
+    "windowed_attention": ({"qkv": (2, 7, 12)}, {"heads": 2, "window_size": 2, "mask": MASK}),
+}
+
+INPUTS = {
+    "ConditionalRoutedCrossAttention": ((1, 12, 16), (1, 14, 16)),
+    "ConditionalRoutedImageAttention": ((1, 3, 5, 16),),
+    "ConditionalRoutedViT": ((1, 3, 32, 32),),
+}
+"""Of layers that take more than tokens `b n d`."""
+
+
+def operations(package):
+    """Names of the functions that a package exports."""
+    return [name for name in package.__all__ if isfunction(getattr(package, name))]
+
+
+def call(package, name, dtype=torch.float64, device="cpu"):
+    """An operation as a function of the tensors that it differentiates, and these."""
+    shapes, options = OPERATIONS[name]
+    names = list(shapes)
+    tensors = [torch.randn(shape, dtype=torch.float64, device="cpu").to(device, dtype) for shape in shapes.values()]
+    on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+
+    def function(*tensors):
+        return getattr(package, name)(**dict(zip(names, tensors, strict=True)), **on_device)
+
+    return function, [tensor.requires_grad_() for tensor in tensors]
+
+
+def layer(name, dtype=torch.float64, device="cpu", **options):
+    """A layer without a straight-through gradient, and tokens or images for it."""
+    if name != "CoordinateDescentRouter":
+        options = {"router_straight_through": False, **options}
+    module = build(name, **options).to(device, dtype)
+    if name == "CoordinateDescentRouter":
+        module.straight_through = False
+    shapes = INPUTS.get(name, ((1, 18, 16),))
+    tensors = [torch.randn(shape, dtype=torch.float64, device="cpu").to(device, dtype) for shape in shapes]
+    return module, [tensor.requires_grad_() for tensor in tensors]
+
+
+def leaves(result):
+    """The floating tensors of a result."""
+    results = result if isinstance(result, tuple) else (result,)
+    return [each for each in results if isinstance(each, torch.Tensor) and each.is_floating_point()]
+
+
+LAYERS = sorted(SIZES)
+"""Names of the layers, of each of which there is one size."""
