@@ -38,7 +38,7 @@ def forward(
     ordered = _working_copy(scores, mask)
     ordered.numpy().sort(axis=-1)
     weights = torch.empty_like(ordered)
-    sums = torch.empty(rows, n + 1, dtype=torch.float64)
+    sums = torch.empty(rows, n + 1, dtype=torch.float64, device=scores.device)
     row = np.arange(rows)
     *temperatures, last_temperature = temperatures
 
@@ -146,7 +146,8 @@ def wide_k(scores: Tensor, k_rows: Tensor | None, k: float) -> Tensor:
 def _working_copy(scores: Tensor, mask: Tensor | None, *, out: Tensor | None = None) -> Tensor:
     """The scores in the dtype of the computation, LOWEST where there is none to take part."""
     if out is None:
-        out = torch.empty(scores.shape, dtype=torch.promote_types(scores.dtype, torch.float32))
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        out = torch.empty(scores.shape, dtype=wide, device=scores.device)
     out.copy_(scores).clamp_(min=LOWEST)
     return out if mask is None else out.masked_fill_(~mask, LOWEST)
 

@@ -24,14 +24,14 @@ def forward(
     for window in range(windows):
         length = (window + 1) * window_size
         prefix = rows[:, :length]
-        kept = [torch.empty(len(rows), schedule[0], dtype=torch.float64) for _ in range(2)]
+        kept = [rows.new_empty(len(rows), schedule[0], dtype=torch.float64) for _ in range(2)]
         y = in_pytorch.forward(prefix, None, in_pytorch.wide_k(prefix, None, k), temperatures, kept)
         for of_prefixes, of_window in zip(views_of(state), kept, strict=True):
             _of_window(of_prefixes, indices, window).copy_(of_window.view(batch, routes, -1))
         largest = prefix.sort(dim=-1, descending=True, stable=True).indices[:, :selected]
         found = largest.shape[-1]
         indices[:, window, :, :found] = largest.view(batch, routes, -1)
-        indices[:, window, :, found:] = torch.arange(found, selected)
+        indices[:, window, :, found:] = torch.arange(found, selected, device=scores.device)
         weights[:, window, :, :found] = y.gather(-1, largest).view(batch, routes, -1)
         weights[:, window, :, found:] = 0.0
 

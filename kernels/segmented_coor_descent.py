@@ -78,7 +78,7 @@ def _forward(
         steps = list(epsilon_schedule(n_iters, eps, first, eps_decay))
         y.copy_(in_pytorch.forward(scores, mask, k_rows, k, steps, segments, a, b))
         if save:
-            temperatures.copy_(torch.tensor(steps, dtype=torch.float64))
+            temperatures.copy_(torch.tensor(steps, dtype=torch.float64, device="cpu"))
     return outputs
 
 

@@ -45,7 +45,7 @@ def coor_descent(
     check_k(k, scores)
     check_schedule(n_iters, eps, eps_init, eps_decay)
 
-    k = k if isinstance(k, Tensor) else torch.full((), k, device=scores.device)
+    k = k if isinstance(k, Tensor) else torch.full((), k, dtype=scores.dtype, device=scores.device)
     k = rearrange(k.to(scores.dtype), "... -> ... 1")
     log_k = torch.log(torch.where(k > 0, k, torch.nan))
 

@@ -145,7 +145,8 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 def _position_embedding(x: Tensor, temperature: float = 10000) -> Tensor:
     """Sines and cosines of the row and the column of patches `b h w d`: `h w d`."""
     _, height, width, dim = x.shape
-    wavelengths = temperature ** -(torch.arange(dim // 4, device=x.device) / max(dim // 4 - 1, 1))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    wavelengths = temperature ** -(torch.arange(dim // 4, dtype=wide, device=x.device) / max(dim // 4 - 1, 1))
     rows = (torch.arange(height, device=x.device)[:, None] * wavelengths)[:, None].expand(-1, width, -1)
     columns = (torch.arange(width, device=x.device)[:, None] * wavelengths)[None].expand(height, -1, -1)
     return torch.cat((columns.sin(), columns.cos(), rows.sin(), rows.cos()), dim=-1).to(x.dtype)

@@ -1,6 +1,8 @@
 """A small call of every operation and layer: the tensors that it differentiates, and its other arguments."""
 
+from contextlib import contextmanager
 from inspect import isfunction
+from itertools import product
 
 import torch
 
@@ -54,9 +56,10 @@ def operations(package):
     return [name for name in package.__all__ if isfunction(getattr(package, name))]
 
 
-def call(package, name, dtype=torch.float64, device="cpu"):
+def call(package, name, dtype=torch.float64, device="cpu", **more):
     """An operation as a function of the tensors that it differentiates, and these."""
     shapes, options = OPERATIONS[name]
+    options = {**options, **more}
     names = list(shapes)
     tensors = [torch.randn(shape, dtype=torch.float64, device="cpu").to(device, dtype) for shape in shapes.values()]
     on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
@@ -87,3 +90,42 @@ def leaves(result):
 
 LAYERS = sorted(SIZES)
 """Names of the layers, of each of which there is one size."""
+
+ROTARY = {f"ConditionalRouted{name}Attention": {"rotary_emb": True} for name in ("", "Autoregressive")}
+"""Options of layers that make something of their own in each call."""
+
+
+EVERY_DEFAULT = list(product((torch.bfloat16, torch.float16, torch.float32, torch.float64), (None, "meta")))
+"""Default dtypes, and devices, of which `meta` shows on a CPU what a wrong one would do."""
+
+
+@contextmanager
+def defaults(dtype, device):
+    """PyTorch's default dtype and device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+
+
+def check_defaults(function, tensors, others=EVERY_DEFAULT):
+    """Results and gradients are equal, to the bit, whatever the defaults are."""
+
+    def results():
+        found = function(*tensors)
+        parts = [each for each in leaves(found) if each.requires_grad]
+        upstream = [torch.linspace(-1, 2, each.numel(), dtype=each.dtype, device=each.device) for each in parts]
+        upstream = [each.view_as(part) for each, part in zip(upstream, parts, strict=True)]
+        gradients = torch.autograd.grad(parts, tensors, upstream, materialize_grads=True) if parts else ()
+        return [*(found if isinstance(found, tuple) else (found,)), *gradients]
+
+    expected = results()
+    for dtype, device in others:
+        with defaults(dtype, device):
+            actual = results()
+        for mine, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,23 @@
+"""PyTorch's default dtype and device change no result of a kernel or of its CPU path."""
+
+import pytest
+import torch
+import triton
+
+import kernels
+from tests.reference import samples
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
+# The interpreter takes its time.
+DTYPES = [torch.float32] if INTERPRETED else [torch.bfloat16, torch.float32, torch.float64]
+DEFAULTS = [(torch.bfloat16, "meta"), (torch.float64, None)] if INTERPRETED else samples.EVERY_DEFAULT
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", samples.operations(kernels))
+def test_operations(name, dtype):
+    fused = {"fused": True} if name == "topk" else {}
+    samples.check_defaults(*samples.call(kernels, name, dtype, DEVICE, **fused), DEFAULTS)

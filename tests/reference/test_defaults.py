@@ -1,0 +1,25 @@
+"""PyTorch's default dtype and device change no result: what is computed is where and as its inputs are."""
+
+import pytest
+import torch
+
+import reference
+from tests.reference import samples
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", samples.operations(reference))
+def test_operations(name, dtype):
+    samples.check_defaults(*samples.call(reference, name, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", samples.LAYERS)
+def test_layers(name, dtype):
+    layer, tensors = samples.layer(name, dtype, **samples.ROTARY.get(name, {}))
+    if name == "CoordinateDescentRouter":
+        samples.check_defaults(lambda x: layer(x, num_tokens=8), tensors)
+    else:
+        samples.check_defaults(layer, tensors)
