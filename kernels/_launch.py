@@ -27,9 +27,9 @@ def mask_as_rows(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
 
 
 def k_as_rows(k: float | Tensor, shape: torch.Size) -> tuple[Tensor | None, float]:
-    """k as one entry a row where it is a tensor, else as a number: a pair of which a kernel reads one."""
+    """k as one entry a row, next to each other, if it is a tensor, else as a number: a kernel reads one of the two."""
     if isinstance(k, Tensor):
-        return k.expand(shape[:-1]).reshape(-1), 0.0
+        return k.expand(shape[:-1]).reshape(-1).contiguous(), 0.0
     return None, float(k)
 
 

@@ -300,7 +300,7 @@ def normalize(
     operation: Callable[..., tuple[Tensor, ...]] = _eager if save else _forward
     if is_traced(x):
         operation = torch.ops.colt5.normalize
-    y, *_ = operation(as_rows(x), weight, bias, center, eps, result)
+    y, *_ = operation(as_rows(x), weight.contiguous(), None if bias is None else bias.contiguous(), center, eps, result)
     return y.view(x.shape)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels._gather_kernel import gather_in_pytorch, launch_gather
-from kernels._launch import is_traced, runs_triton
+from kernels._launch import as_rows, is_traced, runs_triton
 from kernels._operators import backward_of, define, define_backward, define_gradient, eager
 from kernels.coor_descent import _forward as descend
 from kernels.coor_descent import _gradients as descent_gradients
@@ -53,7 +53,7 @@ def _row_mask(x: Tensor, mask: Tensor | None, routes: int, blocks: int, width: i
         mask = F.pad(there, (0, missing))
     if mask is None:
         return None
-    return mask[:, None].expand(batch, routes, blocks * width).reshape(-1, width)
+    return as_rows(mask[:, None].expand(batch, routes, blocks * width).view(batch, routes, blocks, width))
 
 
 def _allocate_routed(

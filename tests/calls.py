@@ -2,6 +2,7 @@
 
 import inspect
 import random
+import typing
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,22 @@ def operation(package, name):
 def arguments_of(name, rng: random.Random):
     """What to call an operation with, by name: small tensors, and options."""
     return globals()[f"_{name}"](rng)
+
+
+def tensor_arguments(name) -> set[str]:
+    """What may be a tensor, by the signature of the operation of `kernels`."""
+    parameters = inspect.signature(getattr(kernels, name)).parameters.values()
+    return {each.name for each in parameters if Tensor in (each.annotation, *typing.get_args(each.annotation))}
+
+
+def all_tensors_of(name, rng: random.Random) -> tuple[dict[str, Tensor], dict]:
+    """Arguments of which each that may be a tensor is one, and the others."""
+    for _ in range(1000):
+        arguments = arguments_of(name, rng)
+        tensors = {key: arguments.pop(key) for key in [*arguments] if isinstance(arguments[key], Tensor)}
+        if set(tensors) == tensor_arguments(name):
+            return tensors, arguments
+    raise AssertionError(f"tests.calls never draws all of {name}'s tensors, {tensor_arguments(name)}")
 
 
 def _maybe(rng, tensor):
