@@ -1,21 +1,43 @@
 """How far a tensor is from its fp64 truth, and how far it may be."""
 
-from collections.abc import Iterator
-from math import inf, isfinite, isnan, nan, sqrt
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from math import inf, isnan, nan, sqrt
 
 import torch
 from torch import Tensor
 
 from colt5_bench.results import Divergence
+from colt5_bench.rounding import MovedOperands
 
 CHUNK = 2**22
 """Elements compared at a time: fp64 copies of a whole long tensor may not fit beside it."""
 
-ROUNDINGS = 4
-"""Roundings of the largest value that any implementation may be off by, however exact plain PyTorch happens to be."""
+DRAWS = 3
+"""Computations with moved operands that set what others may be off by, beside plain PyTorch as it is."""
+
+MARGIN = 8
+"""How many times farther than the farthest of these another one may be: `make test-gates` holds correct computations to
+half of it."""
+
+ROUNDINGS = 2
+"""Roundings of itself that any element may be off by."""
+
+FEWEST = 64
+"""Elements of which the largest error is no matter of luck: fewer small ones are taken together with larger ones."""
+
+LEAST_POWER, MOST_POWER = -1073, 1024
+"""Powers of two between which fp64 numbers lie."""
 
 
-def diverge(actual: Tensor, expected: Tensor, at_kink: Tensor | None = None, bound: float = 1e-3) -> Divergence:
+def diverge(
+    actual: Tensor,
+    expected: Tensor,
+    at_kink: Tensor | None = None,
+    bound: float = 1e-3,
+    tolerance: "Tolerance | None" = None,
+) -> Divergence:
     """The distance of `actual` from `expected`, in fp64, elements `at_kink` (bool) apart.
 
     Elements agree where both are NaN or the same infinity. Where only one is NaN, `largest` and `relative` are NaN, at
@@ -26,6 +48,7 @@ def diverge(actual: Tensor, expected: Tensor, at_kink: Tensor | None = None, bou
         expected: the truth, of the same shape.
         at_kink: of the same shape: where the definition has no single derivative; counted and measured apart.
         bound: an element that differs by more counts towards `fraction_above`.
+        tolerance: what each element may be off by.
 
     Raises:
         ValueError: shapes differ.
@@ -35,6 +58,7 @@ def diverge(actual: Tensor, expected: Tensor, at_kink: Tensor | None = None, bou
         raise ValueError(f"actual, expected and at_kink must be of one shape, got {shapes}")
     largest = largest_at_kink = squared_difference = squared_truth = 0.0
     others = above = kinks = 0
+    worst, allowed, budget = 0.0, inf, 0.0
     for difference, truth, kink in _differences(actual, expected, at_kink):
         # Any finite value may be right at a kink, nothing else is.
         other = ~(kink & difference.isfinite())
@@ -46,31 +70,135 @@ def diverge(actual: Tensor, expected: Tensor, at_kink: Tensor | None = None, bou
         others += away.numel()
         above += int((~(away <= bound)).sum())
         kinks += int(kink.sum())
+        if tolerance is not None and away.numel():
+            may = tolerance.of(truth[other])
+            at = torch.where(away == 0, 0.0, away / may).nan_to_num(nan=inf).argmax()
+            budget = max(budget, may.max().item())
+            if away[at].item() * allowed >= worst * may[at].item():
+                worst, allowed = away[at].item(), may[at].item()
+    judged = {} if tolerance is None else {"worst": worst, "allowed": allowed, "budget": budget}
     return Divergence(
         largest=largest,
         relative=_ratio(sqrt(squared_difference), sqrt(squared_truth)),
         fraction_above=above / max(others, 1),
         kinks=kinks,
         largest_at_kink=largest_at_kink,
+        **judged,
     )
 
 
-def budget(plain: Divergence, expected: Tensor, dtype: torch.dtype, factor: float = 1.5) -> float:
-    """The largest error allowed in `dtype`: `factor` times that of plain PyTorch on the same inputs.
+@dataclass(frozen=True)
+class Tolerance:
+    """How far each element of a tensor may be from its fp64 truth."""
 
-    It is never below a few roundings of the largest expected value, and it is that where plain PyTorch gives a NaN or
-    an infinity that the truth does not have.
+    by_magnitude: Tensor
+    """Allowed errors in fp64: that of truths in [2**(p - 1), 2**p) at p - LEAST_POWER + 1, that of 0 in front."""
+
+    relative: float
+    """What is allowed in any case, as a share of the element."""
+
+    least: float
+    """What is allowed in any case."""
+
+    most: float = inf
+    """What is allowed in no case to be exceeded."""
+
+    def at_least(self, error: float) -> "Tolerance":
+        """The same, but each element may be off by `error`."""
+        return replace(self, least=max(self.least, error))
+
+    def at_most(self, error: float) -> "Tolerance":
+        """The same, but no element may be off by more than `error`."""
+        return replace(self, most=min(self.most, error))
+
+    def of(self, truth: Tensor) -> Tensor:
+        """What elements with these fp64 truths may be off by: nothing, if that is NaN or infinite."""
+        allowed = torch.maximum(self.by_magnitude.to(truth.device)[_magnitudes(truth)], self.relative * truth.abs())
+        return allowed.clamp(min=self.least).clamp(max=self.most).masked_fill(~truth.isfinite(), 0.0)
+
+
+def tolerances(
+    plain: Callable[[], Mapping[str, Tensor]],
+    expected: Mapping[str, Tensor],
+    at_kink: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tolerance]:
+    """What a correct computation of some tensors may be off by.
+
+    One sample of plain PyTorch's error would be luck. So it computes them as it is, and several times with the operands
+    of each operation moved by a rounding.
+
+    Args:
+        plain: computes the tensors by plain PyTorch in the dtype that is judged.
+        expected: their fp64 truths.
+        at_kink: as in `diverge`.
     """
-    finite = expected[expected.isfinite()]
-    scale = finite.abs().max().item() if finite.numel() else 0.0
-    information = torch.finfo(dtype)
-    roundings = max(ROUNDINGS * information.eps * scale, information.tiny)
-    return max(factor * plain.largest, roundings) if isfinite(plain.largest) else roundings
+    spreads = {name: Spread(truth, (at_kink or {}).get(name)) for name, truth in expected.items()}
+    as_it_is: AbstractContextManager[object] = nullcontext()
+    for moved in (as_it_is, *(MovedOperands(seed) for seed in range(DRAWS))):
+        with moved:
+            results = plain()
+        for name, spread in spreads.items():
+            spread.add(results[name].detach())
+        # Before the next one takes as much memory.
+        del results
+    return {name: spread.tolerance() for name, spread in spreads.items()}
+
+
+class Spread:
+    """How far results lie from the truth that are computed with moved operands.
+
+    Elements of like magnitude are taken together: a small element of a sum is off by as much as a large one, a small
+    exponential is off by less, and either shows here.
+
+    Args:
+        expected: the fp64 truth.
+        at_kink: bool, of the same shape: elements that are left out.
+    """
+
+    def __init__(self, expected: Tensor, at_kink: Tensor | None = None) -> None:
+        self._expected = expected
+        self._at_kink = at_kink
+        self._largest = torch.zeros(MOST_POWER - LEAST_POWER + 2, dtype=torch.float64, device=expected.device)
+        self._counts = torch.zeros_like(self._largest)
+        self._scale = 0.0
+        self._dtype = expected.dtype
+
+    def add(self, moved: Tensor) -> None:
+        """Take one more result into account. Where it is not finite it says nothing."""
+        self._counts.zero_()
+        self._dtype = moved.dtype
+        for difference, truth, kink in _differences(moved, self._expected, self._at_kink):
+            judged = truth.isfinite() & ~kink
+            difference, truth = difference[judged], truth[judged]
+            if truth.numel():
+                magnitudes, difference = _magnitudes(truth), difference.masked_fill(~difference.isfinite(), 0.0)
+                self._largest.scatter_reduce_(0, magnitudes, difference, "amax")
+                self._counts.scatter_add_(0, magnitudes, torch.ones_like(difference))
+                self._scale = max(self._scale, truth.abs().max().item())
+
+    def tolerance(self) -> Tolerance:
+        """What another computation may be off by."""
+        # A larger element may be off by as much as a smaller one, and of few elements the least may be so by luck.
+        errors = MARGIN * self._largest.cummax(0).values
+        enough = int((self._counts[1:].cumsum(0) < FEWEST).sum()) + 1
+        errors[1:] = errors[1:].clamp(min=errors[min(enough, len(errors) - 1)].item())
+        information = torch.finfo(self._dtype)
+        # A rounding of a rounding of the largest element is nothing beside it.
+        least = max(information.eps**2 * self._scale, information.tiny)
+        return Tolerance(errors, ROUNDINGS * information.eps, least)
 
 
 def passes(actual: Divergence) -> bool:
-    """Whether the largest error is within the budget. NaN never is; without a budget every other error is."""
-    return not isnan(actual.largest) and (actual.budget is None or actual.largest <= actual.budget)
+    """Whether each element is within what it may be off by. NaN never is; without a tolerance everything else is."""
+    if isnan(actual.largest):
+        return False
+    return actual.worst is None or actual.allowed is None or actual.worst <= actual.allowed
+
+
+def _magnitudes(truth: Tensor) -> Tensor:
+    """Places of fp64 truths in a table by magnitude."""
+    powers = torch.frexp(truth).exponent.clamp(LEAST_POWER, MOST_POWER).long() - LEAST_POWER + 1
+    return powers.masked_fill(truth == 0, 0)
 
 
 def _differences(actual: Tensor, expected: Tensor, at_kink: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

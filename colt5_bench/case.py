@@ -77,3 +77,7 @@ class Truth:
     at_kink: dict[str, Tensor] = field(default_factory=dict)
     """By input name, bool: elements of a gradient where the definition is not differentiable, so that any value
     between the one-sided derivatives is right. They are reported apart and never gated."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The output and, by the names of the inputs, the gradients."""
+        return {"output": self.output, **self.gradients}

@@ -4,11 +4,13 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isnan
 
 import torch
 from torch import Tensor
 
 from colt5_bench import accuracy, environment, memory, roofline, static_facts, timing
+from colt5_bench.accuracy import Tolerance
 from colt5_bench.case import FORWARD, Case, Problem, Truth
 from colt5_bench.results import Divergence, Record, Status
 from colt5_bench.roofline import Ceilings
@@ -88,10 +90,7 @@ class _Oracle:
     """A copy of the inputs."""
 
     truth: Truth
-    budgets: dict[str, float]
-
-    def expected(self) -> dict[str, Tensor]:
-        return {"output": self.truth.output, **self.truth.gradients}
+    tolerances: dict[str, Tolerance]
 
 
 def measure(
@@ -184,12 +183,11 @@ def _consult_oracle(operation: Operation, case: Case, direction: str, device: to
     problem = operation.problem(case, device)
     truth = operation.truth(case, problem, direction)
     pristine = {name: tensor.clone() for name, tensor in problem.inputs.items()}
-    oracle = _Oracle(problem, pristine, truth, budgets={})
-    plain = Call(operation.plain(case), problem, direction).results()
-    for tensor, expected in oracle.expected().items():
-        divergence = accuracy.diverge(plain[tensor], expected, truth.at_kink.get(tensor))
-        oracle.budgets[tensor] = accuracy.budget(divergence, expected, plain[tensor].dtype)
-    return oracle
+
+    def plain() -> dict[str, Tensor]:
+        return Call(operation.plain(case), problem, direction).results()
+
+    return _Oracle(problem, pristine, truth, accuracy.tolerances(plain, truth.tensors(), truth.at_kink))
 
 
 def _measure_each(
@@ -277,10 +275,10 @@ def _divergences(
     implementation: Implementation, case: Case, results: dict[str, Tensor], oracle: _Oracle
 ) -> dict[str, Divergence]:
     divergences = {}
-    for tensor, expected in oracle.expected().items():
-        divergence = accuracy.diverge(results[tensor], expected, oracle.truth.at_kink.get(tensor))
-        divergence.budget = implementation.bound(case, tensor, expected, oracle.budgets[tensor])
-        divergences[tensor] = divergence
+    for tensor, expected in oracle.truth.tensors().items():
+        tolerance = implementation.bound(case, tensor, expected, oracle.tolerances[tensor])
+        at_kink = oracle.truth.at_kink.get(tensor)
+        divergences[tensor] = accuracy.diverge(results[tensor], expected, at_kink, tolerance=tolerance)
     return divergences
 
 
@@ -288,8 +286,17 @@ def _verdict(divergences: dict[str, Divergence]) -> tuple[Status, str]:
     for tensor, divergence in divergences.items():
         if not accuracy.passes(divergence):
             what = tensor if tensor == "output" else f"gradient of {tensor}"
-            return "wrong", f"{what} is off by {divergence.largest:.2g}, allowed are {divergence.budget:.2g}"
+            return "wrong", f"{what} is off by {_excess(divergence)}"
     return "ok", ""
+
+
+def _excess(divergence: Divergence) -> str:
+    """The error and what is allowed in figures that differ, however near they are."""
+    worst, allowed = divergence.worst, divergence.allowed
+    if isnan(divergence.largest) or worst is None or allowed is None:
+        return f"{divergence.largest:.3g}"
+    share = f", {100 * (worst / allowed - 1):.2g} % more than allowed" if worst < 2 * allowed else ""
+    return f"{worst:.3g} where {allowed:.3g} is allowed{share}"
 
 
 def _restore(inputs: dict[str, Tensor], pristine: dict[str, Tensor]) -> str:

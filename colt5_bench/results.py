@@ -76,7 +76,14 @@ class Divergence:
     """Largest absolute difference among these."""
 
     budget: float | None = None
-    """What `largest` may be at most: set from the error of plain PyTorch on the same inputs; None: not gated."""
+    """What the element that may be off the farthest may be off by: set from plain PyTorch on the same inputs; None: not
+    gated."""
+
+    worst: float | None = None
+    """The difference of the element that is off the farthest for what it may be off by; None as before."""
+
+    allowed: float | None = None
+    """What that element may be off by."""
 
 
 class Group(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from colt5_bench.accuracy import Tolerance
 from colt5_bench.case import DIRECTIONS, Case, Cost, Problem, Truth
 
 C = TypeVar("C", bound=Case)
@@ -16,9 +17,9 @@ C = TypeVar("C", bound=Case)
 PRESETS = ("smoke", "default", "full")
 
 
-def _within_budget(case: Case, tensor: str, expected: Tensor, budget: float) -> float:
+def _as_it_is(case: Case, tensor: str, expected: Tensor, tolerance: Tolerance) -> Tolerance:
     """The bound of an implementation that states none of its own."""
-    return budget
+    return tolerance
 
 
 def _no_metrics(case: Case, problem: Problem) -> Mapping[str, float]:
@@ -34,7 +35,8 @@ class Operation(Generic[C]):
     """The fp64 answer for a case, its problem and a direction."""
 
     plain: Callable[[C], Callable[..., Tensor]]
-    """Plain PyTorch in the dtype of the inputs: its error against the truth sets the accuracy budget."""
+    """Plain PyTorch in the dtype of the inputs. Others may be off by how far it lies from the truth when its operands
+    are moved by roundings."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ class Implementation(Generic[C]):
     partial: bool = False
     """Whether it does less than the operation, as a lower bound: the cost of the operation is not its own then."""
 
-    bound: Callable[[C, str, Tensor, float], float] = _within_budget
-    """What the largest error of a tensor may be: from the case, the name of the tensor (`output` or an input, for its
-    gradient), its fp64 truth and the budget that plain PyTorch sets on the same inputs."""
+    bound: Callable[[C, str, Tensor, Tolerance], Tolerance] = _as_it_is
+    """What a tensor may be off by: from the case, the name of the tensor (`output` or an input, for its gradient), its
+    fp64 truth and the tolerance that plain PyTorch sets on the same inputs."""
 
     operation: Operation[C] | None = None
     """What it computes, if that is something else than the suite's operation, in whose place it could stand: as a dense

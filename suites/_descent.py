@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kernels
 import reference
+from colt5_bench.accuracy import Tolerance
 from colt5_bench.case import DIRECTIONS, FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.suite import C, Implementation
 from kernels._launch import triton_for_cpu_tensors
@@ -191,20 +192,21 @@ def cost(case: DescentCase, direction: str) -> Cost:
     return Cost(bytes=5 * size * entries, exponentials=2 * exponentials)
 
 
-def promised(case: DescentCase, tensor: str, expected: Tensor, budget: float) -> float:
+def promised(case: DescentCase, tensor: str, expected: Tensor, tolerance: Tolerance) -> Tolerance:
     """The bound of our own kernels, whatever plain PyTorch does; in half precision, plus the rounding of the result."""
     bound = FORWARD_BOUND if tensor == "output" else GRADIENT_BOUND
     dtype = getattr(torch, case.dtype)
-    return bound if dtype.itemsize > 2 else bound + torch.finfo(dtype).eps / 2 * expected.abs().max().item()
+    rounding = 0.0 if dtype.itemsize > 2 else torch.finfo(dtype).eps / 2 * expected.abs().max().item()
+    return tolerance.at_most(bound + rounding)
 
 
-def lenient(case: Case, tensor: str, expected: Tensor, budget: float) -> float:
-    """The bound of code that rounds in another order than plain PyTorch.
+def lenient(case: Case, tensor: str, expected: Tensor, tolerance: Tolerance) -> Tolerance:
+    """The bound of code with a coordinate descent in fp32.
 
-    In fp32 an entry next to a kink falls on either side of it by chance, which makes the largest error of a gradient
-    erratic: up to a thousandth of the largest gradient counts as rounding.
+    An entry next to a kink falls on either side of it by chance, which makes errors of gradients erratic: up to a
+    thousandth of the largest gradient counts as rounding.
     """
-    return max(budget, 1e-3 * expected.abs().max().item())
+    return tolerance if tensor == "output" else tolerance.at_least(1e-3 * expected.abs().max().item())
 
 
 def segments_of(case: DescentCase) -> int:

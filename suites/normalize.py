@@ -44,7 +44,7 @@ def cases(preset: str, device: torch.device) -> list[NormalizeCase]:
     """The tokens of the document's feed-forward and image layers, and those of CoLT5 XL."""
     shapes, dtypes = [(65536, 512)], [("float32", "bfloat16")]
     if preset == "smoke":
-        shapes = [(64, 48)]
+        shapes, dtypes = [(64, 48)], [*dtypes, ("float32", "float32")]
     elif device.type != "cuda":
         shapes = [(4096, 512)]
     if preset == "full":

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from colt5_bench.case import Case, Problem, Truth
 from colt5_bench.suite import Implementation, Operation
-from suites import _layers
 from suites._dense import Attend, attend_plainly, attend_with_flash, attend_with_sdpa
 from suites._descent import LONGEST_SEGMENTED, DescentCase, in_segments, lenient, segments_of
 from suites._layers import Layer, LayerCase, as_function, seeded_problem, truth_of, without_memory
@@ -136,7 +135,7 @@ DENSE = Implementation[LayerCase](
     "dense",
     lambda case: _dense(case, attend_with_sdpa),
     _dense_missing,
-    bound=_layers.lenient,
+    bound=lenient,
     operation=_dense_operation(),
 )
 """In the dtype of the case, with the attention that PyTorch picks."""

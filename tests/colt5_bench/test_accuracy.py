@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colt5_bench import accuracy
-from colt5_bench.accuracy import budget, diverge, passes
+from colt5_bench.accuracy import Spread, Tolerance, diverge, passes, tolerances
 from colt5_bench.results import Divergence
 
 numbers = st.floats(-1e6, 1e6, width=32)
@@ -14,6 +14,9 @@ numbers = st.floats(-1e6, 1e6, width=32)
 
 def fp64(*values):
     return torch.tensor(values, dtype=torch.float64)
+
+
+LAX = Tolerance(torch.zeros(accuracy.MOST_POWER - accuracy.LEAST_POWER + 2, dtype=torch.float64), 0.0, 1e300)
 
 
 class TestDiverge:
@@ -57,8 +60,8 @@ class TestDiverge:
     @pytest.mark.parametrize("kink", [False, True])
     @pytest.mark.parametrize(("actual", "expected"), [(nan, 1.0), (1.0, nan), (nan, inf), (inf, nan)])
     def test_one_nan_spoils_everything(self, actual, expected, kink):
-        found = diverge(fp64(1e9, actual, 1e9), fp64(0.0, expected, 0.0), torch.tensor([False, kink, False]))
-        found.budget = inf
+        kinks = torch.tensor([False, kink, False])
+        found = diverge(fp64(1e9, actual, 1e9), fp64(0.0, expected, 0.0), kinks, tolerance=LAX)
         assert isnan(found.largest)
         assert isnan(found.relative)
         assert found.fraction_above == 1
@@ -67,8 +70,7 @@ class TestDiverge:
     @pytest.mark.parametrize("kink", [False, True])
     @pytest.mark.parametrize(("actual", "expected"), [(inf, 1.0), (inf, -inf), (-inf, 0.0)])
     def test_an_infinity_that_is_not_expected_is_infinitely_far(self, actual, expected, kink):
-        found = diverge(fp64(actual, 1.0), fp64(expected, 1.0), torch.tensor([kink, False]))
-        found.budget = 1e300
+        found = diverge(fp64(actual, 1.0), fp64(expected, 1.0), torch.tensor([kink, False]), tolerance=LAX)
         assert found.largest == inf
         assert not passes(found)
 
@@ -110,38 +112,106 @@ class TestDiverge:
             assert found.relative * norm <= found.largest * sqrt(len(elements)) * (1 + 1e-9)
 
 
-class TestBudget:
-    def test_is_a_multiple_of_what_plain_pytorch_does(self):
-        assert budget(Divergence(1e-3, 0, 0), fp64(1.0), torch.float32) == pytest.approx(1.5e-3)
-        assert budget(Divergence(1e-3, 0, 0), fp64(1.0), torch.float32, factor=4) == pytest.approx(4e-3)
+def sums(x):
+    """What plain PyTorch makes of rows of x: its sums, and their gradient."""
+    x = x.detach().requires_grad_()
+    y = (x * x).sum(dim=-1)
+    return {"output": y, "x": torch.autograd.grad(y.sum(), x)[0]}
 
+
+class TestTolerances:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-    def test_allows_the_rounding_of_the_result(self, dtype):
-        expected = 100 * torch.rand(1000, dtype=torch.float64)
-        allowed = budget(Divergence(0, 0, 0), expected, dtype)
-        rounding = diverge(expected.to(dtype), expected).largest
-        assert 2 * rounding <= allowed <= 20 * rounding
+    def test_any_order_of_a_sum_is_within(self, dtype):
+        for seed in range(20):
+            x = torch.randn(64, 300, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            expected = sums(x.double())
+            allowed = tolerances(lambda x=x: sums(x), expected)
+            for order in range(5):
+                other = sums(x[:, torch.randperm(300, generator=torch.Generator().manual_seed(order))])["output"]
+                assert passes(diverge(other, expected["output"], tolerance=allowed["output"]))
+
+    def test_a_term_that_is_missing_is_not(self):
+        x = torch.randn(64, 300)
+        expected = sums(x.double())
+        allowed = tolerances(lambda: sums(x), expected)["output"]
+        assert not passes(diverge(sums(x[:, :-1])["output"], expected["output"], tolerance=allowed))
+
+    def test_what_rounds_nothing_allows_a_rounding(self):
+        x = torch.randn(500)
+        allowed = tolerances(lambda: {"output": x.flip(0)}, {"output": x.flip(0).double()})["output"]
+        rounding = torch.finfo(torch.float32).eps
+        assert passes(diverge(x.flip(0) * (1 + rounding), x.flip(0).double(), tolerance=allowed))
+        assert not passes(diverge(x.flip(0) * (1 + 8 * rounding), x.flip(0).double(), tolerance=allowed))
+
+    def test_a_small_exponential_may_be_off_by_less_than_a_large_one(self):
+        x = torch.linspace(-20, 0, 4000)
+        expected = x.double().exp()
+        allowed = tolerances(lambda: {"output": x.exp()}, {"output": expected})["output"].of(expected)
+        assert (allowed <= 3e-4 * expected).all()
+        assert (allowed.diff() >= 0).all()
+
+    def test_a_small_sum_may_be_off_by_as_much_as_a_large_one(self):
+        x = torch.randn(4000, 100)
+        expected = x.double().sum(dim=-1)
+        allowed = tolerances(lambda: {"output": x.sum(dim=-1)}, {"output": expected})["output"].of(expected)
+        assert allowed.max() <= 4 * allowed.min()
+
+    def test_few_small_elements_are_judged_like_the_others(self):
+        expected = torch.cat([fp64(1e-9), torch.ones(200, dtype=torch.float64)])
+        spread = Spread(expected)
+        spread.add(expected + torch.cat([fp64(0), torch.full((200,), 1e-7, dtype=torch.float64)]))
+        assert spread.tolerance().of(expected[:1]) == pytest.approx(8e-7)
 
     @pytest.mark.parametrize("useless", [nan, inf])
     def test_plain_pytorch_that_fails_allows_nothing_more(self, useless):
-        expected = fp64(1.0, nan, inf)
-        allowed = budget(Divergence(useless, 0, 0), expected, torch.float32)
-        assert allowed == budget(Divergence(0, 0, 0), expected, torch.float32)
-        assert 0 < allowed < 1e-5
+        spread = Spread(fp64(1.0, nan, inf))
+        spread.add(torch.tensor([useless, nan, inf]))
+        assert 0 < spread.tolerance().of(fp64(1.0)).item() < 1e-6
 
     @pytest.mark.parametrize("expected", [fp64(0.0), fp64(), fp64(nan)])
     def test_is_never_zero(self, expected):
-        assert 0 < budget(Divergence(0, 0, 0), expected, torch.float32) < 1e-30
+        spread = Spread(expected)
+        spread.add(expected.float())
+        assert 0 < spread.tolerance().of(fp64(0.0)).item() < 1e-30
+
+    def test_kinks_say_nothing(self):
+        spread = Spread(fp64(1.0, 1.0), torch.tensor([False, True]))
+        spread.add(torch.tensor([1.0, 100.0]))
+        assert spread.tolerance().of(fp64(1.0)).item() < 1e-6
+
+    @given(st.lists(st.floats(-1e300, 1e300), min_size=1, max_size=40), st.integers(1, 7))
+    def test_chunks_change_nothing(self, numbers, chunk):
+        expected = fp64(*numbers)
+        whole, pieces = Spread(expected), Spread(expected)
+        moved = (expected * 1.001).float().clamp(-3e38, 3e38)
+        whole.add(moved)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(accuracy, "CHUNK", chunk)
+            pieces.add(moved)
+        assert torch.equal(whole.tolerance().of(expected), pieces.tolerance().of(expected))
+
+    def test_bounds_hold_for_every_element(self):
+        spread = Spread(fp64(1.0, 1e-3))
+        spread.add(torch.tensor([1.1, 1e-3]))
+        assert spread.tolerance().at_most(1e-2).of(fp64(1.0, 1e-3)).max() == 1e-2
+        assert spread.tolerance().at_least(2.0).of(fp64(1.0, 1e-3, 0.0)).min() == 2.0
 
 
 class TestPasses:
     @pytest.mark.parametrize(
-        ("largest", "allowed", "verdict"),
-        [(1.0, 1.0, True), (1.1, 1.0, False), (nan, 1.0, False), (inf, 1.0, False), (1.0, nan, False)],
+        ("worst", "allowed", "verdict"),
+        [(1.0, 1.0, True), (1.0000001, 1.0, False), (inf, 1.0, False), (1.0, nan, False), (0.0, inf, True)],
     )
-    def test_compares_with_the_budget(self, largest, allowed, verdict):
-        assert passes(Divergence(largest, 0, 0, budget=allowed)) is verdict
+    def test_compares_the_worst_element_with_what_is_allowed(self, worst, allowed, verdict):
+        assert passes(Divergence(worst, 0, 0, worst=worst, allowed=allowed)) is verdict
 
-    def test_without_a_budget_all_but_nan_passes(self):
+    def test_without_a_tolerance_all_but_nan_passes(self):
         assert passes(Divergence(1e9, 0, 0))
         assert not passes(Divergence(nan, 0, 0))
+
+    @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=20), st.floats(1e-6, 1e6))
+    def test_means_that_no_element_is_off_by_more(self, elements, most):
+        actual, expected = (torch.tensor(column, dtype=torch.float64) for column in zip(*elements, strict=True))
+        allowed = Tolerance(torch.zeros(accuracy.MOST_POWER - accuracy.LEAST_POWER + 2).double(), 0.1, 1e-3, most)
+        within = ((actual - expected).abs() <= allowed.of(expected)).all().item()
+        assert passes(diverge(actual, expected, tolerance=allowed)) is within

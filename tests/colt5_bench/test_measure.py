@@ -270,12 +270,12 @@ def test_the_oracle_is_not_asked_when_everything_is_skipped(conditions, timed):
     assert records["absent"].status == "skipped"
 
 
-def test_a_bound_of_its_own_replaces_the_budget(conditions, timed):
+def test_a_bound_of_its_own_changes_the_tolerance(conditions, timed):
     seen = []
 
-    def bound(case, tensor, expected, budget):
-        seen.append((case, tensor, expected.dtype, budget))
-        return 10.0
+    def bound(case, tensor, expected, tolerance):
+        seen.append((case, tensor, expected.dtype, tolerance))
+        return tolerance.at_least(10.0)
 
     lax = toy.Implementation("lax", lambda case: toy.wrong, bound=bound)
     record = run(toy.suite(implementations={"lax": lax}), conditions)["lax"]

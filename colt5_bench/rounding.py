@@ -1,0 +1,89 @@
+"""Computation in which each operand of each operation is moved at random by about a rounding of its dtype.
+
+Whoever computes the same in another order, in other pieces or by another formula rounds other numbers. Several such
+computations show how far apart results may lie of which every operation is right (stochastic arithmetic: Vignes 1993,
+https://doi.org/10.1016/0378-4754(93)90003-D).
+"""
+
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+COMPARING = "eq equal ge gt isfinite isinf isnan le lt ne searchsorted"
+CHOOSING = (
+    "abs amax amin argmax argmin argsort clamp clamp_max clamp_min max maximum min minimum nan_to_num neg relu relu_ sign sort "
+    "threshold_backward topk"
+)
+CARRYING = (
+    "_to_copy _unsafe_view cat clone constant_pad_nd copy copy_ detach embedding empty_like fill fill_ flip full_like "
+    "gather gather_backward index index_put index_put_ index_select lift_fresh masked_fill masked_fill_ masked_scatter "
+    "narrow_copy new_empty new_empty_strided new_full new_ones new_zeros ones_like repeat roll scatter scatter_ "
+    "select_backward select_scatter slice_backward slice_scatter split_with_sizes_copy stack tril triu unfold_backward "
+    "where zero_ zeros_like"
+)
+EXACT = frozenset(f"{COMPARING} {CHOOSING} {CARRYING}".split())
+"""Operations that round nothing. Their operands stay: the operations that these came from have moved them."""
+
+FACTORS = 1048573
+"""Random factors that are made, then used again and again from other places on: a prime, so that rows get others."""
+
+
+class MovedOperands(TorchDispatchMode):
+    """Within this context, operands x of all operations that round are x (1 + r eps), r uniform in [-1, 1].
+
+    Operands of fp64 stay: within a computation of less precision they stand for what is exact.
+
+    Args:
+        seed: of the random numbers, which are the same for the same calls.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._random = Random(seed)
+        self._uniform = torch.empty(FACTORS, dtype=torch.float64, device="cpu")
+        self._uniform.uniform_(-1.0, 1.0, generator=torch.Generator("cpu").manual_seed(seed))
+        self._factors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.is_view or func.overloadpacket.__name__ in EXACT:
+            return func(*args, **kwargs)
+        # An operation in place has its operand moved when it is done.
+        written = [_is_written(declared) for declared in func._schema.arguments[: len(args)]]
+        operands = [each if write else tree_map(self._move, each) for each, write in zip(args, written, strict=True)]
+        result = func(*operands, **kwargs)
+        for each, write in zip(operands, written, strict=True):
+            if write and _moves(each):
+                each.copy_(self._move(each))
+        return result
+
+    def _move(self, x: Any) -> Any:
+        return x * self._factors_for(x) if _moves(x) else x
+
+    def _factors_for(self, x: Tensor) -> Tensor:
+        """Factors of the shape of x, from a random place on."""
+        key = x.device, x.dtype
+        if key not in self._factors:
+            self._factors[key] = (1.0 + torch.finfo(x.dtype).eps * self._uniform).to(*key)
+        factors, size = self._factors[key], x.numel()
+        start = self._random.randrange(FACTORS)
+        if start + size > FACTORS:
+            times = -(-(start + size) // FACTORS)
+            factors = factors.repeat(times)
+        return factors[start : start + size].view(x.shape)
+
+
+def _is_written(declared: torch.Argument) -> bool:
+    return declared.alias_info is not None and declared.alias_info.is_write
+
+
+def _moves(x: Any) -> bool:
+    """Fake tensors and those of the device meta have nothing to move."""
+    plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
+    return plain and x.is_floating_point() and x.dtype != torch.float64
