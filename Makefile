@@ -21,7 +21,7 @@ CHECK = OMP_NUM_THREADS=1 $(BIN)/python bench.py --suite coor_descent --suite to
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install bench baseline check baseline-cpu test test-plain test-compiled test-interpreted lint lint-style lint-types lint-imports format clean
+.PHONY: help install bench baseline check baseline-cpu test test-gates test-plain test-compiled test-interpreted lint lint-style lint-types lint-imports format clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +62,13 @@ test-compiled: $(INSTALLED) ## what the compiler makes of the kernels, for GPUs 
 
 test-interpreted: $(INSTALLED) ## tests of the kernels with Triton's interpreter in place of a GPU
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -m "not compiled and not gpu" -n $(WORKERS) --benchmark-disable $(ARGS)
+
+test-gates: $(INSTALLED) ## accuracy gates on 20 problems of each case, by PyTorch's instruction sets and threads
+	for isa in default avx2 avx512; do for threads in 1 2; do \
+		echo "ATEN_CPU_CAPABILITY=$$isa OMP_NUM_THREADS=$$threads"; \
+		ATEN_CPU_CAPABILITY=$$isa OMP_NUM_THREADS=$$threads GATE_SEEDS=20 \
+			$(BIN)/python -m pytest tests/suites/test_gates.py --benchmark-disable $(ARGS) || exit 1; \
+	done; done
 
 lint: lint-style lint-types lint-imports ## all linters
 

@@ -18,8 +18,8 @@ DRAWS = 3
 """Computations with moved operands that set what others may be off by, beside plain PyTorch as it is."""
 
 MARGIN = 8
-"""How many times farther than the farthest of these another one may be: `make test-gates` holds correct computations to
-half of it."""
+"""How many times farther than the farthest of these another one may be: the farthest of a few is a matter of luck, and
+another formula has more roundings."""
 
 ROUNDINGS = 2
 """Roundings of itself that any element may be off by."""

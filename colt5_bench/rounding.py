@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_map
 
 COMPARING = "eq equal ge gt isfinite isinf isnan le lt ne searchsorted"
 CHOOSING = (
-    "abs amax amin argmax argmin argsort clamp clamp_max clamp_min max maximum min minimum nan_to_num neg relu relu_ sign sort "
-    "threshold_backward topk"
+    "abs amax amin argmax argmin argsort clamp clamp_max clamp_min max maximum min minimum nan_to_num neg relu relu_ "
+    "sign sort threshold_backward topk"
 )
 CARRYING = (
     "_to_copy _unsafe_view cat clone constant_pad_nd copy copy_ detach embedding empty_like fill fill_ flip full_like "

@@ -48,7 +48,9 @@ def check(qkv, heads, window_size, causal=False, mask=None):
     ours = with_gradient(lambda x: windowed_attention(x, **options), qkv, grad)
     expected = with_gradient(lambda x: dense(x, heads, window_size, causal, mask), qkv.double(), grad)
     assert {found.dtype for found in ours.values()} == {qkv.dtype}
-    check_correct(ours, lambda: with_gradient(lambda x: reference.windowed_attention(x, **options), qkv, grad), expected)
+    check_correct(
+        ours, lambda: with_gradient(lambda x: reference.windowed_attention(x, **options), qkv, grad), expected
+    )
 
 
 def tokens(batch, n, heads, dim_head, device, dtype=torch.float32):
@@ -91,7 +93,9 @@ def test_extreme_similarities(device, causal):
     ours = with_gradient(lambda x: windowed_attention(x, heads=1, window_size=20, causal=causal), qkv, grad)
     exact = with_gradient(lambda x: dense(x, 1, 20, causal), qkv.double(), grad)
     # Exponents that count are small and exact, and a weight is rounded a few times; values are up to 40.
-    torch.testing.assert_close(ours["output"].double(), exact["output"], rtol=0, atol=40 * 8 * torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(
+        ours["output"].double(), exact["output"], rtol=0, atol=40 * 8 * torch.finfo(torch.float32).eps
+    )
     # The logarithm that the backward pass starts from is one number, rounded where it is as large as similarities are:
     # that much of each weight. A gradient of similarities is of up to 2 x 16 x 40, and of keys and queries 40 / 4 more.
     log_rounding = 6400 * 1.44 * torch.finfo(torch.float32).eps

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import reference
+from colt5_bench.accuracy import Spread
 from colt5_bench.case import FORWARD, FORWARD_BACKWARD
 from colt5_bench.measure import Conditions, measure
 from colt5_bench.roofline import measure_ceilings
@@ -98,16 +99,19 @@ def test_cost_is_the_least_that_has_to_be_done():
 
 def test_ours_keeps_the_promise_whatever_plain_pytorch_does():
     expected = torch.tensor([0.5, -40.0], dtype=torch.float64)
-    assert _descent.promised(CASE, "output", expected, budget=1.0) == 2e-6
-    assert _descent.promised(CASE, "scores", expected, budget=1.0) == 1e-4
-    half = replace(CASE, dtype="bfloat16")
-    assert _descent.promised(half, "scores", expected, budget=1.0) == pytest.approx(1e-4 + 40 / 256)
+    lax = Spread(expected).tolerance().at_least(1.0)
+    assert _descent.promised(CASE, "output", expected, lax).of(expected).tolist() == [2e-6, 2e-6]
+    assert _descent.promised(CASE, "scores", expected, lax).of(expected).tolist() == [1e-4, 1e-4]
+    half = _descent.promised(replace(CASE, dtype="bfloat16"), "scores", expected, lax)
+    assert half.of(expected).tolist() == pytest.approx([1e-4 + 40 / 256] * 2)
 
 
-def test_others_may_round_in_another_order():
+def test_others_may_fall_on_the_other_side_of_a_kink():
     expected = torch.tensor([0.5, -40.0], dtype=torch.float64)
-    assert _descent.lenient(CASE, "scores", expected, budget=1e-6) == pytest.approx(0.04)
-    assert _descent.lenient(CASE, "scores", expected, budget=0.5) == 0.5
+    strict = Spread(expected).tolerance()
+    assert _descent.lenient(CASE, "scores", expected, strict).of(expected).tolist() == pytest.approx([0.04, 0.04])
+    assert _descent.lenient(CASE, "scores", expected, strict.at_least(0.5)).of(expected).tolist() == [0.5, 0.5]
+    assert _descent.lenient(CASE, "output", expected, strict) is strict
 
 
 @pytest.mark.parametrize("bound", [_descent.promised, _descent.lenient], ids=["promised", "lenient"])

@@ -5,6 +5,7 @@ from math import inf
 import pytest
 import torch
 
+from colt5_bench.accuracy import Spread
 from colt5_bench.case import FORWARD_BACKWARD
 from colt5_bench.measure import Conditions, measure
 from colt5_bench.roofline import measure_ceilings
@@ -70,7 +71,8 @@ def test_ranking_what_is_saturated_selects_others():
 @needs_colt5
 def test_colt5_is_measured_whatever_it_selects():
     implementation = SUITE.implementations["colt5_plain"]
-    assert implementation.bound(CASE, "output", torch.zeros(1), 0.0) == inf
+    expected = torch.zeros(1, dtype=torch.float64)
+    assert implementation.bound(CASE, "output", expected, Spread(expected).tolerance()).of(expected).item() == inf
     assert implementation.unavailable(CASE, CPU) is None
     assert "exact solver" in implementation.unavailable(replace(CASE, solver="exact", n_iters=None), CPU)
     assert "normalisation" in implementation.unavailable(replace(CASE, normalize_to="selected"), CPU)
