@@ -19,7 +19,7 @@ def forward(
 ) -> None:
     """Write indices, weights and state; see `kernels.route_prefixes`."""
     batch, windows, routes, selected = indices.shape
-    rows = scores.reshape(batch * routes, -1)
+    rows = _as_rows(scores)
     temperatures = list(epsilon_schedule(*schedule))
     for window in range(windows):
         length = (window + 1) * window_size
@@ -44,11 +44,12 @@ def backward(
     schedule: tuple[int, float, float, float],
     indices: Tensor,  # b w r s
     state: Tensor,  # b*w*r+1 2 n_iters+1, fp64
-    ds: Tensor,  # b r n, zeros
+    ds: Tensor,  # b r n
 ) -> None:
-    """Add the gradient of the scores, window by window."""
-    batch, windows, routes, _ = indices.shape
-    rows = scores.reshape(batch * routes, -1)
+    """Write the gradient of the scores, the sum over all windows."""
+    windows = indices.shape[1]
+    rows = _as_rows(scores)
+    total = torch.zeros_like(rows)
     temperatures = list(epsilon_schedule(*schedule))
     for window in range(windows):
         length = (window + 1) * window_size
@@ -59,7 +60,13 @@ def backward(
         of_scores, _ = in_pytorch.backward(
             of_prefix, prefix, None, in_pytorch.wide_k(prefix, None, k), temperatures, *kept
         )
-        ds[..., :length] += of_scores.view(batch, routes, -1)
+        total[:, :length] += of_scores
+    ds.copy_(total.view(ds.shape))
+
+
+def _as_rows(scores: Tensor) -> Tensor:
+    """Scores `b r n` as `(b r) n`, in the fp32 at least that weights are in."""
+    return scores.reshape(-1, scores.shape[-1]).to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def _of_window(numbers: Tensor, indices: Tensor, window: int) -> Tensor:

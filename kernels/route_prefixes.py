@@ -102,7 +102,7 @@ def _backward(
     if runs_triton(scores):
         launch_backward(grad.contiguous(), as_rows(scores), window_size, k, indices, leaves, state, ds)
     else:
-        in_pytorch.backward(grad, scores, window_size, k, (n_iters, eps, first, eps_decay), indices, state, ds.zero_())
+        in_pytorch.backward(grad, scores, window_size, k, (n_iters, eps, first, eps_decay), indices, state, ds)
     return ds
 
 
