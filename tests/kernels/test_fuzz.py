@@ -1,0 +1,264 @@
+"""Random cases of all operations and layers, and that they would find faults. `fuzz/` says what a case is.
+
+`FUZZ_SECONDS`, `FUZZ_SEED` and `FUZZ_WORKERS` are of the test on a GPU; `FUZZ_CASE` is a line that a failure printed.
+"""
+
+import inspect
+import os
+import sys
+from collections import defaultdict
+from itertools import islice
+
+import pytest
+import torch
+import triton
+
+import kernels
+import reference
+from tests.kernels.fuzz import run
+from tests.kernels.fuzz.cases import EXCLUDED, LAYERS, NAMES, OPERATIONS, SCALES, Case, build, cases, draw_case
+from tests.kernels.fuzz.check import Verdict, examine
+
+INTERPRETED = triton.knobs.runtime.interpret
+CPU = torch.device("cpu")
+SCALE = "interpreter" if INTERPRETED else "cpu"
+ROUNDS = 2 if INTERPRETED else 3
+"""How often each name takes its turn in CI."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+MADE_OF_OTHERS = ("ConditionalRoutedTransformerBlock", "ConditionalRoutedViT") if INTERPRETED else ()
+"""Take long in the interpreter."""
+
+CASES = [case for case in islice(cases(0, SCALES[SCALE]), ROUNDS * len(NAMES)) if case.name not in MADE_OF_OTHERS]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_follows_the_definition(case):
+    verdict = examine(case, CPU)
+    if verdict.status == "undecided":
+        pytest.skip(str(verdict))
+    assert verdict.status == "ok", verdict
+
+
+FOUND = [
+    # In half precision the CPU path rounded weights to that.
+    '{"name": "route_prefixes", "seed": 1771501593, "dtype": "bfloat16", "autocast": null, "grad": true, '
+    '"layout": "contiguous", "data": {"scores": [1, 1, 176], "std": 1.0, "ties": false}, "options": {"n_iters": 10, '
+    '"eps": 0.1, "eps_init": 4.0, "eps_decay": 0.7, "window_size": 31, "num_selected": 14, "k": 14}}',
+]
+"""Lines of cases that failed once, and why."""
+
+
+@pytest.mark.parametrize("line", FOUND, ids=[Case.parse(line).name for line in FOUND])
+def test_follows_the_definition_where_it_once_did_not(line):
+    verdict = examine(Case.parse(line), CPU)
+    assert verdict.status == "ok", verdict
+
+
+@pytest.mark.skipif("FUZZ_CASE" not in os.environ, reason="FUZZ_CASE names no case")
+def test_case_of_a_line():
+    case = Case.parse(os.environ["FUZZ_CASE"])
+    verdict = examine(case, torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"))
+    assert verdict.status == "ok", verdict
+
+
+@pytest.mark.gpu
+@pytest.mark.alone
+@pytest.mark.timeout(int(os.environ.get("FUZZ_SECONDS", "60")) + 300)
+def test_on_a_gpu(capsys):
+    seconds = float(os.environ.get("FUZZ_SECONDS", "60"))
+    workers, seed = (
+        int(os.environ.get(name, default)) for name, default in (("FUZZ_WORKERS", "8"), ("FUZZ_SEED", "0"))
+    )
+    summary = run.fuzz(seconds, workers, seed, "gpu", "cuda")
+    with capsys.disabled():
+        print(f"\n{summary}")
+    assert not summary.faults(run.expected(seconds)), str(summary)
+
+
+# The generator --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is not about kernels")
+@pytest.mark.parametrize("name", NAMES)
+def test_every_argument_is_drawn(name):
+    """Each argument of an operation, and of a layer's constructor and call, takes several values."""
+    seen = defaultdict(set)
+    for index in range(400):
+        case = draw_case(0, index, SCALES["gpu"], name)
+        for option, value in (case.options | case.data | case.data.get("given", {})).items():
+            seen[option].add(str(value))
+    if name in OPERATIONS:
+        arguments = list(inspect.signature(getattr(kernels, name)).parameters)
+        # Tensors, and the numbers that they share a name with.
+        made = {key for index in range(60) for key in build(draw_case(0, index, SCALES["cpu"], name), CPU).tensors}
+        for key in made:
+            seen[key] |= {"a tensor", "more of them"}
+    else:
+        layer = getattr(reference, name)
+        arguments = [*inspect.signature(layer).parameters, *inspect.signature(layer.forward).parameters]
+        seen["img"] = seen["x"]
+    missing = [each for each in arguments if len(seen[each]) < 2 and each not in {*EXCLUDED, "self"}]
+    assert not missing
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is not about kernels")
+def test_names_are_all_that_has_kernels():
+    assert set(OPERATIONS) == set(kernels.__all__)
+    takes_kernels = {
+        name
+        for name in reference.__all__
+        if {"use_triton", "router_use_triton"} & {*inspect.signature(getattr(reference, name)).parameters}
+    }
+    assert set(LAYERS) == takes_kernels
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is not about kernels")
+@pytest.mark.parametrize("index", range(len(NAMES)))
+def test_a_line_makes_the_same_case(index):
+    case = draw_case(3, index, SCALES["cpu"])
+    same = Case.parse(str(case))
+    assert "\n" not in str(case)
+    assert same == case
+    ours, theirs = build(case, CPU).tensors, build(same, CPU).tensors
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor.nan_to_num(), theirs[name].nan_to_num())
+        assert tensor.stride() == theirs[name].stride()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is not about kernels")
+def test_sizes_reach_what_kernels_do():
+    """Rows of one entry and the longest, no rows at all, and more than a dimension of a grid takes."""
+    drawn = [draw_case(seed, index, SCALES["gpu"]) for seed in range(20) for index in range(len(NAMES))]
+    shapes = [case.data["scores"] for case in drawn if "scores" in case.data and isinstance(case.data["scores"], list)]
+    assert min(shape[-1] for shape in shapes) == 1
+    assert max(shape[-1] for shape in shapes) > 200_000
+    assert any(0 in shape for shape in shapes)
+    assert any(case.data.get("b", 0) * case.data.get("h", 0) > 65535 for case in drawn)
+
+
+# Faults that it finds -------------------------------------------------------------------------------------------------
+
+
+def _planted(monkeypatch, name, fault):
+    right = getattr(kernels, name)
+    monkeypatch.setattr(kernels, name, lambda *args, **options: fault(right, *args, **options))
+
+
+def _last_element_off(right, *args, **options):
+    out = right(*args, **options)
+    factor = torch.ones_like(out)
+    factor.view(-1)[-1:] = 1.001
+    return out * factor
+
+
+def _mask_ignored_in_a_row(right, *args, mask=None, **options):
+    if mask is not None:
+        mask = mask.clone()
+        mask.view(-1, mask.shape[-1])[-1:] = True
+    return right(*args, mask=mask, **options)
+
+
+def _eps_off(right, *args, eps=0.1, **options):
+    return right(*args, eps=1.01 * eps, **options)
+
+
+def _term_dropped(right, *args, **options):
+    if options.get("bias") is not None:
+        options["bias"] = torch.cat((options["bias"][:-1], 0 * options["bias"][-1:]))
+    return right(*args, **options)
+
+
+def _stride_ignored(right, *args, weight, **options):
+    if weight.stride() != (1,):
+        weight = torch.as_strided(weight, weight.shape, (1,))
+    return right(*args, weight=weight, **options)
+
+
+def _written_to(right, scores, **options):
+    out = right(scores, **options)
+    with torch.no_grad():
+        scores.mul_(1.0 + 2**-7)
+    return out
+
+
+def _gradient_halved(right, *args, **options):
+    out = right(*args, **options)
+    return 0.5 * out + 0.5 * out.detach() if out.requires_grad else out
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is not about kernels")
+@pytest.mark.parametrize(
+    ("name", "fault", "expected_message"),
+    [
+        ("coor_descent", _last_element_off, "output"),
+        ("soft_topk", _last_element_off, "output"),
+        ("routing_scores", _last_element_off, "output"),
+        ("windowed_attention", _last_element_off, "output"),
+        ("combine", _last_element_off, "output"),
+        ("coor_descent", _mask_ignored_in_a_row, "output"),
+        ("windowed_attention", _mask_ignored_in_a_row, "output"),
+        ("routed_attention", _mask_ignored_in_a_row, "output"),
+        ("coor_descent", _eps_off, "output"),
+        ("soft_topk", _eps_off, "output"),
+        ("segmented_coor_descent", _eps_off, "output"),
+        ("topk", _eps_off, "coor_descent_values"),
+        ("route", _eps_off, "weights"),
+        ("route_prefixes", _eps_off, "weights"),
+        ("normalize", _term_dropped, "output"),
+        ("normalize", _stride_ignored, "output"),
+        ("select", _written_to, "written to"),
+        ("gathered_attention", _gradient_halved, "gradient"),
+        ("coor_descent", _gradient_halved, "gradient"),
+    ],
+)
+def test_finds_a_planted_fault(monkeypatch, name, fault, expected_message):
+    """Within few cases: of these some have no mask, no gradient or nothing that the fault touches."""
+    _planted(monkeypatch, name, fault)
+    verdicts = [examine(draw_case(1, index, SCALES["cpu"], name), CPU) for index in range(12)]
+    found = [verdict for verdict in verdicts if verdict.status == "failed"]
+    assert any(expected_message in message for verdict in found for message in verdict.messages)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is not about kernels")
+def test_a_broken_process_is_named_and_the_rest_runs(tmp_path, monkeypatch):
+    script = tmp_path / "breaks.py"
+    script.write_text(
+        "import os, sys, kernels\n"
+        "from tests.kernels.fuzz import cases\n"
+        "from tests.kernels.fuzz.run import main\n"
+        "cases.NAMES[:] = ['combine', 'select']\n"
+        "kernels.combine = lambda *args, **options: os._exit(7)\n"
+        "sys.exit(main())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(run.ROOT))
+    monkeypatch.setattr(run, "PROGRAM", [sys.executable, str(script)])
+    monkeypatch.setattr(run, "MOST_FAILURES", 2)
+    summary = run.fuzz(120, 1, 0, "cpu", "cpu")
+    assert {verdict.case.name for verdict in summary.failures} == {"combine"}
+    assert summary.failures[0].messages == ["its process ended with 7: it said nothing"]
+    assert summary.counts == {"combine": 2, "select": 1}
+
+
+def test_a_summary_fails_for_failures_for_few_cases_and_for_undecided_ones():
+    case = draw_case(0, 0, SCALES["cpu"])
+    summary = run.Summary()
+    for _ in range(10):
+        summary.add(Verdict(case, "ok"))
+    assert summary.faults(10) == []
+    assert "expected are 11" in summary.faults(11)[0]
+    for _ in range(2):
+        summary.add(Verdict(case, "undecided"))
+    assert "2 of 12 cases are undecided" in summary.faults(10)[0]
+    summary.add(Verdict(case, "failed", ["output: off"]))
+    assert summary.faults(10)[0] == "1 cases failed"
+    assert f"FUZZ_CASE='{case}'" in str(summary)
