@@ -1,8 +1,5 @@
 """Backward pass of `kernels.coor_descent`: one reduction, then every chunk of a row on its own."""
 
-from functools import lru_cache
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +8,7 @@ from torch import Tensor
 from kernels import _coor_descent_torch as in_pytorch
 from kernels._descent_forward import cooling_iterations
 from kernels._descent_state import iterations_of, row_state
-from kernels._launch import tile_settings
+from kernels._launch import Plan, planner, tile_settings
 from kernels._primitives import (
     LOWEST,
     exp2,
@@ -115,7 +112,7 @@ def _backward_kernel(
     HAS_K: tl.constexpr,
 ):
     """Gradient of ROWS whole rows, or of one chunk of a row, from the last iteration to the first."""
-    rows = tl.program_id(0) // chunks * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    rows = (tl.program_id(0) // chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     chunk = tl.program_id(0) % chunks
     columns = chunk * (REPEATS * WIDTH) + tile_columns(REPEATS, WIDTH)
     row_exists = rows < n_rows
@@ -198,23 +195,19 @@ def _backward_kernel(
         tl.store(dk_ptr + rows, dk, mask=row_exists & (chunk == 0))
 
 
-class _Plan(NamedTuple):
-    """How rows are spread over programs."""
-
-    chunks: int
-    """Of a row, each of which has a program."""
-
-    programs: int
-    """All together."""
-
-    settings: dict[str, int]
+@planner
+def _plan_sums(n_rows: int, n: int) -> Plan:
+    """Pieces are chunks, each of which has a program."""
+    chunks = triton.cdiv(n, CHUNK)
+    tile = tile_settings(min(n, CHUNK), IN_THREAD)
+    return Plan(triton.cdiv(n_rows, tile["ROWS"]) * chunks, {**tile, "maxnreg": REGISTERS}, chunks)
 
 
-@lru_cache(maxsize=4096)
-def _plan(n_rows: int, n: int, chunk: int) -> _Plan:
-    chunks = triton.cdiv(n, chunk)
-    tile = tile_settings(min(n, chunk), IN_THREAD)
-    return _Plan(chunks, triton.cdiv(n_rows, tile["ROWS"]) * chunks, {**tile, "maxnreg": REGISTERS})
+@planner
+def _plan(n_rows: int, n: int) -> Plan:
+    """The same, and how many chunks a program looks at at a time."""
+    plan = _plan_sums(n_rows, n)
+    return plan._replace(settings={**plan.settings, "SLOTS": min(triton.next_power_of_2(plan.pieces), 1024)})
 
 
 def launch_backward(
@@ -231,14 +224,15 @@ def launch_backward(
     """Write the gradient of the scores to `ds`, and that of k to `dk` where it has one entry a row."""
     n_rows, n = scores.shape
     n_iters = iterations_of(state)
-    plan = _plan(n_rows, n, CHUNK)
+    plan = _plan(n_rows, n)
     strides = (grad.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
     mask_or_any = scores if mask is None else mask
 
     grad_a = state
-    if plan.chunks > 1:
-        grad_a = torch.empty(plan.programs, dtype=torch.float64, device=scores.device)
-        _grad_a_kernel[(plan.programs,)](
+    if plan.pieces > 1:
+        sums = _plan_sums(n_rows, n)
+        grad_a = torch.empty(sums.programs, dtype=torch.float64, device=scores.device)
+        _grad_a_kernel[sums.grid](
             grad,
             scores,
             mask_or_any,
@@ -248,11 +242,11 @@ def launch_backward(
             n_rows,
             n,
             n_iters,
-            plan.chunks,
+            sums.pieces,
             HAS_MASK=mask is not None,
-            **plan.settings,
+            **sums.settings,
         )
-    _backward_kernel[(plan.programs,)](
+    _backward_kernel[plan.grid](
         grad,
         scores,
         mask_or_any,
@@ -266,9 +260,8 @@ def launch_backward(
         n,
         n_iters,
         cooling_iterations(*schedule),
-        plan.chunks,
+        plan.pieces,
         k,
-        SLOTS=min(1 << (plan.chunks - 1).bit_length(), 1024),
         HAS_MASK=mask is not None,
         HAS_K=k_rows is not None,
         **plan.settings,

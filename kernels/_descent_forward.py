@@ -2,7 +2,7 @@
 
 from functools import lru_cache
 from math import exp
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import _coor_descent_torch as in_pytorch
 from kernels._descent_state import save_step
-from kernels._launch import multiprocessors, tile_settings
+from kernels._launch import Plan, most_registers, multiprocessors, planner, tile_settings
 from kernels._primitives import (
     EXP2_LACKS,
     LOWEST,
@@ -261,7 +261,7 @@ def _resident_kernel(
     group = tl.program_id(0) // PROGRAMS
     part = tl.program_id(0) % PROGRAMS
     columns = part * (REPEATS * WIDTH) + tile_columns(REPEATS, WIDTH)
-    rows = group * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    rows = group.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     step = 0
     if PROGRAMS == 1:
         _relax_rows(
@@ -382,42 +382,28 @@ def entries_in_thread(n_rows: int, n: int, available: int) -> int:
     return IN_THREAD // 2 if 4 * warps >= available else IN_THREAD // 4
 
 
-class _Plan(NamedTuple):
-    """How rows are spread over programs."""
-
-    programs: int
-    """All together."""
-
-    tiles: int
-    """Pieces of a row that a program streams; 0 where a row stays in registers."""
-
-    mailbox: int
-    """Words through which the programs of a row talk; 0 where it has one."""
-
-    settings: dict[str, int]
-
-
-@lru_cache(maxsize=4096)
-def _plan(n_rows: int, n: int, simple: bool, available: int, resident: int, streamed: int) -> _Plan:
-    if n <= resident or (simple and n <= 2 * resident):
+@planner
+def _plan(n_rows: int, n: int, simple: bool, available: int) -> Plan:
+    """Pieces are tiles that a program streams, of a row that does not stay in registers."""
+    if n <= RESIDENT or (simple and n <= 2 * RESIDENT):
         tile = tile_settings(n, entries_in_thread(n_rows, n, available))
         # The fewer registers a thread, the more rows under way, which hide each other's waiting. Loading needs more of
         # them where there is a mask or a conversion.
         registers = most_registers(tile["num_warps"])
         alone = {"PROGRAMS": 1, "SLOTS": 1, "maxnreg": min(128, registers) if simple else registers}
-        return _Plan(triton.cdiv(n_rows, tile["ROWS"]), 0, 0, {**tile, **alone})
+        return Plan(triton.cdiv(n_rows, tile["ROWS"]), {**tile, **alone}, 0)
     # As few entries a program as there are programs to share them, but no fewer than are worth an exchange.
-    halve = n_rows * triton.cdiv(n, resident // 2) <= available
-    piece = resident // 2 if halve else resident
+    halve = n_rows * triton.cdiv(n, RESIDENT // 2) <= available
+    piece = RESIDENT // 2 if halve else RESIDENT
     sharing = triton.cdiv(n, piece)
     if sharing <= available:
         groups = max(min(n_rows, available // sharing), 1)
-        return _Plan(groups * sharing, 0, groups * 8 * sharing, _shared(piece, IN_THREAD, sharing))
-    tiles = triton.cdiv(triton.cdiv(n, available), streamed)
-    return _Plan(available, tiles, 8 * available, _shared(streamed, STREAMED_IN_THREAD, available))
+        return Plan(groups * sharing, _shared(piece, IN_THREAD, sharing), 0)
+    tiles = triton.cdiv(triton.cdiv(n, available), STREAMED)
+    return Plan(available, _shared(STREAMED, STREAMED_IN_THREAD, available), tiles)
 
 
-def _shared(piece: int, in_thread: int, programs: int) -> dict[str, int]:
+def _shared(piece: int, in_thread: int, programs: int) -> dict[str, Any]:
     """Settings for rows of which each program has a piece; all must run at the same time to talk."""
     tile = tile_settings(piece, in_thread)
     return {
@@ -428,11 +414,6 @@ def _shared(piece: int, in_thread: int, programs: int) -> dict[str, int]:
         # All that a multiprocessor has: left to itself, an assembler may spill to make room for a second program.
         "maxnreg": most_registers(tile["num_warps"]),
     }
-
-
-def most_registers(num_warps: int) -> int:
-    """Registers that a thread can have where a program has a multiprocessor to itself."""
-    return min(255, 65536 // (32 * num_warps))
 
 
 @lru_cache(maxsize=1024)
@@ -454,15 +435,16 @@ def launch_forward(
     n_rows, n = scores.shape
     n_iters, eps, first, eps_decay = schedule
     simple = mask is None and scores.dtype == torch.float32
-    plan = _plan(n_rows, n, simple, multiprocessors(scores.device), RESIDENT, STREAMED)
-    kernel = _streaming_kernel if plan.tiles else _resident_kernel
-    kernel[(plan.programs,)](
+    plan = _plan(n_rows, n, simple, multiprocessors(scores.device))
+    mailbox = 8 * plan.programs if "launch_cooperative_grid" in plan.settings else 0
+    kernel = _streaming_kernel if plan.pieces else _resident_kernel
+    kernel[plan.grid](
         scores,
         scores if mask is None else mask,
         scores if k_rows is None else k_rows,
         y,
         state,
-        torch.zeros(plan.mailbox, dtype=torch.int64, device=y.device) if plan.mailbox else y,
+        torch.zeros(mailbox, dtype=torch.int64, device=y.device) if mailbox else y,
         scores.stride(0),
         0 if mask is None else mask.stride(0),
         n_rows,
@@ -472,7 +454,7 @@ def launch_forward(
         first,
         eps_decay,
         eps,
-        plan.tiles or cooling_iterations(*schedule),
+        plan.pieces or cooling_iterations(*schedule),
         HAS_MASK=mask is not None,
         HAS_K=k_rows is not None,
         SAVE=state.numel() > 0,

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._launch import Plan, planner
+
 SLOTS = 4
 """Selected tokens that one program copies."""
 
@@ -48,14 +50,21 @@ def _gather_kernel(
         tl.store(tokens_ptr + place[:, None] * d + columns[None, :], token, mask=copied)
 
 
+@planner
+def _plan(n_rows: int, selected: int, d: int) -> Plan:
+    """Pieces are groups of selected tokens."""
+    groups = triton.cdiv(selected, SLOTS)
+    return Plan(n_rows * groups, {"SLOTS": SLOTS, "COLUMNS": min(triton.next_power_of_2(d), 512)}, groups)
+
+
 def launch_gather(
     x: Tensor, selected: Tensor, relaxed: Tensor, blocks: int, weights: Tensor, tokens: Tensor, indices: Tensor
 ) -> None:
     """Write weights and indices `b r blocks*selected` and tokens `b r blocks*selected d` of x `b n d`, whose last
     stride is 1, from rows of `b r blocks`: what is selected, and the relaxed selection."""
-    n, d = x.shape[1:]
-    groups = triton.cdiv(selected.shape[1], SLOTS)
-    _gather_kernel[(selected.shape[0] * groups,)](
+    (n, d), (n_rows, n_selected) = x.shape[1:], selected.shape
+    plan = _plan(n_rows, n_selected, d)
+    _gather_kernel[plan.grid](
         x,
         selected,
         relaxed,
@@ -69,10 +78,9 @@ def launch_gather(
         indices.shape[1],
         blocks,
         relaxed.shape[1],
-        selected.shape[1],
-        groups,
-        SLOTS=SLOTS,
-        COLUMNS=min(triton.next_power_of_2(d), 512),
+        n_selected,
+        plan.pieces,
+        **plan.settings,
     )
 
 

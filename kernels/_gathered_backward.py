@@ -8,7 +8,6 @@ its tokens together. Tokens with the same last window share a block, in the orde
 selects stays selected for some windows on end, and then some 1.5 times the windows are gone through that need be.
 """
 
-from math import prod
 from typing import NamedTuple
 
 import torch
@@ -25,8 +24,11 @@ from kernels._gathered_forward import (
     load_rows,
     load_slots,
     place,
+    plan_windows,
     settings_for,
+    tile_of,
 )
+from kernels._launch import Plan, planner
 
 QUERIES: SettingsBySize = {
     (2, 64): Settings(32, 32, 1, 3),
@@ -41,6 +43,22 @@ KEYS: SettingsBySize = {
     (4, 64): Settings(16, 32, 4, 2),
     (4, 128): Settings(16, 16, 8, 2),
 }
+
+
+@planner
+def _plan_queries(batch: int, n_windows: int, heads: int, n_queries: int, dim: int, itemsize: int) -> Plan:
+    return plan_windows(QUERIES, batch, n_windows, heads, n_queries, dim, itemsize)
+
+
+@planner
+def _plan_keys(batch: int, n_tokens: int, heads: int, n_queries: int, dim: int, itemsize: int, pairs: bool) -> Plan:
+    """A program for each block of the tokens of a head, which takes windows in pairs, if it may, where a block holds
+    all queries of a window. Pieces are blocks of these."""
+    settings, most = settings_for(KEYS, n_queries, dim, itemsize)
+    blocks = triton.cdiv(n_queries, settings.queries)
+    in_pairs = pairs and blocks == 1 and 2 * settings.queries <= most.queries
+    tile = {**tile_of(settings, dim), "BLOCK_N": settings.others, "WINDOWS": 2 if in_pairs else 1}
+    return Plan(batch * triton.cdiv(n_tokens, settings.others) * heads, tile, blocks)
 
 
 @triton.jit
@@ -90,9 +108,9 @@ def _query_kernel(
     dims = tl.arange(0, BLOCK_D)
     queries = block * BLOCK_I + tl.arange(0, BLOCK_I)
     there = queries < n_queries
-    query_ptr += batch * query_batch + window * query_window + head * query_head
+    query_ptr += batch * query_batch + window * query_window + head.to(tl.int64) * query_head
     query = load_rows(query_ptr, queries, query_stride, there, dims, DIM)
-    grad_ptr += batch * grad_batch + window * grad_window + head * grad_head
+    grad_ptr += batch * grad_batch + window * grad_window + head.to(tl.int64) * grad_head
     grad = load_rows(grad_ptr, queries, grad_stride, there, dims, DIM)
     flat = row * n_queries * n_heads * DIM + head * DIM
     out = load_rows(out_ptr + flat, queries, n_heads * DIM, there, dims, DIM)
@@ -100,7 +118,7 @@ def _query_kernel(
     of_head = (row * n_heads + head) * n_queries + queries
     tl.store(delta_ptr + of_head, delta, mask=there)
     lse = tl.load(lse_ptr + of_head, mask=there, other=float("inf"))
-    key_ptr = key_value_ptr + batch * key_value_batch + route * key_value_route + head % share * (2 * DIM)
+    key_ptr = key_value_ptr + batch * key_value_batch + route.to(tl.int64) * key_value_route + head % share * (2 * DIM)
     listed = (row * n_routes + route) * n_slots
     program = (row * n_blocks + block) * n_heads + head
     dweights_ptr += program * n_slots
@@ -198,7 +216,7 @@ def _key_value_kernel(
     following = tl.load(ends_ptr + tokens, mask=present, other=0)
     end = tl.load(ends_ptr + tokens + 1, mask=present, other=0)
     tokens -= sequence * n_tokens
-    key_ptr = key_value_ptr + batch * key_value_batch + route * key_value_route + head % share * (2 * DIM)
+    key_ptr = key_value_ptr + batch * key_value_batch + route.to(tl.int64) * key_value_route + head % share * (2 * DIM)
     key = load_rows(key_ptr, tokens, key_value_stride, present, dims, DIM)
     value = load_rows(key_ptr + DIM, tokens, key_value_stride, present, dims, DIM)
 
@@ -207,8 +225,8 @@ def _key_value_kernel(
     first_window = tl.min(listed_in)
     last_window = tl.max(tl.load(windows_ptr + end - 1, mask=following < end, other=-1))
 
-    query_ptr += batch * query_batch + head * query_head
-    grad_ptr += batch * grad_batch + head * grad_head
+    query_ptr += batch * query_batch + head.to(tl.int64) * query_head
+    grad_ptr += batch * grad_batch + head.to(tl.int64) * grad_head
     dkey = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dvalue = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     columns = tl.arange(0, WINDOWS * BLOCK_I)
@@ -218,6 +236,8 @@ def _key_value_kernel(
         if WINDOWS == 1:
             windows = windows.to(tl.int64)
         queries = block * BLOCK_I + columns % BLOCK_I
+        if WINDOWS == 1:
+            queries = queries.to(tl.int64)
         there = (queries < n_queries) & (windows < n_windows)
         query = load_rows(query_ptr, windows * query_window + queries * query_stride, 1, there, dims, DIM)
         grad = load_rows(grad_ptr, windows * grad_window + queries * grad_stride, 1, there, dims, DIM)
@@ -281,7 +301,7 @@ def invert(lists: Tensor, weights: Tensor, n_tokens: int) -> Inverse:
     keys = torch.where(lists >= 0, lists + sequences * n_tokens, total)
     keys, entries = _narrow(keys, total).flatten().sort(stable=True)
     tokens = torch.arange(total + 1, device=lists.device, dtype=keys.dtype)
-    ends = torch.searchsorted(keys, tokens, out_int32=True)
+    ends = torch.searchsorted(keys, tokens, out_int32=keys.numel() < 2**31)
     windows_of = (entries // (routes * slots) % windows).to(torch.int32)
 
     begin, end = ends[:-1], ends[1:]
@@ -336,13 +356,12 @@ def _launch_queries(
     delta: Tensor,
     dquery: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    (batch, windows, heads, _, dim), (_, _, routes, slots) = query.shape, lists.shape
-    settings, _ = settings_for(query, QUERIES)
-    shared = arguments(query, key_value, settings)
-    programs = (batch, windows, shared["n_blocks"], heads)
+    (batch, windows, heads, queries, dim), (_, _, routes, slots) = query.shape, lists.shape
+    plan = _plan_queries(batch, windows, heads, queries, dim, query.itemsize)
+    programs = (batch, windows, plan.pieces, heads)
     dweights = lse.new_empty((*programs, slots))
     dnull = lse.new_empty((*programs, 2, dim))
-    _query_kernel[(prod(programs),)](
+    _query_kernel[plan.grid](
         query,
         key_value,
         lists,
@@ -359,8 +378,7 @@ def _launch_queries(
         *key_value.stride()[:3],
         *grad.stride()[:4],
         slots,
-        **shared,
-        BLOCK_S=settings.others,
+        **arguments(query, key_value, plan),
         WEIGH_KEYS=multiply_keys,
     )
     # Over the blocks of a window and the heads of a route; over all but heads.
@@ -379,13 +397,12 @@ def _launch_keys(
     dkey_value: Tensor,
 ) -> None:
     batch, _, n_tokens, _ = key_value.shape
-    settings, most = settings_for(query, KEYS)
-    shared = arguments(query, key_value, settings)
+    _, windows, heads, queries, dim = query.shape
     # There are no registers left for weights of keys, nor for offsets of 64 bits.
-    near = query.shape[1] * max(query.stride(1), grad.stride(1)) < 2**31
-    fits = shared["n_blocks"] == 1 and 2 * settings.queries <= most.queries
-    in_pairs = fits and near and not multiply_keys
-    _key_value_kernel[(batch * triton.cdiv(n_tokens, settings.others) * query.shape[2],)](
+    reach = max(windows * tensor.stride(1) + queries * tensor.stride(3) for tensor in (query, grad))
+    pairs = reach < 2**31 and not multiply_keys
+    plan = _plan_keys(batch, n_tokens, heads, queries, dim, query.itemsize, pairs)
+    _key_value_kernel[plan.grid](
         query,
         key_value,
         *inverse,
@@ -398,8 +415,6 @@ def _launch_keys(
         *grad.stride()[:4],
         batch,
         n_tokens,
-        **shared,
-        BLOCK_N=settings.others,
-        WINDOWS=2 if in_pairs else 1,
+        **arguments(query, key_value, plan),
         WEIGH_KEYS=multiply_keys,
     )

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._launch import Plan, planner
+
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -87,9 +89,9 @@ def _forward_kernel(
     dims = tl.arange(0, BLOCK_D)
     queries = block * BLOCK_I + tl.arange(0, BLOCK_I)
     there = queries < n_queries
-    query_ptr += batch * query_batch + window * query_window + head * query_head
+    query_ptr += batch * query_batch + window * query_window + head.to(tl.int64) * query_head
     query = load_rows(query_ptr, queries, query_stride, there, dims, DIM)
-    key_ptr = key_value_ptr + batch * key_value_batch + route * key_value_route + head % share * (2 * DIM)
+    key_ptr = key_value_ptr + batch * key_value_batch + route.to(tl.int64) * key_value_route + head % share * (2 * DIM)
     listed = (row * n_routes + route) * n_slots
 
     null_key, null_value = load_null(null_ptr, n_heads, head, dims, DIM, query.dtype)
@@ -145,30 +147,50 @@ FORWARD: SettingsBySize = {
 }
 
 
-def settings_for(query: Tensor, by_size: SettingsBySize) -> tuple[Settings, Settings]:
-    """Those of a kernel for queries `b w h i d`, and what they would be for many of these."""
-    queries, dim = query.shape[3:]
-    most = by_size[query.itemsize, 64 if dim <= 64 else LARGEST_DIM]
-    return most._replace(queries=min(max(16, triton.next_power_of_2(queries)), most.queries)), most
+def settings_for(by_size: SettingsBySize, n_queries: int, dim: int, itemsize: int) -> tuple[Settings, Settings]:
+    """Those of a kernel for so many queries of a window, and what they would be for many of these."""
+    most = by_size[itemsize, 64 if dim <= 64 else LARGEST_DIM]
+    return most._replace(queries=min(max(16, triton.next_power_of_2(n_queries)), most.queries)), most
 
 
-def arguments(query: Tensor, key_value: Tensor, settings: Settings) -> dict[str, Any]:
+def tile_of(settings: Settings, dim: int) -> dict[str, int]:
+    """What the kernels have in common of their tile and launch."""
+    return {
+        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "BLOCK_I": settings.queries,
+        "num_warps": settings.num_warps,
+        "num_stages": settings.num_stages,
+    }
+
+
+def plan_windows(
+    by_size: SettingsBySize, batch: int, n_windows: int, heads: int, n_queries: int, dim: int, itemsize: int
+) -> Plan:
+    """A program for each block of the queries of a window and head. Pieces are these blocks."""
+    settings, _ = settings_for(by_size, n_queries, dim, itemsize)
+    blocks = triton.cdiv(n_queries, settings.queries)
+    return Plan(batch * n_windows * blocks * heads, {**tile_of(settings, dim), "BLOCK_S": settings.others}, blocks)
+
+
+@planner
+def _plan(batch: int, n_windows: int, heads: int, n_queries: int, dim: int, itemsize: int) -> Plan:
+    return plan_windows(FORWARD, batch, n_windows, heads, n_queries, dim, itemsize)
+
+
+def arguments(query: Tensor, key_value: Tensor, plan: Plan) -> dict[str, Any]:
     """Sizes and settings that the kernels have in common."""
     _, windows, heads, queries, dim = query.shape
     return {
         "n_windows": windows,
-        "n_blocks": triton.cdiv(queries, settings.queries),
+        "n_blocks": plan.pieces,
         "n_heads": heads,
         "n_routes": key_value.shape[1],
         "n_queries": queries,
         "scale": dim**-0.5 / LN2.value,
         "DIM": dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
-        "BLOCK_I": settings.queries,
         # Three products of parts in tf32 err as little as one in fp32.
         "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
-        "num_warps": settings.num_warps,
-        "num_stages": settings.num_stages,
+        **plan.settings,
     }
 
 
@@ -182,10 +204,9 @@ def launch_forward(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    settings, _ = settings_for(query, FORWARD)
-    shared = arguments(query, key_value, settings)
-    grid = (query.shape[0] * query.shape[1] * shared["n_blocks"] * shared["n_heads"],)
-    _forward_kernel[grid](
+    batch, windows, heads, queries, dim = query.shape
+    plan = _plan(batch, windows, heads, queries, dim, query.itemsize)
+    _forward_kernel[plan.grid](
         query,
         key_value,
         lists,
@@ -196,7 +217,6 @@ def launch_forward(
         *query.stride()[:4],
         *key_value.stride()[:3],
         lists.shape[-1],
-        **shared,
-        BLOCK_S=settings.others,
+        **arguments(query, key_value, plan),
         WEIGH_KEYS=multiply_keys,
     )

@@ -1,8 +1,10 @@
-"""What every launcher needs: tensors as rows, and which path and how much of a machine a tensor gets."""
+"""What every launcher needs: tensors as rows, which path and how much of a machine a tensor gets, and plans."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache, wraps
+from inspect import signature
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 import triton
@@ -12,7 +14,25 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, which is settled when they are defined."""
 
-_compiling_on_cpu = False
+_compiling_for = 0
+"""Multiprocessors of the GPU that kernels are only compiled for; 0: they run."""
+
+MOST_PROGRAMS = 2**31 - 1
+"""Of a launch, in the one direction of a grid that takes so many: the other two end at 65535."""
+
+MOST_THREADS = 1024
+"""Of a program."""
+
+REGISTERS = 65536
+"""Of a multiprocessor, and so of a program."""
+
+MOST_REGISTERS = 255
+"""Of a thread."""
+
+LARGEST = 2**30
+"""What kernels count in 32 bits, where a tile may overhang: all sizes but the numbers of rows and of sequences."""
+
+P = ParamSpec("P")
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -35,7 +55,7 @@ def k_as_rows(k: float | Tensor, shape: torch.Size) -> tuple[Tensor | None, floa
 
 def runs_triton(x: Tensor) -> bool:
     """Whether a tensor goes to the Triton kernel: on a GPU, in Triton's interpreter, or to be compiled only."""
-    return x.is_cuda or INTERPRETED or _compiling_on_cpu
+    return x.is_cuda or INTERPRETED or _compiling_for > 0
 
 
 def is_traced(x: Tensor) -> bool:
@@ -54,12 +74,79 @@ def multiprocessors(device: torch.device) -> int:
     """How many programs can run at the same time at least. The interpreter runs one after the other."""
     if device.type == "cuda":
         return _multiprocessors_of_gpu(device.index if device.index is not None else torch.cuda.current_device())
-    return 132 if _compiling_on_cpu else 1
+    return max(_compiling_for, 1)
 
 
 @cache
 def _multiprocessors_of_gpu(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+class Plan(NamedTuple):
+    """How a kernel is launched, which depends on sizes alone."""
+
+    programs: int
+
+    settings: Mapping[str, Any]
+    """Tile sizes, and options of the launch."""
+
+    pieces: int = 1
+    """Into how many a row is divided, or what else programs share."""
+
+    @property
+    def grid(self) -> tuple[int]:
+        """Programs in one direction: the other two have too few."""
+        return (self.programs,)
+
+
+PLANNERS: list[Any] = []
+"""All functions that plan, for tests to try all that they may choose."""
+
+
+def planner(function: Callable[P, Plan]) -> Callable[P, Plan]:
+    """Remember what a pure function from sizes to a plan returned, and refuse what no GPU can launch."""
+    names = tuple(signature(function).parameters)
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> Plan:
+        sizes = {**dict(zip(names, args, strict=False)), **kwargs}
+        check_sizes(sizes)
+        plan = function(*args, **kwargs)
+        check_plan(plan, sizes)
+        return plan
+
+    remembering: Any = lru_cache(maxsize=4096)(checked)
+    PLANNERS.append(remembering)
+    return remembering
+
+
+def check_sizes(sizes: Mapping[str, Any]) -> None:
+    """Raise a NotImplementedError that names a size that kernels cannot count."""
+    for name, size in sizes.items():
+        if name not in ("n_rows", "batch") and size > LARGEST:
+            raise NotImplementedError(f"{name} = {size}: kernels take up to {LARGEST}")
+
+
+def check_plan(plan: Plan, sizes: Mapping[str, Any]) -> None:
+    """Raise a NotImplementedError where no GPU has what a plan for these sizes asks for."""
+    threads = 32 * plan.settings.get("num_warps", 4)
+    # Without a limit of their own, the assembler gives threads what a multiprocessor has.
+    registers = plan.settings.get("maxnreg", most_registers(threads // 32))
+    wanted = {
+        "programs": (plan.programs, MOST_PROGRAMS),
+        "threads of a program": (threads, MOST_THREADS),
+        "registers of a thread": (registers, MOST_REGISTERS),
+        "registers of a program": (threads * registers, REGISTERS),
+    }
+    for what, (number, most) in wanted.items():
+        if number > most:
+            given = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+            raise NotImplementedError(f"{given} would take {number} {what}; a GPU has up to {most}")
+
+
+def most_registers(num_warps: int) -> int:
+    """Registers that a thread can have where a program has a multiprocessor to itself."""
+    return min(MOST_REGISTERS, REGISTERS // (32 * num_warps))
 
 
 @cache
@@ -78,23 +165,37 @@ def tile_settings(entries: int, in_thread: int) -> Mapping[str, int]:
     }
 
 
-@cache
-def feature_tile(d: int) -> Mapping[str, int]:
+def _feature_tile(d: int) -> dict[str, int]:
     """Launch settings for rows of d features, each row in a tile as a whole: 2048 entries, of which a thread has 16, or
     a longer row."""
     block = triton.next_power_of_2(d)
     return {"ROWS": max(2048 // block, 1), "BLOCK_D": block, "num_warps": max(block, 2048) // 512}
 
 
+@planner
+def plan_rows(n_rows: int, d: int) -> Plan:
+    """A program for each tile of rows of d features."""
+    tile = _feature_tile(d)
+    return Plan(triton.cdiv(n_rows, tile["ROWS"]), tile)
+
+
+@planner
+def plan_sweep(n_rows: int, d: int, available: int) -> Plan:
+    """Eight programs for each multiprocessor, which go through the tiles of all rows and add up."""
+    tile = _feature_tile(d)
+    return Plan(min(triton.cdiv(n_rows, tile["ROWS"]), 8 * available), tile)
+
+
 @contextmanager
-def triton_for_cpu_tensors() -> Iterator[None]:
-    """Send CPU tensors to the Triton kernels at an H200's launch settings, to compile them where there is no GPU.
+def triton_for_cpu_tensors(multiprocessors: int = 132) -> Iterator[None]:
+    """Send CPU tensors to the Triton kernels at the launch settings of a GPU with so many multiprocessors, by
+    default an H200, to compile them where there is no GPU.
 
     Launching is up to the caller to prevent, as `colt5_bench.static_facts` does.
     """
-    global _compiling_on_cpu
-    _compiling_on_cpu = True
+    global _compiling_for
+    _compiling_for = multiprocessors
     try:
         yield
     finally:
-        _compiling_on_cpu = False
+        _compiling_for = 0

@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels import _coor_descent_torch as in_pytorch
 from kernels._descent_backward import direct_gradient
 from kernels._descent_state import iterations_of, row_state
+from kernels._launch import Plan, planner
 from kernels._prefix_forward import prefix_row
 from kernels._primitives import (
     exp2,
@@ -69,7 +70,7 @@ def _thresholds_kernel(
     row = (tl.program_id(0) // n_windows).to(tl.int64)
     window = tl.program_id(0) % n_windows
     prefix = prefix_row(row, window, routes, n_windows)
-    schedule_ptr = row_state(state_ptr, n_rows * n_windows + tl.zeros((), tl.int64), n_iters)
+    schedule_ptr = row_state(state_ptr, tl.cast(n_rows, tl.int64) * n_windows, n_iters)
 
     temperature = tl.load(schedule_ptr + n_iters)
     factor = tl.load(schedule_ptr + 2 * n_iters + 1)
@@ -122,7 +123,7 @@ def _sums_kernel(
     exp(-a / e), and the offset of the exponent of tokens."""
     row = (tl.program_id(0) // (n_iters - 1)).to(tl.int64)
     t = 1 + tl.program_id(0) % (n_iters - 1)
-    schedule_ptr = row_state(state_ptr, n_rows * n_windows + tl.zeros((), tl.int64), n_iters)
+    schedule_ptr = row_state(state_ptr, tl.cast(n_rows, tl.int64) * n_windows, n_iters)
     factor = tl.load(schedule_ptr + n_iters + 1 + t)
     shares_ptr += (row * n_iters + t) * n_windows
     steps_ptr += (row * n_iters + t) * 3 * n_windows
@@ -173,7 +174,7 @@ def _tokens_kernel(
     score = tl.load(scores_ptr + row * scores_stride + column, mask=column < n, other=0.0).to(tl.float32)
     first = tl.minimum(column // window_size, n_windows)
 
-    factor_ptr = row_state(state_ptr, n_rows * n_windows + tl.zeros((), tl.int64), n_iters) + n_iters + 1
+    factor_ptr = row_state(state_ptr, tl.cast(n_rows, tl.int64) * n_windows, n_iters) + n_iters + 1
     through_a = tl.zeros([1, TOKENS, 1], tl.float32)
     for t in range(n_iters - 1, 0, -1):
         step_ptr = steps_ptr + (row * n_iters + t) * 3 * n_windows
@@ -203,6 +204,23 @@ def _tokens_kernel(
     tl.store(ds_ptr + row * n + column, ds.to(ds_ptr.dtype.element_ty), mask=column < n)
 
 
+@planner
+def _plan_thresholds(n_rows: int, n_windows: int, n_iters: int) -> Plan:
+    settings = {"SLOTS": SLOTS, "ITERATIONS": triton.next_power_of_2(n_iters), "num_warps": NUM_WARPS}
+    return Plan(n_rows * n_windows, settings)
+
+
+@planner
+def _plan_sums(n_rows: int, n_windows: int, n_iters: int) -> Plan:
+    settings = {"PREFIXES": min(PREFIXES, triton.next_power_of_2(n_windows)), "num_warps": NUM_WARPS}
+    return Plan(n_rows * (n_iters - 1), settings)
+
+
+@planner
+def _plan_tokens(n_rows: int, n: int) -> Plan:
+    return Plan(n_rows * triton.cdiv(n, TOKENS), {"TOKENS": TOKENS, "WINDOWS": WINDOWS, "num_warps": NUM_WARPS})
+
+
 def launch_backward(
     grad: Tensor,
     scores: Tensor,
@@ -223,7 +241,8 @@ def launch_backward(
     direct = torch.empty(indices.numel(), dtype=torch.float32, device=ds.device)
     shares = torch.empty(n_rows, n_iters, n_windows, dtype=torch.float64, device=ds.device)
     steps = torch.empty(n_rows, n_iters, 3, n_windows, dtype=torch.float32, device=ds.device)
-    _thresholds_kernel[(n_rows * n_windows,)](
+    plan = _plan_thresholds(n_rows, n_windows, n_iters)
+    _thresholds_kernel[plan.grid](
         grad,
         indices,
         scores,
@@ -241,12 +260,11 @@ def launch_backward(
         n_iters,
         selected,
         1.0 / k,
-        SLOTS=SLOTS,
-        ITERATIONS=triton.next_power_of_2(n_iters),
-        num_warps=4,
+        **plan.settings,
     )
     if n_iters > 1:
-        _sums_kernel[(n_rows * (n_iters - 1),)](
+        plan = _plan_sums(n_rows, n_windows, n_iters)
+        _sums_kernel[plan.grid](
             shares,
             state,
             steps,
@@ -254,10 +272,10 @@ def launch_backward(
             routes,
             n_windows,
             n_iters,
-            PREFIXES=min(PREFIXES, triton.next_power_of_2(n_windows)),
-            num_warps=4,
+            **plan.settings,
         )
-    _tokens_kernel[(n_rows * triton.cdiv(n, TOKENS),)](
+    plan = _plan_tokens(n_rows, n)
+    _tokens_kernel[plan.grid](
         scores,
         state,
         leaves,
@@ -272,7 +290,5 @@ def launch_backward(
         window_size,
         n_iters,
         n_windows.bit_length(),
-        TOKENS=TOKENS,
-        WINDOWS=WINDOWS,
-        num_warps=NUM_WARPS,
+        **plan.settings,
     )

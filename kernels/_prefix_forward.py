@@ -5,8 +5,6 @@ have nearly equal thresholds. So a program has GROUP of them, for which it reads
 w = exp((s - base) / e) once: for each, an iteration adds up min(w c, 1) with its own c = exp((base - h) / e).
 """
 
-from functools import lru_cache
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,7 +12,7 @@ from torch import Tensor
 from kernels import _coor_descent_torch as in_pytorch
 from kernels._descent_forward import cool, first_step, soft_selection
 from kernels._descent_state import row_state, save_step
-from kernels._launch import multiprocessors
+from kernels._launch import Plan, multiprocessors, planner
 from kernels._primitives import (
     EXP2_LACKS,
     INTERPRETED,
@@ -124,7 +122,7 @@ def _descend_kernel(
     row = (tl.program_id(0) % n_rows).to(tl.int64)
     last = n_windows - tl.program_id(0) // n_rows * GROUP
     window = last - GROUP + tl.arange(0, GROUP)
-    n_prefixes = n_rows * n_windows
+    n_prefixes = tl.cast(n_rows, tl.int64) * n_windows
     prefixes = tl.where(window >= 0, prefix_row(row, window, routes, n_windows), n_prefixes)
     # One that does not exist is as long as the first.
     lengths = (tl.maximum(window, 0) + 1) * window_size
@@ -222,7 +220,7 @@ def _select_kernel(
     length = (window + 1) * window_size
     prefix = prefix_row(row, window, routes, n_windows)
     a = tl.load(row_state(state_ptr, prefix + tl.zeros([1], tl.int64), n_iters) + n_iters - 1)
-    schedule_ptr = row_state(state_ptr, n_rows * n_windows + tl.zeros((), tl.int64), n_iters) + n_iters
+    schedule_ptr = row_state(state_ptr, tl.cast(n_rows, tl.int64) * n_windows, n_iters) + n_iters
     factor = tl.load(schedule_ptr + n_iters + 1)
     indices_ptr += prefix * selected
     weights_ptr += prefix * selected
@@ -252,18 +250,26 @@ def _select_kernel(
         tl.store(weights_ptr + slot, tl.zeros([RANKS], weights_ptr.dtype.element_ty), mask=slot < selected)
 
 
-@lru_cache(maxsize=1024)
-def _group(n_rows: int, n_windows: int, window_size: int, available: int, most: int) -> int:
-    """How many prefixes a program has: few enough that all multiprocessors have work, and that most of what a program
-    reads is common to its prefixes."""
+@planner
+def _plan_descent(n_rows: int, n_windows: int, window_size: int, available: int) -> Plan:
+    """A program has so few prefixes that all multiprocessors have work, and that most of what it reads is common to its
+    prefixes."""
     group = 1
     while (
-        2 * group <= most
+        2 * group <= GROUP
         and n_rows * triton.cdiv(n_windows, 2 * group) >= available
         and (2 * group - 1) * window_size <= LONGEST_END
     ):
         group *= 2
-    return group
+    width = 4 * 32 * NUM_WARPS
+    tile = {"GROUP": group, "REPEATS": 32 * NUM_WARPS * IN_THREAD // width, "WIDTH": width}
+    settings = {**tile, "num_warps": NUM_WARPS, "maxnreg": REGISTERS}
+    return Plan(n_rows * triton.cdiv(n_windows, group), settings)
+
+
+@planner
+def _plan_selection(n_rows: int, n_windows: int) -> Plan:
+    return Plan(n_rows * n_windows, {"RANKS": RANKS, "num_warps": max(RANKS // (32 * RANKS_IN_THREAD), 1)})
 
 
 def launch_forward(
@@ -281,10 +287,9 @@ def launch_forward(
     n_rows, n = scores.shape
     _, n_windows, routes, selected = indices.shape
     n_iters, eps, first, eps_decay = schedule
-    group = _group(n_rows, n_windows, window_size, multiprocessors(scores.device), GROUP)
     save = leaves.numel() > 0
-    width = 4 * 32 * NUM_WARPS
-    _descend_kernel[(n_rows * triton.cdiv(n_windows, group),)](
+    plan = _plan_descent(n_rows, n_windows, window_size, multiprocessors(scores.device))
+    _descend_kernel[plan.grid](
         scores,
         state,
         scores.stride(0),
@@ -297,16 +302,13 @@ def launch_forward(
         first,
         eps_decay,
         eps,
-        GROUP=group,
-        REPEATS=32 * NUM_WARPS * IN_THREAD // width,
-        WIDTH=width,
         COUNT=save,
-        num_warps=NUM_WARPS,
-        maxnreg=REGISTERS,
+        **plan.settings,
     )
     # Of equal scores the first comes first. Each prefix selects from the one order by position.
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-    _select_kernel[(n_rows * n_windows,)](
+    plan = _plan_selection(n_rows, n_windows)
+    _select_kernel[plan.grid](
         ordered,
         order,
         state,
@@ -320,7 +322,6 @@ def launch_forward(
         window_size,
         n_iters,
         selected,
-        RANKS=RANKS,
         SAVE=save,
-        num_warps=max(RANKS // (32 * RANKS_IN_THREAD), 1),
+        **plan.settings,
     )

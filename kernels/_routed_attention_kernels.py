@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._launch import Plan, planner
 from kernels._primitives import INTERPRETED, LOG2_E
 
 LARGEST_HEAD = 128
@@ -65,13 +66,23 @@ def _load_null(null_ptr, head, columns, HEADS: tl.constexpr, HEAD_DIM: tl.conste
 
 
 @triton.jit
+def _place(n, n_queries, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Block of n queries or keys, head and sequence of a program, and how many queries are before those of the two."""
+    blocks = tl.cdiv(n, BLOCK)
+    program = tl.program_id(0) // blocks
+    batch = (program // HEADS).to(tl.int64)
+    return tl.program_id(0) % blocks, program % HEADS, batch, program.to(tl.int64) * n_queries
+
+
+@triton.jit
 def _kv_offset(
     batch, head, batch_stride, route_stride, HEADS: tl.constexpr, ROUTES: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
     """Where keys of a head begin, and its row of weights and mask."""
     shared: tl.constexpr = HEADS // ROUTES
     route = head // shared
-    return batch * batch_stride + route * route_stride + (head % shared) * (2 * HEAD_DIM), batch * ROUTES + route
+    offset = batch * batch_stride + route.to(tl.int64) * route_stride + (head % shared) * (2 * HEAD_DIM)
+    return offset, batch * ROUTES + route
 
 
 @triton.jit
@@ -102,9 +113,8 @@ def _forward_kernel(
     TILE: tl.constexpr,
 ):
     """A block of queries; scale includes log2(e)."""
-    head = tl.program_id(1) % HEADS
-    batch = (tl.program_id(1) // HEADS).to(tl.int64)
-    queries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block, head, batch, numbers = _place(n_queries, n_queries, HEADS, BLOCK)
+    queries = block * BLOCK + tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_D)
     own = batch * n_queries * (HEADS * HEAD_DIM) + head * HEAD_DIM
     kv_offset, row = _kv_offset(batch, head, kv_batch_stride, kv_route_stride, HEADS, ROUTES, HEAD_DIM)
@@ -139,8 +149,7 @@ def _forward_kernel(
     tl.store(out_ptr + places, out.to(out_ptr.dtype.element_ty), mask=inside)
     if WIDE:
         tl.store(wide_ptr + places, out, mask=inside)
-    lse_ptr += tl.program_id(1).to(tl.int64) * n_queries
-    tl.store(lse_ptr + queries, largest + tl.log2(total), mask=queries < n_queries)
+    tl.store(lse_ptr + numbers + queries, largest + tl.log2(total), mask=queries < n_queries)
 
 
 @triton.jit
@@ -174,16 +183,15 @@ def _query_kernel(
     TILE: tl.constexpr,
 ):
     """Gradients of a block of queries, and their share in those of the learned key and value."""
-    head = tl.program_id(1) % HEADS
-    batch = (tl.program_id(1) // HEADS).to(tl.int64)
-    queries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block, head, batch, numbers = _place(n_queries, n_queries, HEADS, BLOCK)
+    queries = block * BLOCK + tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_D)
     own = batch * n_queries * (HEADS * HEAD_DIM) + head * HEAD_DIM
     kv_offset, row = _kv_offset(batch, head, kv_batch_stride, kv_route_stride, HEADS, ROUTES, HEAD_DIM)
     kv_ptr += kv_offset
     weight_ptr += row * n_keys
     mask_ptr += row * n_keys
-    numbers = tl.program_id(1).to(tl.int64) * n_queries + queries
+    numbers += queries
 
     query = _load_rows(query_ptr + own, queries, columns, HEADS * HEAD_DIM, n_queries, HEAD_DIM)
     grad = _load_rows(grad_ptr + own, queries, columns, HEADS * HEAD_DIM, n_queries, HEAD_DIM)
@@ -197,7 +205,7 @@ def _query_kernel(
     null_key, null_value = _load_null(null_ptr, head, columns, HEADS, HEAD_DIM)
     null_p = tl.exp2(tl.sum(wide_query * null_key[None, :], axis=1) * scale - lse)
     null_ds = null_p * (tl.sum(wide_grad * null_value[None, :], axis=1) - delta) * dim_scale
-    dnull_ptr += (batch * tl.num_programs(0) + tl.program_id(0)) * (2 * HEADS * HEAD_DIM) + head * HEAD_DIM
+    dnull_ptr += (batch * tl.cdiv(n_queries, BLOCK) + block) * (2 * HEADS * HEAD_DIM) + head * HEAD_DIM
     # Queries that are not there are 0, and so is their gradient.
     dnull_key = tl.sum(null_ds[:, None] * wide_query, axis=0)
     dnull_value = tl.sum(null_p[:, None] * wide_grad, axis=0)
@@ -250,13 +258,11 @@ def _key_value_kernel(
     TILE: tl.constexpr,
 ):
     """Gradients of a block of keys and values, and of their weights as far as this head goes."""
-    head = tl.program_id(1) % HEADS
-    batch = (tl.program_id(1) // HEADS).to(tl.int64)
-    keys = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block, head, batch, numbers = _place(n_keys, n_queries, HEADS, BLOCK)
+    keys = block * BLOCK + tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_D)
     own = batch * n_queries * (HEADS * HEAD_DIM) + head * HEAD_DIM
     kv_offset, row = _kv_offset(batch, head, kv_batch_stride, kv_route_stride, HEADS, ROUTES, HEAD_DIM)
-    numbers = tl.program_id(1).to(tl.int64) * n_queries
     key, value, weight, present = _load_keys(
         kv_ptr + kv_offset, weight_ptr + row * n_keys, mask_ptr + row * n_keys, keys, columns, kv_stride, n_keys,
         HEAD_DIM, HAS_MASK, WEIGH_KEYS,
@@ -282,7 +288,7 @@ def _key_value_kernel(
         plain_key = _load_rows(kv_ptr + kv_offset, keys, columns, kv_stride, n_keys, HEAD_DIM)
         dweight += tl.sum(dkey * plain_key.to(tl.float32), axis=1)
         dkey = dkey * weight[:, None]
-    tl.store(dweight_ptr + tl.program_id(1).to(tl.int64) * n_keys + keys, dweight, mask=keys < n_keys)
+    tl.store(dweight_ptr + (batch * HEADS + head) * n_keys + keys, dweight, mask=keys < n_keys)
     inside = (keys < n_keys)[:, None] & (columns < HEAD_DIM)[None, :]
     shared: tl.constexpr = HEADS // ROUTES
     dkv_ptr += row * n_keys * (2 * shared * HEAD_DIM) + (head % shared) * (2 * HEAD_DIM)
@@ -326,8 +332,30 @@ KEY_VALUE = {
 }
 
 
-def _settings(table: Mapping[tuple[int, int], Settings], query: Tensor, head_dim: int) -> Settings:
-    return table[query.element_size(), 64 if head_dim <= 64 else 128]
+def _plan_blocks(
+    table: Mapping[tuple[int, int], Settings], batch: int, n: int, heads: int, head_dim: int, itemsize: int
+) -> Plan:
+    """A program for each block of n queries or keys of a head. Pieces are these blocks."""
+    settings = table[itemsize, 64 if head_dim <= 64 else LARGEST_HEAD]
+    blocks = triton.cdiv(n, settings.block)
+    tile = {"BLOCK_D": max(triton.next_power_of_2(head_dim), 16), "BLOCK": settings.block, "TILE": settings.tile}
+    options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
+    return Plan(batch * heads * blocks, {**tile, **options}, blocks)
+
+
+@planner
+def _plan_forward(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
+    return _plan_blocks(FORWARD, batch, n, heads, head_dim, itemsize)
+
+
+@planner
+def _plan_queries(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
+    return _plan_blocks(QUERY, batch, n, heads, head_dim, itemsize)
+
+
+@planner
+def _plan_keys(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
+    return _plan_blocks(KEY_VALUE, batch, n, heads, head_dim, itemsize)
 
 
 def launch_forward(
@@ -343,8 +371,8 @@ def launch_forward(
 ) -> None:
     batch, n_queries, _ = query.shape
     _, heads, head_dim = null_kv.shape
-    settings = _settings(FORWARD, query, head_dim)
-    _forward_kernel[(triton.cdiv(n_queries, settings.block), batch * heads)](
+    plan = _plan_forward(batch, n_queries, heads, head_dim, query.itemsize)
+    _forward_kernel[plan.grid](
         query,
         key_value,
         weights,
@@ -357,7 +385,7 @@ def launch_forward(
         key_value.shape[2],
         *key_value.stride()[:3],
         LOG2_E.value * head_dim**-0.5,
-        **_constants(query, key_value, null_kv, mask, multiply_keys, settings),
+        **_constants(query, key_value, null_kv, mask, multiply_keys, plan),
         WIDE=wide.numel() > 0,
     )
 
@@ -378,13 +406,12 @@ def launch_backward(
     """Writes the gradients of queries, keys and values, and returns those of weights `b r j` and the learned pair."""
     (batch, n_queries, _), (_, routes, n_keys, _) = query.shape, key_value.shape
     _, heads, head_dim = null_kv.shape
-    settings = _settings(QUERY, query, head_dim)
-    blocks = triton.cdiv(n_queries, settings.block)
+    plan = _plan_queries(batch, n_queries, heads, head_dim, query.itemsize)
     given = (query, key_value, weights, weights if mask is None else mask)
     sizes = (n_queries, n_keys, *key_value.stride()[:3], LOG2_E.value * head_dim**-0.5, head_dim**-0.5)
-    dnull = torch.empty((batch * blocks, 2, heads, head_dim), dtype=torch.float32, device=query.device)
+    dnull = torch.empty((batch * plan.pieces, 2, heads, head_dim), dtype=torch.float32, device=query.device)
     delta = torch.empty_like(lse)
-    _query_kernel[(blocks, batch * heads)](
+    _query_kernel[plan.grid](
         grad,
         *given,
         null_kv,
@@ -394,12 +421,12 @@ def launch_backward(
         dnull,
         delta,
         *sizes,
-        **_constants(query, key_value, null_kv, mask, multiply_keys, settings),
+        **_constants(query, key_value, null_kv, mask, multiply_keys, plan),
     )
     dweights = torch.empty((batch, routes, heads // routes, n_keys), dtype=torch.float32, device=query.device)
-    settings = _settings(KEY_VALUE, query, head_dim)
     if n_keys:
-        _key_value_kernel[(triton.cdiv(n_keys, settings.block), batch * heads)](
+        plan = _plan_keys(batch, n_keys, heads, head_dim, query.itemsize)
+        _key_value_kernel[plan.grid](
             grad,
             *given,
             lse,
@@ -407,26 +434,22 @@ def launch_backward(
             dkey_value,
             dweights,
             *sizes,
-            **_constants(query, key_value, null_kv, mask, multiply_keys, settings),
+            **_constants(query, key_value, null_kv, mask, multiply_keys, plan),
         )
     return dweights.sum(2), dnull.sum(0)
 
 
 def _constants(
-    query: Tensor, key_value: Tensor, null_kv: Tensor, mask: Tensor | None, multiply_keys: bool, settings: Settings
+    query: Tensor, key_value: Tensor, null_kv: Tensor, mask: Tensor | None, multiply_keys: bool, plan: Plan
 ) -> dict[str, Any]:
     _, heads, head_dim = null_kv.shape
     return {
         "HEADS": heads,
         "ROUTES": key_value.shape[1],
         "HEAD_DIM": head_dim,
-        "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
         "HAS_MASK": mask is not None,
         "WEIGH_KEYS": multiply_keys,
         # Of fp32, the three products of its upper and lower halves that count.
         "PRECISION": "tf32x3" if query.dtype == torch.float32 else "ieee",
-        "BLOCK": settings.block,
-        "TILE": settings.tile,
-        "num_warps": settings.num_warps,
-        "num_stages": settings.num_stages,
+        **plan.settings,
     }

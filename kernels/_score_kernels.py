@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import multiprocessors
+from kernels._launch import Plan, multiprocessors, planner
 
 MOST_ROUTES = 8
 """Routes for which a program has accumulators."""
@@ -75,6 +75,7 @@ def _score_kernel(
     d,
     routes,
     blocks,
+    parts,
     ROUTES: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -85,7 +86,7 @@ def _score_kernel(
 
     Where a tile has a WHOLE token, the routing tokens stay in registers.
     """
-    batch = tl.program_id(1).to(tl.int64)
+    batch = (tl.program_id(0) // parts).to(tl.int64)
     route = tl.arange(0, ROUTES)[None, :, None]
     place = tl.arange(0, TOKENS)[:, None, None]
     column = tl.arange(0, COLUMNS)[None, None, :]
@@ -94,7 +95,7 @@ def _score_kernel(
     routing = tl.zeros([TOKENS, ROUTES, COLUMNS], tl.float32)
     if WHOLE:
         routing = _load_routing(routing_ptr, place, route, column, no_stride, routes, d)
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+    for block in range(tl.program_id(0) % parts, blocks, parts):
         token = block * TOKENS + place
         products = tl.zeros([TOKENS, ROUTES, COLUMNS], tl.float32)
         squares = tl.zeros([TOKENS, 1, COLUMNS], tl.float32)
@@ -159,6 +160,7 @@ def _gradient_kernel(
     d,
     routes,
     blocks,
+    parts,
     ROUTES: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -167,11 +169,12 @@ def _gradient_kernel(
 ):
     """Gradient of some columns of every so many blocks of tokens through their scores, and what these tokens contribute
     to the gradient of the routing tokens."""
-    batch = tl.program_id(2).to(tl.int64)
-    part, parts = tl.program_id(1), tl.num_programs(1)
+    column_blocks = tl.cdiv(d, COLUMNS)
+    part = tl.program_id(0) // column_blocks % parts
+    batch = (tl.program_id(0) // column_blocks // parts).to(tl.int64)
     route = tl.arange(0, ROUTES)[None, :, None]
     place = tl.arange(0, TOKENS)[:, None, None]
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
+    columns = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
     is_route, is_column = route < routes, columns < d
     routing = _load_routing(routing_ptr + batch * routing_stride, place, route, columns, no_stride, routes, d)
     of_route = (batch * routes + route) * padded
@@ -216,6 +219,7 @@ def _gathered_kernel(
     d,
     routes,
     selected,
+    blocks,
     ROUTES: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -223,11 +227,11 @@ def _gathered_kernel(
 ):
     """The whole gradient of some selected tokens, in the place of that through their scores alone. Of the routes that
     have selected a token, the first computes it, and adds up what it gets from all of them in their order."""
-    batch = (tl.program_id(1) // routes).to(tl.int64)
-    own_route = tl.program_id(1) % routes
+    batch = (tl.program_id(0) // blocks // routes).to(tl.int64)
+    own_route = tl.program_id(0) // blocks % routes
     route = tl.arange(0, ROUTES)[None, :, None]
     place = tl.arange(0, TOKENS)[:, None, None]
-    slot = tl.program_id(0) * TOKENS + place
+    slot = tl.program_id(0) % blocks * TOKENS + place
     row = batch * routes + own_route
     token = tl.load(indices_ptr + row * selected + slot, mask=slot < selected, other=n).to(tl.int32)
     is_route, is_token = route < routes, token < n
@@ -265,6 +269,32 @@ def _tile(d: int, routes: int, itemsize: int, num_warps: int) -> dict[str, int]:
     return {"ROUTES": padded_routes, "TOKENS": tokens, "COLUMNS": columns, "num_warps": num_warps}
 
 
+@planner
+def _plan_scores(batch: int, n: int, d: int, routes: int, itemsize: int, available: int) -> Plan:
+    """Pieces are parts of a sequence, each of which has a program."""
+    tile = _tile(d, routes, itemsize, SCORING_WARPS)
+    parts = min(triton.cdiv(n, tile["TOKENS"]), triton.cdiv(SCORING_PROGRAMS * available, batch))
+    return Plan(parts * batch, {**tile, "WHOLE": d <= tile["COLUMNS"]}, parts)
+
+
+@planner
+def _plan_gradients(batch: int, n: int, d: int, routes: int, itemsize: int, available: int) -> Plan:
+    """Pieces are parts of a sequence, each of which has a program for each block of columns."""
+    tile = _tile(d, routes, itemsize, GRADIENT_WARPS)
+    columns = triton.cdiv(d, tile["COLUMNS"])
+    parts = min(triton.cdiv(n, tile["TOKENS"]), triton.cdiv(GRADIENT_PROGRAMS * available, columns * batch))
+    return Plan(columns * parts * batch, tile, parts)
+
+
+@planner
+def _plan_gathered(batch: int, selected: int, d: int, routes: int) -> Plan:
+    """Pieces are blocks of the tokens that a route selected."""
+    # The tile of fp32, which is the smallest: what is gathered takes registers, too.
+    tile = _tile(d, routes, 4, GRADIENT_WARPS)
+    blocks = triton.cdiv(selected, tile["TOKENS"])
+    return Plan(blocks * batch * routes, tile, blocks)
+
+
 def _strides(x: Tensor, routing_tokens: Tensor) -> tuple[int, int, int, int]:
     return x.stride(0), x.stride(1), routing_tokens.stride(0) if routing_tokens.shape[0] > 1 else 0, 0
 
@@ -274,10 +304,8 @@ def launch_scores(x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_nor
     cosines times the norm of the routing token, and inverse norms `b padded`, where there is room for these."""
     batch, n, d = x.shape
     routes, padded = scores.shape[1:]
-    tile = _tile(d, routes, x.element_size(), SCORING_WARPS)
-    blocks = triton.cdiv(padded, tile["TOKENS"])
-    programs = SCORING_PROGRAMS * multiprocessors(x.device)
-    _score_kernel[(min(blocks, triton.cdiv(programs, batch)), batch)](
+    plan = _plan_scores(batch, padded, d, routes, x.itemsize, multiprocessors(x.device))
+    _score_kernel[plan.grid](
         x,
         routing_tokens,
         scores,
@@ -287,10 +315,10 @@ def launch_scores(x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_nor
         padded,
         d,
         routes,
-        blocks,
-        WHOLE=d <= tile["COLUMNS"],
+        triton.cdiv(padded, plan.settings["TOKENS"]),
+        plan.pieces,
         COSINE=inverse_norms is not None,
-        **tile,
+        **plan.settings,
     )
 
 
@@ -314,14 +342,11 @@ def launch_gradients(
     """
     batch, n, d = x.shape
     routes, padded = scores.shape[1:]
-    tile = _tile(d, routes, x.element_size(), GRADIENT_WARPS)
-    column_blocks, blocks = triton.cdiv(d, tile["COLUMNS"]), triton.cdiv(n, tile["TOKENS"])
-    programs = GRADIENT_PROGRAMS * multiprocessors(x.device)
-    parts = min(blocks, triton.cdiv(programs, column_blocks * batch))
-    partials = torch.empty((batch, parts, routes, d), dtype=torch.float32, device=x.device)
+    plan = _plan_gradients(batch, n, d, routes, x.itemsize, multiprocessors(x.device))
+    partials = torch.empty((batch, plan.pieces, routes, d), dtype=torch.float32, device=x.device)
     inputs = (x, routing_tokens, scores, scores if inverse_norms is None else inverse_norms, grad_scores)
     strides = _strides(x, routing_tokens)
-    _gradient_kernel[(column_blocks, parts, batch)](
+    _gradient_kernel[plan.grid](
         *inputs,
         x if dx is None else dx,
         partials,
@@ -330,19 +355,19 @@ def launch_gradients(
         padded,
         d,
         routes,
-        blocks,
+        triton.cdiv(n, plan.settings["TOKENS"]),
+        plan.pieces,
         COSINE=inverse_norms is not None,
         NEEDS_X=dx is not None,
-        **tile,
+        **plan.settings,
     )
     if dx is not None and gathered is not None:
         indices, grad_tokens = gathered
         selected = indices.shape[2]
         slot = torch.arange(selected, dtype=torch.int32, device=x.device).expand(indices.shape)
         slots = torch.full_like(scores, -1, dtype=torch.int32).scatter_(2, indices, slot)
-        # The tile of fp32, which is the smallest: what is gathered takes registers, too.
-        tile = _tile(d, routes, 4, GRADIENT_WARPS)
-        _gathered_kernel[(triton.cdiv(selected, tile["TOKENS"]), batch * routes)](
+        plan = _plan_gathered(batch, selected, d, routes)
+        _gathered_kernel[plan.grid](
             *inputs,
             indices.contiguous(),
             slots,
@@ -354,7 +379,8 @@ def launch_gradients(
             d,
             routes,
             selected,
+            plan.pieces,
             COSINE=inverse_norms is not None,
-            **tile,
+            **plan.settings,
         )
     return partials.sum(dim=1)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._launch import Plan, most_registers, planner
 from kernels._segmented_steps import (
     borders_of,
     cool,
@@ -333,14 +334,17 @@ def _streaming_backward_kernel(
     tl.store(dk_ptr + row, dk / k)
 
 
-def _tile(n: int, dtype: torch.dtype) -> tuple[bool, dict[str, int]]:
-    """Whether a row of n entries stays in registers, and the launch settings: 16 entries in a thread, 4 in fp64."""
-    size = 4 if dtype == torch.float64 else 1
+@planner
+def _plan(n_rows: int, n: int, itemsize: int) -> Plan:
+    """16 entries of so many bytes in a thread, 4 in fp64. Pieces are tiles that are read again, of a row that does not
+    stay in registers."""
+    size = 4 if itemsize == 8 else 1
     resident = n * size <= RESIDENT
     block_n = max(triton.next_power_of_2(n), 32) if resident else STREAMED // size
     num_warps = max(block_n * size // 512, 1)
     # All that a multiprocessor has: without a limit, the compiler spills to fit more programs on it.
-    return resident, {"BLOCK_N": block_n, "num_warps": num_warps, "maxnreg": min(65536 // (32 * num_warps), 255)}
+    settings = {"BLOCK_N": block_n, "num_warps": num_warps, "maxnreg": most_registers(num_warps)}
+    return Plan(n_rows, settings, 0 if resident else triton.cdiv(n, block_n))
 
 
 def launch_forward(
@@ -357,9 +361,9 @@ def launch_forward(
 ) -> None:
     n_rows, n = scores.shape
     n_iters, first, eps_decay, eps = schedule
-    resident, settings = _tile(n, b.dtype)
-    kernel = _resident_forward_kernel if resident else _streaming_forward_kernel
-    kernel[(n_rows,)](
+    plan = _plan(n_rows, n, b.itemsize)
+    kernel = _streaming_forward_kernel if plan.pieces else _resident_forward_kernel
+    kernel[plan.grid](
         scores,
         scores if mask is None else mask,
         scores if k_rows is None else k_rows.contiguous(),
@@ -380,7 +384,7 @@ def launch_forward(
         HAS_MASK=mask is not None,
         HAS_K=k_rows is not None,
         SAVE=b.numel() > 0,
-        **settings,
+        **plan.settings,
     )
 
 
@@ -397,10 +401,10 @@ def launch_backward(
     dk: Tensor,
 ) -> None:
     segments, n_rows, n = b.shape
-    resident, settings = _tile(n, b.dtype)
-    kernel = _resident_backward_kernel if resident else _streaming_backward_kernel
-    total = ds if resident or ds.dtype == b.dtype else torch.empty_like(ds, dtype=b.dtype)
-    kernel[(n_rows,)](
+    plan = _plan(n_rows, n, b.itemsize)
+    kernel = _streaming_backward_kernel if plan.pieces else _resident_backward_kernel
+    total = torch.empty_like(ds, dtype=b.dtype) if plan.pieces and ds.dtype != b.dtype else ds
+    kernel[plan.grid](
         grad,
         scores,
         scores if mask is None else mask,
@@ -420,7 +424,7 @@ def launch_backward(
         k,
         HAS_MASK=mask is not None,
         HAS_K=k_rows is not None,
-        **settings,
+        **plan.settings,
     )
     if total is not ds:
         ds.copy_(total)

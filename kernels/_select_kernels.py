@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._launch import Plan, planner
+
 CHUNK = 4096
 """Entries of a row that one program handles."""
 
@@ -216,28 +218,45 @@ def _rank_kernel(
     tl.store(indices_ptr + row * selected + place, (keys & LAST_INDEX) ^ LAST_INDEX, mask=own < selected)
 
 
+@planner
+def _plan(n_rows: int, n: int) -> Plan:
+    """Pieces are parts, each of which has a program."""
+    parts = triton.cdiv(n, CHUNK)
+    block = min(max(triton.next_power_of_2(n), 128), CHUNK)
+    settings = {"BLOCK": block, "num_warps": max(block // (32 * IN_THREAD), 1)}
+    if parts == 1:
+        # Without a limit on registers, ptxas aims at fewer and spills some.
+        settings["maxnreg"] = 128
+    return Plan(n_rows * parts, settings, parts)
+
+
+@planner
+def _plan_ranks(n_rows: int, selected: int) -> Plan:
+    """Pieces are blocks of selected entries."""
+    blocks = triton.cdiv(selected, RANKED)
+    return Plan(n_rows * blocks, {"BLOCK": RANKED, "AGAINST": RANKED_AGAINST}, blocks)
+
+
 def launch_select(scores: Tensor, mask: Tensor | None, indices: Tensor) -> None:
     """Write to `indices` (rows selected, int64) which of the scores (rows n) are the largest, the largest first."""
     (n_rows, n), selected = scores.shape, indices.shape[1]
     keys = torch.empty_like(indices)
     inputs = (scores, scores if mask is None else mask)
     numbers = (scores.stride(0), 0 if mask is None else mask.stride(0), n, selected)
-    block = min(max(triton.next_power_of_2(n), 128), CHUNK)
-    settings = {"BLOCK": block, "HAS_MASK": mask is not None, "num_warps": max(block // (32 * IN_THREAD), 1)}
-    if n <= CHUNK:
-        # Without a limit on registers, ptxas aims at fewer and spills some.
-        _row_kernel[(n_rows,)](*inputs, keys, *numbers, **settings, maxnreg=128)
+    plan = _plan(n_rows, n)
+    settings = {**plan.settings, "HAS_MASK": mask is not None}
+    if plan.pieces == 1:
+        _row_kernel[plan.grid](*inputs, keys, *numbers, **settings)
     else:
-        parts = triton.cdiv(n, CHUNK)
-        grid = (n_rows * parts,)
+        parts = plan.pieces
         counts = torch.zeros((n_rows, BYTES.value + 1, BINS.value), dtype=torch.int32, device=scores.device)
         own_counts = torch.empty((n_rows, parts, BINS.value), dtype=torch.int32, device=scores.device)
         for byte in range(BYTES.value):
-            _count_kernel[grid](*inputs, counts, own_counts, *numbers, parts, byte, **settings)
-        _collect_kernel[grid](*inputs, counts, own_counts, keys, *numbers, parts, **settings)
+            _count_kernel[plan.grid](*inputs, counts, own_counts, *numbers, parts, byte, **settings)
+        _collect_kernel[plan.grid](*inputs, counts, own_counts, keys, *numbers, parts, **settings)
 
     if selected > MOST_RANKED:
         indices.copy_((keys.sort(dim=1, descending=True).values & LAST_INDEX.value) ^ LAST_INDEX.value)
         return
-    blocks = triton.cdiv(selected, RANKED)
-    _rank_kernel[(n_rows * blocks,)](keys, indices, selected, blocks, BLOCK=RANKED, AGAINST=RANKED_AGAINST)
+    plan = _plan_ranks(n_rows, selected)
+    _rank_kernel[plan.grid](keys, indices, selected, plan.pieces, **plan.settings)

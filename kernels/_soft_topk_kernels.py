@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._launch import Plan, most_registers, planner
 from kernels._soft_topk_search import (
     STATE,
     columns_of,
@@ -142,19 +143,20 @@ def _search_kernel(
     k = load_k(k_ptr, row, k, HAS_K)
 
     # This pass reads what the one before wrote, and writes to the next place.
-    partials_ptr += ((search - 1) * n_rows + row) * chunks * (2 * PROBES)
-    states_ptr += ((search - 1) * n_rows + row) * STATE
+    rows = tl.cast(n_rows, tl.int64)
+    partials_ptr += ((search - 1) * rows + row) * chunks * (2 * PROBES)
+    states_ptr += ((search - 1) * rows + row) * STATE
     if FIRST:
         bracket, aim, n_valid, passes = first_state(partials_ptr, chunks, k, eps, PROBES, SLOTS)
     else:
         bracket, aim, n_valid, passes = next_state(states_ptr, partials_ptr, chunks, k, eps, PROBES, SLOTS)
-    store_state(states_ptr + n_rows * STATE, bracket, aim, n_valid, passes, chunk == 0)
+    store_state(states_ptr + rows * STATE, bracket, aim, n_valid, passes, chunk == 0)
 
     if is_searching(bracket, n_valid, k, eps):
         columns = chunk * (REPEATS * WIDTH) + columns_of(REPEATS, WIDTH)
         scores = load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
         counts, totals = measure(scores, place_probes(bracket, aim, PROBES), rate, WIDTH, PROBES)
-        partial_ptrs = partials_ptr + (n_rows * chunks + chunk) * (2 * PROBES) + tl.arange(0, PROBES)
+        partial_ptrs = partials_ptr + (rows * chunks + chunk) * (2 * PROBES) + tl.arange(0, PROBES)
         tl.store(partial_ptrs, counts)
         tl.store(partial_ptrs + PROBES, totals)
 
@@ -249,8 +251,9 @@ def _gradient_sums_kernel(
         solution_ptr + row * 3, columns, n, rate, HAS_MASK,
     )  # fmt: skip
     weighted, total = sum_pair(grad * y, y, WIDTH)
-    tl.store(sums_ptr + tl.program_id(0) * 2, weighted)
-    tl.store(sums_ptr + tl.program_id(0) * 2 + 1, total)
+    sums_ptr += tl.program_id(0).to(tl.int64) * 2
+    tl.store(sums_ptr, weighted)
+    tl.store(sums_ptr + 1, total)
 
 
 @triton.jit
@@ -303,19 +306,29 @@ def _gradient_kernel(
     tl.store(dk_ptr + row, mean, mask=chunk == 0)
 
 
-def _tile(entries: int) -> dict[str, int]:
-    """Launch settings for a tile of at least `entries`: 16 entries a thread, 32 in the largest.
+@planner
+def _plan(n_rows: int, n: int) -> Plan:
+    """Pieces are chunks. A thread has 16 entries, 32 in the largest tile.
 
     The limit on registers is the one there is anyway: without it, ptxas spills some to fit more programs.
     """
-    block = max(triton.next_power_of_2(entries), 128)
+    chunks = 1 if n <= RESIDENT else triton.cdiv(n, CHUNK)
+    block = max(triton.next_power_of_2(n if chunks == 1 else CHUNK), 128)
     num_warps = min(max(block // 512, 1), 16)
-    return {
+    settings = {
         "REPEATS": block // (128 * num_warps),
         "WIDTH": 128 * num_warps,
         "num_warps": num_warps,
-        "maxnreg": min(2048 // num_warps, 255),
+        "maxnreg": most_registers(num_warps),
     }
+    return Plan(n_rows * chunks, settings, chunks)
+
+
+@planner
+def _plan_slots(n_rows: int, n: int) -> Plan:
+    """The same, and how many chunks a program looks at at a time."""
+    plan = _plan(n_rows, n)
+    return plan._replace(settings={**plan.settings, "SLOTS": min(triton.next_power_of_2(plan.pieces), 128)})
 
 
 def launch_forward(
@@ -326,21 +339,20 @@ def launch_forward(
     strides = (scores.stride(0), 0 if mask is None else mask.stride(0))
     numbers = (k, eps, math.log2(math.e) / eps)
     variant = {"HAS_MASK": mask is not None, "HAS_K": k_rows is not None}
-    if n <= RESIDENT:
-        _resident_kernel[(n_rows,)](
-            *inputs, y, solution, *strides, n, *numbers, PROBES=RESIDENT_PROBES, **variant, **_tile(n)
+    plan = _plan(n_rows, n)
+    chunks, grid = plan.pieces, plan.grid
+    if chunks == 1:
+        _resident_kernel[grid](
+            *inputs, y, solution, *strides, n, *numbers, PROBES=RESIDENT_PROBES, **variant, **plan.settings
         )
         return
 
-    chunks = triton.cdiv(n, CHUNK)
-    grid = (n_rows * chunks,)
     partials = scores.new_empty((SEARCHES + 1, n_rows, chunks, 2 * CHUNK_PROBES), dtype=torch.float64)
     states = scores.new_empty((SEARCHES + 1, n_rows, STATE.value), dtype=torch.float64)
-    tile = _tile(CHUNK)
-    settings = {"PROBES": CHUNK_PROBES, "SLOTS": min(triton.next_power_of_2(chunks), 128), **variant, **tile}
+    settings = {"PROBES": CHUNK_PROBES, **variant, **_plan_slots(n_rows, n).settings}
 
     _survey_kernel[grid](
-        *inputs[:2], partials, *strides, n, chunks, PROBES=CHUNK_PROBES, HAS_MASK=mask is not None, **tile
+        *inputs[:2], partials, *strides, n, chunks, PROBES=CHUNK_PROBES, HAS_MASK=mask is not None, **plan.settings
     )
     for search in range(1, SEARCHES + 1):
         _search_kernel[grid](
@@ -353,16 +365,16 @@ def launch_backward(
     grad: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float, ds: Tensor, dk: Tensor
 ) -> None:
     n_rows, n = scores.shape
-    chunks = 1 if n <= RESIDENT else triton.cdiv(n, CHUNK)
-    grid = (n_rows * chunks,)
+    plan = _plan(n_rows, n)
+    chunks, grid = plan.pieces, plan.grid
     inputs = (grad, scores, scores if mask is None else mask, solution)
     strides = (grad.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
     rate = math.log2(math.e) / eps
-    settings = {"HAS_MASK": mask is not None, **_tile(min(n, CHUNK) if chunks > 1 else n)}
+    variant = {"HAS_MASK": mask is not None}
 
     sums = dk
     if chunks > 1:
         sums = scores.new_empty((n_rows, chunks, 2), dtype=torch.float64)
-        _gradient_sums_kernel[grid](*inputs, sums, *strides, n, chunks, rate, **settings)
-    slots = min(triton.next_power_of_2(chunks), 128)
-    _gradient_kernel[grid](*inputs, sums, ds, dk, *strides, n, chunks, rate, 1.0 / eps, SLOTS=slots, **settings)
+        _gradient_sums_kernel[grid](*inputs, sums, *strides, n, chunks, rate, **variant, **plan.settings)
+    settings = {**variant, **_plan_slots(n_rows, n).settings}
+    _gradient_kernel[grid](*inputs, sums, ds, dk, *strides, n, chunks, rate, 1.0 / eps, **settings)

@@ -4,13 +4,13 @@ What queries may attend to is an interval of positions, and so is what attends t
 a program looks at and which entries of a tile count.
 """
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._launch import Plan, planner
 from kernels._primitives import INTERPRETED, LOG2_E
 
 LARGEST_HEAD = 128
@@ -355,21 +355,42 @@ BACKWARD = {
 }
 
 
+def _plan_blocks(settings: Settings, programs: int, n: int, head_dim: int) -> Plan:
+    """So many programs for each block of a sequence."""
+    tile = {"BLOCK_D": max(triton.next_power_of_2(head_dim), 16), "BLOCK": settings.block, "TILE": settings.tile}
+    options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
+    return Plan(programs * triton.cdiv(n, settings.block), {**tile, **options})
+
+
+@planner
+def _plan_forward(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
+    settings = FORWARD[itemsize, 64 if head_dim <= 64 else LARGEST_HEAD]
+    return _plan_blocks(settings, batch * heads, n, head_dim)
+
+
+@planner
+def _plan_backward(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
+    """Two programs for each block: for its queries, and for its keys."""
+    settings = BACKWARD[itemsize, 64 if head_dim <= 64 else LARGEST_HEAD]
+    return _plan_blocks(settings, 2 * batch * heads, n, head_dim)
+
+
 def launch_forward(
     qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, out: Tensor, log_sum: Tensor
 ) -> None:
     """Fill in the output `b n (h d)` and the logarithms `b h n`, from contiguous tensors."""
-    head_dim = out.shape[2] // heads
-    settings, constants = _settings(FORWARD, qkv, heads, causal, mask)
-    _forward_kernel[_grid(heads, out, settings)](
+    batch, n, width = out.shape
+    head_dim = width // heads
+    plan = _plan_forward(batch, n, heads, head_dim, out.itemsize)
+    _forward_kernel[plan.grid](
         qkv,
         qkv if mask is None else mask,
         out,
         log_sum,
-        out.shape[1],
-        min(window_size, out.shape[1]),
+        n,
+        min(window_size, n),
         LOG2_E.value * head_dim**-0.5,
-        **constants,
+        **_constants(heads, head_dim, causal, mask, plan),
     )
 
 
@@ -385,43 +406,24 @@ def launch_backward(
     dqkv: Tensor,
 ) -> None:
     """Fill in the gradient `b n (3 h d)`, from contiguous tensors."""
-    scale = (out.shape[2] // heads) ** -0.5
-    settings, constants = _settings(BACKWARD, qkv, heads, causal, mask)
-    _backward_kernel[_grid(2 * heads, out, settings)](
+    batch, n, width = out.shape
+    head_dim = width // heads
+    plan = _plan_backward(batch, n, heads, head_dim, out.itemsize)
+    _backward_kernel[plan.grid](
         grad,
         qkv,
         qkv if mask is None else mask,
         out,
         log_sum,
         dqkv,
-        out.shape[1],
-        min(window_size, out.shape[1]),
-        LOG2_E.value * scale,
-        scale,
-        **constants,
+        n,
+        min(window_size, n),
+        LOG2_E.value * head_dim**-0.5,
+        head_dim**-0.5,
+        **_constants(heads, head_dim, causal, mask, plan),
     )
 
 
-def _grid(programs: int, out: Tensor, settings: Settings) -> tuple[int]:
-    """So many programs for each block of each sequence."""
-    batch, n, _ = out.shape
-    return (programs * triton.cdiv(n, settings.block) * batch,)
-
-
-def _settings(
-    table: Mapping[tuple[int, int], Settings], qkv: Tensor, heads: int, causal: bool, mask: Tensor | None
-) -> tuple[Settings, dict[str, Any]]:
-    """The settings for a tensor, and all constants of its launch."""
-    head_dim = qkv.shape[2] // (3 * heads)
-    settings = table[qkv.element_size(), 64 if head_dim <= 64 else LARGEST_HEAD]
-    return settings, {
-        "HEADS": heads,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
-        "CAUSAL": causal,
-        "HAS_MASK": mask is not None,
-        "BLOCK": settings.block,
-        "TILE": settings.tile,
-        "num_warps": settings.num_warps,
-        "num_stages": settings.num_stages,
-    }
+def _constants(heads: int, head_dim: int, causal: bool, mask: Tensor | None, plan: Plan) -> dict[str, Any]:
+    """All constants of a launch."""
+    return {"HEADS": heads, "HEAD_DIM": head_dim, "CAUSAL": causal, "HAS_MASK": mask is not None, **plan.settings}

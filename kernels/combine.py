@@ -13,15 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import as_rows, feature_tile, is_traced, multiprocessors, runs_triton
+from kernels._launch import Plan, as_rows, is_traced, multiprocessors, plan_rows, plan_sweep, planner, runs_triton
 from kernels._operators import backward_of, define, define_backward, define_gradient, eager
 from reference._arguments import check_combine, result_dtype
 
 LONGEST = 8192
 """Most features that the kernel takes; more are left to PyTorch."""
-
-PROGRAMS = 8
-"""Programs of the backward pass for each multiprocessor."""
 
 PLACES = 1024
 """Routed tokens that a program of the map writes."""
@@ -63,7 +60,7 @@ def _forward_kernel(
     HAS_RESIDUAL: tl.constexpr,
 ):
     """ROWS tokens."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)[None, :]
     there = (rows < n_rows)[:, None] & (columns < d)
     slots = tl.load(slots_ptr + rows, mask=rows < n_rows, other=-1)
@@ -134,7 +131,7 @@ def _backward_kernel(
     columns = tl.arange(0, BLOCK_D)[None, :]
     dnull = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
-        rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         there = (rows < n_rows)[:, None] & (columns < d)
         grad = tl.load(grad_ptr + rows[:, None] * grad_stride + columns, mask=there, other=0.0)
         if CASTS_LIGHT:
@@ -147,12 +144,18 @@ def _backward_kernel(
         tl.store(dnull_ptr + tl.program_id(0) * d + columns, share, mask=columns < d)
 
 
+@planner
+def _plan_places(n_routed: int) -> Plan:
+    return Plan(triton.cdiv(n_routed, PLACES), {"BLOCK": PLACES})
+
+
 def _map_slots(indices: Tensor, n: int) -> Tensor:
     """`b n`, int32: which of all `b k` routed tokens stands in the place of a token; -1 where none does."""
     batch, k = indices.shape
     slots = torch.full((batch, n), -1, dtype=torch.int32, device=indices.device)
     if indices.numel():
-        _places_kernel[(triton.cdiv(batch * k, PLACES),)](indices, slots, batch * k, k, n, BLOCK=PLACES)
+        plan = _plan_places(batch * k)
+        _places_kernel[plan.grid](indices, slots, batch * k, k, n, **plan.settings)
     return slots
 
 
@@ -187,8 +190,8 @@ def _forward(
     n_rows, d = indices.shape[0] * n, routed.shape[1]
     out, slots = routed.new_empty((n_rows, d), dtype=dtype), _map_slots(indices, n)
     if out.numel():
-        tile = feature_tile(d)
-        _forward_kernel[(triton.cdiv(n_rows, tile["ROWS"]),)](
+        plan = plan_rows(n_rows, d)
+        _forward_kernel[plan.grid](
             routed,
             scores,
             slots,
@@ -201,7 +204,7 @@ def _forward(
             0 if residual is None else residual.stride(0),
             n_rows,
             d,
-            **tile,
+            **plan.settings,
             HAS_NULL=null is not None,
             HAS_LIGHT=light is not None,
             HAS_RESIDUAL=residual is not None,
@@ -240,9 +243,9 @@ def _backward(
     (n_rows, d), (batch, k) = grad.shape, indices.shape
     if not grad.numel():
         return drouted, dscores.zero_(), dlight, dnull.zero_()
-    tile = feature_tile(d)
     if routed.numel():
-        _routed_backward_kernel[(triton.cdiv(batch * k, tile["ROWS"]),)](
+        plan = plan_rows(batch * k, d)
+        _routed_backward_kernel[plan.grid](
             grad,
             routed,
             scores,
@@ -255,12 +258,12 @@ def _backward(
             k,
             n_rows // batch,
             d,
-            **tile,
+            **plan.settings,
         )
     if slots is not None or light_dtype is not None:
-        programs = min(triton.cdiv(n_rows, tile["ROWS"]), PROGRAMS * multiprocessors(grad.device))
-        shares = torch.empty((0 if slots is None else programs, d), dtype=torch.float32, device=grad.device)
-        _backward_kernel[(programs,)](
+        plan = plan_sweep(n_rows, d, multiprocessors(grad.device))
+        shares = torch.empty((0 if slots is None else plan.programs, d), dtype=torch.float32, device=grad.device)
+        _backward_kernel[plan.grid](
             grad,
             grad if slots is None else slots,
             dlight,
@@ -268,7 +271,7 @@ def _backward(
             grad.stride(0),
             n_rows,
             d,
-            **tile,
+            **plan.settings,
             HAS_NULL=slots is not None,
             CASTS_LIGHT=light_dtype is not None,
         )

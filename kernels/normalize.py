@@ -13,15 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import as_rows, feature_tile, is_traced, multiprocessors, runs_triton
+from kernels._launch import as_rows, is_traced, multiprocessors, plan_rows, plan_sweep, runs_triton
 from kernels._operators import backward_of, define, define_backward, define_gradient, eager
 from reference._arguments import check_normalize, result_dtype
 
 LONGEST = 8192
 """Most features that the kernel takes; more are left to PyTorch."""
-
-PROGRAMS = 8
-"""Programs of the backward pass for each multiprocessor."""
 
 
 @triton.jit
@@ -43,7 +40,7 @@ def _forward_kernel(
     HAS_BIAS: tl.constexpr,
 ):
     """ROWS rows; `most` is the largest scale where there is no center."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
     there = (rows < n_rows)[:, None] & (columns < d)[None, :]
     x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=there, other=0.0).to(tl.float32)
@@ -89,7 +86,7 @@ def _backward_kernel(
     dweight = tl.zeros([ROWS, BLOCK_D], tl.float32)
     dbias = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
-        rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         there = (rows < n_rows)[:, None] & (columns < d)[None, :]
         grad = tl.load(grad_ptr + rows[:, None] * grad_stride + columns[None, :], mask=there, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=there, other=0.0).to(tl.float32)
@@ -123,8 +120,9 @@ def _backward_kernel(
 def _launch_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, center: bool, eps: float, outputs: tuple[Tensor, ...]
 ) -> None:
-    (n_rows, d), tile = x.shape, feature_tile(x.shape[1])
-    _forward_kernel[(triton.cdiv(n_rows, tile["ROWS"]),)](
+    n_rows, d = x.shape
+    plan = plan_rows(n_rows, d)
+    _forward_kernel[plan.grid](
         x,
         weight,
         weight if bias is None else bias,
@@ -134,7 +132,7 @@ def _launch_forward(
         d,
         eps,
         sqrt(d) / eps,
-        **tile,
+        **plan.settings,
         CENTER=center,
         HAS_BIAS=bias is not None,
     )
@@ -151,10 +149,10 @@ def _launch_backward(
     eps: float,
     dx: Tensor,
 ) -> Tensor:
-    (n_rows, d), tile = x.shape, feature_tile(x.shape[1])
-    programs = min(triton.cdiv(n_rows, tile["ROWS"]), PROGRAMS * multiprocessors(x.device))
-    shares = torch.empty((1 + has_bias, programs, d), dtype=torch.float32, device=x.device)
-    _backward_kernel[(programs,)](
+    n_rows, d = x.shape
+    plan = plan_sweep(n_rows, d, multiprocessors(x.device))
+    shares = torch.empty((1 + has_bias, plan.programs, d), dtype=torch.float32, device=x.device)
+    _backward_kernel[plan.grid](
         grad,
         x,
         weight,
@@ -168,7 +166,7 @@ def _launch_backward(
         n_rows,
         d,
         sqrt(d) / eps,
-        **tile,
+        **plan.settings,
         CENTER=center,
         HAS_BIAS=has_bias,
     )

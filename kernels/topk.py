@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels._descent_forward import cooling_iterations, descend, soft_selection
 from kernels._descent_state import allocate_state
-from kernels._launch import as_rows, is_traced, mask_as_rows, runs_triton, tile_settings
+from kernels._launch import Plan, as_rows, is_traced, mask_as_rows, planner, runs_triton, tile_settings
 from kernels._operators import define, define_gradient, eager
 from kernels._primitives import LOWEST, load_tile, per_row, tile_columns
 from kernels.coor_descent import coor_descent, gradients
@@ -66,7 +66,7 @@ def _topk_kernel(
 ):
     """The largest entries of ROWS rows, one by one, with the relaxed selection at these."""
     columns = tile_columns(REPEATS, WIDTH)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     x = load_tile(x_ptr, mask_ptr, rows, columns, x_stride, mask_stride, n_rows, n, HAS_MASK)
     _, _, a, factor, _ = descend(
         x, rows, columns, 0, 0, x_ptr, mask_ptr, x_ptr, state_ptr, x_ptr, x_stride, mask_stride, n_rows, n, n_iters, k,
@@ -98,6 +98,12 @@ def _topk_kernel(
     tl.store(gates_ptr + out, gate.to(gates_ptr.dtype.element_ty), mask=writes)
 
 
+@planner
+def _plan(n_rows: int, n: int, selected: int) -> Plan:
+    tile = tile_settings(n, IN_THREAD)
+    return Plan(triton.cdiv(n_rows, tile["ROWS"]), {**tile, "SELECTED": triton.next_power_of_2(selected)})
+
+
 def _launch(
     x: Tensor,
     mask: Tensor | None,
@@ -108,8 +114,8 @@ def _launch(
 ) -> None:
     n_rows, n = x.shape
     n_iters, eps, first, eps_decay = schedule
-    tile = tile_settings(n, IN_THREAD)
-    _topk_kernel[(triton.cdiv(n_rows, tile["ROWS"]),)](
+    plan = _plan(n_rows, n, selected)
+    _topk_kernel[plan.grid](
         x,
         x if mask is None else mask,
         *outputs,
@@ -124,8 +130,7 @@ def _launch(
         eps_decay,
         eps,
         cooling_iterations(*schedule),
-        **tile,
-        SELECTED=triton.next_power_of_2(selected),
+        **plan.settings,
         HAS_MASK=mask is not None,
         SAVE=outputs[4].numel() > 0,
     )

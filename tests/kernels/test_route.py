@@ -149,10 +149,10 @@ def test_without_a_gradient_nothing_is_saved(device):
 
 
 @pytest.fixture
-def long_rows(monkeypatch):
+def long_rows(set_sizes):
     """Rows that several programs share in each kernel."""
-    monkeypatch.setattr(_select_kernels, "CHUNK", 64)
-    monkeypatch.setattr(_descent_forward, "RESIDENT", 4096)
+    set_sizes(_select_kernels, CHUNK=64)
+    set_sizes(_descent_forward, RESIDENT=4096)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="one program after the other is")

@@ -28,19 +28,10 @@ pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
+def small_tiles(set_sizes):
     """Prefixes, selections and tokens of these tests' size go through several steps of every loop."""
-    for module, name, size in (
-        (_prefix_forward, "NUM_WARPS", 1),
-        (_prefix_forward, "IN_THREAD", 4),
-        (_prefix_forward, "RANKS", 16),
-        (_prefix_forward, "RANKS_IN_THREAD", 1),
-        (_prefix_backward, "SLOTS", 16),
-        (_prefix_backward, "TOKENS", 128),
-        (_prefix_backward, "PREFIXES", 2),
-        (_prefix_backward, "NUM_WARPS", 1),
-    ):
-        monkeypatch.setattr(module, name, size)
+    set_sizes(_prefix_forward, NUM_WARPS=1, IN_THREAD=4, RANKS=16, RANKS_IN_THREAD=1)
+    set_sizes(_prefix_backward, SLOTS=16, TOKENS=128, PREFIXES=2, NUM_WARPS=1)
 
 
 def differentiate(function, scores, grad, **arguments):
@@ -89,8 +80,8 @@ def test_follows_the_reference(device, shape, window_size, num_selected, schedul
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(("most", "window_size", "num_selected"), [(1, 130, 40), (2, 75, 20), (4, 50, 60)])
-def test_several_tiles(device, most, window_size, num_selected, monkeypatch):
-    monkeypatch.setattr(_prefix_forward, "GROUP", most)
+def test_several_tiles(device, most, window_size, num_selected, set_sizes):
+    set_sizes(_prefix_forward, GROUP=most)
     scores = torch.randn(1, 1, 240, device=device)
     check(scores, window_size=window_size, num_selected=num_selected, **DECAYING)
 

@@ -32,14 +32,14 @@ SCHEDULES = pytest.mark.parametrize("options", [CONSTANT, DECAYING], ids=["const
 
 # The CPU path has no rows that are too long.
 @pytest.fixture(params=["resident", "streamed"] if INTERPRETED or DEVICE == "cuda" else ["CPU"])
-def path(request, monkeypatch):
+def path(request, set_sizes):
     """Rows in registers, and rows read tile by tile, at sizes that the interpreter can do."""
     if request.param == "streamed":
         # In fp64, which counts four times: tiles of 32.
-        monkeypatch.setattr(_segmented_kernels, "RESIDENT", 0)
-        monkeypatch.setattr(_segmented_kernels, "STREAMED", 128)
+        set_sizes(_segmented_kernels, RESIDENT=0, STREAMED=128)
         # Settings for a tile that a few warps at most share.
-        assert _segmented_kernels._tile(100, torch.float64) == (False, {"BLOCK_N": 32, "num_warps": 1, "maxnreg": 255})
+        settings = {"BLOCK_N": 32, "num_warps": 1, "maxnreg": 255}
+        assert _segmented_kernels._plan(2, 100, torch.float64.itemsize) == (2, settings, 4)
 
 
 def randn(*shape, std=1.0, dtype=torch.float64):

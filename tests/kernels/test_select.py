@@ -19,10 +19,10 @@ pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 
 @pytest.fixture(params=["one program a row", "parts"])
-def path(request, monkeypatch):
+def path(request, set_sizes):
     """Each way in which a kernel goes through a row of these tests' length."""
     if request.param == "parts":
-        monkeypatch.setattr(_select_kernels, "CHUNK", 64)
+        set_sizes(_select_kernels, CHUNK=64)
 
 
 def check(scores, k, mask=None):

@@ -21,13 +21,11 @@ pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.
 
 
 @pytest.fixture(params=["one program a row", "chunks", "chunks, finished alone"])
-def path(request, monkeypatch):
+def path(request, set_sizes):
     """Each way in which a kernel goes through a row of these tests' length."""
     if request.param != "one program a row":
-        monkeypatch.setattr(_soft_topk_kernels, "RESIDENT", 100)
-        monkeypatch.setattr(_soft_topk_kernels, "CHUNK", 128)
-        monkeypatch.setattr(_soft_topk_kernels, "CHUNK_PROBES", 8)
-        monkeypatch.setattr(_soft_topk_kernels, "SEARCHES", 4 if request.param == "chunks" else 1)
+        searches = 4 if request.param == "chunks" else 1
+        set_sizes(_soft_topk_kernels, RESIDENT=100, CHUNK=128, CHUNK_PROBES=8, SEARCHES=searches)
 
 
 def check(scores, k, eps, mask=None):
@@ -256,9 +254,9 @@ def test_ten_passes_suffice(device, spread):
         assert passes(torch.randn(1, 1000, device=device) * spread, 125, eps) <= 10
 
 
-def test_ten_passes_suffice_for_a_row_of_chunks(device, monkeypatch):
+def test_ten_passes_suffice_for_a_row_of_chunks(device, set_sizes):
     if INTERPRETED:
-        monkeypatch.setattr(_soft_topk_kernels, "CHUNK", 2**19)
+        set_sizes(_soft_topk_kernels, CHUNK=2**19)
     assert passes(torch.randn(1, 2**20, device=device) * 25, 2**17, 0.02) <= 10
 
 

@@ -1,0 +1,24 @@
+"""What tests of kernels share."""
+
+from types import ModuleType
+
+import pytest
+
+from kernels._launch import PLANNERS
+
+
+@pytest.fixture
+def set_sizes(monkeypatch):
+    """Set sizes that launchers plan with, so that a few entries go the way of many, and forget what was planned."""
+
+    def forget():
+        for planner in PLANNERS:
+            planner.cache_clear()
+
+    def set_sizes(module: ModuleType, **sizes: int) -> None:
+        forget()
+        for name, size in sizes.items():
+            monkeypatch.setattr(module, name, size)
+
+    yield set_sizes
+    forget()

@@ -1,0 +1,318 @@
+"""All plans that the launchers of an operation may choose, and calls that follow each of them."""
+
+import inspect
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import (
+    _descent_backward,
+    _descent_forward,
+    _gather_kernel,
+    _gathered_backward,
+    _gathered_forward,
+    _launch,
+    _prefix_backward,
+    _prefix_forward,
+    _routed_attention_kernels,
+    _score_kernels,
+    _segmented_kernels,
+    _select_kernels,
+    _soft_topk_kernels,
+    _windowed_attention_kernels,
+)
+from kernels._launch import Plan
+
+# The functions shadow their modules.
+_combine, _topk = (inspect.getmodule(inspect.unwrap(function)) for function in (kernels.combine, kernels.topk))
+
+DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+"""By the bytes of an entry."""
+
+BOOL = (False, True)
+
+MOST_ENTRIES = 2**24
+"""Of a tensor that tests allocate."""
+
+
+def around(*borders: int, most: int = 2**22) -> tuple[int, ...]:
+    """Sizes up to some number: powers of two, the borders of a launcher, and the neighbours of all these."""
+    middles = {2**power for power in range(most.bit_length())} | set(borders)
+    near = {middle + step for middle in middles for step in (-1, 0, 1)}
+    return tuple(sorted(size for size in near if 0 < size <= most))
+
+
+COUNTS = {
+    "available": (132, 1, 58, 72, 108),
+    "batch": (1, 2, 4, 33, 132, 4000, 65535, 65537, 2**31, 2**33),
+    "d": around(96, 384, 768, 5120, most=8192),
+    "dim": around(48, 80, 96, 112, most=128),
+    "head_dim": around(48, 80, 96, 112, most=128),
+    "heads": (1, 2, 3, 8, 16),
+    "itemsize": (2, 4),
+    "n": around(_descent_forward.RESIDENT, 12000, 108 * _descent_forward.RESIDENT, 132 * _descent_forward.RESIDENT),
+    "n_iters": (1, 2, 3, 20, 64, 65, 500),
+    "n_queries": around(most=4096),
+    "n_routed": around(_combine.PLACES),
+    "n_rows": (1, 2, 3, 4, 5, 8, 32, 33, 64, 132, 300, 1000, 4096, 8192, 65535, 65536, 65537, 2**31, 2**33),
+    "n_tokens": around(),
+    "n_windows": around(most=2048),
+    "pairs": BOOL,
+    "routes": tuple(range(1, _score_kernels.MOST_ROUTES + 1)),
+    "selected": around(_select_kernels.MOST_RANKED, most=2**17),
+    "simple": BOOL,
+    "window_size": around(_prefix_forward.LONGEST_END, most=8192),
+}
+"""What sizes of a name are tried; a launcher whose sizes go by other names has to say here what they may be."""
+
+
+def sizes_of(planner: Callable[..., Plan], **limits: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """All combinations of what the sizes of a planner may be, or ten thousand of them if there are more."""
+    names = tuple(inspect.signature(planner).parameters)
+    values = [limits.get(name, COUNTS[name]) for name in names]
+    if math.prod(map(len, values)) <= 50_000:
+        chosen = itertools.product(*values)
+    else:
+        rng = random.Random(planner.__qualname__)
+        chosen = (tuple(map(rng.choice, values)) for _ in range(50_000))
+    return (dict(zip(names, sizes, strict=True)) for sizes in chosen)
+
+
+class Operation(NamedTuple):
+    """How to call an operation so that it follows a plan."""
+
+    planners: tuple[Callable[..., Plan], ...]
+
+    call: Callable[..., None]
+    """Takes the sizes of a planner and a variant: forward and backward pass."""
+
+    variants: tuple[dict[str, Any], ...]
+    """What else makes another kernel."""
+
+    limits: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    """Of sizes, other than for all."""
+
+    key: Callable[[Plan], object] = lambda plan: tuple(sorted(plan.settings.items()))
+    """What plans that are compiled alike have in common."""
+
+
+def _variants(**choices: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
+    """All combinations, in an order in which neighbours differ in most."""
+    combined = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+    random.Random(0).shuffle(combined)
+    return tuple(combined)
+
+
+def _differentiate(output: Tensor, save: bool = True) -> None:
+    if save and output.requires_grad:
+        output.backward(torch.zeros_like(output))
+
+
+def _rows(n_rows: int, n: int, dtype: torch.dtype, masked: bool, per_row: bool, save: bool, k: float = 1.0):
+    scores = torch.zeros(n_rows, n, dtype=dtype, requires_grad=save)
+    mask = torch.ones(n, dtype=torch.bool).expand(n_rows, n) if masked else None
+    return scores, mask, torch.full((n_rows,), k, requires_grad=save) if per_row else k
+
+
+def coor_descent(n_rows, n, simple=True, per_row=False, save=True, masked=True, half=True, **_):
+    dtype = torch.bfloat16 if half and not simple else torch.float32
+    masked = not simple and (masked or not half)
+    scores, mask, k = _rows(n_rows, n, dtype, masked, per_row, save)
+    schedule = {"n_iters": 4, "eps": 0.1, "eps_init": 1.0, "eps_decay": 0.5}
+    _differentiate(kernels.coor_descent(scores, k=k, mask=mask, **schedule))
+
+
+def topk(n_rows, n, selected, masked=False, save=True, itemsize=4, **_):
+    """Without the backward pass, which is that of coordinate descent."""
+    x, mask, _ = _rows(n_rows, n, DTYPES[itemsize], masked, False, save)
+    kernels.topk(x, min(selected, n), n_iters=4, mask=mask, fused=True)
+
+
+def soft_topk(n_rows, n, masked, per_row, itemsize, **_):
+    scores, mask, k = _rows(n_rows, n, DTYPES[itemsize], masked, per_row, True)
+    _differentiate(kernels.soft_topk(scores, k=k, eps=0.1, mask=mask))
+
+
+def select(n_rows, n=100, selected=7, masked=False, itemsize=4, **_):
+    scores, mask, _ = _rows(n_rows, max(n, selected), DTYPES[itemsize], masked, False, False)
+    kernels.select(scores, num_selected=selected, mask=mask)
+
+
+def segmented_coor_descent(n_rows, n, itemsize, masked, per_row, save, **_):
+    scores, mask, k = _rows(n_rows, n, DTYPES[itemsize], masked, per_row, save)
+    _differentiate(kernels.segmented_coor_descent(scores, k=k, n_iters=4, mask=mask, checkpoint_segments=2))
+
+
+def routing_scores(batch, n, d, routes, itemsize, cosine=False, needs_x=True, **_):
+    x = torch.zeros(batch, n, d, dtype=DTYPES[itemsize], requires_grad=needs_x)
+    routing_tokens = torch.zeros(1, routes, d, requires_grad=True)
+    _differentiate(kernels.routing_scores(x, routing_tokens, cosine_sim_scale=8.0 if cosine else None))
+
+
+def gathered_gradients(batch, selected, d, routes, cosine, itemsize, **_):
+    x = torch.zeros(batch, selected, d, dtype=DTYPES[itemsize])
+    scores = torch.zeros(batch, routes, selected)
+    inverse_norms = torch.zeros(batch, selected) if cosine else None
+    gathered = torch.zeros(batch, routes, selected, dtype=torch.int64), x.new_zeros(batch, routes, selected, d)
+    inputs = (x, torch.zeros(1, routes, d), scores, inverse_norms, scores, gathered)
+    _score_kernels.launch_gradients(*inputs, torch.zeros_like(x))
+
+
+def gather(n_rows, selected, d, itemsize, **_):
+    """From as many sequences, of one block each."""
+    x = torch.zeros(n_rows, selected, d, dtype=DTYPES[itemsize])
+    indices, weights = torch.zeros(n_rows, selected, dtype=torch.int64), torch.zeros(n_rows, selected)
+    outputs = (weights[:, None], x[:, None].clone(), indices[:, None])
+    _gather_kernel.launch_gather(x, indices, weights, 1, *outputs)
+
+
+def normalize(n_rows, d, center, biased, itemsize, **_):
+    x = torch.zeros(n_rows, d, dtype=DTYPES[itemsize], requires_grad=True)
+    bias = torch.zeros(d, requires_grad=True) if biased else None
+    _differentiate(kernels.normalize(x, torch.ones(d, requires_grad=True), bias, center=center))
+
+
+def combine(d=8, n_rows=1, n_routed=None, nulled=True, lit=True, residual=True, itemsize=4, **_):
+    """`n_rows` sequences of one token, which is routed."""
+    batch, n = n_routed or n_rows, 1
+    dtype = DTYPES[itemsize]
+    kernels_take = {
+        "null": torch.zeros(d, requires_grad=True) if nulled else None,
+        "light": torch.zeros(batch, n, d, dtype=dtype, requires_grad=True) if lit else None,
+        "residual": torch.zeros(batch, n, d, requires_grad=True) if residual else None,
+    }
+    routed = torch.zeros(batch, 1, d, dtype=dtype, requires_grad=True)
+    indices = torch.zeros(batch, 1, dtype=torch.int64)
+    _differentiate(kernels.combine(routed, torch.zeros(batch, 1), indices, length=n, **kernels_take))
+
+
+def route_prefixes(n_rows, n_windows=2, window_size=3, n_iters=4, n=None, itemsize=4, save=True, **_):
+    n = (n_windows + 1) * window_size if n is None else max(n, 2)
+    scores = torch.zeros(n_rows, 1, n, dtype=DTYPES[itemsize], requires_grad=save)
+    options = {"window_size": min(window_size, n), "num_selected": 2, "n_iters": n_iters}
+    _differentiate(kernels.route_prefixes(scores, k=1.0, **options).weights)
+
+
+def gathered_attention(
+    batch, heads, dim, itemsize, n_windows=2, n_queries=16, n_tokens=3, pairs=True, weighed=False, **_
+):
+    dtype = DTYPES[itemsize]
+    out = kernels.gathered_attention(
+        torch.zeros(batch, n_windows, heads, n_queries, dim, dtype=dtype, requires_grad=True),
+        torch.zeros(batch, 1, n_tokens, 2 * heads * dim, dtype=dtype, requires_grad=True),
+        torch.zeros(batch, n_windows, 1, 1, dtype=torch.int64),
+        torch.zeros(batch, n_windows, 1, 1, requires_grad=True),
+        torch.zeros(2, heads, dim, requires_grad=True),
+        multiply_keys_by_score=weighed or not pairs,
+    )
+    _differentiate(out)
+
+
+def routed_attention(batch, n, heads, head_dim, itemsize, masked=False, weighed=False, save=True, **_):
+    dtype = DTYPES[itemsize]
+    out = kernels.routed_attention(
+        torch.zeros(batch, n, heads * head_dim, dtype=dtype, requires_grad=save),
+        torch.zeros(batch, 1, n, 2 * heads * head_dim, dtype=dtype, requires_grad=save),
+        torch.zeros(batch, 1, n, requires_grad=save),
+        torch.zeros(2, heads, head_dim, requires_grad=save),
+        mask=torch.ones(batch, 1, n, dtype=torch.bool) if masked else None,
+        multiply_keys_by_score=weighed,
+    )
+    _differentiate(out)
+
+
+def windowed_attention(batch, n, heads, head_dim, itemsize, masked=False, causal=False, **_):
+    qkv = torch.zeros(batch, n, 3 * heads * head_dim, dtype=DTYPES[itemsize], requires_grad=True)
+    mask = torch.ones(batch, n, dtype=torch.bool) if masked else None
+    _differentiate(kernels.windowed_attention(qkv, heads=heads, window_size=4, causal=causal, mask=mask))
+
+
+def _but_for_programs(plan: Plan) -> object:
+    """A row is shared by any number of programs, which only moves addresses."""
+    return tuple(sorted((name, value) for name, value in plan.settings.items() if name != "PROGRAMS"))
+
+
+OPERATIONS = {
+    "coor_descent": Operation(
+        (_descent_forward._plan, _descent_backward._plan_sums, _descent_backward._plan),
+        coor_descent,
+        _variants(per_row=BOOL, save=BOOL, masked=BOOL, half=BOOL),
+        key=_but_for_programs,
+    ),
+    "topk": Operation(
+        (_topk._plan,),
+        topk,
+        _variants(masked=BOOL, save=BOOL, itemsize=(2, 4)),
+        {"n": around(most=_topk.LONGEST), "selected": tuple(range(1, _topk.MOST + 1))},
+    ),
+    "soft_topk": Operation(
+        (_soft_topk_kernels._plan, _soft_topk_kernels._plan_slots),
+        soft_topk,
+        _variants(masked=BOOL, per_row=BOOL, itemsize=(2, 4)),
+    ),
+    "select": Operation(
+        (_select_kernels._plan, _select_kernels._plan_ranks), select, _variants(masked=BOOL, itemsize=(2, 4))
+    ),
+    "segmented_coor_descent": Operation(
+        (_segmented_kernels._plan,),
+        segmented_coor_descent,
+        _variants(masked=BOOL, per_row=BOOL, save=BOOL),
+        {"itemsize": (2, 4, 8)},
+    ),
+    "routing_scores": Operation(
+        (_score_kernels._plan_scores, _score_kernels._plan_gradients),
+        routing_scores,
+        _variants(cosine=BOOL, needs_x=BOOL),
+    ),
+    "gathered_gradients": Operation(
+        (_score_kernels._plan_gathered,), gathered_gradients, _variants(cosine=BOOL, itemsize=(2, 4))
+    ),
+    "gather": Operation((_gather_kernel._plan,), gather, _variants(itemsize=(2, 4))),
+    "normalize": Operation(
+        (_launch.plan_rows, _launch.plan_sweep),
+        normalize,
+        _variants(center=BOOL, biased=BOOL, itemsize=(2, 4)),
+    ),
+    "combine": Operation(
+        (_launch.plan_rows, _launch.plan_sweep, _combine._plan_places),
+        combine,
+        _variants(nulled=BOOL, lit=BOOL, residual=BOOL, itemsize=(2, 4)),
+    ),
+    "route_prefixes": Operation(
+        (
+            _prefix_forward._plan_descent,
+            _prefix_forward._plan_selection,
+            _prefix_backward._plan_thresholds,
+            _prefix_backward._plan_sums,
+            _prefix_backward._plan_tokens,
+        ),
+        route_prefixes,
+        _variants(itemsize=(2, 4), save=BOOL),
+    ),
+    "gathered_attention": Operation(
+        (_gathered_forward._plan, _gathered_backward._plan_queries, _gathered_backward._plan_keys),
+        gathered_attention,
+        _variants(weighed=BOOL),
+    ),
+    "routed_attention": Operation(
+        (
+            _routed_attention_kernels._plan_forward,
+            _routed_attention_kernels._plan_queries,
+            _routed_attention_kernels._plan_keys,
+        ),
+        routed_attention,
+        _variants(masked=BOOL, weighed=BOOL, save=BOOL),
+    ),
+    "windowed_attention": Operation(
+        (_windowed_attention_kernels._plan_forward, _windowed_attention_kernels._plan_backward),
+        windowed_attention,
+        _variants(masked=BOOL, causal=BOOL),
+    ),
+}
