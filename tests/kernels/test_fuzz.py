@@ -52,8 +52,9 @@ FOUND = [
     # In half precision the CPU path rounded weights to that.
     (
         '{"name": "route_prefixes", "seed": 1771501593, "dtype": "bfloat16", "autocast": null, "grad": true, '
-        '"layout": "contiguous", "data": {"scores": [1, 1, 176], "std": 1.0, "ties": false}, "options": {"n_iters": 10, '
-        '"eps": 0.1, "eps_init": 4.0, "eps_decay": 0.7, "window_size": 31, "num_selected": 14, "k": 14}}'
+        '"layout": "contiguous", "data": {"scores": [1, 1, 176], "std": 1.0, "ties": false}, '
+        '"options": {"n_iters": 10, "eps": 0.1, "eps_init": 4.0, "eps_decay": 0.7, '
+        '"window_size": 31, "num_selected": 14, "k": 14}}'
     ),
 ]
 """Lines of cases that failed once, and why."""

@@ -109,6 +109,10 @@ class Case:
         """The options as they are passed."""
         return {name: _as_argument(name, value) for name, value in self.options.items()}
 
+    def is_tensor(self, name: str) -> bool:
+        """Whether what a layer is called with by that name is a tensor."""
+        return name.endswith("mask") or "routing_tokens" in name or name == "residual"
+
     @classmethod
     def parse(cls, line: str) -> Self:
         return cls(**json.loads(line))
@@ -611,7 +615,7 @@ class Maker:
         self.generator = torch.Generator().manual_seed(case.seed)
         self.layouts = random.Random(case.seed)
         self.dtype = getattr(torch, case.dtype)
-        self.bases: dict[str, Tensor] = {}
+        self.memory: dict[str, Tensor] = {}
         """All memory that tensors lie in, by their names."""
 
         self.tensors: dict[str, Tensor] = {}
@@ -624,7 +628,7 @@ class Maker:
         layout = self.case.layout
         if layout == "mixed":
             layout = self.layouts.choice(["contiguous", "transposed", "sliced", "strided"])
-        self.bases[name], self.tensors[name] = _lay_out(x.to(self.device), layout)
+        self.memory[name], self.tensors[name] = _lay_out(x.to(self.device), layout)
 
     def normal(self, *shape: int, std: float = 1.0) -> Tensor:
         return std * torch.randn(shape, generator=self.generator)

@@ -1,0 +1,223 @@
+"""A case by ours and by the definition, which is asked what follows from what ours has selected.
+
+What is selected may differ where scores differ by less than a rounding, and all that comes after differs then. So what
+ours selects is kept, and the definition selects the same again.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import kernels
+import reference
+from tests.kernels.fuzz.cases import OPERATIONS, Case
+
+Tensors = dict[str, Tensor]
+Function = Callable[[Tensors], Tensors]
+
+WIDE = {"coor_descent", "segmented_coor_descent", "soft_topk", "topk"}
+"""Operations that compute in fp32 what they are given in half precision, and round the result."""
+
+
+@dataclass
+class Watched:
+    """What happened within an execution, in the order of the calls."""
+
+    selections: list[Tensor] = field(default_factory=list)
+    """Indices: what ours selects, and what the definition is to select."""
+
+    ranked: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    """Scores and mask that the definition would have selected by."""
+
+    relaxed: list[tuple[str, Tensor, dict[str, Any]]] = field(default_factory=list)
+    """Relaxations of the definition: the operation, scores and arguments."""
+
+    causal: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    """Causal selections: indices, and the scores of the window before and of the window."""
+
+
+def ours(case: Case, device: torch.device, watched: Watched) -> tuple[Function, Tensors]:
+    """The operation, or the layer with kernels, as a function of tensors; and the parameters that are among these."""
+    if case.name not in OPERATIONS:
+        module = layer(case, device, use_triton=True)
+        _watch(module, watched)
+        parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+        return lambda tensors: _call(module, case, tensors), parameters
+
+    def function(tensors: Tensors) -> Tensors:
+        result = named(getattr(kernels, case.name)(**tensors, **case.arguments()))
+        if case.name == "route":
+            watched.selections.append(_within_blocks(result["indices"], case.options, tensors["x"].shape[1]))
+        if case.name == "topk":
+            watched.selections.append(result["indices"])
+        return result
+
+    return function, {}
+
+
+def definition(case: Case, device: torch.device, watched: Watched, dtype: torch.dtype) -> Function:
+    """The reference, which selects what is in `watched`, and notes there what it computes."""
+
+    def function(tensors: Tensors) -> Tensors:
+        with _replaying(watched) as operations:
+            if case.name not in OPERATIONS:
+                module = layer(case, device, use_triton=False).to(dtype)
+                _watch_causal(module, watched)
+                return _call(module, case, tensors)
+            if case.name not in WIDE:
+                return named(operations[case.name](**tensors, **case.arguments()))
+            wide = {name: _widened(x) for name, x in tensors.items()}
+            results = named(operations[case.name](**wide, **case.arguments()))
+            return {name: x.to(dtype) if x.is_floating_point() else x for name, x in results.items()}
+
+    return function
+
+
+def named(result: Any) -> Tensors:
+    """The tensors of a result by their names."""
+    if isinstance(result, Tensor):
+        return {"output": result}
+    return {name: value for name, value in result._asdict().items() if value is not None}
+
+
+def layer(case: Case, device: torch.device, *, use_triton: bool) -> nn.Module:
+    """The layer of a case, with parameters in its dtype."""
+    options = case.arguments()
+    options["router_use_triton" if case.name.endswith("ViT") else "use_triton"] = use_triton
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(case.seed)
+        module = getattr(reference, case.name)(**options)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith("routing_token"):
+                parameter.mul_(case.data["std"] / parameter.shape[-1] ** 0.5)
+    return module.to(device, getattr(torch, case.dtype))
+
+
+def _call(module: nn.Module, case: Case, tensors: Tensors) -> Tensors:
+    """A layer called with parameters and inputs by their names, and with the numbers of the case."""
+    parameters = {name: tensors[name] for name, _ in module.named_parameters()}
+    inputs = {name: tensor for name, tensor in tensors.items() if name not in parameters}
+    numbers = {
+        name: value
+        for name, value in case.data["given"].items()
+        if name in inspect.signature(module.forward).parameters and not case.is_tensor(name) and value is not None
+    }
+    return named(functional_call(module, parameters, kwargs={**inputs, **numbers}))
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.is_floating_point() and x.dtype.itemsize == 2 else x
+
+
+# What ours selects ----------------------------------------------------------------------------------------------------
+
+
+def _after(owner: nn.Module, name: str, keep: Callable[..., None]) -> None:
+    """Have `keep` see the result and the arguments of each call of a method."""
+    function = getattr(owner, name)
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        keep(result, *args, **kwargs)
+        return result
+
+    setattr(owner, name, watching)
+
+
+def _watch(module: nn.Module, watched: Watched) -> None:
+    """Keep what the routers of a layer with kernels select."""
+
+    def chosen(result: Tensor, *args: Any, **kwargs: Any) -> None:
+        watched.selections.append(result)
+
+    def routed(result: Any, x: Tensor, routing_tokens: Tensor, **options: Any) -> None:
+        watched.selections.append(_within_blocks(result.indices, options, x.shape[1]))
+
+    def from_prefixes(result: Any, *args: Any, **kwargs: Any) -> None:
+        watched.selections.append(result.indices)
+
+    for part in module.modules():
+        if isinstance(part, reference.CoordinateDescentRouter):
+            _after(part, "_choose", chosen)
+            _after(part, "_route", routed)
+        if getattr(part, "_route_prefixes", None) is not None:
+            _after(part, "_route_prefixes", from_prefixes)
+    _watch_causal(module, watched)
+
+
+def _watch_causal(module: nn.Module, watched: Watched) -> None:
+    def selected(result: Any, before: Tensor, scores: Tensor, *args: Any) -> None:
+        watched.causal.append((result.indices, before.detach(), scores.detach()))
+
+    if isinstance(module, reference.ConditionalRoutedAutoregressiveAttention):
+        _after(module, "_select_causally", selected)
+
+
+def _within_blocks(indices: Tensor, options: dict[str, Any], n: int) -> Tensor:
+    """Indices `b r (m s)` of the whole as what is selected from blocks: `b r m s`."""
+    size = options["block_size"]
+    if size is None:
+        return indices
+    blocks = ceil(n / size)
+    starts = torch.arange(blocks, device=indices.device)[:, None] * size
+    return indices.unflatten(-1, (blocks, -1)) - starts
+
+
+# What the definition does with it -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _replaying(watched: Watched) -> Iterator[dict[str, Callable[..., Any]]]:
+    """The operations of the reference, in which all that select take one selection after the other."""
+    given = iter(watched.selections)
+
+    def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> Tensor:
+        watched.ranked.append((scores.detach(), mask))
+        indices = next(given)
+        expected = (*scores.shape[:-1], num_selected)
+        assert indices.shape == expected, f"selected are {tuple(indices.shape)}, by the definition {expected}"
+        return indices
+
+    def relaxing(name: str) -> Callable[..., Tensor]:
+        def relax(scores: Tensor, **options: Any) -> Tensor:
+            watched.relaxed.append((name, scores.detach(), options))
+            return getattr(reference, name)(scores, **options)
+
+        return relax
+
+    descent, exact = relaxing("coor_descent"), relaxing("soft_topk")
+
+    def segmented(scores: Tensor, checkpoint_segments: int, **options: Any) -> Tensor:
+        return descent(scores, **options)
+
+    def topk(x: Tensor, k: int, coor_descent_k_ratio: float, fused: bool, non_differentiable: bool, **rest: Any) -> Any:
+        """`reference.topk`, but for which of equal entries it selects."""
+        mask, indices = rest.get("mask"), next(given)
+        there = torch.ones_like(indices, dtype=torch.bool) if mask is None else mask.expand(x.shape).gather(-1, indices)
+        values = x.gather(-1, indices).masked_fill(~there, 0.0)
+        if non_differentiable:
+            return reference.TopkReturn(values, indices, None, None)
+        soft = descent(x, k=min(k * coor_descent_k_ratio, x.shape[-1]), **rest).gather(-1, indices)
+        gates = (soft + (1.0 - soft).detach()).masked_fill(~there, 0.0)
+        return reference.TopkReturn(values * gates, indices, soft, gates)
+
+    # As the modules of the reference know them: `reference.route` is a function.
+    replaced = {"select": select, "coor_descent": descent, "soft_topk": exact}
+    with ExitStack() as patches:
+        for module in (sys.modules[f"reference.{name}"] for name in ("route", "router", "route_prefixes")):
+            for name in replaced.keys() & vars(module).keys():
+                patches.enter_context(mock.patch.object(module, name, replaced[name]))
+        changed = {"coor_descent": descent, "soft_topk": exact, "segmented_coor_descent": segmented, "topk": topk}
+        yield {name: changed.get(name) or getattr(reference, name) for name in OPERATIONS}
+    if torch.is_grad_enabled() or watched.selections:
+        assert next(given, None) is None, "ours selected more often than the definition"
