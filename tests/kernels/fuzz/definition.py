@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 import kernels
 import reference
+from reference._attention import attend
 from tests.kernels.fuzz.cases import OPERATIONS, Case
 
 Tensors = dict[str, Tensor]
@@ -26,6 +27,17 @@ Function = Callable[[Tensors], Tensors]
 
 WIDE = {"coor_descent", "segmented_coor_descent", "soft_topk", "topk"}
 """Operations that compute in fp32 what they are given in half precision, and round the result."""
+
+REPLACED_IN = (
+    "_attention",
+    "gathered_attention",
+    "route",
+    "route_prefixes",
+    "routed_attention",
+    "router",
+    "windowed_attention",
+)
+"""Modules whose functions select, relax or attend."""
 
 
 @dataclass
@@ -211,10 +223,14 @@ def _replaying(watched: Watched) -> Iterator[dict[str, Callable[..., Any]]]:
         gates = (soft + (1.0 - soft).detach()).masked_fill(~there, 0.0)
         return reference.TopkReturn(values * gates, indices, soft, gates)
 
-    # As the modules of the reference know them: `reference.route` is a function.
-    replaced = {"select": select, "coor_descent": descent, "soft_topk": exact}
+    def in_steps(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Attention by the definition: what PyTorch's kernels round within is not seen and not moved."""
+        return attend(query, key, value, mask, **{**options, "use_flash": False})
+
+    replaced = {"select": select, "coor_descent": descent, "soft_topk": exact, "attend": in_steps}
     with ExitStack() as patches:
-        for module in (sys.modules[f"reference.{name}"] for name in ("route", "router", "route_prefixes")):
+        # By their names: `reference.route`, for one, is a function.
+        for module in (sys.modules[f"reference.{name}"] for name in REPLACED_IN):
             for name in replaced.keys() & vars(module).keys():
                 patches.enter_context(mock.patch.object(module, name, replaced[name]))
         changed = {"coor_descent": descent, "soft_topk": exact, "segmented_coor_descent": segmented, "topk": topk}
