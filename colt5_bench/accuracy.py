@@ -100,8 +100,11 @@ class Tolerance:
     least: float
     """What is allowed in any case."""
 
+    dtype: torch.dtype
+    """Of the tensor."""
+
     most: float = inf
-    """What is allowed in no case to be exceeded."""
+    """What no element may be off by more than."""
 
     def at_least(self, error: float) -> "Tolerance":
         """The same, but each element may be off by `error`."""
@@ -185,7 +188,7 @@ class Spread:
         information = torch.finfo(self._dtype)
         # A rounding of a rounding of the largest element is nothing beside it.
         least = max(information.eps**2 * self._scale, information.tiny)
-        return Tolerance(errors, ROUNDINGS * information.eps, least)
+        return Tolerance(errors, ROUNDINGS * information.eps, least, self._dtype)
 
 
 def passes(actual: Divergence) -> bool:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +13,19 @@ from torch import Tensor
 FORWARD = "forward"
 FORWARD_BACKWARD = "forward+backward"
 DIRECTIONS = (FORWARD, FORWARD_BACKWARD)
+
+
+_salt = ContextVar("salt", default="")
+
+
+@contextmanager
+def other_values() -> Iterator[None]:
+    """While this lasts, the generators of cases give other random numbers."""
+    token = _salt.set(":other")
+    try:
+        yield
+    finally:
+        _salt.reset(token)
 
 
 @dataclass(frozen=True)
@@ -26,8 +42,8 @@ class Case:
         return dataclasses.asdict(self)
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
-        """Random numbers that depend on nothing but the fields of the case."""
-        digest = hashlib.sha256(f"{type(self).__name__}:{self.id}".encode()).digest()
+        """Random numbers that depend on nothing but the fields of the case; within `other_values`, others."""
+        digest = hashlib.sha256(f"{type(self).__name__}:{self.id}{_salt.get()}".encode()).digest()
         return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 

@@ -4,18 +4,18 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isnan
 
 import torch
-from torch import Tensor
 
-from colt5_bench import accuracy, environment, memory, roofline, static_facts, timing
-from colt5_bench.accuracy import Tolerance
-from colt5_bench.case import FORWARD, Case, Problem, Truth
-from colt5_bench.results import Divergence, Record, Status
+from colt5_bench import environment, memory, roofline, static_facts, timing
+from colt5_bench.call import Call
+from colt5_bench.case import Case
+from colt5_bench.global_state import preserved
+from colt5_bench.oracle import Oracle
+from colt5_bench.results import Record, Status
 from colt5_bench.roofline import Ceilings
 from colt5_bench.rounds import CPU_COLUMNS, GPU_COLUMNS
-from colt5_bench.suite import Implementation, Operation, Suite
+from colt5_bench.suite import Implementation, Suite
 
 LONGEST_REASON = 300
 """Characters of an error message that go into a record."""
@@ -81,18 +81,6 @@ class Conditions:
         return cls(device, environment.device_name(device), environment_key, ceilings, max_seconds, tuple(targets))
 
 
-@dataclass(frozen=True)
-class _Oracle:
-    """The inputs of a case, what they should give, and how far from it plain PyTorch is."""
-
-    problem: Problem
-    pristine: dict[str, Tensor]
-    """A copy of the inputs."""
-
-    truth: Truth
-    tolerances: dict[str, Tolerance]
-
-
 def measure(
     suite: Suite,
     case: Case,
@@ -135,13 +123,13 @@ def _measure_all(
         else:
             running[name] = record
 
-    oracles: dict[str, _Oracle] = {}
+    oracles: dict[str, Oracle] = {}
     operations = {name: suite.implementations[name].operation for name in running}
     for operation in dict.fromkeys(operations.values()):
         own = [name for name in running if operations[name] is operation]
         with _failing([running[name] for name in own], "fp64 truth: ", out_of_memory="error"):
             _describe_cost(suite, case, direction, [running[name] for name in own], conditions.ceilings)
-            oracles.update(dict.fromkeys(own, _consult_oracle(operation or suite, case, direction, conditions.device)))
+            oracles.update(dict.fromkeys(own, Oracle.consult(operation or suite, case, direction, conditions.device)))
     _measure_each(suite, case, direction, {name: running[name] for name in oracles}, oracles, conditions, begin)
 
 
@@ -179,23 +167,12 @@ def _describe_cost(suite: Suite, case: Case, direction: str, records: Iterable[R
             record.limit_seconds = roofline.limit_seconds(cost, ceilings)
 
 
-def _consult_oracle(operation: Operation, case: Case, direction: str, device: torch.device) -> _Oracle:
-    problem = operation.problem(case, device)
-    truth = operation.truth(case, problem, direction)
-    pristine = {name: tensor.clone() for name, tensor in problem.inputs.items()}
-
-    def plain() -> dict[str, Tensor]:
-        return Call(operation.plain(case), problem, direction).results()
-
-    return _Oracle(problem, pristine, truth, accuracy.tolerances(plain, truth.tensors(), truth.at_kink))
-
-
 def _measure_each(
     suite: Suite,
     case: Case,
     direction: str,
     records: dict[str, Record],
-    oracles: dict[str, _Oracle],
+    oracles: dict[str, Oracle],
     conditions: Conditions,
     begin: Callable[[str], None],
 ) -> None:
@@ -203,29 +180,89 @@ def _measure_each(
     for name, record in records.items():
         begin(name)
         implementation, oracle = suite.implementations[name], oracles[name]
-        with _failing([record]):
+        with preserved() as record.changed_settings, _failing([record]):
             call = Call(implementation.build(case), oracle.problem, direction)
-            record.accuracy = _divergences(implementation, case, call.results(), oracle)
-            record.status, record.reason = _verdict(record.accuracy)
-            if spoilt := _restore(oracle.problem.inputs, oracle.pristine):
-                record.status, record.reason = "wrong", f"writes to its input {spoilt}"
+            record.accuracy, record.reason = oracle.judge(implementation, call.results())
+            record.status = "wrong" if record.reason else "ok"
             record.metrics = dict(implementation.metrics(case, oracle.problem))
             if record.status == "ok" and suite.timed:
                 record.peak_bytes = memory.measure_memory(call, device=conditions.device)
                 record.saved_bytes = call.saved_bytes()
                 record.kernels = _static_facts(implementation, call, conditions)
                 calls[name] = call
+        if spoilt := oracle.restore():
+            calls.pop(name, None)
+            record.status, record.reason = "wrong", f"writes to its input {spoilt}"
+    _time_correct(suite, calls, records, oracles, conditions, begin)
 
-    begin("")
-    if calls:
-        with _failing([records[name] for name in calls], "timing: "):
-            _time(calls, records, conditions)
+
+def _time_correct(
+    suite: Suite,
+    calls: dict[str, Call],
+    records: dict[str, Record],
+    oracles: dict[str, Oracle],
+    conditions: Conditions,
+    begin: Callable[[str], None],
+) -> None:
+    """Take the times of what goes on to be correct while it is timed. If one spoils the inputs of all, those of the
+    others are taken again without it."""
+    others: dict[int, Oracle] = {}
+    while calls:
+        begin("")
+        _time_apart(calls, records, conditions)
+        calls = {name: call for name, call in calls.items() if records[name].status == "ok"}
+        spoilt = [name for name in calls if oracles[name].restore()]
         for name, call in calls.items():
+            begin(name)
+            record, oracle = records[name], oracles[name]
+            with preserved(), _failing([record], "after it was timed: "):
+                if id(oracle) not in others:
+                    others[id(oracle)] = oracle.with_other_values()
+                implementation = suite.implementations[name]
+                record.reason = _late_fault(implementation, call, oracle, others[id(oracle)], sampled=not spoilt)
+                record.status = "wrong" if record.reason else "ok"
+        right = {name: call for name, call in calls.items() if records[name].status == "ok"}
+        for name in calls.keys() - right.keys():
+            records[name].timings = {}
+        if not spoilt or len(right) == len(calls):
+            return
+        calls = right
+
+
+def _late_fault(implementation: Implementation, call: Call, oracle: Oracle, other: Oracle, *, sampled: bool) -> str:
+    """What is wrong with an implementation that was right at first; an empty text if nothing is.
+
+    Args:
+        sampled: whether the output of one of the timed calls can be judged.
+    """
+    if sampled and call.sample is not None:
+        _, wrong = oracle.judge(implementation, {"output": call.sample})
+        if wrong:
+            return f"right at first, while it is timed {wrong}"
+    _, wrong = oracle.judge(implementation, call.results())
+    if wrong:
+        return f"right at first, later {wrong}"
+    if spoilt := oracle.restore():
+        return f"writes to its input {spoilt}, but not at first"
+    with oracle.given(other):
+        _, wrong = other.judge(implementation, {"output": call.forward().detach()})
+    return f"for other values in the same tensors {wrong}" if wrong else ""
+
+
+def _time_apart(calls: dict[str, Call], records: dict[str, Record], conditions: Conditions) -> None:
+    """Take times interleaved, but of each call that changes settings on its own: they would hold for all."""
+    alone = [name for name in calls if records[name].changed_settings]
+    for names in ([name for name in calls if name not in alone], *([name] for name in alone)):
+        if names:
+            with preserved(), _failing([records[name] for name in names], "timing: "):
+                _time({name: calls[name] for name in names}, records, conditions)
+    for name, call in calls.items():
+        if records[name].status == "ok":
             with _failing([records[name]], "timing: "):
                 _refuse_impossible(records[name], call, conditions)
 
 
-def _time(calls: dict[str, "Call"], records: dict[str, Record], conditions: Conditions) -> None:
+def _time(calls: dict[str, Call], records: dict[str, Record], conditions: Conditions) -> None:
     """Interleaved. If one of several fails, nobody knows which: they are timed again, each on its own."""
     taken = None
     try:
@@ -249,7 +286,7 @@ def _time(calls: dict[str, "Call"], records: dict[str, Record], conditions: Cond
         records[name].timings = timings
 
 
-def _static_facts(implementation: Implementation, call: "Call", conditions: Conditions) -> list[dict[str, object]]:
+def _static_facts(implementation: Implementation, call: Call, conditions: Conditions) -> list[dict[str, object]]:
     if conditions.device.type == "cuda":
         return static_facts.compiled_kernels(call)
     if implementation.launching is None:
@@ -258,7 +295,7 @@ def _static_facts(implementation: Implementation, call: "Call", conditions: Cond
         return [facts for target in conditions.targets for facts in static_facts.compiled_kernels(call, target)]
 
 
-def _refuse_impossible(record: Record, call: "Call", conditions: Conditions) -> None:
+def _refuse_impossible(record: Record, call: Call, conditions: Conditions) -> None:
     """Take back what a cold cache cannot have allowed: then the measurement is broken, and the record says so."""
     for column in ("cold", "graph"):
         seconds = record.seconds(column)
@@ -269,93 +306,6 @@ def _refuse_impossible(record: Record, call: "Call", conditions: Conditions) -> 
             broken = record.timings[column]
             broken.samples, broken.refused, broken.stopped = [], broken.samples, f"refused: {why}"
             record.status, record.reason = "error", f"{column} time is refused: {why}"
-
-
-def _divergences(
-    implementation: Implementation, case: Case, results: dict[str, Tensor], oracle: _Oracle
-) -> dict[str, Divergence]:
-    divergences = {}
-    for tensor, expected in oracle.truth.tensors().items():
-        tolerance = implementation.bound(case, tensor, expected, oracle.tolerances[tensor])
-        at_kink = oracle.truth.at_kink.get(tensor)
-        divergences[tensor] = accuracy.diverge(results[tensor], expected, at_kink, tolerance=tolerance)
-    return divergences
-
-
-def _verdict(divergences: dict[str, Divergence]) -> tuple[Status, str]:
-    for tensor, divergence in divergences.items():
-        if not accuracy.passes(divergence):
-            what = tensor if tensor == "output" else f"gradient of {tensor}"
-            return "wrong", f"{what} is off by {_excess(divergence)}"
-    return "ok", ""
-
-
-def _excess(divergence: Divergence) -> str:
-    """The error and what is allowed in figures that differ, however near they are."""
-    worst, allowed = divergence.worst, divergence.allowed
-    if isnan(divergence.largest) or worst is None or allowed is None:
-        return f"{divergence.largest:.3g}"
-    share = f", {100 * (worst / allowed - 1):.2g} % more than allowed" if worst < 2 * allowed else ""
-    return f"{worst:.3g} where {allowed:.3g} is allowed{share}"
-
-
-def _restore(inputs: dict[str, Tensor], pristine: dict[str, Tensor]) -> str:
-    """Undo what an implementation did to the inputs that all share, and name the input it spoilt."""
-    spoilt = [name for name, tensor in inputs.items() if not torch.equal(tensor, pristine[name])]
-    for name in spoilt:
-        inputs[name].copy_(pristine[name])
-    return ", ".join(spoilt)
-
-
-class Call:
-    """What is timed: one call of an implementation, with the backward pass if that is measured.
-
-    Gradients are returned and not accumulated, so that nothing has to be reset between calls.
-    """
-
-    def __init__(self, function: Callable[..., Tensor], problem: Problem, direction: str) -> None:
-        self._function = function
-        self._problem = problem
-        self._upstream = problem.upstream
-        self._wanted = () if direction == FORWARD else problem.differentiable
-        self.renew()
-
-    def renew(self) -> None:
-        """Forget the graphs of earlier calls: what they left behind belongs to the stream that they ran in, and would
-        keep a call in another stream from being captured."""
-        self._inputs = {
-            name: tensor.detach().requires_grad_(name in self._wanted) for name, tensor in self._problem.inputs.items()
-        }
-        self._sources = [self._inputs[name] for name in self._wanted]
-
-    def __call__(self) -> tuple[Tensor, ...]:
-        """The output, then the gradients."""
-        output = self.forward()
-        return output, *self.backward(output)
-
-    def forward(self) -> Tensor:
-        if not self._sources:
-            with torch.no_grad():
-                return self._function(**self._inputs)
-        return self._function(**self._inputs)
-
-    def backward(self, output: Tensor) -> tuple[Tensor, ...]:
-        """The gradients; none, if the direction is forward."""
-        return torch.autograd.grad(output, self._sources, self._upstream) if self._sources else ()
-
-    def read_bytes(self) -> int:
-        """Bytes of all that a call is given, memory that tensors share or repeat counted once."""
-        given = [*self._inputs.values(), *([self._upstream] if self._sources else [])]
-        sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in given}
-        return sum(sizes.values())
-
-    def results(self) -> dict[str, Tensor]:
-        return dict(zip(("output", *self._wanted), self(), strict=True))
-
-    def saved_bytes(self) -> int | None:
-        if not self._sources:
-            return None
-        return memory.saved_bytes(lambda: self._function(**self._inputs), self._inputs.values())
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import nvtx
 import torch
 
-from colt5_bench.measure import Call, not_applicable
+from colt5_bench.call import Call
+from colt5_bench.measure import not_applicable
 from colt5_bench.memory import SILENT
 from colt5_bench.selection import case_filter
 from colt5_bench.suite import Suite

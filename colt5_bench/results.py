@@ -133,6 +133,9 @@ class Record:
     limit_seconds: float | None = None
     """The least time the device needs for these, from its measured ceilings."""
 
+    changed_settings: list[str] = field(default_factory=list)
+    """Settings of the process that the implementation changed. They were put back."""
+
     kernels: list[dict[str, object]] = field(default_factory=list)
     """Static facts of each Triton kernel launched: name, registers, spills, shared memory, warps."""
 

@@ -16,7 +16,8 @@ def fp64(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-LAX = Tolerance(torch.zeros(accuracy.MOST_POWER - accuracy.LEAST_POWER + 2, dtype=torch.float64), 0.0, 1e300)
+NOTHING = torch.zeros(accuracy.MOST_POWER - accuracy.LEAST_POWER + 2, dtype=torch.float64)
+LAX = Tolerance(NOTHING, 0.0, 1e300, torch.float32)
 
 
 class TestDiverge:
@@ -212,6 +213,6 @@ class TestPasses:
     @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=20), st.floats(1e-6, 1e6))
     def test_means_that_no_element_is_off_by_more(self, elements, most):
         actual, expected = (torch.tensor(column, dtype=torch.float64) for column in zip(*elements, strict=True))
-        allowed = Tolerance(torch.zeros(accuracy.MOST_POWER - accuracy.LEAST_POWER + 2).double(), 0.1, 1e-3, most)
+        allowed = Tolerance(NOTHING, 0.1, 1e-3, torch.float64, most)
         within = ((actual - expected).abs() <= allowed.of(expected)).all().item()
         assert passes(diverge(actual, expected, tolerance=allowed)) is within

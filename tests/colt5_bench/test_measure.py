@@ -1,11 +1,17 @@
+import random
+import threading
+import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from colt5_bench import measure as measuring
+from colt5_bench.call import Call
 from colt5_bench.case import DIRECTIONS, FORWARD, FORWARD_BACKWARD, Truth
+from colt5_bench.global_state import SETTINGS, _same
 from colt5_bench.measure import Conditions, measure
 from colt5_bench.results import Timing
 from colt5_bench.suite import Operation
@@ -281,10 +287,132 @@ def test_a_bound_of_its_own_changes_the_tolerance(conditions, timed):
     record = run(toy.suite(implementations={"lax": lax}), conditions)["lax"]
     assert record.status == "ok"
     assert record.accuracy["scores"].budget == 10.0
-    assert [(case, tensor, dtype) for case, tensor, dtype, _ in seen] == [
+    assert [(case, tensor, dtype) for case, tensor, dtype, _ in seen[:2]] == [
         (CASE, "output", torch.float64),
         (CASE, "scores", torch.float64),
     ]
+
+
+def after_the_first_call(then):
+    """A function that is right at first and does something else in all later calls."""
+
+    def build(case):
+        calls = []
+
+        def function(scores):
+            calls.append(2 * scores)
+            return calls[0] if len(calls) == 1 else then(scores, calls[0])
+
+        return function
+
+    return build
+
+
+def spoil_input(scores, first):
+    y = 2 * scores
+    scores.zero_()
+    return y
+
+
+def compute_in_a_thread(scores, first):
+    y = torch.zeros_like(scores)
+
+    def compute():
+        time.sleep(0.05)
+        y.copy_(2 * scores)
+
+    threading.Thread(target=compute).start()
+    return y
+
+
+def by_address(case):
+    known = {}
+
+    def function(scores):
+        if scores.data_ptr() not in known:
+            known[scores.data_ptr()] = 2 * scores
+        return known[scores.data_ptr()]
+
+    return function
+
+
+LATE_FAULTS = {
+    "spoils its input": (after_the_first_call(spoil_input), "writes to its input scores"),
+    "is right once": (after_the_first_call(lambda scores, first: 2.5 * scores), "right at first"),
+    "is empty later": (after_the_first_call(lambda scores, first: torch.zeros_like(scores)), "right at first"),
+    "gives the first output again": (after_the_first_call(lambda scores, first: first), "for other values"),
+    "caches by address": (by_address, "for other values"),
+    "computes later": (after_the_first_call(compute_in_a_thread), "right at first"),
+    "widens": (lambda case: lambda scores: 2 * scores.double(), "output is of float64, expected is float32"),
+    "widens later": (after_the_first_call(lambda scores, first: 2 * scores.double()), "right at first"),
+}
+
+
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("fault", LATE_FAULTS)
+def test_what_goes_wrong_after_the_first_call_is_found_and_the_others_stay_right(conditions, timed, fault, position):
+    build, reason = LATE_FAULTS[fault]
+    listed = [("good", toy.Implementation("good", lambda case: toy.good))]
+    listed.insert(position, ("faulty", toy.Implementation("faulty", build)))
+    records = run(toy.suite(implementations=dict(listed)), conditions, FORWARD)
+    assert records["faulty"].status == "wrong"
+    assert reason in records["faulty"].reason
+    assert records["faulty"].timings == {}
+    assert records["good"].status == "ok"
+    assert records["good"].timings
+
+
+def test_a_timed_output_is_judged(conditions, monkeypatch):
+    """Of the calls that are timed any may be the one, so that no call is safe to be wrong."""
+    done = []
+
+    def wrong_while_it_is_timed(scores):
+        done.append(None)
+        return (2.5 if 10 < len(done) <= 200 else 2) * scores
+
+    def time_interleaved(calls, *, device, columns, before, max_seconds):
+        for _ in range(190):
+            calls["sly"]()
+        return {"sly": {column: Timing(column, [1.0], "confident", 0.0) for column in columns}}
+
+    monkeypatch.setattr(measuring.timing, "time_interleaved", time_interleaved)
+    sly = toy.Implementation("sly", lambda case: wrong_while_it_is_timed)
+    record = run(toy.suite(implementations={"sly": sly}), conditions, FORWARD)["sly"]
+    assert (record.status, record.timings) == ("wrong", {})
+    assert record.reason.startswith("right at first, while it is timed output is off by")
+
+
+CHANGES = {
+    "threads": lambda: torch.set_num_threads(torch.get_num_threads() + 1),
+    "default dtype": lambda: torch.set_default_dtype(torch.float64),
+    "default device": lambda: torch.set_default_device("meta"),
+    "grad mode": lambda: torch._C._set_grad_enabled(False),
+    "deterministic algorithms": lambda: torch.use_deterministic_algorithms(True, warn_only=True),
+    "float32 matmul precision": lambda: torch.set_float32_matmul_precision("medium"),
+    "cudnn.benchmark": lambda: setattr(torch.backends.cudnn, "benchmark", True),
+    "cudnn.allow_tf32": lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
+    "flush denormal": lambda: torch.set_flush_denormal(True),
+    "torch's random numbers": lambda: torch.manual_seed(7),
+    "numpy's random numbers": lambda: np.random.seed(7),  # noqa: NPY002
+    "Python's random numbers": lambda: random.seed(7),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_setting_that_an_implementation_changes_is_put_back_and_recorded(conditions, timed, name):
+    def leaking(scores):
+        y = 2 * scores
+        CHANGES[name]()
+        return y
+
+    before = {name: setting.read() for name, setting in SETTINGS.items()}
+    listed = {each.__name__: toy.Implementation(each.__name__, lambda case, f=each: f) for each in (leaking, toy.good)}
+    records = run(toy.suite(implementations=listed), conditions)
+    assert {record.status for record in records.values()} == {"ok"}
+    assert records["leaking"].changed_settings == [name]
+    assert records["good"].changed_settings == []
+    after = {name: setting.read() for name, setting in SETTINGS.items()}
+    assert all(_same(after[name], before[name]) for name in SETTINGS)
 
 
 @pytest.mark.parametrize("status", ["ok", "wrong"])
@@ -315,15 +443,15 @@ def test_only_what_was_asked_for_is_recorded(conditions, timed, direction):
 
 def test_what_a_call_has_to_read_is_what_it_is_given():
     problem = toy.problem(CASE, CPU)
-    assert measuring.Call(toy.good, problem, FORWARD).read_bytes() == 64
-    assert measuring.Call(toy.good, problem, FORWARD_BACKWARD).read_bytes() == 128
+    assert Call(toy.good, problem, FORWARD).read_bytes() == 64
+    assert Call(toy.good, problem, FORWARD_BACKWARD).read_bytes() == 128
     problem.upstream = torch.ones(1).expand(2, 8)
-    assert measuring.Call(toy.good, problem, FORWARD_BACKWARD).read_bytes() == 68
+    assert Call(toy.good, problem, FORWARD_BACKWARD).read_bytes() == 68
 
 
 def test_the_call_that_is_timed_leaves_no_gradient_behind():
     problem = toy.problem(CASE, CPU)
-    call = measuring.Call(toy.good, problem, FORWARD_BACKWARD)
+    call = Call(toy.good, problem, FORWARD_BACKWARD)
     first, second = call(), call()
     assert torch.equal(first[1], second[1])
     assert torch.equal(first[1], 2 * problem.upstream)

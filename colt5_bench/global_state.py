@@ -1,0 +1,86 @@
+"""Settings that hold for a whole process: what one implementation changes must not stay for the next."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+
+class Setting(NamedTuple):
+    """How a setting is read and put back."""
+
+    read: Callable[[], Any]
+    write: Callable[[Any], None]
+
+
+def _attribute(owner: Any, name: str) -> Setting:
+    return Setting(lambda: getattr(owner, name), lambda value: setattr(owner, name, value))
+
+
+def _deterministic() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+SETTINGS: Mapping[str, Setting] = {
+    "threads": Setting(torch.get_num_threads, torch.set_num_threads),
+    "default dtype": Setting(torch.get_default_dtype, torch.set_default_dtype),
+    "default device": Setting(torch.get_default_device, torch.set_default_device),
+    "grad mode": Setting(torch.is_grad_enabled, torch._C._set_grad_enabled),
+    "deterministic algorithms": Setting(
+        _deterministic, lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1])
+    ),
+    "float32 matmul precision": Setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "cudnn.allow_tf32": _attribute(torch.backends.cudnn, "allow_tf32"),
+    "cudnn.benchmark": _attribute(torch.backends.cudnn, "benchmark"),
+    "cudnn.deterministic": _attribute(torch.backends.cudnn, "deterministic"),
+    "cuda.matmul.allow_fp16_reduced_precision_reduction": _attribute(
+        torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"
+    ),
+    "cuda.matmul.allow_bf16_reduced_precision_reduction": _attribute(
+        torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
+    ),
+    "flush denormal": Setting(lambda: _flushes_denormals(), lambda flush: _flush_denormals(flush)),
+    "torch's random numbers": Setting(torch.get_rng_state, torch.set_rng_state),
+    "random numbers of CUDA": Setting(lambda: _cuda_random_state(), torch.cuda.set_rng_state_all),
+    "numpy's random numbers": Setting(np.random.get_state, np.random.set_state),
+    "Python's random numbers": Setting(random.getstate, random.setstate),
+}
+
+
+@contextmanager
+def preserved() -> Iterator[list[str]]:
+    """Put all settings back when this ends; the list then names those that had changed."""
+    before = {name: setting.read() for name, setting in SETTINGS.items()}
+    changed: list[str] = []
+    try:
+        yield changed
+    finally:
+        for name, setting in SETTINGS.items():
+            if not _same(setting.read(), before[name]):
+                setting.write(before[name])
+                changed.append(name)
+
+
+def _flushes_denormals() -> bool:
+    return (torch.tensor(1e-310, dtype=torch.float64, device="cpu") * 1.0).item() == 0
+
+
+def _flush_denormals(flush: bool) -> None:
+    torch.set_flush_denormal(flush)
+
+
+def _cuda_random_state() -> list[torch.Tensor]:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return bool(np.array_equal(one, other))
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)
