@@ -408,7 +408,9 @@ def test_a_setting_that_an_implementation_changes_is_put_back_and_recorded(condi
     before = {name: setting.read() for name, setting in SETTINGS.items()}
     listed = {each.__name__: toy.Implementation(each.__name__, lambda case, f=each: f) for each in (leaking, toy.good)}
     records = run(toy.suite(implementations=listed), conditions)
-    assert {record.status for record in records.values()} == {"ok"}
+    assert records["good"].status == "ok"
+    # Without gradients its own second call fails.
+    assert records["leaking"].status == ("error" if name == "grad mode" else "ok")
     assert records["leaking"].changed_settings == [name]
     assert records["good"].changed_settings == []
     after = {name: setting.read() for name, setting in SETTINGS.items()}
