@@ -280,7 +280,7 @@ def _backward(
 
 
 define(
-    "combine(Tensor routed, Tensor scores, Tensor indices, Tensor? null, Tensor? light, Tensor? residual, int n, "
+    "combine(Tensor routed, Tensor scores, Tensor indices, Tensor? null, Tensor? light, Tensor? residual, SymInt n, "
     "ScalarType dtype) -> (Tensor, Tensor)",
     _forward,
     _allocate,

@@ -179,7 +179,7 @@ def _in_pytorch(
     key, value = rearrange(key_value, "b r j (h kv d) -> kv b r h j d", kv=2, h=heads // routes)
     weights = rearrange(weights, "b r j -> b r 1 j 1").to(value.dtype)
     key, value = key * weights if multiply_keys else key, value * weights
-    null = repeat(null_kv, "kv h d -> kv b h 1 d", b=len(query)).to(key.dtype)
+    null = repeat(null_kv, "kv h d -> kv b h 1 d", b=query.shape[0]).to(key.dtype)
     key, value = (
         torch.cat((first, rearrange(rest, "b r h j d -> b (r h) j d")), dim=2)
         for first, rest in zip(null, (key, value), strict=True)

@@ -16,4 +16,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Products on the device of x are of the dtypes that they are given."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    # A program that is exported can be saved only without such a region: it has one under autocast alone.
+    if x.is_meta or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

@@ -193,7 +193,9 @@ class ConditionalRoutedAttention(RoutedBranch):
 
 def angles_at(angles: Tensor, indices: Tensor | None) -> Tensor:
     """Angles `n d` at indices `... k`, with a dimension for heads: `... 1 k d`. Past the end, those of the last."""
-    return angles if indices is None else rearrange(angles[indices.clamp(max=len(angles) - 1)], "... k d -> ... 1 k d")
+    return (
+        angles if indices is None else rearrange(angles[indices.clamp(max=angles.shape[0] - 1)], "... k d -> ... 1 k d")
+    )
 
 
 class ConditionalRoutedCrossAttention(RoutedBranch):

@@ -12,6 +12,7 @@ from torch import Tensor
 from reference._arguments import check_counts, check_tokens
 from reference._attention import RotaryEmbedding, rotate
 from reference._operations import choose, fused
+from reference._sizes import ceil_div, is_certain, missing
 from reference.attention import RoutedBranch, angles_at
 from reference.combine import join
 from reference.gathered_attention import gather_and_attend
@@ -133,24 +134,24 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         if n <= size:
             return light
 
-        padded = F.pad(x, (0, 0, 0, -n % size)) if n % size else x
+        more = missing(n, size)
+        padded = x if is_certain(more == 0) else F.pad(x, (0, 0, 0, more))
         q = self._route_queries(padded, n, num_q, routing_tokens_q, random_route)
         kv = self._route_windows(padded, num_kv, routing_tokens_kv, random_route)
         return self._attend_windows(x, q, kv, light)
 
     def _attend_windows(self, x: Tensor, q: RouterReturn, kv: Selection, light: Tensor) -> Tensor:
         """The heavy branch for tokens `b n d`, from the second window on, as the routers see these, added to the light
-        one: q in rows of `(b w)`, kv in lists `b w r s` of tokens of the sequence. Keys and values are projected once
-        for all windows."""
+        one: q is `b w i` of each window, kv are lists `b w r s` of tokens of the sequence. Keys and values are
+        projected once for all windows."""
         attention, size = self.heavy_attn, self.heavy_window_size
-        n = x.shape[1]
-        starts = torch.arange(size, n, size, device=x.device)[:, None]
-        windows = len(starts)
-        indices = None if q.indices is None else rearrange(q.indices, "(b w) i -> b w i", w=windows)
+        batch, n, _ = x.shape
+        starts, indices = self._starts(n, x.device), q.indices
+        windows = starts.shape[0]
         query = attention.to_q(attention.norm(q.routed_tokens))
         if self.multiply_queries_by_score:
             query = query * q.scores.unsqueeze(-1).to(query.dtype)
-        query = rearrange(query, "(b w) i (h d) -> b w h i d", w=windows, h=attention.heads)
+        query = rearrange(query, "b w i (h d) -> b w h i d", h=attention.heads)
         key_value = attention.project(rearrange(x, "b n d -> b 1 n d"), self.kv_router.num_routing_tokens)
         if self.rotary_emb is not None:
             positions = starts + torch.arange(size, device=x.device) if indices is None else starts + indices
@@ -170,38 +171,32 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             multiply_keys_by_score=attention.multiply_keys_by_score,
         )
         out = attention.to_out(rearrange(out, "b w h i d -> b (w i) (h d)"))
-        scores = rearrange(q.scores, "(b w) i -> b (w i)", w=windows)
         # Past the end of a window is no place, not one of the next window.
         within = torch.arange(size, device=x.device) if indices is None else indices
-        places = torch.where(within < size, within + starts, n).expand(len(x), windows, -1).flatten(1)
+        places = torch.where(within < size, within + starts, n).expand(batch, windows, -1).flatten(1)
         # The first window has no heavy branch: zeros take the places of its tokens.
-        places = torch.cat((torch.arange(size, device=x.device).expand(len(x), size), places), dim=1)
-        out, scores = F.pad(out, (0, 0, size, 0)), F.pad(scores, (size, 0))
+        places = torch.cat((torch.arange(size, device=x.device).expand(batch, size), places), dim=1)
+        out, scores = F.pad(out, (0, 0, size, 0)), F.pad(q.scores.flatten(1), (size, 0))
         return join(self._combine, out, scores, places, x, null=self.null_q_token, light=light)
 
     def _route_queries(
         self, padded: Tensor, n: int, num_tokens: int, routing_tokens: Tensor | None, random_route: bool
     ) -> RouterReturn:
-        """Queries of each window but the first, of the first n tokens: rows of `(b w)`, indices within a window."""
+        """Queries of each window but the first, of the first n tokens: `b w i`, indices within a window."""
         size = self.heavy_window_size
         if size <= num_tokens:
-            tokens = rearrange(padded[:, size:], "b (w i) d -> (b w) i d", i=size)
-            return RouterReturn(None, tokens.new_ones(tokens.shape[:2]), tokens, None)
+            tokens = rearrange(padded[:, size:], "b (w i) d -> b w i d", i=size)
+            return RouterReturn(None, tokens.new_ones(tokens.shape[:3]), tokens, None)
 
         scores = rearrange(self.q_router.score(padded, routing_tokens), "b 1 (w i) -> b w i", i=size)
-        starts = torch.arange(size, padded.shape[1], size, device=padded.device)[:, None]
+        starts = self._starts(n, padded.device)
         exists = starts + torch.arange(size, device=padded.device) < n
         if self.causal_query_routing:
             selection = self._select_causally(scores[:, :-1], scores[:, 1:], exists, num_tokens, random_route)
         else:
             selection = self.q_router.select(scores[:, 1:], num_tokens, exists, random_route)
         tokens = gather_tokens(padded, selection.indices + starts)
-        return RouterReturn(
-            selection.indices.flatten(0, 1),
-            selection.weights.to(padded.dtype).flatten(0, 1),
-            tokens.flatten(0, 1),
-            None,
-        )
+        return RouterReturn(selection.indices, selection.weights.to(padded.dtype), tokens, None)
 
     def _select_causally(
         self, before: Tensor, scores: Tensor, exists: Tensor, num_tokens: int, random_route: bool
@@ -231,23 +226,27 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         batch, n, _ = padded.shape
         if n <= num_tokens:
             before = self._before_windows(n, padded.device)
-            mask = before.expand(batch, len(before), self.kv_router.num_routing_tokens, n)
+            mask = before.expand(batch, before.shape[0], self.kv_router.num_routing_tokens, n)
             indices = torch.arange(n, device=padded.device).expand(mask.shape)
             return Selection(indices, padded.new_ones(mask.shape), mask)
         selection = self._select_before(self.kv_router.score(padded, routing_tokens), num_tokens, random_route)
         return selection._replace(weights=selection.weights.to(padded.dtype))
 
+    def _starts(self, n: int, device: torch.device) -> Tensor:
+        """Where each window of n tokens but the first begins: `w 1`."""
+        windows = ceil_div(n, self.heavy_window_size)
+        return (torch.arange(1, windows, device=device) * self.heavy_window_size)[:, None]
+
     def _before_windows(self, n: int, device: torch.device) -> Tensor:
         """Which of n tokens are before each window but the first: `w 1 n`."""
-        positions = torch.arange(n, device=device)
-        return rearrange(positions < positions[self.heavy_window_size :: self.heavy_window_size, None], "w n -> w 1 n")
+        return (torch.arange(n, device=device) < self._starts(n, device)).unsqueeze(1)
 
     def _select_before(self, scores: Tensor, num_tokens: int, random_route: bool) -> Selection:
         """From scores `b r n` what each window but the first selects of the tokens before it: `b w r s`."""
         router, n = self.kv_router, scores.shape[-1]
         if random_route or self._route_prefixes is None or not (router.use_triton or scores.is_cuda):
             before = self._before_windows(n, scores.device)
-            rows = repeat(scores, "b r n -> b w r n", w=len(before))
+            rows = repeat(scores, "b r n -> b w r n", w=before.shape[0])
             return router.select(rows, num_tokens, before, random_route)
         indices, weights, mask = self._route_prefixes(
             scores,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reference._arguments import check_counts, require
 from reference._attention import SelfAttention
+from reference._sizes import is_certain, missing, window_for, without_padding
 from reference.attention import RoutedBranch
 
 
@@ -121,9 +122,9 @@ class ConditionalRoutedImageAttention(RoutedBranch):
     def _within_windows(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The light branch of a map `b h w d`, padded to whole windows."""
         batch, height, width, _ = x.shape
-        p, q = (max(1, min(self.light_window_size, each)) for each in (height, width))
-        down, right = -height % p, -width % q
-        if down or right:
+        p, q = (window_for(each, self.light_window_size) for each in (height, width))
+        down, right = missing(height, p), missing(width, q)
+        if not is_certain(down == 0) or not is_certain(right == 0):
             mask = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device) if mask is None else mask
             x, mask = F.pad(x, (0, 0, 0, right, 0, down)), F.pad(mask, (0, right, 0, down))
         windows = rearrange(x, "b (h p) (w q) d -> (b h w) (p q) d", p=p, q=q)
@@ -132,4 +133,4 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         out = self.light_attn(windows, mask)
         rows, columns = (height + down) // p, (width + right) // q
         out = rearrange(out, "(b h w) (p q) d -> b (h p) (w q) d", b=batch, h=rows, w=columns, p=p)
-        return out[:, :height, :width]
+        return without_padding(out, height, width)

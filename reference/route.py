@@ -1,6 +1,5 @@
 """Routing as it is defined: scores, their relaxed top-k, the choice of the largest, and the tokens that these are."""
 
-from math import ceil
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from reference._arguments import check_counts, check_k, check_schedule, check_tokens, require
 from reference._autocast import without_autocast
+from reference._sizes import is_certain, missing
 from reference.coor_descent import coor_descent
 from reference.routing_scores import check_routing_tokens, routing_scores
 from reference.select import select
@@ -111,10 +111,10 @@ def in_blocks(scores: Tensor, mask: Tensor | None, size: int | None) -> tuple[Te
     if size is None:
         return scores, mask
     n = scores.shape[-1]
-    missing = ceil(n / size) * size - n
-    if missing:
+    more = missing(n, size)
+    if not is_certain(more == 0):
         mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand(scores.shape)
-        scores, mask = F.pad(scores, (0, missing)), F.pad(mask, (0, missing))
+        scores, mask = F.pad(scores, (0, more)), F.pad(mask, (0, more))
     if mask is not None:
         mask = rearrange(mask, "... (m w) -> ... m w", w=size)
     return rearrange(scores, "... (m w) -> ... m w", w=size), mask

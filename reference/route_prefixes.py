@@ -1,6 +1,5 @@
 """Routing for autoregressive attention: each window of a sequence selects from all tokens before it."""
 
-from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -8,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reference._arguments import check_counts, check_k, check_schedule, check_scores, require
+from reference._sizes import ceil_div
 from reference.coor_descent import coor_descent
 
 
@@ -88,7 +88,7 @@ def check_prefixes(scores: Tensor, window_size: int, num_selected: int, k: float
 
 def windows_with_a_prefix(n: int, window_size: int) -> int:
     """How many windows of n tokens there are after the first."""
-    return max(ceil(n / window_size) - 1, 0)
+    return max(ceil_div(n, window_size) - 1, 0)
 
 
 def mask_of_prefixes(scores: Tensor, window_size: int, num_selected: int) -> Tensor | None:

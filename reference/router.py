@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from reference._arguments import check_counts, check_tokens, require
 from reference._autocast import without_autocast
 from reference._operations import choose, fused
+from reference._sizes import ceil_div, is_certain, missing
 from reference.coor_descent import coor_descent
 from reference.route import Solver, in_blocks, positions, route
 from reference.route import gather_tokens as gather_tokens
@@ -45,6 +47,10 @@ class RouterReturn(NamedTuple):
     scores: Tensor
     routed_tokens: Tensor
     routed_mask: Tensor | None
+
+
+# By this name a router that `torch.export` has saved is loaded.
+_register_namedtuple(RouterReturn, serialized_type_name="reference.router.RouterReturn")
 
 
 class CoordinateDescentRouter(nn.Module):
@@ -186,7 +192,7 @@ class CoordinateDescentRouter(nn.Module):
             return RouterReturn(selection.indices, selection.weights.to(x.dtype), tokens, selection.mask)
 
         n, size = x.shape[1], self._block_size(x.shape[1])
-        each, width = (num_tokens, n) if size is None else (ceil(num_tokens / ceil(n / size)), size)
+        each, width = (num_tokens, n) if size is None else (ceil_div(num_tokens, ceil_div(n, size)), size)
         indices, weights, tokens = self._route(
             x,
             routing_tokens,
@@ -199,9 +205,9 @@ class CoordinateDescentRouter(nn.Module):
             mask=mask,
         )
         selected = None
-        if mask is not None or (size is not None and n % size):
+        if mask is not None or (size is not None and not is_certain(n % size == 0)):
             there = x.new_ones((1, n), dtype=torch.bool) if mask is None else mask
-            filled_up = F.pad(there, (0, -n % width))[:, None]
+            filled_up = F.pad(there, (0, missing(n, width)))[:, None]
             selected = filled_up.expand(*indices.shape[:2], -1).gather(-1, indices)
         selection = self.weighed(indices, weights, selected)
         return RouterReturn(indices, selection.weights.to(x.dtype), tokens, selected)
@@ -242,7 +248,7 @@ class CoordinateDescentRouter(nn.Module):
         """Select from rows `... n` of scores, in blocks if there are any; mask broadcasts to `... n`."""
         n = scores.shape[-1]
         size = self._block_size(n)
-        each = num_tokens if size is None else ceil(num_tokens / ceil(n / size))
+        each = num_tokens if size is None else ceil_div(num_tokens, ceil_div(n, size))
         scores, mask = in_blocks(scores, mask, size)
         relaxed = self.relax(scores, each, mask)
         # By score, not by weight: of saturated weights, which are all 1, any are the largest.

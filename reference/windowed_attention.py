@@ -1,7 +1,5 @@
 """Windowed attention: each token attends to those around it, in memory linear in the number of tokens."""
 
-from math import ceil
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -10,6 +8,7 @@ from torch import Tensor, nn
 from reference._arguments import check_windows
 from reference._attention import LayerNorm, attend
 from reference._operations import choose, path
+from reference._sizes import ceil_div, window_for, without_padding
 
 
 def windowed_attention(
@@ -36,8 +35,8 @@ def windowed_attention(
     """
     check_windows(qkv, heads, window_size, mask)
     batch, n, _ = qkv.shape
-    size = max(1, min(window_size, n))
-    windows = ceil(n / size)
+    size = window_for(n, window_size)
+    windows = ceil_div(n, size)
     padded = F.pad(qkv, (0, 0, 0, windows * size - n))
     query, key, value = rearrange(padded, "b (w i) (qkv h d) -> qkv b w i h d", qkv=3, h=heads, i=size)
     key, value = _with_neighbours(key, causal), _with_neighbours(value, causal)
@@ -50,7 +49,7 @@ def windowed_attention(
 
     query, key, value = (rearrange(each, "b w i h d -> (b w) h i d") for each in (query, key, value))
     out = attend(query, key, value, allowed, use_flash=True)
-    return rearrange(out, "(b w) h i d -> b (w i) (h d)", b=batch, w=windows)[:, :n]
+    return without_padding(rearrange(out, "(b w) h i d -> b (w i) (h d)", b=batch, w=windows), n)
 
 
 def _with_neighbours(x: Tensor, causal: bool) -> Tensor:

@@ -166,14 +166,15 @@ def _combine(rng):
     }
 
 
-def layer_of(name, rng: random.Random, use_triton=False) -> nn.Module:
-    """A small layer with options drawn at random."""
+def layer_of(name, rng: random.Random, use_triton=False, block_sizes=(None, 16), **fixed) -> nn.Module:
+    """A small layer with options drawn at random, but for those that are fixed; it routes in blocks of one of these
+    sizes."""
     router = {
         "n_iters": 2,
         "solver": rng.choice(["coor_descent", "exact"]),
         "normalize_to": rng.choice(["fetched", "selected"]),
         "cosine_sim_routing": rng.random() < 0.3,
-        "route_block_size": rng.choice([None, 16]),
+        "route_block_size": rng.choice(block_sizes),
     }
     wanted = {
         "use_triton": use_triton,
@@ -189,7 +190,7 @@ def layer_of(name, rng: random.Random, use_triton=False) -> nn.Module:
     if name == "CoordinateDescentRouter":
         wanted |= router | {"num_routing_tokens": rng.choice([1, 2])}
     taken = inspect.signature(getattr(reference, name)).parameters
-    return build(name, **{key: value for key, value in wanted.items() if key in taken})
+    return build(name, **{key: value for key, value in wanted.items() if key in taken} | fixed)
 
 
 def inputs_of(name, layer: nn.Module, batch=2, length=60, context=70) -> tuple[tuple[Tensor, ...], dict]:

@@ -1,0 +1,39 @@
+"""Arithmetic on sizes, some of which a compiler leaves open: a question about these fixes them, as a float does."""
+
+import torch
+from torch import Tensor
+
+
+def ceil_div(n: int, size: int) -> int:
+    """How many blocks of a size there are room for n in."""
+    return (n + size - 1) // size
+
+
+def missing(n: int, size: int) -> int:
+    """How many more than n fill up the last block of a size."""
+    return ceil_div(n, size) * size - n
+
+
+def is_certain(holds: bool) -> bool:
+    """Whether something about sizes holds, and does whatever those are that a compiler leaves open."""
+    if not torch.compiler.is_compiling():
+        return holds
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(holds)
+
+
+def without_padding(x: Tensor, *sizes: int) -> Tensor:
+    """The first of `b *sizes ...` of x, which has been filled up to more than these."""
+    for dim, (filled_up, size) in enumerate(zip(x.shape[1:], sizes, strict=False), start=1):
+        if is_certain(filled_up == size):
+            continue
+        # Whether a slice is dense depends on both sizes, and PyTorch asks.
+        is_open = not is_certain(filled_up != size)
+        x = x.index_select(dim, torch.arange(size, device=x.device)) if is_open else x.narrow(dim, 0, size)
+    return x
+
+
+def window_for(n: int, window_size: int) -> int:
+    """At least 1: the size of the windows of n tokens, which need not be larger than these."""
+    return max(n, 1) if is_certain(n < window_size) else window_size

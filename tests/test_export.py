@@ -1,0 +1,55 @@
+"""`torch.export` of every layer for any batch and length: saved, loaded, and run on other sizes than it has seen."""
+
+import io
+import random
+
+import pytest
+import torch
+from torch.export import Dim
+
+from tests.calls import LAYERS, inputs_of, layer_of, results
+
+OTHERS = [(3, 101, 33), (5, 32, 128), (2, 23, 13), (4, 27, 49)]
+"""Batch, length, and length of a context: multiples of windows, and not; all longer than what is selected."""
+
+# Dynamo takes its time. Both ways of export where windows make most of it; of the others one for each way of computing.
+BOTH = ("ConditionalRoutedAutoregressiveAttention", "ConditionalRoutedImageAttention")
+CASES = [(name, use_triton, strict) for name in LAYERS for use_triton, strict in ((False, False), (True, True))]
+CASES += [(name, False, True) for name in BOTH]
+
+
+def exported(layer, inputs, options, open_dims, strict):
+    """What comes back from a file of the layer for any size of these dimensions of each input."""
+    forward = layer.forward.__code__.co_varnames[1:]
+    shapes = {name: dict.fromkeys(dims, Dim.DYNAMIC) for name, dims in zip(forward, open_dims, strict=False)}
+    shapes |= dict.fromkeys(options)
+    program = torch.export.export(layer, inputs, options, dynamic_shapes=shapes, strict=strict)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file).module()
+
+
+@pytest.mark.parametrize(("name", "use_triton", "strict"), CASES)
+def test_any_batch_and_length(name, use_triton, strict):
+    depth = {"depth": 1} if name == "ConditionalRoutedViT" else {}
+    layer = layer_of(name, random.Random(f"{name} {use_triton}"), use_triton, block_sizes=(None,), **depth)
+    inputs, options = inputs_of(name, layer)
+    features = 3 if name == "ConditionalRoutedViT" else 16
+    open_dims = [[dim for dim, size in enumerate(x.shape) if size != features] for x in inputs]
+    loaded = exported(layer, inputs, options, open_dims, strict)
+    for sizes in OTHERS:
+        inputs, _ = inputs_of(name, layer, *sizes)
+        for mine, theirs in zip(results(loaded(*inputs, **options)), results(layer(*inputs, **options)), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_how_many_a_block_selects_is_fixed():
+    layer = layer_of("CoordinateDescentRouter", random.Random(0), block_sizes=(16,))
+    inputs, options = inputs_of("CoordinateDescentRouter", layer)
+    with pytest.raises(torch._dynamo.exc.UserError, match="specialized"):
+        exported(layer, inputs, options, [[1]], strict=False)
+    loaded = exported(layer, inputs, options, [[0]], strict=False)
+    inputs, _ = inputs_of("CoordinateDescentRouter", layer, batch=5)
+    for mine, theirs in zip(results(loaded(*inputs, **options)), results(layer(*inputs, **options)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
