@@ -70,7 +70,8 @@ class CoordinateDescentRouter(nn.Module):
             operation, `route`, does it all, but for `random_route`, where scores, relaxed selection and choice are
             operations of their own.
         cosine_sim_routing, cosine_sim_scale: score by the cosine instead of the product, times this.
-        route_block_size: select from blocks of so many tokens, from each as many. The last block may be shorter.
+        route_block_size: select from blocks of so many tokens, from each as many. The last block may be shorter. How
+            many that is depends on the length, which a compiler then cannot leave open.
         triton_checkpoint_segments: with `use_triton`, compute coordinate descent with the kernel that saves
             intermediates in so many segments. It is there for comparison: the other one saves a number an iteration.
             The operations around it are then separate, too.
