@@ -71,7 +71,7 @@ class CoordinateDescentRouter(nn.Module):
             operations of their own.
         cosine_sim_routing, cosine_sim_scale: score by the cosine instead of the product, times this.
         route_block_size: select from blocks of so many tokens, from each as many. The last block may be shorter. How
-            many that is depends on the length, which a compiler then cannot leave open.
+            many that is depends on the length: exported with kernels, a router takes lengths of which it is as many.
         triton_checkpoint_segments: with `use_triton`, compute coordinate descent with the kernel that saves
             intermediates in so many segments. It is there for comparison: the other one saves a number an iteration.
             The operations around it are then separate, too.

@@ -47,12 +47,15 @@ def test_any_batch_and_length(name, use_triton, strict):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_how_many_a_block_selects_is_fixed():
-    layer = layer_of("CoordinateDescentRouter", random.Random(0), use_triton=True, block_sizes=(16,))
+def test_kernels_take_lengths_of_which_a_block_selects_as_many():
+    options = {"solver": "coor_descent", "normalize_to": "fetched", "block_sizes": (16,)}
+    layer = layer_of("CoordinateDescentRouter", random.Random(0), True, **options)
     inputs, options = inputs_of("CoordinateDescentRouter", layer)
-    with pytest.raises(torch._dynamo.exc.UserError, match="Constraints violated|specialized"):
-        exported(layer, inputs, options, [[1]], strict=False)
-    loaded = exported(layer, inputs, options, [[0]], strict=False)
-    inputs, _ = inputs_of("CoordinateDescentRouter", layer, batch=5)
+    loaded = exported(layer, inputs, options, [[0, 1]], strict=False)
+    # 2 of each block, as of 60 tokens.
+    inputs, _ = inputs_of("CoordinateDescentRouter", layer, batch=5, length=100)
     for mine, theirs in zip(results(loaded(*inputs, **options)), results(layer(*inputs, **options)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    inputs, _ = inputs_of("CoordinateDescentRouter", layer, length=33)
+    with pytest.raises(AssertionError, match="Guard failed"):
+        loaded(*inputs, **options)
