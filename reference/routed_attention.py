@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from reference._arguments import check_routed
 from reference._attention import RMSNorm, Rotations, attend, rotate
@@ -72,6 +74,21 @@ def attend_to_routed(
     return rearrange(out, "b h i d -> b i (h d)")
 
 
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether nobody can tell the product with its weight from a call: a linear layer as PyTorch has it."""
+    return (
+        type(linear) is nn.Linear
+        and linear._parameters["bias"] is None
+        and "forward" not in vars(linear)
+        and not is_traceable_wrapper_subclass(linear.weight)
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+        and not linear._backward_hooks
+        and not linear._backward_pre_hooks
+        and not _has_any_global_hook()
+    )
+
+
 class Attention(nn.Module):
     """The heavy branch: dense attention of routed queries to routed keys and values, and to a learned pair of these."""
 
@@ -105,7 +122,11 @@ class Attention(nn.Module):
         if context.shape[1] == 1:
             # One product for all routes, and no copy of the tokens for each.
             return rearrange(self.to_kv(context), "b 1 j (r hd) -> b r j hd", r=routes)
-        return context @ rearrange(self.to_kv.weight, "(r hd) d -> r d hd", r=routes)
+        if _is_plain(self.to_kv):
+            return context @ rearrange(self.to_kv.weight, "(r hd) d -> r d hd", r=routes)
+        # What adapts, quantises or watches the layer sees it called, and gives of each token what is for its route.
+        of_all = rearrange(self.to_kv(context), "b r j (s hd) -> s b r j hd", s=routes)
+        return torch.stack([of_all[route, :, route] for route in range(routes)], dim=1)
 
     def forward(
         self,
