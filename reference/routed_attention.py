@@ -80,12 +80,12 @@ def _is_plain(linear: nn.Module) -> bool:
         type(linear) is nn.Linear
         and linear._parameters["bias"] is None
         and "forward" not in vars(linear)
-        and not is_traceable_wrapper_subclass(linear.weight)
         and not linear._forward_hooks
         and not linear._forward_pre_hooks
         and not linear._backward_hooks
         and not linear._backward_pre_hooks
         and not _has_any_global_hook()
+        and not is_traceable_wrapper_subclass(linear.weight)
     )
 
 
