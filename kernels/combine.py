@@ -354,7 +354,7 @@ def combine(
 
     Raises:
         ValueError: shapes, dtypes or devices do not match.
-        NotImplementedError: a second derivative is asked for, but on the CPU.
+        NotImplementedError: a second derivative or forward mode is asked for, but on the CPU.
     """
     check_combine(routed, scores, indices, length, null, light, residual, dtype)
     tensors = (routed, scores, null, light, residual)

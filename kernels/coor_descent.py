@@ -10,8 +10,7 @@ same, the weights are, and with r = exp((a + base) / e) it is `r = k max(r, exp(
 `S = sum min(w max(r, exp((base - max s) / e)), 1)`: a multiplication, a minimum and an addition for an entry.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -138,14 +137,6 @@ define_backward(
 )
 
 
-def gradients(
-    grad: Tensor, scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, numbers: Sequence, state: Tensor
-) -> tuple[Tensor, Any]:
-    """Gradients of scores `rows n` and of k, by the operator or, where nobody is to see that, past the dispatcher."""
-    backward = backward_of(grad, torch.ops.colt5.coor_descent_backward, _gradients)
-    return backward(grad, scores, mask, k_rows, *numbers, state)
-
-
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     scores, mask, k_rows, *numbers, _ = inputs
     ctx.save_for_backward(scores, mask, k_rows, output[1])
@@ -157,7 +148,8 @@ def _differentiate(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
     if grad is None:
         return (None,) * 9
     scores, mask, k_rows, state = ctx.saved_tensors
-    ds, dk = gradients(grad, scores, mask, k_rows, ctx.numbers, state)
+    backward = backward_of(grad, torch.ops.colt5.coor_descent_backward, _gradients)
+    ds, dk = backward(grad, scores, mask, k_rows, *ctx.numbers, state)
     return ds, None, None if k_rows is None else dk.to(k_rows.dtype), *(None,) * 6
 
 
@@ -198,7 +190,7 @@ def coor_descent(
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
-        NotImplementedError: a second derivative is asked for.
+        NotImplementedError: a second derivative or forward mode is asked for.
     """
     check_scores(scores, mask)
     check_k(k, scores)

@@ -81,6 +81,8 @@ def _backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = (query, key_value, lists, weights, null_kv, multiply_keys)
+    # In memory as `_allocate` makes it, by which kernels read it; a function transform hands back a copy.
+    out = out.transpose(2, 3).contiguous().transpose(2, 3)
     dquery, dkey_value, dweights, dnull = _allocate_gradients(grad, *inputs, out, lse)
     if not query.numel():
         return dquery, dkey_value.zero_(), dweights.zero_(), dnull.zero_()
@@ -158,7 +160,7 @@ def gathered_attention(
 
     Raises:
         ValueError: an argument is of a wrong dtype, or shapes do not match.
-        NotImplementedError: a second derivative is asked for.
+        NotImplementedError: a second derivative or forward mode is asked for.
     """
     check_gathered(query, key_value, indices, weights, null_kv, mask)
     lists = indices if mask is None else torch.where(mask, indices, -1)

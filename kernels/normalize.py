@@ -287,7 +287,7 @@ def normalize(
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
-        NotImplementedError: a second derivative is asked for, but on the CPU.
+        NotImplementedError: a second derivative or forward mode is asked for, but on the CPU.
     """
     check_normalize(x, weight, bias, eps, dtype)
     result = result_dtype(dtype, x, weight, bias)

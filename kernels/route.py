@@ -276,7 +276,7 @@ def route(
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
-        NotImplementedError: a second derivative is asked for.
+        NotImplementedError: a second derivative or forward mode is asked for.
     """
     check_route(x, routing_tokens, num_selected, k, (n_iters, eps, eps_init, eps_decay), solver, block_size, mask)
     save = torch.is_grad_enabled() and (x.requires_grad or routing_tokens.requires_grad)

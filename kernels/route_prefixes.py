@@ -172,7 +172,7 @@ def route_prefixes(
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
-        NotImplementedError: a second derivative is asked for.
+        NotImplementedError: a second derivative or forward mode is asked for.
     """
     check_prefixes(scores, window_size, num_selected, k)
     check_schedule(n_iters, eps, eps_init, eps_decay)

@@ -16,6 +16,7 @@ from kernels._launch import is_traced, runs_triton
 from kernels._operators import backward_of, define, define_backward, define_gradient, eager
 from kernels._routed_attention_kernels import LARGEST_HEAD, launch_backward, launch_forward
 from reference._arguments import check_routed
+from reference._attention import attend
 
 _INPUTS = "Tensor query, Tensor key_value, Tensor weights, Tensor null_kv, Tensor? mask, bool multiply_keys"
 
@@ -149,7 +150,7 @@ def routed_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices do not match.
-        NotImplementedError: a second derivative is asked for, but on the CPU.
+        NotImplementedError: a second derivative or forward mode is asked for, but on the CPU.
     """
     check_routed(query, key_value, weights, null_kv, mask)
     tensors = (query, key_value, weights, null_kv)
@@ -186,5 +187,6 @@ def _in_pytorch(
     )
     if mask is not None:
         mask = repeat(F.pad(mask, (1, 0), value=True), "b r j -> b (r h) 1 j", h=heads // routes)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    # PyTorch's kernels, with the derivatives that they lack.
+    out = attend(query, key, value, mask, use_flash=True, has_some=True)
     return rearrange(out, "b h i d -> b i (h d)")

@@ -144,7 +144,7 @@ def routing_scores(x: Tensor, routing_tokens: Tensor, *, cosine_sim_scale: float
 
     Raises:
         ValueError: shapes do not match.
-        NotImplementedError: a second derivative is asked for.
+        NotImplementedError: a second derivative or forward mode is asked for.
     """
     check_routing_tokens(x, routing_tokens)
     inputs = as_kernels_take(x, routing_tokens, cosine_sim_scale)

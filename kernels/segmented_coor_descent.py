@@ -151,7 +151,7 @@ def _differentiate(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     return ds, None, None if k_rows is None else dk.to(k_rows.dtype), *(None,) * 7
 
 
-define_gradient("segmented_coor_descent", _setup_context, _differentiate)
+define_gradient("segmented_coor_descent", _setup_context, _differentiate, reference="coor_descent")
 
 
 def segmented_coor_descent(
@@ -189,7 +189,7 @@ def segmented_coor_descent(
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
-        NotImplementedError: a second derivative is asked for.
+        NotImplementedError: a second derivative or forward mode is asked for.
     """
     check_scores(scores, mask)
     check_k(k, scores)

@@ -114,7 +114,7 @@ def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | N
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
-        NotImplementedError: a second derivative is asked for.
+        NotImplementedError: a second derivative or forward mode is asked for.
     """
     check_scores(scores, mask)
     check_k(k, scores)

@@ -11,9 +11,10 @@ from torch import Tensor
 from kernels._descent_forward import cooling_iterations, descend, soft_selection
 from kernels._descent_state import allocate_state
 from kernels._launch import Plan, as_rows, is_traced, mask_as_rows, planner, runs_triton, tile_settings
-from kernels._operators import define, define_gradient, eager
+from kernels._operators import backward_of, define, define_backward, define_gradient, eager
 from kernels._primitives import LOWEST, load_tile, per_row, tile_columns
-from kernels.coor_descent import coor_descent, gradients
+from kernels.coor_descent import _gradients as descent_gradients
+from kernels.coor_descent import coor_descent
 from reference._arguments import check_schedule, check_scores, first_temperature
 from reference.topk import TopkReturn, check_topk, select_topk
 from reference.topk import topk as plain_topk
@@ -175,11 +176,61 @@ def _forward(
     return outputs
 
 
+def _allocate_gradient(
+    grad_values: Tensor | None,
+    grad_soft: Tensor | None,
+    grad_gates: Tensor | None,
+    x: Tensor,
+    mask: Tensor | None,
+    indices: Tensor,
+    gates: Tensor,
+    state: Tensor,
+    k: float,
+    n_iters: int,
+    eps: float,
+    first: float,
+    eps_decay: float,
+) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _backward(
+    grad_values: Tensor | None,
+    grad_soft: Tensor | None,
+    grad_gates: Tensor | None,
+    x: Tensor,
+    mask: Tensor | None,
+    indices: Tensor,
+    gates: Tensor,
+    state: Tensor,
+    k: float,
+    n_iters: int,
+    eps: float,
+    first: float,
+    eps_decay: float,
+) -> Tensor:
+    """The gradient of x; None stands for one of 0."""
+    through_value = None if grad_values is None else grad_values * x.gather(-1, indices)
+    through_gate = _sum(grad_gates, through_value)
+    if mask is not None and through_gate is not None:
+        # A gate is 0 where nothing was selected, and then nothing depends on anything.
+        through_gate = torch.where(gates != 0, through_gate, 0.0)
+    grad = torch.zeros_like(x).scatter_(-1, indices, _sum(through_gate, grad_soft))
+    dx, _ = descent_gradients(grad, x, mask, None, k, n_iters, eps, first, eps_decay, state)
+    return dx if grad_values is None else dx.scatter_add_(-1, indices, grad_values * gates)
+
+
 define(
     "topk(Tensor x, Tensor? mask, int selected, float k, int n_iters, float eps, float first, float eps_decay, "
     "bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _allocate,
+)
+define_backward(
+    "topk_backward(Tensor? grad_values, Tensor? grad_soft, Tensor? grad_gates, Tensor x, Tensor? mask, Tensor indices, "
+    "Tensor gates, Tensor state, float k, int n_iters, float eps, float first, float eps_decay) -> Tensor",
+    _backward,
+    _allocate_gradient,
 )
 
 
@@ -195,19 +246,12 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
 def _differentiate(
     ctx, grad_values: Tensor | None, _: None, grad_soft: Tensor | None, grad_gates: Tensor | None, *__: None
 ) -> tuple[Tensor | None, ...]:
-    if grad_values is None and grad_soft is None and grad_gates is None:
+    grads = (grad_values, grad_soft, grad_gates)
+    given = [grad for grad in grads if grad is not None]
+    if not given:
         return (None,) * 9
-    x, mask, indices, gates, state = ctx.saved_tensors
-    through_value = None if grad_values is None else grad_values * x.gather(-1, indices)
-    through_gate = _sum(grad_gates, through_value)
-    if mask is not None and through_gate is not None:
-        # A gate is 0 where nothing was selected, and then nothing depends on anything.
-        through_gate = torch.where(gates != 0, through_gate, 0.0)
-    grad = torch.zeros_like(x).scatter_(-1, indices, _sum(through_gate, grad_soft))
-    dx, _ = gradients(grad, x, mask, None, ctx.numbers, state)
-    if grad_values is not None:
-        dx.scatter_add_(-1, indices, grad_values * gates)
-    return dx, *(None,) * 8
+    backward = backward_of(given[0], torch.ops.colt5.topk_backward, _backward)
+    return backward(*grads, *ctx.saved_tensors, *ctx.numbers), *(None,) * 8
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Any:

@@ -158,7 +158,7 @@ def windowed_attention(
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
-        NotImplementedError: a second derivative is asked for.
+        NotImplementedError: a second derivative or forward mode is asked for.
     """
     check_windows(qkv, heads, window_size, mask)
     lowered = autocast_dtype(qkv)
