@@ -151,12 +151,12 @@ class Draw:
         n = self.size(min(self.scale.longest, cells))
         if self.chance(0.03):
             return [0, n]
-        rows = self.size(max(cells // n, 1))
+        most = max(cells // n, 1)
         dims = self.pick(0, 1, 1, 2, 3)
         if dims == 0:
             return [n]
-        lead = [self.pick(1, 2, 3) for _ in range(dims - 1)]
-        return [*lead, max(rows // prod(lead), 1), n]
+        lead = [self.pick(1, 2, 3) if most >= 9 else 1 for _ in range(dims - 1)]
+        return [*lead, self.size(max(most // prod(lead), 1)), n]
 
     def schedule(self) -> dict[str, Any]:
         """Of coordinate descent."""
@@ -261,7 +261,7 @@ def _route(draw: Draw) -> Drawn:
 def _route_prefixes(draw: Draw) -> Drawn:
     options = draw.schedule()
     n = draw.size(min(draw.scale.longest, 2**14))
-    window = max(draw.size(n), n // 64, 1)
+    window = max(draw.size(n), n // (64 if n > 1000 else 16), 1)
     rows = max(draw.scale.cells // options["n_iters"] // 8 // (n * (n // window + 1)), 1)
     routes = draw.pick(1, 2) if rows > 1 else 1
     data = {"scores": [0 if draw.chance(0.03) else draw.size(max(rows // routes, 1)), routes, n], **draw.spread()}
@@ -272,7 +272,7 @@ def _route_prefixes(draw: Draw) -> Drawn:
 
 def _normalize(draw: Draw) -> Drawn:
     d = draw.pick(draw.size(2048), *draw.scale.features)
-    lead = draw.shape(max(draw.scale.cells // 8 // d, 1))
+    lead = draw.shape(draw.scale.cells // 8 // d)
     data = {"x": [*lead, d], "weight": draw.pick("float32", None), "bias": draw.pick(None, "float32", "same")}
     data["std"] = draw.pick(1e-3, 1.0, 30.0)
     return data, {
@@ -335,7 +335,8 @@ def _windowed_attention(draw: Draw) -> Drawn:
     _, heads, d = _heads(draw)
     n = draw.size(draw.scale.tokens)
     window = draw.size(max(draw.scale.products // (3 * n * heads), 1))
-    batch = draw.size(max(draw.scale.products // (3 * n * heads * window), 1))
+    tokens = min(draw.scale.products // window, draw.scale.cells // (4 * d)) // (3 * heads)
+    batch = draw.size(max(tokens // n, 1))
     if draw.chance(0.05):
         batch, n = draw.scale.many // heads + 1, draw.pick(1, 2)
     data = {"qkv": [batch, n, 3 * heads * d], "mask": draw.mask("nothing")}
@@ -542,7 +543,7 @@ def _layer(draw: Draw, name: str) -> Drawn:
     batch = draw.size(max(min(draw.scale.tokens // n, 4), 1))
     if draw.chance(0.03):
         batch, n = draw.scale.many // 8, draw.pick(2, 3)
-    sizes = _Sizes(batch, n, draw.size(draw.scale.tokens), draw.pick(1, 1, 2))
+    sizes = _Sizes(batch, n, draw.size(max(draw.scale.tokens // batch, 3)), draw.pick(1, 1, 2))
     if name.endswith("ImageAttention"):
         height = draw.size(max(n // 2, 1))
         width = max(n // height, 1)
