@@ -196,17 +196,19 @@ def _backward_kernel(
 
 
 @planner
-def _plan_sums(n_rows: int, n: int) -> Plan:
+def _plan_sums(n_rows: int, n: int, aligned: bool) -> Plan:
     """Pieces are chunks, each of which has a program."""
     chunks = triton.cdiv(n, CHUNK)
     tile = tile_settings(min(n, CHUNK), IN_THREAD)
-    return Plan(triton.cdiv(n_rows, tile["ROWS"]) * chunks, {**tile, "maxnreg": REGISTERS}, chunks)
+    # Where entries are loaded one by one, their addresses take registers.
+    registers = REGISTERS if aligned else REGISTERS + 16
+    return Plan(triton.cdiv(n_rows, tile["ROWS"]) * chunks, {**tile, "maxnreg": registers}, chunks)
 
 
 @planner
-def _plan(n_rows: int, n: int) -> Plan:
+def _plan(n_rows: int, n: int, aligned: bool) -> Plan:
     """The same, and how many chunks a program looks at at a time."""
-    plan = _plan_sums(n_rows, n)
+    plan = _plan_sums(n_rows, n, aligned)
     return plan._replace(settings={**plan.settings, "SLOTS": min(triton.next_power_of_2(plan.pieces), 1024)})
 
 
@@ -224,13 +226,14 @@ def launch_backward(
     """Write the gradient of the scores to `ds`, and that of k to `dk` where it has one entry a row."""
     n_rows, n = scores.shape
     n_iters = iterations_of(state)
-    plan = _plan(n_rows, n)
     strides = (grad.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
+    aligned = (n | scores.data_ptr() | strides[0] | strides[1] | strides[2]) % 16 == 0
+    plan = _plan(n_rows, n, aligned)
     mask_or_any = scores if mask is None else mask
 
     grad_a = state
     if plan.pieces > 1:
-        sums = _plan_sums(n_rows, n)
+        sums = _plan_sums(n_rows, n, aligned)
         grad_a = torch.empty(sums.programs, dtype=torch.float64, device=scores.device)
         _grad_a_kernel[sums.grid](
             grad,

@@ -383,22 +383,27 @@ def entries_in_thread(n_rows: int, n: int, available: int) -> int:
 
 
 @planner
-def _plan(n_rows: int, n: int, simple: bool, available: int) -> Plan:
-    """Pieces are tiles that a program streams, of a row that does not stay in registers."""
-    if n <= RESIDENT or (simple and n <= 2 * RESIDENT):
-        tile = tile_settings(n, entries_in_thread(n_rows, n, available))
+def _plan(n_rows: int, n: int, simple: bool, aligned: bool, available: int) -> Plan:
+    """Pieces are tiles that a program streams, of a row that does not stay in registers.
+
+    Rows are simple with neither a mask nor a conversion. Where others are not aligned, entries are loaded one by one,
+    with addresses for each of them: then half as many fit into registers.
+    """
+    resident, most = (RESIDENT, IN_THREAD) if simple or aligned else (RESIDENT // 2, IN_THREAD // 2)
+    if n <= resident or (simple and n <= 2 * resident):
+        tile = tile_settings(n, min(entries_in_thread(n_rows, n, available), most))
         # The fewer registers a thread, the more rows under way, which hide each other's waiting. Loading needs more of
         # them where there is a mask or a conversion.
         registers = most_registers(tile["num_warps"])
         alone = {"PROGRAMS": 1, "SLOTS": 1, "maxnreg": min(128, registers) if simple else registers}
         return Plan(triton.cdiv(n_rows, tile["ROWS"]), {**tile, **alone}, 0)
     # As few entries a program as there are programs to share them, but no fewer than are worth an exchange.
-    halve = n_rows * triton.cdiv(n, RESIDENT // 2) <= available
-    piece = RESIDENT // 2 if halve else RESIDENT
+    halve = n_rows * triton.cdiv(n, resident // 2) <= available
+    piece = resident // 2 if halve else resident
     sharing = triton.cdiv(n, piece)
     if sharing <= available:
         groups = max(min(n_rows, available // sharing), 1)
-        return Plan(groups * sharing, _shared(piece, IN_THREAD, sharing), 0)
+        return Plan(groups * sharing, _shared(piece, most, sharing), 0)
     tiles = triton.cdiv(triton.cdiv(n, available), STREAMED)
     return Plan(available, _shared(STREAMED, STREAMED_IN_THREAD, available), tiles)
 
@@ -435,7 +440,9 @@ def launch_forward(
     n_rows, n = scores.shape
     n_iters, eps, first, eps_decay = schedule
     simple = mask is None and scores.dtype == torch.float32
-    plan = _plan(n_rows, n, simple, multiprocessors(scores.device))
+    strides = (scores.stride(0), 0 if mask is None else mask.stride(0))
+    aligned = (n | scores.data_ptr() | strides[0] | strides[1]) % 16 == 0
+    plan = _plan(n_rows, n, simple, aligned, multiprocessors(scores.device))
     mailbox = 8 * plan.programs if "launch_cooperative_grid" in plan.settings else 0
     kernel = _streaming_kernel if plan.pieces else _resident_kernel
     kernel[plan.grid](
@@ -445,8 +452,7 @@ def launch_forward(
         y,
         state,
         torch.zeros(mailbox, dtype=torch.int64, device=y.device) if mailbox else y,
-        scores.stride(0),
-        0 if mask is None else mask.stride(0),
+        *strides,
         n_rows,
         n,
         n_iters,

@@ -143,7 +143,7 @@ FORWARD: SettingsBySize = {
     (2, 64): Settings(32, 32, 1, 3),
     (2, 128): Settings(32, 64, 4, 3),
     (4, 64): Settings(32, 32, 4, 2),
-    (4, 128): Settings(16, 32, 4, 2),
+    (4, 128): Settings(16, 32, 8, 2),
 }
 
 

@@ -314,7 +314,7 @@ FORWARD = {
     (2, 64): Settings(64, 64, 4, 3),
     (2, 128): Settings(64, 64, 8, 2),
     (4, 64): Settings(16, 64, 4, 2),
-    (4, 128): Settings(16, 32, 4, 2),
+    (4, 128): Settings(16, 32, 8, 2),
 }
 """By bytes of an entry, and dimensions of a head."""
 
@@ -322,23 +322,33 @@ QUERY = {
     (2, 64): Settings(64, 64, 4, 3),
     (2, 128): Settings(64, 64, 8, 2),
     (4, 64): Settings(16, 64, 4, 2),
-    (4, 128): Settings(16, 16, 4, 2),
+    (4, 128): Settings(16, 16, 8, 2),
 }
 KEY_VALUE = {
     (2, 64): Settings(64, 32, 4, 3),
     (2, 128): Settings(64, 64, 8, 2),
     (4, 64): Settings(16, 32, 4, 1),
-    (4, 128): Settings(16, 32, 8, 2),
+    (4, 128): Settings(16, 16, 8, 2),
 }
+
+RAGGED = {
+    (2, 64): Settings(32, 32, 4, 2),
+    (2, 128): Settings(32, 32, 8, 2),
+    (4, 64): Settings(16, 32, 8, 2),
+    (4, 128): Settings(16, 16, 8, 2),
+}
+"""Of all kernels, for large heads of no multiple of 32 dimensions, which take registers to load."""
 
 
 def _plan_blocks(
     table: Mapping[tuple[int, int], Settings], batch: int, n: int, heads: int, head_dim: int, itemsize: int
 ) -> Plan:
     """A program for each block of n queries or keys of a head. Pieces are these blocks."""
-    settings = table[itemsize, 64 if head_dim <= 64 else LARGEST_HEAD]
+    block_d = max(triton.next_power_of_2(head_dim), 16)
+    ragged = head_dim > 32 and head_dim % 32 > 0
+    settings = (RAGGED if ragged else table)[itemsize, 64 if head_dim <= 64 else LARGEST_HEAD]
     blocks = triton.cdiv(n, settings.block)
-    tile = {"BLOCK_D": max(triton.next_power_of_2(head_dim), 16), "BLOCK": settings.block, "TILE": settings.tile}
+    tile = {"BLOCK_D": block_d, "BLOCK": settings.block, "TILE": settings.tile}
     options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
     return Plan(batch * heads * blocks, {**tile, **options}, blocks)
 

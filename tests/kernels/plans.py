@@ -50,6 +50,7 @@ def around(*borders: int, most: int = 2**22) -> tuple[int, ...]:
 
 
 COUNTS = {
+    "aligned": BOOL,
     "available": (132, 1, 58, 72, 108),
     "batch": (1, 2, 4, 33, 132, 4000, 65535, 65537, 2**31, 2**33),
     "d": around(96, 384, 768, 5120, most=8192),
@@ -73,6 +74,10 @@ COUNTS = {
 """What sizes of a name are tried; a launcher whose sizes go by other names has to say here what they may be."""
 
 
+NOT_A_COUNT = {"aligned", "available", "itemsize", "n_iters", "pairs", "simple"}
+"""Of these, what makes no tensor larger."""
+
+
 def sizes_of(planner: Callable[..., Plan], **limits: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """All combinations of what the sizes of a planner may be, or ten thousand of them if there are more."""
     names = tuple(inspect.signature(planner).parameters)
@@ -82,7 +87,16 @@ def sizes_of(planner: Callable[..., Plan], **limits: tuple[int, ...]) -> Iterato
     else:
         rng = random.Random(planner.__qualname__)
         chosen = (tuple(map(rng.choice, values)) for _ in range(50_000))
-    return (dict(zip(names, sizes, strict=True)) for sizes in chosen)
+    named = (dict(zip(names, sizes, strict=True)) for sizes in chosen)
+    return (sizes for sizes in named if not sizes.get("aligned") or sizes["n"] % 16 == 0)
+
+
+class Case(NamedTuple):
+    """A call that follows a plan."""
+
+    planner: Callable[..., Plan]
+    sizes: dict[str, Any]
+    variant: dict[str, Any]
 
 
 class Operation(NamedTuple):
@@ -110,50 +124,66 @@ def _variants(**choices: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
     return tuple(combined)
 
 
-def _differentiate(output: Tensor, save: bool = True) -> None:
-    if save and output.requires_grad:
-        output.backward(torch.zeros_like(output))
+def _call_and_differentiate(kept: bool, call: Callable[[], Tensor]) -> None:
+    """Forward and backward pass; unless `kept`, a forward pass too that keeps nothing for it."""
+    if not kept:
+        with torch.no_grad():
+            call()
+    output = call()
+    output.backward(torch.zeros_like(output))
 
 
-def _rows(n_rows: int, n: int, dtype: torch.dtype, masked: bool, per_row: bool, save: bool, k: float = 1.0):
-    scores = torch.zeros(n_rows, n, dtype=dtype, requires_grad=save)
-    mask = torch.ones(n, dtype=torch.bool).expand(n_rows, n) if masked else None
-    return scores, mask, torch.full((n_rows,), k, requires_grad=save) if per_row else k
+def _rows(
+    n_rows: int,
+    n: int,
+    dtype: torch.dtype,
+    masked: bool,
+    per_row: bool = False,
+    differentiable: bool = True,
+    aligned: bool = True,
+):
+    """Scores, mask and k. Rows are aligned if their length allows that."""
+    wide = torch.zeros(n_rows, n + (not aligned), dtype=dtype)
+    scores = wide[:, :n].requires_grad_(differentiable)
+    mask = torch.ones(n_rows, n, dtype=torch.bool) if masked else None
+    return scores, mask, torch.ones(n_rows, requires_grad=differentiable) if per_row else 1.0
 
 
-def coor_descent(n_rows, n, simple=True, per_row=False, save=True, masked=True, half=True, **_):
+def coor_descent(n_rows, n, simple=True, aligned=True, per_row=False, kept=True, masked=True, half=True, **_):
     dtype = torch.bfloat16 if half and not simple else torch.float32
     masked = not simple and (masked or not half)
-    scores, mask, k = _rows(n_rows, n, dtype, masked, per_row, save)
+    scores, mask, k = _rows(n_rows, n, dtype, masked, per_row, aligned=aligned)
     schedule = {"n_iters": 4, "eps": 0.1, "eps_init": 1.0, "eps_decay": 0.5}
-    _differentiate(kernels.coor_descent(scores, k=k, mask=mask, **schedule))
+    _call_and_differentiate(kept, lambda: kernels.coor_descent(scores, k=k, mask=mask, **schedule))
 
 
 def topk(n_rows, n, selected, masked=False, save=True, itemsize=4, **_):
     """Without the backward pass, which is that of coordinate descent."""
-    x, mask, _ = _rows(n_rows, n, DTYPES[itemsize], masked, False, save)
+    x, mask, _ = _rows(n_rows, n, DTYPES[itemsize], masked, differentiable=save)
     kernels.topk(x, min(selected, n), n_iters=4, mask=mask, fused=True)
 
 
 def soft_topk(n_rows, n, masked, per_row, itemsize, **_):
-    scores, mask, k = _rows(n_rows, n, DTYPES[itemsize], masked, per_row, True)
-    _differentiate(kernels.soft_topk(scores, k=k, eps=0.1, mask=mask))
+    scores, mask, k = _rows(n_rows, n, DTYPES[itemsize], masked, per_row)
+    _call_and_differentiate(True, lambda: kernels.soft_topk(scores, k=k, eps=0.1, mask=mask))
 
 
 def select(n_rows, n=100, selected=7, masked=False, itemsize=4, **_):
-    scores, mask, _ = _rows(n_rows, max(n, selected), DTYPES[itemsize], masked, False, False)
+    scores, mask, _ = _rows(n_rows, max(n, selected), DTYPES[itemsize], masked, differentiable=False)
     kernels.select(scores, num_selected=selected, mask=mask)
 
 
-def segmented_coor_descent(n_rows, n, itemsize, masked, per_row, save, **_):
-    scores, mask, k = _rows(n_rows, n, DTYPES[itemsize], masked, per_row, save)
-    _differentiate(kernels.segmented_coor_descent(scores, k=k, n_iters=4, mask=mask, checkpoint_segments=2))
+def segmented_coor_descent(n_rows, n, itemsize, masked, per_row, kept, **_):
+    scores, mask, k = _rows(n_rows, n, DTYPES[itemsize], masked, per_row)
+    options = {"n_iters": 4, "checkpoint_segments": 2}
+    _call_and_differentiate(kept, lambda: kernels.segmented_coor_descent(scores, k=k, mask=mask, **options))
 
 
 def routing_scores(batch, n, d, routes, itemsize, cosine=False, needs_x=True, **_):
     x = torch.zeros(batch, n, d, dtype=DTYPES[itemsize], requires_grad=needs_x)
     routing_tokens = torch.zeros(1, routes, d, requires_grad=True)
-    _differentiate(kernels.routing_scores(x, routing_tokens, cosine_sim_scale=8.0 if cosine else None))
+    scale = 8.0 if cosine else None
+    _call_and_differentiate(True, lambda: kernels.routing_scores(x, routing_tokens, cosine_sim_scale=scale))
 
 
 def gathered_gradients(batch, selected, d, routes, cosine, itemsize, **_):
@@ -176,62 +206,66 @@ def gather(n_rows, selected, d, itemsize, **_):
 def normalize(n_rows, d, center, biased, itemsize, **_):
     x = torch.zeros(n_rows, d, dtype=DTYPES[itemsize], requires_grad=True)
     bias = torch.zeros(d, requires_grad=True) if biased else None
-    _differentiate(kernels.normalize(x, torch.ones(d, requires_grad=True), bias, center=center))
+    weight = torch.ones(d, requires_grad=True)
+    _call_and_differentiate(True, lambda: kernels.normalize(x, weight, bias, center=center))
 
 
 def combine(d=8, n_rows=1, n_routed=None, nulled=True, lit=True, residual=True, itemsize=4, **_):
     """`n_rows` sequences of one token, which is routed."""
     batch, n = n_routed or n_rows, 1
     dtype = DTYPES[itemsize]
-    kernels_take = {
+    branches = {
         "null": torch.zeros(d, requires_grad=True) if nulled else None,
         "light": torch.zeros(batch, n, d, dtype=dtype, requires_grad=True) if lit else None,
         "residual": torch.zeros(batch, n, d, requires_grad=True) if residual else None,
     }
     routed = torch.zeros(batch, 1, d, dtype=dtype, requires_grad=True)
-    indices = torch.zeros(batch, 1, dtype=torch.int64)
-    _differentiate(kernels.combine(routed, torch.zeros(batch, 1), indices, length=n, **kernels_take))
+    scores, indices = torch.zeros(batch, 1), torch.zeros(batch, 1, dtype=torch.int64)
+    _call_and_differentiate(True, lambda: kernels.combine(routed, scores, indices, length=n, **branches))
 
 
-def route_prefixes(n_rows, n_windows=2, window_size=3, n_iters=4, n=None, itemsize=4, save=True, **_):
+def route_prefixes(n_rows, n_windows=2, window_size=3, n_iters=4, n=None, itemsize=4, kept=True, **_):
     n = (n_windows + 1) * window_size if n is None else max(n, 2)
-    scores = torch.zeros(n_rows, 1, n, dtype=DTYPES[itemsize], requires_grad=save)
+    scores = torch.zeros(n_rows, 1, n, dtype=DTYPES[itemsize], requires_grad=True)
     options = {"window_size": min(window_size, n), "num_selected": 2, "n_iters": n_iters}
-    _differentiate(kernels.route_prefixes(scores, k=1.0, **options).weights)
+    _call_and_differentiate(kept, lambda: kernels.route_prefixes(scores, k=1.0, **options).weights)
 
 
 def gathered_attention(
     batch, heads, dim, itemsize, n_windows=2, n_queries=16, n_tokens=3, pairs=True, weighed=False, **_
 ):
     dtype = DTYPES[itemsize]
-    out = kernels.gathered_attention(
+    arguments = (
         torch.zeros(batch, n_windows, heads, n_queries, dim, dtype=dtype, requires_grad=True),
         torch.zeros(batch, 1, n_tokens, 2 * heads * dim, dtype=dtype, requires_grad=True),
         torch.zeros(batch, n_windows, 1, 1, dtype=torch.int64),
         torch.zeros(batch, n_windows, 1, 1, requires_grad=True),
         torch.zeros(2, heads, dim, requires_grad=True),
-        multiply_keys_by_score=weighed or not pairs,
     )
-    _differentiate(out)
+    weighed = weighed or not pairs
+    _call_and_differentiate(True, lambda: kernels.gathered_attention(*arguments, multiply_keys_by_score=weighed))
 
 
-def routed_attention(batch, n, heads, head_dim, itemsize, masked=False, weighed=False, save=True, **_):
+def routed_attention(batch, n, heads, head_dim, itemsize, masked=False, weighed=False, kept=True, **_):
     dtype = DTYPES[itemsize]
-    out = kernels.routed_attention(
-        torch.zeros(batch, n, heads * head_dim, dtype=dtype, requires_grad=save),
-        torch.zeros(batch, 1, n, 2 * heads * head_dim, dtype=dtype, requires_grad=save),
-        torch.zeros(batch, 1, n, requires_grad=save),
-        torch.zeros(2, heads, head_dim, requires_grad=save),
-        mask=torch.ones(batch, 1, n, dtype=torch.bool) if masked else None,
-        multiply_keys_by_score=weighed,
+    arguments = (
+        torch.zeros(batch, n, heads * head_dim, dtype=dtype, requires_grad=True),
+        torch.zeros(batch, 1, n, 2 * heads * head_dim, dtype=dtype, requires_grad=True),
+        torch.zeros(batch, 1, n, requires_grad=True),
+        torch.zeros(2, heads, head_dim, requires_grad=True),
     )
-    _differentiate(out)
+    options = {
+        "mask": torch.ones(batch, 1, n, dtype=torch.bool) if masked else None,
+        "multiply_keys_by_score": weighed,
+    }
+    _call_and_differentiate(kept, lambda: kernels.routed_attention(*arguments, **options))
 
 
 def windowed_attention(batch, n, heads, head_dim, itemsize, masked=False, causal=False, **_):
     qkv = torch.zeros(batch, n, 3 * heads * head_dim, dtype=DTYPES[itemsize], requires_grad=True)
     mask = torch.ones(batch, n, dtype=torch.bool) if masked else None
-    _differentiate(kernels.windowed_attention(qkv, heads=heads, window_size=4, causal=causal, mask=mask))
+    options = {"heads": heads, "window_size": 4, "causal": causal, "mask": mask}
+    _call_and_differentiate(True, lambda: kernels.windowed_attention(qkv, **options))
 
 
 def _but_for_programs(plan: Plan) -> object:
@@ -243,7 +277,7 @@ OPERATIONS = {
     "coor_descent": Operation(
         (_descent_forward._plan, _descent_backward._plan_sums, _descent_backward._plan),
         coor_descent,
-        _variants(per_row=BOOL, save=BOOL, masked=BOOL, half=BOOL),
+        _variants(per_row=BOOL, kept=BOOL, masked=BOOL, half=BOOL),
         key=_but_for_programs,
     ),
     "topk": Operation(
@@ -263,7 +297,7 @@ OPERATIONS = {
     "segmented_coor_descent": Operation(
         (_segmented_kernels._plan,),
         segmented_coor_descent,
-        _variants(masked=BOOL, per_row=BOOL, save=BOOL),
+        _variants(masked=BOOL, per_row=BOOL, kept=BOOL),
         {"itemsize": (2, 4, 8)},
     ),
     "routing_scores": Operation(
@@ -294,7 +328,7 @@ OPERATIONS = {
             _prefix_backward._plan_tokens,
         ),
         route_prefixes,
-        _variants(itemsize=(2, 4), save=BOOL),
+        _variants(itemsize=(2, 4), kept=BOOL),
     ),
     "gathered_attention": Operation(
         (_gathered_forward._plan, _gathered_backward._plan_queries, _gathered_backward._plan_keys),
@@ -308,7 +342,7 @@ OPERATIONS = {
             _routed_attention_kernels._plan_keys,
         ),
         routed_attention,
-        _variants(masked=BOOL, weighed=BOOL, save=BOOL),
+        _variants(masked=BOOL, weighed=BOOL, kept=BOOL),
     ),
     "windowed_attention": Operation(
         (_windowed_attention_kernels._plan_forward, _windowed_attention_kernels._plan_backward),
@@ -316,3 +350,30 @@ OPERATIONS = {
         _variants(masked=BOOL, causal=BOOL),
     ),
 }
+
+
+def cases_of(operation: Operation, every_variant: bool) -> list[Case]:
+    """For each of the plans that are compiled differently, the smallest sizes that have it: with each of the variants,
+    or with one of them in turn."""
+    cases = []
+    turn = itertools.cycle(operation.variants)
+    variants: dict[object, tuple[dict[str, Any], ...]] = {}
+    for planner in operation.planners:
+        smallest: dict[object, tuple[int, dict[str, Any]]] = {}
+        for sizes in sizes_of(planner, **operation.limits):
+            counts = (
+                size
+                for name, size in sizes.items()
+                if name not in ("aligned", "available", "itemsize", "n_iters", "simple")
+            )
+            entries = math.prod(max(count, 1) for count in counts)
+            if entries <= MOST_ENTRIES:
+                key = operation.key(planner(**sizes))
+                smallest[key] = min(smallest.get(key, (entries, sizes)), (entries, sizes), key=lambda each: each[0])
+        for _, sizes in smallest.values():
+            # One variant for what may be one call, so that it is compiled once.
+            same = tuple(size for name, size in sorted(sizes.items()) if name != "available")
+            if same not in variants:
+                variants[same] = operation.variants if every_variant else (next(turn),)
+            cases += [Case(planner, sizes, variant) for variant in variants[same]]
+    return cases

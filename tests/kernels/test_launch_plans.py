@@ -1,16 +1,28 @@
-"""Plans of launches, for machines that need not be there: each can run."""
+"""Plans of launches, for machines that need not be there: each can run, and spills nothing."""
+
+import os
+import random
 
 import pytest
+import torch
 from triton.runtime.jit import JITFunction
 
+import kernels
+from colt5_bench.static_facts import compiled_kernels
 from kernels._launch import INTERPRETED, PLANNERS, triton_for_cpu_tensors
-from tests.kernels.plans import OPERATIONS, sizes_of
+from tests.calls import inputs_of, layer_of, results
+from tests.kernels.plans import OPERATIONS, cases_of, sizes_of
+
+EVERY = "EVERY_PLAN" in os.environ
 
 THREADS, REGISTERS = 1024, 65536
 """Of a program, and of a multiprocessor; a thread has up to 255."""
 
 MOST_PROGRAMS = 2**31 - 1
 """In the first direction of a grid."""
+
+SHARED = {80: 163, 90: 227, 120: 99}
+"""KiB that a program may take, by compute capability times ten."""
 
 
 def name_of(planner):
@@ -95,3 +107,73 @@ def test_a_multiprocessor_has_what_a_plan_asks_for(planner):
         assert 0 <= plan.programs <= MOST_PROGRAMS, sizes
         if plan.settings.get("launch_cooperative_grid"):
             assert plan.programs <= sizes["available"], sizes
+
+
+def faults_of(kernel, target):
+    """What a GPU lacks for a kernel."""
+    registers = -(-kernel["registers"] // 8) * 8 * 32 * kernel["num_warps"]
+    found = {
+        "spills": kernel["spilled_bytes"] > 0,
+        "takes more registers than there are": registers > REGISTERS,
+        "takes more shared memory than there is": kernel["shared_bytes"] > SHARED[target] * 1024,
+    }
+    return [fault for fault, is_found in found.items() if is_found]
+
+
+def follows(kernel, plan):
+    """Whether a kernel was compiled at the settings of a plan."""
+    facts = {**kernel, **kernel["constants"], "launch_cooperative_grid": kernel["cooperative"]}
+    settings = {name: value for name, value in plan.settings.items() if name != "maxnreg"}
+    return all(name in facts and facts[name] == value for name, value in settings.items())
+
+
+@pytest.mark.compiled
+@pytest.mark.skipif(not EVERY, reason="compiles for many minutes: set EVERY_PLAN")
+@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_what_follows_a_plan_can_run_and_spills_nothing(name, target):
+    """Each plan is compiled for each of the GPUs in each of its variants."""
+    operation = OPERATIONS[name]
+    found = set()
+    for planner, sizes, variant in cases_of(operation, every_variant=True):
+
+        def launch(sizes=sizes, variant=variant):
+            with triton_for_cpu_tensors(sizes.get("available", 132)):
+                operation.call(**{**variant, **sizes})
+
+        compiled = compiled_kernels(launch, target, disassemble=False)
+        assert any(follows(kernel, planner(**sizes)) for kernel in compiled), (name_of(planner), sizes)
+        found |= {f"{fault}: {kernel}" for kernel in compiled for fault in faults_of(kernel, target)}
+    assert not found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_many_rows_sequences_and_heads_on_a_gpu(name):
+    with torch.device("cuda"):
+        for sizes in MANY[name]:
+            OPERATIONS[name].call(**{**OPERATIONS[name].variants[0], **sizes})
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_a_layer_of_many_sequences_on_a_gpu():
+    layer = layer_of("ConditionalRoutedAttention", random.Random(0), use_triton=True)
+    inputs, options = inputs_of("ConditionalRoutedAttention", layer, batch=9000)
+    with torch.no_grad():
+        for output in results(layer.cuda()(*(x.cuda() for x in inputs), **options)):
+            assert output.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_more_entries_than_32_bits_count():
+    """In half precision, as its last rows alone."""
+    n_rows, d = 2**24 + 3, 256
+    if torch.cuda.mem_get_info()[0] < 5 * n_rows * d * 2:
+        pytest.skip("takes 40 GB")
+    x = torch.randn(1, d, dtype=torch.half, device="cuda").repeat(n_rows, 1)
+    x[-1000:] = torch.randn(1000, d, device="cuda")
+    weight = torch.randn(d, device="cuda", dtype=torch.half)
+    y = kernels.normalize(x, weight)
+    assert torch.equal(y[-1000:], kernels.normalize(x[-1000:], weight))
+    assert (y[:-1000] == y[0]).all()
