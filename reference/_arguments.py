@@ -44,6 +44,17 @@ def check_scores(scores: Tensor, mask: Tensor | None) -> None:
         require(mask.device == scores.device, "mask", mask.device, "on {} as scores are", scores.device)
 
 
+def takes_no_part(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """bool, of the shape of the scores: what a mask leaves out, and scores of -inf, which are as if masked."""
+    lowest = scores == -torch.inf
+    return lowest if mask is None else lowest | ~mask
+
+
+def without_infinities(scores: Tensor) -> Tensor:
+    """Scores with NaN for +inf: above all others by more than any number, it leaves nothing to compute."""
+    return scores.masked_fill(scores == torch.inf, torch.nan)
+
+
 def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None, name: str = "x", mask_name: str = "mask") -> None:
     """Tokens are a float tensor (b, n, dim); a mask is boolean and (b, n), on the device of the tokens."""
     require(x.dtype in FLOAT_DTYPES, name, x.dtype, "a tensor of a float dtype")

@@ -5,7 +5,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from reference._arguments import check_k, check_schedule, check_scores, epsilon_schedule
+from reference._arguments import (
+    check_k,
+    check_schedule,
+    check_scores,
+    epsilon_schedule,
+    takes_no_part,
+    without_infinities,
+)
+
+FAR = 1024.0
+"""Distance, in temperatures, from which on scores are outliers."""
 
 
 def coor_descent(
@@ -32,11 +42,12 @@ def coor_descent(
         eps: last temperature, in units of the scores.
         eps_init: first temperature; None or anything below eps stands for eps.
         eps_decay: factor in (0, 1] on the temperature after each iteration, until it reaches eps.
-        mask: bool, broadcasts to `... n`; entries that are False take part in nothing and come out as 0.
+        mask: bool, broadcasts to `... n`; entries that are False take part in nothing and come out as 0. So do
+            those of a score of -inf.
 
     Returns:
-        `... n`, in the dtype of the scores. A row with a NaN among its valid scores is NaN, and so is a row whose k
-        (from a tensor) is not positive.
+        `... n`, in the dtype of the scores. A row with NaN or +inf among its valid scores is NaN, and so is a row
+        whose k (from a tensor) is not positive.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
@@ -49,18 +60,31 @@ def coor_descent(
     k = rearrange(k.to(scores.dtype), "... -> ... 1")
     log_k = torch.log(torch.where(k > 0, k, torch.nan))
 
-    # A row without a valid entry computes with all of them, so that its gradient is 0 and not 0 times infinity.
-    hidden = None if mask is None else ~mask.expand(scores.shape)
-    left_out = None if hidden is None else hidden & ~hidden.all(dim=-1, keepdim=True)
-    s = scores if hidden is None else scores.masked_fill(hidden, 0.0)
-
-    b = -s
+    # Where nothing of a row takes part, all of it computes with 0, so that its gradient is 0 and not 0 times infinity.
+    hidden = takes_no_part(scores, mask)
+    s = without_infinities(scores).masked_fill(hidden, -torch.inf)
+    s = s.masked_fill(hidden.all(dim=-1, keepdim=True), 0.0)
     *temperatures, last_temperature = epsilon_schedule(n_iters, eps, eps_init, eps_decay)
+    s, start = _without_outliers(s, log_k.detach(), FAR * sum(temperatures))
+
+    b = (start - s).masked_fill(s == -torch.inf, 0.0)
     for temperature in temperatures:
-        exponent = (s + b) / temperature
-        exponent = exponent if left_out is None else exponent.masked_fill(left_out, -torch.inf)
-        a = temperature * (log_k - exponent.logsumexp(dim=-1, keepdim=True))
+        a = temperature * (log_k - ((s + b) / temperature).logsumexp(dim=-1, keepdim=True))
         b = -F.relu(s + a)
 
-    y = torch.exp((s + a + b) / last_temperature)
-    return y if hidden is None else y.masked_fill(hidden, 0.0)
+    return torch.exp((s + a + b) / last_temperature).masked_fill(hidden, 0.0)
+
+
+def _without_outliers(s: Tensor, log_k: Tensor, far: float) -> tuple[Tensor, Tensor]:
+    """The same scores for coordinate descent, without those that would cost others their digits, and what s + b is
+    before the first iteration: 0, where all scores of a row are not moved.
+
+    Thresholds -a are at most the sum of the temperatures times log(n / k): what is far above that may be lower. Where
+    all scores are far below 0, they may be higher by any number, if s + b starts as far above them.
+    """
+    with torch.no_grad():
+        highest = s.amax(dim=-1, keepdim=True)
+        log_n = (s > -torch.inf).sum(dim=-1, keepdim=True).to(s.dtype).log()
+        limit = far * (1.0 + F.relu(log_n - log_k))
+        shift = torch.where(highest < -far, highest, 0.0)
+    return torch.minimum(s, limit) - shift, -shift.clamp(min=-far)

@@ -9,7 +9,8 @@ from reference._arguments import check_scores, require
 def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> Tensor:
     """Indices of the largest scores of each row, the largest first, of equal ones the first by index.
 
-    NaN counts as larger than any number, as in torch.topk; zeros of either sign are equal.
+    NaN counts as larger than any number, as in torch.topk; zeros of either sign are equal. A score of -inf is as if
+    masked: it comes after all others.
 
     Args:
         scores: `... n`, any float dtype.

@@ -1,10 +1,14 @@
 """The exact soft top-k: what coordinate descent converges to."""
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from reference._arguments import check_k, check_scores, require
+from reference._arguments import check_k, check_scores, require, takes_no_part, without_infinities
+
+NOTHING_AT = 100.0
+"""exp of minus this, times any number of entries, is nothing beside 1 in fp64."""
 
 
 def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | None = None) -> Tensor:
@@ -21,12 +25,13 @@ def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | N
         k: how many entries a row sums to. A number, or a tensor that broadcasts to `...`, one k a row; it has a
             gradient.
         eps: temperature, in units of the scores.
-        mask: bool, broadcasts to `... n`; entries that are False take part in nothing and come out as 0.
+        mask: bool, broadcasts to `... n`; entries that are False take part in nothing and come out as 0. So do
+            those of a score of -inf.
 
     Returns:
         `... n`, in the dtype of the scores. A row with no more than k valid entries is 1 at each of them, with gradient
-        0. A row with a NaN among its valid scores is NaN at its valid entries, and so is a row whose k (from a tensor)
-        is not positive.
+        0. A row with NaN or +inf among its valid scores is NaN at its valid entries, and so is a row whose k (from a
+        tensor) is not positive.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
@@ -38,14 +43,14 @@ def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | N
     k = rearrange(torch.as_tensor(k, dtype=scores.dtype, device=scores.device), "... -> ... 1")
     k = torch.where(k > 0, k, torch.nan)
 
-    hidden = torch.zeros_like(scores, dtype=torch.bool) if mask is None else ~mask.expand(scores.shape)
-    s = scores.masked_fill(hidden, 0.0)
+    hidden = takes_no_part(scores, mask)
+    s = without_infinities(scores).masked_fill(hidden, 0.0)
     full = (k >= (~hidden).sum(dim=-1, keepdim=True)) & ~s.isnan().any(dim=-1, keepdim=True)
 
     with torch.no_grad():
         # A NaN sorts first, where no entry can be at 1 before it.
         ordered = s.masked_fill(hidden, -torch.inf).sort(dim=-1, descending=True).values
-        exponent = ordered.double() / eps
+        exponent = _exponents(ordered, eps)
         # log of the sum of exp(s / eps) over an entry and all below it
         tails = exponent.flip(-1).logcumsumexp(dim=-1).flip(-1)
         larger = torch.arange(scores.shape[-1], device=scores.device)
@@ -62,3 +67,15 @@ def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | N
     log_sum = exponent.masked_fill(~others, -torch.inf).logsumexp(dim=-1, keepdim=True)
     log_y = exponent + torch.log(torch.where(full, 1.0, k - n_at_one)) - log_sum
     return torch.exp(log_y.masked_fill(saturated | full | hidden, 0.0)).masked_fill(hidden, 0.0)
+
+
+def _exponents(ordered: Tensor, eps: float) -> Tensor:
+    """s / eps in fp64, but for a number that is the same in a row, of scores that come the largest first.
+
+    Distances of neighbours add up, and one at which an exponential is nothing beside another is as good as any larger
+    one: an outlier costs the others no digits.
+    """
+    ordered = ordered.double()
+    lowest = ordered == -torch.inf
+    distances = ((ordered[..., :-1] - ordered[..., 1:]) / eps).clamp(max=NOTHING_AT).masked_fill(lowest[..., 1:], 0.0)
+    return F.pad(distances, (0, 1)).flip(-1).cumsum(dim=-1).flip(-1).masked_fill(lowest, -torch.inf)

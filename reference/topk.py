@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reference._arguments import check_scores, require
+from reference._arguments import check_scores, require, takes_no_part
 from reference.coor_descent import coor_descent
 
 
@@ -39,8 +39,8 @@ def topk(
     """The k largest entries of each row with gates that carry a gradient.
 
     Selection is by x itself, of which the relaxed selection is a monotone function: where that function saturates, its
-    values tie and x does not. Masked entries are selected only where a row has fewer than k valid ones; then value,
-    coordinate descent value and gate of the surplus are 0.
+    values tie and x does not. Masked entries, and those of -inf, are selected only where a row has fewer than k others;
+    then value, coordinate descent value and gate of the surplus are 0.
 
     Args:
         x: `... n`, any float dtype.
@@ -85,11 +85,11 @@ def select_topk(
 
     candidates = x.detach() if mask is None else x.detach().masked_fill(~mask, -torch.inf)
     indices = candidates.topk(k, dim=-1).indices
-    selected = None if mask is None else mask.expand(x.shape).gather(-1, indices)
     values = x.gather(-1, indices)
-
+    surplus = takes_no_part(values.detach(), None if mask is None else mask.expand(x.shape).gather(-1, indices))
+    values = values.masked_fill(surplus, 0.0)
     if non_differentiable:
-        return TopkReturn(values if selected is None else values.masked_fill(~selected, 0.0), indices, None, None)
+        return TopkReturn(values, indices, None, None)
 
     soft = descent(
         x,
@@ -101,7 +101,5 @@ def select_topk(
         mask=mask,
     ).gather(-1, indices)
     # Straight through: 1 in value, the gradient of the relaxation.
-    gates = soft + (1.0 - soft).detach()
-    if selected is not None:
-        gates, values = gates.masked_fill(~selected, 0.0), values.masked_fill(~selected, 0.0)
+    gates = (soft + (1.0 - soft).detach()).masked_fill(surplus, 0.0)
     return TopkReturn(values * gates, indices, soft, gates)
