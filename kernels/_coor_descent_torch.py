@@ -18,8 +18,9 @@ argument of the exponential, and so the rounding of that argument, for the entri
 LARGEST = 1e30
 """Cap of a weight: well above any k, well below where fp32 overflows."""
 
-LOWEST = -1e30
-"""Stands for a score that takes no part: its exponential is 0, and finite arithmetic on it makes no NaN."""
+FAR = 2.0**20
+"""How far below 0, in temperatures, the highest score of a row may be. Where it is further, it is the origin that scores
+and a count from: else a had no digits left for what is between scores."""
 
 
 def forward(
@@ -27,12 +28,12 @@ def forward(
     mask: Tensor | None,  # rows n
     k: Tensor,  # rows, fp64
     temperatures: list[float],
-    kept: Sequence[Tensor] | None,  # two of rows n_iters, fp64: receive a_t and the share of the sum above it
+    kept: Sequence[Tensor] | None,  # fp64: receive a_t and the share of the sum above it, rows n_iters; origins, rows 1
 ) -> Tensor:
     """The relaxed selection `rows n`; see `kernels.coor_descent`.
 
     With the scores of a row in ascending order, and the running sums of their exponentials, an iteration is to find
-    the threshold among them.
+    the threshold among them. Scores and a count from the origin of a row, which is 0 unless all scores are far below.
     """
     rows, n = scores.shape
     ordered = _working_copy(scores, mask)
@@ -44,14 +45,19 @@ def forward(
 
     # NumPy for what is computed once a row: on few numbers, a call of PyTorch takes several times as long.
     with np.errstate(all="ignore"):
-        # NaN comes last in the order.
+        # What takes no part comes first in the order, NaN last.
         highest = ordered[:, -1].double().numpy()
-        n_valid = np.where(np.isnan(highest), np.nan, n if mask is None else mask.sum(dim=-1).numpy())
+        hidden = torch.searchsorted(ordered, ordered.new_full((rows, 1), -torch.inf), right=True).numpy()[:, 0]
+        n_valid = np.where(highest < np.inf, n - hidden, np.nan)
         empty = n_valid == 0
         highest = np.where(empty, 0.0, highest)
+        origin = np.where(highest < -FAR * last_temperature, highest, 0.0)
+        highest = highest - origin
+        origins = torch.from_numpy(origin[:, None])
+        _move(ordered, origins)
         log_k = np.log(np.where(k.numpy() > 0, k.numpy(), np.nan))
         base, base_temperature = highest, None
-        a = np.where(empty, 0.0, temperatures[0] * (log_k - np.log(n_valid)))
+        a = np.where(empty, 0.0, temperatures[0] * (log_k - np.log(n_valid)) + origin)
         trace, ratios = [a], [np.zeros_like(a)]
         for temperature in temperatures[1:]:
             threshold = -a
@@ -72,10 +78,10 @@ def forward(
             trace.append(a)
             ratios.append(above / total)
     if kept is not None:
-        for state, numbers in zip(kept, (trace, ratios), strict=True):
+        for state, numbers in zip(kept, (trace, ratios, [origin]), strict=True):
             state.copy_(torch.from_numpy(np.stack(numbers, axis=1)))
 
-    y = _working_copy(scores, mask, out=weights)
+    y = _move(_working_copy(scores, mask, out=weights), origins)
     _exp_above(y, torch.from_numpy(-a), last_temperature, out=y).clamp_(max=1.0)
     return _fill_hidden(y, mask).to(scores.dtype)
 
@@ -88,10 +94,10 @@ def backward(
     temperatures: list[float],
     trace: Tensor,  # rows n_iters, fp64
     ratio: Tensor,  # rows n_iters, fp64
+    origins: Tensor,  # rows 1, fp64
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the scores `rows n` and of k `rows` (fp64), in closed form (DESIGN 3.3)."""
-    s = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    s = s if mask is None else s.masked_fill(~mask, LOWEST)
+    s = _move(_working_copy(scores, mask), origins)
     *temperatures, last_temperature = temperatures
     thresholds = torch.from_numpy(_round_down(-trace.numpy(), s.numpy().dtype))
 
@@ -144,12 +150,17 @@ def wide_k(scores: Tensor, k_rows: Tensor | None, k: float) -> Tensor:
 
 
 def _working_copy(scores: Tensor, mask: Tensor | None, *, out: Tensor | None = None) -> Tensor:
-    """The scores in the dtype of the computation, LOWEST where there is none to take part."""
+    """The scores in the dtype of the computation, -inf where there is none to take part."""
     if out is None:
         wide = torch.promote_types(scores.dtype, torch.float32)
         out = torch.empty(scores.shape, dtype=wide, device=scores.device)
-    out.copy_(scores).clamp_(min=LOWEST)
-    return out if mask is None else out.masked_fill_(~mask, LOWEST)
+    out.copy_(scores)
+    return out if mask is None else out.masked_fill_(~mask, -torch.inf)
+
+
+def _move(s: Tensor, origins: Tensor) -> Tensor:
+    """Scores `rows n` of a working copy, counted from the origins of their rows."""
+    return s.sub_(origins.to(s.dtype)) if origins.any() else s
 
 
 def _round_down(threshold: np.ndarray, dtype: np.dtype) -> np.ndarray:

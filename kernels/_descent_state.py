@@ -2,7 +2,8 @@
 
 One fp64 tensor `rows+1 2 n_iters+1` holds, for row r and iteration t, a_t in [r, 0, t] and the share of the sum that
 lies above the threshold in [r, 1, t]. After the rows come, for the kernels, the temperature of iteration t in
-[rows, 0, t] and log2(e) over it in [rows, 1, t]. What has index n_iters belongs to the output.
+[rows, 0, t] and log2(e) over it in [rows, 1, t]. What has index n_iters belongs to the output; of a row, it is the
+score in [r, 0, n_iters] that its scores and a count from, which is 0 unless all of them are far below.
 """
 
 import torch
@@ -21,9 +22,9 @@ def iterations_of(state: Tensor) -> int:
     return state.shape[-1] - 1
 
 
-def views_of(state: Tensor) -> tuple[Tensor, Tensor]:
-    """a `rows n_iters` and shares `rows n_iters`."""
-    return state[:-1, 0, :-1], state[:-1, 1, :-1]
+def views_of(state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """a `rows n_iters`, shares `rows n_iters` and origins `rows 1`."""
+    return state[:-1, 0, :-1], state[:-1, 1, :-1], state[:-1, 0, -1:]
 
 
 @triton.jit

@@ -24,7 +24,7 @@ def forward(
     for window in range(windows):
         length = (window + 1) * window_size
         prefix = rows[:, :length]
-        kept = [rows.new_empty(len(rows), schedule[0], dtype=torch.float64) for _ in range(2)]
+        kept = [rows.new_empty(len(rows), size, dtype=torch.float64) for size in (schedule[0], schedule[0], 1)]
         y = in_pytorch.forward(prefix, None, in_pytorch.wide_k(prefix, None, k), temperatures, kept)
         for of_prefixes, of_window in zip(views_of(state), kept, strict=True):
             _of_window(of_prefixes, indices, window).copy_(of_window.view(batch, routes, -1))

@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels._launch import Plan, most_registers, planner
 from kernels._soft_topk_search import (
     STATE,
+    UNIT,
     columns_of,
     conclude,
     first_state,
@@ -337,7 +338,7 @@ def launch_forward(
     n_rows, n = scores.shape
     inputs = (scores, scores if mask is None else mask, scores if k_rows is None else k_rows)
     strides = (scores.stride(0), 0 if mask is None else mask.stride(0))
-    numbers = (k, eps, math.log2(math.e) / eps)
+    numbers = (k, UNIT.value * eps, math.log2(math.e) / (UNIT.value * eps))
     variant = {"HAS_MASK": mask is not None, "HAS_K": k_rows is not None}
     plan = _plan(n_rows, n)
     chunks, grid = plan.pieces, plan.grid
@@ -369,7 +370,7 @@ def launch_backward(
     chunks, grid = plan.pieces, plan.grid
     inputs = (grad, scores, scores if mask is None else mask, solution)
     strides = (grad.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
-    rate = math.log2(math.e) / eps
+    rate = math.log2(math.e) / (UNIT.value * eps)
     variant = {"HAS_MASK": mask is not None}
 
     sums = dk

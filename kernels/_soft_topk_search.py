@@ -3,10 +3,14 @@
 import triton
 import triton.language as tl
 
-LARGEST: tl.constexpr = tl.constexpr(3.0e38)
-"""A bound on scores, to which larger ones are cut."""
+UNIT: tl.constexpr = tl.constexpr(0.25)
+"""Of a score in that of a kernel, as of the temperature: the difference of no two scores overflows. A power of two
+rounds nothing."""
 
-HIDDEN: tl.constexpr = tl.constexpr(-3.2e38)
+LARGEST: tl.constexpr = tl.constexpr(8.6e37)
+"""A bound on scores."""
+
+HIDDEN: tl.constexpr = tl.constexpr(-1e38)
 """Stands for a score that takes no part: below every other, its exponential is 0, and finite."""
 
 NARROW: tl.constexpr = tl.constexpr(2.0**-22)
@@ -46,12 +50,12 @@ def columns_of(REPEATS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK: tl.constexpr):
-    """Scores as fp32, HIDDEN where there is none that takes part: REPEATS x WIDTH."""
+    """Scores as fp32 in UNITs, HIDDEN where there is none that takes part: REPEATS x WIDTH."""
     valid = columns < n
     if HAS_MASK:
         valid = valid & (tl.load(mask_ptr + columns, mask=valid, other=0) != 0)
-    scores = tl.load(scores_ptr + columns, mask=valid, other=0.0).to(tl.float32)
-    return tl.where(valid, tl.where(scores < -LARGEST, -LARGEST, scores), HIDDEN)
+    scores = tl.load(scores_ptr + columns, mask=valid, other=0.0).to(tl.float32) * UNIT
+    return tl.where(valid, tl.where(scores < HIDDEN, HIDDEN, scores), HIDDEN)
 
 
 @triton.jit
@@ -85,11 +89,11 @@ def _number(key):
 
 @triton.jit
 def survey(scores, WIDTH: tl.constexpr):
-    """Least and largest score, number, sum and sum of squares of a tile; the number is NaN where a score is."""
+    """Least and largest score, number, sum and sum of squares of a tile; the number is NaN where a score is NaN or +inf."""
     hidden = scores < -LARGEST
     least = tl.min(tl.min(tl.where(hidden, LARGEST, scores), axis=0), axis=0).to(tl.float64)
     largest = tl.max(tl.max(scores, axis=0), axis=0).to(tl.float64)
-    present = tl.where(hidden, 0.0, tl.where(scores == scores, 1.0, float("nan")))
+    present = tl.where(hidden, 0.0, tl.where(scores < float("inf"), 1.0, float("nan")))
     known = tl.where(hidden, 0.0, scores)
     n_valid, total = sum_pair(present, known, WIDTH)
     squares = tl.sum(tl.sum(known * known, axis=0).to(tl.float64), axis=0)

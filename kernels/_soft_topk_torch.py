@@ -3,9 +3,11 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._soft_topk_search import LARGEST
+NOTHING_AT = 100.0
+"""exp of minus this, times any number of entries, is nothing beside 1 in fp64."""
 
 
 def forward(
@@ -16,16 +18,14 @@ def forward(
     s = _working_copy(scores, mask)
     wide_k = scores.new_full((n_rows, 1), k, dtype=torch.float64) if k_rows is None else k_rows.double()[:, None]
     wide_k = torch.where(wide_k > 0, wide_k, torch.nan)
-    n_valid = mask.sum(dim=-1, keepdim=True) if mask is not None else n
+    n_valid = (s != -torch.inf).sum(dim=-1, keepdim=True)
 
     depth = n if k_rows is not None else min(math.ceil(k), n)
     ordered = s.topk(depth, dim=-1).values
-    # The first score that cannot be at 1 lets no digit of those near it be lost.
-    pivot = ordered.gather(-1, wide_k.nan_to_num().ceil().long().sub_(1).clamp_(min=0, max=depth - 1))
-    exponents = (ordered.double() - pivot) / eps
+    exponents, last = _exponents(ordered, eps), ordered[:, -1:]
     # What is not among the largest; they themselves contribute exactly 1 each.
-    rest = (s - ordered[:, -1:]).div_(eps).clamp_(max=0.0).exp_().sum(dim=-1, keepdim=True, dtype=torch.float64) - depth
-    rest = rest.clamp_(min=0.0).log_() + exponents[:, -1:]
+    rest = (s - last).div_(eps).clamp_(max=0.0).exp_().sum(dim=-1, keepdim=True, dtype=torch.float64) - depth
+    rest = rest.masked_fill_(last == -torch.inf, 0.0).clamp_(min=0.0).log_()
     # log of the sum of exponentials over an entry and all below it
     tails = torch.cat([rest, exponents.flip(-1)], dim=-1).logcumsumexp(dim=-1)[:, 1:].flip(-1)
     larger = torch.arange(depth, device=scores.device)
@@ -33,20 +33,29 @@ def forward(
 
     # Where all entries are at 1 there is no next one.
     following = n_at_one.clamp(max=depth - 1)
-    anchor = torch.where(wide_k < n_valid, ordered.double().gather(-1, following), torch.nan)
-    anchor = torch.where((wide_k >= n_valid) & ~ordered[:, :1].isnan(), -torch.inf, anchor)
+    is_number = ordered[:, :1] < torch.inf
+    anchor = torch.where((wide_k < n_valid) & is_number, ordered.double().gather(-1, following), torch.nan)
+    anchor = torch.where((wide_k >= n_valid) & is_number, -torch.inf, anchor)
     scale = (wide_k - n_at_one) * torch.exp((exponents - tails).gather(-1, following))
     solution[:, 0], solution[:, 1], solution[:, 2] = anchor[:, 0], scale[:, 0], 1
     selected, at_one = _select_in_pytorch(s, solution, eps)
-    selected.masked_fill_(at_one, 1.0)
-    y.copy_(selected if mask is None else selected.masked_fill_(~mask, 0.0))
+    y.copy_(selected.masked_fill_(at_one, 1.0))
+
+
+def _exponents(ordered: Tensor, eps: float) -> Tensor:
+    """(s - last) / eps in fp64 of scores in descending order, as a sum of distances, so that an outlier costs the
+    others no digits: none needs to be longer than that at which one exponential is nothing beside another."""
+    wide, lowest = ordered.double(), ordered == -torch.inf
+    distances = (wide[:, :-1] - wide[:, 1:]).div_(eps).clamp_(max=NOTHING_AT).masked_fill_(lowest[:, 1:], 0.0)
+    return F.pad(distances, (0, 1)).flip(-1).cumsum(dim=-1).flip(-1).masked_fill_(lowest, -torch.inf)
 
 
 def backward(
     grad: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float, ds: Tensor, dk: Tensor
 ) -> None:
-    y, idle = _select_in_pytorch(_working_copy(scores, mask), solution, eps)
-    idle = idle if mask is None else idle | ~mask
+    s = _working_copy(scores, mask)
+    y, at_one = _select_in_pytorch(s, solution, eps)
+    idle = at_one | (s == -torch.inf)
     y.masked_fill_(idle, 0.0)
     grad = grad.to(y.dtype).masked_fill(idle, 0.0)
     weighted = (grad * y).sum(dim=-1, dtype=torch.float64)
@@ -56,12 +65,13 @@ def backward(
 
 
 def _working_copy(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Scores in fp32 or fp64, with hidden ones below all others."""
-    s = (scores if scores.dtype == torch.float64 else scores.float()).clamp(min=-LARGEST.value)
-    return s if mask is None else s.masked_fill_(~mask, -LARGEST.value)
+    """Scores in fp32 or fp64, -inf where there is none to take part."""
+    s = scores if scores.dtype == torch.float64 else scores.float()
+    return s if mask is None else s.masked_fill(~mask, -torch.inf)
 
 
 def _select_in_pytorch(s: Tensor, solution: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y of the entries that are not at 1, and which are."""
     anchor, scale = solution[:, :1].to(s.dtype), solution[:, 1:2].to(s.dtype)
-    return (s - anchor).div_(eps).exp_().mul_(scale).clamp_(max=1.0), s > anchor
+    y = (s - anchor).div_(eps).exp_().mul_(scale).clamp_(max=1.0)
+    return y.masked_fill_(s == -torch.inf, 0.0), s > anchor
