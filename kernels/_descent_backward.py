@@ -6,11 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import _coor_descent_torch as in_pytorch
-from kernels._descent_forward import cooling_iterations
+from kernels._descent_forward import cooling_iterations, from_origin
 from kernels._descent_state import iterations_of, row_state
 from kernels._launch import Plan, planner, tile_settings
 from kernels._primitives import (
-    LOWEST,
     exp2,
     exp2_line,
     exp2_wide,
@@ -44,11 +43,11 @@ LARGEST: tl.constexpr = tl.constexpr(in_pytorch.LARGEST)
 def direct_gradient(scores, grad, a, temperature, factor, HAS_MASK: tl.constexpr):
     """The gradient of the scores through the output alone, at constant a: g y / temperature where y < 1."""
     slope, offset, rest = exponent_line(-a, factor)
-    scale = exp2(rest.to(tl.float32)) * inverse(temperature).to(tl.float32)
+    scale = exp2(tl.minimum(rest, 1.0).to(tl.float32)) * inverse(temperature).to(tl.float32)
     direct = grad * exp2_line(scores, slope, offset) * per_row(scale)
     direct = tl.where(scores > per_row(round_down(-a)), 0.0, direct)
     if HAS_MASK:
-        direct = tl.where(scores == LOWEST, 0.0, direct)
+        direct = tl.where(scores == -float("inf"), 0.0, direct)
     return direct
 
 
@@ -77,7 +76,9 @@ def _grad_a_kernel(
     scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
     grad_ptrs = tile_pointers(grad_ptr, rows, columns, grad_stride)
     grad = tl.load(grad_ptrs, mask=columns < n, other=0.0).to(tl.float32)
-    a = tl.load(row_state(state_ptr, rows, n_iters) + n_iters - 1)
+    a_ptrs = row_state(state_ptr, rows, n_iters) + n_iters - 1
+    a = tl.load(a_ptrs)
+    scores = from_origin(scores, tl.load(a_ptrs + 1))
     schedule_ptr = row_state(state_ptr, n_rows + tl.zeros((), tl.int64), n_iters) + n_iters
     temperature, factor = tl.load(schedule_ptr), tl.load(schedule_ptr + n_iters + 1)
     direct = direct_gradient(scores, grad, a, temperature, factor, HAS_MASK)
@@ -128,6 +129,7 @@ def _backward_kernel(
     previous = tl.load(a_ptrs - 1, mask=row_exists & (n_iters > 1), other=0.0)
 
     scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
+    scores = from_origin(scores, tl.load(a_ptrs + 1, mask=row_exists, other=0.0))
     inverse_k = inverse(load_k(k_ptr, rows, k, n_rows, HAS_K))
     if SLOTS == 1:
         grad = tl.load(grad_ptrs, mask=exists, other=0.0).to(tl.float32)
@@ -189,7 +191,7 @@ def _backward_kernel(
     grad = tl.load(tile_pointers(grad_ptr, again, columns, grad_stride), mask=exists, other=0.0).to(tl.float32)
     ds = direct_gradient(scores, grad, last_a, last_temperature, last_factor, HAS_MASK) - through_a
     if HAS_MASK:
-        ds = tl.where(scores == LOWEST, 0.0, ds)
+        ds = tl.where(scores == -float("inf"), 0.0, ds)
     tl.store(tile_pointers(ds_ptr, rows, columns, n), ds.to(ds_ptr.dtype.element_ty), mask=exists)
     if HAS_K:
         tl.store(dk_ptr + rows, dk, mask=row_exists & (chunk == 0))

@@ -14,7 +14,6 @@ from kernels._descent_state import save_step
 from kernels._launch import Plan, most_registers, multiprocessors, planner, tile_settings
 from kernels._primitives import (
     EXP2_LACKS,
-    LOWEST,
     clip_enlarged,
     clip_scaled,
     count_in_thread,
@@ -52,25 +51,63 @@ IN_THREAD, STREAMED_IN_THREAD = 64, 16
 """Entries in a thread, for the two."""
 
 MAX_SCALE: tl.constexpr = tl.constexpr(exp(in_pytorch.MAX_SHIFT))
+FAR: tl.constexpr = tl.constexpr(in_pytorch.FAR)
 
 
 @triton.jit
-def _masked_count_in_thread(
-    scores, REPEATS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HAS_MASK: tl.constexpr
+def nan_in_thread(scores, REPEATS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """0 for each thread and row of a tile, NaN where a score is NaN: ROWS x WIDTH // 4, fp64."""
+    # Cut from below, since minus infinity beside a sum that overflows would make a NaN, too.
+    total = sum_in_thread(tl.maximum(scores, -1e30, propagate_nan=tl.PropagateNan.ALL), REPEATS, ROWS, WIDTH)
+    return tl.where(total == total, 0.0, float("nan")).to(tl.float64)
+
+
+@triton.jit
+def absent_in_thread(scores, columns, n, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Scores of -inf among the first n columns, a thread and row of a tile: ROWS x WIDTH // 4, int32."""
+    return count_in_thread(tl.where((scores == -float("inf")) & (columns < n), 1.0, 0.0), ROWS, WIDTH)
+
+
+@triton.jit
+def _count_in_thread(
+    scores, columns, n, REPEATS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HAS_MASK: tl.constexpr
 ):
-    """Entries that a mask leaves, a thread and row: ROWS x WIDTH // 4, fp64; 0 without a mask. NaN where one is NaN."""
-    total = sum_in_thread(scores, REPEATS, ROWS, WIDTH)
-    count = tl.zeros([ROWS, WIDTH // 4], tl.float64)
+    """Entries that take part, a thread and row: ROWS x WIDTH // 4, fp64; without a mask, minus those that do not. NaN
+    where one is NaN."""
     if HAS_MASK:
-        count += count_in_thread(is_above(scores, LOWEST), ROWS, WIDTH)
-    return tl.where(total == total, count, float("nan"))
+        count = count_in_thread(is_above(scores, -float("inf")), ROWS, WIDTH).to(tl.float64)
+        count += nan_in_thread(scores, REPEATS, ROWS, WIDTH)
+    else:
+        count = tl.zeros([ROWS, WIDTH // 4], tl.float64)
+        total = sum_in_thread(scores, REPEATS, ROWS, WIDTH)
+        is_rare = tl.where(tl.abs(total) < float("inf"), 0, 1)
+        if tl.max(tl.max(is_rare, axis=1), axis=0) > 0:
+            count = nan_in_thread(scores, REPEATS, ROWS, WIDTH)
+            count -= absent_in_thread(scores, columns, n, ROWS, WIDTH).to(tl.float64)
+    return count
 
 
 @triton.jit
 def first_step(log_k, highest, n_valid, temperature):
-    """a after the first iteration, and the highest score as fp64; finite for a row without a valid entry."""
+    """a after the first iteration, and the highest score as fp64; finite for a row without a valid entry. Where the
+    highest is no number, neither is a."""
     a = temperature * (log_k - tl.log(n_valid))
+    a = tl.where(highest < float("inf"), a, float("nan"))
     return tl.where(n_valid == 0, 0.0, a), tl.where(n_valid == 0, 0.0, highest.to(tl.float64))
+
+
+@triton.jit
+def origin_of(highest, eps):
+    """What scores and a of a row are counted from, fp64: 0, or the highest score where all are far below 0."""
+    return tl.where(highest < -FAR * eps, highest, 0.0)
+
+
+@triton.jit
+def from_origin(scores, origin):
+    """Scores of a tile counted from the origin of their row."""
+    if tl.min(origin, axis=0) < 0:
+        scores -= per_row(origin.to(tl.float32))
+    return scores
 
 
 @triton.jit
@@ -84,10 +121,11 @@ def cool(temperature, eps_decay, eps):
 def soft_selection(scores, a, factor, HAS_MASK: tl.constexpr):
     """exp(min(s + a, 0) / temperature); NaN stays NaN, and what is masked is 0 also where a is not finite."""
     slope, offset, rest = exponent_line(-a, factor)
-    y = exp2_line(scores, slope, offset) * per_row(exp2(rest.to(tl.float32)))
+    # Below 1, unless the threshold is so far above all scores that their exponentials are 0.
+    y = exp2_line(scores, slope, offset) * per_row(exp2(tl.minimum(rest, 1.0).to(tl.float32)))
     y = tl.minimum(y, 1.0, propagate_nan=tl.PropagateNan.ALL)
     if HAS_MASK:
-        y = tl.where(scores == LOWEST, 0.0, y)
+        y = tl.where(scores == -float("inf"), 0.0, y)
     return y
 
 
@@ -123,14 +161,14 @@ def descend(
     SAVE: tl.constexpr,
 ):
     """All iterations on rows in registers: weights w and an fp64 r a row, of which the output is min(w r, 1); the last
-    a, log2(e) over the temperature of the output, and the next step.
+    a, log2(e) over the temperature of the output, the next step, and what a row counts from.
 
     The first `cooling` iterations have temperatures of their own. After them it stays, and so do the exponentials
     w = exp((s - base) / e): with r = exp((a + base) / e), an iteration is r <- k r / sum min(w r, 1), without a
     logarithm. Where the threshold, -a, gets far from the base, scores are read again for new weights.
     """
     highest = tl.max(highest_in_thread(scores, ROWS, WIDTH), axis=1)
-    n_valid = tl.sum(_masked_count_in_thread(scores, REPEATS, ROWS, WIDTH, HAS_MASK), axis=1)
+    n_valid = tl.sum(_count_in_thread(scores, columns, n, REPEATS, ROWS, WIDTH, HAS_MASK), axis=1)
     if PROGRAMS > 1:
         step += 1
         highest, n_valid = exchange_highest(mailbox_ptr, step, part, highest, n_valid, PROGRAMS, SLOTS)
@@ -141,6 +179,9 @@ def descend(
     temperature = first + tl.zeros((), tl.float64)
     factor = log2_e_over(temperature)
     a, highest = first_step(log_k, highest, n_valid, temperature)
+    origin = origin_of(highest, eps)
+    a, highest = a + origin, highest - origin
+    scores = from_origin(scores, origin)
     if SAVE:
         save_step(state_ptr, rows, part, n_rows, n_iters, 0, a, tl.zeros([ROWS], tl.float64), temperature, factor)
 
@@ -186,11 +227,12 @@ def descend(
             again = load_tile(
                 scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK, True
             )
+            again -= per_row(origin.to(tl.float32))
             weights, slope, offset, base, r, r_highest = _weigh(again, a, highest, temperature)
     if SAVE:
         nothing = tl.zeros([ROWS], tl.float64)
-        save_step(state_ptr, rows, part, n_rows, n_iters, n_iters, nothing, nothing, temperature, factor)
-    return weights, r, a, factor, step
+        save_step(state_ptr, rows, part, n_rows, n_iters, n_iters, origin, nothing, temperature, factor)
+    return weights, r, a, factor, step, origin
 
 
 @triton.jit
@@ -216,7 +258,7 @@ def _relax_rows(
 ):  # fmt: skip
     """Rows, or one program's part of a row, from scores to output; the next step."""
     scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
-    weights, r, _, _, step = descend(
+    weights, r, _, _, step, _ = descend(
         scores, rows, columns, part, step, scores_ptr, mask_ptr, k_ptr, state_ptr, mailbox_ptr, scores_stride,
         mask_stride, n_rows, n, n_iters, k, first, eps_decay, eps, cooling, REPEATS, ROWS, WIDTH, PROGRAMS, SLOTS,
         HAS_MASK, HAS_K, SAVE,
@@ -224,7 +266,7 @@ def _relax_rows(
     y = tl.minimum(weights * per_row(r.to(tl.float32)), 1.0, propagate_nan=tl.PropagateNan.ALL)
     if HAS_MASK:
         scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK, True)
-        y = tl.where(scores == LOWEST, 0.0, y)
+        y = tl.where(scores == -float("inf"), 0.0, y)
     exists = (per_row(rows) < n_rows) & (columns < n)
     tl.store(tile_pointers(y_ptr, rows, columns, n), y.to(y_ptr.dtype.element_ty), mask=exists)
     return step
@@ -315,13 +357,13 @@ def _streaming_kernel(
     step = 0
     for row in range(n_rows):
         rows = row + tl.arange(0, 1).to(tl.int64)
-        highest_of_thread = tl.full([1, WIDTH // 4], LOWEST, tl.float32)
+        highest_of_thread = tl.full([1, WIDTH // 4], -float("inf"), tl.float32)
         n_valid_in_thread = tl.zeros([1, WIDTH // 4], tl.float64)
         for tile in range(tiles):
             tile_cols = columns + tile * (REPEATS * WIDTH)
             scores = load_tile(scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK)
             highest_of_thread = tl.maximum(highest_of_thread, highest_in_thread(scores, 1, WIDTH))
-            n_valid_in_thread += _masked_count_in_thread(scores, REPEATS, 1, WIDTH, HAS_MASK)
+            n_valid_in_thread += _count_in_thread(scores, tile_cols, n, REPEATS, 1, WIDTH, HAS_MASK)
         highest = tl.max(highest_of_thread, axis=1)
         n_valid = tl.sum(n_valid_in_thread, axis=1)
         step += 1
@@ -332,6 +374,9 @@ def _streaming_kernel(
         temperature = first + tl.zeros((), tl.float64)
         factor = log2_e_over(temperature)
         a, highest = first_step(log_k, highest, n_valid, temperature)
+        origin = origin_of(highest, eps)
+        a, highest = a + origin, highest - origin
+        move = per_row(origin.to(tl.float32))
         if SAVE:
             save_step(state_ptr, rows, part, n_rows, n_iters, 0, a, tl.zeros([1], tl.float64), temperature, factor)
 
@@ -348,6 +393,7 @@ def _streaming_kernel(
                 scores = load_tile(
                     scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK
                 )
+                scores -= move
                 clipped = clip_enlarged(exp2_line(scores, slope, offset), more)
                 total_in_thread += sum_in_thread(clipped, REPEATS, 1, WIDTH)
                 if SAVE:
@@ -365,11 +411,11 @@ def _streaming_kernel(
         temperature, factor = cool(temperature, eps_decay, eps)
         if SAVE:
             ratio = tl.zeros([1], tl.float64)
-            save_step(state_ptr, rows, part, n_rows, n_iters, n_iters, a, ratio, temperature, factor)
+            save_step(state_ptr, rows, part, n_rows, n_iters, n_iters, origin, ratio, temperature, factor)
         for tile in range(tiles):
             tile_cols = columns + tile * (REPEATS * WIDTH)
             scores = load_tile(scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK)
-            y = soft_selection(scores, a, factor, HAS_MASK).to(y_ptr.dtype.element_ty)
+            y = soft_selection(scores - move, a, factor, HAS_MASK).to(y_ptr.dtype.element_ty)
             tl.store(tile_pointers(y_ptr, rows, tile_cols, n), y, mask=tile_cols < n)
 
 

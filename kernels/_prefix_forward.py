@@ -10,14 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import _coor_descent_torch as in_pytorch
-from kernels._descent_forward import cool, first_step, soft_selection
+from kernels._descent_forward import absent_in_thread, cool, first_step, nan_in_thread, soft_selection
 from kernels._descent_state import row_state, save_step
 from kernels._launch import Plan, multiprocessors, planner
 from kernels._primitives import (
     EXP2_LACKS,
     INTERPRETED,
     LOG2_E,
-    LOWEST,
     clip_enlarged,
     count_in_thread,
     exp2_line,
@@ -86,7 +85,7 @@ def _clip_scaled_by_pair(x, high, low):
 
 @triton.jit
 def _load_common(scores_ptr, row, start, end, stride, n_rows, REPEATS: tl.constexpr, WIDTH: tl.constexpr):
-    """Scores from `start`, LOWEST from `end` on: REPEATS x 1 x WIDTH."""
+    """Scores from `start`, -inf from `end` on: REPEATS x 1 x WIDTH."""
     rows = row + tl.zeros([1], tl.int64)
     columns = start + tile_columns(REPEATS, WIDTH)
     return load_tile(scores_ptr, scores_ptr, rows, columns, stride, 0, n_rows, end, False)
@@ -94,9 +93,9 @@ def _load_common(scores_ptr, row, start, end, stride, n_rows, REPEATS: tl.conste
 
 @triton.jit
 def _load_own(scores_ptr, row, start, end, lengths, stride, n_rows, WIDTH: tl.constexpr):
-    """Scores from `start`, LOWEST from the length of each prefix on: 1 x prefixes x WIDTH."""
+    """Scores from `start`, -inf from the length of each prefix on: 1 x prefixes x WIDTH."""
     scores = _load_common(scores_ptr, row, start, end, stride, n_rows, 1, WIDTH)
-    return tl.where(start + tile_columns(1, WIDTH) < per_row(lengths), scores, LOWEST)
+    return tl.where(start + tile_columns(1, WIDTH) < per_row(lengths), scores, -float("inf"))
 
 
 @triton.jit
@@ -129,19 +128,23 @@ def _descend_kernel(
     common = (tl.maximum(last - GROUP, 0) + 1) * window_size
     longest = last * window_size
 
-    highest_of_thread = tl.full([1, WIDTH // 4], LOWEST, tl.float32)
-    sum_of_thread = tl.zeros([1, WIDTH // 4], tl.float64)
+    highest_of_thread = tl.full([1, WIDTH // 4], -float("inf"), tl.float32)
+    absent_of_thread = tl.zeros([1, WIDTH // 4], tl.float64)
     for start in range(0, common, REPEATS * WIDTH):
         scores = _load_common(scores_ptr, row, start, common, scores_stride, n_rows, REPEATS, WIDTH)
         highest_of_thread = tl.maximum(highest_of_thread, highest_in_thread(scores, 1, WIDTH))
-        sum_of_thread += sum_in_thread(scores, REPEATS, 1, WIDTH)
+        absent_of_thread += nan_in_thread(scores, REPEATS, 1, WIDTH)
+        columns = start + tile_columns(REPEATS, WIDTH)
+        absent_of_thread += absent_in_thread(scores, columns, common, 1, WIDTH).to(tl.float64)
     highest = tl.max(highest_of_thread, axis=1) + tl.zeros([GROUP], tl.float32)
-    total = tl.sum(sum_of_thread, axis=1) + tl.zeros([GROUP], tl.float64)
+    n_absent = tl.sum(absent_of_thread, axis=1) + tl.zeros([GROUP], tl.float64)
     for start in range(common, longest, WIDTH):
         own = _load_own(scores_ptr, row, start, longest, lengths, scores_stride, n_rows, WIDTH)
         highest = tl.maximum(highest, tl.max(highest_in_thread(own, GROUP, WIDTH), axis=1))
-        total += tl.sum(sum_in_thread(own, 1, GROUP, WIDTH), axis=1)
-    n_valid = tl.where(total == total, lengths.to(tl.float64), float("nan"))
+        columns = start + tile_columns(1, WIDTH)
+        absent = absent_in_thread(own, columns, per_row(lengths), GROUP, WIDTH).to(tl.float64)
+        n_absent += tl.sum(nan_in_thread(own, 1, GROUP, WIDTH) + absent, axis=1)
+    n_valid = lengths.to(tl.float64) - n_absent
 
     log_k = tl.log(k + tl.zeros([GROUP], tl.float64))
     temperature = first + tl.zeros((), tl.float64)
@@ -235,7 +238,6 @@ def _select_kernel(
         slot = found + tl.cumsum(is_before, axis=0) - is_before
         chosen = (is_before > 0) & (slot < selected)
         score = tl.load(ordered_ptr + row * n + rank, mask=chosen, other=0.0).to(tl.float32)
-        score = tl.maximum(score, LOWEST, propagate_nan=tl.PropagateNan.ALL)
         weight = tl.reshape(soft_selection(score[None, None, :], a, factor, False), [RANKS])
         tl.store(indices_ptr + slot, position, mask=chosen)
         tl.store(weights_ptr + slot, weight.to(weights_ptr.dtype.element_ty), mask=chosen)

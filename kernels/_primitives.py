@@ -14,10 +14,6 @@ INTERPRETED: tl.constexpr = tl.constexpr(_launch.INTERPRETED)
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
-LOWEST: tl.constexpr = tl.constexpr(-1e30)
-"""Stands for a score that takes no part: its exponential is 0, and finite arithmetic on it makes no NaN."""
-
-
 EXP2_LACKS: tl.constexpr = tl.constexpr(0.0 if _launch.INTERPRETED else 3.5e-8)
 """By how much `exp2` is too small on average, relative to its result. Rounding cancels in a sum and this does not: at a
 warm temperature it would shift the thresholds of all iterations that follow. A test measures it."""
@@ -66,7 +62,7 @@ def load_tile(
     HAS_MASK: tl.constexpr,
     AGAIN: tl.constexpr = False,
 ):
-    """Scores as fp32, LOWEST where there is none to take part: REPEATS x ROWS x WIDTH.
+    """Scores as fp32, -inf where there is none to take part: REPEATS x ROWS x WIDTH.
 
     What is loaded AGAIN comes from the L2 cache. The compiler would otherwise see that it has been loaded before, and
     keep it in registers.
@@ -83,7 +79,7 @@ def load_tile(
         mask_ptrs = tile_pointers(mask_ptr, rows, columns, mask_stride)
         taking_part = tl.load(mask_ptrs, mask=exists, other=0, cache_modifier=CACHE) != 0
         scores = tl.where(taking_part, scores, -float("inf"))
-    return tl.maximum(scores, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    return scores
 
 
 @triton.jit

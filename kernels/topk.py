@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._descent_forward import cooling_iterations, descend, soft_selection
+from kernels._descent_forward import cooling_iterations, descend, origin_of, soft_selection
 from kernels._descent_state import allocate_state
 from kernels._launch import Plan, as_rows, is_traced, mask_as_rows, planner, runs_triton, tile_settings
 from kernels._operators import backward_of, define, define_backward, define_gradient, eager
-from kernels._primitives import LOWEST, load_tile, per_row, tile_columns
+from kernels._primitives import highest_in_thread, load_tile, max_or_nan, per_row, tile_columns
 from kernels.coor_descent import _gradients as descent_gradients
 from kernels.coor_descent import coor_descent
 from reference._arguments import check_schedule, check_scores, first_temperature
@@ -85,11 +85,11 @@ def _topk_kernel(
 
     ordered = (chosen >> 32).to(tl.int32)
     value = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    soft = tl.reshape(soft_selection(value[None, :, :], a, factor, HAS_MASK), [ROWS, SELECTED])
-    gate = soft + (1.0 - soft)
-    if HAS_MASK:
-        gate = tl.where(value == LOWEST, 0.0, gate)
-        value = tl.where(value == LOWEST, 0.0, value)
+    moved = value - origin_of(max_or_nan(highest_in_thread(x, ROWS, WIDTH), 1), eps)[:, None]
+    soft = tl.reshape(soft_selection(moved[None, :, :], a, factor, True), [ROWS, SELECTED])
+    is_surplus = value == -float("inf")
+    gate = tl.where(is_surplus, 0.0, soft + (1.0 - soft))
+    value = tl.where(is_surplus, 0.0, value)
 
     out = rows[:, None] * selected + place
     writes = (rows[:, None] < n_rows) & (place < selected)
@@ -182,6 +182,7 @@ def _allocate_gradient(
     grad_gates: Tensor | None,
     x: Tensor,
     mask: Tensor | None,
+    values: Tensor,
     indices: Tensor,
     gates: Tensor,
     state: Tensor,
@@ -200,6 +201,7 @@ def _backward(
     grad_gates: Tensor | None,
     x: Tensor,
     mask: Tensor | None,
+    values: Tensor,
     indices: Tensor,
     gates: Tensor,
     state: Tensor,
@@ -210,7 +212,8 @@ def _backward(
     eps_decay: float,
 ) -> Tensor:
     """The gradient of x; None stands for one of 0."""
-    through_value = None if grad_values is None else grad_values * x.gather(-1, indices)
+    # A value is its score, but 0 where nothing was selected.
+    through_value = None if grad_values is None else grad_values * values
     through_gate = _sum(grad_gates, through_value)
     if mask is not None and through_gate is not None:
         # A gate is 0 where nothing was selected, and then nothing depends on anything.
@@ -227,8 +230,8 @@ define(
     _allocate,
 )
 define_backward(
-    "topk_backward(Tensor? grad_values, Tensor? grad_soft, Tensor? grad_gates, Tensor x, Tensor? mask, Tensor indices, "
-    "Tensor gates, Tensor state, float k, int n_iters, float eps, float first, float eps_decay) -> Tensor",
+    "topk_backward(Tensor? grad_values, Tensor? grad_soft, Tensor? grad_gates, Tensor x, Tensor? mask, Tensor values, "
+    "Tensor indices, Tensor gates, Tensor state, float k, int n_iters, float eps, float first, float eps_decay) -> Tensor",
     _backward,
     _allocate_gradient,
 )
@@ -236,8 +239,8 @@ define_backward(
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     x, mask, _, *numbers, _ = inputs
-    _, indices, _, gates, state = output
-    ctx.save_for_backward(x, mask, indices, gates, state)
+    values, indices, _, gates, state = output
+    ctx.save_for_backward(x, mask, values, indices, gates, state)
     ctx.mark_non_differentiable(indices)
     ctx.set_materialize_grads(False)
     ctx.numbers = numbers
