@@ -19,8 +19,8 @@ LARGEST = 1e30
 """Cap of a weight: well above any k, well below where fp32 overflows."""
 
 FAR = 2.0**20
-"""How far below 0, in temperatures, the highest score of a row may be. Where it is further, it is the origin that scores
-and a count from: else a had no digits left for what is between scores."""
+"""How far below 0, in temperatures, the highest score of a row may be. Where it is further, it is the origin that
+scores and a are counted from: a had no digits left for what is between scores."""
 
 
 def forward(

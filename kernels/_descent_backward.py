@@ -78,7 +78,7 @@ def _grad_a_kernel(
     grad = tl.load(grad_ptrs, mask=columns < n, other=0.0).to(tl.float32)
     a_ptrs = row_state(state_ptr, rows, n_iters) + n_iters - 1
     a = tl.load(a_ptrs)
-    scores = from_origin(scores, tl.load(a_ptrs + 1))
+    scores = from_origin(scores, tl.load(a_ptrs + 1).to(tl.float32))
     schedule_ptr = row_state(state_ptr, n_rows + tl.zeros((), tl.int64), n_iters) + n_iters
     temperature, factor = tl.load(schedule_ptr), tl.load(schedule_ptr + n_iters + 1)
     direct = direct_gradient(scores, grad, a, temperature, factor, HAS_MASK)
@@ -129,7 +129,7 @@ def _backward_kernel(
     previous = tl.load(a_ptrs - 1, mask=row_exists & (n_iters > 1), other=0.0)
 
     scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
-    scores = from_origin(scores, tl.load(a_ptrs + 1, mask=row_exists, other=0.0))
+    scores = from_origin(scores, tl.load(a_ptrs + 1, mask=row_exists, other=0.0).to(tl.float32))
     inverse_k = inverse(load_k(k_ptr, rows, k, n_rows, HAS_K))
     if SLOTS == 1:
         grad = tl.load(grad_ptrs, mask=exists, other=0.0).to(tl.float32)

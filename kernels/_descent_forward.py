@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import _coor_descent_torch as in_pytorch
-from kernels._descent_state import save_step
+from kernels._descent_state import save_origin, save_step, save_temperature
 from kernels._launch import Plan, most_registers, multiprocessors, planner, tile_settings
 from kernels._primitives import (
     EXP2_LACKS,
@@ -27,10 +27,12 @@ from kernels._primitives import (
     highest_in_thread,
     inverse,
     is_above,
+    larger_or_nan,
     load_k,
     load_tile,
     log2_e_over,
     log_normal,
+    max_or_nan,
     per_row,
     round_down,
     sum_and_count,
@@ -55,42 +57,9 @@ FAR: tl.constexpr = tl.constexpr(in_pytorch.FAR)
 
 
 @triton.jit
-def nan_in_thread(scores, REPEATS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """0 for each thread and row of a tile, NaN where a score is NaN: ROWS x WIDTH // 4, fp64."""
-    # Cut from below, since minus infinity beside a sum that overflows would make a NaN, too.
-    total = sum_in_thread(tl.maximum(scores, -1e30, propagate_nan=tl.PropagateNan.ALL), REPEATS, ROWS, WIDTH)
-    return tl.where(total == total, 0.0, float("nan")).to(tl.float64)
-
-
-@triton.jit
-def absent_in_thread(scores, columns, n, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Scores of -inf among the first n columns, a thread and row of a tile: ROWS x WIDTH // 4, int32."""
-    return count_in_thread(tl.where((scores == -float("inf")) & (columns < n), 1.0, 0.0), ROWS, WIDTH)
-
-
-@triton.jit
-def _count_in_thread(
-    scores, columns, n, REPEATS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HAS_MASK: tl.constexpr
-):
-    """Entries that take part, a thread and row: ROWS x WIDTH // 4, fp64; without a mask, minus those that do not. NaN
-    where one is NaN."""
-    if HAS_MASK:
-        count = count_in_thread(is_above(scores, -float("inf")), ROWS, WIDTH).to(tl.float64)
-        count += nan_in_thread(scores, REPEATS, ROWS, WIDTH)
-    else:
-        count = tl.zeros([ROWS, WIDTH // 4], tl.float64)
-        total = sum_in_thread(scores, REPEATS, ROWS, WIDTH)
-        is_rare = tl.where(tl.abs(total) < float("inf"), 0, 1)
-        if tl.max(tl.max(is_rare, axis=1), axis=0) > 0:
-            count = nan_in_thread(scores, REPEATS, ROWS, WIDTH)
-            count -= absent_in_thread(scores, columns, n, ROWS, WIDTH).to(tl.float64)
-    return count
-
-
-@triton.jit
 def first_step(log_k, highest, n_valid, temperature):
     """a after the first iteration, and the highest score as fp64; finite for a row without a valid entry. Where the
-    highest is no number, neither is a."""
+    highest is NaN or +inf, a is NaN."""
     a = temperature * (log_k - tl.log(n_valid))
     a = tl.where(highest < float("inf"), a, float("nan"))
     return tl.where(n_valid == 0, 0.0, a), tl.where(n_valid == 0, 0.0, highest.to(tl.float64))
@@ -98,15 +67,15 @@ def first_step(log_k, highest, n_valid, temperature):
 
 @triton.jit
 def origin_of(highest, eps):
-    """What scores and a of a row are counted from, fp64: 0, or the highest score where all are far below 0."""
-    return tl.where(highest < -FAR * eps, highest, 0.0)
+    """What scores and a of a row are counted from, fp32: 0, or the highest score where all are far below 0."""
+    return tl.where((highest < -FAR * eps) & (highest > -float("inf")), highest, 0.0).to(tl.float32)
 
 
 @triton.jit
 def from_origin(scores, origin):
     """Scores of a tile counted from the origin of their row."""
     if tl.min(origin, axis=0) < 0:
-        scores -= per_row(origin.to(tl.float32))
+        scores -= per_row(origin)
     return scores
 
 
@@ -161,18 +130,17 @@ def descend(
     SAVE: tl.constexpr,
 ):
     """All iterations on rows in registers: weights w and an fp64 r a row, of which the output is min(w r, 1); the last
-    a, log2(e) over the temperature of the output, the next step, and what a row counts from.
+    a, log2(e) over the temperature of the output, and the next step.
 
     The first `cooling` iterations have temperatures of their own. After them it stays, and so do the exponentials
     w = exp((s - base) / e): with r = exp((a + base) / e), an iteration is r <- k r / sum min(w r, 1), without a
     logarithm. Where the threshold, -a, gets far from the base, scores are read again for new weights.
     """
-    highest = tl.max(highest_in_thread(scores, ROWS, WIDTH), axis=1)
-    n_valid = tl.sum(_count_in_thread(scores, columns, n, REPEATS, ROWS, WIDTH, HAS_MASK), axis=1)
+    highest = max_or_nan(highest_in_thread(scores, ROWS, WIDTH), 1)
+    n_valid = tl.sum(count_in_thread(is_above(scores, -float("inf")), ROWS, WIDTH), axis=1).to(tl.float64)
     if PROGRAMS > 1:
         step += 1
         highest, n_valid = exchange_highest(mailbox_ptr, step, part, highest, n_valid, PROGRAMS, SLOTS)
-    n_valid += 0 if HAS_MASK else n
 
     k_of_row = load_k(k_ptr, rows, k, n_rows, HAS_K)
     log_k = tl.log(k_of_row)
@@ -184,6 +152,7 @@ def descend(
     scores = from_origin(scores, origin)
     if SAVE:
         save_step(state_ptr, rows, part, n_rows, n_iters, 0, a, tl.zeros([ROWS], tl.float64), temperature, factor)
+        save_origin(state_ptr, rows, part, n_rows, n_iters, origin)
 
     for t in range(1, cooling):
         temperature, factor = cool(temperature, eps_decay, eps)
@@ -227,12 +196,11 @@ def descend(
             again = load_tile(
                 scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK, True
             )
-            again -= per_row(origin.to(tl.float32))
+            again = from_origin(again, origin)
             weights, slope, offset, base, r, r_highest = _weigh(again, a, highest, temperature)
     if SAVE:
-        nothing = tl.zeros([ROWS], tl.float64)
-        save_step(state_ptr, rows, part, n_rows, n_iters, n_iters, origin, nothing, temperature, factor)
-    return weights, r, a, factor, step, origin
+        save_temperature(state_ptr, n_rows, n_iters, n_iters, temperature, factor)
+    return weights, r, a, factor, step
 
 
 @triton.jit
@@ -258,7 +226,7 @@ def _relax_rows(
 ):  # fmt: skip
     """Rows, or one program's part of a row, from scores to output; the next step."""
     scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
-    weights, r, _, _, step, _ = descend(
+    weights, r, _, _, step = descend(
         scores, rows, columns, part, step, scores_ptr, mask_ptr, k_ptr, state_ptr, mailbox_ptr, scores_stride,
         mask_stride, n_rows, n, n_iters, k, first, eps_decay, eps, cooling, REPEATS, ROWS, WIDTH, PROGRAMS, SLOTS,
         HAS_MASK, HAS_K, SAVE,
@@ -358,27 +326,26 @@ def _streaming_kernel(
     for row in range(n_rows):
         rows = row + tl.arange(0, 1).to(tl.int64)
         highest_of_thread = tl.full([1, WIDTH // 4], -float("inf"), tl.float32)
-        n_valid_in_thread = tl.zeros([1, WIDTH // 4], tl.float64)
+        n_valid_in_thread = tl.zeros([1, WIDTH // 4], tl.int32)
         for tile in range(tiles):
             tile_cols = columns + tile * (REPEATS * WIDTH)
             scores = load_tile(scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK)
-            highest_of_thread = tl.maximum(highest_of_thread, highest_in_thread(scores, 1, WIDTH))
-            n_valid_in_thread += _count_in_thread(scores, tile_cols, n, REPEATS, 1, WIDTH, HAS_MASK)
-        highest = tl.max(highest_of_thread, axis=1)
-        n_valid = tl.sum(n_valid_in_thread, axis=1)
+            highest_of_thread = larger_or_nan(highest_of_thread, highest_in_thread(scores, 1, WIDTH))
+            n_valid_in_thread += count_in_thread(is_above(scores, -float("inf")), 1, WIDTH)
+        highest = max_or_nan(highest_of_thread, 1)
+        n_valid = tl.sum(n_valid_in_thread, axis=1).to(tl.float64)
         step += 1
         highest, n_valid = exchange_highest(mailbox_ptr, step, part, highest, n_valid, PROGRAMS, SLOTS)
-
-        n_valid += 0 if HAS_MASK else n
         log_k = tl.log(load_k(k_ptr, rows, k, n_rows, HAS_K))
         temperature = first + tl.zeros((), tl.float64)
         factor = log2_e_over(temperature)
         a, highest = first_step(log_k, highest, n_valid, temperature)
         origin = origin_of(highest, eps)
         a, highest = a + origin, highest - origin
-        move = per_row(origin.to(tl.float32))
+        move = per_row(origin)
         if SAVE:
             save_step(state_ptr, rows, part, n_rows, n_iters, 0, a, tl.zeros([1], tl.float64), temperature, factor)
+            save_origin(state_ptr, rows, part, n_rows, n_iters, origin)
 
         for t in range(1, n_iters):
             temperature, factor = cool(temperature, eps_decay, eps)
@@ -410,8 +377,7 @@ def _streaming_kernel(
 
         temperature, factor = cool(temperature, eps_decay, eps)
         if SAVE:
-            ratio = tl.zeros([1], tl.float64)
-            save_step(state_ptr, rows, part, n_rows, n_iters, n_iters, origin, ratio, temperature, factor)
+            save_temperature(state_ptr, n_rows, n_iters, n_iters, temperature, factor)
         for tile in range(tiles):
             tile_cols = columns + tile * (REPEATS * WIDTH)
             scores = load_tile(scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK)

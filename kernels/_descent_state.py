@@ -40,6 +40,16 @@ def save_step(state_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature, 
     writes = (rows < n_rows) & (part == 0)
     tl.store(row_ptrs, a, mask=writes)
     tl.store(row_ptrs + n_iters + 1, ratio, mask=writes)
+    save_temperature(state_ptr, n_rows, n_iters, t, temperature, factor)
+
+
+@triton.jit
+def save_origin(state_ptr, rows, part, n_rows, n_iters, origin):
+    tl.store(row_state(state_ptr, rows, n_iters) + n_iters, origin, mask=(rows < n_rows) & (part == 0))
+
+
+@triton.jit
+def save_temperature(state_ptr, n_rows, n_iters, t, temperature, factor):
     schedule_ptr = row_state(state_ptr, n_rows + tl.zeros((), tl.int64), n_iters) + t
     first = tl.program_id(0) == 0
     tl.store(schedule_ptr, temperature, mask=first)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import _coor_descent_torch as in_pytorch
-from kernels._descent_forward import absent_in_thread, cool, first_step, nan_in_thread, soft_selection
+from kernels._descent_forward import cool, first_step, soft_selection
 from kernels._descent_state import row_state, save_step
 from kernels._launch import Plan, multiprocessors, planner
 from kernels._primitives import (
@@ -25,10 +25,12 @@ from kernels._primitives import (
     highest_in_thread,
     inverse,
     is_above,
+    larger_or_nan,
     load_tile,
     log2_e_over,
     log_normal,
     lower_fp32,
+    max_or_nan,
     per_row,
     round_down,
     sum_in_thread,
@@ -129,27 +131,22 @@ def _descend_kernel(
     longest = last * window_size
 
     highest_of_thread = tl.full([1, WIDTH // 4], -float("inf"), tl.float32)
-    absent_of_thread = tl.zeros([1, WIDTH // 4], tl.float64)
+    n_valid_of_thread = tl.zeros([1, WIDTH // 4], tl.int32)
     for start in range(0, common, REPEATS * WIDTH):
         scores = _load_common(scores_ptr, row, start, common, scores_stride, n_rows, REPEATS, WIDTH)
-        highest_of_thread = tl.maximum(highest_of_thread, highest_in_thread(scores, 1, WIDTH))
-        absent_of_thread += nan_in_thread(scores, REPEATS, 1, WIDTH)
-        columns = start + tile_columns(REPEATS, WIDTH)
-        absent_of_thread += absent_in_thread(scores, columns, common, 1, WIDTH).to(tl.float64)
-    highest = tl.max(highest_of_thread, axis=1) + tl.zeros([GROUP], tl.float32)
-    n_absent = tl.sum(absent_of_thread, axis=1) + tl.zeros([GROUP], tl.float64)
+        highest_of_thread = larger_or_nan(highest_of_thread, highest_in_thread(scores, 1, WIDTH))
+        n_valid_of_thread += count_in_thread(is_above(scores, -float("inf")), 1, WIDTH)
+    highest = max_or_nan(highest_of_thread, 1) + tl.zeros([GROUP], tl.float32)
+    n_valid = tl.sum(n_valid_of_thread, axis=1) + tl.zeros([GROUP], tl.int32)
     for start in range(common, longest, WIDTH):
         own = _load_own(scores_ptr, row, start, longest, lengths, scores_stride, n_rows, WIDTH)
-        highest = tl.maximum(highest, tl.max(highest_in_thread(own, GROUP, WIDTH), axis=1))
-        columns = start + tile_columns(1, WIDTH)
-        absent = absent_in_thread(own, columns, per_row(lengths), GROUP, WIDTH).to(tl.float64)
-        n_absent += tl.sum(nan_in_thread(own, 1, GROUP, WIDTH) + absent, axis=1)
-    n_valid = lengths.to(tl.float64) - n_absent
+        highest = larger_or_nan(highest, max_or_nan(highest_in_thread(own, GROUP, WIDTH), 1))
+        n_valid += tl.sum(count_in_thread(is_above(own, -float("inf")), GROUP, WIDTH), axis=1)
 
     log_k = tl.log(k + tl.zeros([GROUP], tl.float64))
     temperature = first + tl.zeros((), tl.float64)
     factor = log2_e_over(temperature)
-    a, highest = first_step(log_k, highest, n_valid, temperature)
+    a, highest = first_step(log_k, highest, n_valid.to(tl.float64), temperature)
     nothing = tl.zeros([GROUP], tl.float64)
     save_step(state_ptr, prefixes, 0, n_prefixes, n_iters, 0, a, nothing, temperature, factor)
 

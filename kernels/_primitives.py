@@ -105,9 +105,23 @@ def sum_in_thread(x, REPEATS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
+def larger_or_nan(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def max_or_nan(x, axis: tl.constexpr):
+    """Maximum along an axis, NaN where one is NaN: as many instructions as one that does not see it."""
+    if INTERPRETED:
+        # It calls a function of two numbers for each of them.
+        return tl.where(tl.max((x != x).to(tl.int32), axis=axis) > 0, float("nan"), tl.max(x, axis=axis))
+    return tl.reduce(x, axis, larger_or_nan)
+
+
+@triton.jit
 def highest_in_thread(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Largest entry of a thread and row of a tile: ROWS x WIDTH // 4; NaN is not seen."""
-    return tl.max(tl.reshape(tl.max(x, axis=0), [ROWS, WIDTH // 4, 4]), axis=2)
+    """Largest entry of a thread and row of a tile, NaN where one is NaN: ROWS x WIDTH // 4."""
+    return max_or_nan(tl.reshape(max_or_nan(x, 0), [ROWS, WIDTH // 4, 4]), 2)
 
 
 @triton.jit
@@ -350,10 +364,11 @@ def exchange_sum(mailbox_ptr, step, part, total, count, PROGRAMS: tl.constexpr, 
 
 @triton.jit
 def exchange_highest(mailbox_ptr, step, part, highest, count, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr):
-    """The largest fp32 number and the sum of an fp64 count, each of one row, over the programs of the row."""
+    """The largest fp32 number, NaN if there is one, and the sum of an fp64 count, each of one row, over the programs of
+    the row."""
     numbers = exchange(mailbox_ptr, step, part, highest, highest, count.to(tl.float32), PROGRAMS, SLOTS)
     word = tl.arange(0, 4)[None, :]
     sent = (tl.arange(0, SLOTS) < PROGRAMS)[:, None]
-    highest = tl.max(tl.max(tl.where(sent & (word == 0), numbers, -float("inf")), axis=1), axis=0)
+    highest = max_or_nan(max_or_nan(tl.where(sent & (word == 0), numbers, -float("inf")), 1), 0)
     count = tl.sum(tl.sum(tl.where(word == 2, numbers, 0.0).to(tl.float64), axis=1), axis=0)
     return highest + tl.zeros([1], tl.float32), count + tl.zeros([1], tl.float64)

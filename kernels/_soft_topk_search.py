@@ -89,7 +89,8 @@ def _number(key):
 
 @triton.jit
 def survey(scores, WIDTH: tl.constexpr):
-    """Least and largest score, number, sum and sum of squares of a tile; the number is NaN where a score is NaN or +inf."""
+    """Least and largest score, number, sum and sum of squares of a tile; the number is NaN where a score is NaN or
+    +inf."""
     hidden = scores < -LARGEST
     least = tl.min(tl.min(tl.where(hidden, LARGEST, scores), axis=0), axis=0).to(tl.float64)
     largest = tl.max(tl.max(scores, axis=0), axis=0).to(tl.float64)

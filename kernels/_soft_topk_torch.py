@@ -37,6 +37,7 @@ def forward(
     anchor = torch.where((wide_k < n_valid) & is_number, ordered.double().gather(-1, following), torch.nan)
     anchor = torch.where((wide_k >= n_valid) & is_number, -torch.inf, anchor)
     scale = (wide_k - n_at_one) * torch.exp((exponents - tails).gather(-1, following))
+    scale = torch.where(wide_k < n_valid, scale, 1.0)
     solution[:, 0], solution[:, 1], solution[:, 2] = anchor[:, 0], scale[:, 0], 1
     selected, at_one = _select_in_pytorch(s, solution, eps)
     y.copy_(selected.masked_fill_(at_one, 1.0))
