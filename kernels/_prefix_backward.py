@@ -137,7 +137,8 @@ def _sums_kernel(
         has_next = exists & (window + 1 < n_windows)
         next_a_ptrs = row_state(state_ptr, prefix_row(row, window + 1, routes, n_windows), n_iters) + t
         next_a = tl.load(next_a_ptrs, mask=has_next, other=0.0)
-        decay = tl.where(has_next, tl.exp2((next_a - a) * factor), 0.0)
+        # At most 1, but for a prefix without a score above -inf, whose a is below the next: it must not overflow.
+        decay = tl.where(has_next, tl.exp2(tl.minimum((next_a - a) * factor, 1.0)), 0.0)
         share = tl.load(shares_ptr + window, mask=exists, other=0.0)
         decay, total = tl.associative_scan((decay, share), 0, _follow)
         # A window before the first has no share and passes nothing on.

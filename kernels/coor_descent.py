@@ -182,11 +182,12 @@ def coor_descent(
         eps: last temperature, in units of the scores.
         eps_init: first temperature; None or anything below eps stands for eps.
         eps_decay: factor in (0, 1] on the temperature after each iteration, until it reaches eps.
-        mask: bool, broadcasts to `... n`; entries that are False take part in nothing and come out as 0.
+        mask: bool, broadcasts to `... n`; entries that are False take part in nothing and come out as 0. So do
+            those of a score of -inf.
 
     Returns:
-        `... n`, in the dtype of the scores. A row with a NaN among its valid scores is NaN, and so is a row whose k
-        (from a tensor) is not positive.
+        `... n`, in the dtype of the scores. A row with NaN or +inf among its valid scores is NaN, and so is a row
+        whose k (from a tensor) is not positive.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.

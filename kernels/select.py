@@ -57,7 +57,8 @@ def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> 
     Args:
         scores: `... n`, any float dtype. Any strides.
         num_selected: how many, from 1 to n.
-        mask: bool, broadcasts to `... n`; entries that are False come after all others, in the order of their indices.
+        mask: bool, broadcasts to `... n`; entries that are False come after all others, in the order of their indices,
+            and those of -inf just before them.
 
     Returns:
         int64 `... num_selected`, the largest first, of equal ones the first by index; NaN counts as larger than any

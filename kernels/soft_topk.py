@@ -105,12 +105,13 @@ def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | N
         k: how many entries a row sums to. A number, or a tensor that broadcasts to `...`, one k a row; it has a
             gradient.
         eps: temperature, in units of the scores.
-        mask: bool, broadcasts to `... n`; entries that are False take part in nothing and come out as 0.
+        mask: bool, broadcasts to `... n`; entries that are False take part in nothing and come out as 0. So do
+            those of a score of -inf.
 
     Returns:
         `... n`, in the dtype of the scores. A row with no more than k valid entries is 1 at each of them, with gradient
-        0. A row with a NaN among its valid scores is NaN at its valid entries, and so is a row whose k (from a tensor)
-        is not positive.
+        0. A row with NaN or +inf among its valid scores is NaN at its valid entries, and so is a row whose k (from a
+        tensor) is not positive.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.

@@ -231,7 +231,8 @@ define(
 )
 define_backward(
     "topk_backward(Tensor? grad_values, Tensor? grad_soft, Tensor? grad_gates, Tensor x, Tensor? mask, Tensor values, "
-    "Tensor indices, Tensor gates, Tensor state, float k, int n_iters, float eps, float first, float eps_decay) -> Tensor",
+    "Tensor indices, Tensor gates, Tensor state, float k, int n_iters, float eps, float first, float eps_decay) "
+    "-> Tensor",
     _backward,
     _allocate_gradient,
 )

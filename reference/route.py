@@ -59,7 +59,7 @@ def route(
         solver: `coor_descent`, or `exact`: `reference.soft_topk` at temperature eps.
         cosine_sim_scale: score by the cosine times this, instead of by the product.
         block_size: select from blocks of so many tokens. A last one that is shorter is filled up with masked tokens.
-        mask: bool `b n`, False for tokens that take part in nothing.
+        mask: bool `b n`, False for tokens that take part in nothing, as tokens of a score of -inf do.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.

@@ -50,7 +50,8 @@ def route_prefixes(
 
     Returns:
         Indices, weights and mask, `b w r s` for the w = ceil(n / window_size) - 1 windows after the first. Weights have
-        a gradient. All of a window's are NaN if there is a NaN before it, which counts as the largest score.
+        a gradient; weight and gradient of a score of -inf are 0. All of a window's weights are NaN if there is NaN or
+        +inf before it; NaN counts as the largest score.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.

@@ -9,13 +9,13 @@ from reference._arguments import check_scores, require
 def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> Tensor:
     """Indices of the largest scores of each row, the largest first, of equal ones the first by index.
 
-    NaN counts as larger than any number, as in torch.topk; zeros of either sign are equal. A score of -inf is as if
-    masked: it comes after all others.
+    NaN counts as larger than any number, as in torch.topk; zeros of either sign are equal.
 
     Args:
         scores: `... n`, any float dtype.
         num_selected: how many, from 1 to n.
-        mask: bool, broadcasts to `... n`; entries that are False come after all others, in the order of their indices.
+        mask: bool, broadcasts to `... n`; entries that are False come after all others, in the order of their indices,
+            and those of -inf just before them.
 
     Returns:
         int64 `... num_selected`; it has no gradient.
