@@ -64,7 +64,14 @@ class MovedOperands(TorchDispatchMode):
         return result
 
     def _move(self, x: Any) -> Any:
-        return x * self._factors_for(x) if _moves(x) else x
+        if not _moves(x):
+            return x
+        # With the strides of x, on which kernels may insist, unless elements share memory.
+        shares = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+        moved = (
+            torch.empty_like(x) if shares else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        )
+        return torch.mul(x, self._factors_for(x), out=moved)
 
     def _factors_for(self, x: Tensor) -> Tensor:
         """Factors of the shape of x, from a random place on."""

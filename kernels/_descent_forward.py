@@ -24,6 +24,7 @@ from kernels._primitives import (
     exp2_minus_1,
     exp2_wide,
     exponent_line,
+    fewest_slots,
     highest_in_thread,
     inverse,
     is_above,
@@ -426,7 +427,7 @@ def _shared(piece: int, in_thread: int, programs: int) -> dict[str, Any]:
     return {
         **tile,
         "PROGRAMS": programs,
-        "SLOTS": triton.next_power_of_2(programs),
+        "SLOTS": max(triton.next_power_of_2(programs), fewest_slots(tile["num_warps"])),
         "launch_cooperative_grid": True,
         # All that a multiprocessor has: left to itself, an assembler may spill to make room for a second program.
         "maxnreg": most_registers(tile["num_warps"]),

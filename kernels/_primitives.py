@@ -324,6 +324,11 @@ def round_down(x):
     return tl.where(nearest.to(tl.float64) > x, below, nearest)
 
 
+def fewest_slots(num_warps: int) -> int:
+    """Slots of `exchange` with which each thread of a program has a word of its own."""
+    return 32 * num_warps // 4
+
+
 @triton.jit
 def exchange(mailbox_ptr, step, part, first, second, third, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr):
     """Hand three fp32 numbers to all PROGRAMS programs of a row, and receive theirs: SLOTS x 4, of which 3 are used.
@@ -333,6 +338,9 @@ def exchange(mailbox_ptr, step, part, first, second, third, PROGRAMS: tl.constex
     two halves of the mailbox: a program writes step t + 2 over step t only after all have sent t + 1, which they do
     only when they have read t. All programs of a row must be running, so the grid is launched cooperatively; the
     mailbox starts as zeros and steps count from 1.
+
+    SLOTS x 4 words are at least as many as there are threads (`fewest_slots`). Of fewer words several threads would
+    load each, at moments of their own, and one of them might find a word that another one does not find yet.
     """
     word = tl.arange(0, 4)
     slot = tl.arange(0, SLOTS)

@@ -211,7 +211,12 @@ def _backward(
     first: float,
     eps_decay: float,
 ) -> Tensor:
-    """The gradient of x; None stands for one of 0."""
+    """The gradient of x; None stands for one of 0. It is rounded once: its two terms may cancel each other."""
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x, values = x.to(wide), values.to(wide)
+    grad_values, grad_soft, grad_gates = (
+        None if grad is None else grad.to(wide) for grad in (grad_values, grad_soft, grad_gates)
+    )
     # A value is its score, but 0 where nothing was selected.
     through_value = None if grad_values is None else grad_values * values
     through_gate = _sum(grad_gates, through_value)
@@ -220,7 +225,7 @@ def _backward(
         through_gate = torch.where(gates != 0, through_gate, 0.0)
     grad = torch.zeros_like(x).scatter_(-1, indices, _sum(through_gate, grad_soft))
     dx, _ = descent_gradients(grad, x, mask, None, k, n_iters, eps, first, eps_decay, state)
-    return dx if grad_values is None else dx.scatter_add_(-1, indices, grad_values * gates)
+    return (dx if grad_values is None else dx.scatter_add_(-1, indices, grad_values * gates)).to(dtype)
 
 
 define(

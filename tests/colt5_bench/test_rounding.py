@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from colt5_bench.rounding import FACTORS, MovedOperands
 
@@ -77,6 +78,25 @@ def test_inputs_are_not_written_to():
         torch.addcmul(x, x, y)
     assert torch.equal(x, before[0])
     assert torch.equal(y, before[1])
+
+
+@pytest.mark.parametrize("make", [torch.t, lambda x: x[:, :5], lambda x: x[:, ::2], lambda x: x[0]])
+def test_strides_stay(make):
+    x, seen = make(torch.randn(8, 8)), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.extend(each.stride() for each in args if isinstance(each, torch.Tensor))
+            return func(*args, **(kwargs or {}))
+
+    with Watch(), MovedOperands(0):
+        x.exp()
+    assert x.stride() in seen
+
+
+def test_what_is_repeated_is_moved():
+    with MovedOperands(0):
+        assert len((torch.ones(1, 3).expand(1000, 3) * 1.0).unique()) > 2
 
 
 def test_a_result_in_place_is_moved():

@@ -25,7 +25,7 @@ from tests.kernels.fuzz.cases import OPERATIONS, Case
 Tensors = dict[str, Tensor]
 Function = Callable[[Tensors], Tensors]
 
-WIDE = {"coor_descent", "segmented_coor_descent", "soft_topk"}
+WIDE = {"coor_descent", "segmented_coor_descent", "soft_topk", "topk"}
 """Operations that compute in fp32 what they are given in half precision, and round the result."""
 
 REPLACED_IN = (
@@ -213,14 +213,13 @@ def _replaying(watched: Watched) -> Iterator[dict[str, Callable[..., Any]]]:
         return descent(scores, **options)
 
     def topk(x: Tensor, k: int, coor_descent_k_ratio: float, fused: bool, non_differentiable: bool, **rest: Any) -> Any:
-        """`reference.topk`, but for which of equal entries it selects, and with coordinate descent in fp32 at least."""
+        """`reference.topk`, but for which of equal entries it selects."""
         mask, indices = rest.get("mask"), next(given)
         there = torch.ones_like(indices, dtype=torch.bool) if mask is None else mask.expand(x.shape).gather(-1, indices)
         values = x.gather(-1, indices).masked_fill(~there, 0.0)
         if non_differentiable:
             return reference.TopkReturn(values, indices, None, None)
-        relaxed = descent(_widened(x), k=min(k * coor_descent_k_ratio, x.shape[-1]), **rest)
-        soft = relaxed.to(x.dtype).gather(-1, indices)
+        soft = descent(x, k=min(k * coor_descent_k_ratio, x.shape[-1]), **rest).gather(-1, indices)
         gates = (soft + (1.0 - soft).detach()).masked_fill(~there, 0.0)
         return reference.TopkReturn(values * gates, indices, soft, gates)
 
