@@ -12,6 +12,7 @@ from kernels import _scores_torch as in_pytorch
 from kernels._launch import is_traced, runs_triton
 from kernels._operators import define, define_backward, define_gradient
 from kernels._score_kernels import MOST_ROUTES, launch_gradients, launch_scores
+from reference._arguments import check_scale
 from reference.routing_scores import check_routing_tokens
 
 
@@ -121,6 +122,7 @@ define_gradient("routing_scores", _setup_context, _differentiate)
 
 def as_kernels_take(x: Tensor, routing_tokens: Tensor, cosine_sim_scale: float | None) -> tuple[Tensor, Tensor]:
     """Tokens and routing tokens with a last stride of 1, the latter of the norm `cosine_sim_scale` if there is one."""
+    check_scale(cosine_sim_scale)
     if cosine_sim_scale is not None:
         wide = torch.promote_types(routing_tokens.dtype, torch.float32)
         routing_tokens = F.normalize(routing_tokens.to(wide), dim=-1) * cosine_sim_scale

@@ -25,7 +25,15 @@ from kernels import _segmented_torch as in_pytorch
 from kernels._launch import as_rows, k_as_rows, mask_as_rows, runs_triton
 from kernels._operators import define, define_backward, define_gradient
 from kernels._segmented_kernels import launch_backward, launch_forward
-from reference._arguments import check_k, check_schedule, check_scores, epsilon_schedule, first_temperature, require
+from reference._arguments import (
+    check_integers,
+    check_k,
+    check_schedule,
+    check_scores,
+    epsilon_schedule,
+    first_temperature,
+    require,
+)
 
 LONGEST = 131072
 """Longest row that is supported: one program handles a row."""
@@ -196,6 +204,7 @@ def segmented_coor_descent(
     check_k(k, scores)
     check_schedule(n_iters, eps, eps_init, eps_decay)
     require(scores.shape[-1] <= LONGEST, "n (the length of a row)", scores.shape[-1], "<= {}", LONGEST)
+    check_integers(checkpoint_segments=checkpoint_segments)
     fits = 1 <= checkpoint_segments <= n_iters
     require(fits, "checkpoint_segments", checkpoint_segments, "from 1 to n_iters = {}", n_iters)
     k_rows, k_number = k_as_rows(k, scores.shape)

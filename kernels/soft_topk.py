@@ -19,7 +19,7 @@ from kernels import _soft_topk_torch as in_pytorch
 from kernels._launch import as_rows, k_as_rows, mask_as_rows, runs_triton
 from kernels._operators import define, define_backward, define_gradient
 from kernels._soft_topk_kernels import launch_backward, launch_forward
-from reference._arguments import check_k, check_scores, require
+from reference._arguments import check_k, check_positive, check_scores
 
 
 def _allocate(
@@ -119,7 +119,7 @@ def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | N
     """
     check_scores(scores, mask)
     check_k(k, scores)
-    require(eps > 0, "eps", eps, "> 0")
+    check_positive(eps=eps)
     y, _ = torch.ops.colt5.soft_topk(
         as_rows(scores), mask_as_rows(mask, scores.shape), *k_as_rows(k, scores.shape), float(eps)
     )

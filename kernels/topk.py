@@ -296,11 +296,11 @@ def topk(
     rest = (coor_descent_k_ratio, n_iters, eps, eps_init, eps_decay, mask)
     if not fused:
         return plain_topk(x, k, *rest, non_differentiable=non_differentiable)
+    check_scores(x, mask)
+    check_topk(x, k, coor_descent_k_ratio)
     if non_differentiable or k > MOST or x.shape[-1] > LONGEST or not runs_triton(x):
         return select_topk(coor_descent, x, k, *rest, non_differentiable)
 
-    check_scores(x, mask)
-    check_topk(x, k, coor_descent_k_ratio)
     check_schedule(n_iters, eps, eps_init, eps_decay)
     save = x.requires_grad and torch.is_grad_enabled()
     operation: Callable[..., tuple[Tensor, ...]] = _eager if save else _forward

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator
 from functools import reduce
+from math import inf
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +26,49 @@ def require(holds: bool, name: str, value: object, allowed: str, *named: object)
         value = f"shape {tuple(value)}"
     elif isinstance(value, torch.device):
         value = f"on {value}"
+    elif isinstance(value, Tensor):
+        # Its values may be on a device that is not done with them.
+        value = "a tensor"
     shown = (tuple(each) if isinstance(each, torch.Size) else each for each in named)
     raise ValueError(f"{name} must be {allowed.format(*shown)}, got {value}")
 
 
+def check_integers(**integers: int) -> None:
+    """What is compared with bounds of its own is an integer."""
+    for name, integer in integers.items():
+        require(_is_integer(integer), name, integer, "an integer")
+
+
 def check_counts(**counts: int) -> None:
-    """Numbers of tokens, heads and the like are at least 1."""
+    """Numbers of tokens, heads and the like are integers of at least 1."""
+    check_integers(**counts)
     for name, count in counts.items():
         require(count >= 1, name, count, ">= 1")
+
+
+def check_positive(**numbers: float) -> None:
+    """Temperatures, ratios and the like are real numbers above 0, and finite."""
+    for name, number in numbers.items():
+        require(_is_number(number), name, number, "a finite number")
+        require(number > 0, name, number, "> 0")
+
+
+def check_scale(cosine_sim_scale: float | None) -> None:
+    """What cosines are multiplied with is a finite number, or there is none."""
+    fits = cosine_sim_scale is None or (_is_number(cosine_sim_scale) and cosine_sim_scale == cosine_sim_scale)
+    require(fits, "cosine_sim_scale", cosine_sim_scale, "None or a finite number")
+
+
+def _is_integer(value: object) -> bool:
+    """Python's, numpy's, or one that a compiler leaves open; a truth value is none."""
+    return type(value) is int or (isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool))
+
+
+def _is_number(value: Any) -> bool:
+    """An integer, or a float that is not infinite. NaN is one here: who compares it with a bound refuses it."""
+    if type(value) is float or isinstance(value, Real):
+        return not isinstance(value, bool) and abs(value) != inf
+    return isinstance(value, (torch.SymInt, torch.SymFloat))
 
 
 def check_scores(scores: Tensor, mask: Tensor | None) -> None:
@@ -116,15 +154,15 @@ def check_k(k: float | Tensor, scores: Tensor) -> None:
         _check_broadcast("k", k, scores.shape[:-1], "scores.shape[:-1], one k a row")
         require(k.device == scores.device, "k", k.device, "on {} as scores are", scores.device)
     else:
-        require(k > 0, "k", k, "> 0")
+        check_positive(k=k)
 
 
 def check_schedule(n_iters: int, eps: float, eps_init: float | None, eps_decay: float) -> None:
     """At least one iteration, positive temperatures, and a decay in (0, 1]."""
-    require(n_iters >= 1, "n_iters", n_iters, ">= 1")
-    require(eps > 0, "eps", eps, "> 0")
-    require(eps_init is None or eps_init > 0, "eps_init", eps_init, "None or > 0")
-    require(0 < eps_decay <= 1, "eps_decay", eps_decay, "in (0, 1]")
+    check_counts(n_iters=n_iters)
+    check_positive(eps=eps)
+    require(eps_init is None or (_is_number(eps_init) and eps_init > 0), "eps_init", eps_init, "None or > 0")
+    require(_is_number(eps_decay) and 0 < eps_decay <= 1, "eps_decay", eps_decay, "in (0, 1]")
 
 
 def _check_broadcast(name: str, tensor: Tensor, shape: torch.Size, allowed: str) -> None:
@@ -166,7 +204,7 @@ def check_normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, 
             fits = each.shape == x.shape[-1:]
             require(fits, name, each.shape, "of shape {}, one entry a feature of x", x.shape[-1:])
             require(each.device == x.device, name, each.device, "on {} as x is", x.device)
-    require(eps > 0, "eps", eps, "> 0")
+    check_positive(eps=eps)
     require(dtype is None or dtype in FLOAT_DTYPES, "dtype", dtype, "None or a float dtype")
 
 
@@ -182,7 +220,7 @@ def check_combine(
 ) -> None:
     """Shapes match, indices are integers, and everything is on one device."""
     require(routed.ndim == 3, "routed", routed.shape, "of shape (b, k, d)")
-    require(length >= 1, "length", length, ">= 1")
+    check_counts(length=length)
     batch, k, d = routed.shape
     shapes = {
         "scores": (scores, (batch, k)),

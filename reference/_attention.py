@@ -8,7 +8,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-from reference._arguments import require
+from reference._arguments import check_counts, require
 from reference._autocast import autocast_dtype
 from reference._operations import choose, path
 from reference.normalize import normalize
@@ -139,6 +139,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, dim_head: int = 64, heads: int = 8, use_triton: bool | None = False) -> None:
         super().__init__()
+        check_counts(light_dim_head=dim_head, light_heads=heads)
         self.heads = heads
         self.use_triton = use_triton
         self._attend = choose("windowed_attention", _attend_to_all, use_triton)

@@ -49,7 +49,7 @@ class RoutedBranch(nn.Module):
         kv_router_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_counts(dim=dim, dim_head=dim_head, heads=heads)
+        check_counts(dim=dim, dim_head=dim_head, heads=heads, num_routed_kv=num_routed_kv)
         require(heads % num_routed_kv == 0, "heads", heads, "a multiple of the {} key/value routes", num_routed_kv)
         self.multiply_queries_by_score = multiply_queries_by_score
         options = {"straight_through": router_straight_through, "use_triton": use_triton, **(router_kwargs or {})}
@@ -151,6 +151,7 @@ class ConditionalRoutedAttention(RoutedBranch):
         self.num_heavy_tokens_q, self.num_heavy_tokens_kv = num_heavy_tokens_q, num_heavy_tokens_kv
         self.light_attn = None
         if has_light_attn:
+            check_counts(light_window_size=light_window_size)
             require(light_window_size >= 2, "light_window_size", light_window_size, ">= 2")
             radius = light_window_size // 2
             self.light_attn = WindowedAttention(dim, radius, light_dim_head, light_heads, use_triton=use_triton)
@@ -230,6 +231,7 @@ class ConditionalRoutedCrossAttention(RoutedBranch):
         use_flash_attn: bool = False,
         route_block_size: int | None = None,
     ) -> None:
+        check_counts(num_sets_kv=num_sets_kv, kv_routing_tokens=kv_routing_tokens)
         fits = num_sets_kv in (1, kv_routing_tokens)
         require(fits, "num_sets_kv", num_sets_kv, "1 or kv_routing_tokens = {}", kv_routing_tokens)
         super().__init__(

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from reference._arguments import check_counts
+from reference._arguments import check_counts, check_positive
 from reference._attention import RMSNorm
 from reference._operations import choose, path
 from reference.combine import combine, join
@@ -36,7 +36,8 @@ class ConditionalRoutedFeedForward(nn.Module):
         use_triton: bool | None = False,
     ) -> None:
         super().__init__()
-        check_counts(num_heavy_tokens=num_heavy_tokens)
+        check_counts(dim=dim, num_heavy_tokens=num_heavy_tokens)
+        check_positive(light_ff_mult=light_ff_mult, heavy_ff_mult=heavy_ff_mult)
         self.num_heavy_tokens = num_heavy_tokens
         options = {"straight_through": router_straight_through, "use_triton": use_triton, **(router_kwargs or {})}
         self.router = CoordinateDescentRouter(dim, num_routing_tokens=1, **options)

@@ -95,8 +95,7 @@ def check_route(
     """Everything that `route` asks of its arguments."""
     check_routing_tokens(x, routing_tokens)
     check_tokens(x, x.shape[-1], mask)
-    require(block_size is None or block_size >= 1, "block_size", block_size, "None or >= 1")
-    check_counts(num_selected=num_selected)
+    check_counts(num_selected=num_selected, **({} if block_size is None else {"block_size": block_size}))
     n = x.shape[1] if block_size is None else block_size
     name = "n" if block_size is None else "block_size"
     require(num_selected <= n, "num_selected", num_selected, "from 1 to {} = {}", name, n)

@@ -10,7 +10,15 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
-from reference._arguments import check_counts, check_tokens, require
+from reference._arguments import (
+    check_counts,
+    check_integers,
+    check_positive,
+    check_scale,
+    check_schedule,
+    check_tokens,
+    require,
+)
 from reference._autocast import without_autocast
 from reference._operations import choose, fused
 from reference._sizes import ceil_div, is_certain, missing
@@ -105,9 +113,16 @@ class CoordinateDescentRouter(nn.Module):
         normalize_to: Literal["fetched", "selected"] = "fetched",
     ) -> None:
         super().__init__()
+        check_positive(fetch_k_ratio=fetch_k_ratio)
         require(fetch_k_ratio >= 1, "fetch_k_ratio", fetch_k_ratio, ">= 1")
-        check_counts(num_routing_tokens=num_routing_tokens)
-        require(route_block_size is None or route_block_size >= 1, "route_block_size", route_block_size, "None or >= 1")
+        check_counts(dim=dim, num_routing_tokens=num_routing_tokens)
+        optional = {"route_block_size": route_block_size, "triton_checkpoint_segments": triton_checkpoint_segments}
+        for option, count in optional.items():
+            if count is not None:
+                check_integers(**{option: count})
+                require(count >= 1, option, count, "None or >= 1")
+        check_schedule(n_iters, eps, eps_init, eps_decay)
+        check_scale(cosine_sim_scale)
         require(solver in ("coor_descent", "exact"), "solver", solver, "coor_descent or exact")
         require(normalize_to in ("fetched", "selected"), "normalize_to", normalize_to, "fetched or selected")
         self.dim = dim

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference._arguments import FLOAT_DTYPES, require
+from reference._arguments import FLOAT_DTYPES, check_scale, require
 from reference._autocast import without_autocast
 
 
@@ -23,6 +23,7 @@ def routing_scores(x: Tensor, routing_tokens: Tensor, *, cosine_sim_scale: float
         ValueError: shapes do not match.
     """
     check_routing_tokens(x, routing_tokens)
+    check_scale(cosine_sim_scale)
     wide = torch.promote_types(x.dtype, torch.float32)
     x, routing_tokens = x.to(wide), routing_tokens.to(wide)
     with without_autocast(x):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from reference._arguments import check_scores, require
+from reference._arguments import check_integers, check_scores, require
 
 
 def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> Tensor:
@@ -38,4 +38,5 @@ def check_select(scores: Tensor, num_selected: int, mask: Tensor | None) -> None
     """Scores and mask match, and there are as many entries as are to be selected."""
     check_scores(scores, mask)
     n = scores.shape[-1]
+    check_integers(num_selected=num_selected)
     require(1 <= num_selected <= n, "num_selected", num_selected, "from 1 to n = {}", n)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from reference._arguments import check_k, check_scores, require, takes_no_part, without_infinities
+from reference._arguments import check_k, check_positive, check_scores, takes_no_part, without_infinities
 
 NOTHING_AT = 100.0
 """exp of minus this, times any number of entries, is nothing beside 1 in fp64."""
@@ -38,7 +38,7 @@ def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | N
     """
     check_scores(scores, mask)
     check_k(k, scores)
-    require(eps > 0, "eps", eps, "> 0")
+    check_positive(eps=eps)
 
     k = rearrange(torch.as_tensor(k, dtype=scores.dtype, device=scores.device), "... -> ... 1")
     k = torch.where(k > 0, k, torch.nan)

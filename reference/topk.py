@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reference._arguments import check_scores, require, takes_no_part
+from reference._arguments import check_integers, check_positive, check_scores, require, takes_no_part
 from reference.coor_descent import coor_descent
 
 
@@ -63,7 +63,9 @@ def topk(
 
 def check_topk(x: Tensor, k: int, coor_descent_k_ratio: float) -> None:
     """k is from 1 to n and the ratio at least 1."""
+    check_integers(k=k)
     require(1 <= k <= x.shape[-1], "k", k, "from 1 to n = {}", x.shape[-1])
+    check_positive(coor_descent_k_ratio=coor_descent_k_ratio)
     require(coor_descent_k_ratio >= 1, "coor_descent_k_ratio", coor_descent_k_ratio, ">= 1")
 
 

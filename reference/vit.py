@@ -8,7 +8,7 @@ from einops import rearrange
 from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 
-from reference._arguments import require
+from reference._arguments import check_counts, require
 from reference.feedforward import ConditionalRoutedFeedForward
 from reference.image import ConditionalRoutedImageAttention
 
@@ -56,8 +56,12 @@ class ConditionalRoutedViT(nn.Module):
         default_coor_descent_eps: float = 1.0,
     ) -> None:
         super().__init__()
+        check_counts(num_classes=num_classes, dim=dim, depth=depth, channels=channels)
         height, width = _pair(image_size)
         patch_height, patch_width = _pair(patch_size)
+        for name, sizes in {"image_size": (height, width), "patch_size": (patch_height, patch_width)}.items():
+            for size in sizes:
+                check_counts(**{name: size})
         divides = height % patch_height == 0 and width % patch_width == 0
         require(divides, "patch_size", patch_size, "a divisor of image_size = {}", image_size)
         require(dim % 4 == 0, "dim", dim, "a multiple of 4")

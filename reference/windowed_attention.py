@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from reference._arguments import check_windows
+from reference._arguments import check_counts, check_windows
 from reference._attention import LayerNorm, attend
 from reference._operations import choose, path
 from reference._sizes import ceil_div, window_for, without_padding
@@ -85,6 +85,7 @@ class WindowedAttention(nn.Module):
         use_triton: bool | None = False,
     ) -> None:
         super().__init__()
+        check_counts(light_dim_head=dim_head, light_heads=heads, light_window_size=window_size)
         self.window_size = window_size
         self.heads = heads
         self.causal = causal
