@@ -45,7 +45,11 @@ def save_step(state_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature, 
 
 @triton.jit
 def save_origin(state_ptr, rows, part, n_rows, n_iters, origin):
-    tl.store(row_state(state_ptr, rows, n_iters) + n_iters, origin, mask=(rows < n_rows) & (part == 0))
+    row_ptrs = row_state(state_ptr, rows, n_iters) + n_iters
+    writes = (rows < n_rows) & (part == 0)
+    tl.store(row_ptrs, origin, mask=writes)
+    # Nothing reads this, but no result of an operator is left to chance.
+    tl.store(row_ptrs + n_iters + 1, tl.zeros_like(origin), mask=writes)
 
 
 @triton.jit
