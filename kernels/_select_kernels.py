@@ -231,6 +231,13 @@ def _plan(n_rows: int, n: int) -> Plan:
 
 
 @planner
+def _plan_counts(n_rows: int, n: int) -> Plan:
+    """The same; where entries are loaded one by one, ptxas aims at 64 registers and spills some."""
+    plan = _plan(n_rows, n)
+    return plan._replace(settings={**plan.settings, "maxnreg": 80}) if n % 16 else plan
+
+
+@planner
 def _plan_ranks(n_rows: int, selected: int) -> Plan:
     """Pieces are blocks of selected entries."""
     blocks = triton.cdiv(selected, RANKED)
@@ -251,8 +258,9 @@ def launch_select(scores: Tensor, mask: Tensor | None, indices: Tensor) -> None:
         parts = plan.pieces
         counts = torch.zeros((n_rows, BYTES.value + 1, BINS.value), dtype=torch.int32, device=scores.device)
         own_counts = torch.empty((n_rows, parts, BINS.value), dtype=torch.int32, device=scores.device)
+        counting = {**settings, **_plan_counts(n_rows, n).settings}
         for byte in range(BYTES.value):
-            _count_kernel[plan.grid](*inputs, counts, own_counts, *numbers, parts, byte, **settings)
+            _count_kernel[plan.grid](*inputs, counts, own_counts, *numbers, parts, byte, **counting)
         _collect_kernel[plan.grid](*inputs, counts, own_counts, keys, *numbers, parts, **settings)
 
     if selected > MOST_RANKED:

@@ -232,7 +232,7 @@ def route_prefixes(n_rows, n_windows=2, window_size=3, n_iters=4, n=None, itemsi
 
 
 def gathered_attention(
-    batch, heads, dim, itemsize, n_windows=2, n_queries=16, n_tokens=3, pairs=True, weighed=False, **_
+    batch, heads, dim, itemsize, n_windows=2, n_queries=16, n_tokens=3, pairs=None, weighed=False, **_
 ):
     dtype = DTYPES[itemsize]
     arguments = (
@@ -242,7 +242,7 @@ def gathered_attention(
         torch.zeros(batch, n_windows, 1, 1, requires_grad=True),
         torch.zeros(2, heads, dim, requires_grad=True),
     )
-    weighed = weighed or not pairs
+    weighed = weighed if pairs is None else not pairs
     _call_and_differentiate(True, lambda: kernels.gathered_attention(*arguments, multiply_keys_by_score=weighed))
 
 
@@ -292,7 +292,9 @@ OPERATIONS = {
         _variants(masked=BOOL, per_row=BOOL, itemsize=(2, 4)),
     ),
     "select": Operation(
-        (_select_kernels._plan, _select_kernels._plan_ranks), select, _variants(masked=BOOL, itemsize=(2, 4))
+        (_select_kernels._plan, _select_kernels._plan_counts, _select_kernels._plan_ranks),
+        select,
+        _variants(masked=BOOL, itemsize=(2, 4)),
     ),
     "segmented_coor_descent": Operation(
         (_segmented_kernels._plan,),
