@@ -33,6 +33,19 @@ def require(holds: bool, name: str, value: object, allowed: str, *named: object)
     raise ValueError(f"{name} must be {allowed.format(*shown)}, got {value}")
 
 
+def check_float(name: str, tensor: Tensor) -> None:
+    """A tensor is of a float dtype, and is no value of a trace: every operation begins with this.
+
+    Raises:
+        NotImplementedError: in `torch.jit.trace`, for which a number that depends on a size is a constant.
+    """
+    if torch._C._get_tracing_state() is not None:
+        raise NotImplementedError(
+            "torch.jit.trace makes constants of sizes and choices: use torch.export.export instead"
+        )
+    require(tensor.dtype in FLOAT_DTYPES, name, tensor.dtype, "a tensor of a float dtype")
+
+
 def check_integers(**integers: int) -> None:
     """What is compared with bounds of its own is an integer."""
     for name, integer in integers.items():
@@ -73,7 +86,7 @@ def _is_number(value: Any) -> bool:
 
 def check_scores(scores: Tensor, mask: Tensor | None) -> None:
     """Scores are a float tensor (..., n) with n >= 1; a mask is boolean and broadcasts to their shape."""
-    require(scores.dtype in FLOAT_DTYPES, "scores", scores.dtype, "a tensor of a float dtype")
+    check_float("scores", scores)
     require(scores.ndim >= 1, "scores", "a tensor without dimensions", "of shape (..., n)")
     require(scores.shape[-1] >= 1, "scores", scores.shape, "of shape (..., n) with n >= 1")
     if mask is not None:
@@ -95,7 +108,7 @@ def without_infinities(scores: Tensor) -> Tensor:
 
 def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None, name: str = "x", mask_name: str = "mask") -> None:
     """Tokens are a float tensor (b, n, dim); a mask is boolean and (b, n), on the device of the tokens."""
-    require(x.dtype in FLOAT_DTYPES, name, x.dtype, "a tensor of a float dtype")
+    check_float(name, x)
     require(x.ndim == 3 and x.shape[-1] == dim, name, x.shape, "of shape (b, n, {})", dim)
     if mask is not None:
         require(mask.dtype == torch.bool, mask_name, mask.dtype, "a tensor of dtype torch.bool")
@@ -106,6 +119,7 @@ def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None, name: str = "x
 
 def check_windows(qkv: Tensor, heads: int, window_size: int, mask: Tensor | None) -> None:
     """Queries, keys and values are a float tensor (b, n, 3 * heads * d); a mask is boolean and (b, n)."""
+    check_float("qkv", qkv)
     check_counts(heads=heads, window_size=window_size)
     fits = qkv.ndim == 3 and qkv.shape[-1] >= 1 and qkv.shape[-1] % (3 * heads) == 0
     require(fits, "qkv", qkv.shape, "of shape (b, n, {} * d), as there are {} heads", 3 * heads, heads)
@@ -116,7 +130,7 @@ def check_gathered(
     query: Tensor, key_value: Tensor, indices: Tensor, weights: Tensor, null_kv: Tensor, mask: Tensor | None
 ) -> None:
     """Shapes, dtypes and devices of `gathered_attention`; which tokens the indices name is not looked at."""
-    require(query.dtype in FLOAT_DTYPES, "query", query.dtype, "a tensor of a float dtype")
+    check_float("query", query)
     require(query.ndim == 5, "query", query.shape, "of shape (b, w, h, i, d)")
     batch, windows, heads, _, dim = query.shape
     require(dim >= 1 and heads >= 1, "query", query.shape, "of shape (b, w, h, i, d), h and d >= 1")
@@ -131,8 +145,8 @@ def check_gathered(
     fits = indices.ndim == 4 and indices.shape[:3] == (batch, windows, routes)
     require(fits, "indices", indices.shape, "of shape ({}, {}, {}, s)", batch, windows, routes)
     require(indices.dtype in (torch.int32, torch.int64), "indices", indices.dtype, "of dtype int32 or int64")
-    require(weights.dtype in FLOAT_DTYPES, "weights", weights.dtype, "a tensor of a float dtype")
-    require(null_kv.dtype in FLOAT_DTYPES, "null_kv", null_kv.dtype, "a tensor of a float dtype")
+    check_float("weights", weights)
+    check_float("null_kv", null_kv)
     require(null_kv.shape == (2, heads, dim), "null_kv", null_kv.shape, "of shape {}", (2, heads, dim))
     listed = {"weights": weights} if mask is None else {"weights": weights, "mask": mask}
     for name, tensor in listed.items():
@@ -196,11 +210,11 @@ def result_dtype(dtype: torch.dtype | None, *tensors: Tensor | None) -> torch.dt
 
 def check_normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype | None) -> None:
     """x is `... d` with d >= 1, weight and bias are `d` on its device, and eps is positive."""
-    require(x.dtype in FLOAT_DTYPES, "x", x.dtype, "a tensor of a float dtype")
+    check_float("x", x)
     require(x.ndim >= 1 and x.shape[-1] >= 1, "x", x.shape, "of shape (..., d) with d >= 1")
     for name, each in (("weight", weight), ("bias", bias)):
         if each is not None:
-            require(each.dtype in FLOAT_DTYPES, name, each.dtype, "a tensor of a float dtype")
+            check_float(name, each)
             fits = each.shape == x.shape[-1:]
             require(fits, name, each.shape, "of shape {}, one entry a feature of x", x.shape[-1:])
             require(each.device == x.device, name, each.device, "on {} as x is", x.device)
@@ -219,6 +233,8 @@ def check_combine(
     dtype: torch.dtype | None,
 ) -> None:
     """Shapes match, indices are integers, and everything is on one device."""
+    check_float("routed", routed)
+    check_float("scores", scores)
     require(routed.ndim == 3, "routed", routed.shape, "of shape (b, k, d)")
     check_counts(length=length)
     batch, k, d = routed.shape
@@ -234,14 +250,12 @@ def check_combine(
             require(tensor.shape == shape, name, tensor.shape, "of shape {}", shape)
             require(tensor.device == routed.device, name, tensor.device, "on {} as routed is", routed.device)
     require(indices.dtype in (torch.int32, torch.int64), "indices", indices.dtype, "a tensor of int32 or int64")
-    for name, tensor in (("routed", routed), ("scores", scores)):
-        require(tensor.dtype in FLOAT_DTYPES, name, tensor.dtype, "a tensor of a float dtype")
     require(dtype is None or dtype in FLOAT_DTYPES, "dtype", dtype, "None or a float dtype")
 
 
 def check_routed(query: Tensor, key_value: Tensor, weights: Tensor, null_kv: Tensor, mask: Tensor | None) -> None:
     """Shapes match, heads are shared evenly between routes, and everything is on one device."""
-    require(query.dtype in FLOAT_DTYPES, "query", query.dtype, "a tensor of a float dtype")
+    check_float("query", query)
     require(query.ndim == 3, "query", query.shape, "of shape (b, i, h * d)")
     fits = null_kv.ndim == 3 and null_kv.shape[0] == 2 and null_kv.shape[1] * null_kv.shape[2] == query.shape[2]
     require(fits, "null_kv", null_kv.shape, "of shape (2, h, d) with h * d = {}", query.shape[2])

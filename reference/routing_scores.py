@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference._arguments import FLOAT_DTYPES, check_scale, require
+from reference._arguments import check_float, check_scale, require
 from reference._autocast import without_autocast
 
 
@@ -34,9 +34,9 @@ def routing_scores(x: Tensor, routing_tokens: Tensor, *, cosine_sim_scale: float
 
 def check_routing_tokens(x: Tensor, routing_tokens: Tensor) -> None:
     """Tokens are a float tensor (b, n, d), routing tokens one of (b, r, d) or (1, r, d)."""
-    require(x.dtype in FLOAT_DTYPES, "x", x.dtype, "a tensor of a float dtype")
+    check_float("x", x)
     require(x.ndim == 3 and x.shape[-1] >= 1, "x", x.shape, "of shape (b, n, d) with d >= 1")
-    require(routing_tokens.dtype in FLOAT_DTYPES, "routing_tokens", routing_tokens.dtype, "a tensor of a float dtype")
+    check_float("routing_tokens", routing_tokens)
     (batch, _, d), shape = x.shape, routing_tokens.shape
     fits = len(shape) == 3 and (shape[0] == 1 or shape[0] == batch) and shape[1] >= 1 and shape[2] == d
     require(fits, "routing_tokens", shape, "of shape ({0}, r, {1}) or (1, r, {1}) with r >= 1", batch, d)
