@@ -1,7 +1,7 @@
 """One measurement is one Record; a run is a JSON Lines file of them, written as it goes."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
@@ -209,22 +209,26 @@ def write(path: Path, environments: Iterable[dict[str, object]], records: Iterab
     unfinished.replace(path)
 
 
-def load(path: Path) -> Run:
+def load(path: Path, *, fault: Callable[[Record], str] = lambda record: "") -> Run:
     """A results file, or all that are below a directory; a last line that was cut off is left out.
 
+    Args:
+        path: the file or directory.
+        fault: says why a record is refused, or nothing.
+
     Raises:
-        ValueError: there is no file, it is of another schema, or a line before the last cannot be read.
+        ValueError: there is no file, it is of another schema, or a line before the last cannot be read or is refused.
     """
     files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
     if not files or not path.exists():
         raise ValueError(f"{path} is no results file and no directory with any: those that a run writes end in .jsonl")
     run = Run(path)
     for file in files:
-        _read(file, run)
+        _read(file, run, fault)
     return run
 
 
-def _read(path: Path, run: Run) -> None:
+def _read(path: Path, run: Run, fault: Callable[[Record], str]) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
@@ -237,10 +241,12 @@ def _read(path: Path, run: Run) -> None:
         try:
             if content.pop("kind") == "environment":
                 run.environments[content["key"]] = content
-            else:
-                run.records.append(_record(content, f"{path}:{number}"))
+                continue
+            run.records.append(_record(content, f"{path}:{number}"))
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}:{number} is no line of a results file: {error!r}") from error
+        if why := fault(run.records[-1]):
+            raise ValueError(f"{path}:{number}: {why}")
 
 
 def _record(content: dict, where: str) -> Record:

@@ -16,8 +16,8 @@ import triton
 from triton.language.extra.cuda import globaltimer
 
 from colt5_bench import cuda_bench, roofline
-from colt5_bench.compare.findings import Verdict
-from colt5_bench.compare.samples import change, judge
+from colt5_bench.compare.findings import Verdict, verdict_on
+from colt5_bench.compare.samples import changes_in_turns, judge
 from colt5_bench.environment import device_name
 from colt5_bench.rounds import CPU_COLUMNS, GPU_COLUMNS, Call
 from colt5_bench.timing import current, relative_interval, time_interleaved
@@ -78,8 +78,8 @@ class Report:
 
 def verdict(before: Sequence[float], after: Sequence[float]) -> Verdict:
     """Whether the later samples are of another call than the earlier ones, as a comparison of runs would judge it."""
-    found = change(before, after)
-    return judge(found, found.p, LEAST_CHANGE)
+    found = changes_in_turns(before, after)
+    return verdict_on(judge(found, found.p, np.log1p(LEAST_CHANGE)))
 
 
 def run(device: torch.device) -> Report:

@@ -3,5 +3,5 @@
 `main` returns an exit status. What the user got wrong it raises, as a `SelectionError` or a `StartupError`.
 """
 
-DONE, FAILURE, USAGE, UNMEASURED, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, FAILURE, USAGE, UNMEASURED, UNDECIDED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 """Exit statuses; a command may have further ones, which its help states."""

@@ -21,7 +21,7 @@ from colt5_bench.selection import SelectionError
 from colt5_bench.suite import Suite
 
 MOST_REPETITIONS = 2
-"""How often a case is measured again whose times are unclear."""
+"""How often a case is measured again whose times are unclear. One that is worse is so by two runs or more."""
 
 Measure = Callable[[Suite, str, Path], int]
 """Measures the cases of a suite that an expression selects, with results in a directory: an exit status."""
@@ -55,7 +55,7 @@ class Check:
         return cls(options, read(options.baseline), Comparer.of(options, suites))
 
     def conclude(self, status: int, directories: Mapping[str, Path], suites: Mapping[str, Suite], more: Measure) -> int:
-        """Compare what was measured, and measure again what is unclear.
+        """Compare what was measured, and measure again what is unclear or seems to be worse.
 
         Args:
             status: how measuring ended.
@@ -65,12 +65,15 @@ class Check:
         """
         comparison = self._compare(directories)
         for repetition in range(1, MOST_REPETITIONS + 1):
-            unclear = comparison.unclear()
-            if not unclear or status not in (DONE, FAILURE):
+            doubtful = comparison.doubtful(runs=2)
+            if not doubtful or status not in (DONE, FAILURE):
                 break
-            cases_unclear = sum(map(len, unclear.values()))
-            print(f"{cases_unclear} cases are unclear: measuring them again ({repetition} of {MOST_REPETITIONS})")
-            for name, cases in unclear.items():
+            cases_doubtful = sum(map(len, doubtful.values()))
+            print(
+                f"{cases_doubtful} cases are unclear or seem to be worse: measuring them again "
+                f"({repetition} of {MOST_REPETITIONS})"
+            )
+            for name, cases in doubtful.items():
                 status = max(status, more(suites[name], expression(cases), _free(directories[name])))
                 if status == INTERRUPTED:
                     break

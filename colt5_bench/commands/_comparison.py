@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from colt5_bench.commands import DONE, FAILURE, UNMEASURED
+from colt5_bench.commands import DONE, FAILURE, UNDECIDED, UNMEASURED
 from colt5_bench.compare import Comparison, IncomparableError, Rules, compare, load_rules
 from colt5_bench.results import Record, Run
 from colt5_bench.selection import SelectionError, case_filter
@@ -15,7 +15,8 @@ THRESHOLDS = Path("suites") / "thresholds.toml"
 
 STATUSES = """\
 exit status: 0 no regression; 1 there is one: what failed, is missing or became worse; 2 wrong usage; 3 nothing could be
-compared, or measuring failed
+compared, or measuring failed; 4 undecided: nothing is worse for certain, but a time is unclear whose interval reaches
+beyond its threshold, on a machine that is too noisy or with too few runs
 """
 
 
@@ -74,4 +75,6 @@ def status_of(comparison: Comparison) -> int:
     """The exit status that a comparison is."""
     if not comparison.compared:
         return UNMEASURED
-    return FAILURE if comparison.regressions else DONE
+    if comparison.regressions:
+        return FAILURE
+    return UNDECIDED if comparison.undecided else DONE

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from colt5_bench.commands import UNMEASURED
 from colt5_bench.commands._comparison import STATUSES, Comparer, add_options, expression, in_scope, status_of
-from colt5_bench.compare import Comparison
+from colt5_bench.compare import Comparison, read_baseline
 from colt5_bench.compare.output import FORMATS, append_summary, write
-from colt5_bench.compare.revisions import Alternating, MeasuringError, revision
+from colt5_bench.compare.revisions import MOST_TURNS, TURNS, Alternating, MeasuringError, revision
+from colt5_bench.compare.samples import runs_that_confirm
 from colt5_bench.parts import read
 from colt5_bench.selection import SelectionError, load_suites, pick
 from colt5_bench.startup import check, find_checkout
@@ -39,7 +40,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     measuring.add_argument(
         "--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:<index>"
     )
-    measuring.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each (default: %(default)s)")
+    measuring.add_argument(
+        "--rounds",
+        type=int,
+        default=TURNS,
+        metavar="N",
+        help="turns of each (default: %(default)s); cases that are unclear then, or worse, get as many more "
+        f"until they are settled, but no more than {MOST_TURNS} in all",
+    )
     measuring.add_argument(
         "--out", type=Path, metavar="DIR", help="where results go (default: reports/<utc-timestamp>-compare)"
     )
@@ -52,7 +60,7 @@ def main(options: argparse.Namespace) -> int:
     comparer = Comparer.of(options, suites)
     saved = [Path(name).exists() for name in (options.baseline, options.run)]
     if all(saved):
-        comparison = comparer(read(Path(options.baseline)), read(Path(options.run)), in_scope(options))
+        comparison = comparer(read_baseline(Path(options.baseline)), read(Path(options.run)), in_scope(options))
     elif any(saved):
         there, other = (options.baseline, options.run) if saved[0] else (options.run, options.baseline)
         raise SelectionError(f"{there} is a saved run and {other} is none: compare two runs, or two revisions.")
@@ -88,12 +96,13 @@ def _compare_revisions(options: argparse.Namespace, checkout: Path, comparer: Co
         for _ in range(options.rounds):
             alternating.measure(options.suite, options.cases)
         comparison = _compare(alternating, comparer, options)
-        for _ in range(options.rounds):
-            # Every turn adds samples to what is unclear yet.
-            if not (unclear := comparison.unclear()):
+        while alternating.turns < MOST_TURNS:
+            # Every turn is a run more of what is unclear, or worse by few runs.
+            if not (doubtful := comparison.doubtful(runs_that_confirm(comparison.times))):
                 break
-            for suite, cases in unclear.items():
-                alternating.measure([suite], expression(cases))
+            cases = expression([case for cases in doubtful.values() for case in cases])
+            for _ in range(options.rounds):
+                alternating.measure(list(doubtful), cases)
             comparison = _compare(alternating, comparer, options)
     print(f"results: {directory}", file=sys.stderr)
     return comparison

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from colt5_bench.commands import DONE
 from colt5_bench.commands._comparison import Comparer, add_options
-from colt5_bench.compare import Finding
+from colt5_bench.compare import Finding, read_baseline
 from colt5_bench.parts import read
 from colt5_bench.report.export import write_csv, write_parquet
 from colt5_bench.report.layout import View, by
@@ -63,7 +63,7 @@ def main(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace, run: Run) -> Sequence[Finding]:
     suites = {record.suite for record in run.records}
     comparer = Comparer.of(options, load_suites(find_checkout(Path.cwd().resolve())))
-    return comparer(read(options.baseline), run, lambda record: record.suite in suites).findings
+    return comparer(read_baseline(options.baseline), run, lambda record: record.suite in suites).findings
 
 
 def load_views() -> dict[str, View]:

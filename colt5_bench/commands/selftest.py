@@ -11,6 +11,7 @@ from rich.table import Table
 
 from colt5_bench import selftest
 from colt5_bench.commands import DONE, FAILURE
+from colt5_bench.compare import simulation
 from colt5_bench.selection import choose_device
 from colt5_bench.selftest import Check, Report
 from colt5_bench.startup import check, find_checkout
@@ -19,6 +20,7 @@ SUMMARY = "check that times are right on this machine: known durations, equal ca
 EXAMPLES = """\
   python bench.py selftest
   python bench.py selftest --device cpu --json
+  python bench.py selftest --statistics
 
 exit status: 0 no check failed; 1 one did; 2 wrong usage. A check that noise makes undecidable is unclear and does not
 fail: on an idle machine none is
@@ -29,11 +31,21 @@ STYLES = {"passed": "green", "failed": "red", "unclear": "yellow", "skipped": "d
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:<index>")
+    parser.add_argument(
+        "--statistics",
+        action="store_true",
+        help="measure nothing, but simulate what verdicts on times are worth under several kinds of noise: how many "
+        "comparisons have false alarms, and of slowdowns the share that is found / called the same",
+    )
     parser.add_argument("--json", action="store_true", help="figures and limits for programs")
 
 
 def main(options: argparse.Namespace) -> int:
     check(find_checkout(Path.cwd().resolve()))
+    if options.statistics:
+        rows = list(simulation.simulate())
+        print(simulation.markdown(rows))
+        return DONE if simulation.passed(rows) else FAILURE
     report = selftest.run(choose_device(options.device))
     if options.json:
         print(json.dumps({**asdict(report), "passed": report.passed}, indent=2))

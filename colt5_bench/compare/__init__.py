@@ -1,5 +1,6 @@
 """Two runs, figure by figure: a verdict on each, and what of it is a regression."""
 
+from colt5_bench.compare.baselines import read_baseline
 from colt5_bench.compare.findings import Comparison, Finding
 from colt5_bench.compare.thresholds import Rules, ThresholdsError, load_rules
 from colt5_bench.compare.verdicts import IncomparableError, compare
@@ -12,4 +13,5 @@ __all__ = [
     "ThresholdsError",
     "compare",
     "load_rules",
+    "read_baseline",
 ]

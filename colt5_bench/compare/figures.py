@@ -3,23 +3,62 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, isnan, nan
-from statistics import median
 from typing import Any
 
 from colt5_bench.compare.conditions import Pairing
 from colt5_bench.compare.findings import Figure, Finding, Unit, Verdict
-from colt5_bench.compare.samples import Change, change
+from colt5_bench.compare.samples import Runs, beside, middle
 from colt5_bench.compare.thresholds import Bound, Thresholds
 from colt5_bench.results import Record
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A point as one side has it."""
+
+    record: Record
+    runs: Sequence[Record]
+    """Those that ended ok, each of another run."""
+
+    @property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(column for record in self.runs for column in record.timings))
+
+    def samples(self, column: str) -> Runs:
+        timings = (record.timings.get(column) for record in self.runs)
+        return [timing.samples for timing in timings if timing and timing.samples]
+
+    def beside(self, reference: "Measured | None", column: str) -> Runs:
+        """In units of the reference's in the same rounds of the same runs; nothing where a run is without."""
+        if reference is None or reference.record.key == self.record.key:
+            return []
+        own, theirs = self._by_run(column), reference._by_run(column)
+        return [beside(samples, theirs[run]) for run, samples in own.items()] if set(own) <= set(theirs) else []
+
+    def _by_run(self, column: str) -> dict[str, list[float]]:
+        timings = {record.environment: record.timings.get(column) for record in self.runs}
+        return {run: timing.samples for run, timing in timings.items() if timing and timing.samples}
+
+
+@dataclass(frozen=True)
+class Times:
+    """A time of both sides whose verdict has to wait until all are known that are tested together."""
+
+    column: str
+    before: Runs
+    after: Runs
+    relative: tuple[Runs, Runs]
+    """The same in units of the reference's; empty without one."""
+
+    threshold: float
+
+
+@dataclass(frozen=True)
 class Draft:
-    """A finding whose verdict may have to wait until all times are known that are tested together."""
+    """A finding, with the times that its verdict is about if it is about times."""
 
     finding: Finding
-    change: Change | None = None
-    threshold: float = 0.0
+    times: Times | None = None
 
 
 @dataclass(frozen=True)
@@ -37,8 +76,7 @@ class Point:
         now: Figure,
         unit: Unit = "",
         note: str = "",
-        change: Change | None = None,
-        threshold: float = 0.0,
+        times: Times | None = None,
     ) -> Draft:
         finding = Finding(
             verdict,
@@ -49,37 +87,37 @@ class Point:
             baseline,
             now,
             unit,
-            interval=(change.low, change.high) if change else None,
             note=note,
             label=self.label,
         )
-        return Draft(finding, change, threshold)
+        return Draft(finding, times)
 
 
 def figures(
     point: Point,
-    old: Record,
-    new: Record,
+    before: Measured,
+    after: Measured,
     pairing: Pairing,
     held_to: Thresholds,
-    references: tuple[Record | None, Record | None],
+    references: tuple[Measured | None, Measured | None],
 ) -> Iterator[Draft]:
     """Findings on all that can be compared of two records of one point.
 
     Args:
         point: what they are about.
-        old: the record in the baseline, which ended ok.
-        new: that of the run, which did so too.
+        before: the point in the baseline, which ended ok.
+        after: that of the run, which did so too.
         pairing: under what they were measured.
         held_to: how much of a change counts.
-        references: the records of the reference beside either.
+        references: the reference beside either.
     """
+    old, new = before.record, after.record
     yield point.draft("same", "status", "ok", "ok")
     if pairing.times:
-        for column in old.timings:
-            yield from _of_times(point, column, old, new, getattr(held_to, column))
+        for column in before.columns:
+            yield from _of_times(point, column, before, after, references, getattr(held_to, column))
     elif pairing.speed_ups:
-        yield from _of_speed_ups(point, old, new, references, held_to.speed_up)
+        yield from _of_speed_ups(point, before, after, references, held_to.speed_up)
     if pairing.memory:
         yield from _of_number(point, "peak memory", old.peak_bytes, new.peak_bytes, held_to.peak_memory, "B")
         yield from _of_number(point, "saved memory", old.saved_bytes, new.saved_bytes, held_to.saved_memory, "B")
@@ -90,48 +128,55 @@ def figures(
         yield from _of_kernels(point, old.kernels, new.kernels, held_to)
 
 
-def _of_times(point: Point, column: str, old: Record, new: Record, threshold: float) -> Iterator[Draft]:
-    before, after = _samples(old, column), _samples(new, column)
-    seconds = _median(before), _median(after)
+def _of_times(
+    point: Point,
+    column: str,
+    before: Measured,
+    after: Measured,
+    references: tuple[Measured | None, Measured | None],
+    threshold: float,
+) -> Iterator[Draft]:
+    earlier, later = before.samples(column), after.samples(column)
+    seconds = _middle(earlier), _middle(later)
     if verdict := _without_a_number(*seconds):
-        reason = new.timings[column].stopped if column in new.timings and not after else ""
-        yield point.draft(verdict, column, *seconds, "s", reason)
-    elif before and after:
-        yield point.draft("unclear", column, *seconds, "s", "", change(before, after), threshold)
+        stopped = [record.timings[column].stopped for record in after.runs if column in record.timings]
+        yield point.draft(verdict, column, *seconds, "s", stopped[-1] if stopped and not later else "")
+    elif earlier:
+        relative = before.beside(references[0], column), after.beside(references[1], column)
+        yield point.draft("unclear", column, *seconds, "s", "", Times(column, earlier, later, relative, threshold))
 
 
 def _of_speed_ups(
-    point: Point, old: Record, new: Record, references: tuple[Record | None, Record | None], threshold: float
+    point: Point,
+    before: Measured,
+    after: Measured,
+    references: tuple[Measured | None, Measured | None],
+    threshold: float,
 ) -> Iterator[Draft]:
     """By the column that the figure of a case is, where the reference has a time on both sides."""
-    column = next(iter(old.timings), "")
-    beside_old, beside_new = (_samples(reference, column) for reference in references)
-    if not beside_old or not beside_new or point.record.key in {each.key for each in references if each}:
+    column = next(iter(before.columns), "")
+    earlier, later = before.beside(references[0], column), after.beside(references[1], column)
+    if not earlier or (not later and after.samples(column)):
         return
-    before, after = _samples(old, column), _samples(new, column)
-    ratios = _ratio(beside_old, before), _ratio(beside_new, after)
+    ratios = _inverse(_middle(earlier)), _inverse(_middle(later))
     metric = f"speed-up, {column}"
     if verdict := _without_a_number(*ratios):
         yield point.draft(verdict, metric, *ratios, "x")
-    elif before and after:
-        found = change(before, after, (beside_old, beside_new))
-        yield point.draft("unclear", metric, *ratios, "x", "", found, threshold)
+    else:
+        yield point.draft("unclear", metric, *ratios, "x", "", Times(column, earlier, later, ((), ()), threshold))
 
 
-def _samples(record: Record | None, column: str) -> list[float]:
-    return record.timings[column].samples if record and column in record.timings else []
-
-
-def _median(samples: Sequence[float]) -> float | None:
+def _middle(runs: Runs) -> float | None:
     """NaN if any sample is no time."""
-    if not samples:
+    if not runs:
         return None
-    return median(samples) if all(0 < sample < inf for sample in samples) else nan
+    if not all(0 < sample < inf for samples in runs for sample in samples):
+        return nan
+    return middle(runs)
 
 
-def _ratio(of_reference: Sequence[float], own: Sequence[float]) -> float | None:
-    base, seconds = _median(of_reference), _median(own)
-    return base / seconds if base and seconds else None
+def _inverse(ratio: float | None) -> float | None:
+    return 1 / ratio if ratio else None
 
 
 def _of_number(
@@ -168,10 +213,11 @@ def _of_errors(point: Point, old: Record, new: Record, held_to: Thresholds) -> I
         before, after = of_old.largest if of_old else None, of_new.largest if of_new else None
         if not (verdict := _without_a_number(before, after)):
             assert of_old
-            assert of_new
+            assert before is not None
+            assert after is not None
             verdict = _by(before, after, held_to.error)
-            larger = max(of_old, of_new, key=lambda divergence: divergence.largest)
-            if larger.budget is not None and larger.largest <= held_to.error_share * larger.budget:
+            # By the budget of the baseline: one that grew with the error would excuse it.
+            if of_old.budget is not None and max(before, after) <= held_to.error_share * of_old.budget:
                 verdict = "same"
         yield point.draft(verdict, f"error of {tensor}", before, after, "error")
 

@@ -1,9 +1,12 @@
 """What a comparison says: a finding for each figure of each case."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from colt5_bench.report import short
 
@@ -11,6 +14,8 @@ Verdict = Literal["failed", "missing", "worse", "unclear", "new", "better", "sam
 
 VERDICTS: tuple[Verdict, ...] = ("failed", "missing", "worse", "unclear", "new", "better", "same")
 """In the order in which findings are shown; what is the same is only counted."""
+
+ON_TIMES: Mapping[float, Verdict] = {1: "worse", 0: "same", -1: "better"}
 
 REGRESSIONS: tuple[Verdict, ...] = ("failed", "missing", "worse")
 
@@ -43,6 +48,12 @@ class Finding:
     """95 % interval of the later time over the earlier, or for a speed-up of the earlier over the later: above 1 it
     became worse."""
 
+    threshold: float | None = None
+    """By how much a time may be longer and count as the same."""
+
+    runs: int | None = None
+    """Of how many runs a time of now is."""
+
     note: str = ""
 
     label: str | None = None
@@ -51,6 +62,11 @@ class Finding:
     @property
     def is_regression(self) -> bool:
         return self.verdict in REGRESSIONS
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether it may be a regression: the interval reaches beyond the threshold."""
+        return self.verdict == "unclear" and self.interval is not None and self.interval[1] > 1 + (self.threshold or 0)
 
     @property
     def said_baseline(self) -> str:
@@ -83,6 +99,10 @@ class Comparison:
         return [finding for finding in self.findings if finding.is_regression]
 
     @property
+    def undecided(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.is_undecided]
+
+    @property
     def compared(self) -> bool:
         """Whether there is a figure that both runs have a say in."""
         return any(finding.verdict != "new" for finding in self.findings)
@@ -95,17 +115,40 @@ class Comparison:
         return ", ".join(named) or "nothing to compare"
 
     def telling(self) -> list[Finding]:
-        """What is not the same, the worst first."""
+        """What is neither the same nor new, the worst first."""
         ordered = sorted(self.findings, key=lambda finding: VERDICTS.index(finding.verdict))
-        return [finding for finding in ordered if finding.verdict != "same"]
+        return [finding for finding in ordered if finding.verdict not in ("same", "new")]
 
-    def unclear(self) -> dict[str, list[str]]:
-        """The cases that need more samples, by suite."""
+    def summed_up(self) -> list[str]:
+        """What has to be said in a line: how much is new, which is not listed, and what is undecided."""
+        new = Counter(finding.suite for finding in self.findings if finding.verdict == "new")
+        by_suite = ", ".join(f"{count:,} of {suite}" for suite, count in new.items())
+        undecided = len(self.undecided)
+        times = f"{undecided:,} time{'s' if undecided > 1 else ''}"
+        return [
+            *([f"the baseline has nothing of these, which are not listed: {by_suite}"] if new else []),
+            *([f"{times} may have become worse: too noisy to tell, more runs may"] if undecided else []),
+        ]
+
+    def doubtful(self, runs: int) -> dict[str, list[str]]:
+        """The cases that have to be measured again, by suite: what is unclear, and what is worse by fewer runs than so
+        many."""
         cases: dict[str, list[str]] = {}
         for finding in self.findings:
-            if finding.verdict == "unclear" and finding.case not in cases.setdefault(finding.suite, []):
+            hasty = finding.verdict == "worse" and finding.runs is not None and finding.runs < runs
+            if (finding.verdict == "unclear" or hasty) and finding.case not in cases.setdefault(finding.suite, []):
                 cases[finding.suite].append(finding.case)
-        return cases
+        return {suite: each for suite, each in cases.items() if each}
+
+    @property
+    def times(self) -> int:
+        """How many were tested."""
+        return sum(finding.runs is not None for finding in self.findings)
+
+
+def verdict_on(meaning: ArrayLike) -> Verdict:
+    """In words what `judge` makes of a time."""
+    return ON_TIMES.get(float(np.asarray(meaning)), "unclear")
 
 
 def _say(figure: Figure, unit: Unit) -> str:

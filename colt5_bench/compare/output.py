@@ -45,7 +45,7 @@ def show(comparison: Comparison, console: Console) -> None:
         for finding in own:
             table.add_row(*map(Text, _cells(finding)), style=STYLES[finding.verdict])
         print_whole(table, console)
-    for note in comparison.notes:
+    for note in (*comparison.notes, *comparison.summed_up()):
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"against the baseline: {comparison.counts}", highlight=False, soft_wrap=True)
 
@@ -56,7 +56,8 @@ def as_json(comparison: Comparison) -> str:
         {**asdict(finding), "baseline": sayable(finding.baseline), "now": sayable(finding.now)}
         for finding in comparison.findings
     ]
-    content = {"regressions": len(comparison.regressions), "notes": list(comparison.notes), "findings": findings}
+    counts = {"regressions": len(comparison.regressions), "undecided": len(comparison.undecided)}
+    content = {**counts, "notes": list(comparison.notes), "findings": findings}
     return json.dumps(content, indent=2, allow_nan=False)
 
 
@@ -64,8 +65,9 @@ def as_markdown(comparison: Comparison) -> str:
     """A heading, notes and a table of what is not the same."""
     count = len(comparison.regressions)
     verdict = f"{count} regression{'s' if count > 1 else ''}" if count else "No regression"
+    verdict = "Undecided" if comparison.undecided and not count else verdict
     lines = [f"### {verdict} against the baseline", "", comparison.counts, ""]
-    lines += [f"- {_escaped(note)}" for note in comparison.notes]
+    lines += [f"- {_escaped(note)}" for note in (*comparison.notes, *comparison.summed_up())]
     shown = comparison.telling()
     if shown:
         headers = ("verdict", "suite", *HEADERS[1:])

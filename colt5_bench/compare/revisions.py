@@ -14,6 +14,9 @@ from colt5_bench.selection import SelectionError
 
 SIDES = ("a", "b")
 
+TURNS, MOST_TURNS = 3, 15
+"""Of each revision: at first, and at most of the cases that are unclear or not confirmed by then."""
+
 MEASURED = (0, 1)
 """Exit statuses of a run that has results: some may be of implementations that failed."""
 
@@ -44,7 +47,8 @@ class Alternating:
         self._checkout, self._revisions, self._selection = checkout, revisions, selection
         self.places = [directory / side for side in SIDES]
         """Where the results of each are."""
-        self._rounds = 0
+        self.turns = 0
+        """How often each was measured."""
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -72,16 +76,16 @@ class Alternating:
         Raises:
             MeasuringError: a run ended otherwise than with results.
         """
-        self._rounds += 1
-        order = (0, 1) if self._rounds % 2 else (1, 0)
+        self.turns += 1
+        order = (0, 1) if self.turns % 2 else (1, 0)
         for side in order:
             commit = self._revisions[side]
-            print(f"round {self._rounds}: {SIDES[side]}, {commit[:10]}, {', '.join(suites)}", file=sys.stderr)
+            print(f"round {self.turns}: {SIDES[side]}, {commit[:10]}, {', '.join(suites)}", file=sys.stderr)
             command = [
                 *(sys.executable, "bench.py"),
                 *(f"--suite={suite}" for suite in suites),
                 *self._selection,
-                *("-k", cases, "--out", str(self.places[side] / f"round-{self._rounds}")),
+                *("-k", cases, "--out", str(self.places[side] / f"round-{self.turns}")),
             ]
             # An installed or named path to this checkout's packages must not come before those of the other.
             environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -1,122 +1,249 @@
-"""Whether samples of two runs are of calls that take equally long: a rank test, an interval, a correction."""
+"""Whether the runs of two sides are of calls that take equally long: noise, an interval, a test, a correction.
+
+Samples of one process are not independent: the machine drifts, the process has an offset of its own, and a call may
+have modes. So a run counts once, by the median of its samples. How far runs of equal code lie apart is known from
+
+- the runs of a side beside each other; of a side with one run, from blocks of its samples in the order in which they
+  were taken: no number of samples averages out what a block has of its own;
+- the other times of the comparison: what equal calls seem to have become faster by, more than runs and blocks explain,
+  others seem to have become slower by. A change one way is judged by those the other way, to which a slowdown adds
+  nothing;
+- experience, where too few times are compared to tell.
+
+Their variances are added, and the sum has the freedom that Welch and Satterthwaite give it. Where both sides have so
+many runs that a rank test has power, the runs of a side show all of its noise, and that test has to agree.
+
+Functions of arrays take any shape whose last axis is the times that are judged together.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import exp, log, log1p
+from itertools import count
+from math import comb
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtr, stdtrit
 from scipy.stats import mannwhitneyu
 
-from colt5_bench.compare.findings import Verdict
+Array = NDArray[Any]
+Runs = Sequence[Sequence[float]]
+"""Samples of a time in seconds in the order taken, run by run."""
 
 SIGNIFICANCE = 0.01
 """How probable one false alarm may be, of all times of a comparison together."""
 
-CONFIDENCE, RESAMPLES = 0.95, 4000
-"""Of the interval of a ratio, and how often medians are drawn for it."""
+CONFIDENCE = 0.95
+"""Of the interval of a ratio."""
 
-FEW_SAMPLES = 20
-"""Up to which the test is exact."""
+BLOCKS = 5
+"""Into which the samples of a run are divided: fewer say little about their spread, and shorter ones are alike."""
 
-Array = NDArray[np.float64]
+BETWEEN_RUNS = {"cold": 0.01, "warm": 0.01, "graph": 0.01, "wall": 0.03}
+"""What times of equal code differ by from run to run, by column: standard deviation of their logarithms, beyond what a
+side of one run shows."""
 
+REPEATED = 0.003
+"""The same beyond what sides of several runs show."""
 
-@dataclass(frozen=True)
-class Change:
-    """Later samples over earlier ones."""
-
-    ratio: float
-    """Of the medians; above 1 it takes longer now."""
-
-    low: float
-    high: float
-    """The bootstrap interval of the ratio."""
-
-    p: float
-    """Of the Mann-Whitney test: how probable ranks this far apart are, if nothing changed."""
+EXPERIENCE = 4
+"""As how many times these two count beside those of the comparison."""
 
 
-def change(
-    before: Sequence[float],
-    after: Sequence[float],
-    over: tuple[Sequence[float], Sequence[float]] | None = None,
-) -> Change:
-    """Compare samples in seconds, of any number from 1.
+class Level(NamedTuple):
+    """The times of a side, each by its runs."""
+
+    value: Array
+    """Logarithm of seconds, or of a ratio: the mean of the medians of the runs."""
+
+    variance: Array
+    """Of that mean, as far as runs or blocks show it."""
+
+    freedom: Array
+    """Of that variance."""
+
+    runs: Array
+    """How many."""
+
+
+NOTHING = Level(*map(np.array, (np.nan,) * 4))
+"""Of a time that a side does not have."""
+
+
+class Changes(NamedTuple):
+    """Later times over earlier ones, as logarithms: above 0 it takes longer now."""
+
+    value: Array
+    low: Array
+    high: Array
+    """The interval of the change."""
+
+    p: Array
+    """How probable a change this large, either way, is if nothing changed."""
+
+    @classmethod
+    def joined(cls, parts: Sequence["Changes"]) -> "Changes":
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def level(runs: Runs) -> Level:
+    """A time that a side has."""
+    if not runs:
+        return NOTHING
+    middles = np.log([np.median(samples) for samples in runs])
+    return of_runs(middles) if len(runs) > 1 else of_one_run(np.log(runs[0]))._replace(value=middles[0])
+
+
+def of_runs(middles: Array) -> Level:
+    """From the medians of several runs, which lie along the last axis."""
+    runs = middles.shape[-1]
+    return _level(middles.mean(-1), middles.var(-1, ddof=1) / runs, runs - 1, runs)
+
+
+def of_one_run(logarithms: Array) -> Level:
+    """From the samples of one run, which lie along the last axis. One sample shows no spread: experience has to do."""
+    middle, samples = np.median(logarithms, -1), logarithms.shape[-1]
+    if samples == 1:
+        return _level(middle, np.full_like(middle, BETWEEN_RUNS["wall"] ** 2), EXPERIENCE, 1)
+    blocks = [np.median(block, -1) for block in np.array_split(logarithms, min(BLOCKS, samples), axis=-1)]
+    return _level(middle, np.var(blocks, axis=0, ddof=1), len(blocks) - 1, 1)
+
+
+def _level(value: Array, variance: Array, freedom: int, runs: int) -> Level:
+    return Level(value, variance, np.full_like(value, freedom), np.full_like(value, runs))
+
+
+def beside(own: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """A run in units of what the reference took in the same rounds: a drift that both share is none then."""
+    rounds = min(len(own), len(reference))
+    return [mine / theirs for mine, theirs in zip(own[:rounds], reference[:rounds], strict=True)]
+
+
+def middle(runs: Runs) -> float:
+    """The time that a side has: the geometric mean of the medians of its runs."""
+    return float(np.exp(level(runs).value))
+
+
+def compared(times: Sequence[tuple[Runs, Runs]], column: str) -> Changes:
+    """Times of a column that are judged together, each as it was and as it is; without runs it is NaN."""
+    levels = [[level(runs) for runs in side] for side in zip(*times, strict=True)]
+    before, after = (Level(*map(np.array, zip(*side, strict=True))) for side in levels)
+    least_p = [_least_p(*pair, few=runs_that_confirm(len(times))) for pair in times]
+    return changes(before, after, np.array(least_p), BETWEEN_RUNS[column])
+
+
+def _least_p(before: Runs, after: Runs, few: int) -> float:
+    """What the p value of a time has to be, whatever its noise seems to be."""
+    if min(len(before), len(after)) >= few:
+        return float(rank_test(*([np.median(samples) for samples in runs] for runs in (before, after))))
+    return float(reaching(np.concatenate(before), np.concatenate(after))) if before and after else 1.0
+
+
+def reaching(before: Array, after: Array) -> Array:
+    """1 where a sample of either side, along the last axis, is nearer to what is typical of the other: a call with two
+    modes may look like this, of which each run is mostly in one. Else 0."""
+    earlier, later = (np.median(each, -1, keepdims=True) for each in (before, after))
+    half, way = np.sqrt(earlier * later), np.sign(later - earlier)
+    apart = (way * (half - before) > 0).all(-1) & (way * (after - half) > 0).all(-1)
+    return np.where(apart, 0.0, 1.0)
+
+
+def rank_test(before: ArrayLike, after: ArrayLike) -> Array:
+    """The p value of the exact Mann-Whitney test of the medians of runs, which lie along the last axis."""
+    return np.asarray(mannwhitneyu(before, after, axis=-1, method="exact").pvalue)
+
+
+def changes(before: Level, after: Level, least_p: Array, between_runs: float = BETWEEN_RUNS["wall"]) -> Changes:
+    """Compare two sides, time by time, each by its own noise and by that of the others. NaN is no time.
 
     Args:
-        before: earlier samples, all positive.
-        after: later samples.
-        over: samples of the reference beside the earlier and beside the later ones, in units of whose median times are
-            then: as on machines of different speed.
+        before: what was.
+        after: what is.
+        between_runs: what experience says of single runs.
+        least_p: what p values have to be, whatever the noise seems to be: that of the rank test where runs are many
+            enough for it, elsewhere 1 for samples that are `reaching`.
     """
-    if _key(after, over and over[1]) < _key(before, over and over[0]):
-        # Drawn the same way round whichever comes first: what is worse in one order is better in the other.
-        swapped = change(after, before, over and (over[1], over[0]))
-        return Change(1 / swapped.ratio, 1 / swapped.high, 1 / swapped.low, swapped.p)
-    earlier, later = (np.log(np.asarray(samples, dtype=np.float64)) for samples in (before, after))
-    generator = np.random.default_rng(0)
-    logarithms = _medians(later, generator) - _medians(earlier, generator)
-    if over:
-        of_earlier, of_later = (np.log(np.asarray(samples, dtype=np.float64)) for samples in over)
-        logarithms += _medians(of_earlier, generator) - _medians(of_later, generator)
-        earlier, later = earlier - np.median(of_earlier), later - np.median(of_later)
-    few = min(len(before), len(after)) <= FEW_SAMPLES
-    low, high = np.quantile(logarithms, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Change(
-        ratio=exp(np.median(later) - np.median(earlier)),
-        low=exp(low),
-        high=exp(high),
-        # The normal distribution finds nothing in few samples that survives the correction, the exact one takes long
-        # for many.
-        p=float(mannwhitneyu(earlier, later, method="exact" if few else "asymptotic").pvalue),
-    )
+    value = after.value - before.value
+    seen = before.variance + after.variance
+    counted = 1 / before.runs + 1 / after.runs
+    runs = np.minimum(before.runs, after.runs)
+    beyond = np.maximum(0, value**2 - seen) / counted
+    experience = np.where(runs == 1, between_runs, REPEATED) ** 2
+    down, up = (_noise(beyond, way, experience) for way in (value <= 0, value >= 0))
+    by_others_down = (value > 0) | ((value == 0) & (down[0] < up[0]))
+    variance, freedom = (np.where(by_others_down, *each) for each in zip(down, up, strict=True))
+    shown = runs >= runs_that_confirm(value.shape[-1])
+    hidden = np.where(shown, REPEATED**2, variance) * counted
+    parts = hidden**2 / freedom + before.variance**2 / before.freedom + after.variance**2 / after.freedom
+    found = _tested(value, hidden + seen, (hidden + seen) ** 2 / parts)
+    return found._replace(p=np.maximum(found.p, least_p))
 
 
-def holm(values: Sequence[float]) -> list[float]:
+def changes_in_turns(before: Sequence[float], after: Sequence[float]) -> Changes:
+    """Of calls that took turns in one process: the ratios of their rounds, block by block."""
+    ratios = np.log(beside(after, before))
+    blocks = np.array_split(ratios, min(BLOCKS, len(ratios)))
+    ratio = of_runs(np.array([np.median(block) for block in blocks]))
+    return _tested(ratio.value, ratio.variance + REPEATED**2 / BLOCKS, ratio.freedom)
+
+
+def _tested(value: Array, variance: Array, freedom: Array) -> Changes:
+    """By Student's distribution."""
+    error = np.sqrt(variance)
+    reach = stdtrit(freedom, (1 + CONFIDENCE) / 2) * error
+    return Changes(value, value - reach, value + reach, 2 * stdtr(freedom, -np.abs(value) / error))
+
+
+def _noise(beyond: Array, way: Array, experience: Array) -> tuple[Array, Array]:
+    """Variance from run to run of the times that changed one way, together with experience, and its freedom."""
+    times = way.sum(-1, keepdims=True) + EXPERIENCE
+    total = np.where(way, beyond, 0).sum(-1, keepdims=True)
+    return (EXPERIENCE * experience + total) / times, np.broadcast_to(times, beyond.shape)
+
+
+def narrower(alone: Changes, relative: Changes) -> tuple[Changes, Changes]:
+    """Of a change and of that beside the reference the one that is known better, and the other one."""
+    better = relative.high - relative.low < alone.high - alone.low
+    both = list(zip(relative, alone, strict=True))
+    return tuple(Changes(*(np.where(where, *pair) for pair in both)) for where in (better, ~better))  # type: ignore[return-value]
+
+
+def holm(p: Array) -> Array:
     """The p values of tests that are made together, corrected so that one false alarm of all is as probable as each
     says: the smallest times their number, the next times one less, and none smaller than the one before (Holm 1979)."""
-    corrected, largest = [0.0] * len(values), 0.0
-    for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
-        corrected[index] = largest
-    return corrected
+    order = np.argsort(p, axis=-1)
+    remaining = np.arange(p.shape[-1], 0, -1)
+    corrected = np.maximum.accumulate(np.take_along_axis(p, order, -1) * remaining, axis=-1)
+    return np.take_along_axis(np.minimum(corrected, 1), np.argsort(order, axis=-1), -1)
 
 
-def judge(found: Change, p: float, threshold: float) -> Verdict:
-    """What a change means.
+def judge(change: Changes, p: Array, bound: ArrayLike, other: Changes | None = None) -> Array:
+    """What each change means: 1 worse, -1 better, 0 the same, NaN unclear.
 
     It is worse or better if the test says that something changed, and the whole interval that it changed by more than
-    the threshold; it is the same if the whole interval lies within. All else is unclear, and more samples may tell.
+    the bound; it is the same if the whole interval lies within. All else is unclear, and more runs may tell. Alone and
+    beside the reference it has to have changed: where the other figure contradicts, that one decides.
 
     Args:
-        found: the change.
-        p: its p value, corrected for the number of tests.
-        threshold: the relative change that counts: 0.05 for a time of 1.05, and for one over 1.05.
+        change: the changes.
+        p: their p values, corrected for the number of tests.
+        bound: of logarithms: the change that counts.
+        other: the same changes alone, or beside the reference; NaN, or None for all, where there is no reference.
     """
-    bound, low, high = log1p(threshold), log(found.low), log(found.high)
-    if p < SIGNIFICANCE and low > bound:
-        return "worse"
-    if p < SIGNIFICANCE and high < -bound:
-        return "better"
-    return "same" if -bound <= low and high <= bound else "unclear"
+    bound, other = np.asarray(bound), other or Changes(*NOTHING)
+    within = (-bound <= change.low) & (change.high <= bound)
+    certain = p < SIGNIFICANCE
+    worse, better = certain & (change.low > bound), certain & (change.high < -bound)
+    contradicted = (worse & (other.value <= bound)) | (better & (other.value >= -bound))
+    excused = contradicted & (-bound <= other.low) & (other.high <= bound)
+    meaning = np.where(within | excused, 0.0, np.nan)
+    return np.where(worse & ~contradicted, 1.0, np.where(better & ~contradicted, -1.0, meaning))
 
 
-def _key(samples: Sequence[float], of_reference: Sequence[float] | None) -> tuple[list[float], list[float]]:
-    return sorted(samples), sorted(of_reference or ())
+def runs_that_confirm(times: int) -> int:
+    """How many runs either side needs before what is worse is reported, where more can be measured.
 
-
-def _medians(samples: Array, generator: np.random.Generator) -> Array:
-    """Medians of resamples with replacement.
-
-    A resample picks by uniform numbers, so its middle is where the middle of so many uniform numbers lies: the k-th
-    smallest of n has a beta distribution, and the next one is the smallest of those that are left.
+    With so many a rank test, which holds for any noise, finds a change among so many times if the sides are apart. The
+    runs then show all noise that there is.
     """
-    ordered, count = np.sort(samples), len(samples)
-    lower = (count - 1) // 2
-    middle = generator.beta(lower + 1, count - lower, RESAMPLES)
-    medians = ordered[np.minimum(middle * count, count - 1).astype(int)]
-    if count % 2:
-        return medians
-    upper = middle + (1 - middle) * generator.beta(1, count - lower - 1, RESAMPLES)
-    return (medians + ordered[np.minimum(upper * count, count - 1).astype(int)]) / 2
+    return next(runs for runs in count(1) if 2 * times <= SIGNIFICANCE * comb(2 * runs, runs))

@@ -8,14 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from colt5_bench.compare.baselines import fault
 from colt5_bench.compare.conditions import Conditions, Pairing, notes_on
-from colt5_bench.compare.figures import Draft, Point, figures
-from colt5_bench.compare.findings import Comparison, Finding, Verdict
-from colt5_bench.compare.samples import holm, judge
+from colt5_bench.compare.figures import Draft, Measured, Point, Times, figures
+from colt5_bench.compare.findings import Comparison, Finding, Verdict, verdict_on
+from colt5_bench.compare.samples import Changes, compared, holm, judge, narrower
 from colt5_bench.compare.thresholds import Rules
 from colt5_bench.report import label, varying_fields
 from colt5_bench.report.layout import by
-from colt5_bench.results import FAILED, Record, Run, Timing
+from colt5_bench.results import FAILED, Record, Run
 
 Key = tuple[str, str, str, str]
 
@@ -33,7 +36,8 @@ def compare(
     scope: Callable[[Record], bool] = lambda record: True,
     any_machine: bool = False,
 ) -> Comparison:
-    """Compare a run with a baseline. Records of the same point are put together, with all their samples.
+    """Compare a run with a baseline. Records of the same point are taken for so many runs; one that is there twice
+    counts once.
 
     Args:
         baseline: what was.
@@ -44,30 +48,34 @@ def compare(
         any_machine: compare speed-ups over the reference in place of times, even on hardware of the same name.
 
     Raises:
-        IncomparableError: a side has records of one point from several devices or revisions.
+        IncomparableError: a side has records of one point from several devices or revisions, or the baseline a time
+            that is none.
     """
+    for record in filter(scope, baseline.records):
+        if why := fault(record):
+            raise IncomparableError(f"{baseline.path}, {' '.join(record.key)}: {why}")
     before, after = _Side.of(baseline, scope), _Side.of(run, scope)
     kinds = {conditions.kind for conditions in after.conditions.values()}
     left_out = {key for key, each in before.conditions.items() if kinds and each.kind not in kinds}
-    labels = _labels([*before.records.values(), *after.records.values()])
+    labels = _labels([each.record for side in (before, after) for each in side.points.values()])
     pairings: list[Pairing] = []
     drafts: list[Draft] = []
-    for key in dict.fromkeys([*before.records, *after.records]):
-        old, new = None if key in left_out else before.records.get(key), after.records.get(key)
+    for key in dict.fromkeys([*before.points, *after.points]):
+        old, new = None if key in left_out else before.points.get(key), after.points.get(key)
         if (about := new or old) is None:
             continue
-        point = Point(about, labels[key])
-        if old is None or new is None or old.status != "ok" or new.status != "ok":
+        point = Point(about.record, labels[key])
+        if old is None or new is None or old.record.status != "ok" or new.record.status != "ok":
             drafts += [point.draft(*each) for each in _of_status(old, new)]
             continue
         pairing = Pairing(before.conditions[key], after.conditions[key], any_machine)
         pairings.append(pairing)
-        held_to = rules.of(new, pairing.kind)
-        beside = replace(point.record, implementation=references.get(new.suite, "")).key
-        drafts += figures(point, old, new, pairing, held_to, (before.records.get(beside), after.records.get(beside)))
+        held_to = rules.of(new.record, pairing.kind)
+        beside = replace(point.record, implementation=references.get(point.record.suite, "")).key
+        drafts += figures(point, old, new, pairing, held_to, (before.points.get(beside), after.points.get(beside)))
     notes = notes_on(pairings)
     if left_out:
-        devices = ", ".join(dict.fromkeys(before.conditions[key].device for key in before.records if key in left_out))
+        devices = ", ".join(dict.fromkeys(before.conditions[key].device for key in before.points if key in left_out))
         notes.append(f"{len(left_out)} records of the baseline are of {devices} and left out: this run is of none")
     notes += [f"the last line of {file} is cut off, and a record with it" for file in (*baseline.cut_off, *run.cut_off)]
     return Comparison(_settle(drafts), notes)
@@ -75,14 +83,14 @@ def compare(
 
 @dataclass(frozen=True)
 class _Side:
-    """The records of a run by their key, and what each was measured under."""
+    """The points of a run by their key, and what each was measured under."""
 
-    records: Mapping[Key, Record]
+    points: Mapping[Key, Measured]
     conditions: Mapping[Key, Conditions]
 
     @classmethod
     def of(cls, run: Run, scope: Callable[[Record], bool]) -> "_Side":
-        records, conditions = {}, {}
+        points, conditions = {}, {}
         for same in by(filter(scope, run.records), lambda record: record.key):
             key, under = same[0].key, {Conditions.of(record, run) for record in same}
             for what in ("device", "revision"):
@@ -90,23 +98,16 @@ class _Side:
                     raise IncomparableError(
                         f"{run.path} holds {' '.join(key)} of more than one {what}: compare runs of one {what}"
                     )
-            records[key], conditions[key] = _together(same), under.pop()
-        return cls(records, conditions)
+            points[key], conditions[key] = _together(same), under.pop()
+        return cls(points, conditions)
 
 
-def _together(same: Sequence[Record]) -> Record:
-    """Records of one point as one. If it failed once, it failed."""
+def _together(same: Sequence[Record]) -> Measured:
+    """Records of one point. If it failed once, it failed; a record that is there twice is of one run."""
     failed = next((record for record in same if record.status in FAILED), None)
-    if failed or len(same) == 1:
-        return failed or same[0]
-    ok = [record for record in same if record.status == "ok"] or [*same]
-    columns = dict.fromkeys(column for record in ok for column in record.timings)
-    return replace(ok[-1], timings={column: _all_samples(column, ok) for column in columns})
-
-
-def _all_samples(column: str, records: Sequence[Record]) -> Timing:
-    timings = [record.timings[column] for record in records if column in record.timings]
-    return replace(timings[-1], samples=[sample for timing in timings for sample in timing.samples])
+    ok = [record for record in same if record.status == "ok"]
+    distinct = {str([timing.samples for timing in record.timings.values()]): record for record in ok}
+    return Measured(failed or [*ok, *same][max(len(ok) - 1, 0)], list(distinct.values()))
 
 
 def _labels(records: Sequence[Record]) -> dict[Key, str]:
@@ -119,26 +120,47 @@ def _labels(records: Sequence[Record]) -> dict[Key, str]:
 
 
 def _settle(drafts: Sequence[Draft]) -> list[Finding]:
-    """The verdicts on times, corrected for their number."""
-    tested = [draft for draft in drafts if draft.change]
-    corrected = iter(holm([draft.change.p for draft in tested if draft.change]))
-    return [
-        replace(draft.finding, verdict=judge(draft.change, next(corrected), draft.threshold))
-        if draft.change
-        else draft.finding
-        for draft in drafts
-    ]
+    """The verdicts on times: those of a column are noise to each other, and all are corrected for their number."""
+    tested = [draft for draft in drafts if draft.times]
+    settled = {}
+    if tested:
+        found = [_changes([draft.times for draft in own if draft.times]) for own in _by_metric(tested)]
+        change, other = (Changes.joined(each) for each in zip(*found, strict=True))
+        in_order = [(draft, draft.times) for own in _by_metric(tested) for draft in own if draft.times]
+        bounds = np.log1p([times.threshold for _, times in in_order])
+        meanings = judge(change, holm(change.p), bounds, other)
+        intervals = np.exp([change.low, change.high]).T.tolist()
+        for (draft, times), meaning, interval in zip(in_order, meanings, intervals, strict=True):
+            settled[id(draft)] = replace(
+                draft.finding,
+                verdict=verdict_on(meaning),
+                interval=tuple(interval),
+                threshold=times.threshold,
+                runs=len(times.after),
+            )
+    return [settled.get(id(draft), draft.finding) for draft in drafts]
 
 
-def _of_status(old: Record | None, new: Record | None) -> Iterator[tuple[Any, ...]]:
+def _by_metric(drafts: Sequence[Draft]) -> list[list[Draft]]:
+    return by(drafts, lambda draft: draft.finding.metric)
+
+
+def _changes(times: Sequence[Times]) -> tuple[Changes, Changes]:
+    """Of the times of a column, alone or beside the reference, and the other figure."""
+    column = times[0].column
+    alone = compared([(each.before, each.after) for each in times], column)
+    return narrower(alone, compared([each.relative for each in times], column))
+
+
+def _of_status(old: Measured | None, new: Measured | None) -> Iterator[tuple[Any, ...]]:
     """Of a point that has no values on one side, or on both."""
-    before, after = old.status if old else None, new.status if new else None
-    why = new.reason if new else ""
-    if after in FAILED and before not in FAILED:
+    before, after = old.record.status if old else None, new.record.status if new else None
+    why = new.record.reason if new else ""
+    if after in FAILED and before not in (None, *FAILED):
         verdict: Verdict = "failed"
     elif before == "ok":
         verdict, why = "missing", why or "the run has no record of it"
-    elif after == "ok":
+    elif after == "ok" or (before is None and after in FAILED):
         verdict = "better" if before in FAILED else "new"
     elif after is None or before is None:
         # Had no value then, and has none now.

@@ -1,0 +1,46 @@
+"""What a baseline has to be before anything is compared with it."""
+
+from collections.abc import Iterator
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from colt5_bench.results import Record, Run, load
+from colt5_bench.selection import SelectionError
+
+HAS_NO_SAMPLES = ("not capturable", "throttled", "refused")
+"""How the reasons begin why a time column may be empty."""
+
+
+def read_baseline(path: Path) -> Run:
+    """The results of a path that the user named as a baseline.
+
+    Raises:
+        SelectionError: it cannot be read, or a record holds what cannot be; the message names file and line.
+    """
+    try:
+        return load(path, fault=fault)
+    except ValueError as error:
+        raise SelectionError(str(error)) from error
+
+
+def fault(record: Record) -> str:
+    """What of a record cannot have been measured, or nothing."""
+    return next(_faults(record), "")
+
+
+def _faults(record: Record) -> Iterator[str]:
+    for column, timing in record.timings.items():
+        for sample in timing.samples:
+            if not _is_number(sample) or sample <= 0:
+                yield f"a {column} time is {sample!r}: it has to be a number of seconds above 0"
+        if not timing.samples and not timing.stopped.startswith(HAS_NO_SAMPLES):
+            yield f"the {column} time has no samples, and no reason why ({timing.stopped!r})"
+    for name in ("peak_bytes", "saved_bytes"):
+        size = getattr(record, name)
+        if size is not None and (not _is_number(size) or size < 0):
+            yield f"{name} is {size!r}: it has to be a number of bytes from 0"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)

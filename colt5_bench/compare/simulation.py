@@ -1,0 +1,178 @@
+"""What verdicts on times are worth: comparisons of simulated runs, of which it is known what changed.
+
+Each comparison is of 77 equal times and of one each that takes 5, 10 and 25 % longer, at a threshold of 5 %. Every
+sample has 1 % of noise of its own (standard deviation), and each time in each run has that of a model besides.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.signal import lfilter
+
+from colt5_bench.compare.revisions import MOST_TURNS, TURNS
+from colt5_bench.compare.samples import (
+    Changes,
+    Level,
+    changes,
+    holm,
+    judge,
+    of_one_run,
+    of_runs,
+    rank_test,
+    reaching,
+    runs_that_confirm,
+)
+
+Array = NDArray[Any]
+
+EQUAL, SLOWDOWNS, THRESHOLD = 77, (0.05, 0.10, 0.25), 0.05
+COMPARISONS, AT_ONCE, MOST_FALSE_ALARMS = 300, 25, 0.01
+SAMPLES = (3, 10, 30, 100)
+
+SPREAD = 0.01
+DRIFT, CORRELATION, CORRELATED, OFFSET, GAP = 0.08, 0.9, 0.03, 0.03, 0.2
+
+Noise = Callable[[np.random.Generator, tuple[int, ...]], Array]
+"""Of the logarithms of samples, by a shape whose last axis is the samples of a run."""
+
+
+def _none(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return np.zeros(shape, np.float32)
+
+
+def _drift(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return (
+        DRIFT
+        * (2 * generator.random((*shape[:-1], 1), np.float32) - 1)
+        * np.linspace(0, 1, shape[-1], dtype=np.float32)
+    )
+
+
+def _correlated(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    own = CORRELATED * np.sqrt(1 - CORRELATION**2) * generator.standard_normal(shape, np.float32)
+    own[..., 0] /= np.sqrt(1 - CORRELATION**2)
+    return np.asarray(lfilter(np.float32([1]), np.float32([1, -CORRELATION]), own, axis=-1))
+
+
+def _offset(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return np.broadcast_to(OFFSET * generator.standard_normal((*shape[:-1], 1), np.float32), shape)
+
+
+def _modes(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return GAP * (generator.random(shape, np.float32) < generator.random((*shape[:-1], 1)))
+
+
+MODELS: Mapping[str, Noise] = {
+    "none": _none,
+    f"drift of up to {DRIFT:.0%} within a run": _drift,
+    f"autocorrelation {CORRELATION} of {CORRELATED:.0%}": _correlated,
+    f"an offset of {OFFSET:.0%} a run": _offset,
+    f"two modes {GAP:.0%} apart, shares differ by run": _modes,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of all comparisons under one model with one number of samples."""
+
+    false_alarms: int
+    """Comparisons in which an equal time is called worse."""
+
+    found: tuple[float, ...]
+    """By slowdown, the share that is called worse."""
+
+    missed: tuple[float, ...]
+    """By slowdown, the share that is called the same or better: the rest is unclear."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model and a number of samples."""
+
+    model: str
+    samples: int
+    in_turns: Outcome
+    """As `compare A B` measures revisions."""
+
+    saved: Outcome
+    """As it compares two saved runs, of one process each."""
+
+
+def simulate(comparisons: int = COMPARISONS, samples: tuple[int, ...] = SAMPLES, seed: int = 0) -> Iterator[Row]:
+    """All models with each number of samples."""
+    for number, (model, noise) in enumerate(MODELS.items()):
+        for count in samples:
+            generator = np.random.default_rng([seed, number, count])
+            meanings = [
+                _compare(noise, generator, min(AT_ONCE, comparisons - begun), count)
+                for begun in range(0, comparisons, AT_ONCE)
+            ]
+            in_turns, saved = (_outcome(np.concatenate(each)) for each in zip(*meanings, strict=True))
+            yield Row(model, count, in_turns, saved)
+
+
+def passed(rows: Sequence[Row], comparisons: int = COMPARISONS) -> bool:
+    """Whether false alarms are as rare as they have to be."""
+    alarms = (outcome.false_alarms for row in rows for outcome in (row.in_turns, row.saved))
+    return max(alarms) <= MOST_FALSE_ALARMS * comparisons
+
+
+def markdown(rows: Sequence[Row], comparisons: int = COMPARISONS) -> str:
+    """A table for the documentation: of slowdowns the share that is called worse, and that is called the same."""
+    slowdowns = [f"{slowdown:.0%}" for slowdown in SLOWDOWNS]
+    heads = [f"{how}: {what}" for how in ("in turns", "saved") for what in ("false alarms", *slowdowns)]
+    lines = [f"| noise | samples | {' | '.join(heads)} |", f"|---|---:|{'---:|' * len(heads)}"]
+    for row in rows:
+        cells = [cell for outcome in (row.in_turns, row.saved) for cell in _cells(outcome, comparisons)]
+        lines.append(f"| {row.model} | {row.samples} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cells(outcome: Outcome, comparisons: int) -> list[str]:
+    shares = zip(outcome.found, outcome.missed, strict=True)
+    return [f"{outcome.false_alarms} of {comparisons}", *(f"{found:.0%} / {missed:.0%}" for found, missed in shares)]
+
+
+def _compare(noise: Noise, generator: np.random.Generator, comparisons: int, samples: int) -> tuple[Array, Array]:
+    """The meaning of each time of each comparison, when measured in turns and of the first run of either side alone."""
+    shape = comparisons, EQUAL + len(SLOWDOWNS), MOST_TURNS, samples
+    sides = [SPREAD * generator.standard_normal(shape, np.float32) + noise(generator, shape) for _ in range(2)]
+    slower = np.concatenate([np.zeros(EQUAL), np.log1p(SLOWDOWNS)])
+    sides[1] += slower[:, None, None]
+    before, after = (side[..., 0, :] for side in sides)
+    saved = _judge(changes(of_one_run(before), of_one_run(after), reaching(np.exp(before), np.exp(after))))
+    return _in_turns([np.median(side, -1) for side in sides]), saved
+
+
+def _in_turns(middles: list[Array]) -> Array:
+    """As many turns as all times get, then more of those that are not settled."""
+    needed = runs_that_confirm(middles[0].shape[-2])
+    turns, again = 0, np.full(middles[0].shape[:-1], True)
+    levels, ranks = [Level(*(np.zeros(again.shape) for _ in range(4)))] * 2, np.zeros(again.shape)
+    while turns < MOST_TURNS and again.any():
+        turns += TURNS
+        so_far = [side[..., :turns] for side in middles]
+        levels = [
+            Level(*(np.where(again, *both) for both in zip(of_runs(side), old, strict=True)))
+            for side, old in zip(so_far, levels, strict=True)
+        ]
+        ranks = np.where(again, rank_test(*so_far) if turns >= needed else 0, ranks)
+        meaning = _judge(changes(levels[0], levels[1], ranks))
+        again = np.isnan(meaning) | ((meaning == 1) & (levels[1].runs < needed))
+    return meaning
+
+
+def _judge(found: Changes) -> Array:
+    return judge(found, holm(found.p), np.log1p(THRESHOLD))
+
+
+def _outcome(meaning: Array) -> Outcome:
+    planted = meaning[:, EQUAL:]
+    return Outcome(
+        int((meaning[:, :EQUAL] == 1).any(-1).sum()),
+        tuple(map(float, (planted == 1).mean(0))),
+        tuple(map(float, (planted <= 0).mean(0))),
+    )
