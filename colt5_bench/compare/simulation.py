@@ -54,7 +54,7 @@ def _drift(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
 def _correlated(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
     own = CORRELATED * np.sqrt(1 - CORRELATION**2) * generator.standard_normal(shape, np.float32)
     own[..., 0] /= np.sqrt(1 - CORRELATION**2)
-    return np.asarray(lfilter(np.float32([1]), np.float32([1, -CORRELATION]), own, axis=-1))
+    return np.asarray(lfilter(np.ones(1, np.float32), np.array([1, -CORRELATION], np.float32), own, axis=-1))
 
 
 def _offset(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:

@@ -113,12 +113,13 @@ def test_so_many_runs_confirm_that_the_rank_test_has_power(times):
 
 def test_equal_calls_are_hardly_ever_called_different():
     """At a threshold of 0 the tests alone decide: of 300 times, each in 9 runs a side, 3 may be wrong at 1 %."""
+    level = 0.01
     generator = np.random.default_rng(1)
     sides = generator.normal(0, 0.03, (2, 300, 1, 9))
     found = changes(*map(of_runs, sides), rank_test(*sides))
-    wrong = int((found.p < SIGNIFICANCE).sum())
+    wrong = int((found.p < level).sum())
     # More than 10 of 300 at 1 % each are a matter of less than one in a thousand.
-    at_most = sum(comb(300, k) * SIGNIFICANCE**k * (1 - SIGNIFICANCE) ** (300 - k) for k in range(11))
+    at_most = sum(comb(300, k) * level**k * (1 - level) ** (300 - k) for k in range(11))
     assert 1 - at_most < 1e-3
     assert wrong <= 10
 
