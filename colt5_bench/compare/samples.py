@@ -31,8 +31,8 @@ Runs = Sequence[Sequence[float]]
 """Samples of a time in seconds in the order taken, run by run."""
 
 SIGNIFICANCE = 0.005
-"""How probable one false alarm may be, of all times of a comparison together, each time that they are looked at. Of times
-that are measured until they are settled several looks count, and 0.01 is what all together may have."""
+"""How probable one false alarm may be, of all times of a comparison together, each time that they are looked at. Times
+that are measured until they are settled are looked at several times, and 0.01 is what all looks may have."""
 
 CONFIDENCE = 0.95
 """Of the interval of a ratio."""
