@@ -28,6 +28,9 @@ CARRYING = (
 EXACT = frozenset(f"{COMPARING} {CHOOSING} {CARRYING}".split())
 """Operations that round nothing. Their operands stay: the operations that these came from have moved them."""
 
+MASKS = ("attn_mask", "attn_bias")
+"""Arguments that stay: they are of zeros and infinities, and kernels insist on their strides."""
+
 FACTORS = 1048573
 """Random factors that are made, then used again and again from other places on: a prime, so that rows get others."""
 
@@ -55,23 +58,19 @@ class MovedOperands(TorchDispatchMode):
         if func.is_view or func.overloadpacket.__name__ in EXACT:
             return func(*args, **kwargs)
         # An operation in place has its operand moved when it is done.
-        written = [_is_written(declared) for declared in func._schema.arguments[: len(args)]]
-        operands = [each if write else tree_map(self._move, each) for each, write in zip(args, written, strict=True)]
+        arguments = func._schema.arguments[: len(args)]
+        operands = [
+            each if _is_written(declared) or declared.name in MASKS else tree_map(self._move, each)
+            for each, declared in zip(args, arguments, strict=True)
+        ]
         result = func(*operands, **kwargs)
-        for each, write in zip(operands, written, strict=True):
-            if write and _moves(each):
+        for each, declared in zip(operands, arguments, strict=True):
+            if _is_written(declared) and _moves(each):
                 each.copy_(self._move(each))
         return result
 
     def _move(self, x: Any) -> Any:
-        if not _moves(x):
-            return x
-        # With the strides of x, on which kernels may insist, unless elements share memory.
-        shares = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
-        moved = (
-            torch.empty_like(x) if shares else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-        )
-        return torch.mul(x, self._factors_for(x), out=moved)
+        return x * self._factors_for(x) if _moves(x) else x
 
     def _factors_for(self, x: Tensor) -> Tensor:
         """Factors of the shape of x, from a random place on."""

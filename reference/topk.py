@@ -87,11 +87,13 @@ def select_topk(
 
     candidates = x.detach() if mask is None else x.detach().masked_fill(~mask, -torch.inf)
     indices = candidates.topk(k, dim=-1).indices
+    # Two gradients come together in x, which may cancel each other: they are added before they are rounded.
+    dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
     values = x.gather(-1, indices)
     surplus = takes_no_part(values.detach(), None if mask is None else mask.expand(x.shape).gather(-1, indices))
     values = values.masked_fill(surplus, 0.0)
     if non_differentiable:
-        return TopkReturn(values, indices, None, None)
+        return TopkReturn(values.to(dtype), indices, None, None)
 
     soft = descent(
         x,
@@ -104,4 +106,4 @@ def select_topk(
     ).gather(-1, indices)
     # Straight through: 1 in value, the gradient of the relaxation.
     gates = (soft + (1.0 - soft).detach()).masked_fill(surplus, 0.0)
-    return TopkReturn(values * gates, indices, soft, gates)
+    return TopkReturn((values * gates).to(dtype), indices, soft.to(dtype), gates.to(dtype))
