@@ -91,7 +91,7 @@ def test_the_mask_of_an_attention_stays_as_it_lies():
             if "attention" not in func.overloadpacket.__name__:
                 return func(*args, **(kwargs or {}))
             seen.extend(args)
-            return args[0]
+            return (args[0],) * 4
 
     query, mask = torch.randn(1, 2, 6, 8), torch.zeros(6, 16)[:, :6].expand(1, 2, 6, 6)
     with Watch(), MovedOperands(0):
