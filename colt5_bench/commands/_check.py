@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED
 from colt5_bench.commands._comparison import Comparer, add_options, expression, in_scope, status_of
-from colt5_bench.compare import Comparison
+from colt5_bench.compare import Comparison, read_baseline
+from colt5_bench.compare.conditions import Conditions
 from colt5_bench.compare.output import append_summary, show
-from colt5_bench.parts import read
 from colt5_bench.report.layout import View
 from colt5_bench.report.page import PAGE, write_page
 from colt5_bench.results import Run, load
@@ -44,15 +45,32 @@ class Check:
     comparer: Comparer
 
     @classmethod
-    def of(cls, options: argparse.Namespace, suites: Mapping[str, Suite]) -> "Check | None":
-        """None without a baseline."""
+    def of(cls, options: argparse.Namespace, suites: Mapping[str, Suite], device: torch.device) -> "Check | None":
+        """None without a baseline. One that has nothing of what will be measured is refused."""
         if options.check and options.shard:
             raise SelectionError("--check compares whole runs: `merge` the shards, then `compare` what they are.")
         if not options.baseline:
             if options.check:
                 raise SelectionError("--check needs a --baseline to compare with.")
             return None
-        return cls(options, read(options.baseline), Comparer.of(options, suites))
+        baseline, comparer = read_baseline(options.baseline), Comparer.of(options, suites)
+        planned = {
+            (name, case.id, implementation)
+            for name in options.suite
+            for case in suites[name].cases(options.preset, device)
+            for implementation in suites[name].implementations
+        }
+        in_common = (
+            (record.suite, record.case, record.implementation) in planned
+            and Conditions.of(record, baseline).kind == device.type
+            for record in filter(in_scope(options), baseline.records)
+        )
+        if not any(in_common):
+            raise SelectionError(
+                f"{options.baseline} has nothing in common with what would be measured, which is suite "
+                f"{', '.join(options.suite)}, preset {options.preset}, on {device.type}: nothing could be compared."
+            )
+        return cls(options, baseline, comparer)
 
     def conclude(self, status: int, directories: Mapping[str, Path], suites: Mapping[str, Suite], more: Measure) -> int:
         """Compare what was measured, and measure again what is unclear or seems to be worse.

@@ -1,6 +1,7 @@
 """`python bench.py baseline RUN FILE`: make a run what later ones are compared with."""
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from colt5_bench.commands import DONE
 from colt5_bench.commands._comparison import Comparer, add_options
+from colt5_bench.compare.baselines import read_baseline
 from colt5_bench.compare.output import show
 from colt5_bench.parts import read
 from colt5_bench.results import Run, write
@@ -18,7 +20,8 @@ SUMMARY = "make a run what later ones are compared with, and say what that chang
 EXAMPLES = """\
   python bench.py baseline reports/nvidia-h200 reports/baselines/nvidia-h200.jsonl
 
-records of the suites that the run has take the place of theirs in the file; those of other suites stay
+records of the suites that the run has take the place of theirs in the file; those of other suites stay. A directory
+with several runs of one revision makes a baseline that knows how far runs lie apart: for machines that are noisy
 """
 
 
@@ -32,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
     checkout = find_checkout(Path.cwd().resolve())
     check(checkout)
     comparer = Comparer.of(options, load_suites(checkout))
-    run = read(options.run)
+    run = read_baseline(options.run)
     _refuse_unfit(run)
     before = read(options.file) if options.file.exists() else Run(options.file)
     suites = {record.suite for record in run.records}
@@ -53,7 +56,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _refuse_unfit(run: Run) -> None:
-    """A baseline names a revision that can be checked out, and has each point once and whole."""
+    """A baseline names a revision that can be checked out, and has each point whole, and equally often."""
     if not run.records:
         raise SelectionError(f"{run.path} holds no records.")
     if run.cut_off:
@@ -63,10 +66,16 @@ def _refuse_unfit(run: Run) -> None:
     for suite, number in expected.items():
         if (missing := number - sum(record.suite == suite for record in run.records)) > 0:
             raise SelectionError(f"{run.path} lacks {missing} records of suite {suite}: complete it with --resume.")
-    keys = [record.key for record in run.records]
-    if len(set(keys)) < len(keys):
+    if len({(record.key, record.environment) for record in run.records}) < len(run.records):
+        raise SelectionError(f"{run.path} holds a record of one run twice: name the results of each run once.")
+    counts = Counter(record.key for record in run.records)
+    most: Counter[str] = Counter()
+    for key, count in counts.items():
+        most[key[0]] = max(most[key[0]], count)
+    if short := next((key for key in counts if counts[key] < most[key[0]]), None):
         raise SelectionError(
-            f"{run.path} holds several records of one point: name the results of one run, not a directory with more."
+            f"{run.path} holds {counts[short]} of {' '.join(short)} and {most[short[0]]} of others of its suite: "
+            "name the results of one run, or of several that are whole."
         )
     for record in run.records:
         git: Any = run.environments.get(record.environment, {}).get("git")

@@ -123,7 +123,7 @@ def main(options: argparse.Namespace) -> int:
     _validate(options, suites, device)
     if options.profile:
         return _profile.main(options, [suites[name] for name in options.suite], device, checkout)
-    check_against = _check.Check.of(options, suites)
+    check_against = _check.Check.of(options, suites, device)
     return _run(options, {name: suites[name] for name in options.suite}, checkout, check_against)
 
 

@@ -289,6 +289,15 @@ class TestFigures:
 
         assert against(diverging(before), diverging(after)) == ({"error of output": verdict} if verdict else {})
 
+    @pytest.mark.parametrize("budgets", [(4e-6, 4e-3), (4e-6, inf), (4e-6, None), (None, 4e-3), (4e-6, 4e-6)])
+    @pytest.mark.parametrize("growth", [2.1, 10, 1000])
+    def test_a_budget_that_grew_with_the_error_excuses_nothing(self, against, budgets, growth):
+        before, after = (
+            ours(accuracy={"output": Divergence(largest, 1e-7, 0, budget=budget)})
+            for largest, budget in zip((1e-6, growth * 1e-6), budgets, strict=True)
+        )
+        assert against(before, after) == {"error of output": "worse"}
+
     @pytest.mark.parametrize(
         ("bound", "before", "after", "verdict"),
         [

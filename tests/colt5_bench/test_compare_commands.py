@@ -52,6 +52,13 @@ SUITE = suite(slowed)
 """
 """Makes the toy suite measure by a clock of its own, on which one implementation takes a known time."""
 
+OF_OURS = replace(
+    toy.SUITE,
+    cases=lambda preset, device: [argparse.Namespace(id=ours().case)],
+    implementations=dict.fromkeys(("reference", "ours"), toy.SUITE.implementations["reference"]),
+)
+"""A suite of just what `ours()` and `reference()` are records of."""
+
 FAKE_BENCH = """
 import json
 import random
@@ -281,12 +288,60 @@ class TestBaseline:
     def test_refuses_what_is_not_one_whole_run(self, baseline, saved, capsys):
         run = saved("run.jsonl", ours(), ours())
         assert baseline(run)[0] == USAGE
-        assert "several records of one point" in capsys.readouterr().err
+        assert "holds a record of one run twice" in capsys.readouterr().err
+        saved("runs/one.jsonl", reference(), ours())
+        assert baseline(saved("runs/two.jsonl", ours(1.001), key="b").parent)[0] == USAGE
+        assert "holds 1 of toy" in capsys.readouterr().err
         run.write_text(run.read_text()[:-20])
         assert baseline(run)[0] == USAGE
         assert "is cut off" in capsys.readouterr().err
         assert baseline(saved("none.jsonl"))[0] == USAGE
         assert "holds no records" in capsys.readouterr().err
+
+    def test_of_several_runs_it_knows_how_far_they_are_apart(self, baseline, saved, capsys):
+        """One of 1.0 ms may be 4 % off where runs are 3 % apart, and not where three are alike."""
+        for number in range(3):
+            saved(f"runs/{number}.jsonl", reference(4 + 0.001 * number), ours(1 + 0.001 * number), key=str(number))
+        status, file = baseline(saved("runs/3.jsonl", reference(), ours(1.0001), key="b").parent)
+        assert status == DONE
+        assert len(load(file).records) == 8
+        assert compare(file, saved("runs/3.jsonl", reference(), ours(1.0001)).parent) == DONE
+
+    @pytest.mark.parametrize(
+        ("field", "sample"),
+        [
+            (field, sample)
+            for field, zero in (("samples", ["0", "0.0", "null"]), ("peak_bytes", []), ("saved_bytes", []))
+            for sample in ("NaN", "-1", "Infinity", "-Infinity", '"1"', "true", "[]", *zero)
+        ],
+    )
+    def test_what_cannot_have_been_measured_is_named_with_file_and_line(self, here, saved, capsys, field, sample):
+        """Wherever a baseline is read."""
+        run = saved("run.jsonl", reference(), ours(peak_bytes=1234, saved_bytes=1234))
+        told = run.read_text().splitlines()
+        value = '"samples": [0.000' if field == "samples" else f'"{field}": 1234'
+        wrong = f'"samples": [{sample}, 0.000' if field == "samples" else f'"{field}": {sample}'
+        broken = run.with_name("broken.jsonl")
+        broken.write_text("\n".join([*told[:-1], told[-1].replace(value, wrong)]) + "\n")
+        assert broken.read_text() != run.read_text()
+        page = run.with_name("page.html")
+        for arguments in (
+            ["compare", broken, run],
+            ["report", run, "--baseline", broken, "--out", page],
+            ["baseline", broken, run.with_name("new.jsonl")],
+        ):
+            assert cli.main(list(map(str, arguments))) == USAGE, arguments
+            assert f"{broken}:{len(told)}: " in capsys.readouterr().err
+
+    @pytest.mark.parametrize("stopped", ["confident", "max_samples", "max_seconds", ""])
+    def test_a_time_without_samples_needs_a_reason(self, here, saved, capsys, stopped):
+        empty = ours()
+        empty.timings["cold"].samples, empty.timings["cold"].stopped = [], stopped
+        run = saved("run.jsonl", ours())
+        assert compare(saved("empty.jsonl", empty), run) == USAGE
+        assert "empty.jsonl:2: the cold time has no samples" in capsys.readouterr().err
+        empty.timings["cold"].stopped = "not capturable: synchronises"
+        assert compare(saved("empty.jsonl", empty), run) == DONE
 
     def test_of_another_gpu_it_is_another_file(self, baseline, saved, capsys):
         assert baseline(saved("one.jsonl", ours()))[0] == DONE
@@ -306,8 +361,9 @@ class TestCheck:
 
         def check(*records, status=DONE, more=None, **selected):
             options = {"suite": ["toy"], "impl": [], "cases": "", "shard": None, "any_machine": False, "check": True}
+            options |= {"preset": "smoke"}
             options |= {"baseline": baseline, "thresholds": ROOT / "suites" / "thresholds.toml", **selected}
-            made = Check.of(argparse.Namespace(**options), {"toy": toy.SUITE})
+            made = Check.of(argparse.Namespace(**options), {"toy": OF_OURS}, torch.device("cuda"))
             directory = tmp_path / "run"
             if records:
                 saved("run/toy.jsonl", *records)
@@ -373,6 +429,26 @@ class TestCheck:
         asked = []
         assert check(reference(), ours(1.04), more=lambda *each: asked.append(each) or INTERRUPTED) == INTERRUPTED
         assert len(asked) == 1
+
+    @pytest.mark.parametrize(
+        ("record", "more"),
+        [
+            (replace(ours(), suite="other"), {}),
+            (replace(ours(), case="n=1"), {}),
+            (replace(ours(), implementation="gone"), {}),
+            (ours(), {"gpu": None}),
+            (ours(), {"key": "b", "gpu": None}),
+        ],
+    )
+    def test_a_baseline_with_nothing_in_common_is_refused(self, check, saved, record, more):
+        """Before anything is measured: `check` would then look at what was."""
+        other = saved("other.jsonl", record, **more)
+        with pytest.raises(SelectionError, match="what would be measured, which is suite toy"):
+            check(reference(), baseline=other)
+        with pytest.raises(SelectionError, match="has nothing in common"):
+            check(reference(), baseline=saved("ours.jsonl", ours()), impl=["reference"])
+        with pytest.raises(SelectionError, match="has nothing in common"):
+            check(reference(), cases="n=513")
 
     @pytest.mark.parametrize(
         ("selected", "message"),
