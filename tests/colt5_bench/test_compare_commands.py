@@ -79,7 +79,7 @@ out = Path(sys.argv[sys.argv.index("--out") + 1])
 out.mkdir(parents=True)
 here = Path(__file__).parent
 (out / "toy.jsonl").write_text((here / "results.jsonl").read_text())
-vary(out / "toy.jsonl", random.Random(str(out)).gauss(1, {noise}))
+vary(out / "toy.jsonl", random.Random("/".join(out.parts[-3:])).gauss(1, {noise}))
 with Path("{log}").open("a") as log:
     print(here.name, *sys.argv[1:], file=log)
 sys.exit({status})
