@@ -14,6 +14,9 @@ FORWARD = "forward"
 FORWARD_BACKWARD = "forward+backward"
 DIRECTIONS = (FORWARD, FORWARD_BACKWARD)
 
+Plain = str | int | float | bool | None
+"""What a field of a case may be: JSON knows it."""
+
 
 _salt = ContextVar("salt", default="")
 
@@ -37,7 +40,7 @@ class Case:
         """`rows=8,n=512`: made from the fields, so that it cannot drift from what it names."""
         return ",".join(f"{f.name}={_text(getattr(self, f.name))}" for f in dataclasses.fields(self))
 
-    def fields(self) -> dict[str, object]:
+    def fields(self) -> dict[str, Plain]:
         """The fields by name, for the record."""
         return dataclasses.asdict(self)
 

@@ -1,12 +1,20 @@
 """One measurement is one Record; a run is a JSON Lines file of them, written as it goes."""
 
-import json
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
+from math import nan
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from statistics import median
+from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict
 
+import msgspec
 import pandas as pd
+
+from colt5_bench.case import Plain
+from colt5_bench.files import append, own, whole
+from colt5_bench.lines import decode, encode, figures, is_simple, lines
 
 SCHEMA_VERSION = 2
 
@@ -14,8 +22,11 @@ Status = Literal["ok", "wrong", "out_of_memory", "error", "skipped"]
 STATUSES: tuple[Status, ...] = ("ok", "wrong", "out_of_memory", "error", "skipped")
 FAILED: tuple[Status, ...] = ("wrong", "out_of_memory", "error")
 
+SuiteName = Annotated[str, msgspec.Meta(pattern=r"^[^/\\.][^/\\]*\Z", max_length=100)]
+"""Names a directory as well."""
 
-@dataclass
+
+@dataclass(slots=True)
 class Timing:
     """Samples of one time column of one implementation on one case and direction."""
 
@@ -56,7 +67,7 @@ class Timing:
     """Samples, in seconds, that no device of this bandwidth can have taken: kept for whoever looks for the fault."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Divergence:
     """Distance of one tensor from its fp64 truth, over the elements that are not at a kink."""
 
@@ -94,13 +105,13 @@ class Group(NamedTuple):
     direction: str
 
 
-@dataclass
+@dataclass(slots=True)
 class Record:
     """One implementation on one case in one direction: what was measured, under what, and how it ended."""
 
-    suite: str
+    suite: SuiteName
     case: str
-    fields: dict[str, object]
+    fields: dict[str, Plain]
     """The fields of the case: nobody has to parse its id."""
 
     implementation: str
@@ -156,30 +167,47 @@ class Record:
     def seconds(self, column: str) -> float | None:
         """Median of a time column."""
         timing = self.timings.get(column)
-        return float(pd.Series(timing.samples).median()) if timing and timing.samples else None
+        return median(timing.samples) if timing and timing.samples else None
 
 
 class Writer:
-    """Appends lines to a results file and flushes each, so that an interrupted run keeps what it has measured."""
+    """Appends lines to a results file, each whole and at once, so that an interrupted run keeps what it has measured.
+
+    Raises:
+        BlockingIOError: another process does.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._file = own(path)
 
     def environment(self, environment: dict[str, object]) -> None:
         """The first line: what the records were measured under."""
-        self._line({"kind": "environment", **environment})
+        append(self._file, encode({"kind": "environment", **environment}))
 
     def record(self, record: Record) -> None:
-        self._line({"kind": "record", **asdict(record)})
+        append(self._file, encode({"kind": "record", **asdict(record)}))
+
+    def rewrite(self, environments: Iterable[dict[str, object]], records: Iterable[Record]) -> None:
+        """Let the file hold these in place of what it holds, and go on."""
+        with whole(self.path) as unfinished:
+            successor = Writer(unfinished)
+            successor._fill(environments, records)
+        self.close()
+        self._file = successor._file
 
     def close(self) -> None:
+        """Give the file up; one that was never written to is none."""
+        if not self._file.tell():
+            self.path.unlink(missing_ok=True)
         self._file.close()
 
-    def _line(self, content: dict[str, object]) -> None:
-        self._file.write(json.dumps(content, allow_nan=True) + "\n")
-        self._file.flush()
+    def _fill(self, environments: Iterable[dict[str, object]], records: Iterable[Record]) -> None:
+        for environment in environments:
+            self.environment(environment)
+        for record in records:
+            self.record(record)
 
 
 @dataclass
@@ -198,19 +226,16 @@ class Run:
 
 def write(path: Path, environments: Iterable[dict[str, object]], records: Iterable[Record]) -> None:
     """A results file in one go: whatever happens, `path` holds what it held before or all of this."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.unlink(missing_ok=True)
-    writer = Writer(unfinished)
-    for environment in environments:
-        writer.environment(environment)
-    for record in records:
-        writer.record(record)
-    writer.close()
-    unfinished.replace(path)
+    with whole(path) as unfinished:
+        writer = Writer(unfinished)
+        writer._fill(environments, records)
+        writer.close()
 
 
 def load(path: Path, *, fault: Callable[[Record], str] = lambda record: "") -> Run:
     """A results file, or all that are below a directory; a last line that was cut off is left out.
+
+    What cannot be printed is read as an escape, be it a character that moves a cursor or half of one.
 
     Args:
         path: the file or directory.
@@ -219,52 +244,118 @@ def load(path: Path, *, fault: Callable[[Record], str] = lambda record: "") -> R
     Raises:
         ValueError: there is no file, it is of another schema, or a line before the last cannot be read or is refused.
     """
-    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+    files = sorted(filter(Path.is_file, path.rglob("*.jsonl"))) if path.is_dir() else [path]
     if not files or not path.exists():
         raise ValueError(f"{path} is no results file and no directory with any: those that a run writes end in .jsonl")
     run = Run(path)
-    for file in files:
-        _read(file, run, fault)
+    with _no_garbage():
+        for file in files:
+            _read(file, run, fault)
     return run
 
 
+class _Git(TypedDict, total=False):
+    revision: str
+    dirty: bool | str
+
+
+class _Options(TypedDict, total=False):
+    suite: str
+    shard: str
+
+
+class _Environment(TypedDict, total=False):
+    """What is read of an environment line by its name; all else is shown as it is."""
+
+    key: Required[str]
+    utc: str
+    command: str
+    expected: int
+    git: _Git | None
+    gpu: dict[str, Any] | None
+    options: _Options
+
+
+_FIGURES = ("fields", "timings", "accuracy", "metrics", "limit_seconds", "kernels", "ceilings")
+"""Where a line holds numbers."""
+
+_RECORD = b'{"kind": "record", '
+"""How a record begins that this module wrote."""
+
+_records = msgspec.json.Decoder(Record)
+
+
 def _read(path: Path, run: Run, fault: Callable[[Record], str]) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines(path), start=1):
         try:
-            content = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                run.cut_off.append(path)
-                break
-            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
-        try:
-            if content.pop("kind") == "environment":
-                run.environments[content["key"]] = content
+            read = _parsed(line)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"{path}:{number} is no line of a results file: {error}") from error
+        except ValueError as error:
+            if line.endswith(b"\n"):
+                raise ValueError(f"{path}:{number} {error}") from error
+            run.cut_off.append(path)
+        else:
+            if not isinstance(read, Record):
+                run.environments[read["key"]] = read
                 continue
-            run.records.append(_record(content, f"{path}:{number}"))
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number} is no line of a results file: {error!r}") from error
-        if why := fault(run.records[-1]):
-            raise ValueError(f"{path}:{number}: {why}")
+            if why := fault(read):
+                raise ValueError(f"{path}:{number}: {why}")
+            run.records.append(read)
 
 
-def _record(content: dict, where: str) -> Record:
-    if content.get("schema") != SCHEMA_VERSION:
-        raise ValueError(f"{where} has schema {content.get('schema')}, this version reads {SCHEMA_VERSION}")
-    content["timings"] = {name: Timing(**timing) for name, timing in content["timings"].items()}
-    content["accuracy"] = {name: Divergence(**divergence) for name, divergence in content["accuracy"].items()}
-    return Record(**content)
+def _parsed(line: bytes) -> Record | dict[str, Any]:
+    """A record or an environment.
+
+    Raises:
+        msgspec.ValidationError: it is neither.
+        ValueError: it is not JSON, or of another schema.
+    """
+    if line.startswith(_RECORD) and is_simple(line):
+        with suppress(msgspec.MsgspecError):
+            if (record := _records.decode(line)).schema == SCHEMA_VERSION:
+                return record
+    return _converted(decode(line))
+
+
+def _converted(content: Any) -> Record | dict[str, Any]:
+    line = msgspec.convert(content, dict[str, Any])
+    kind = line.pop("kind", None)
+    if kind == "record" and line.get("schema") != SCHEMA_VERSION:
+        raise ValueError(f"has schema {line.get('schema')}, this version reads {SCHEMA_VERSION}")
+    line |= {name: figures(line[name]) for name in _FIGURES if name in line}
+    if kind == "record":
+        return msgspec.convert(line, Record)
+    if kind != "environment":
+        raise msgspec.ValidationError(f"its kind is {kind!r}")
+    msgspec.convert(line, _Environment)
+    return line
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Objects that all stay need not be searched for garbage again and again, as they become more."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+_OF_SEVERAL = ("fields", "timings", "accuracy", "metrics", "kernels")
+_COLUMNS = [each.name for each in fields(Record) if each.name not in _OF_SEVERAL]
 
 
 def to_frame(records: Iterable[Record]) -> pd.DataFrame:
     """A row a record: the fields of the case as columns, `<column>_ms` for each time column, `<tensor>_error`, and
     the metrics under their names."""
-    rows = []
-    for record in records:
-        row = {**record.fields, **{k: v for k, v in asdict(record).items() if not isinstance(v, dict | list)}}
-        row.update({f"{column}_ms": 1e3 * (record.seconds(column) or float("nan")) for column in record.timings})
-        row.update({f"{tensor}_error": divergence.largest for tensor, divergence in record.accuracy.items()})
-        row.update(record.metrics)
-        rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame([_row(record) for record in records])
+
+
+def _row(record: Record) -> dict[str, object]:
+    row = {**record.fields, **{name: getattr(record, name) for name in _COLUMNS}}
+    row |= {f"{column}_ms": 1e3 * (record.seconds(column) or nan) for column in record.timings}
+    row |= {f"{tensor}_error": divergence.largest for tensor, divergence in record.accuracy.items()}
+    return row | record.metrics

@@ -1,6 +1,6 @@
 """What tables, plots and pages share: how cases are told apart, and which figures stand for a record."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf, isnan
 
 from colt5_bench.results import Divergence, Record
@@ -17,7 +17,7 @@ def text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def label(fields: dict[str, object], names: Iterable[str]) -> str:
+def label(fields: Mapping[str, object], names: Iterable[str]) -> str:
     """`n=512 eps=0.1`: those of the named fields that have a value."""
     return " ".join(f"{name}={text(fields[name])}" for name in names if fields.get(name) is not None)
 
