@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import pynvml
@@ -197,6 +198,5 @@ def _run_git(checkout: Path, *arguments: str) -> str:
 
 
 def _without_directory(argument: str) -> str:
-    """`--out=/data/me/run.jsonl` becomes `--out=run.jsonl`."""
-    option, equals, value = argument.rpartition("=")
-    return option + equals + (PurePath(value).name if PurePath(value).is_absolute() else value)
+    """`--out=/data/me/run.jsonl` becomes `--out=run.jsonl`, wherever in it a path begins."""
+    return re.sub(r"(^|[=:,\s'\"])[~/].*/", r"\1", argument.rstrip("/"), flags=re.DOTALL)

@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
+from colt5_bench.texts import printable
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -50,6 +52,12 @@ def own(path: Path) -> FileIO:
                 return file
         # Whoever had it until now has put another file in its place.
         file.close()
+
+
+def trouble(error: OSError) -> str:
+    """What cannot be used, and why, in one line."""
+    what = "what is needed" if error.filename is None else error.filename
+    return printable(f"cannot use {what}: {error.strerror or error}")
 
 
 def append(file: FileIO, line: bytes) -> None:

@@ -1,5 +1,6 @@
 """Settings that hold for a whole process: what one implementation changes must not stay for the next."""
 
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ def _deterministic() -> tuple[bool, bool]:
 
 
 SETTINGS: Mapping[str, Setting] = {
+    "current directory": Setting(os.getcwd, os.chdir),
     "threads": Setting(torch.get_num_threads, torch.set_num_threads),
     "default dtype": Setting(torch.get_default_dtype, torch.set_default_dtype),
     "default device": Setting(torch.get_default_device, torch.set_default_device),

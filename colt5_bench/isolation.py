@@ -10,9 +10,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -23,8 +24,10 @@ import torch
 
 from colt5_bench.case import Case
 from colt5_bench.measure import BrokenContextError, Conditions, measure, unmeasured
+from colt5_bench.processes import die_with
 from colt5_bench.results import Record
 from colt5_bench.suite import Suite
+from colt5_bench.texts import said
 
 TIME_LIMIT = 1800.0
 """Seconds that measuring a case in a direction may take in a process of its own, unless the user says otherwise:
@@ -33,8 +36,8 @@ TIME_LIMIT = 1800.0
 STARTING_SECONDS, ENDING_SECONDS = 300.0, 10.0
 """How long a process may take before it measures, and after it has answered."""
 
-PRELOADED = ["pandas", "pynvml", "scipy.stats", "torch", "triton"]
-"""What takes long to import, and is the same for every checkout."""
+PRELOADED = ["colt5_bench.forkserver", "pandas", "pynvml", "scipy.stats", "torch", "triton"]
+"""What makes the server end with the run; and what takes long to import, and is the same for every checkout."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,8 @@ def _in_a_process(point: Point, names: list[str], conditions: Conditions, time_l
     address = _Address(point.file, point.preset, point.case.id, point.direction, torch.get_num_threads())
     answers, answering = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(answering, address, names, conditions))
-    process.start()
+    with _short_temporary_directory():
+        process.start()
     answering.close()
     begun, why = "", f"its process did not start within {STARTING_SECONDS:g} s"
     deadline = monotonic() + STARTING_SECONDS
@@ -156,10 +160,22 @@ def _in_a_process(point: Point, names: list[str], conditions: Conditions, time_l
     return _Attempt([], why, begun)
 
 
+@contextmanager
+def _short_temporary_directory() -> Iterator[None]:
+    """The server listens at a socket in a temporary directory, and the path of a socket has room for 107 characters."""
+    before, tempfile.tempdir = tempfile.tempdir, "/tmp" if len(tempfile.gettempdir()) > 60 else tempfile.gettempdir()
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
 def _answer(answers: Connection, address: _Address, names: list[str], conditions: Conditions) -> None:
     """In the process: send None when it has started, each implementation before it is measured, and an attempt."""
     # A group of its own: Ctrl-C is for the run, which then ends all that the case has started.
     os.setsid()
+    # The server ends with the run, and this process with the server, even while it computes and no thread can run.
+    die_with(os.getppid())
     threading.Thread(target=_end_with_the_run, daemon=True).start()
     torch.set_num_threads(address.threads)
     try:
@@ -169,8 +185,8 @@ def _answer(answers: Connection, address: _Address, names: list[str], conditions
         attempt = _Attempt(measure(suite, case, address.direction, names, conditions, begin=answers.send))
     except BrokenContextError as error:
         attempt = _Attempt(error.finished, str(error))
-    except Exception as error:
-        attempt = _Attempt([], f"its process failed: {type(error).__name__}: {error}")
+    except BaseException as error:
+        attempt = _Attempt([], f"its process failed: {said(error)}")
     answers.send(attempt)
 
 

@@ -1,6 +1,8 @@
 """One case in one direction, every implementation of it side by side: accuracy first, then memory, then time."""
 
 import gc
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from colt5_bench.results import Record, Status
 from colt5_bench.roofline import Ceilings
 from colt5_bench.rounds import CPU_COLUMNS, GPU_COLUMNS
 from colt5_bench.suite import Implementation, Suite
+from colt5_bench.texts import printable, said
 
 LONGEST_REASON = 300
 """Characters of an error message that go into a record."""
@@ -35,6 +38,12 @@ BREAKS_THE_CONTEXT = (
 """Texts of the errors after which every call to CUDA fails in the process that had one: those of which the CUDA Runtime
 API's page on `cudaError_t` says that the process must be terminated and relaunched. PyTorch and Triton pass them on."""
 
+
+OUT_OF_MEMORY = re.compile(
+    r"\w+: (\[enforce fail at alloc_cpu\.cpp:\d+\] .*)?DefaultCPUAllocator: (can't allocate|not enough) memory"
+    r"|\w+: (CUDA error|Triton Error \[CUDA\]): out of memory"
+)
+"""How errors begin of which lack of memory is the reason, after their type."""
 
 NOT_MEASURED = "not measured"
 """The reason of a record until something happens to it."""
@@ -101,7 +110,8 @@ def measure(
     """
     records = {name: unmeasured(suite, case, direction, name, conditions) for name in implementations}
     try:
-        _measure_all(suite, case, direction, records, conditions, begin)
+        with _exit_refused():
+            _measure_all(suite, case, direction, records, conditions, begin)
     except BrokenContextError as error:
         finished = [record for record in records.values() if record.status != "ok" and record.reason != NOT_MEASURED]
         raise BrokenContextError(str(error), finished) from None
@@ -118,10 +128,11 @@ def _measure_all(
 ) -> None:
     running: dict[str, Record] = {}
     for name, record in records.items():
-        if why := not_applicable(suite.implementations[name], case, direction, conditions.device):
-            record.status, record.reason = "skipped", why
-        else:
-            running[name] = record
+        with _failing([record], "whether it is available: "):
+            if why := not_applicable(suite.implementations[name], case, direction, conditions.device):
+                record.status, record.reason = "skipped", printable(str(why))
+            else:
+                running[name] = record
 
     oracles: dict[str, Oracle] = {}
     operations = {name: suite.implementations[name].operation for name in running}
@@ -184,7 +195,8 @@ def _measure_each(
             call = Call(implementation.build(case), oracle.problem, direction)
             record.accuracy, record.reason = oracle.judge(implementation, call.results())
             record.status = "wrong" if record.reason else "ok"
-            record.metrics = dict(implementation.metrics(case, oracle.problem))
+            metrics = implementation.metrics(case, oracle.problem)
+            record.metrics = {str(metric): float(value) for metric, value in metrics.items()}
             if record.status == "ok" and suite.timed:
                 record.peak_bytes = memory.measure_memory(call, device=conditions.device)
                 record.saved_bytes = call.saved_bytes()
@@ -273,8 +285,10 @@ def _time(calls: dict[str, Call], records: dict[str, Record], conditions: Condit
             before={name: call.renew for name, call in calls.items()},
             max_seconds=conditions.max_seconds,
         )
-    except Exception as error:
-        if len(calls) == 1 or _breaks_context(error):
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if len(calls) == 1 or _breaks_context(said(error)):
             raise
     if taken is None:
         _free_memory()
@@ -317,12 +331,13 @@ def _failing(records: Sequence[Record], where: str = "", *, out_of_memory: Statu
     """
     try:
         yield
-    except BrokenContextError:
+    except (BrokenContextError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        status: Status = out_of_memory if _is_out_of_memory(error) else "error"
-        message = where + " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_REASON]
-        broken = _breaks_context(error)
+    except BaseException as error:
+        text = said(error)
+        status: Status = out_of_memory if _is_out_of_memory(error, text) else "error"
+        message = where + text[:LONGEST_REASON]
+        broken = _breaks_context(text)
         if len(records) == 1 or not broken:
             for record in records:
                 record.status, record.reason = status, message
@@ -344,14 +359,30 @@ def _free_memory() -> None:
             raise BrokenContextError(str(error)) from None
 
 
-def _breaks_context(error: Exception) -> bool:
-    return any(text in str(error) for text in BREAKS_THE_CONTEXT)
+def _breaks_context(said: str) -> bool:
+    return any(text in said for text in BREAKS_THE_CONTEXT)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """PyTorch has a type of its own for a GPU's memory, and a RuntimeError with one of these texts for the host's."""
+def _is_out_of_memory(error: BaseException, said: str) -> bool:
+    """PyTorch has a type of its own for a GPU's memory; for the host's, and where CUDA or Triton ask for more of a
+    GPU's, it is a RuntimeError that begins like this."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(
-        text in str(error) for text in ("can't allocate memory", "not enough memory", "out of memory")
-    )
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.match(said) is not None
+
+
+@contextmanager
+def _exit_refused() -> Iterator[None]:
+    """`os._exit` raises, but in processes that what is measured has forked: it would end the run, and as a success."""
+    leave, here = os._exit, os.getpid()
+
+    def refuse(status: int) -> None:
+        if os.getpid() != here:
+            leave(status)
+        raise SystemExit(f"called os._exit({status})")
+
+    os._exit = refuse  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os._exit = leave

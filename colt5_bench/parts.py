@@ -1,12 +1,13 @@
 """Results that belong together: of an interrupted run and what completes it, and of the shards of a run."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from colt5_bench.environment import flat
-from colt5_bench.results import Group, Record, Run, load, write
+from colt5_bench.results import Group, Record, Run, Writer, load, write
 from colt5_bench.selection import SelectionError, Shard
 
 COMPARED = ("python", "threads", "torch", "triton", "cuda", "packages", "gpu", "git", "options")
@@ -30,7 +31,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], *, but: Collec
 
 
 def keep_finished(
-    path: Path, environment: Mapping[str, Any], expected: Mapping[Group, Collection[str]]
+    writer: Writer, environment: Mapping[str, Any], expected: Mapping[Group, Collection[str]]
 ) -> list[Record]:
     """The records of an interrupted run that need not be measured again; they are all that is in the file then.
 
@@ -40,11 +41,12 @@ def keep_finished(
     Raises:
         SelectionError: the run was measured under other conditions than `environment`, or cannot be read.
     """
-    run = read(path)
+    run = read(writer.path)
     for before in run.environments.values():
         if found := differences(before, environment):
             raise SelectionError(
-                f"{path} cannot be completed here, as there and here differ {found}: start anew with another --out."
+                f"{writer.path} cannot be completed here, as there and here differ {found}: start anew with another "
+                "--out."
             )
     groups: dict[Group, dict[str, str]] = {}
     for record in run.records:
@@ -55,7 +57,7 @@ def keep_finished(
         if set(expected.get(group, ())) <= set(statuses) and "error" not in statuses.values()
     }
     kept = [record for record in run.records if record.group in finished]
-    write(path, run.environments.values(), kept)
+    writer.rewrite(run.environments.values(), kept)
     return kept
 
 
@@ -82,8 +84,8 @@ def merge(paths: Sequence[Path], out: Path) -> Run:
         environment = _environment(part)
         if found := differences(first, environment, but=("options.suite", "options.shard")):
             raise SelectionError(f"{parts[0].path} and {part.path} are not of one run: they differ in {found}.")
-        if (missing := environment["expected"] - len(part.records)) > 0:
-            raise SelectionError(f"{part.path} lacks {missing} of its records: complete it with `run --resume`.")
+        if number := missing(part):
+            raise SelectionError(f"{part.path} lacks {number} of its records: complete it with `run --resume`.")
         shards = by_suite.setdefault(environment["options"]["suite"], {})
         shard = Shard.parse(environment["options"]["shard"])
         if shard in shards:
@@ -92,6 +94,7 @@ def merge(paths: Sequence[Path], out: Path) -> Run:
     merged = Run(out)
     for suite, shards in by_suite.items():
         _check_complete(suite, shards)
+        _refuse_twice(shards.values())
         for part in shards.values():
             merged.environments.update(part.environments)
         merged.records += _in_turn([shards[shard].records for shard in sorted(shards, key=lambda each: each.index)])
@@ -99,10 +102,34 @@ def merge(paths: Sequence[Path], out: Path) -> Run:
     return merged
 
 
+def missing(run: Run) -> int:
+    """How many records a run was to have and has not."""
+    # By suite: a run that was completed has two environments, and each expects all.
+    described: Iterable[Any] = filter(_is_described, run.environments.values())
+    expected: dict[str, int] = {each["options"]["suite"]: each["expected"] for each in described}
+    recorded = Counter(suite for suite, *_ in {record.key for record in run.records})
+    return sum(max(number - recorded[suite], 0) for suite, number in expected.items())
+
+
+def _is_described(environment: Mapping[str, Any]) -> bool:
+    """Whether an environment says what the run was to measure, as those of old files do not."""
+    return "suite" in environment.get("options", {}) and "expected" in environment
+
+
+def _refuse_twice(parts: Iterable[Run]) -> None:
+    recorded: dict[tuple[str, str, str, str], Path] = {}
+    for part in parts:
+        for record in part.records:
+            if record.key in recorded:
+                where = " and ".join(dict.fromkeys(map(str, (recorded[record.key], part.path))))
+                raise SelectionError(f"{where} holds {' '.join(record.key)} twice: measure anew what was put together.")
+            recorded[record.key] = part.path
+
+
 def _environment(part: Run) -> dict[str, Any]:
     """What all of a part was measured under; a run that was completed has been checked."""
     environment: dict[str, Any] = next(iter(part.environments.values()), {})
-    if "options" not in environment:
+    if not _is_described(environment) or "shard" not in environment["options"]:
         raise SelectionError(f"{part.path} does not say which options it was measured with: measure it anew.")
     return environment
 

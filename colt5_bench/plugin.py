@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from colt5_bench import environment
+from colt5_bench.files import trouble
 from colt5_bench.isolation import TIME_LIMIT, Measurer, Point
 from colt5_bench.measure import Conditions
 from colt5_bench.parts import keep_finished
@@ -73,6 +74,8 @@ class Run:
         self._environments: dict[str, dict[str, object]] = {}
         """By suite."""
         self._writers: dict[str, Writer] = {}
+        self._begun: set[str] = set()
+        """Suites of which the results say what they were measured under."""
         self._conditions: Conditions | None = None
 
     def points(self, suite: Suite, file: Path) -> Iterator[tuple[str, str, str]]:
@@ -94,6 +97,7 @@ class Run:
 
         Raises:
             SelectionError: there are results already, which are not to be completed or cannot be.
+            OSError: there is no place for results, or another run is writing there.
         """
         for group, implementation in expected:
             self._expected.setdefault(group, []).append(implementation)
@@ -103,8 +107,8 @@ class Run:
             described["expected"] = sum(len(names) for group, names in self._expected.items() if group.suite == suite)
             digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
             self._environments[suite] = {"key": digest, **described}
-            if (path := self._results(suite)) is not None and path.exists():
-                self._continue(suite, path)
+            if self._options.out is not None:
+                self._own(suite, self._options.out / f"{suite}.jsonl")
 
     def record(self, group: Group, implementation: str) -> Record:
         """The record, measured together with those of the other implementations if it is the first of them."""
@@ -116,8 +120,8 @@ class Run:
                 records = self._measurer.measure(self._points[group], self._expected[group], conditions)
             for record in records:
                 self._records[group, record.implementation] = record
-                if (writer := self._writer(group.suite)) is not None:
-                    writer.record(record)
+                if group.suite in self._writers:
+                    self._writer(group.suite).record(record)
         return self._records[group, implementation]
 
     def missing(self) -> list[str]:
@@ -130,20 +134,22 @@ class Run:
         ]
 
     def close(self) -> None:
-        for suite, described in self._environments.items():
-            path = self._results(suite)
-            if path is not None and not path.exists() and not described["expected"] and self._options.shard != WHOLE:
+        for suite, writer in self._writers.items():
+            nothing = not self._environments[suite]["expected"] and not writer.path.stat().st_size
+            if nothing and self._options.shard != WHOLE:
                 # A shard without a case is there, all the same.
                 self._writer(suite)
-        for writer in self._writers.values():
             writer.close()
 
-    def _continue(self, suite: str, path: Path) -> None:
+    def _own(self, suite: str, path: Path) -> None:
+        self._writers[suite] = writer = Writer(path)
+        if not path.stat().st_size:
+            return
         if not self._options.resume:
             raise SelectionError(
                 f"{path} is there already: complete it with --resume, or name a place without results with --out."
             )
-        for record in keep_finished(path, self._environments[suite], self._expected):
+        for record in keep_finished(writer, self._environments[suite], self._expected):
             self._records[record.group, record.implementation] = record
 
     def _prepare(self, suite: str) -> Conditions:
@@ -156,16 +162,12 @@ class Run:
             )
         return replace(self._conditions, environment=str(self._environments[suite]["key"]))
 
-    def _results(self, suite: str) -> Path | None:
-        return None if self._options.out is None else self._options.out / f"{suite}.jsonl"
-
-    def _writer(self, suite: str) -> Writer | None:
-        path = self._results(suite)
-        if path is not None and suite not in self._writers:
+    def _writer(self, suite: str) -> Writer:
+        if suite not in self._begun:
             ceilings = asdict(self._prepare(suite).ceilings)
-            self._writers[suite] = Writer(path)
             self._writers[suite].environment({**self._environments[suite], "ceilings": ceilings})
-        return self._writers.get(suite)
+            self._begun.add(suite)
+        return self._writers[suite]
 
 
 _RUN = pytest.StashKey[Run]()
@@ -200,6 +202,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Prepare the run, unless its options make none."""
     if config.getoption("dist", "no") != "no":
         raise pytest.UsageError("suites are measured one case at a time: leave out -n")
+    out = config.getoption("--out")
     try:
         limit = config.getoption("--time-limit")
         config.stash[_RUN] = Run(
@@ -209,7 +212,8 @@ def pytest_configure(config: pytest.Config) -> None:
                 implementations=tuple(config.getoption("--impl")),
                 cases=config.getoption("--cases"),
                 shard=Shard.parse(config.getoption("--shard")),
-                out=config.getoption("--out"),
+                # What is measured may change the current directory.
+                out=None if out is None else out.absolute(),
                 resume=config.getoption("--resume"),
                 isolate=config.getoption("--isolate"),
                 time_limit=None if limit is None else parse_seconds(limit),
@@ -252,12 +256,18 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         session.config.stash[_RUN].begin([_point(item) for item in filter(_is_measured, asking)], suites)
     except SelectionError as error:
         raise pytest.UsageError(str(error)) from error
+    except OSError as error:
+        raise pytest.UsageError(trouble(error)) from error
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest, case: str, direction: str, implementation: str) -> Record:
     """What was measured for the case, direction and implementation of this test."""
-    taken = request.config.stash[_RUN].record(*_point(request.node))
+    try:
+        taken = request.config.stash[_RUN].record(*_point(request.node))
+    except OSError as error:
+        # What is measured from here on would be lost, too.
+        pytest.exit(trouble(error), returncode=pytest.ExitCode.INTERNAL_ERROR)
     column = next(iter(taken.timings), "")
     request.node.user_properties += [
         ("status", taken.status),

@@ -67,6 +67,10 @@ class Watcher:
         if report.failed:
             self.failures.append(report.longreprtext)
 
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        if isinstance(excinfo.value, pytest.exit.Exception):
+            self.failures.append(excinfo.value.msg)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         told: dict[str, Any] = dict(report.user_properties)
         if report.failed and told.get("status", "ok") == "ok":

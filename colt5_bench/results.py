@@ -192,8 +192,7 @@ class Writer:
     def rewrite(self, environments: Iterable[dict[str, object]], records: Iterable[Record]) -> None:
         """Let the file hold these in place of what it holds, and go on."""
         with whole(self.path) as unfinished:
-            successor = Writer(unfinished)
-            successor._fill(environments, records)
+            successor = Writer.of(unfinished, environments, records)
         self.close()
         self._file = successor._file
 
@@ -203,11 +202,19 @@ class Writer:
             self.path.unlink(missing_ok=True)
         self._file.close()
 
-    def _fill(self, environments: Iterable[dict[str, object]], records: Iterable[Record]) -> None:
-        for environment in environments:
-            self.environment(environment)
-        for record in records:
-            self.record(record)
+    @classmethod
+    def of(cls, path: Path, environments: Iterable[dict[str, object]], records: Iterable[Record]) -> "Writer":
+        """One that has written these."""
+        writer = cls(path)
+        try:
+            for environment in environments:
+                writer.environment(environment)
+            for record in records:
+                writer.record(record)
+        except BaseException:
+            writer._file.close()
+            raise
+        return writer
 
 
 @dataclass
@@ -227,9 +234,7 @@ class Run:
 def write(path: Path, environments: Iterable[dict[str, object]], records: Iterable[Record]) -> None:
     """A results file in one go: whatever happens, `path` holds what it held before or all of this."""
     with whole(path) as unfinished:
-        writer = Writer(unfinished)
-        writer._fill(environments, records)
-        writer.close()
+        Writer.of(unfinished, environments, records)._file.close()
 
 
 def load(path: Path, *, fault: Callable[[Record], str] = lambda record: "") -> Run:
@@ -344,7 +349,7 @@ def _no_garbage() -> Iterator[None]:
             gc.enable()
 
 
-_OF_SEVERAL = ("fields", "timings", "accuracy", "metrics", "kernels")
+_OF_SEVERAL = ("fields", "timings", "accuracy", "metrics", "kernels", "changed_settings")
 _COLUMNS = [each.name for each in fields(Record) if each.name not in _OF_SEVERAL]
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from colt5_bench.texts import first_line
+
 Call = Callable[[], object]
 Round = Callable[[Sequence[str]], list[float]]
 """Runs the named calls in the order given and returns the seconds of each."""
@@ -183,8 +185,10 @@ def _capture_all(
     for name, call in calls.items():
         try:
             graphs[name] = _capture(call, before[name])
-        except Exception as error:
-            refused[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            refused[name] = first_line(error)
             _recover(device)
     return graphs, refused
 
@@ -203,7 +207,7 @@ def _capture(call: Call, before: Call) -> torch.cuda.CUDAGraph:
             graph.capture_begin(pool=pool)
             call()
             graph.capture_end()
-        except Exception:
+        except BaseException:
             _abandon(graph, pool)
             raise
     current.wait_stream(side)

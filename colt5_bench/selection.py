@@ -1,8 +1,10 @@
 """What the user asked for: suites by name, cases by expression or share, a device, and help with what was mistyped."""
 
+import ast
 import difflib
 import importlib
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf, nan
@@ -12,6 +14,7 @@ from typing import TypeVar
 import torch
 
 from colt5_bench.suite import Suite
+from colt5_bench.texts import said
 
 T = TypeVar("T")
 
@@ -27,10 +30,29 @@ def suite_files(checkout: Path) -> dict[str, Path]:
 
 
 def load_suites(checkout: Path) -> dict[str, Suite]:
-    """Every suite of the checkout. There is no registry: a suite is a file in suites/ with a `SUITE`."""
-    modules = (importlib.import_module(f"suites.{name}") for name in suite_files(checkout))
-    suites = (getattr(module, "SUITE", None) for module in modules)
-    return {suite.name: suite for suite in suites if suite is not None}
+    """Every suite of the checkout. There is no registry: a suite is a file in suites/ with a `SUITE`.
+
+    A file that is broken costs no other suite; what is wrong with it is said on the error stream.
+    """
+    suites = {}
+    for name, file in suite_files(checkout).items():
+        try:
+            suite = getattr(importlib.import_module(f"suites.{name}"), "SUITE", None)
+            if suite is not None:
+                suites[name] = _checked(suite, name)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            print(f"{file.relative_to(checkout)} is left out: {said(error)}", file=sys.stderr)
+    return suites
+
+
+def _checked(suite: object, name: str) -> Suite:
+    if not isinstance(suite, Suite):
+        raise TypeError(f"SUITE is a {type(suite).__name__} and no Suite")
+    if suite.name != name:
+        raise ValueError(f"SUITE is called {suite.name!r}, and has to be called as its file")
+    return suite
 
 
 def pick(kind: str, name: str, allowed: Iterable[str]) -> str:
@@ -47,6 +69,12 @@ def pick(kind: str, name: str, allowed: Iterable[str]) -> str:
     return name
 
 
+_OF_EXPRESSIONS = (
+    *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not),
+    *(ast.Compare, ast.In, ast.Constant, ast.Name, ast.Load),
+)
+
+
 def case_filter(expression: str) -> Callable[[str], bool]:
     """Whether a case id satisfies an expression of substrings joined by `and`, `or`, `not` and parentheses.
 
@@ -61,8 +89,12 @@ def case_filter(expression: str) -> Callable[[str], bool]:
     operators = {"and", "or", "not", "(", ")"}
     source = " ".join(word if word in operators else f"({word!r} in case_id)" for word in words if word)
     try:
-        code = compile(source, "<cases>", "eval")
-    except SyntaxError as error:
+        tree = ast.parse(source, mode="eval")
+        # `n=(8 or 16)` would be a call.
+        if not all(isinstance(each, _OF_EXPRESSIONS) for each in ast.walk(tree)):
+            raise SyntaxError
+        code = compile(tree, "<cases>", "eval")
+    except (SyntaxError, MemoryError, RecursionError) as error:
         raise SelectionError(
             f"cannot read the case expression {expression!r}: it joins substrings of case ids with and, or, not and "
             "parentheses, as in 'n=512 and not dtype=bfloat16'"

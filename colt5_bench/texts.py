@@ -10,10 +10,18 @@ def printable(text: str) -> str:
 
 def said(error: BaseException) -> str:
     """The type and the text of an exception, in one line."""
+    return printable(" ".join(f"{type(error).__name__}: {_text(error)}".split()))
+
+
+def first_line(error: BaseException) -> str:
+    """The type and the first line of the text of an exception."""
+    return printable(f"{type(error).__name__}: {_text(error)}".splitlines()[0])
+
+
+def _text(error: BaseException) -> str:
     try:
-        text = str(error)
-    except BaseException as why:
-        if isinstance(why, KeyboardInterrupt):
-            raise
-        text = "its text cannot be read"
-    return printable(" ".join(f"{type(error).__name__}: {text}".split()))
+        return str(error)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return "its text cannot be read"

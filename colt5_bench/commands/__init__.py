@@ -3,5 +3,23 @@
 `main` returns an exit status. What the user got wrong it raises, as a `SelectionError` or a `StartupError`.
 """
 
-DONE, FAILURE, USAGE, UNMEASURED, UNDECIDED, INTERRUPTED = 0, 1, 2, 3, 4, 130
-"""Exit statuses; a command may have further ones, which its help states."""
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from colt5_bench.texts import said
+
+T = TypeVar("T")
+
+DONE, FAILURE, USAGE, UNMEASURED, UNDECIDED, INTERRUPTED, CLOSED = 0, 1, 2, 3, 4, 130, 141
+"""Exit statuses; a command may have further ones, which its help states. Whatever fails otherwise ends with 3, and what
+nobody reads any more with 141."""
+
+
+def attempt(what: str, make: Callable[[], T]) -> T | None:
+    """What is made of results, or None: they are worth more than it, and so is what else comes of them."""
+    try:
+        return make()
+    except Exception as error:
+        print(f"{what}: {said(error)}", file=sys.stderr)
+        return None

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED
+from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED, attempt
 from colt5_bench.commands._comparison import Comparer, add_options, expression, in_scope, status_of
 from colt5_bench.compare import Comparison, read_baseline
 from colt5_bench.compare.conditions import Conditions
@@ -121,7 +121,8 @@ class Check:
         results = directory / f"{suite.name}.jsonl"
         if results.exists():
             own = [finding for finding in comparison.findings if finding.suite == suite.name]
-            write_page(directory / PAGE, load(results), {suite.name: View.of(suite)}, findings=own)
+            page, views = directory / PAGE, {suite.name: View.of(suite)}
+            attempt("report", lambda: write_page(page, load(results), views, findings=own))
 
 
 def _free(directory: Path) -> Path:

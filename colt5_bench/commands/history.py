@@ -87,16 +87,22 @@ def _chosen(options: argparse.Namespace) -> Callable[[Record], bool]:
 
 def _placed(runs: list[Run], chosen: Callable[[Record], bool]) -> Iterator[Record]:
     """The chosen records, each with its run as a field, to be drawn along."""
-    for run in runs:
-        for record in filter(chosen, run.records):
-            name = _name(run.environments.get(record.environment, {}), run.path)
-            yield replace(record, fields={RUN: name, **record.fields})
+    records = [(run, record) for run in runs for record in run.records if chosen(record)]
+    measured = {record.environment: run.environments.get(record.environment, {}) for run, record in records}
+    for precision in PRECISIONS:
+        names = {key: _name(environment, precision) for key, environment in measured.items()}
+        if len(set(names.values())) == len(names):
+            break
+    for run, record in records:
+        yield replace(record, fields={RUN: names[record.environment] or run.path.stem, **record.fields})
 
 
-def _name(environment: Mapping[str, Any], path: Path) -> str:
+PRECISIONS = (len("2026-11-23T22:05"), len("2026-11-23T22:05:36"), len("2026-11-23T22:05:36.123"))
+"""Of the time of a run, as far as it takes to tell runs apart."""
+
+
+def _name(environment: Mapping[str, Any], precision: int) -> str:
     """`2026-11-23 22:05 a900dda`, which sorts by time; a plus is for changes that are not committed."""
-    if "utc" not in environment:
-        return path.stem
     git = environment.get("git") or {}
     revision = f" {git['revision'][:7]}{'+' if git['dirty'] else ''}" if git else ""
-    return environment["utc"][:16].replace("T", " ") + revision
+    return environment.get("utc", "")[:precision].replace("T", " ") + revision if "utc" in environment else ""

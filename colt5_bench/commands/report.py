@@ -49,6 +49,8 @@ def main(options: argparse.Namespace) -> int:
         if path.suffix not in ENDINGS:
             raise SelectionError(f"--out {path} ends in {path.suffix!r}; it may end in {', '.join(ENDINGS)}.")
     run = read(options.run)
+    if not run.records:
+        raise SelectionError(f"{options.run} holds no records.")
     views = load_views()
     findings = _compare(options, run) if options.baseline else None
     directory = options.run if options.run.is_dir() else options.run.parent

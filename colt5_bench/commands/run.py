@@ -7,7 +7,10 @@ import argparse
 import os
 import shlex
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,10 @@ import torch
 from rich.console import Console
 
 from colt5_bench import plugin
-from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED, USAGE, _check, _profile
+from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED, USAGE, _check, _profile, attempt
 from colt5_bench.commands import list as list_command
 from colt5_bench.isolation import TIME_LIMIT
+from colt5_bench.parts import missing
 from colt5_bench.progress import Watcher
 from colt5_bench.report.layout import View
 from colt5_bench.report.page import PAGE, write_page
@@ -42,6 +46,7 @@ SUMMARY = "measure suites; what is meant where no command is named"
 EXAMPLES = """\
   python bench.py --list
   python bench.py --suite coor_descent
+  python bench.py --suite all --preset smoke
   python bench.py --suite coor_descent --suite topk --preset smoke --device cpu
   python bench.py --suite coor_descent --impl reference --impl ours -k 'n=4096 and not eps=0.03'
   python bench.py --suite gradients --preset full --out reports/gradients
@@ -55,13 +60,13 @@ EXAMPLES = """\
 what follows `--` is passed on to pytest
 
 exit status: 0 all is measured; 1 an implementation missed its accuracy bound or failed, or with --check, something is
-worse than in the baseline; 2 wrong usage; 3 could not measure; 130 interrupted, with everything kept that was measured
-until then
+worse than in the baseline; 2 wrong usage; 3 could not measure, or not all; 130 interrupted, with everything kept that
+was measured until then; 141 nobody reads the output any more
 """
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--suite", action="append", default=[], metavar="NAME", help="measure this; may be repeated")
+    parser.add_argument("--suite", action="append", default=[], metavar="NAME", help="this, or all; may be repeated")
     parser.add_argument("--list", action="store_true", help="the same as the command `list`")
     parser.add_argument("--preset", choices=PRESETS, default="default", help="how much of it (default: %(default)s)")
     parser.add_argument("--impl", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
@@ -129,14 +134,14 @@ def main(options: argparse.Namespace) -> int:
 
 def _validate(options: argparse.Namespace, suites: dict[str, Suite], device: torch.device) -> None:
     if not options.suite:
-        raise SelectionError(f"say which suite with --suite; there is {', '.join(suites)}.")
+        raise SelectionError(f"say which suite with --suite; there is {', '.join(suites)}, and all.")
     if options.resume and options.out is None:
         raise SelectionError("--resume completes the run in --out DIR: say which.")
     if options.shard:
         Shard.parse(options.shard)
     if options.time_limit:
         parse_seconds(options.time_limit)
-    options.suite = list(dict.fromkeys(options.suite))
+    options.suite = list(suites if "all" in options.suite else dict.fromkeys(options.suite))
     wanted = case_filter(options.cases)
     for name in options.suite:
         suite = suites[pick("suite", name, suites)]
@@ -150,7 +155,9 @@ def _run(
     options: argparse.Namespace, suites: dict[str, Suite], checkout: Path, check_against: _check.Check | None
 ) -> int:
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    out = options.out or checkout / "reports" / (started if len(suites) > 1 else f"{started}-{options.suite[0]}")
+    name = started if len(suites) > 1 else f"{started}-{options.suite[0]}"
+    # What is measured may change the current directory.
+    out = options.out.absolute() if options.out else _new_directory(checkout / "reports", name)
     directories = {name: out / name if len(suites) > 1 else out for name in suites}
     status = DONE
     for name, suite in suites.items():
@@ -158,7 +165,7 @@ def _run(
         if status in (USAGE, INTERRUPTED):
             break
     if status == INTERRUPTED:
-        print(f"interrupted; this completes it: {_again(options, out)}", file=sys.stderr)
+        print(f"interrupted; this completes it: {_again(options, options.out or out)}", file=sys.stderr)
     if check_against is None or status in (USAGE, INTERRUPTED):
         return status
 
@@ -169,9 +176,21 @@ def _run(
     return check_against.conclude(status, directories, suites, more)
 
 
+def _new_directory(parent: Path, name: str) -> Path:
+    """One that no other run has, be it begun in the same second."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        with suppress(FileExistsError):
+            (directory := parent / (name if number == 1 else f"{name}-{number}")).mkdir()
+            break
+    return directory
+
+
 def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, directory: Path) -> int:
     # Before anything is measured that could not be kept.
     directory.mkdir(parents=True, exist_ok=True)
+    # Options for the user's own tests could leave out what is to be measured.
+    os.environ.pop("PYTEST_ADDOPTS", None)
     with Watcher(suite.name, quiet=options.quiet, verbose=options.verbose) as watcher:
         code = pytest.main(
             [
@@ -193,14 +212,17 @@ def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, direct
         return USAGE
 
     failed = code == pytest.ExitCode.TESTS_FAILED
-    results = directory / f"{suite.name}.jsonl"
+    results, complete = directory / f"{suite.name}.jsonl", False
     if results.exists():
         run = load(results)
         failed |= any(record.status in FAILED for record in run.records)
+        complete = not missing(run)
         _show(run, suite, quiet=options.quiet)
     if code == pytest.ExitCode.INTERRUPTED and not watcher.failures:
         return INTERRUPTED
-    if watcher.failures or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+    if not complete:
+        print(f"{suite.name}: not all records that were expected are there", file=sys.stderr)
+    if not complete or watcher.failures or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return UNMEASURED
     return FAILURE if failed else DONE
 
@@ -211,12 +233,13 @@ def _show(run: Run, suite: Suite, *, quiet: bool) -> None:
         endings(run.records, console)
     else:
         summary(run.records, suite.reference, console)
-    plots = write_plots(run.records, directory, x=suite.x_axis, lines=suite.lines) if run.records else []
+    draw = partial(write_plots, run.records, directory, x=suite.x_axis, lines=suite.lines)
+    plots = attempt("plots", draw) if run.records else []
     console.print(f"results: {run.path}", soft_wrap=True, highlight=False)
     if plots:
         console.print(f"plots: {len(plots)} files in {directory}", soft_wrap=True, highlight=False)
-    page = write_page(directory / PAGE, run, {suite.name: View.of(suite)})
-    console.print(f"report: {page}", soft_wrap=True, highlight=False)
+    if page := attempt("report", partial(write_page, directory / PAGE, run, {suite.name: View.of(suite)})):
+        console.print(f"report: {page}", soft_wrap=True, highlight=False)
 
 
 def _how(options: argparse.Namespace) -> list[str]:

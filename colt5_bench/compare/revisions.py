@@ -1,21 +1,28 @@
 """Two revisions measured in turns on one machine, each in a checkout of its own, through its own command line."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from colt5_bench.files import own
+from colt5_bench.processes import die_with, unwinding_when_terminated
 from colt5_bench.selection import SelectionError
 
 SIDES = ("a", "b")
 
 TURNS, MOST_TURNS = 3, 15
 """Of each revision: at first, and at most of the cases that are unclear or not confirmed by then."""
+
+PREFIX, OWNER = "colt5-bench-", "owner"
+"""How the temporary directory of a comparison begins, and a file in it that the comparison has open."""
 
 MEASURED = (0, 1)
 """Exit statuses of a run that has results: some may be of implementations that failed."""
@@ -52,7 +59,10 @@ class Alternating:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        temporary = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="colt5-bench-")))
+        _put_away(self._checkout)
+        self._stack.enter_context(unwinding_when_terminated())
+        temporary = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX)))
+        self._stack.enter_context(own(temporary / OWNER))
         self._worktrees = [temporary / side for side in SIDES]
         try:
             for worktree, commit in zip(self._worktrees, self._revisions, strict=True):
@@ -90,11 +100,33 @@ class Alternating:
             # An installed or named path to this checkout's packages must not come before those of the other.
             environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
             done = subprocess.run(
-                command, cwd=self._worktrees[side], env=environment, capture_output=True, text=True, check=False
+                command,
+                cwd=self._worktrees[side],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                # Not even if this process is killed does it measure for nobody.
+                preexec_fn=partial(die_with, os.getpid()),
             )
             if done.returncode not in MEASURED:
                 why = _last_line(done.stderr) or _last_line(done.stdout)
                 raise MeasuringError(f"{commit[:10]} ended with status {done.returncode}: {why}")
+
+
+def _put_away(checkout: Path) -> None:
+    """What comparisons left behind that were killed: worktrees of this checkout, and their directories."""
+    listed = _git(checkout, "worktree", "list", "--porcelain").stdout.splitlines()
+    worktrees = [Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")]
+    directories = {each.parent for each in worktrees} | set(Path(tempfile.gettempdir()).glob(f"{PREFIX}*"))
+    for directory in directories:
+        if directory.name.startswith(PREFIX) and (directory / OWNER).exists():
+            # One that goes on is owned, and what is another user's stays.
+            with suppress(OSError), own(directory / OWNER):
+                for side in SIDES:
+                    # Twice: also one that was not finished.
+                    _git(checkout, "worktree", "remove", "--force", "--force", str(directory / side))
+                shutil.rmtree(directory)
 
 
 def _git(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

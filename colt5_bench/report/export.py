@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from colt5_bench.files import whole
 from colt5_bench.results import Record, to_frame
 
 
 def write_csv(path: Path, records: Sequence[Record]) -> Path:
     """Write a line a record, with the columns of `to_frame`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_frame(records).to_csv(path, index=False)
+    with whole(path) as unfinished:
+        to_frame(records).to_csv(unfinished, index=False)
     return path
 
 
@@ -22,6 +23,6 @@ def write_parquet(path: Path, records: Sequence[Record]) -> Path:
     frame = to_frame(records).convert_dtypes()
     mixed = frame.select_dtypes("object").columns
     frame[mixed] = frame[mixed].astype("string")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_parquet(path, engine="pyarrow", index=False)
+    with whole(path) as unfinished:
+        frame.to_parquet(unfinished, engine="pyarrow", index=False)
     return path

@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from colt5_bench.compare.findings import Comparison, Finding
 from colt5_bench.environment import flat
+from colt5_bench.files import whole
 from colt5_bench.report import main_column, severity, share_of_limit, short, speed_ups, varying_fields, worst_gradient
 from colt5_bench.report.figures import Card, cards
 from colt5_bench.report.layout import View, by
@@ -107,8 +108,8 @@ def write_page(
         data=_embedded(run, sections, views),
         plotly=Markup(get_plotlyjs()),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    with whole(path) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
     return path
 
 

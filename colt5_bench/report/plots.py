@@ -7,6 +7,7 @@ from math import ceil, isfinite
 from pathlib import Path
 from textwrap import fill
 from typing import Any
+from urllib.parse import quote
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -15,6 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from colt5_bench.files import whole
 from colt5_bench.report import bandwidth, label, main_column, varying_fields, worst_gradient
 from colt5_bench.report.layout import (
     COLUMN_LABELS,
@@ -66,6 +68,8 @@ STYLE: dict[Any, Any] = {
     "savefig.dpi": 160,
     # Identifiers within an SVG would be drawn at random without it.
     "svg.hashsalt": "colt5-bench",
+    # A label may have dollar signs in it, and none of ours has a formula.
+    "text.parse_math": False,
 }
 
 
@@ -129,7 +133,7 @@ def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n", lin
     figures: dict[str, Figure] = {}
     ok = [record for record in records if record.status == "ok" and x in record.fields]
     main = main_column(ok)
-    time_label = f"{COLUMN_LABELS[main]} [ms]"
+    time_label = f"{COLUMN_LABELS.get(main, main)} [ms]"
     milliseconds = _Quantity(lambda record: _times(record.seconds(main), 1e3))
     compared = [record for record in records if record.status in ("ok", "wrong") and worst_gradient(record)]
     with mpl.rc_context(STYLE):
@@ -148,7 +152,8 @@ def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n", lin
         if trade := traded(timed):
             figures["trade-off"] = _against(MEMORY, time_label, [milliseconds], trade, records)
         for name, of_one_dtype in _by_dtype(compared).items():
-            figures[name] = _divergence(x, of_one_dtype, records)
+            if any(map(largest_error, of_one_dtype)):
+                figures[name] = _divergence(x, of_one_dtype, records)
         if described := [record for record in ok if record.metrics]:
             figures["metrics"] = _metrics(x, lines, described, records)
         return [path for name, figure in figures.items() for path in _save(figure, directory, name)]
@@ -335,7 +340,9 @@ def _missing(records: Sequence[Record]) -> str:
 def _by_dtype(records: Sequence[Record]) -> dict[str, list[Record]]:
     """By the name of the figure: errors of different dtypes have nothing in common."""
     groups = by_fields(records, ["dtype"])
-    names = [f"divergence-{group[0].fields.get('dtype')}" for group in groups] if len(groups) > 1 else ["divergence"]
+    # Whatever a dtype is called, it leads into no other directory.
+    dtypes = [quote(str(group[0].fields.get("dtype")), safe="") for group in groups]
+    names = [f"divergence-{dtype}" for dtype in dtypes] if len(groups) > 1 else ["divergence"]
     return dict(zip(names, groups, strict=False))
 
 
@@ -345,10 +352,11 @@ def _times(value: float | None, unit: float) -> float | None:
 
 def _save(figure: Figure, directory: Path, name: str) -> list[Path]:
     """Without the date and the version that would make each file new."""
-    directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{name}.png", directory / f"{name}.svg"]
-    figure.savefig(paths[0], metadata={"Software": None})
+    with whole(paths[0]) as unfinished:
+        figure.savefig(unfinished, format="png", metadata={"Software": None})
     # What is laid out stays so; it takes as long as drawing does.
     figure.set_layout_engine("none")
-    figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
+    with whole(paths[1]) as unfinished:
+        figure.savefig(unfinished, format="svg", metadata={"Date": None, "Creator": None})
     return paths

@@ -1,7 +1,10 @@
+import errno
 import json
 import os
 import re
+import resource
 import shlex
+import signal
 import subprocess
 import sys
 from io import StringIO
@@ -12,9 +15,10 @@ import torch
 from rich.console import Console
 
 from colt5_bench import cli, commands
+from colt5_bench.commands import run
 from colt5_bench.report.table import endings
 from colt5_bench.results import load
-from colt5_bench.selection import SelectionError, case_filter, choose_device, pick
+from colt5_bench.selection import SelectionError, case_filter, choose_device, load_suites, pick
 from colt5_bench.startup import StartupError, check, find_checkout
 from tests.colt5_bench import made
 
@@ -37,13 +41,18 @@ def checkout(tmp_path):
 def bench(checkout):
     """Run bench.py in the checkout; its exit status, its output and the records by suite file."""
 
-    def bench(implementations, *options):
+    def bench(implementations, *options, addopts="", longest=resource.RLIM_INFINITY):
+        def limit():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (longest, longest))
+
         # The address of pytest's own worker turns pytest-benchmark off.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         return subprocess.run(
             [sys.executable, ROOT / "bench.py", "--suite", "toy", "--device", "cpu", "--out", "out", *options],
             cwd=checkout,
-            env={**environment, "TOY": implementations},
+            env={**environment, "TOY": implementations, "PYTEST_ADDOPTS": addopts},
+            preexec_fn=limit,
             capture_output=True,
             text=True,
             check=False,
@@ -267,11 +276,21 @@ def test_times_of_the_interpreter_are_refused(here, monkeypatch, capsys):
         ("not (n=512 or std=5)", {"n=4096,std=1"}),
         ("n=4096,std=1", {"n=4096,std=1"}),
         ("__import__", set()),
+        ("std=1.0", set()),
     ],
 )
 def test_case_expressions(expression, selected):
     ids = {"n=512,std=1", "n=4096,std=1", "n=4096,std=5"}
     assert set(filter(case_filter(expression), ids)) == selected
+
+
+@pytest.mark.parametrize("left", ["n=", "n=512 ", "(n=512)", "not n="])
+@pytest.mark.parametrize(
+    "right", ["(8 or 16)", "(8)", "()", "(a)(b)", "((8)", ")", "and", "or or", "(" * 300 + "a" + ")" * 300]
+)
+def test_what_is_no_case_expression_is_said(left, right):
+    with pytest.raises(SelectionError, match="cannot read the case expression"):
+        case_filter(left + right)
 
 
 def test_a_name_is_picked_from_those_allowed():
@@ -289,3 +308,166 @@ def test_the_device_is_the_gpu_where_there_is_one(monkeypatch):
         choose_device("cuda:2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == torch.device("cpu")
+
+
+def raising(error):
+    def main(options):
+        raise error
+
+    return main
+
+
+STATUSES = [
+    (SelectionError("no such"), commands.USAGE),
+    *((OSError(number, os.strerror(number), "out/x"), commands.USAGE) for number in cli.WRONG_PLACE),
+    *((OSError(number, os.strerror(number), "out/x"), commands.UNMEASURED) for number in (errno.ENOSPC, errno.EIO)),
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), commands.UNMEASURED),
+    (BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)), commands.CLOSED),
+    (KeyboardInterrupt(), commands.INTERRUPTED),
+    *((error("no\nluck \x1b[2J"), commands.UNMEASURED) for error in (TypeError, KeyError, MemoryError, RecursionError)),
+    (AssertionError(), commands.UNMEASURED),
+    (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates"), commands.UNMEASURED),
+]
+
+
+@pytest.mark.parametrize(("error", "status"), STATUSES, ids=lambda each: type(each).__name__)
+def test_whatever_is_raised_it_is_a_line_and_a_status_that_says_no_regression(monkeypatch, capsys, error, status):
+    monkeypatch.setattr(commands.env, "main", raising(error))
+    assert cli.main(["env"]) == status
+    told = capsys.readouterr().err
+    assert told.count("\n") == (0 if status in (commands.CLOSED, commands.INTERRUPTED) else 1)
+    assert "Traceback" not in told
+    assert told.strip().isprintable()
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status"),
+    [(">/dev/full", commands.UNMEASURED), ("| true", commands.CLOSED), (">/dev/full 2>/dev/full", commands.UNMEASURED)],
+)
+def test_what_cannot_be_said_is_no_success_and_no_regression(redirection, status):
+    """Found when the output is flushed, or as it is written: there is more of it than a pipe holds."""
+    script = """
+import sys
+from colt5_bench import cli, commands
+from colt5_bench.commands import run
+commands.env.main = lambda options: print("x" * int(sys.argv.pop())) or 0
+sys.exit(cli.main(["env"]))
+"""
+    command = f"for size in 10 300000; do {shlex.join([sys.executable, '-c', script])} $size {redirection}; "
+    command += "echo ${PIPESTATUS[0]} >&3; done 3>&1"
+    command = f"exec 3>&1; {command}" if "|" not in redirection else command
+    shell = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shell.stdout.split() == [str(status)] * 2
+    assert "Traceback" not in shell.stderr
+    assert "Exception ignored" not in shell.stderr
+
+
+@pytest.mark.parametrize("columns", ["0", "00", "", " "])
+def test_a_terminal_without_columns_is_shown_what_others_are(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(commands.env, "main", lambda options: Console().print("shown") or 0)
+    assert cli.main(["env"]) == commands.DONE
+    assert capsys.readouterr().out == "shown\n"
+
+
+def test_what_is_meant_otherwise_is_refused(here, capsys):
+    for arguments in (
+        ["--suit", "topk"],
+        ["--suite", "topk", "--out", ""],
+        ["compare", "a", "b", "--out="],
+        ["--vers"],
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(arguments)
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_it_says_which_version_it_is(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.startswith("colt5-bench")
+
+
+@pytest.mark.parametrize("module", ["colt5_bench.commands", "numpy", "torch"])
+def test_while_all_is_imported_an_interrupt_ends_it_there_and_then(module):
+    """At the moment that a module is looked for."""
+    script = f"""
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+sys.argv = ["bench.py", "list"]
+runpy.run_path("bench.py", run_name="__main__")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGINT
+    assert ended.stderr == ""
+
+
+@pytest.fixture
+def broken(checkout, monkeypatch):
+    """The checkout with suites beside the toy suite that are broken, each in its way, imported in this process."""
+    sources = {
+        "raising": "raise RuntimeError('no luck')",
+        "leaving": "import sys; sys.exit(0)",
+        "unreadable": "def (",
+        "other": "SUITE = 5",
+        "named": "from tests.colt5_bench import toy; SUITE = toy.SUITE",
+    }
+    for name, source in sources.items():
+        (checkout / "suites" / f"{name}.py").write_text(source)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "suites"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("sys.path", [str(checkout), *sys.path])
+    yield sources
+    for name in [name for name in sys.modules if name.partition(".")[0] == "suites"]:
+        del sys.modules[name]
+
+
+def test_a_suite_that_is_broken_costs_no_other(broken, checkout, capsys):
+    assert list(load_suites(checkout)) == ["toy"]
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in told] == sorted(f"suites/{name}.py" for name in broken)
+    assert "suites/raising.py is left out: RuntimeError: no luck" in told
+    assert "suites/named.py is left out: ValueError: SUITE is called 'toy', and has to be called as its file" in told
+
+
+def test_the_cases_of_a_suite_are_listed(here, capsys):
+    assert cli.main(["list", "--suite", "topk", "--preset", "smoke", "--device", "cpu"]) == commands.DONE
+    listed = capsys.readouterr().out.splitlines()
+    assert listed == [case.id for case in load_suites(ROOT)["topk"].cases("smoke", torch.device("cpu"))]
+    assert cli.main(["--list", "--suite", "topq", "--device", "cpu"]) == commands.USAGE
+
+
+def test_runs_that_begin_in_one_second_have_a_directory_each(tmp_path):
+    directories = [run._new_directory(tmp_path / "reports", "now") for _ in range(3)]
+    assert [each.name for each in directories] == ["now", "now-2", "now-3"]
+    assert all(each.is_dir() for each in directories)
+
+
+def test_less_than_all_records_is_no_success(bench, checkout):
+    """Whether options are named for pytest here, or stand in the environment for other tests."""
+    partial = bench("wrong,good", "--", "-x")
+    assert partial.returncode == commands.UNMEASURED, partial.stdout
+    assert "not all records that were expected are there" in partial.stderr
+    assert len(load(checkout / "out" / "toy.jsonl").records) < 12
+    none = bench("good", "--out", "none", "--", "--collect-only")
+    assert none.returncode == commands.UNMEASURED
+    whole = bench("good", "--out", "whole", "--preset", "smoke", addopts="--co -x --lf")
+    assert whole.returncode == commands.DONE, whole.stderr
+    assert len(load(checkout / "whole" / "toy.jsonl").records) == 4
+
+
+def test_on_a_full_disk_a_run_says_so_in_a_line(bench, checkout):
+    """As long as that of half of the run the file may become, and a page is longer."""
+    bench("good", "--quiet", "-k", "n=8", "--out", "half")
+    full = bench("good", "--quiet", longest=(checkout / "half" / "toy.jsonl").stat().st_size)
+    assert full.returncode == commands.UNMEASURED
+    assert "Traceback" not in full.stderr
+    assert [line for line in full.stderr.splitlines() if "out/toy.jsonl: File too large" in line]
+    assert len(load(checkout / "out" / "toy.jsonl").records) < 8
+    assert not load(checkout / "out" / "toy.jsonl").cut_off
+    assert not list((checkout / "out").glob(".*"))
+    assert not (checkout / "out" / "report.html").exists()

@@ -9,6 +9,8 @@ from pathlib import Path
 import pynvml
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from colt5_bench import environment
 from colt5_bench.environment import THROTTLE_REASONS, GpuState, describe, device_name, gpu_state
@@ -152,3 +154,13 @@ class TestOnGpu:
     def test_the_clock_can_be_read(self):
         state = gpu_state(self.device)
         assert 100 < state.sm_clock_mhz < 5000
+
+
+@given(
+    directories=st.lists(st.text(st.sampled_from("ab=:, .'"), min_size=1), min_size=1, max_size=4),
+    before=st.sampled_from(["", "--out=", "--option=a=", "-k=x:", "'", "a,"]),
+)
+def test_no_directory_stays_in_a_command_whatever_it_is_called(directories, before):
+    secret = "/".join(["/home", "me-secret", *directories])
+    argument = environment._without_directory(f"{before}{secret}/run.jsonl")
+    assert argument == f"{before}run.jsonl"

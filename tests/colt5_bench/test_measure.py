@@ -1,3 +1,4 @@
+import os
 import random
 import threading
 import time
@@ -14,7 +15,7 @@ from colt5_bench.case import DIRECTIONS, FORWARD, FORWARD_BACKWARD, Truth
 from colt5_bench.global_state import SETTINGS, _same
 from colt5_bench.measure import Conditions, measure
 from colt5_bench.results import Timing
-from colt5_bench.suite import Operation
+from colt5_bench.suite import Implementation, Operation
 from tests.colt5_bench import toy
 
 CASE = toy.ToyCase(2, 8)
@@ -458,3 +459,140 @@ def test_the_call_that_is_timed_leaves_no_gradient_behind():
     assert torch.equal(first[1], second[1])
     assert torch.equal(first[1], 2 * problem.upstream)
     assert problem.inputs["scores"].grad is None
+
+
+class OwnError(BaseException):
+    pass
+
+
+class UnsayableError(RuntimeError):
+    def __str__(self):
+        raise SystemExit("nobody may know")
+
+
+class HostileError(RuntimeError):
+    def __str__(self):
+        return "\x1b[2J out of memory \ud800\u2028 in this text"
+
+
+def leave(error):
+    os._exit(0)
+
+
+def throw(error):
+    raise error
+
+
+ENDINGS = [
+    (throw, SystemExit(0), "SystemExit: 0"),
+    (throw, SystemExit(), "SystemExit: "),
+    (throw, GeneratorExit("no"), "GeneratorExit: no"),
+    (throw, StopIteration(1), "StopIteration: 1"),
+    (throw, OwnError("own"), "OwnError: own"),
+    (throw, UnsayableError(), "UnsayableError: its text cannot be read"),
+    (throw, HostileError(), r"HostileError: \x1b[2J out of memory \ud800 in this text"),
+    (throw, pytest.skip.Exception("skip"), "Skipped: skip"),
+    (throw, pytest.exit.Exception("exit"), "Exit: exit"),
+    (throw, RecursionError("deep"), "RecursionError: deep"),
+    (leave, None, "SystemExit: called os._exit(0)"),
+]
+
+MOMENTS = ("unavailable", "build", "call", "gradient", "later", "bound", "metrics", "truth", "cost")
+
+
+def ending_at(moment, end):
+    """A suite whose `ending` ends with an exception at a moment of its measurement; all do, if they share that."""
+
+    class Ending(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, scores):
+            return 2 * scores
+
+        @staticmethod
+        def backward(ctx, upstream):
+            end()
+
+    calls = []
+
+    def ending(scores):
+        calls.append(scores)
+        if moment == "call" or (moment == "later" and len(calls) > 3):
+            end()
+        return Ending.apply(scores) if moment == "gradient" else 2 * scores
+
+    def at(name, value):
+        return (lambda *_: end()) if moment == name else (lambda *_: value)
+
+    implementation = Implementation(
+        "ending",
+        at("build", ending),
+        unavailable=at("unavailable", None),
+        bound=(lambda *_: end()) if moment == "bound" else (lambda case, tensor, truth, tolerance: tolerance),
+        metrics=at("metrics", {}),
+    )
+    suite = toy.suite(toy.good)
+    shared = {name: at(name, None) for name in ("truth", "cost") if name == moment}
+    return replace(suite, implementations={**suite.implementations, "ending": implementation}, **shared)
+
+
+@pytest.mark.parametrize(
+    ("moment", "how", "error", "said"),
+    # Each moment with three endings, each ending at two moments or three.
+    [
+        (moment, *ENDINGS[(3 * place + step) % len(ENDINGS)])
+        for place, moment in enumerate(MOMENTS)
+        for step in range(3)
+    ],
+)
+def test_however_and_whenever_an_implementation_ends_it_costs_its_record(conditions, timed, moment, how, error, said):
+    suite = ending_at(moment, lambda: how(error))
+    given = run(suite, conditions, names=["ending", "good"])
+    assert given["ending"].status == "error"
+    assert said.rstrip() in given["ending"].reason
+    assert given["ending"].reason.isprintable()
+    assert given["good"].status == ("error" if moment in ("truth", "cost") else "ok"), given["good"].reason
+
+
+@pytest.mark.parametrize(
+    ("metric", "status"),
+    [(torch.tensor(2.5), "ok"), (np.float32(2.5), "ok"), (torch.ones(2), "error"), ("many", "error"), (None, "error")],
+)
+def test_a_metric_is_a_number_whatever_holds_it(conditions, timed, metric, status):
+    suite = toy.suite(toy.good)
+    odd = replace(suite.implementations["good"], metrics=lambda case, problem: {"odd": metric})
+    records = run(replace(suite, implementations={**suite.implementations, "good": odd}), conditions)
+    assert {name: record.status for name, record in records.items()} == {"reference": "ok", "good": status}
+    assert status == "error" or (records["good"].metrics, type(records["good"].metrics["odd"])) == ({"odd": 2.5}, float)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out_of_memory"),
+        (MemoryError(), "out_of_memory"),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors"), "out_of_memory"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "out_of_memory"),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"
+            ),
+            "out_of_memory",
+        ),
+        (RuntimeError("shapes differ, which is not out of memory"), "error"),
+        (RuntimeError("the file /tmp/out of memory is missing"), "error"),
+        (RuntimeError("there is not enough memory in shapes of this kind"), "error"),
+        (ValueError("CUDA error: out of memory"), "error"),
+    ],
+)
+def test_a_lack_of_memory_is_known_by_how_its_error_begins(conditions, timed, error, status):
+    assert run(ending_at("call", lambda: throw(error)), conditions)["ending"].status == status
+
+
+def test_a_forked_process_of_an_implementation_may_leave(conditions, timed):
+    def forking(scores):
+        if not (child := os.fork()):
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        return 2 * scores
+
+    assert run(toy.suite(forking), conditions, FORWARD)["forking"].status == "ok"

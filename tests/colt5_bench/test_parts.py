@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from colt5_bench import cli, commands
 from colt5_bench.parts import _in_turn, differences, keep_finished, merge
-from colt5_bench.results import load, write
+from colt5_bench.results import Writer, load, write
 from colt5_bench.selection import SelectionError, Shard
 from tests.colt5_bench import made
 
@@ -42,7 +42,7 @@ def part(tmp_path):
         path = tmp_path / f"{shard.index}-of-{shard.count}-{len(list(tmp_path.iterdir()))}.jsonl"
         key = f"{shard}"
         for record in records:
-            record.environment = key
+            record.environment, record.suite = key, changed.get("options", {}).get("suite", "toy")
         described = environment(
             key=key, expected=len(records), options={"shard": str(shard), **changed.pop("options", {})}
         )
@@ -100,6 +100,31 @@ def test_what_does_not_belong_together_is_not_merged(part, out, second, changed,
     assert not out.exists()
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(("source", "target"), [(0, 1), (1, 0), (3, 7)])
+def test_a_record_that_is_there_twice_takes_no_place_of_another(part, out, count, source, target):
+    path = part((1, count))
+    environment, *lines = path.read_text().splitlines()
+    lines[target % len(lines)] = lines[source % len(lines)]
+    path.write_text("\n".join([environment, *lines]) + "\n")
+    with pytest.raises(SelectionError, match="lacks 1 of its records"):
+        merge([path, *([part((2, 2))] if count == 2 else [])], out)
+    path.write_text("\n".join([environment, *lines, lines[source % len(lines)]]) + "\n")
+    with pytest.raises(SelectionError, match="lacks 1 of its records"):
+        merge([path, *([part((2, 2))] if count == 2 else [])], out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("index", [0, 5, 7])
+def test_nor_is_one_of_two_shards_or_of_one_twice(part, out, index):
+    one, other = part((1, 2)), part((2, 2))
+    with other.open("a") as file:
+        file.write(one.read_text().splitlines()[1 + index] + "\n")
+    with pytest.raises(SelectionError, match=r"holds toy .* twice"):
+        merge([one, other], out)
+    assert not out.exists()
+
+
 def test_a_missing_shard_is_named(part, out):
     with pytest.raises(SelectionError, match=r"of suite toy shard 2/4 and 4/4 is missing"):
         merge([part((1, 4)), part((3, 4))], out)
@@ -146,9 +171,16 @@ def test_conditions_are_the_same_at_another_time_of_day():
 class TestWhatIsKept:
     GROUP = made.record().group
 
+    def complete(self, path, expected):
+        writer = Writer(path)
+        try:
+            return keep_finished(writer, ENVIRONMENT, expected)
+        finally:
+            writer.close()
+
     def keep(self, path, *records, expected=("ours", "reference")):
         write(path, [ENVIRONMENT], records)
-        kept = keep_finished(path, ENVIRONMENT, {self.GROUP: expected})
+        kept = self.complete(path, {self.GROUP: expected})
         assert load(path).records == kept
         assert list(load(path).environments) == ["1"]
         return [record.implementation for record in kept]
@@ -169,12 +201,12 @@ class TestWhatIsKept:
     def test_is_nothing_where_the_first_line_was_cut_off(self, tmp_path):
         path = tmp_path / "toy.jsonl"
         path.write_text('{"kind": "envir')
-        assert keep_finished(path, ENVIRONMENT, {self.GROUP: ["ours"]}) == []
-        assert path.read_text() == ""
+        assert self.complete(path, {self.GROUP: ["ours"]}) == []
+        assert not path.exists()
 
     def test_is_left_as_it_is_where_it_cannot_be_read(self, tmp_path):
         path = tmp_path / "toy.jsonl"
         path.write_text("{}\n{}\n")
         with pytest.raises(SelectionError, match="kind"):
-            keep_finished(path, ENVIRONMENT, {})
+            self.complete(path, {})
         assert path.read_text() == "{}\n{}\n"

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import torch._dynamo
 
 from colt5_bench import roofline
 from colt5_bench.parts import merge
-from colt5_bench.results import load
+from colt5_bench.results import Writer, load
 
 # `pytester` forgets every module that a run inside this process imports, and PyTorch cannot bear to import its compiler
 # twice, which it does on first use: hence the import above.
@@ -157,9 +158,12 @@ def test_a_killed_run_loses_the_case_under_way_and_is_completed(run, pytester, m
     """With a last line that was cut off, and no process left behind."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     options = ["-p", "colt5_bench.plugin", "--device=cpu", "--out=results"]
+    # The socket of the server from which processes are forked has to have a shorter path.
+    temporary = pytester.path / ("long" * 25)
+    temporary.mkdir()
     killed = subprocess.Popen(
         [sys.executable, "-m", "pytest", *options, "--isolate", "test_toy.py"],
-        env={**environment, "PYTHONPATH": str(ROOT), "TOY": "good,hanging"},
+        env={**environment, "PYTHONPATH": str(ROOT), "TOY": "good,hanging", "TMPDIR": str(temporary)},
         stdout=subprocess.DEVNULL,
     )
     hanging = pytester.path / "hanging"
@@ -226,3 +230,53 @@ def test_shards_are_the_whole_run_and_a_shard_without_a_case_is_there(run, pytes
     assert [record.key for record in merged.records] == [record.key for record in results(pytester, "whole").records]
     assert load(merged.path).records == merged.records
     assert len(merged.environments) == 3
+
+
+def test_what_is_measured_can_neither_leave_nor_take_the_results_elsewhere(run, pytester):
+    run("leaving,good", "--preset=default", "--out=results").assert_outcomes(passed=8, failed=4)
+    taken = results(pytester)
+    assert len(taken.records) == 12
+    assert {record.reason for record in taken.records if record.status != "ok"} == {"SystemExit: called os._exit(0)"}
+    assert ["current directory"] in [record.changed_settings for record in taken.records]
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_where_another_run_writes_none_begins(run, pytester, resume):
+    path = pytester.path / "results" / "toy.jsonl"
+    if resume:
+        run("good", "--impl=good", "--out=results")
+    writer = Writer(path)
+    before = path.read_bytes()
+    result = run("good", "--impl=good", "--out=results", *resume)
+    writer.close()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*cannot use *results/toy.jsonl: another run is writing to it"])
+    assert not resume or path.read_bytes() == before
+
+
+FAILING_FILES = [
+    ("own", errno.EACCES, pytest.ExitCode.USAGE_ERROR),
+    ("own", errno.EROFS, pytest.ExitCode.USAGE_ERROR),
+    ("whole", errno.EACCES, pytest.ExitCode.USAGE_ERROR),
+    ("whole", errno.ENOSPC, pytest.ExitCode.USAGE_ERROR),
+    ("append", errno.ENOSPC, pytest.ExitCode.INTERNAL_ERROR),
+    ("append", errno.EIO, pytest.ExitCode.INTERNAL_ERROR),
+]
+
+
+@pytest.mark.parametrize(("step", "number", "status"), FAILING_FILES)
+def test_where_results_cannot_be_written_a_line_says_why(run, pytester, monkeypatch, step, number, status):
+    run("good", "--impl=good", "--out=results")
+    before = (pytester.path / "results" / "toy.jsonl").read_bytes()
+
+    def fail(*arguments):
+        raise OSError(number, os.strerror(number), "results/toy.jsonl")
+
+    monkeypatch.setattr(f"colt5_bench.results.{step}", fail)
+    options = ["--out=results", "--resume"] if step != "append" else ["--out=other"]
+    result = run("good", "--impl=good", *options)
+    assert result.ret == status
+    output = result.outlines + result.errlines
+    assert len([line for line in output if f"cannot use results/toy.jsonl: {os.strerror(number)}" in line]) == 1
+    assert not any("Traceback" in line for line in output)
+    assert (pytester.path / "results" / "toy.jsonl").read_bytes() == before

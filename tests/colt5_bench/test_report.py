@@ -239,6 +239,21 @@ class TestPlots:
         assert largest_error(records[1]) is None
         assert len(write_plots(records, tmp_path)) == 2
 
+    @pytest.mark.parametrize("lengths", [1, 8, 9, 12])
+    @pytest.mark.parametrize("error", [0.0, nan, inf])
+    def test_there_is_none_of_errors_that_no_logarithm_has(self, tmp_path, lengths, error):
+        records = [diverging("ours", error, n=2**power) for power in range(lengths)]
+        assert write_plots(records, tmp_path) == []
+        assert len(write_plots([*records, diverging("ours", 1e-3, n=2**20)], tmp_path)) == 2
+
+    @pytest.mark.parametrize("name", ["a$b$c", "$$x_{1}\\%s<&amp;", "../../x", "/x", ".."])
+    def test_names_are_neither_formulas_nor_paths(self, tmp_path, name):
+        records = [diverging(name, 1e-3, dtype=dtype) for dtype in (name, "float32")]
+        paths = write_plots(records, tmp_path / "a" / "b")
+        assert len(paths) == 4
+        assert {path.resolve().parent for path in paths} == {tmp_path / "a" / "b"}
+        assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(paths)
+
     def test_combinations_without_room_are_named(self, tmp_path):
         records = [record(times={"wall": 1e-3}, n=n, heads=heads) for n in (512, 1024) for heads in range(1, 12)]
         written = texts(write_plots(records, tmp_path)[1])

@@ -1,9 +1,11 @@
+import errno
 import gzip
 import json
 import math
 import multiprocessing
 import sys
 from dataclasses import asdict, fields, replace
+from io import FileIO
 from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
 
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colt5_bench.results import Divergence, Record, Run, Timing, Writer, load, to_frame, write
+from colt5_bench.results import _OF_SEVERAL, Divergence, Record, Run, Timing, Writer, load, to_frame, write
 
 
 @pytest.fixture
@@ -240,7 +242,7 @@ def test_a_value_of_another_type_than_its_field_is_named_and_never_read(path, re
                 assert not fits(value, hints[each.name]) or each.name in ("suite", "status", "schema"), told
             else:
                 found = {Record: read, Timing: read.timings.get("cold"), Divergence: read.accuracy.get("output")}[owner]
-                empty = each.name in ("fields", "timings", "accuracy", "metrics", "kernels", "samples") and not value
+                empty = each.name in (*_OF_SEVERAL, "samples") and not value
                 lists = each.name in ("samples", "refused", "sm_clock_range_mhz") and value in ([], [1])
                 dicts = each.name in ("fields", "metrics", "throttle_reasons") and value in ({}, {"a": 1})
                 assert found is None or getattr(found, each.name) == value
@@ -319,6 +321,26 @@ def test_a_file_has_one_writer_until_it_is_closed(path, record):
 def test_a_writer_that_wrote_nothing_leaves_nothing(tmp_path):
     Writer(tmp_path / "toy.jsonl").close()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_of_a_line_that_does_not_fit_nothing_is_written(path, record, monkeypatch, share):
+    class Full(FileIO):
+        def write(self, line):
+            super().write(line[: int(share * len(line))])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("colt5_bench.files.FileIO", Full)
+    before, writer = path.read_bytes(), Writer(path)
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"No space left on device: .*toy\.jsonl"):
+            writer.record(record)
+        assert path.read_bytes() == before
+    with pytest.raises(OSError, match=r"No space left on device: .*toy\.jsonl"):
+        writer.rewrite([], [record])
+    assert path.read_bytes() == before
+    writer.close()
+    assert [each.name for each in path.parent.iterdir()] == ["toy.jsonl"]
 
 
 def calls(function, *arguments):

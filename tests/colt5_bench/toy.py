@@ -1,8 +1,8 @@
 """A suite of which everything is known: y = 2 x, and implementations that go wrong in each way there is."""
 
+import ctypes
 import os
 import signal
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +68,8 @@ def dying(scores):
 def hanging(scores):
     if scores.shape[-1] == 16 and not Path("released").exists():
         Path("hanging").write_text(str(os.getpid()))
-        time.sleep(3600)
+        # Sleeps with the lock of the interpreter: no other thread of the process runs.
+        ctypes.PyDLL(None).sleep(3600)
     return 2 * scores
 
 
@@ -90,6 +91,12 @@ def breaking(scores):
         take(0.7, scores.device)
         return 2 * scores.gather(-1, torch.full_like(scores, 1000, dtype=torch.int64))
     raise torch.AcceleratorError("CUDA error: device-side assert triggered\nCUDA kernel errors might be ...")
+
+
+def leaving(scores):
+    """Changes the directory, then ends the process as if all were well."""
+    os.chdir("/")
+    os._exit(0)
 
 
 def interrupting(scores):

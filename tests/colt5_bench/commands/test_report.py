@@ -1,11 +1,15 @@
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from colt5_bench import cli, commands
-from colt5_bench.results import Writer
-from tests.colt5_bench.made import record, timed
+from colt5_bench.commands.history import _placed
+from colt5_bench.report.layout import RUN
+from colt5_bench.results import Writer, load
+from tests.colt5_bench.made import diverging, record, timed
 
 ROOT = Path(__file__).parents[3]
 
@@ -98,3 +102,46 @@ def test_a_history_of_nothing_says_what_was_asked_for(tmp_path, results, capsys)
     assert "'n=513'" in capsys.readouterr().err
     assert cli.main(["history", str(results), "--impl", "our"]) == commands.USAGE
     assert "Did you mean ours?" in capsys.readouterr().err
+
+
+def test_an_empty_run_has_no_page(tmp_path, capsys):
+    (tmp_path / "toy.jsonl").write_text('{"kind": "environment", "key": "abc"}\n')
+    assert cli.main(["report", str(tmp_path)]) == commands.USAGE
+    assert "holds no records" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("times", [("05:36.000", "05:36.001"), ("05:36", "05:37"), ("05:59", "06:00")])
+def test_runs_of_one_revision_are_told_apart_by_as_much_of_their_time_as_it_takes(tmp_path, times):
+    for key, time in zip("ab", times, strict=True):
+        writer = Writer(tmp_path / f"{key}.jsonl")
+        utc = f"2026-11-23T22:{time}+00:00"
+        writer.environment({"key": key, "utc": utc, "git": {"revision": "c" * 40, "dirty": False}})
+        made = timed("ours", 1)
+        made.environment = key
+        writer.record(made)
+        writer.close()
+    read = [load(tmp_path / f"{key}.jsonl") for key in "ab"]
+    names = [str(record.fields[RUN]) for record in _placed(read, lambda record: True)]
+    assert len(set(names)) == 2
+    assert sorted(names) == names
+
+
+@pytest.mark.parametrize("command", [["history", "{run}", "--out", "{out}"], ["report", "{run}", "--plots", "{out}"]])
+@pytest.mark.parametrize("field", ["suite", "dtype"])
+@pytest.mark.parametrize("value", ["../../x", "/x"])
+def test_what_a_file_names_is_written_nowhere_else(tmp_path, capsys, command, field, value):
+    """Where there are two suites, or two dtypes, each is part of a path."""
+    (run := tmp_path / "runs").mkdir()
+    lines = []
+    for each in (value, "toy"):
+        made = diverging("ours", 1e-3, dtype=each if field == "dtype" else "float32")
+        made.suite = each if field == "suite" else "toy"
+        lines.append(json.dumps({"kind": "record", **asdict(made)}) + "\n")
+    (run / "toy.jsonl").write_text("".join(lines))
+    out = tmp_path / "a" / "b" / "c"
+    status = cli.main([word.format(run=run, out=out) for word in command])
+    assert status == (commands.USAGE if field == "suite" else commands.DONE)
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path.parent != run]
+    assert all(out in path.parents for path in written)
+    assert not Path("/x").exists()
