@@ -6,6 +6,7 @@ import multiprocessing
 import sys
 from dataclasses import asdict, fields, replace
 from io import FileIO
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
 
@@ -153,6 +154,8 @@ def test_frame_has_fields_and_figures_as_columns(record):
     assert row["status"] == "ok"
 
 
+BASELINES = Path(__file__).parents[2] / "reports" / "baselines"
+
 NUMBERS = st.floats() | st.sampled_from([math.nan, math.inf, -math.inf])
 TEXTS = st.text(st.characters() | st.sampled_from('\x1b\x85\u2028\ud800\u202e\\\n\r"é'))
 
@@ -207,6 +210,13 @@ def test_whatever_a_record_holds_strict_parsers_read_it_and_it_comes_back(tmp_pa
     assert list(read.metrics.values()) == pytest.approx(list(given.metrics.values()), rel=0, abs=0, nan_ok=True) or (
         len(read.metrics) < len(given.metrics)
     )
+
+
+@pytest.mark.parametrize("baseline", sorted(BASELINES.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_so_do_they_read_what_is_committed(baseline):
+    lines = baseline.read_text().splitlines()
+    assert len([json.loads(line, parse_constant=refuse) for line in lines]) == len(lines) > 1
+    assert load(baseline).records
 
 
 WRONG = [None, True, 5, -0.5, "text", [], [1], {}, {"a": 1}, [None], {"": {}}, [[]]]
