@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ import torch
 
 from colt5_bench.case import Case
 from colt5_bench.measure import BrokenContextError, Conditions, measure, unmeasured
-from colt5_bench.processes import die_with
 from colt5_bench.results import Record
 from colt5_bench.suite import Suite
 from colt5_bench.texts import said
@@ -36,8 +34,8 @@ TIME_LIMIT = 1800.0
 STARTING_SECONDS, ENDING_SECONDS = 300.0, 10.0
 """How long a process may take before it measures, and after it has answered."""
 
-PRELOADED = ["colt5_bench.forkserver", "pandas", "pynvml", "scipy.stats", "torch", "triton"]
-"""What makes the server end with the run; and what takes long to import, and is the same for every checkout."""
+PRELOADED = ["pandas", "pynvml", "scipy.stats", "torch", "triton"]
+"""What takes long to import, and is the same for every checkout."""
 
 
 @dataclass(frozen=True)
@@ -174,9 +172,7 @@ def _answer(answers: Connection, address: _Address, names: list[str], conditions
     """In the process: send None when it has started, each implementation before it is measured, and an attempt."""
     # A group of its own: Ctrl-C is for the run, which then ends all that the case has started.
     os.setsid()
-    # The server ends with the run, and this process with the server, even while it computes and no thread can run.
-    die_with(os.getppid())
-    threading.Thread(target=_end_with_the_run, daemon=True).start()
+    _end_with_the_run(answers)
     torch.set_num_threads(address.threads)
     try:
         suite = _load(address.file)
@@ -200,12 +196,18 @@ def _load(file: Path) -> Suite:
     return module.SUITE
 
 
-def _end_with_the_run() -> None:
-    """A run that is killed cannot end its processes, and a GPU should not work for nobody."""
+def _end_with_the_run(answers: Connection) -> None:
+    """A run that is killed cannot end its processes, and a GPU should not work for nobody.
+
+    Another process waits for that: while what is measured has the lock of the interpreter, no thread of it does.
+    """
     run = multiprocessing.parent_process()
     assert run is not None
-    run.join()
-    os.killpg(0, signal.SIGKILL)
+    if os.fork() == 0:
+        # It is no end of the measured process as long as this one could answer.
+        answers.close()
+        run.join()
+        os.killpg(0, signal.SIGKILL)
 
 
 def _end(process: BaseProcess) -> None:
