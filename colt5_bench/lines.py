@@ -34,7 +34,7 @@ def decode(line: bytes) -> Any:
         content = json.loads(line.decode())
         return content if _all_is_printable(line) else _shown(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not JSON: {error}") from error
+        raise ValueError(f"this is not JSON: {error}") from error
 
 
 def figures(value: Any) -> Any:

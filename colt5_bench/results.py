@@ -295,10 +295,10 @@ def _read(path: Path, run: Run, fault: Callable[[Record], str]) -> None:
         try:
             read = _parsed(line)
         except msgspec.ValidationError as error:
-            raise ValueError(f"{path}:{number} is no line of a results file: {error}") from error
+            raise ValueError(f"{path}:{number}: this is no line of a results file: {error}") from error
         except ValueError as error:
             if line.endswith(b"\n"):
-                raise ValueError(f"{path}:{number} {error}") from error
+                raise ValueError(f"{path}:{number}: {error}") from error
             run.cut_off.append(path)
         else:
             if not isinstance(read, Record):
@@ -327,7 +327,7 @@ def _converted(content: Any) -> Record | dict[str, Any]:
     line = msgspec.convert(content, dict[str, Any])
     kind = line.pop("kind", None)
     if kind == "record" and line.get("schema") != SCHEMA_VERSION:
-        raise ValueError(f"has schema {line.get('schema')}, this version reads {SCHEMA_VERSION}")
+        raise ValueError(f"it has schema {line.get('schema')}, this version reads {SCHEMA_VERSION}")
     line |= {name: figures(line[name]) for name in _FIGURES if name in line}
     if kind == "record":
         return msgspec.convert(line, Record)

@@ -94,7 +94,7 @@ def test_wherever_a_file_is_cut_off_what_is_before_is_read(path, record):
 def test_a_broken_line_elsewhere_is_an_error(path):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1][:-40], lines[2]]))
-    with pytest.raises(ValueError, match=r"toy\.jsonl:2 is not JSON"):
+    with pytest.raises(ValueError, match=r"toy\.jsonl:2: this is not JSON"):
         load(path)
 
 
@@ -109,7 +109,7 @@ def test_another_schema_is_an_error(path):
 @pytest.mark.parametrize("line", ["{}", "[1, 2]", '{"kind": "environment"}', '{"kind": "record", "schema": 2}'])
 def test_what_is_no_line_of_results_is_an_error(path, line):
     path.write_text(f"{line}\n{path.read_text()}")
-    with pytest.raises(ValueError, match=r"toy\.jsonl:1 is no line of a results file"):
+    with pytest.raises(ValueError, match=r"toy\.jsonl:1: this is no line of a results file"):
         load(path)
 
 
@@ -247,7 +247,7 @@ def test_a_value_of_another_type_than_its_field_is_named_and_never_read(path, re
                 (read,) = load(path).records
             except ValueError as error:
                 told = str(error)
-                assert told.startswith(f"{path}:1 "), told
+                assert told.startswith(f"{path}:1: "), told
                 assert "\n" not in told
                 assert not fits(value, hints[each.name]) or each.name in ("suite", "status", "schema"), told
             else:
@@ -266,14 +266,14 @@ def test_so_it_is_with_what_is_read_of_an_environment(path, name):
         if (name == "gpu" and isinstance(value, dict)) or (name in ("git", "options") and name not in str(value)):
             continue
         path.write_text(json.dumps({"kind": "environment", **right, name: value}) + "\n")
-        with pytest.raises(ValueError, match=rf"toy\.jsonl:1 is no line of a results file: .*{name}"):
+        with pytest.raises(ValueError, match=rf"toy\.jsonl:1: this is no line of a results file: .*{name}"):
             load(path)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../../x", "/x", "a/b", "..\\x", ".x", "x" * 101, "a/\n"])
 def test_a_suite_has_a_name_that_leads_nowhere(path, record, name):
     path.write_text(json.dumps({"kind": "record", **asdict(replace(record, suite=name))}) + "\n")
-    with pytest.raises(ValueError, match=r"toy\.jsonl:1 is no line of a results file: .*suite"):
+    with pytest.raises(ValueError, match=r"toy\.jsonl:1: this is no line of a results file: .*suite"):
         load(path)
 
 
@@ -284,7 +284,7 @@ def test_other_encodings_are_read_or_named(path, record):
         assert load(path).records == [record, record]
     for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"):
         path.write_text(text.replace("a GPU", "a GPÜ").replace("torch", "törch"), encoding=encoding)
-        with pytest.raises(ValueError, match=r"toy\.jsonl( is UTF-16|:1 is not JSON)"):
+        with pytest.raises(ValueError, match=r"toy\.jsonl( is UTF-16|:1: this is not JSON)"):
             load(path)
     path.write_bytes(gzip.compress(text.encode())[:-20])
     with pytest.raises(ValueError, match=r"toy\.jsonl cannot be decompressed"):
