@@ -7,7 +7,7 @@ import gzip
 import json
 import zlib
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from math import inf, isfinite, isnan, nan
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,16 @@ def decode(line: bytes) -> Any:
         raise ValueError(f"this is not JSON: {error}") from error
 
 
-def figures(value: Any) -> Any:
-    """The value with numbers in place of the words for those that are none."""
+def figures(value: Any, texts: Collection[str] = ()) -> Any:
+    """The value with numbers in place of the words for those that are none, but in what has a name of `texts`."""
     if isinstance(value, str):
         return _NUMBERS.get(value, value)
     if isinstance(value, dict):
-        return {name: figures(each) for name, each in value.items()}
-    return [figures(each) for each in value] if isinstance(value, list) else value
+        return {
+            name: each if name in texts and isinstance(each, str) else figures(each, texts)
+            for name, each in value.items()
+        }
+    return [figures(each, texts) for each in value] if isinstance(value, list) else value
 
 
 def is_simple(line: bytes) -> bool:

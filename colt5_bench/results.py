@@ -284,6 +284,9 @@ class _Environment(TypedDict, total=False):
 _FIGURES = ("fields", "timings", "accuracy", "metrics", "limit_seconds", "kernels", "ceilings")
 """Where a line holds numbers."""
 
+_TEXTS = tuple(each.name for each in fields(Timing) if each.type is str)
+"""What is no number there, whatever it says."""
+
 _RECORD = b'{"kind": "record", '
 """How a record begins that this module wrote."""
 
@@ -328,7 +331,7 @@ def _converted(content: Any) -> Record | dict[str, Any]:
     kind = line.pop("kind", None)
     if kind == "record" and line.get("schema") != SCHEMA_VERSION:
         raise ValueError(f"it has schema {line.get('schema')}, this version reads {SCHEMA_VERSION}")
-    line |= {name: figures(line[name]) for name in _FIGURES if name in line}
+    line |= {name: figures(line[name], _TEXTS) for name in _FIGURES if name in line}
     if kind == "record":
         return msgspec.convert(line, Record)
     if kind != "environment":
