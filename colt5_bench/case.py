@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from colt5_bench.lines import Plain
+
 FORWARD = "forward"
 FORWARD_BACKWARD = "forward+backward"
 DIRECTIONS = (FORWARD, FORWARD_BACKWARD)
-
-Plain = str | int | float | bool | None
-"""What a field of a case may be: JSON knows it."""
 
 
 _salt = ContextVar("salt", default="")

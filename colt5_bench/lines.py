@@ -14,6 +14,9 @@ from typing import Any
 
 from colt5_bench.texts import printable
 
+Plain = str | int | float | bool | None
+"""What JSON knows that is no list and has no fields."""
+
 _NUMBERS = {"NaN": nan, "Infinity": inf, "-Infinity": -inf}
 _WORDS = tuple(f'"{word}"'.encode() for word in _NUMBERS)
 _GZIP = b"\x1f\x8b"

@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict
 import msgspec
 import pandas as pd
 
-from colt5_bench.case import Plain
 from colt5_bench.files import append, own, whole
-from colt5_bench.lines import decode, encode, figures, is_simple, lines
+from colt5_bench.lines import Plain, decode, encode, figures, is_simple, lines
 
 SCHEMA_VERSION = 2
 
