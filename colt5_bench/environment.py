@@ -81,7 +81,7 @@ def describe(device: torch.device) -> dict[str, object]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_model(),
-        "cores": _cores(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -166,7 +166,7 @@ def _cpu_model() -> str:
     return next(models, platform.processor() or platform.machine())
 
 
-def _cores() -> int | None:
+def cores() -> int | None:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 

@@ -1,7 +1,7 @@
 """One measurement is one Record; a run is a JSON Lines file of them, written as it goes."""
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from math import nan
@@ -14,6 +14,7 @@ import pandas as pd
 
 from colt5_bench.files import append, own, whole
 from colt5_bench.lines import Plain, decode, encode, figures, is_simple, lines
+from colt5_bench.samples import intervals
 
 SCHEMA_VERSION = 2
 
@@ -356,13 +357,18 @@ _COLUMNS = [each.name for each in fields(Record) if each.name not in _OF_SEVERAL
 
 
 def to_frame(records: Iterable[Record]) -> pd.DataFrame:
-    """A row a record: the fields of the case as columns, `<column>_ms` for each time column, `<tensor>_error`, and
-    the metrics under their names."""
-    return pd.DataFrame([_row(record) for record in records])
+    """A row a record: the fields of the case as columns, `<column>_ms` for each time column with `<column>_ms_low` and
+    `<column>_ms_high`, its 95 % interval, `<tensor>_error`, and the metrics under their names."""
+    records = list(records)
+    # All at once: each on its own would take longer than all the rest.
+    bounds = iter(intervals([timing.samples for record in records for timing in record.timings.values()]).tolist())
+    return pd.DataFrame([_row(record, {column: next(bounds) for column in record.timings}) for record in records])
 
 
-def _row(record: Record) -> dict[str, object]:
+def _row(record: Record, bounds: Mapping[str, Sequence[float]]) -> dict[str, object]:
     row = {**record.fields, **{name: getattr(record, name) for name in _COLUMNS}}
     row |= {f"{column}_ms": 1e3 * (record.seconds(column) or nan) for column in record.timings}
+    row |= {f"{column}_ms_low": 1e3 * low for column, (low, _) in bounds.items()}
+    row |= {f"{column}_ms_high": 1e3 * high for column, (_, high) in bounds.items()}
     row |= {f"{tensor}_error": divergence.largest for tensor, divergence in record.accuracy.items()}
     return row | record.metrics

@@ -17,9 +17,9 @@ from triton.language.extra.cuda import globaltimer
 
 from colt5_bench import cuda_bench, roofline
 from colt5_bench.compare.findings import Verdict, verdict_on
-from colt5_bench.compare.samples import changes_in_turns, judge
 from colt5_bench.environment import device_name
 from colt5_bench.rounds import CPU_COLUMNS, GPU_COLUMNS, Call
+from colt5_bench.samples import changes_in_turns, judge
 from colt5_bench.timing import current, relative_interval, time_interleaved
 
 DURATIONS = {"cpu": (2e-4, 1e-3, 5e-3), "cuda": (2e-3, 8e-3)}

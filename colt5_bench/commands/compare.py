@@ -10,8 +10,8 @@ from colt5_bench.commands._comparison import STATUSES, Comparer, add_options, ex
 from colt5_bench.compare import Comparison, read_baseline
 from colt5_bench.compare.output import FORMATS, append_summary, write
 from colt5_bench.compare.revisions import MOST_TURNS, TURNS, Alternating, MeasuringError, revision
-from colt5_bench.compare.samples import runs_that_confirm
 from colt5_bench.parts import read
+from colt5_bench.samples import runs_that_confirm
 from colt5_bench.selection import SelectionError, load_suites, pick
 from colt5_bench.startup import check, find_checkout
 from colt5_bench.suite import PRESETS

@@ -17,9 +17,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from colt5_bench import plugin
+from colt5_bench import busy, plugin
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED, USAGE, _check, _profile, attempt
 from colt5_bench.commands import list as list_command
+from colt5_bench.environment import cores
 from colt5_bench.isolation import TIME_LIMIT
 from colt5_bench.parts import missing
 from colt5_bench.progress import Watcher
@@ -129,6 +130,8 @@ def main(options: argparse.Namespace) -> int:
     if options.profile:
         return _profile.main(options, [suites[name] for name in options.suite], device, checkout)
     check_against = _check.Check.of(options, suites, device)
+    if device.type == "cpu" and (why := busy.warning(torch.get_num_threads(), cores(), busy.busy_cores())):
+        print(f"warning: {why}", file=sys.stderr)
     return _run(options, {name: suites[name] for name in options.suite}, checkout, check_against)
 
 

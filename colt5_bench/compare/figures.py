@@ -7,9 +7,9 @@ from typing import Any
 
 from colt5_bench.compare.conditions import Pairing
 from colt5_bench.compare.findings import Figure, Finding, Unit, Verdict
-from colt5_bench.compare.samples import Runs, beside, middle
 from colt5_bench.compare.thresholds import Bound, Thresholds
 from colt5_bench.results import Record
+from colt5_bench.samples import Runs, beside, middle
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import inf, isnan
 
 from colt5_bench.results import Divergence, Record
+from colt5_bench.samples import beside, intervals
+
+Interval = tuple[float, float]
 
 
 def varying_fields(records: Sequence[Record]) -> list[str]:
@@ -55,15 +58,50 @@ def share_of_limit(record: Record, column: str) -> float | None:
     return record.limit_seconds / seconds if seconds and record.limit_seconds else None
 
 
+def time_interval(record: Record, column: str) -> Interval | None:
+    """Of the median of a time column, as far as the run can tell."""
+    timing = record.timings.get(column)
+    return _intervals([timing.samples])[0] if timing and timing.samples else None
+
+
 def speed_ups(records: Sequence[Record], reference: str, column: str) -> list[float | None]:
     """Of each record over the reference on the same case, in the same direction and run."""
+    seconds = {id(record): record.seconds(column) or 0.0 for record in records}
+    pairs = _beside_reference(records, reference, column)
+    return [seconds[id(pair[1])] / seconds[id(pair[0])] if pair else None for pair in pairs]
+
+
+def speed_up_intervals(records: Sequence[Record], reference: str, column: str) -> list[Interval | None]:
+    """Of the same speed-ups, by rounds: what slows both in a round is no noise. None for the reference itself."""
+    pairs = _beside_reference(records, reference, column)
+    ratios = [
+        beside(pair[1].timings[column].samples, pair[0].timings[column].samples)
+        for pair in pairs
+        if pair and pair[0] is not pair[1]
+    ]
+    known = iter(_intervals(ratios))
+    return [next(known) if pair and pair[0] is not pair[1] else None for pair in pairs]
+
+
+def spans_one(interval: Interval | None) -> bool:
+    """Whether a ratio with this interval is no difference that was seen."""
+    return interval is not None and interval[0] <= 1 <= interval[1]
+
+
+def _beside_reference(records: Sequence[Record], reference: str, column: str) -> list[tuple[Record, Record] | None]:
+    """Each record that has times with that of the reference which has them, too."""
 
     def point(record: Record) -> tuple[str, str, str, str]:
         return record.environment, record.suite, record.case, record.direction
 
-    theirs = {point(record): record.seconds(column) for record in records if record.implementation == reference}
-    pairs = ((record.seconds(column), theirs.get(point(record))) for record in records)
-    return [base / own if own and base else None for own, base in pairs]
+    timed = [record for record in records if column in record.timings and record.timings[column].samples]
+    theirs = {point(record): record for record in timed if record.implementation == reference}
+    own = {id(record): theirs.get(point(record)) for record in timed}
+    return [(record, base) if (base := own.get(id(record))) else None for record in records]
+
+
+def _intervals(several: Sequence[Sequence[float]]) -> list[Interval]:
+    return [(float(low), float(high)) for low, high in intervals(several)]
 
 
 def short(value: float) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.io.json import to_json_plotly
@@ -16,7 +17,17 @@ from plotly.offline import get_plotlyjs
 from colt5_bench.compare.findings import Comparison, Finding
 from colt5_bench.environment import flat
 from colt5_bench.files import whole
-from colt5_bench.report import main_column, severity, share_of_limit, short, speed_ups, varying_fields, worst_gradient
+from colt5_bench.report import (
+    Interval,
+    main_column,
+    severity,
+    share_of_limit,
+    short,
+    speed_up_intervals,
+    speed_ups,
+    varying_fields,
+    worst_gradient,
+)
 from colt5_bench.report.figures import Card, cards
 from colt5_bench.report.layout import View, by
 from colt5_bench.report.rows import columns, command, details, rows
@@ -27,6 +38,10 @@ PAGE = "report.html"
 
 PASSING = ("key", "utc", "command", "expected", "gpu.at_start.sm_clock_mhz", "gpu.at_start.reasons")
 """What differs between runs under the same conditions."""
+
+
+OURS = "ours"
+"""The implementation that headlines are about."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,11 @@ def write_page(
         endings=_count_endings(run.records),
         records=len(run.records),
         sections=sections,
-        headlines=[headline for section in sections if (headline := _headline(section))],
+        headlines=[
+            headline
+            for own, section in zip(by(run.records, lambda record: record.suite), sections, strict=True)
+            if (headline := _fastest(own, section.reference) or _most_exact(section))
+        ],
         environments=_environments(run),
         cut_off=[file.name for file in run.cut_off],
         comparison=None if findings is None else Comparison(findings),
@@ -173,21 +192,34 @@ def _standings(records: Sequence[Record], reference: str, dtype: str) -> list[St
     return standings
 
 
-def _headline(section: SuiteSection) -> Headline | None:
-    """The largest speed-up of what does the whole operation; of a suite without times, the smallest error."""
-    others = [standing for standing in section.standings if standing.implementation != section.reference]
-    timed = [standing for standing in others if standing.speed_ups and standing.share_of_limit is not None]
-    if timed:
-        fast = max(timed, key=lambda standing: standing.speed_up)
-        count = len(fast.speed_ups)
-        note = (
-            f"{fast.implementation} over {section.reference}: geometric mean of {count} pair{'s' if count > 1 else ''}"
-        )
-        return Headline(
-            section.name,
-            f"{short(fast.speed_up)}x",
-            f"{note}, {short(min(fast.speed_ups))}x to {short(max(fast.speed_ups))}x",
-        )
+def _fastest(records: Sequence[Record], reference: str) -> Headline | None:
+    """The speed-up of our kernels, on what all implementations of the whole operation share. None if it may be none."""
+    main = main_column(records)
+    pairs: dict[str, dict[tuple[str, str], Interval]] = {}
+    for record, bounds in zip(records, speed_up_intervals(records, reference, main), strict=True):
+        if bounds and share_of_limit(record, main) is not None:
+            pairs.setdefault(record.implementation, {})[record.case, record.direction] = bounds
+    shared = set.intersection(*map(set, pairs.values())) if OURS in pairs else set()
+    if not shared:
+        return None
+    with np.errstate(all="ignore"):  # Of a pair with too few samples, of which nothing is known.
+        logarithms = np.log([pairs[OURS][pair] for pair in shared])
+        middles, reach = logarithms.mean(-1), np.diff(logarithms)[:, 0] / 2
+    # Noise of one pair has nothing to do with that of another.
+    count, mean, error = len(shared), middles.mean(), np.sqrt((reach**2).sum()) / len(shared)
+    if not abs(mean) > error:
+        return None
+    unseen = int((abs(middles) <= reach).sum())
+    figure, low, high, least, most = (
+        f"{short(float(np.exp(each)))}x" for each in (mean, mean - error, mean + error, min(middles), max(middles))
+    )
+    note = f"{OURS} over {reference}: geometric mean of {count} pair{'s' if count > 1 else ''}"
+    spread = f", in {unseen} of them no difference was seen" if unseen else f", {least} to {most}"
+    return Headline(records[0].suite, figure, f"{note}{spread}; 95 % interval {low} to {high}")
+
+
+def _most_exact(section: SuiteSection) -> Headline | None:
+    """Of a suite without times, or without a difference in them, the smallest error."""
     errors = {standing.implementation: standing.error for standing in section.standings if standing.error is not None}
     theirs = errors.pop(section.reference, None)
     if not errors or theirs is None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from math import inf
 from textwrap import wrap
 
 from rich.box import SIMPLE_HEAD
@@ -10,13 +11,17 @@ from rich.table import Table
 from rich.text import Text
 
 from colt5_bench.report import (
+    Interval,
     bandwidth,
     label,
     main_column,
     severity,
     share_of_limit,
     short,
+    spans_one,
+    speed_up_intervals,
     speed_ups,
+    time_interval,
     varying_fields,
     worst,
     worst_gradient,
@@ -53,8 +58,9 @@ Column = tuple[str, Callable[[Record], str]]
 def summary(records: Sequence[Record], reference: str, console: Console) -> None:
     """Print one table of all records of one suite, then how they ended and why.
 
-    Times are medians. Speed-up, bandwidth (the least bytes over the time) and share of the limit go by the first time
-    column: GPU time with a cold L2 on a GPU, wall time elsewhere. Of a suite without times the worst cases are shown.
+    Times are medians, with the 95 % interval that the run itself can tell; a speed-up whose interval spans 1 is shown
+    by that interval alone. Speed-up, bandwidth (the least bytes over the time) and share of the limit go by the first
+    time column: GPU time with a cold L2 on a GPU, wall time elsewhere. Of a suite without times the worst cases are shown.
 
     Args:
         records: of one suite.
@@ -156,13 +162,19 @@ def _severity_of_group(group: Group) -> float:
 def _time_columns(records: Sequence[Record], reference: str) -> list[Column]:
     main = main_column(records)
     on_gpu = main == "cold"
-    over = {id(r): ratio for r, ratio in zip(records, speed_ups(records, reference, main), strict=True)}
+    ratios, bounds = speed_ups(records, reference, main), speed_up_intervals(records, reference, main)
+    over = {id(record): each for record, each in zip(records, zip(ratios, bounds, strict=True), strict=True)}
 
     def time(record: Record) -> str:
         return _milliseconds(record, main) if record.status == "ok" else _status(record.status)
 
     def speed_up(record: Record) -> str:
-        return NOTHING if (ratio := over[id(record)]) is None else f"{short(ratio)}x"
+        ratio, interval = over[id(record)]
+        if ratio is None:
+            return NOTHING
+        if interval and spans_one(interval):
+            return f"{short(interval[0])}-{short(interval[1])}x"
+        return f"{short(ratio)}x{_plus_minus(interval)}"
 
     def gigabytes_a_second(record: Record) -> str:
         return NOTHING if (rate := bandwidth(record, main)) is None else short(rate / 1e9)
@@ -219,7 +231,15 @@ def _status(status: str) -> str:
 
 def _milliseconds(record: Record, column: str) -> str:
     seconds = record.seconds(column)
-    return NOTHING if seconds is None else short(1e3 * seconds)
+    return NOTHING if seconds is None else f"{short(1e3 * seconds)}{_plus_minus(time_interval(record, column))}"
+
+
+def _plus_minus(interval: Interval | None) -> str:
+    """`±2%`: half the width of an interval of ratios, on the logarithmic scale."""
+    if interval is None:
+        return ""
+    low, high = interval
+    return f"±{100 * ((high / low) ** 0.5 - 1):.2g}%" if low > 0 and high < inf else "±?"
 
 
 def _megabytes(size: int | None) -> str:

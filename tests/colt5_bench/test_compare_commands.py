@@ -17,8 +17,8 @@ from colt5_bench.case import DIRECTIONS
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNDECIDED, UNMEASURED, USAGE
 from colt5_bench.commands._check import Check
 from colt5_bench.compare.revisions import MOST_TURNS, TURNS
-from colt5_bench.compare.samples import runs_that_confirm
 from colt5_bench.results import load, write
+from colt5_bench.samples import runs_that_confirm
 from colt5_bench.selection import SelectionError
 from tests.colt5_bench import toy
 from tests.colt5_bench.made import record

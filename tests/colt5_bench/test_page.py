@@ -3,9 +3,12 @@ import re
 from math import nan
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from colt5_bench.compare import Finding
 from colt5_bench.report.layout import View
-from colt5_bench.report.page import write_page
+from colt5_bench.report.page import _fastest, write_page
 from colt5_bench.report.rows import columns
 from colt5_bench.results import Run
 from tests.colt5_bench.made import FORWARD, diverging, record, timed
@@ -78,6 +81,28 @@ class TestPage:
         records = [timed("reference", 8), timed("ours", 2), timed("bound", 1)]
         records[2].limit_seconds = None
         assert "ours over reference: geometric mean of 1 pair" in page_of(tmp_path, run_of(*records))
+
+    def test_a_headline_is_about_ours_on_what_all_share(self, tmp_path):
+        """Another one is faster, and has fewer cases."""
+        records = [timed(name, ms, n=n) for n in (1, 2, 3) for name, ms in (("reference", 8), ("ours", 2 * n))]
+        records += [timed("other", 1, n=n) for n in (1, 2)]
+        assert "ours over reference: geometric mean of 2 pairs, 2x to 4x" in page_of(tmp_path, run_of(*records))
+        records = [each for each in records if each.implementation != "ours"]
+        assert "over reference: geometric mean" not in page_of(tmp_path, run_of(*records))
+
+    @pytest.mark.parametrize("count", [1, 2, 3, 10, 100])
+    @pytest.mark.parametrize("spread", [0.01, 0.3, 3.0])
+    def test_a_ratio_that_may_be_1_is_no_headline(self, tmp_path, count, spread):
+        """As of an implementation that is equal to the reference, however the noise falls."""
+        headlines = 0
+        for seed in range(20):
+            generator = np.random.default_rng([seed, count, int(100 * spread)])
+            records = [timed("reference", 1), timed("ours", 1)]
+            for made in records:
+                made.timings["wall"].samples = (1e-3 * generator.lognormal(0, spread, count)).tolist()
+            headlines += _fastest(records, "reference") is not None
+        # 95 % intervals: 6 of 20 at a rate of 1 in 20 are a matter of less than one in a thousand.
+        assert headlines < 6
 
     def test_without_times_the_smallest_error_is_the_headline(self, tmp_path):
         records = [diverging("reference", 0.5), diverging("ours", 1e-5), diverging("other", nan)]

@@ -3,11 +3,12 @@ from io import StringIO
 from math import inf, nan
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from colt5_bench.report import label, plots, varying_fields, worst, worst_gradient
+from colt5_bench.report import label, plots, speed_up_intervals, varying_fields, worst, worst_gradient
 from colt5_bench.report.layout import largest_error
 from colt5_bench.report.plots import write_plots
 from colt5_bench.report.table import MOST_CASES, summary
@@ -31,8 +32,8 @@ class TestTable:
     def test_figures_of_a_timed_record(self):
         text = printed([timed("reference", 8), timed("ours", 2)])
         #                                ms, over, GB/s, of limit, peak, saved, error
-        assert line_of("ours", text) == ["2", "4x", "2", "25%", "12.3", "2", "3.0e-05"]
-        assert line_of("reference", text) == ["8", "1x", "0.5", "6.25%", "12.3", "2", "3.0e-05"]
+        assert line_of("ours", text) == ["2±0.37%", "4x±0.37%", "2", "25%", "12.3", "2", "3.0e-05"]
+        assert line_of("reference", text) == ["8±0.37%", "1x", "0.5", "6.25%", "12.3", "2", "3.0e-05"]
         assert "wall" in text
         assert "GPU" not in text.split("toy on Toy GPU")[1]
 
@@ -42,7 +43,7 @@ class TestTable:
         ours.timings["graph"] = Timing("graph", [1e-3], "max_samples", inf)
         ours.timings["wall"] = Timing("wall", [5e-5], "max_samples", inf)
         text = printed([ours])
-        assert line_of("ours", text)[:7] == ["2", "-", "2", "25%", "1.5", "1", "0.05"]
+        assert line_of("ours", text)[:7] == ["2±0.37%", "-", "2", "25%", "1.5±?", "1±?", "0.05±?"]
         assert all(header in text for header in ("cold L2", "warm", "graph", "host"))
         assert "wall" not in text
 
@@ -61,8 +62,24 @@ class TestTable:
     def test_speed_up_is_over_the_same_case_and_direction(self):
         records = [timed("reference", 8), timed("ours", 2, n=1024), timed("reference", 6, n=1024)]
         records[1].implementation = "ours"
-        assert line_of("ours", printed(records))[1] == "3x"
+        assert line_of("ours", printed(records))[1] == "3x±0.37%"
         assert line_of("ours", printed([timed("reference", 8, direction=BOTH), timed("ours", 2)]))[1] == "-"
+
+    @pytest.mark.parametrize("count", [1, 2, 3, 10, 100])
+    @pytest.mark.parametrize("spread", [0.0, 0.01, 0.3, 3.0])
+    @pytest.mark.parametrize("factor", [1.0, 1.1, 9.0, 22.0])
+    def test_a_speed_up_that_may_be_none_is_shown_as_such(self, count, spread, factor):
+        """Whatever the noise: what is shown as a number has an interval beside it that leaves 1 out."""
+        generator = np.random.default_rng([count, int(100 * spread), int(factor)])
+        records = [timed("reference", 8), timed("ours", 2)]
+        for made, milliseconds in zip(records, (factor, 1), strict=True):
+            made.timings["wall"].samples = (1e-3 * milliseconds * generator.lognormal(0, spread, count)).tolist()
+        milliseconds, ratio = line_of("ours", printed(records))[:2]
+        (_, (low, high)) = speed_up_intervals(records, "reference", "wall")
+        assert re.fullmatch(r"\S+±(\?|\S+%)", milliseconds)
+        assert re.fullmatch(r"\S+-\S+x" if low <= 1 <= high else r"\S+x±\S+%", ratio)
+        if count < 3 or factor == 1.0:
+            assert "±" not in ratio
 
     def test_what_is_not_ok_shows_its_status_and_every_reason_once(self):
         records = [timed("ours", 1)]

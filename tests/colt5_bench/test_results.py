@@ -149,6 +149,7 @@ def test_frame_has_fields_and_figures_as_columns(record):
     (row,) = to_frame([record]).to_dict("records")
     assert row["n"] == 8
     assert row["cold_ms"] == 2.0
+    assert 0 <= row["cold_ms_low"] <= 2.0 <= row["cold_ms_high"]
     assert row["output_error"] == 1e-6
     assert row["saturated"] == 3.0
     assert row["status"] == "ok"

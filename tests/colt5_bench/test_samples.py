@@ -10,7 +10,7 @@ from scipy.stats import mannwhitneyu, ttest_ind
 
 from colt5_bench.compare import simulation
 from colt5_bench.compare.findings import verdict_on
-from colt5_bench.compare.samples import (
+from colt5_bench.samples import (
     SIGNIFICANCE,
     Changes,
     beside,

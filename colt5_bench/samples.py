@@ -40,6 +40,9 @@ CONFIDENCE = 0.95
 BLOCKS = 5
 """Into which the samples of a run are divided: fewer say little about their spread, and shorter ones are alike."""
 
+FEWEST_SAMPLES = 3
+"""Of which a run's own interval is made."""
+
 BETWEEN_RUNS = {"cold": 0.01, "warm": 0.01, "graph": 0.01, "wall": 0.03}
 """What times of equal code differ by from run to run, by column: standard deviation of their logarithms, beyond what a
 side of one run shows."""
@@ -164,7 +167,7 @@ def changes(before: Level, after: Level, least_p: Array, between_runs: float = B
         least_p: what p values have to be, whatever the noise seems to be: that of the rank test where runs are many
             enough for it, elsewhere 1 for samples that are `reaching`.
     """
-    value = after.value - before.value
+    value = np.round(after.value - before.value, 12)  # Without what is a matter of rounding.
     seen = before.variance + after.variance
     counted = 1 / before.runs + 1 / after.runs
     runs = np.minimum(before.runs, after.runs)
@@ -182,10 +185,30 @@ def changes(before: Level, after: Level, least_p: Array, between_runs: float = B
 
 def changes_in_turns(before: Sequence[float], after: Sequence[float]) -> Changes:
     """Of calls that took turns in one process: the ratios of their rounds, block by block."""
-    ratios = np.log(beside(after, before))
-    blocks = np.array_split(ratios, min(BLOCKS, len(ratios)))
-    ratio = of_runs(np.array([np.median(block) for block in blocks]))
-    return _tested(ratio.value, ratio.variance + REPEATED**2 / BLOCKS, ratio.freedom)
+    return _by_blocks(np.log(beside(after, before)))
+
+
+def intervals(several: Sequence[Sequence[float]]) -> Array:
+    """The interval of what is typical of each series of samples, as a row of two: what the run itself can tell. Fewer
+    than three samples tell nothing, and have one from 0 to infinity."""
+    bounds = np.tile([0.0, np.inf], (len(several), 1))
+    by_length: dict[int, list[int]] = {}
+    for index, samples in enumerate(several):
+        by_length.setdefault(len(samples), []).append(index)
+    for length, indices in by_length.items():
+        if length >= FEWEST_SAMPLES:
+            with np.errstate(all="ignore"):  # Of what is no time, and has no interval.
+                found = _by_blocks(np.log([several[index] for index in indices]))
+            bounds[indices] = np.exp(np.stack([found.low, found.high], axis=-1))
+    return bounds
+
+
+def _by_blocks(logarithms: Array) -> Changes:
+    """Of samples of one run along the last axis, whose blocks are taken for independent."""
+    count = min(BLOCKS, logarithms.shape[-1])
+    blocks = [np.median(block, -1) for block in np.array_split(logarithms, count, axis=-1)]
+    level = of_runs(np.stack(blocks, axis=-1))
+    return _tested(level.value, level.variance + REPEATED**2 / count, level.freedom)
 
 
 def _tested(value: Array, variance: Array, freedom: Array) -> Changes:

@@ -1,0 +1,22 @@
+"""Whether a machine has the cores that a run wants."""
+
+import os
+
+
+def busy_cores() -> float | None:
+    """How many cores others keep busy, of the last minute; None where the machine cannot tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def warning(threads: int, cores: int | None, busy: float | None) -> str:
+    """What has to be known before times are taken, or nothing.
+
+    Args:
+        threads: that a call runs in.
+        cores: that this process may use.
+        busy: how many of them are taken.
+    """
+    if cores is None or busy is None or threads <= max(cores - round(busy), 0):
+        return ""
+    named = f"{threads} thread{'s' if threads > 1 else ''}"
+    return f"calls run in {named}, and {max(cores - busy, 0):.1f} of {cores} cores are free: times will tell how busy the machine is. Wait for it, or let OMP_NUM_THREADS say fewer."
