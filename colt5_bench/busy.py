@@ -18,5 +18,8 @@ def warning(threads: int, cores: int | None, busy: float | None) -> str:
     """
     if cores is None or busy is None or threads <= max(cores - round(busy), 0):
         return ""
-    named = f"{threads} thread{'s' if threads > 1 else ''}"
-    return f"calls run in {named}, and {max(cores - busy, 0):.1f} of {cores} cores are free: times will tell how busy the machine is. Wait for it, or let OMP_NUM_THREADS say fewer."
+    named, free = f"{threads} thread{'s' if threads > 1 else ''}", max(cores - busy, 0)
+    return (
+        f"calls ran in {named}, and {free:.1f} of {cores} cores were free before: times tell how busy the machine was. "
+        "Wait for it, or let OMP_NUM_THREADS say fewer."
+    )

@@ -130,8 +130,6 @@ def main(options: argparse.Namespace) -> int:
     if options.profile:
         return _profile.main(options, [suites[name] for name in options.suite], device, checkout)
     check_against = _check.Check.of(options, suites, device)
-    if device.type == "cpu" and (why := busy.warning(torch.get_num_threads(), cores(), busy.busy_cores())):
-        print(f"warning: {why}", file=sys.stderr)
     return _run(options, {name: suites[name] for name in options.suite}, checkout, check_against)
 
 
@@ -194,6 +192,8 @@ def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, direct
     directory.mkdir(parents=True, exist_ok=True)
     # Options for the user's own tests could leave out what is to be measured.
     os.environ.pop("PYTEST_ADDOPTS", None)
+    on_cpu = suite.timed and choose_device(options.device).type == "cpu"
+    crowded = busy.warning(torch.get_num_threads(), cores(), busy.busy_cores()) if on_cpu else ""
     with Watcher(suite.name, quiet=options.quiet, verbose=options.verbose) as watcher:
         code = pytest.main(
             [
@@ -220,7 +220,7 @@ def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, direct
         run = load(results)
         failed |= any(record.status in FAILED for record in run.records)
         complete = not missing(run)
-        _show(run, suite, quiet=options.quiet)
+        _show(run, suite, crowded, quiet=options.quiet)
     if code == pytest.ExitCode.INTERRUPTED and not watcher.failures:
         return INTERRUPTED
     if not complete:
@@ -230,12 +230,14 @@ def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, direct
     return FAILURE if failed else DONE
 
 
-def _show(run: Run, suite: Suite, *, quiet: bool) -> None:
+def _show(run: Run, suite: Suite, crowded: str, *, quiet: bool) -> None:
     directory, console = run.path.parent, Console()
     if quiet:
         endings(run.records, console)
     else:
         summary(run.records, suite.reference, console)
+        if crowded:
+            console.print(f"warning: {crowded}", soft_wrap=True, highlight=False)
     draw = partial(write_plots, run.records, directory, x=suite.x_axis, lines=suite.lines)
     plots = attempt("plots", draw) if run.records else []
     console.print(f"results: {run.path}", soft_wrap=True, highlight=False)

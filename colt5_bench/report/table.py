@@ -60,7 +60,8 @@ def summary(records: Sequence[Record], reference: str, console: Console) -> None
 
     Times are medians, with the 95 % interval that the run itself can tell; a speed-up whose interval spans 1 is shown
     by that interval alone. Speed-up, bandwidth (the least bytes over the time) and share of the limit go by the first
-    time column: GPU time with a cold L2 on a GPU, wall time elsewhere. Of a suite without times the worst cases are shown.
+    time column: GPU time with a cold L2 on a GPU, wall time elsewhere. Of a suite without times the worst cases are
+    shown.
 
     Args:
         records: of one suite.

@@ -17,7 +17,7 @@ def test_it_is_given_where_threads_exceed_free_cores(threads, cores, busy):
     if threads + busy <= cores:
         assert not said
     if said:
-        assert f"of {cores} cores are free" in said
+        assert f"of {cores} cores were free" in said
         assert f"{threads} thread" in said
 
 
