@@ -1,7 +1,7 @@
 """One measurement is one Record; a run is a JSON Lines file of them, written as it goes."""
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from math import nan
@@ -362,13 +362,14 @@ def to_frame(records: Iterable[Record]) -> pd.DataFrame:
     records = list(records)
     # All at once: each on its own would take longer than all the rest.
     bounds = iter(intervals([timing.samples for record in records for timing in record.timings.values()]).tolist())
-    return pd.DataFrame([_row(record, {column: next(bounds) for column in record.timings}) for record in records])
+    return pd.DataFrame([_row(record, bounds) for record in records])
 
 
-def _row(record: Record, bounds: Mapping[str, Sequence[float]]) -> dict[str, object]:
+def _row(record: Record, bounds: Iterator[list[float]]) -> dict[str, object]:
     row = {**record.fields, **{name: getattr(record, name) for name in _COLUMNS}}
     row |= {f"{column}_ms": 1e3 * (record.seconds(column) or nan) for column in record.timings}
-    row |= {f"{column}_ms_low": 1e3 * low for column, (low, _) in bounds.items()}
-    row |= {f"{column}_ms_high": 1e3 * high for column, (_, high) in bounds.items()}
+    for column in record.timings:
+        low, high = next(bounds)
+        row[f"{column}_ms_low"], row[f"{column}_ms_high"] = 1e3 * low, 1e3 * high
     row |= {f"{tensor}_error": divergence.largest for tensor, divergence in record.accuracy.items()}
     return row | record.metrics

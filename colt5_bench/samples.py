@@ -192,11 +192,10 @@ def intervals(several: Sequence[Sequence[float]]) -> Array:
     """The interval of what is typical of each series of samples, as a row of two: what the run itself can tell. Fewer
     than three samples tell nothing, and have one from 0 to infinity."""
     bounds = np.tile([0.0, np.inf], (len(several), 1))
-    by_length: dict[int, list[int]] = {}
-    for index, samples in enumerate(several):
-        by_length.setdefault(len(samples), []).append(index)
-    for length, indices in by_length.items():
+    lengths = np.fromiter(map(len, several), dtype=int)
+    for length in np.unique(lengths):
         if length >= FEWEST_SAMPLES:
+            indices = np.flatnonzero(lengths == length)
             with np.errstate(all="ignore"):  # Of what is no time, and has no interval.
                 found = _by_blocks(np.log([several[index] for index in indices]))
             bounds[indices] = np.exp(np.stack([found.low, found.high], axis=-1))
