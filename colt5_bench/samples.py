@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtr, stdtrit
-from scipy.stats import mannwhitneyu
 
 Array = NDArray[Any]
 Runs = Sequence[Sequence[float]]
@@ -154,6 +153,8 @@ def reaching(before: Array, after: Array) -> Array:
 
 def rank_test(before: ArrayLike, after: ArrayLike) -> Array:
     """The p value of the exact Mann-Whitney test of the medians of runs, which lie along the last axis."""
+    from scipy.stats import mannwhitneyu  # Takes long to import, and tables of results need none of it.
+
     return np.asarray(mannwhitneyu(before, after, axis=-1, method="exact").pvalue)
 
 
@@ -195,7 +196,7 @@ def intervals(several: Sequence[Sequence[float]]) -> Array:
     lengths = np.fromiter(map(len, several), dtype=int)
     for length in np.unique(lengths):
         if length >= FEWEST_SAMPLES:
-            indices = np.flatnonzero(lengths == length)
+            indices = np.flatnonzero(lengths == length).tolist()
             with np.errstate(all="ignore"):  # Of what is no time, and has no interval.
                 found = _by_blocks(np.log([several[index] for index in indices]))
             bounds[indices] = np.exp(np.stack([found.low, found.high], axis=-1))
