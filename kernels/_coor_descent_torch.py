@@ -104,7 +104,8 @@ def backward(
     work = torch.empty_like(s)
     ds = _exp_above(s, -trace[:, -1], last_temperature, out=torch.empty_like(s)).clamp_(max=1.0)
     ds.mul_(grad).mul_(1.0 / last_temperature).mul_(torch.le(s, thresholds[:, -1:], out=work))
-    ds = _fill_hidden(ds, mask)
+    # However large the gradient from above is there.
+    ds.masked_fill_(s == -torch.inf, 0.0)
 
     # Each a hands on to the one before it what it received, times the share of the sum above the threshold.
     handed_on = torch.cat([ratio[:, 1:], torch.ones_like(ratio[:, :1])], dim=1)

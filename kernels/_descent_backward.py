@@ -40,15 +40,13 @@ LARGEST: tl.constexpr = tl.constexpr(in_pytorch.LARGEST)
 
 
 @triton.jit
-def direct_gradient(scores, grad, a, temperature, factor, HAS_MASK: tl.constexpr):
-    """The gradient of the scores through the output alone, at constant a: g y / temperature where y < 1."""
+def direct_gradient(scores, grad, a, temperature, factor):
+    """The gradient of the scores through the output alone, at constant a: g y / temperature where y < 1, and 0 for a
+    score of -inf, however large g is there."""
     slope, offset, rest = exponent_line(-a, factor)
     scale = exp2(tl.minimum(rest, 1.0).to(tl.float32)) * inverse(temperature).to(tl.float32)
     direct = grad * exp2_line(scores, slope, offset) * per_row(scale)
-    direct = tl.where(scores > per_row(round_down(-a)), 0.0, direct)
-    if HAS_MASK:
-        direct = tl.where(scores == -float("inf"), 0.0, direct)
-    return direct
+    return tl.where((scores > per_row(round_down(-a))) | (scores == -float("inf")), 0.0, direct)
 
 
 @triton.jit
@@ -81,7 +79,7 @@ def _grad_a_kernel(
     scores = from_origin(scores, tl.load(a_ptrs + 1).to(tl.float32))
     schedule_ptr = row_state(state_ptr, n_rows + tl.zeros((), tl.int64), n_iters) + n_iters
     temperature, factor = tl.load(schedule_ptr), tl.load(schedule_ptr + n_iters + 1)
-    direct = direct_gradient(scores, grad, a, temperature, factor, HAS_MASK)
+    direct = direct_gradient(scores, grad, a, temperature, factor)
     grad_a = tl.sum(sum_in_thread(direct, REPEATS, ROWS, WIDTH), axis=1)
     tl.store(grad_a_ptr + tl.program_id(0) + tl.arange(0, ROWS), grad_a)
 
@@ -133,7 +131,7 @@ def _backward_kernel(
     inverse_k = inverse(load_k(k_ptr, rows, k, n_rows, HAS_K))
     if SLOTS == 1:
         grad = tl.load(grad_ptrs, mask=exists, other=0.0).to(tl.float32)
-        direct = direct_gradient(scores, grad, last_a, last_temperature, last_factor, HAS_MASK)
+        direct = direct_gradient(scores, grad, last_a, last_temperature, last_factor)
         grad_a = tl.sum(sum_in_thread(direct, REPEATS, ROWS, WIDTH), axis=1)
     else:
         in_slot = tl.zeros([SLOTS], tl.float64)
@@ -189,7 +187,7 @@ def _backward_kernel(
     again = opaque(rows)
     last_a = tl.load(row_state(state_ptr, again, n_iters) + n_iters - 1, mask=row_exists, other=0.0)
     grad = tl.load(tile_pointers(grad_ptr, again, columns, grad_stride), mask=exists, other=0.0).to(tl.float32)
-    ds = direct_gradient(scores, grad, last_a, last_temperature, last_factor, HAS_MASK) - through_a
+    ds = direct_gradient(scores, grad, last_a, last_temperature, last_factor) - through_a
     if HAS_MASK:
         ds = tl.where(scores == -float("inf"), 0.0, ds)
     tl.store(tile_pointers(ds_ptr, rows, columns, n), ds.to(ds_ptr.dtype.element_ty), mask=exists)

@@ -83,7 +83,7 @@ def _thresholds_kernel(
         position = tl.load(indices_ptr + prefix * selected + slot, mask=exists, other=0)
         score = tl.load(scores_ptr + row * scores_stride + position, mask=exists, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + prefix * selected + slot, mask=exists, other=0.0).to(tl.float32)
-        direct = direct_gradient(score[None, None, :], grad[None, None, :], last_a, temperature, factor, False)
+        direct = direct_gradient(score[None, None, :], grad[None, None, :], last_a, temperature, factor)
         direct = tl.reshape(direct, [SLOTS])
         total += direct.to(tl.float64)
         # The windows that selected a token begin with the one after its own.

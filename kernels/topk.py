@@ -217,12 +217,9 @@ def _backward(
     grad_values, grad_soft, grad_gates = (
         None if grad is None else grad.to(wide) for grad in (grad_values, grad_soft, grad_gates)
     )
-    # A value is its score, but 0 where nothing was selected.
+    # A value is its score, but 0 where nothing was selected. What that hands on, the gradient of the descent leaves out.
     through_value = None if grad_values is None else grad_values * values
     through_gate = _sum(grad_gates, through_value)
-    if mask is not None and through_gate is not None:
-        # A gate is 0 where nothing was selected, and then nothing depends on anything.
-        through_gate = torch.where(gates != 0, through_gate, 0.0)
     grad = torch.zeros_like(x).scatter_(-1, indices, _sum(through_gate, grad_soft))
     dx, _ = descent_gradients(grad, x, mask, None, k, n_iters, eps, first, eps_decay, state)
     return (dx if grad_values is None else dx.scatter_add_(-1, indices, grad_values * gates)).to(dtype)

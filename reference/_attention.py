@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from reference._arguments import check_counts, require
-from reference._autocast import autocast_dtype
+from reference._autocast import autocast_dtype, without_autocast
 from reference._operations import choose, path
 from reference.normalize import normalize
 
@@ -104,10 +104,15 @@ def _attend_by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     if torch.compiler.is_compiling():
         # No more can be asked of what it compiles.
         return F.scaled_dot_product_attention(*tensors, attn_mask=mask)
-    if torch._C._are_functorch_transforms_active() or any(unpack_dual(each).tangent is not None for each in tensors):
+    if torch._C._are_functorch_transforms_active() or _are_dual(tensors):
         return _attend_by_formula(*tensors, mask)
     out = F.scaled_dot_product_attention(*tensors, attn_mask=mask)
-    return _WithSecondDerivative.apply(out, *tensors, mask)
+    return _WithSecondDerivative.apply(out, *tensors, mask) if out.requires_grad else out
+
+
+def _are_dual(tensors: tuple[Tensor, ...]) -> bool:
+    in_forward_mode = forward_ad._current_level >= 0
+    return in_forward_mode and any(forward_ad.unpack_dual(each).tangent is not None for each in tensors)
 
 
 class _WithSecondDerivative(torch.autograd.Function):
@@ -126,7 +131,7 @@ class _WithSecondDerivative(torch.autograd.Function):
         *tensors, mask = ctx.saved_tensors
         # The dtype of the result is what autocast has chosen.
         query, key, value = (each.to(grad.dtype) for each in tensors)
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad):
             out = _attend_by_formula(query, key, value, mask)
         needed = ctx.needs_input_grad[1:4]
         differentiable = [each for each, wanted in zip(tensors, needed, strict=True) if wanted]

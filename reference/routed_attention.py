@@ -76,16 +76,18 @@ def attend_to_routed(
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether nobody can tell the product with its weight from a call: a linear layer as PyTorch has it."""
+    # Past `nn.Module.__getattr__`, which takes longer than all the rest.
+    parameters = linear._parameters
     return (
         type(linear) is nn.Linear
-        and linear._parameters["bias"] is None
+        and parameters["bias"] is None
         and "forward" not in vars(linear)
         and not linear._forward_hooks
         and not linear._forward_pre_hooks
         and not linear._backward_hooks
         and not linear._backward_pre_hooks
         and not _has_any_global_hook()
-        and not is_traceable_wrapper_subclass(linear.weight)
+        and not is_traceable_wrapper_subclass(parameters.get("weight"))
     )
 
 

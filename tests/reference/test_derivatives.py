@@ -93,6 +93,13 @@ def test_the_second_derivative_is_that_of_fp64(dtype, autocast, device):
         assert ((actual.double() - expected).norm() / expected.norm()).item() < rounding
 
 
+def test_meta_tensors_have_a_second_derivative():
+    function, tensors = samples.call(reference, "windowed_attention", torch.float32, "meta")
+    gradients = torch.autograd.grad(function(*tensors).square().sum(), tensors, create_graph=True)
+    second = torch.autograd.grad(sum(each.square().sum() for each in gradients), tensors)
+    assert [each.shape for each in second] == [each.shape for each in tensors]
+
+
 def test_an_ordinary_gradient_is_the_kernels_own():
     """To the bit, and with nothing more kept."""
     query = torch.randn(1, 2, 8, 16, requires_grad=True)
