@@ -217,7 +217,7 @@ def _backward(
     grad_values, grad_soft, grad_gates = (
         None if grad is None else grad.to(wide) for grad in (grad_values, grad_soft, grad_gates)
     )
-    # A value is its score, but 0 where nothing was selected. What that hands on, the gradient of the descent leaves out.
+    # A value is its score, but 0 where nothing was selected: what that hands on, the gradient of descent leaves out.
     through_value = None if grad_values is None else grad_values * values
     through_gate = _sum(grad_gates, through_value)
     grad = torch.zeros_like(x).scatter_(-1, indices, _sum(through_gate, grad_soft))

@@ -1,12 +1,12 @@
 """A small call of every operation and layer: the tensors that it differentiates, and its other arguments."""
 
 from contextlib import contextmanager
-from inspect import isfunction
 from itertools import product
 
 import torch
 
-from tests.reference.conftest import SIZES, build
+from tests.calls import results
+from tests.reference.conftest import build
 
 MASK = torch.tensor([[True, False, True, True, True, True, False], [True] * 7])
 DESCENT = {"n_iters": 3, "eps": 0.3, "eps_init": 1.0, "eps_decay": 0.7}
@@ -51,11 +51,6 @@ INPUTS = {
 """Of layers that take more than tokens `b n d`."""
 
 
-def operations(package):
-    """Names of the functions that a package exports."""
-    return [name for name in package.__all__ if isfunction(getattr(package, name))]
-
-
 def call(package, name, dtype=torch.float64, device="cpu", **more):
     """An operation as a function of the tensors that it differentiates, and these."""
     shapes, options = OPERATIONS[name]
@@ -72,11 +67,8 @@ def call(package, name, dtype=torch.float64, device="cpu", **more):
 
 def layer(name, dtype=torch.float64, device="cpu", **options):
     """A layer without a straight-through gradient, and tokens or images for it."""
-    if name != "CoordinateDescentRouter":
-        options = {"router_straight_through": False, **options}
-    module = build(name, **options).to(device, dtype)
-    if name == "CoordinateDescentRouter":
-        module.straight_through = False
+    straight_through = "straight_through" if name == "CoordinateDescentRouter" else "router_straight_through"
+    module = build(name, **{straight_through: False, **options}).to(device, dtype)
     shapes = INPUTS.get(name, ((1, 18, 16),))
     tensors = [torch.randn(shape, dtype=torch.float64, device="cpu").to(device, dtype) for shape in shapes]
     return module, [tensor.requires_grad_() for tensor in tensors]
@@ -84,16 +76,11 @@ def layer(name, dtype=torch.float64, device="cpu", **options):
 
 def leaves(result):
     """The floating tensors of a result."""
-    results = result if isinstance(result, tuple) else (result,)
-    return [each for each in results if isinstance(each, torch.Tensor) and each.is_floating_point()]
+    return [each for each in results(result) if each.is_floating_point()]
 
-
-LAYERS = sorted(SIZES)
-"""Names of the layers, of each of which there is one size."""
 
 ROTARY = {f"ConditionalRouted{name}Attention": {"rotary_emb": True} for name in ("", "Autoregressive")}
 """Options of layers that make something of their own in each call."""
-
 
 EVERY_DEFAULT = list(product((torch.bfloat16, torch.float16, torch.float32, torch.float64), (None, "meta")))
 """Default dtypes, and devices, of which `meta` shows on a CPU what a wrong one would do."""

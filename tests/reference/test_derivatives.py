@@ -7,6 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
 import reference
+from tests.calls import LAYERS, REFERENCES
 from tests.reference import samples
 
 # PyTorch's own rules of forward mode are such scripts.
@@ -27,10 +28,9 @@ OPTIONS = {
 
 
 def test_everything_has_a_sample():
-    functions = samples.operations(reference)
-    classes = {name: getattr(reference, name) for name in reference.__all__ if name not in functions}
-    assert sorted(name for name, found in classes.items() if issubclass(found, nn.Module)) == samples.LAYERS
-    assert set(functions) == set(samples.OPERATIONS) - {"segmented_coor_descent"}
+    classes = {name: getattr(reference, name) for name in reference.__all__ if name not in REFERENCES}
+    assert sorted(name for name, found in classes.items() if issubclass(found, nn.Module)) == LAYERS
+    assert set(REFERENCES) == set(samples.OPERATIONS) - {"segmented_coor_descent"}
 
 
 def differentiable(name, result):
@@ -39,7 +39,7 @@ def differentiable(name, result):
 
 
 @DEVICES
-@pytest.mark.parametrize("name", [name for name in samples.operations(reference) if name != "select"])
+@pytest.mark.parametrize("name", [name for name in REFERENCES if name != "select"])
 def test_operations(name, device):
     function, tensors = samples.call(reference, name, device=device)
     check(lambda *tensors: differentiable(name, function(*tensors)), tensors)
@@ -47,7 +47,7 @@ def test_operations(name, device):
 
 @DEVICES
 @pytest.mark.parametrize(
-    ("name", "options"), [(name, options) for name in samples.LAYERS for options in [{}, *OPTIONS.get(name, [])]]
+    ("name", "options"), [(name, options) for name in LAYERS for options in [{}, *OPTIONS.get(name, [])]]
 )
 def test_layers(name, options, device):
     """Of all that they are given and all of their parameters."""

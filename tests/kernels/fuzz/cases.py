@@ -13,16 +13,12 @@ from math import log2, prod
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import kernels
 import reference
+from tests.calls import LAYERS
 
-LAYERS = sorted(
-    name
-    for name in reference.__all__
-    if isinstance(getattr(reference, name), type(nn.Module)) and issubclass(getattr(reference, name), nn.Module)
-)
 NAMES = [*kernels.__all__, *LAYERS]
 
 EXCLUDED = {

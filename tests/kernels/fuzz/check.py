@@ -69,9 +69,9 @@ def examine(case: Case, device: torch.device) -> Verdict:
     except Exception as error:
         if isinstance(error, torch.AcceleratorError) or "CUDA" in str(error):
             raise
-        ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+        frames = [each for each in traceback.extract_tb(error.__traceback__) if "site-packages" not in each.filename]
         message = f"{type(error).__name__}: {error}".splitlines()[0]
-        return Verdict(case, "failed", [f"{message} ({ours[-1].filename.rsplit('/', 1)[-1]}:{ours[-1].lineno})"])
+        return Verdict(case, "failed", [f"{message} ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})"])
 
 
 def _examine(case: Case, device: torch.device) -> Verdict:
