@@ -366,7 +366,7 @@ def launch_forward(
     kernel[plan.grid](
         scores,
         scores if mask is None else mask,
-        scores if k_rows is None else k_rows.contiguous(),
+        scores if k_rows is None else k_rows,
         y,
         a,
         b,
@@ -408,7 +408,7 @@ def launch_backward(
         grad,
         scores,
         scores if mask is None else mask,
-        scores if k_rows is None else k_rows.contiguous(),
+        scores if k_rows is None else k_rows,
         a,
         b,
         temperatures,
