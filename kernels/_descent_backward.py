@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import _coor_descent_torch as in_pytorch
-from kernels._descent_forward import cooling_iterations, from_origin
+from kernels._descent_forward import cooling_iterations
 from kernels._descent_state import iterations_of, row_state
 from kernels._launch import Plan, planner, tile_settings
 from kernels._primitives import (
@@ -76,7 +76,7 @@ def _grad_a_kernel(
     grad = tl.load(grad_ptrs, mask=columns < n, other=0.0).to(tl.float32)
     a_ptrs = row_state(state_ptr, rows, n_iters) + n_iters - 1
     a = tl.load(a_ptrs)
-    scores = from_origin(scores, tl.load(a_ptrs + 1).to(tl.float32))
+    scores -= per_row(tl.load(a_ptrs + 1).to(tl.float32))
     schedule_ptr = row_state(state_ptr, n_rows + tl.zeros((), tl.int64), n_iters) + n_iters
     temperature, factor = tl.load(schedule_ptr), tl.load(schedule_ptr + n_iters + 1)
     direct = direct_gradient(scores, grad, a, temperature, factor)
@@ -127,7 +127,8 @@ def _backward_kernel(
     previous = tl.load(a_ptrs - 1, mask=row_exists & (n_iters > 1), other=0.0)
 
     scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
-    scores = from_origin(scores, tl.load(a_ptrs + 1, mask=row_exists, other=0.0).to(tl.float32))
+    # Without a branch for rows whose origin is 0: the loads below would wait for it.
+    scores -= per_row(tl.load(a_ptrs + 1, mask=row_exists, other=0.0).to(tl.float32))
     inverse_k = inverse(load_k(k_ptr, rows, k, n_rows, HAS_K))
     if SLOTS == 1:
         grad = tl.load(grad_ptrs, mask=exists, other=0.0).to(tl.float32)

@@ -24,7 +24,6 @@ from kernels._primitives import (
     exp2_minus_1,
     exp2_wide,
     exponent_line,
-    fewest_slots,
     highest_in_thread,
     inverse,
     is_above,
@@ -36,6 +35,7 @@ from kernels._primitives import (
     max_or_nan,
     per_row,
     round_down,
+    slots_for,
     sum_and_count,
     sum_in_thread,
     tile_columns,
@@ -427,7 +427,7 @@ def _shared(piece: int, in_thread: int, programs: int) -> dict[str, Any]:
     return {
         **tile,
         "PROGRAMS": programs,
-        "SLOTS": max(triton.next_power_of_2(programs), fewest_slots(tile["num_warps"])),
+        "SLOTS": slots_for(programs, tile["num_warps"]),
         "launch_cooperative_grid": True,
         # All that a multiprocessor has: left to itself, an assembler may spill to make room for a second program.
         "maxnreg": most_registers(tile["num_warps"]),

@@ -324,9 +324,11 @@ def round_down(x):
     return tl.where(nearest.to(tl.float64) > x, below, nearest)
 
 
-def fewest_slots(num_warps: int) -> int:
-    """Slots of `exchange` with which each thread of a program has a word of its own."""
-    return 32 * num_warps // 4
+def slots_for(programs: int, num_warps: int) -> int:
+    """Slots of `exchange`: few enough that each warp reads all words at once, or so many that no two threads of a
+    program read the same word."""
+    slots = triton.next_power_of_2(programs)
+    return slots if 4 * slots <= 32 else max(slots, 32 * num_warps // 4)
 
 
 @triton.jit
@@ -339,8 +341,8 @@ def exchange(mailbox_ptr, step, part, first, second, third, PROGRAMS: tl.constex
     only when they have read t. All programs of a row must be running, so the grid is launched cooperatively; the
     mailbox starts as zeros and steps count from 1.
 
-    SLOTS x 4 words are at least as many as there are threads (`fewest_slots`). Of fewer words several threads would
-    load each, at moments of their own, and one of them might find a word that another one does not find yet.
+    Several warps that read the same word do so at moments of their own, and one may find what another does not find
+    yet. So either each warp has all words and goes by what it has read itself, or no word is read twice (`slots_for`).
     """
     word = tl.arange(0, 4)
     slot = tl.arange(0, SLOTS)

@@ -15,8 +15,9 @@ from kernels._operators import backward_of, define, define_backward, define_grad
 from kernels._primitives import highest_in_thread, load_tile, max_or_nan, per_row, tile_columns
 from kernels.coor_descent import _gradients as descent_gradients
 from kernels.coor_descent import coor_descent
+from kernels.select import select
 from reference._arguments import check_schedule, check_scores, first_temperature
-from reference.topk import TopkReturn, check_topk, select_topk
+from reference.topk import TopkReturn, check_topk, largest, select_topk
 from reference.topk import topk as plain_topk
 
 LONGEST = 4096
@@ -273,6 +274,10 @@ define_gradient("topk", _setup_context, _differentiate)
 _eager = eager(_forward, _setup_context, _differentiate)
 
 
+def _choose(x: Tensor, k: int, mask: Tensor | None) -> Tensor:
+    return select(x, num_selected=k, mask=mask)
+
+
 def topk(
     x: Tensor,
     k: int,
@@ -286,7 +291,8 @@ def topk(
     non_differentiable: bool = False,
 ) -> TopkReturn:
     """`reference.topk`, which `fused=True` computes with kernels: rows of up to 4096 entries, of which up to 32 are
-    selected, in a single one, where of equal entries the first is selected; others with `coor_descent` and torch.topk.
+    selected, in a single one; others with `coor_descent` and `select`. Of equal entries the first is selected. A CPU
+    tensor, and one of fp64, is selected from by torch.topk.
 
     Arguments, results and errors are those of `reference.topk`.
     """
@@ -296,7 +302,8 @@ def topk(
     check_scores(x, mask)
     check_topk(x, k, coor_descent_k_ratio)
     if non_differentiable or k > MOST or x.shape[-1] > LONGEST or not runs_triton(x):
-        return select_topk(coor_descent, x, k, *rest, non_differentiable)
+        choose = _choose if runs_triton(x) and x.dtype != torch.float64 else largest
+        return select_topk(coor_descent, choose, x, k, *rest, non_differentiable)
 
     check_schedule(n_iters, eps, eps_init, eps_decay)
     save = x.requires_grad and torch.is_grad_enabled()

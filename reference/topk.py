@@ -58,7 +58,7 @@ def topk(
     if fused:
         # The one place where the reference reaches for a kernel, and only when asked to.
         return import_module("kernels.topk").topk(x, k, *rest, fused=True, non_differentiable=non_differentiable)
-    return select_topk(coor_descent, x, k, *rest, non_differentiable)
+    return select_topk(coor_descent, largest, x, k, *rest, non_differentiable)
 
 
 def check_topk(x: Tensor, k: int, coor_descent_k_ratio: float) -> None:
@@ -69,8 +69,15 @@ def check_topk(x: Tensor, k: int, coor_descent_k_ratio: float) -> None:
     require(coor_descent_k_ratio >= 1, "coor_descent_k_ratio", coor_descent_k_ratio, ">= 1")
 
 
+def largest(x: Tensor, k: int, mask: Tensor | None) -> Tensor:
+    """Indices `... k` of the largest entries, masked ones after all others."""
+    candidates = x.detach() if mask is None else x.detach().masked_fill(~mask, -torch.inf)
+    return candidates.topk(k, dim=-1).indices
+
+
 def select_topk(
     descent: Callable[..., Tensor],
+    choose: Callable[[Tensor, int, Tensor | None], Tensor],
     x: Tensor,
     k: int,
     coor_descent_k_ratio: float,
@@ -81,12 +88,11 @@ def select_topk(
     mask: Tensor | None,
     non_differentiable: bool,
 ) -> TopkReturn:
-    """`topk` on top of any implementation of `coor_descent`."""
+    """`topk` on top of any implementation of `coor_descent`, and of the hard top-k, `largest`."""
     check_scores(x, mask)
     check_topk(x, k, coor_descent_k_ratio)
 
-    candidates = x.detach() if mask is None else x.detach().masked_fill(~mask, -torch.inf)
-    indices = candidates.topk(k, dim=-1).indices
+    indices = choose(x, k, mask)
     # Two gradients come together in x, which may cancel each other: they are added before they are rounded.
     dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
     values = x.gather(-1, indices)
