@@ -82,7 +82,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = (query, key_value, lists, weights, null_kv, multiply_keys)
     # In memory as `_allocate` makes it, by which kernels read it; a function transform hands back a copy.
-    out = out.transpose(2, 3).contiguous().transpose(2, 3)
+    as_made = out.transpose(2, 3)
+    if not as_made.is_contiguous():
+        out = as_made.contiguous().transpose(2, 3)
     dquery, dkey_value, dweights, dnull = _allocate_gradients(grad, *inputs, out, lse)
     if not query.numel():
         return dquery, dkey_value.zero_(), dweights.zero_(), dnull.zero_()
