@@ -55,7 +55,7 @@ def test_gradcheck(solver):
         ({"num_selected": 0}, "num_selected must be >= 1, got 0"),
         ({"num_selected": 12}, "num_selected must be from 1 to n = 11, got 12"),
         ({"block_size": 2}, "num_selected must be from 1 to block_size = 2, got 3"),
-        ({"block_size": 0}, "block_size must be None or >= 1, got 0"),
+        ({"block_size": 0}, "block_size must be >= 1, got 0"),
         ({"k": 0}, "k must be > 0, got 0"),
         ({"k": torch.ones(2)}, "k must be a number, got a tensor"),
         ({"n_iters": 0}, "n_iters must be >= 1, got 0"),
