@@ -201,8 +201,10 @@ def _plan_sums(n_rows: int, n: int, aligned: bool) -> Plan:
     """Pieces are chunks, each of which has a program."""
     chunks = triton.cdiv(n, CHUNK)
     tile = tile_settings(min(n, CHUNK), IN_THREAD)
-    # Where entries are loaded one by one, their addresses take registers.
-    registers = REGISTERS if aligned else REGISTERS + 16
+    # Where entries are loaded one by one, their addresses take registers, and those of several rows more. Of eight
+    # warps there is one program with either limit.
+    scarce = tile["ROWS"] == 1 and tile["num_warps"] < 8
+    registers = REGISTERS if aligned else REGISTERS + (16 if scarce else 64)
     return Plan(triton.cdiv(n_rows, tile["ROWS"]) * chunks, {**tile, "maxnreg": registers}, chunks)
 
 

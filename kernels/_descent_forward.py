@@ -408,7 +408,10 @@ def _plan(n_rows: int, n: int, simple: bool, aligned: bool, available: int) -> P
         # The fewer registers a thread, the more rows under way, which hide each other's waiting. Loading needs more of
         # them where there is a mask or a conversion.
         registers = most_registers(tile["num_warps"])
-        alone = {"PROGRAMS": 1, "SLOTS": 1, "maxnreg": min(128, registers) if simple else registers}
+        if simple:
+            # Addresses of single entries of several rows take registers too.
+            registers = min(registers, 128 if aligned or tile["ROWS"] == 1 else 192)
+        alone = {"PROGRAMS": 1, "SLOTS": 1, "maxnreg": registers}
         return Plan(triton.cdiv(n_rows, tile["ROWS"]), {**tile, **alone}, 0)
     # As few entries a program as there are programs to share them, but no fewer than are worth an exchange.
     halve = n_rows * triton.cdiv(n, resident // 2) <= available

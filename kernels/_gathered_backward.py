@@ -57,7 +57,7 @@ def _plan_keys(batch: int, n_tokens: int, heads: int, n_queries: int, dim: int, 
     settings, most = settings_for(KEYS, n_queries, dim, itemsize)
     blocks = triton.cdiv(n_queries, settings.queries)
     in_pairs = pairs and blocks == 1 and 2 * settings.queries <= most.queries
-    tile = {**tile_of(settings, dim), "BLOCK_N": settings.others, "WINDOWS": 2 if in_pairs else 1}
+    tile = {**tile_of(settings, dim, itemsize), "BLOCK_N": settings.others, "WINDOWS": 2 if in_pairs else 1}
     return Plan(batch * triton.cdiv(n_tokens, settings.others) * heads, tile, blocks)
 
 

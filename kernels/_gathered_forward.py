@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Plan, planner
+from kernels._launch import Plan, is_ragged, options_for_heads, planner
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -146,20 +146,27 @@ FORWARD: SettingsBySize = {
     (4, 128): Settings(16, 32, 8, 2),
 }
 
+RAGGED: SettingsBySize = {
+    (2, 64): Settings(32, 32, 4, 2),
+    (2, 128): Settings(32, 32, 8, 2),
+    (4, 64): Settings(16, 16, 4, 2),
+    (4, 128): Settings(16, 16, 8, 1),
+}
+"""Of all kernels, for heads that take registers to load."""
+
 
 def settings_for(by_size: SettingsBySize, n_queries: int, dim: int, itemsize: int) -> tuple[Settings, Settings]:
     """Those of a kernel for so many queries of a window, and what they would be for many of these."""
-    most = by_size[itemsize, 64 if dim <= 64 else LARGEST_DIM]
+    most = (RAGGED if is_ragged(dim, itemsize) else by_size)[itemsize, 64 if dim <= 64 else LARGEST_DIM]
     return most._replace(queries=min(max(16, triton.next_power_of_2(n_queries)), most.queries)), most
 
 
-def tile_of(settings: Settings, dim: int) -> dict[str, int]:
+def tile_of(settings: Settings, dim: int, itemsize: int) -> dict[str, int]:
     """What the kernels have in common of their tile and launch."""
     return {
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
         "BLOCK_I": settings.queries,
-        "num_warps": settings.num_warps,
-        "num_stages": settings.num_stages,
+        **options_for_heads(dim, itemsize, settings.num_warps, settings.num_stages),
     }
 
 
@@ -169,7 +176,7 @@ def plan_windows(
     """A program for each block of the queries of a window and head. Pieces are these blocks."""
     settings, _ = settings_for(by_size, n_queries, dim, itemsize)
     blocks = triton.cdiv(n_queries, settings.queries)
-    return Plan(batch * n_windows * blocks * heads, {**tile_of(settings, dim), "BLOCK_S": settings.others}, blocks)
+    return Plan(batch * n_windows * blocks * heads, {**tile_of(settings, dim, itemsize), "BLOCK_S": settings.others}, blocks)
 
 
 @planner

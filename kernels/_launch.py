@@ -172,6 +172,20 @@ def tile_settings(entries: int, in_thread: int) -> Mapping[str, int]:
     }
 
 
+def is_ragged(dim: int, itemsize: int) -> bool:
+    """Whether heads of so many dimensions take registers to load: entries one by one, or a mask for many of them."""
+    return dim % 16 > 0 or (dim > 32 and dim % (64 if itemsize == 4 else 32) > 0)
+
+
+def options_for_heads(dim: int, itemsize: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    """Options of a launch that loads heads of so many dimensions."""
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if is_ragged(dim, itemsize):
+        # Left to itself, an assembler may spill to make room for another program.
+        options["maxnreg"] = most_registers(num_warps)
+    return options
+
+
 def _feature_tile(d: int) -> dict[str, int]:
     """Launch settings for rows of d features, each row in a tile as a whole: 2048 entries, of which a thread has 16, or
     a longer row."""

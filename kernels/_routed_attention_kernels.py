@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Plan, planner
+from kernels._launch import Plan, is_ragged, options_for_heads, planner
 from kernels._primitives import INTERPRETED, LOG2_E
 
 LARGEST_HEAD = 128
@@ -337,7 +337,7 @@ RAGGED = {
     (4, 64): Settings(16, 32, 8, 2),
     (4, 128): Settings(16, 16, 8, 2),
 }
-"""Of all kernels, for large heads of no multiple of 32 dimensions, which take registers to load."""
+"""Of all kernels, for heads that take registers to load."""
 
 
 def _plan_blocks(
@@ -345,11 +345,10 @@ def _plan_blocks(
 ) -> Plan:
     """A program for each block of n queries or keys of a head. Pieces are these blocks."""
     block_d = max(triton.next_power_of_2(head_dim), 16)
-    ragged = head_dim > 32 and head_dim % 32 > 0
-    settings = (RAGGED if ragged else table)[itemsize, 64 if head_dim <= 64 else LARGEST_HEAD]
+    settings = (RAGGED if is_ragged(head_dim, itemsize) else table)[itemsize, 64 if head_dim <= 64 else LARGEST_HEAD]
     blocks = triton.cdiv(n, settings.block)
     tile = {"BLOCK_D": block_d, "BLOCK": settings.block, "TILE": settings.tile}
-    options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
+    options = options_for_heads(head_dim, itemsize, settings.num_warps, settings.num_stages)
     return Plan(batch * heads * blocks, {**tile, **options}, blocks)
 
 

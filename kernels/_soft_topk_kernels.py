@@ -32,7 +32,8 @@ from kernels._soft_topk_search import (
 )
 
 RESIDENT = 16384
-"""Longest row that one program keeps in registers."""
+"""Longest row that one program keeps in registers; half as long if there is a mask and entries are loaded one by one,
+with addresses for each of them."""
 
 CHUNK = 8192
 """Entries of a longer row that one program handles."""
@@ -308,12 +309,13 @@ def _gradient_kernel(
 
 
 @planner
-def _plan(n_rows: int, n: int) -> Plan:
-    """Pieces are chunks. A thread has 16 entries, 32 in the largest tile.
+def _plan(n_rows: int, n: int, simple: bool, aligned: bool) -> Plan:
+    """Pieces are chunks. A thread has 16 entries, 32 in the largest tile. Rows are simple without a mask.
 
     The limit on registers is the one there is anyway: without it, ptxas spills some to fit more programs.
     """
-    chunks = 1 if n <= RESIDENT else triton.cdiv(n, CHUNK)
+    resident = RESIDENT if simple or aligned else RESIDENT // 2
+    chunks = 1 if n <= resident else triton.cdiv(n, CHUNK)
     block = max(triton.next_power_of_2(n if chunks == 1 else CHUNK), 128)
     num_warps = min(max(block // 512, 1), 16)
     settings = {
@@ -326,10 +328,17 @@ def _plan(n_rows: int, n: int) -> Plan:
 
 
 @planner
-def _plan_slots(n_rows: int, n: int) -> Plan:
+def _plan_slots(n_rows: int, n: int, simple: bool, aligned: bool) -> Plan:
     """The same, and how many chunks a program looks at at a time."""
-    plan = _plan(n_rows, n)
+    plan = _plan(n_rows, n, simple, aligned)
     return plan._replace(settings={**plan.settings, "SLOTS": min(triton.next_power_of_2(plan.pieces), 128)})
+
+
+def _sizes_of(scores: Tensor, mask: Tensor | None) -> tuple[int, int, bool, bool]:
+    """What a plan depends on."""
+    n_rows, n = scores.shape
+    stride = 0 if mask is None else mask.stride(0)
+    return n_rows, n, mask is None, (n | scores.data_ptr() | scores.stride(0) | stride) % 16 == 0
 
 
 def launch_forward(
@@ -340,7 +349,8 @@ def launch_forward(
     strides = (scores.stride(0), 0 if mask is None else mask.stride(0))
     numbers = (k, UNIT.value * eps, math.log2(math.e) / (UNIT.value * eps))
     variant = {"HAS_MASK": mask is not None, "HAS_K": k_rows is not None}
-    plan = _plan(n_rows, n)
+    sizes = _sizes_of(scores, mask)
+    plan = _plan(*sizes)
     chunks, grid = plan.pieces, plan.grid
     if chunks == 1:
         _resident_kernel[grid](
@@ -350,7 +360,7 @@ def launch_forward(
 
     partials = scores.new_empty((SEARCHES + 1, n_rows, chunks, 2 * CHUNK_PROBES), dtype=torch.float64)
     states = scores.new_empty((SEARCHES + 1, n_rows, STATE.value), dtype=torch.float64)
-    settings = {"PROBES": CHUNK_PROBES, **variant, **_plan_slots(n_rows, n).settings}
+    settings = {"PROBES": CHUNK_PROBES, **variant, **_plan_slots(*sizes).settings}
 
     _survey_kernel[grid](
         *inputs[:2], partials, *strides, n, chunks, PROBES=CHUNK_PROBES, HAS_MASK=mask is not None, **plan.settings
@@ -366,7 +376,8 @@ def launch_backward(
     grad: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float, ds: Tensor, dk: Tensor
 ) -> None:
     n_rows, n = scores.shape
-    plan = _plan(n_rows, n)
+    sizes = _sizes_of(scores, mask)
+    plan = _plan(*sizes)
     chunks, grid = plan.pieces, plan.grid
     inputs = (grad, scores, scores if mask is None else mask, solution)
     strides = (grad.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
@@ -377,5 +388,5 @@ def launch_backward(
     if chunks > 1:
         sums = scores.new_empty((n_rows, chunks, 2), dtype=torch.float64)
         _gradient_sums_kernel[grid](*inputs, sums, *strides, n, chunks, rate, **variant, **plan.settings)
-    settings = {**variant, **_plan_slots(n_rows, n).settings}
+    settings = {**variant, **_plan_slots(*sizes).settings}
     _gradient_kernel[grid](*inputs, sums, ds, dk, *strides, n, chunks, rate, 1.0 / eps, **settings)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Plan, planner
+from kernels._launch import Plan, options_for_heads, planner
 from kernels._primitives import INTERPRETED, LOG2_E
 
 LARGEST_HEAD = 128
@@ -355,24 +355,24 @@ BACKWARD = {
 }
 
 
-def _plan_blocks(settings: Settings, programs: int, n: int, head_dim: int) -> Plan:
+def _plan_blocks(settings: Settings, programs: int, n: int, head_dim: int, itemsize: int) -> Plan:
     """So many programs for each block of a sequence."""
     tile = {"BLOCK_D": max(triton.next_power_of_2(head_dim), 16), "BLOCK": settings.block, "TILE": settings.tile}
-    options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
+    options = options_for_heads(head_dim, itemsize, settings.num_warps, settings.num_stages)
     return Plan(programs * triton.cdiv(n, settings.block), {**tile, **options})
 
 
 @planner
 def _plan_forward(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
     settings = FORWARD[itemsize, 64 if head_dim <= 64 else LARGEST_HEAD]
-    return _plan_blocks(settings, batch * heads, n, head_dim)
+    return _plan_blocks(settings, batch * heads, n, head_dim, itemsize)
 
 
 @planner
 def _plan_backward(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
     """Two programs for each block: for its queries, and for its keys."""
     settings = BACKWARD[itemsize, 64 if head_dim <= 64 else LARGEST_HEAD]
-    return _plan_blocks(settings, 2 * batch * heads, n, head_dim)
+    return _plan_blocks(settings, 2 * batch * heads, n, head_dim, itemsize)
 
 
 def launch_forward(

@@ -114,7 +114,7 @@ class Operation(NamedTuple):
     """Of sizes, other than for all."""
 
     key: Callable[[Plan], object] = lambda plan: tuple(sorted(plan.settings.items()))
-    """What plans that are compiled alike have in common."""
+    """What plans that are launched alike have in common."""
 
 
 def _variants(**choices: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
@@ -163,8 +163,8 @@ def topk(n_rows, n, selected, masked=False, save=True, itemsize=4, **_):
     kernels.topk(x, min(selected, n), n_iters=4, mask=mask, fused=True)
 
 
-def soft_topk(n_rows, n, masked, per_row, itemsize, **_):
-    scores, mask, k = _rows(n_rows, n, DTYPES[itemsize], masked, per_row)
+def soft_topk(n_rows, n, simple=True, aligned=True, per_row=False, itemsize=4, **_):
+    scores, mask, k = _rows(n_rows, n, DTYPES[itemsize], not simple, per_row, aligned=aligned)
     _call_and_differentiate(True, lambda: kernels.soft_topk(scores, k=k, eps=0.1, mask=mask))
 
 
@@ -227,7 +227,7 @@ def combine(d=8, n_rows=1, n_routed=None, nulled=True, lit=True, residual=True, 
 def route_prefixes(n_rows, n_windows=2, window_size=3, n_iters=4, n=None, itemsize=4, kept=True, **_):
     n = (n_windows + 1) * window_size if n is None else max(n, 2)
     scores = torch.zeros(n_rows, 1, n, dtype=DTYPES[itemsize], requires_grad=True)
-    options = {"window_size": min(window_size, n), "num_selected": 2, "n_iters": n_iters}
+    options = {"window_size": min(window_size, n - 1), "num_selected": 2, "n_iters": n_iters}
     _call_and_differentiate(kept, lambda: kernels.route_prefixes(scores, k=1.0, **options).weights)
 
 
@@ -289,7 +289,7 @@ OPERATIONS = {
     "soft_topk": Operation(
         (_soft_topk_kernels._plan, _soft_topk_kernels._plan_slots),
         soft_topk,
-        _variants(masked=BOOL, per_row=BOOL, itemsize=(2, 4)),
+        _variants(per_row=BOOL, itemsize=(2, 4)),
     ),
     "select": Operation(
         (_select_kernels._plan, _select_kernels._plan_counts, _select_kernels._plan_ranks),
@@ -354,28 +354,46 @@ OPERATIONS = {
 }
 
 
-def cases_of(operation: Operation, every_variant: bool) -> list[Case]:
-    """For each of the plans that are compiled differently, the smallest sizes that have it: with each of the variants,
-    or with one of them in turn."""
+OPTIONS = ("launch_cooperative_grid", "maxnreg", "num_stages", "num_warps")
+"""Of a launch; what else is in its settings makes a tile."""
+
+
+def _kind_of(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """What the sizes of a plan make another kernel by, at the same settings."""
+    kind = {name: sizes[name] for name in ("aligned", "simple", "itemsize") if name in sizes}
+    dim = sizes.get("dim", sizes.get("head_dim"))
+    return kind if dim is None else {**kind, "ragged": _launch.is_ragged(dim, sizes["itemsize"])}
+
+
+def _smallest(planner: Callable[..., Plan], operation: Operation) -> list[tuple[dict[str, Any], Plan]]:
+    """The smallest sizes of each plan that is compiled differently, and the plan."""
+    smallest: dict[object, tuple[int, dict[str, Any], Plan]] = {}
+    for sizes in sizes_of(planner, **operation.limits):
+        entries = math.prod(max(size, 1) for name, size in sizes.items() if name not in NOT_A_COUNT)
+        if entries <= MOST_ENTRIES:
+            plan = planner(**sizes)
+            key = operation.key(plan), *_kind_of(sizes).items()
+            smallest[key] = min(smallest.get(key, (entries, sizes, plan)), (entries, sizes, plan), key=lambda x: x[0])
+    return [(sizes, plan) for _, sizes, plan in smallest.values()]
+
+
+def _with_largest_tile(plans: list[tuple[dict[str, Any], Plan]]) -> list[tuple[dict[str, Any], Plan]]:
+    """One plan for each set of options, which has the least to spare of what these give it."""
+    largest: dict[object, tuple[int, dict[str, Any], Plan]] = {}
+    for sizes, plan in plans:
+        tile = math.prod(size for name, size in plan.settings.items() if name not in (*OPTIONS, "PROGRAMS"))
+        key = *(plan.settings.get(name) for name in OPTIONS), *_kind_of(sizes).items()
+        largest[key] = max(largest.get(key, (tile, sizes, plan)), (tile, sizes, plan), key=lambda x: x[0])
+    return [(sizes, plan) for _, sizes, plan in largest.values()]
+
+
+def cases_of(operation: Operation, every: bool) -> list[Case]:
+    """All plans that are compiled differently, at the smallest sizes that have them, with each of the variants; or
+    some of them, with one variant each."""
     cases = []
     turn = itertools.cycle(operation.variants)
-    variants: dict[object, tuple[dict[str, Any], ...]] = {}
     for planner in operation.planners:
-        smallest: dict[object, tuple[int, dict[str, Any]]] = {}
-        for sizes in sizes_of(planner, **operation.limits):
-            counts = (
-                size
-                for name, size in sizes.items()
-                if name not in ("aligned", "available", "itemsize", "n_iters", "simple")
-            )
-            entries = math.prod(max(count, 1) for count in counts)
-            if entries <= MOST_ENTRIES:
-                key = operation.key(planner(**sizes))
-                smallest[key] = min(smallest.get(key, (entries, sizes)), (entries, sizes), key=lambda each: each[0])
-        for _, sizes in smallest.values():
-            # One variant for what may be one call, so that it is compiled once.
-            same = tuple(size for name, size in sorted(sizes.items()) if name != "available")
-            if same not in variants:
-                variants[same] = operation.variants if every_variant else (next(turn),)
-            cases += [Case(planner, sizes, variant) for variant in variants[same]]
+        plans = _smallest(planner, operation)
+        for sizes, _ in plans if every else _with_largest_tile(plans):
+            cases += [Case(planner, sizes, v) for v in (operation.variants if every else (next(turn),))]
     return cases

@@ -1,5 +1,6 @@
 """Plans of launches, for machines that need not be there: each can run, and spills nothing."""
 
+import itertools
 import os
 import random
 
@@ -23,6 +24,14 @@ MOST_PROGRAMS = 2**31 - 1
 
 SHARED = {80: 163, 90: 227, 120: 99}
 """KiB that a program may take, by compute capability times ten."""
+
+
+KNOWN_SPILLS = ()
+"""Of some kernels at some targets: constants that tell which, and bytes."""
+
+
+def is_known_to_spill(kernel, target):
+    return False
 
 
 def name_of(planner):
@@ -116,7 +125,7 @@ def faults_of(kernel, target):
     """What a GPU lacks for a kernel."""
     registers = -(-kernel["registers"] // 8) * 8 * 32 * kernel["num_warps"]
     found = {
-        "spills": kernel["spilled_bytes"] > 0,
+        "spills": kernel["spilled_bytes"] > 0 and not is_known_to_spill(kernel, target),
         "takes more registers than there are": registers > REGISTERS,
         "takes more shared memory than there is": kernel["shared_bytes"] > SHARED[target] * 1024,
     }
@@ -130,15 +139,10 @@ def follows(kernel, plan):
     return all(name in facts and facts[name] == value for name, value in settings.items())
 
 
-@pytest.mark.compiled
-@pytest.mark.skipif(not EVERY, reason="compiles for many minutes: set EVERY_PLAN")
-@pytest.mark.parametrize("target", SHARED)
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_what_follows_a_plan_can_run_and_spills_nothing(name, target):
-    """Each plan is compiled for each of the GPUs in each of its variants."""
-    operation = OPERATIONS[name]
+def faults_of_cases(operation, cases):
+    """All that is wrong with the kernels of cases, each for its target."""
     found = set()
-    for planner, sizes, variant in cases_of(operation, every_variant=True):
+    for (planner, sizes, variant), target in cases:
 
         def launch(sizes=sizes, variant=variant):
             with triton_for_cpu_tensors(sizes.get("available", 132)):
@@ -148,7 +152,25 @@ def test_what_follows_a_plan_can_run_and_spills_nothing(name, target):
         plan = planner(**sizes)
         assert not plan.programs or any(follows(kernel, plan) for kernel in compiled), (name_of(planner), sizes)
         found |= {f"{fault}: {kernel}" for kernel in compiled for fault in faults_of(kernel, target)}
-    assert not found
+    return found
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_what_follows_a_plan_can_run_and_spills_nothing(name):
+    """The plan with the least to spare of each set of options, in one of its variants and for one of the GPUs."""
+    cases = cases_of(OPERATIONS[name], every=False)
+    assert not faults_of_cases(OPERATIONS[name], zip(cases, itertools.cycle(SHARED), strict=False))
+
+
+@pytest.mark.compiled
+@pytest.mark.skipif(not EVERY, reason="compiles for hours: make test-plans")
+@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_what_follows_every_plan_can_run_and_spills_nothing(name, target):
+    """Each plan is compiled for each of the GPUs in each of its variants."""
+    cases = cases_of(OPERATIONS[name], every=True)
+    assert not faults_of_cases(OPERATIONS[name], zip(cases, itertools.repeat(target), strict=False))
 
 
 @pytest.mark.gpu
