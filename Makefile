@@ -21,7 +21,7 @@ CHECK = OMP_NUM_THREADS=1 $(BIN)/python bench.py --suite coor_descent --suite to
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install bench baseline check baseline-cpu test test-gates test-plain test-compiled test-interpreted lint lint-style lint-types lint-imports format clean
+.PHONY: help install bench baseline check baseline-cpu test test-gates test-plain test-compiled test-plans test-interpreted lint lint-style lint-types lint-imports format clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +59,9 @@ test-plain: $(INSTALLED) ## tests as they are: CPU paths, and the GPU if there i
 
 test-compiled: $(INSTALLED) ## what the compiler makes of the kernels, for GPUs that need not be there
 	$(BIN)/python -m pytest tests -m compiled -n $(WORKERS) --benchmark-disable $(ARGS)
+
+test-plans: $(INSTALLED) ## kernels of every plan that a launch may follow, in all variants and for all GPUs: takes hours
+	EVERY_PLAN=1 $(BIN)/python -m pytest tests/kernels/test_launch_plans.py -m compiled -n $(WORKERS) --timeout 0 --benchmark-disable $(ARGS)
 
 test-interpreted: $(INSTALLED) ## tests of the kernels with Triton's interpreter in place of a GPU
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -m "not compiled and not gpu" -n $(WORKERS) --benchmark-disable $(ARGS)

@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels import _coor_descent_torch as in_pytorch
 from kernels._descent_forward import cooling_iterations
 from kernels._descent_state import iterations_of, row_state
-from kernels._launch import Plan, planner, tile_settings
+from kernels._launch import Plan, planner, registers_of_addresses, tile_settings
 from kernels._primitives import (
     exp2,
     exp2_line,
@@ -33,7 +33,7 @@ IN_THREAD = 16
 """Entries of a row in a thread, each of which needs four registers and more."""
 
 REGISTERS = 128
-"""Most registers of a thread."""
+"""Most registers of a thread, but for addresses."""
 
 MAX_SHIFT: tl.constexpr = tl.constexpr(in_pytorch.MAX_SHIFT)
 LARGEST: tl.constexpr = tl.constexpr(in_pytorch.LARGEST)
@@ -201,10 +201,7 @@ def _plan_sums(n_rows: int, n: int, aligned: bool) -> Plan:
     """Pieces are chunks, each of which has a program."""
     chunks = triton.cdiv(n, CHUNK)
     tile = tile_settings(min(n, CHUNK), IN_THREAD)
-    # Where entries are loaded one by one, their addresses take registers, and those of several rows more. Of eight
-    # warps there is one program with either limit.
-    scarce = tile["ROWS"] == 1 and tile["num_warps"] < 8
-    registers = REGISTERS if aligned else REGISTERS + (16 if scarce else 64)
+    registers = REGISTERS + registers_of_addresses(tile, aligned)
     return Plan(triton.cdiv(n_rows, tile["ROWS"]) * chunks, {**tile, "maxnreg": registers}, chunks)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import _coor_descent_torch as in_pytorch
 from kernels._descent_state import save_origin, save_step, save_temperature
-from kernels._launch import Plan, most_registers, multiprocessors, planner, tile_settings
+from kernels._launch import Plan, most_registers, multiprocessors, planner, registers_of_addresses, tile_settings
 from kernels._primitives import (
     EXP2_LACKS,
     clip_enlarged,
@@ -409,8 +409,7 @@ def _plan(n_rows: int, n: int, simple: bool, aligned: bool, available: int) -> P
         # them where there is a mask or a conversion.
         registers = most_registers(tile["num_warps"])
         if simple:
-            # Addresses of single entries of several rows take registers too.
-            registers = min(registers, 128 if aligned or tile["ROWS"] == 1 else 192)
+            registers = min(registers, 128 + registers_of_addresses(tile, aligned))
         alone = {"PROGRAMS": 1, "SLOTS": 1, "maxnreg": registers}
         return Plan(triton.cdiv(n_rows, tile["ROWS"]), {**tile, **alone}, 0)
     # As few entries a program as there are programs to share them, but no fewer than are worth an exchange.

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Plan, is_ragged, options_for_heads, planner
+from kernels._launch import Plan, is_ragged, options_for_heads, planner, precision_for_heads
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -176,7 +176,9 @@ def plan_windows(
     """A program for each block of the queries of a window and head. Pieces are these blocks."""
     settings, _ = settings_for(by_size, n_queries, dim, itemsize)
     blocks = triton.cdiv(n_queries, settings.queries)
-    return Plan(batch * n_windows * blocks * heads, {**tile_of(settings, dim, itemsize), "BLOCK_S": settings.others}, blocks)
+    return Plan(
+        batch * n_windows * blocks * heads, {**tile_of(settings, dim, itemsize), "BLOCK_S": settings.others}, blocks
+    )
 
 
 @planner
@@ -195,8 +197,7 @@ def arguments(query: Tensor, key_value: Tensor, plan: Plan) -> dict[str, Any]:
         "n_queries": queries,
         "scale": dim**-0.5 / LN2.value,
         "DIM": dim,
-        # Three products of parts in tf32 err as little as one in fp32.
-        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
+        "PRECISION": precision_for_heads(dim) if query.dtype == torch.float32 else "tf32",
         **plan.settings,
     }
 

@@ -172,9 +172,23 @@ def tile_settings(entries: int, in_thread: int) -> Mapping[str, int]:
     }
 
 
+def registers_of_addresses(tile: Mapping[str, int], aligned: bool) -> int:
+    """Registers that a thread of a tile takes more where rows are not aligned: entries are loaded one by one, with
+    addresses for each of them. More where a program has several rows, and eight warps leave room for no second one."""
+    if aligned:
+        return 0
+    return 16 if tile["ROWS"] == 1 and tile["num_warps"] < 8 else 64
+
+
 def is_ragged(dim: int, itemsize: int) -> bool:
     """Whether heads of so many dimensions take registers to load: entries one by one, or a mask for many of them."""
     return dim % 16 > 0 or (dim > 32 and dim % (64 if itemsize == 4 else 32) > 0)
+
+
+def precision_for_heads(dim: int) -> str:
+    """How to multiply matrices of fp32 heads: three products of parts in tf32 err as little as one in fp32, but take
+    twice the registers."""
+    return "ieee" if is_ragged(dim, 4) else "tf32x3"
 
 
 def options_for_heads(dim: int, itemsize: int, num_warps: int, num_stages: int) -> dict[str, int]:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Plan, is_ragged, options_for_heads, planner
+from kernels._launch import Plan, is_ragged, options_for_heads, planner, precision_for_heads
 from kernels._primitives import INTERPRETED, LOG2_E
 
 LARGEST_HEAD = 128
@@ -335,7 +335,7 @@ RAGGED = {
     (2, 64): Settings(32, 32, 4, 2),
     (2, 128): Settings(32, 32, 8, 2),
     (4, 64): Settings(16, 32, 8, 2),
-    (4, 128): Settings(16, 16, 8, 2),
+    (4, 128): Settings(16, 16, 8, 1),
 }
 """Of all kernels, for heads that take registers to load."""
 
@@ -458,7 +458,6 @@ def _constants(
         "HEAD_DIM": head_dim,
         "HAS_MASK": mask is not None,
         "WEIGH_KEYS": multiply_keys,
-        # Of fp32, the three products of its upper and lower halves that count.
-        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "ieee",
+        "PRECISION": precision_for_heads(head_dim) if query.dtype == torch.float32 else "ieee",
         **plan.settings,
     }

@@ -225,8 +225,8 @@ def _plan(n_rows: int, n: int) -> Plan:
     block = min(max(triton.next_power_of_2(n), 128), CHUNK)
     settings = {"BLOCK": block, "num_warps": max(block // (32 * IN_THREAD), 1)}
     if parts == 1:
-        # Without a limit on registers, ptxas aims at fewer and spills some.
-        settings["maxnreg"] = 128
+        # Without a limit on registers, ptxas aims at fewer and spills some. Entries loaded one by one have addresses.
+        settings["maxnreg"] = 144 if n % 16 else 128
     return Plan(n_rows * parts, settings, parts)
 
 

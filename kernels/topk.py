@@ -10,7 +10,16 @@ from torch import Tensor
 
 from kernels._descent_forward import cooling_iterations, descend, origin_of, soft_selection
 from kernels._descent_state import allocate_state
-from kernels._launch import Plan, as_rows, is_traced, mask_as_rows, planner, runs_triton, tile_settings
+from kernels._launch import (
+    Plan,
+    as_rows,
+    is_traced,
+    mask_as_rows,
+    most_registers,
+    planner,
+    runs_triton,
+    tile_settings,
+)
 from kernels._operators import backward_of, define, define_backward, define_gradient, eager
 from kernels._primitives import highest_in_thread, load_tile, max_or_nan, per_row, tile_columns
 from kernels.coor_descent import _gradients as descent_gradients
@@ -103,7 +112,9 @@ def _topk_kernel(
 @planner
 def _plan(n_rows: int, n: int, selected: int) -> Plan:
     tile = tile_settings(n, IN_THREAD)
-    return Plan(triton.cdiv(n_rows, tile["ROWS"]), {**tile, "SELECTED": triton.next_power_of_2(selected)})
+    # Where entries are loaded one by one, an assembler left to itself may spill to make room for another program.
+    limit = {"maxnreg": most_registers(tile["num_warps"])} if n % 16 else {}
+    return Plan(triton.cdiv(n_rows, tile["ROWS"]), {**tile, **limit, "SELECTED": triton.next_power_of_2(selected)})
 
 
 def _launch(

@@ -425,32 +425,6 @@ def test_the_cpu_path_is_worth_it():
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("target", [80, 90])
-@pytest.mark.parametrize("full", [False, True], ids=["scores alone", "mask and k a row"])
-@pytest.mark.parametrize(
-    "shape",
-    [(8192, 512), (64, 500), (2, 12000), (1024, 4096), (64, 32768), (8, 131072), (1, 1048576), (4, 4194304)],
-    ids=str,
-)
-def test_compiles_without_spills(shape, full, target):
-    from colt5_bench.static_facts import compiled_kernels
-
-    scores = torch.empty(shape, requires_grad=True)
-    mask = torch.empty(shape[-1:], dtype=torch.bool).expand(shape) if full else None
-    k = torch.empty(shape[:1], requires_grad=True) if full else 8.0
-
-    def launch():
-        with torch.no_grad():
-            coor_descent(scores, k=k, mask=mask, **CONSTANT)
-        coor_descent(scores, k=k, mask=mask, **CONSTANT).backward(scores.detach())
-
-    with triton_for_cpu_tensors():
-        facts = compiled_kernels(launch, target, disassemble=False)
-    assert len(facts) >= 3
-    assert {fact["name"]: fact["spilled_bytes"] for fact in facts} == {fact["name"]: 0 for fact in facts}
-
-
-@pytest.mark.compiled
 def test_short_rows_are_spread_over_the_warp_that_they_share():
     """Otherwise the compiler adds up every four entries of a row by shuffles: hundreds of them."""
     from colt5_bench.static_facts import compiled_kernels

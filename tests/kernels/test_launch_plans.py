@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -26,12 +27,29 @@ SHARED = {80: 163, 90: 227, 120: 99}
 """KiB that a program may take, by compute capability times ten."""
 
 
-KNOWN_SPILLS = ()
-"""Of some kernels at some targets: constants that tell which, and bytes."""
+class Spill(NamedTuple):
+    """Bytes that a kernel is known to spill at most, in some of its variants. Plans know no target: to avoid these
+    would make the kernel slower where nothing spills."""
+
+    operation: str
+    target: int
+    kernel: str
+    constants: dict[str, object]
+    most: int
+
+    def is_of(self, operation, kernel, target):
+        constants = {**kernel["constants"], **self.constants}
+        return (operation, target, kernel["name"]) == self[:3] and constants == kernel["constants"]
 
 
-def is_known_to_spill(kernel, target):
-    return False
+KNOWN = (
+    Spill("coor_descent", 120, "_backward_kernel", {"WIDTH": 1024, "HAS_K": True}, 8),
+    Spill("gathered_attention", 120, "_key_value_kernel", {"DIM": 64, "PRECISION": "tf32", "WEIGH_KEYS": True}, 8),
+    Spill("routed_attention", 80, "_key_value_kernel", {"HEAD_DIM": 128, "PRECISION": "ieee", "WEIGH_KEYS": True}, 8),
+    Spill("routed_attention", 80, "_query_kernel", {"HEAD_DIM": 128, "PRECISION": "tf32x3", "WEIGH_KEYS": True}, 24),
+    Spill("routed_attention", 90, "_query_kernel", {"HEAD_DIM": 128, "PRECISION": "tf32x3", "WEIGH_KEYS": True}, 24),
+    Spill("routed_attention", 120, "_query_kernel", {"HEAD_DIM": 64, "PRECISION": "ieee"}, 56),
+)
 
 
 def name_of(planner):
@@ -121,11 +139,11 @@ def test_a_multiprocessor_has_what_a_plan_asks_for(planner):
             assert words <= 32 or words >= threads, sizes
 
 
-def faults_of(kernel, target):
-    """What a GPU lacks for a kernel."""
+def faults_of(kernel, target, spared=0):
+    """What a GPU lacks for a kernel, of which some spilled bytes are spared."""
     registers = -(-kernel["registers"] // 8) * 8 * 32 * kernel["num_warps"]
     found = {
-        "spills": kernel["spilled_bytes"] > 0 and not is_known_to_spill(kernel, target),
+        "spills": kernel["spilled_bytes"] > spared,
         "takes more registers than there are": registers > REGISTERS,
         "takes more shared memory than there is": kernel["shared_bytes"] > SHARED[target] * 1024,
     }
@@ -139,9 +157,10 @@ def follows(kernel, plan):
     return all(name in facts and facts[name] == value for name, value in settings.items())
 
 
-def faults_of_cases(operation, cases):
-    """All that is wrong with the kernels of cases, each for its target."""
-    found = set()
+def faults_of_cases(name, cases):
+    """All that is wrong with the kernels of cases, each for its target, and what no longer is."""
+    operation = OPERATIONS[name]
+    found, spilled = set(), {}
     for (planner, sizes, variant), target in cases:
 
         def launch(sizes=sizes, variant=variant):
@@ -151,8 +170,12 @@ def faults_of_cases(operation, cases):
         compiled = compiled_kernels(launch, target, disassemble=False)
         plan = planner(**sizes)
         assert not plan.programs or any(follows(kernel, plan) for kernel in compiled), (name_of(planner), sizes)
-        found |= {f"{fault}: {kernel}" for kernel in compiled for fault in faults_of(kernel, target)}
-    return found
+        for kernel in compiled:
+            known = [spill for spill in KNOWN if spill.is_of(name, kernel, target)]
+            found |= {f"{fault}: {kernel}" for fault in faults_of(kernel, target, sum(spill.most for spill in known))}
+            for spill in known:
+                spilled[str(spill)] = spilled.get(str(spill), 0) + kernel["spilled_bytes"]
+    return found | {f"no more: {spill}" for spill, any_bytes in spilled.items() if not any_bytes}
 
 
 @pytest.mark.compiled
@@ -160,7 +183,7 @@ def faults_of_cases(operation, cases):
 def test_what_follows_a_plan_can_run_and_spills_nothing(name):
     """The plan with the least to spare of each set of options, in one of its variants and for one of the GPUs."""
     cases = cases_of(OPERATIONS[name], every=False)
-    assert not faults_of_cases(OPERATIONS[name], zip(cases, itertools.cycle(SHARED), strict=False))
+    assert not faults_of_cases(name, zip(cases, itertools.cycle(SHARED), strict=False))
 
 
 @pytest.mark.compiled
@@ -170,7 +193,7 @@ def test_what_follows_a_plan_can_run_and_spills_nothing(name):
 def test_what_follows_every_plan_can_run_and_spills_nothing(name, target):
     """Each plan is compiled for each of the GPUs in each of its variants."""
     cases = cases_of(OPERATIONS[name], every=True)
-    assert not faults_of_cases(OPERATIONS[name], zip(cases, itertools.repeat(target), strict=False))
+    assert not faults_of_cases(name, zip(cases, itertools.repeat(target), strict=False))
 
 
 @pytest.mark.gpu

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 import reference
 from kernels import normalize
-from kernels._launch import triton_for_cpu_tensors
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -169,20 +168,3 @@ def test_captured_in_a_cuda_graph_and_equal_from_run_to_run():
         x.copy_(tokens(5000, 96))
     graph.replay()
     assert all(torch.equal(*pair) for pair in zip(captured, step(), strict=True))
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize(("d", "target"), [(512, 80), (512, 90), (8192, 90)])
-def test_compiles_without_spills(d, target):
-    from colt5_bench.static_facts import compiled_kernels
-
-    x, weight = torch.empty(64, d, requires_grad=True), torch.empty(d, requires_grad=True)
-
-    def launch():
-        normalize(x, weight, dtype=torch.bfloat16).sum().backward()
-        normalize(x, weight, weight, center=True, dtype=torch.bfloat16).sum().backward()
-
-    with triton_for_cpu_tensors():
-        facts = compiled_kernels(launch, target)
-    assert len(facts) == 4
-    assert {str(fact): fact["spilled_bytes"] for fact in facts} == {str(fact): 0 for fact in facts}

@@ -6,11 +6,7 @@ import triton
 from torch.utils.flop_counter import FlopCounterMode
 
 import reference
-from colt5_bench.static_facts import compiled_kernels
 from kernels import _descent_forward, _select_kernels
-from kernels._gather_kernel import launch_gather
-from kernels._launch import triton_for_cpu_tensors
-from kernels._score_kernels import launch_gradients
 from kernels.route import route
 from kernels.routing_scores import routing_scores
 
@@ -262,22 +258,3 @@ def test_long_sequences(device, dtype):
     mask = torch.rand(2, 100_000, device=device) > 0.3
     options = {"num_selected": 1000, "k": 1125.0, "n_iters": 20}
     check(*inputs(device, b=2, n=100_000, d=100, dtype=dtype), mask=mask, **options)
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("target", [80, 90])
-def test_no_register_spills(device, target):
-    """Of what gathers, and takes the gradient back; the other kernels have tests of their own."""
-    outputs = torch.empty(1, 8, 4), torch.empty(1, 8, 4, 101), torch.empty(1, 8, 4, dtype=torch.int64)
-
-    def launch():
-        rows = torch.zeros(16, 2, dtype=torch.int64), torch.zeros(16, 8)
-        x, scores = torch.empty(1, 16, 101, dtype=torch.bfloat16), torch.zeros(1, 8, 16)
-        launch_gather(x, *rows, 2, *outputs)
-        gathered = torch.zeros(1, 8, 1, dtype=torch.int64), outputs[1][:, :, :1]
-        with triton_for_cpu_tensors():
-            launch_gradients(x, outputs[1][:, :, 0], scores, scores[:, 0], scores, gathered, torch.empty_like(x))
-
-    kernels = compiled_kernels(launch, target=target)
-    assert {kernel["name"] for kernel in kernels} == {"_gather_kernel", "_gradient_kernel", "_gathered_kernel"}
-    assert {kernel["spilled_bytes"] for kernel in kernels} == {0}

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 import reference
-from colt5_bench.static_facts import compiled_kernels
 from kernels import _prefix_backward, _prefix_forward
-from kernels._launch import triton_for_cpu_tensors
 from kernels.route_prefixes import route_prefixes
 from tests.correct import check_correct
 
@@ -289,24 +287,3 @@ def test_nothing_is_as_large_as_windows_times_tokens(device):
         for event in profile.events()
     )
     assert largest < n / window_size * n * 4 / 4
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("target", [80, 90])
-def test_no_register_spills(device, target):
-    def launch():
-        with triton_for_cpu_tensors():
-            scores = torch.randn(2, 2, 9000, requires_grad=True)
-            schedule = {"n_iters": 20, "eps": 0.03, "eps_init": 4.0, "eps_decay": 0.7}
-            selection = route_prefixes(scores, window_size=128, num_selected=1024, k=1152, **schedule)
-            selection.weights.sum().backward()
-
-    kernels = compiled_kernels(launch, target=target)
-    assert {kernel["name"] for kernel in kernels} == {
-        "_descend_kernel",
-        "_select_kernel",
-        "_sums_kernel",
-        "_thresholds_kernel",
-        "_tokens_kernel",
-    }
-    assert {kernel["spilled_bytes"] for kernel in kernels} == {0}

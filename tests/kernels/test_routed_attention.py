@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 import reference
 from kernels import routed_attention
-from kernels._launch import triton_for_cpu_tensors
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -202,16 +201,3 @@ def test_captured_in_a_cuda_graph_and_equal_from_run_to_run():
         tensors["query"].copy_(torch.randn_like(upstream))
     graph.replay()
     assert all(torch.equal(*pair) for pair in zip(captured, step(), strict=True))
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize(("dtype", "target"), [(torch.bfloat16, 80), (torch.bfloat16, 90), (torch.float32, 90)])
-def test_compiles_without_spills(dtype, target):
-    from colt5_bench.static_facts import compiled_kernels
-
-    tensors, mask = problem(1, 3, 2, 64, 1, 5, dtype, masked=True)
-    upstream = torch.empty_like(tensors["query"])
-    with triton_for_cpu_tensors():
-        facts = compiled_kernels(lambda: results(routed_attention, tensors, mask, upstream), target)
-    assert [fact["name"] for fact in facts] == ["_forward_kernel", "_query_kernel", "_key_value_kernel"]
-    assert {str(fact): fact["spilled_bytes"] for fact in facts} == {str(fact): 0 for fact in facts}

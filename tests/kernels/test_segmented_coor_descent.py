@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import reference
 from kernels import _segmented_kernels, segmented_coor_descent
-from kernels._launch import triton_for_cpu_tensors
 from reference._arguments import epsilon_schedule
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -438,25 +437,3 @@ def test_rows_at_their_real_lengths(shape, segments):
     y = segmented_coor_descent(scores := randn(*shape).float(), k=shape[-1] / 16, **options)
     expected = reference.coor_descent(scores.double(), k=shape[-1] / 16, n_iters=20, eps=0.1)
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=shift_by_rounding(scores, n_iters=20, eps=0.1))
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("target", [80, 90])
-@pytest.mark.parametrize("full", [False, True], ids=["scores alone", "mask and k a row"])
-@pytest.mark.parametrize("n", [512, 4096, 8192, 32768, 131072])
-def test_compiles_without_spills(n, full, target):
-    from colt5_bench.static_facts import compiled_kernels
-
-    scores = torch.empty(8, n, requires_grad=True)
-    mask = torch.empty(n, dtype=torch.bool).expand(8, n) if full else None
-    options = {"n_iters": 20, "k": torch.empty(8) if full else 8.0, "mask": mask, "checkpoint_segments": 4}
-
-    def launch():
-        with torch.no_grad():
-            segmented_coor_descent(scores, **options)
-        segmented_coor_descent(scores, **options).backward(scores.detach())
-
-    with triton_for_cpu_tensors():
-        facts = compiled_kernels(launch, target, disassemble=False)
-    assert len(facts) == 3
-    assert [(fact["name"], fact["spilled_bytes"]) for fact in facts] == [(fact["name"], 0) for fact in facts]

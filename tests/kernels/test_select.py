@@ -7,9 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import reference
-from colt5_bench.static_facts import compiled_kernels
 from kernels import _select_kernels
-from kernels._launch import triton_for_cpu_tensors
 from kernels.select import select
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -136,15 +134,3 @@ def test_any_numbers(device, numbers, data):
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(numbers), max_size=len(numbers))), device=device)
     scores = torch.tensor(numbers, dtype=torch.float32, device=device)
     check(scores, data.draw(st.integers(1, len(numbers))), mask)
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("target", [80, 90])
-def test_no_register_spills(device, target):
-    def launch():
-        with triton_for_cpu_tensors():
-            select(torch.randn(2, 4096), num_selected=100, mask=torch.ones(4096, dtype=torch.bool))
-            select(torch.randn(2, 100_000), num_selected=100)
-
-    kernels = compiled_kernels(launch, target=target)
-    assert {kernel["spilled_bytes"] for kernel in kernels} == {0}

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 import reference
 from kernels import topk
-from kernels._launch import triton_for_cpu_tensors
 
 module = import_module("kernels.topk")
 
@@ -202,22 +201,3 @@ def test_captured_in_a_cuda_graph():
     expected = step()
     assert torch.equal(indices, expected[0])
     assert torch.equal(gradient, expected[1])
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("target", [80, 90])
-@pytest.mark.parametrize("shape", [(1024, 512), (8192, 512), (4096, 4096)], ids=str)
-def test_compiles_without_spills(shape, target):
-    from colt5_bench.static_facts import compiled_kernels
-
-    x, mask = torch.empty(shape, requires_grad=True), torch.empty(shape, dtype=torch.bool)
-
-    def launch():
-        for hidden in (None, mask):
-            topk(x, 10, mask=hidden, fused=True)
-            topk(x.detach(), 32, mask=hidden, fused=True)
-
-    with triton_for_cpu_tensors():
-        facts = compiled_kernels(launch, target, disassemble=False)
-    assert len(facts) == 4
-    assert {str(fact): fact["spilled_bytes"] for fact in facts} == {str(fact): 0 for fact in facts}
