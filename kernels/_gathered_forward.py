@@ -149,7 +149,7 @@ FORWARD: SettingsBySize = {
 RAGGED: SettingsBySize = {
     (2, 64): Settings(32, 32, 4, 2),
     (2, 128): Settings(32, 32, 8, 2),
-    (4, 64): Settings(16, 16, 4, 2),
+    (4, 64): Settings(16, 16, 8, 2),
     (4, 128): Settings(16, 16, 8, 1),
 }
 """Of all kernels, for heads that take registers to load."""

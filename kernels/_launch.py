@@ -177,7 +177,7 @@ def registers_of_addresses(tile: Mapping[str, int], aligned: bool) -> int:
     addresses for each of them. More where a program has several rows, and eight warps leave room for no second one."""
     if aligned:
         return 0
-    return 16 if tile["ROWS"] == 1 and tile["num_warps"] < 8 else 64
+    return 16 if tile["ROWS"] == 1 and tile["num_warps"] < 8 else 96
 
 
 def is_ragged(dim: int, itemsize: int) -> bool:

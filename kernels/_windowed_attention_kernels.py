@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Plan, options_for_heads, planner
+from kernels._launch import Plan, is_ragged, options_for_heads, planner
 from kernels._primitives import INTERPRETED, LOG2_E
 
 LARGEST_HEAD = 128
@@ -354,6 +354,14 @@ BACKWARD = {
     (4, 128): Settings(16, 16, 8, 1),
 }
 
+BACKWARD_RAGGED = {
+    (2, 64): Settings(32, 32, 4, 1),
+    (2, 128): Settings(32, 16, 8, 1),
+    (4, 64): Settings(16, 16, 8, 1),
+    (4, 128): Settings(16, 16, 8, 1),
+}
+"""Of heads that take registers to load."""
+
 
 def _plan_blocks(settings: Settings, programs: int, n: int, head_dim: int, itemsize: int) -> Plan:
     """So many programs for each block of a sequence."""
@@ -371,7 +379,8 @@ def _plan_forward(batch: int, n: int, heads: int, head_dim: int, itemsize: int) 
 @planner
 def _plan_backward(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
     """Two programs for each block: for its queries, and for its keys."""
-    settings = BACKWARD[itemsize, 64 if head_dim <= 64 else LARGEST_HEAD]
+    table = BACKWARD_RAGGED if is_ragged(head_dim, itemsize) else BACKWARD
+    settings = table[itemsize, 64 if head_dim <= 64 else LARGEST_HEAD]
     return _plan_blocks(settings, 2 * batch * heads, n, head_dim, itemsize)
 
 

@@ -366,14 +366,16 @@ def _kind_of(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _smallest(planner: Callable[..., Plan], operation: Operation) -> list[tuple[dict[str, Any], Plan]]:
-    """The smallest sizes of each plan that is compiled differently, and the plan."""
-    smallest: dict[object, tuple[int, dict[str, Any], Plan]] = {}
+    """The smallest sizes of each plan that is compiled differently, and the plan. Where a plan has sizes without a 1,
+    which is compiled as a constant, these."""
+    smallest: dict[object, tuple[tuple[int, int], dict[str, Any], Plan]] = {}
     for sizes in sizes_of(planner, **operation.limits):
-        entries = math.prod(max(size, 1) for name, size in sizes.items() if name not in NOT_A_COUNT)
-        if entries <= MOST_ENTRIES:
+        counts = [size for name, size in sizes.items() if name not in NOT_A_COUNT]
+        if math.prod(counts) <= MOST_ENTRIES:
+            rank = counts.count(1), math.prod(counts)
             plan = planner(**sizes)
             key = operation.key(plan), *_kind_of(sizes).items()
-            smallest[key] = min(smallest.get(key, (entries, sizes, plan)), (entries, sizes, plan), key=lambda x: x[0])
+            smallest[key] = min(smallest.get(key, (rank, sizes, plan)), (rank, sizes, plan), key=lambda x: x[0])
     return [(sizes, plan) for _, sizes, plan in smallest.values()]
 
 
