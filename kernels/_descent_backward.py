@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import _coor_descent_torch as in_pytorch
-from kernels._descent_forward import cooling_iterations
+from kernels._descent_forward import cooling_iterations, from_origin
 from kernels._descent_state import iterations_of, row_state
 from kernels._launch import Plan, planner, registers_of_addresses, tile_settings
 from kernels._primitives import (
@@ -45,8 +45,9 @@ def direct_gradient(scores, grad, a, temperature, factor):
     score of -inf, however large g is there."""
     slope, offset, rest = exponent_line(-a, factor)
     scale = exp2(tl.minimum(rest, 1.0).to(tl.float32)) * inverse(temperature).to(tl.float32)
-    direct = grad * exp2_line(scores, slope, offset) * per_row(scale)
-    return tl.where((scores > per_row(round_down(-a))) | (scores == -float("inf")), 0.0, direct)
+    power = exp2_line(scores, slope, offset)
+    # By the exponential and not by the score: the compiler would keep the outcome for each entry over all iterations.
+    return tl.where((scores > per_row(round_down(-a))) | (power == 0), 0.0, grad * power * per_row(scale))
 
 
 @triton.jit
@@ -76,10 +77,10 @@ def _grad_a_kernel(
     grad = tl.load(grad_ptrs, mask=columns < n, other=0.0).to(tl.float32)
     a_ptrs = row_state(state_ptr, rows, n_iters) + n_iters - 1
     a = tl.load(a_ptrs)
-    scores -= per_row(tl.load(a_ptrs + 1).to(tl.float32))
+    origin = tl.load(a_ptrs + 1).to(tl.float32)
     schedule_ptr = row_state(state_ptr, n_rows + tl.zeros((), tl.int64), n_iters) + n_iters
     temperature, factor = tl.load(schedule_ptr), tl.load(schedule_ptr + n_iters + 1)
-    direct = direct_gradient(scores, grad, a, temperature, factor)
+    direct = direct_gradient(from_origin(scores, origin), grad, a, temperature, factor)
     grad_a = tl.sum(sum_in_thread(direct, REPEATS, ROWS, WIDTH), axis=1)
     tl.store(grad_a_ptr + tl.program_id(0) + tl.arange(0, ROWS), grad_a)
 
@@ -127,11 +128,13 @@ def _backward_kernel(
     previous = tl.load(a_ptrs - 1, mask=row_exists & (n_iters > 1), other=0.0)
 
     scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
-    # Without a branch for rows whose origin is 0: the loads below would wait for it.
-    scores -= per_row(tl.load(a_ptrs + 1, mask=row_exists, other=0.0).to(tl.float32))
+    origin = tl.load(a_ptrs + 1, mask=row_exists, other=0.0).to(tl.float32)
     inverse_k = inverse(load_k(k_ptr, rows, k, n_rows, HAS_K))
+    # Loads come before the branch on the origin, which they would wait for. Without that branch, which is seldom taken,
+    # the compiler would subtract the origin anew in each iteration.
     if SLOTS == 1:
         grad = tl.load(grad_ptrs, mask=exists, other=0.0).to(tl.float32)
+        scores = from_origin(scores, origin)
         direct = direct_gradient(scores, grad, last_a, last_temperature, last_factor)
         grad_a = tl.sum(sum_in_thread(direct, REPEATS, ROWS, WIDTH), axis=1)
     else:
@@ -140,6 +143,7 @@ def _backward_kernel(
             slot = start + tl.arange(0, SLOTS)
             in_slot += tl.load(grad_a_ptr + tl.program_id(0) - chunk + slot, mask=slot < chunks, other=0.0)
         grad_a = tl.sum(in_slot, axis=0) + tl.zeros([ROWS], tl.float64)
+        scores = from_origin(scores, origin)
 
     # The iterations of the last temperature share weights w = exp((s - base) / e) as long as their a are close, and
     # only the coefficients of w add up: an exponential for each such run, not for each iteration.
