@@ -291,6 +291,9 @@ def _plan_gathered(batch: int, selected: int, d: int, routes: int) -> Plan:
     """Pieces are blocks of the tokens that a route selected."""
     # The tile of fp32, which is the smallest: what is gathered takes registers, too.
     tile = _tile(d, routes, 4, GRADIENT_WARPS)
+    if d % 16:
+        # So do addresses of entries that are loaded one by one.
+        tile = {**tile, "TOKENS": max(tile["TOKENS"] // 2, 1)}
     blocks = triton.cdiv(selected, tile["TOKENS"])
     return Plan(blocks * batch * routes, tile, blocks)
 

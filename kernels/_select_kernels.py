@@ -224,9 +224,11 @@ def _plan(n_rows: int, n: int) -> Plan:
     parts = triton.cdiv(n, CHUNK)
     block = min(max(triton.next_power_of_2(n), 128), CHUNK)
     settings = {"BLOCK": block, "num_warps": max(block // (32 * IN_THREAD), 1)}
+    # Without a limit on registers, ptxas aims at fewer and spills some. Entries loaded one by one have addresses.
     if parts == 1:
-        # Without a limit on registers, ptxas aims at fewer and spills some. Entries loaded one by one have addresses.
-        settings["maxnreg"] = 144 if n % 16 else 128
+        settings["maxnreg"] = 192 if n % 16 else 128
+    elif n % 16:
+        settings["maxnreg"] = 128
     return Plan(n_rows * parts, settings, parts)
 
 

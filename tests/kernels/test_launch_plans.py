@@ -48,6 +48,7 @@ KNOWN = (
     Spill("coor_descent", 120, "_backward_kernel", {"WIDTH": 1024, "HAS_K": True}, 8),
     Spill("topk", 120, "_topk_kernel", {"WIDTH": 512, "SELECTED": 32}, 8),
     Spill("routing_scores", 120, "_gradient_kernel", {"ROUTES": 8}, 8),
+    *(Spill("gathered_gradients", target, "_gathered_kernel", {"ROUTES": 1}, 16) for target in SHARED),
     Spill("normalize", 120, "_backward_kernel", {"BLOCK_D": 8192, "CENTER": True}, 24),
     Spill("windowed_attention", 80, "_backward_kernel", {"BLOCK_D": 128, "BLOCK": 16}, 8),
     Spill("gathered_attention", 80, "_key_value_kernel", {"DIM": 64, "PRECISION": "tf32", "WEIGH_KEYS": False}, 8),
