@@ -1,3 +1,4 @@
+from dataclasses import asdict
 from math import inf, isnan, nan, sqrt
 
 import pytest
@@ -101,7 +102,7 @@ class TestDiverge:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(accuracy, "CHUNK", chunk)
             pieces = diverge(actual.double(), expected.double(), kinks)
-        assert pieces == Divergence(**{**vars(whole), "relative": pytest.approx(whole.relative)})
+        assert pieces == Divergence(**{**asdict(whole), "relative": pytest.approx(whole.relative)})
 
     @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=40))
     def test_norm_and_largest_bound_each_other(self, elements):
