@@ -95,16 +95,16 @@ class Tolerance:
     """Allowed errors in fp64: that of truths in [2**(p - 1), 2**p) at p - LEAST_POWER + 1, that of 0 in front."""
 
     relative: float
-    """What is allowed in any case, as a share of the element."""
+    """The error that is always allowed, as a share of the element."""
 
     least: float
-    """What is allowed in any case."""
+    """The error that is always allowed."""
 
     dtype: torch.dtype
-    """Of the tensor."""
+    """The dtype that the tensor has to have."""
 
     most: float = inf
-    """What no element may be off by more than."""
+    """The largest error that is ever allowed."""
 
     def at_least(self, error: float) -> "Tolerance":
         """The same, but each element may be off by `error`."""
@@ -115,7 +115,7 @@ class Tolerance:
         return replace(self, most=min(self.most, error))
 
     def of(self, truth: Tensor) -> Tensor:
-        """What elements with these fp64 truths may be off by: nothing, if that is NaN or infinite."""
+        """The allowed errors of elements with these fp64 truths: 0 where a truth is NaN or infinite."""
         allowed = torch.maximum(self.by_magnitude.to(truth.device)[_magnitudes(truth)], self.relative * truth.abs())
         return allowed.clamp(min=self.least).clamp(max=self.most).masked_fill(~truth.isfinite(), 0.0)
 
@@ -125,7 +125,7 @@ def tolerances(
     expected: Mapping[str, Tensor],
     at_kink: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tolerance]:
-    """What a correct computation of some tensors may be off by.
+    """The errors that a correct computation of some tensors may have.
 
     One sample of plain PyTorch's error would be luck. So it computes them as it is, and several times with the operands
     of each operation moved by a rounding.
@@ -180,7 +180,7 @@ class Spread:
                 self._scale = max(self._scale, truth.abs().max().item())
 
     def tolerance(self) -> Tolerance:
-        """What another computation may be off by."""
+        """The errors that another computation may have."""
         # A larger element may be off by as much as a smaller one, and of few elements the least may be so by luck.
         errors = MARGIN * self._largest.cummax(0).values
         enough = int((self._counts[1:].cumsum(0) < FEWEST).sum()) + 1

@@ -22,12 +22,19 @@ class Call:
         self._upstream = problem.upstream
         self._wanted = () if direction == FORWARD else problem.differentiable
         self._random, self._calls = Random(0), 0
+        self._latest: Tensor | None = None
         self.sample: Tensor | None = None
         self.renew()
 
     def renew(self) -> None:
         """Forget the graphs of earlier calls: what they left behind belongs to the stream that they ran in, and would
-        keep a call in another stream from being captured."""
+        keep a call in another stream from being captured. Here, which is not timed, the latest output may become the
+        `sample`: one in all, each with the same probability."""
+        if self._latest is not None:
+            self._calls += 1
+            if self._random.random() * self._calls < 1:
+                self.sample = self._latest.detach()
+            self._latest = None
         self._inputs = {
             name: tensor.detach().requires_grad_(name in self._wanted) for name, tensor in self._problem.inputs.items()
         }
@@ -37,16 +44,10 @@ class Call:
         """The output, then the gradients."""
         output = self.forward()
         gradients = self.backward(output)
-        self._remember(output)
-        return output, *gradients
-
-    def _remember(self, output: Tensor) -> None:
-        """Let `sample` be the output of one call in all, each with the same probability."""
-        self._calls += 1
         # A tensor from within a capture belongs to the graph.
-        captured = output.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not captured and self._random.random() * self._calls < 1:
-            self.sample = output.detach()
+        if not (output.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._latest = output
+        return output, *gradients
 
     def forward(self) -> Tensor:
         if not self._sources:

@@ -216,38 +216,37 @@ def _time_correct(
     conditions: Conditions,
     begin: Callable[[str], None],
 ) -> None:
-    """Take the times of what goes on to be correct while it is timed. If one spoils the inputs of all, those of the
-    others are taken again without it."""
-    others: dict[int, Oracle] = {}
-    while calls:
-        begin("")
-        _time_apart(calls, records, conditions)
-        calls = {name: call for name, call in calls.items() if records[name].status == "ok"}
-        spoilt = [name for name in calls if oracles[name].restore()]
-        for name, call in calls.items():
-            begin(name)
-            record, oracle = records[name], oracles[name]
-            with preserved(), _failing([record], "after it was timed: "):
-                if id(oracle) not in others:
-                    others[id(oracle)] = oracle.with_other_values()
-                implementation = suite.implementations[name]
-                record.reason = _late_fault(implementation, call, oracle, others[id(oracle)], sampled=not spoilt)
-                record.status = "wrong" if record.reason else "ok"
-        right = {name: call for name, call in calls.items() if records[name].status == "ok"}
-        for name in calls.keys() - right.keys():
-            records[name].timings = {}
-        if not spoilt or len(right) == len(calls):
-            return
-        calls = right
+    """Take the times of implementations, and keep those of the ones that go on to be correct.
 
-
-def _late_fault(implementation: Implementation, call: Call, oracle: Oracle, other: Oracle, *, sampled: bool) -> str:
-    """What is wrong with an implementation that was right at first; an empty text if nothing is.
-
-    Args:
-        sampled: whether the output of one of the timed calls can be judged.
+    If one spoils the inputs of all while they are timed, nobody knows which: they are timed again, each on its own.
     """
-    if sampled and call.sample is not None:
+    begin("")
+    _time_apart(calls, records, conditions)
+    calls = {name: call for name, call in calls.items() if records[name].status == "ok"}
+    spoilt = [name for name in calls if oracles[name].restore()]
+    others: dict[int, Oracle] = {}
+    for name, call in calls.items():
+        begin(name)
+        record, oracle = records[name], oracles[name]
+        with preserved(), _failing([record], "after it was timed: "):
+            call.renew()
+            if spoilt:
+                call.sample = None
+                _time_apart({name: call}, records, conditions)
+            if id(oracle) not in others:
+                others[id(oracle)] = oracle.with_other_values()
+            fault = _late_fault(suite.implementations[name], call, oracle, others[id(oracle)])
+            if record.status == "ok" and fault:
+                record.status, record.reason = "wrong", fault
+        if record.status == "wrong":
+            record.timings = {}
+
+
+def _late_fault(implementation: Implementation, call: Call, oracle: Oracle, other: Oracle) -> str:
+    """The fault of an implementation that was right at first; an empty text if it has none."""
+    if spoilt := oracle.restore():
+        return f"writes to its input {spoilt} while it is timed"
+    if call.sample is not None:
         _, wrong = oracle.judge(implementation, {"output": call.sample})
         if wrong:
             return f"right at first, while it is timed {wrong}"

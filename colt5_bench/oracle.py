@@ -1,4 +1,4 @@
-"""What a case should give, and whether an implementation gives it: at first, and after it was timed."""
+"""The answer that a case should give, and whether an implementation gives it: at first, and after it was timed."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -325,10 +325,8 @@ def round_down(x):
 
 
 def slots_for(programs: int, num_warps: int) -> int:
-    """Slots of `exchange`: few enough that each warp reads all words at once, or so many that no two threads of a
-    program read the same word."""
-    slots = triton.next_power_of_2(programs)
-    return slots if 4 * slots <= 32 else max(slots, 32 * num_warps // 4)
+    """Slots of `exchange`: so many that no two threads of a program read the same word."""
+    return max(triton.next_power_of_2(programs), 32 * num_warps // 4)
 
 
 @triton.jit
@@ -342,7 +340,7 @@ def exchange(mailbox_ptr, step, part, first, second, third, PROGRAMS: tl.constex
     mailbox starts as zeros and steps count from 1.
 
     Several warps that read the same word do so at moments of their own, and one may find what another does not find
-    yet. So either each warp has all words and goes by what it has read itself, or no word is read twice (`slots_for`).
+    yet. So no word is read twice (`slots_for`).
     """
     word = tl.arange(0, 4)
     slot = tl.arange(0, SLOTS)

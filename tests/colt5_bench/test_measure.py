@@ -363,6 +363,33 @@ def test_what_goes_wrong_after_the_first_call_is_found_and_the_others_stay_right
     assert records["good"].timings
 
 
+@pytest.mark.parametrize("position", [0, 1])
+def test_an_input_that_is_spoilt_while_it_is_timed_and_never_else_is_found(conditions, monkeypatch, position):
+    """The one that did it is not the one that happens to come next."""
+    timing = []
+
+    def spoiling(scores):
+        y = 2 * scores
+        if timing:
+            scores.zero_()
+        return y
+
+    def time_interleaved(calls, *, device, columns, before, max_seconds):
+        timing.append(None)
+        for call in calls.values():
+            call()
+        timing.clear()
+        return {name: {column: Timing(column, [1.0], "confident", 0.0) for column in columns} for name in calls}
+
+    monkeypatch.setattr(measuring.timing, "time_interleaved", time_interleaved)
+    listed = [("good", toy.Implementation("good", lambda case: toy.good))]
+    listed.insert(position, ("spoiling", toy.Implementation("spoiling", lambda case: spoiling)))
+    records = run(toy.suite(implementations=dict(listed)), conditions, FORWARD)
+    assert (records["good"].status, bool(records["good"].timings)) == ("ok", True)
+    assert records["spoiling"].reason == "writes to its input scores while it is timed"
+    assert (records["spoiling"].status, records["spoiling"].timings) == ("wrong", {})
+
+
 def test_a_timed_output_is_judged(conditions, monkeypatch):
     """Of the calls that are timed any may be the one, so that no call is safe to be wrong."""
     done = []
@@ -373,6 +400,7 @@ def test_a_timed_output_is_judged(conditions, monkeypatch):
 
     def time_interleaved(calls, *, device, columns, before, max_seconds):
         for _ in range(190):
+            before["sly"]()
             calls["sly"]()
         return {"sly": {column: Timing(column, [1.0], "confident", 0.0) for column in columns}}
 
