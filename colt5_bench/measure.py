@@ -192,7 +192,8 @@ def _measure_each(
         begin(name)
         implementation, oracle = suite.implementations[name], oracles[name]
         with preserved() as record.changed_settings, _failing([record]):
-            call = Call(implementation.build(case), oracle.problem, direction)
+            function = implementation.build(case)
+            call = Call(function, oracle.problem, direction)
             record.accuracy, record.reason = oracle.judge(implementation, call.results())
             record.status = "wrong" if record.reason else "ok"
             metrics = implementation.metrics(case, oracle.problem)
@@ -201,7 +202,8 @@ def _measure_each(
                 record.peak_bytes = memory.measure_memory(call, device=conditions.device)
                 record.saved_bytes = call.saved_bytes()
                 record.kernels = _static_facts(implementation, call, conditions)
-                calls[name] = call
+                # A new one: outputs of calls whose kernels were compiled but not launched are no samples.
+                calls[name] = Call(function, oracle.problem, direction)
         if spoilt := oracle.restore():
             calls.pop(name, None)
             record.status, record.reason = "wrong", f"writes to its input {spoilt}"

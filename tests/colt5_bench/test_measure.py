@@ -76,10 +76,15 @@ def test_without_a_gpu_kernels_are_compiled_for_those_that_are_named(conditions,
         assert len(call()) == 2
         return [{"name": "kernel", "target": target, "launched": bool(launching)}]
 
+    def unwritten_unless_run(scores):
+        """What is only compiled leaves in its output whatever the memory held."""
+        return 7 * scores if launching else toy.good(scores)
+
     monkeypatch.setattr(measuring.static_facts, "compiled_kernels", compiled_kernels)
-    ours = toy.Implementation("ours", lambda case: toy.good, launching=launch)
+    ours = toy.Implementation("ours", lambda case: unwritten_unless_run, launching=launch)
     suite = toy.suite(implementations={**toy.suite().implementations, "ours": ours})
     records = run(suite, replace(conditions, targets=(80, 90)))
+    assert (records["ours"].status, records["ours"].reason) == ("ok", "")
     assert records["ours"].kernels == [{"name": "kernel", "target": each, "launched": True} for each in (80, 90)]
     assert records["reference"].kernels == run(suite, conditions)["ours"].kernels == []
 
