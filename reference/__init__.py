@@ -1,23 +1,23 @@
 """The CoLT5 system in plain PyTorch: the definition every kernel is compared with."""
 
-from reference.attention import ConditionalRoutedAttention, ConditionalRoutedCrossAttention
-from reference.autoregressive import ConditionalRoutedAutoregressiveAttention
-from reference.block import ConditionalRoutedTransformerBlock
 from reference.combine import combine
 from reference.coor_descent import coor_descent
-from reference.feedforward import ConditionalRoutedFeedForward
 from reference.gathered_attention import gathered_attention
-from reference.image import ConditionalRoutedImageAttention
+from reference.layers.attention import ConditionalRoutedAttention, ConditionalRoutedCrossAttention
+from reference.layers.autoregressive import ConditionalRoutedAutoregressiveAttention
+from reference.layers.block import ConditionalRoutedTransformerBlock
+from reference.layers.feedforward import ConditionalRoutedFeedForward
+from reference.layers.image import ConditionalRoutedImageAttention
+from reference.layers.router import CoordinateDescentRouter, RouterReturn
+from reference.layers.vit import ConditionalRoutedViT
 from reference.normalize import normalize
 from reference.route import RouteReturn, route
 from reference.route_prefixes import PrefixSelection, route_prefixes
 from reference.routed_attention import routed_attention
-from reference.router import CoordinateDescentRouter, RouterReturn
 from reference.routing_scores import routing_scores
 from reference.select import select
 from reference.soft_topk import soft_topk
 from reference.topk import TopkReturn, topk
-from reference.vit import ConditionalRoutedViT
 from reference.windowed_attention import windowed_attention
 
 __all__ = [

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import reference
 from reference._attention import SelfAttention
-from reference.router import RouterReturn
+from reference.layers.router import RouterReturn
 from reference.windowed_attention import WindowedAttention
 
 TOKENS = 2**16

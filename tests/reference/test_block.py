@@ -42,7 +42,7 @@ def test_routing_tokens(block):
 
 def test_options_reach_both_layers(monkeypatch):
     """Each argument under the name that the layer has for it."""
-    import reference.block as module
+    import reference.layers.block as module
 
     received = {}
 

@@ -34,7 +34,7 @@ REPLACED_IN = (
     "route",
     "route_prefixes",
     "routed_attention",
-    "router",
+    "layers.router",
     "windowed_attention",
 )
 """Modules whose functions select, relax or attend."""

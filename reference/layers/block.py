@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from reference.attention import ConditionalRoutedAttention
-from reference.feedforward import ConditionalRoutedFeedForward
+from reference.layers.attention import ConditionalRoutedAttention
+from reference.layers.feedforward import ConditionalRoutedFeedForward
 
 
 class ConditionalRoutedTransformerBlock(nn.Module):

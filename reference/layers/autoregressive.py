@@ -13,10 +13,10 @@ from reference._arguments import check_counts, check_tokens
 from reference._attention import RotaryEmbedding, rotate
 from reference._operations import choose, fused
 from reference._sizes import ceil_div, is_certain, missing
-from reference.attention import RoutedBranch, angles_at
 from reference.combine import join
 from reference.gathered_attention import gather_and_attend
-from reference.router import RouterReturn, Selection, gather_tokens
+from reference.layers.attention import RoutedBranch, angles_at
+from reference.layers.router import RouterReturn, Selection, gather_tokens
 from reference.windowed_attention import WindowedAttention
 
 

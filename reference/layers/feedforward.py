@@ -9,7 +9,7 @@ from reference._arguments import check_counts, check_positive
 from reference._attention import RMSNorm
 from reference._operations import choose, path
 from reference.combine import combine, join
-from reference.router import CoordinateDescentRouter
+from reference.layers.router import CoordinateDescentRouter
 
 
 class ConditionalRoutedFeedForward(nn.Module):

@@ -11,8 +11,8 @@ from reference._arguments import check_counts, check_tokens, require
 from reference._attention import RotaryEmbedding, Rotations
 from reference._operations import choose, path
 from reference.combine import combine, join
+from reference.layers.router import CoordinateDescentRouter, RouterReturn
 from reference.routed_attention import Attention
-from reference.router import CoordinateDescentRouter, RouterReturn
 from reference.windowed_attention import WindowedAttention
 
 

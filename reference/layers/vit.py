@@ -9,8 +9,8 @@ from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 
 from reference._arguments import check_counts, require
-from reference.feedforward import ConditionalRoutedFeedForward
-from reference.image import ConditionalRoutedImageAttention
+from reference.layers.feedforward import ConditionalRoutedFeedForward
+from reference.layers.image import ConditionalRoutedImageAttention
 
 
 class ConditionalRoutedViT(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 from reference._arguments import check_counts, require
 from reference._attention import SelfAttention
 from reference._sizes import is_certain, missing, window_for, without_padding
-from reference.attention import RoutedBranch
+from reference.layers.attention import RoutedBranch
 
 
 class ConditionalRoutedImageAttention(RoutedBranch):
