@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.suite import Implementation
-from kernels._launch import triton_for_cpu_tensors
+from kernels._common.launch import triton_for_cpu_tensors
 from suites._dense import Attend
 from suites._descent import lenient
 from suites._pieces import in_pieces

@@ -9,7 +9,7 @@ import torch
 import kernels
 from colt5_bench.replay import replay
 from colt5_bench.suite import Implementation, Suite
-from kernels._launch import triton_for_cpu_tensors
+from kernels._common.launch import triton_for_cpu_tensors
 from suites._descent import (
     CONSTANT,
     OURS,

@@ -13,7 +13,7 @@ import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.replay import replay
 from colt5_bench.suite import Implementation, Suite
-from kernels._launch import triton_for_cpu_tensors
+from kernels._common.launch import triton_for_cpu_tensors
 from suites._descent import HEAVY_SHARE, both_directions, implementations
 
 

@@ -12,7 +12,7 @@ import reference
 from colt5_bench.case import FORWARD, Cost, Problem, Truth
 from colt5_bench.replay import replay
 from colt5_bench.suite import Implementation, Suite
-from kernels._launch import triton_for_cpu_tensors
+from kernels._common.launch import triton_for_cpu_tensors
 from suites import _descent
 from suites._descent import CONSTANT, DescentCase, both_directions, implementations, lenient, problem
 from suites.peers import colt5_topk, in_triton_missing, missing

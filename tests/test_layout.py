@@ -1,4 +1,4 @@
-"""There is no registry: an operation is three files of one name, and the versions are those of two files."""
+"""There is no registry: an operation has one name in each package, and the versions are those of two files."""
 
 import inspect
 import re
@@ -7,11 +7,12 @@ from importlib import import_module
 from itertools import chain
 from pathlib import Path
 
+import grimp
 import pytest
 from setuptools import find_packages
 
 ROOT = Path(__file__).parent.parent
-OPERATIONS = sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py"))
+OPERATIONS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/api.py"))
 
 OTHER_SUITE = {"segmented_coor_descent": "segments"}
 """Operations whose suite is about something else than the operation's name says."""
@@ -50,6 +51,18 @@ def test_kernel_has_a_reference_of_the_same_signature(operation):
     assert extra <= set(ours.parameters)
     shared = [parameter for name, parameter in ours.parameters.items() if name not in extra]
     assert ours.replace(parameters=shared) == theirs
+
+
+def test_operations_take_from_each_other_what_is_exported():
+    graph = grimp.build_graph("kernels")
+    inside = {module for operation in OPERATIONS for module in graph.find_descendants(f"kernels.{operation}")}
+    taken = {
+        (importer, module)
+        for module in inside
+        for importer in graph.find_modules_that_directly_import(module)
+        if importer.split(".")[1] != module.split(".")[1]
+    }
+    assert not taken
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

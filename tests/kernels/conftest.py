@@ -4,7 +4,7 @@ from types import ModuleType
 
 import pytest
 
-from kernels._launch import PLANNERS
+from kernels._common.launch import PLANNERS
 
 
 @pytest.fixture

@@ -12,26 +12,23 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import (
-    _descent_backward,
-    _descent_forward,
-    _gather_kernel,
-    _gathered_backward,
-    _gathered_forward,
-    _launch,
-    _prefix_backward,
-    _prefix_forward,
-    _routed_attention_kernels,
-    _score_kernels,
-    _segmented_kernels,
-    _select_kernels,
-    _soft_topk_kernels,
-    _windowed_attention_kernels,
-)
-from kernels._launch import Plan
-
-# The functions shadow their modules.
-_combine, _topk = (inspect.getmodule(inspect.unwrap(function)) for function in (kernels.combine, kernels.topk))
+from kernels._common import launch
+from kernels._common.launch import Plan
+from kernels.combine import triton as combine_kernels
+from kernels.coor_descent import backward as descent_backward
+from kernels.coor_descent import forward as descent_forward
+from kernels.gathered_attention import backward as gathered_backward
+from kernels.gathered_attention import forward as gathered_forward
+from kernels.route import triton as gather_kernel
+from kernels.route_prefixes import backward as prefix_backward
+from kernels.route_prefixes import forward as prefix_forward
+from kernels.routed_attention import triton as routed_attention_kernels
+from kernels.routing_scores import triton as score_kernels
+from kernels.segmented_coor_descent import triton as segmented_kernels
+from kernels.select import triton as select_kernels
+from kernels.soft_topk import triton as soft_topk_kernels
+from kernels.topk import triton as topk_kernels
+from kernels.windowed_attention import triton as windowed_attention_kernels
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 """By the bytes of an entry."""
@@ -58,18 +55,18 @@ COUNTS = {
     "head_dim": around(48, 80, 96, 112, most=128),
     "heads": (1, 2, 3, 8, 16),
     "itemsize": (2, 4),
-    "n": around(_descent_forward.RESIDENT, 12000, 108 * _descent_forward.RESIDENT, 132 * _descent_forward.RESIDENT),
+    "n": around(descent_forward.RESIDENT, 12000, 108 * descent_forward.RESIDENT, 132 * descent_forward.RESIDENT),
     "n_iters": (1, 2, 3, 20, 64, 65, 500),
     "n_queries": around(most=4096),
-    "n_routed": around(_combine.PLACES),
+    "n_routed": around(combine_kernels.PLACES),
     "n_rows": (1, 2, 3, 4, 5, 8, 32, 33, 64, 132, 300, 1000, 4096, 8192, 65535, 65536, 65537, 2**31, 2**33),
     "n_tokens": around(),
     "n_windows": around(most=2048),
     "pairs": BOOL,
-    "routes": tuple(range(1, _score_kernels.MOST_ROUTES + 1)),
-    "selected": around(_select_kernels.MOST_RANKED, most=2**17),
+    "routes": tuple(range(1, score_kernels.MOST_ROUTES + 1)),
+    "selected": around(select_kernels.MOST_RANKED, most=2**17),
     "simple": BOOL,
-    "window_size": around(_prefix_forward.LONGEST_END, most=8192),
+    "window_size": around(prefix_forward.LONGEST_END, most=8192),
 }
 """What sizes of a name are tried; a launcher whose sizes go by other names has to say here what they may be."""
 
@@ -192,7 +189,7 @@ def gathered_gradients(batch, selected, d, routes, cosine, itemsize, **_):
     inverse_norms = torch.zeros(batch, selected) if cosine else None
     gathered = torch.zeros(batch, routes, selected, dtype=torch.int64), x.new_zeros(batch, routes, selected, d)
     inputs = (x, torch.zeros(1, routes, d), scores, inverse_norms, scores, gathered)
-    _score_kernels.launch_gradients(*inputs, torch.zeros_like(x))
+    score_kernels.launch_gradients(*inputs, torch.zeros_like(x))
 
 
 def gather(n_rows, selected, d, itemsize, **_):
@@ -200,7 +197,7 @@ def gather(n_rows, selected, d, itemsize, **_):
     x = torch.zeros(n_rows, selected, d, dtype=DTYPES[itemsize])
     indices, weights = torch.zeros(n_rows, selected, dtype=torch.int64), torch.zeros(n_rows, selected)
     outputs = (weights[:, None], x[:, None].clone(), indices[:, None])
-    _gather_kernel.launch_gather(x, indices, weights, 1, *outputs)
+    gather_kernel.launch_gather(x, indices, weights, 1, *outputs)
 
 
 def normalize(n_rows, d, center, biased, itemsize, **_):
@@ -275,79 +272,79 @@ def _but_for_programs(plan: Plan) -> object:
 
 OPERATIONS = {
     "coor_descent": Operation(
-        (_descent_forward._plan, _descent_backward._plan_sums, _descent_backward._plan),
+        (descent_forward._plan, descent_backward._plan_sums, descent_backward._plan),
         coor_descent,
         _variants(per_row=BOOL, kept=BOOL, masked=BOOL, half=BOOL),
         key=_but_for_programs,
     ),
     "topk": Operation(
-        (_topk._plan,),
+        (topk_kernels._plan,),
         topk,
         _variants(masked=BOOL, save=BOOL, itemsize=(2, 4)),
-        {"n": around(most=_topk.LONGEST), "selected": tuple(range(1, _topk.MOST + 1))},
+        {"n": around(most=topk_kernels.LONGEST), "selected": tuple(range(1, topk_kernels.MOST + 1))},
     ),
     "soft_topk": Operation(
-        (_soft_topk_kernels._plan, _soft_topk_kernels._plan_slots),
+        (soft_topk_kernels._plan, soft_topk_kernels._plan_slots),
         soft_topk,
         _variants(per_row=BOOL, itemsize=(2, 4)),
     ),
     "select": Operation(
-        (_select_kernels._plan, _select_kernels._plan_counts, _select_kernels._plan_ranks),
+        (select_kernels._plan, select_kernels._plan_counts, select_kernels._plan_ranks),
         select,
         _variants(masked=BOOL, itemsize=(2, 4)),
     ),
     "segmented_coor_descent": Operation(
-        (_segmented_kernels._plan,),
+        (segmented_kernels._plan,),
         segmented_coor_descent,
         _variants(masked=BOOL, per_row=BOOL, kept=BOOL),
         {"itemsize": (2, 4, 8)},
     ),
     "routing_scores": Operation(
-        (_score_kernels._plan_scores, _score_kernels._plan_gradients),
+        (score_kernels._plan_scores, score_kernels._plan_gradients),
         routing_scores,
         _variants(cosine=BOOL, needs_x=BOOL),
     ),
     "gathered_gradients": Operation(
-        (_score_kernels._plan_gathered,), gathered_gradients, _variants(cosine=BOOL, itemsize=(2, 4))
+        (score_kernels._plan_gathered,), gathered_gradients, _variants(cosine=BOOL, itemsize=(2, 4))
     ),
-    "gather": Operation((_gather_kernel._plan,), gather, _variants(itemsize=(2, 4))),
+    "gather": Operation((gather_kernel._plan,), gather, _variants(itemsize=(2, 4))),
     "normalize": Operation(
-        (_launch.plan_rows, _launch.plan_sweep),
+        (launch.plan_rows, launch.plan_sweep),
         normalize,
         _variants(center=BOOL, biased=BOOL, itemsize=(2, 4)),
     ),
     "combine": Operation(
-        (_launch.plan_rows, _launch.plan_sweep, _combine._plan_places),
+        (launch.plan_rows, launch.plan_sweep, combine_kernels._plan_places),
         combine,
         _variants(nulled=BOOL, lit=BOOL, residual=BOOL, itemsize=(2, 4)),
     ),
     "route_prefixes": Operation(
         (
-            _prefix_forward._plan_descent,
-            _prefix_forward._plan_selection,
-            _prefix_backward._plan_thresholds,
-            _prefix_backward._plan_sums,
-            _prefix_backward._plan_tokens,
+            prefix_forward._plan_descent,
+            prefix_forward._plan_selection,
+            prefix_backward._plan_thresholds,
+            prefix_backward._plan_sums,
+            prefix_backward._plan_tokens,
         ),
         route_prefixes,
         _variants(itemsize=(2, 4), kept=BOOL),
     ),
     "gathered_attention": Operation(
-        (_gathered_forward._plan, _gathered_backward._plan_queries, _gathered_backward._plan_keys),
+        (gathered_forward._plan, gathered_backward._plan_queries, gathered_backward._plan_keys),
         gathered_attention,
         _variants(weighed=BOOL),
     ),
     "routed_attention": Operation(
         (
-            _routed_attention_kernels._plan_forward,
-            _routed_attention_kernels._plan_queries,
-            _routed_attention_kernels._plan_keys,
+            routed_attention_kernels._plan_forward,
+            routed_attention_kernels._plan_queries,
+            routed_attention_kernels._plan_keys,
         ),
         routed_attention,
         _variants(masked=BOOL, weighed=BOOL, kept=BOOL),
     ),
     "windowed_attention": Operation(
-        (_windowed_attention_kernels._plan_forward, _windowed_attention_kernels._plan_backward),
+        (windowed_attention_kernels._plan_forward, windowed_attention_kernels._plan_backward),
         windowed_attention,
         _variants(masked=BOOL, causal=BOOL),
     ),
@@ -362,7 +359,7 @@ def _kind_of(sizes: Mapping[str, Any]) -> dict[str, Any]:
     """What the sizes of a plan make another kernel by, at the same settings."""
     kind = {name: sizes[name] for name in ("aligned", "simple", "itemsize") if name in sizes}
     dim = sizes.get("dim", sizes.get("head_dim"))
-    return kind if dim is None else {**kind, "ragged": _launch.is_ragged(dim, sizes["itemsize"])}
+    return kind if dim is None else {**kind, "ragged": launch.is_ragged(dim, sizes["itemsize"])}
 
 
 def _smallest(planner: Callable[..., Plan], operation: Operation) -> list[tuple[dict[str, Any], Plan]]:

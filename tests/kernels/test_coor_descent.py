@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from kernels import _descent_backward, _descent_forward, coor_descent
-from kernels._launch import triton_for_cpu_tensors
+from kernels import coor_descent
+from kernels._common.launch import triton_for_cpu_tensors
+from kernels.coor_descent import backward as descent_backward
+from kernels.coor_descent import forward as descent_forward
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -237,8 +239,8 @@ def test_no_rows(shape):
 @pytest.mark.parametrize("masked", [False, True])
 def test_rows_over_several_programs(set_sizes, schedule, masked):
     """Long rows at small sizes: streamed in the interpreter, shared by programs on a GPU, the gradient in chunks."""
-    set_sizes(_descent_forward, RESIDENT=4096, STREAMED=1024)
-    set_sizes(_descent_backward, CHUNK=1024)
+    set_sizes(descent_forward, RESIDENT=4096, STREAMED=1024)
+    set_sizes(descent_backward, CHUNK=1024)
     scores = randn(2, 5003, std=5.0)
     mask = torch.rand(scores.shape, device=DEVICE) > 0.3 if masked else None
     k = torch.tensor([100.0, 400.0], device=DEVICE)

@@ -7,10 +7,10 @@ from torch.autograd import gradcheck
 
 import reference
 from colt5_bench.static_facts import compiled_kernels
-from kernels import _gathered_backward
-from kernels._gathered_backward import invert
-from kernels._launch import triton_for_cpu_tensors
+from kernels._common.launch import triton_for_cpu_tensors
+from kernels.gathered_attention import backward as gathered_backward
 from kernels.gathered_attention import gathered_attention
+from kernels.gathered_attention.backward import invert
 from tests.correct import check_correct
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -88,8 +88,8 @@ def test_large_heads(device, dim):
 
 
 def test_more_queries_than_a_program_takes(device, monkeypatch):
-    few = {size: kept._replace(queries=16) for size, kept in _gathered_backward.KEYS.items()}
-    monkeypatch.setattr(_gathered_backward, "KEYS", few)
+    few = {size: kept._replace(queries=16) for size, kept in gathered_backward.KEYS.items()}
+    monkeypatch.setattr(gathered_backward, "KEYS", few)
     check(make(device, b=1, i=37), multiply_keys_by_score=True)
 
 

@@ -11,7 +11,7 @@ from triton.runtime.jit import JITFunction
 
 import kernels
 from colt5_bench.static_facts import compiled_kernels
-from kernels._launch import INTERPRETED, PLANNERS, triton_for_cpu_tensors
+from kernels._common.launch import INTERPRETED, PLANNERS, triton_for_cpu_tensors
 from tests.calls import inputs_of, layer_of, results
 from tests.kernels.plans import OPERATIONS, cases_of, sizes_of
 

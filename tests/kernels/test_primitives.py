@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import _primitives
+from kernels._common import primitives
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -18,24 +18,24 @@ def _apply(x_ptr, y_ptr, n, NAME: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < n, other=1.0)
     if NAME == "inverse":
-        y = _primitives.inverse(x)
+        y = primitives.inverse(x)
     elif NAME == "log_normal":
-        y = _primitives.log_normal(x)
+        y = primitives.log_normal(x)
     elif NAME == "nearest_fp32":
-        y = _primitives.nearest_fp32(x)
+        y = primitives.nearest_fp32(x)
     elif NAME == "lower_fp32":
-        y = _primitives.lower_fp32(x)
+        y = primitives.lower_fp32(x)
     elif NAME == "round_down":
-        y = _primitives.round_down(x)
+        y = primitives.round_down(x)
     elif NAME == "integer_as_fp64":
-        y = _primitives.integer_as_fp64(x.to(tl.int64))
+        y = primitives.integer_as_fp64(x.to(tl.int64))
     elif NAME == "exp2_minus_1":
-        y = _primitives.exp2_minus_1(x)
+        y = primitives.exp2_minus_1(x)
     elif NAME == "exp2_wide":
-        y = _primitives.exp2_wide(x)
+        y = primitives.exp2_wide(x)
     else:
         tl.static_assert(NAME == "exp2")
-        y = _primitives.exp2(x.to(tl.float32))
+        y = primitives.exp2(x.to(tl.float32))
     tl.store(y_ptr + at, y.to(tl.float64), mask=at < n)
 
 
@@ -103,4 +103,4 @@ def test_what_the_exponential_lacks_on_average():
         x = torch.empty(2**22, dtype=torch.float32).uniform_(lowest, 0).double()
         expected = torch.exp2(x.to(DEVICE))
         lacking = 1 - apply("exp2", x).sum() / expected.sum()
-        assert abs(lacking - _primitives.EXP2_LACKS.value) < 2e-8
+        assert abs(lacking - primitives.EXP2_LACKS.value) < 2e-8

@@ -6,9 +6,10 @@ import triton
 from torch.utils.flop_counter import FlopCounterMode
 
 import reference
-from kernels import _descent_forward, _select_kernels
+from kernels.coor_descent import forward as descent_forward
 from kernels.route import route
 from kernels.routing_scores import routing_scores
+from kernels.select import triton as select_kernels
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -147,8 +148,8 @@ def test_without_a_gradient_nothing_is_saved(device):
 @pytest.fixture
 def long_rows(set_sizes):
     """Rows that several programs share in each kernel."""
-    set_sizes(_select_kernels, CHUNK=64)
-    set_sizes(_descent_forward, RESIDENT=4096)
+    set_sizes(select_kernels, CHUNK=64)
+    set_sizes(descent_forward, RESIDENT=4096)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="one program after the other is")

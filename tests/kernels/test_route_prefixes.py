@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 import reference
-from kernels import _prefix_backward, _prefix_forward
+from kernels.route_prefixes import backward as prefix_backward
+from kernels.route_prefixes import forward as prefix_forward
 from kernels.route_prefixes import route_prefixes
 from tests.correct import check_correct
 
@@ -28,8 +29,8 @@ pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.
 @pytest.fixture
 def small_tiles(set_sizes):
     """Prefixes, selections and tokens of these tests' size go through several steps of every loop."""
-    set_sizes(_prefix_forward, NUM_WARPS=1, IN_THREAD=4, RANKS=16, RANKS_IN_THREAD=1)
-    set_sizes(_prefix_backward, SLOTS=16, TOKENS=128, PREFIXES=2, NUM_WARPS=1)
+    set_sizes(prefix_forward, NUM_WARPS=1, IN_THREAD=4, RANKS=16, RANKS_IN_THREAD=1)
+    set_sizes(prefix_backward, SLOTS=16, TOKENS=128, PREFIXES=2, NUM_WARPS=1)
 
 
 def differentiate(function, scores, grad, **arguments):
@@ -79,7 +80,7 @@ def test_follows_the_reference(device, shape, window_size, num_selected, schedul
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(("most", "window_size", "num_selected"), [(1, 130, 40), (2, 75, 20), (4, 50, 60)])
 def test_several_tiles(device, most, window_size, num_selected, set_sizes):
-    set_sizes(_prefix_forward, GROUP=most)
+    set_sizes(prefix_forward, GROUP=most)
     scores = torch.randn(1, 1, 240, device=device)
     check(scores, window_size=window_size, num_selected=num_selected, **DECAYING)
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from kernels import _segmented_kernels, segmented_coor_descent
+from kernels import segmented_coor_descent
+from kernels.segmented_coor_descent import triton as segmented_kernels
 from reference._arguments import epsilon_schedule
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -35,10 +36,10 @@ def path(request, set_sizes):
     """Rows in registers, and rows read tile by tile, at sizes that the interpreter can do."""
     if request.param == "streamed":
         # In fp64, which counts four times: tiles of 32.
-        set_sizes(_segmented_kernels, RESIDENT=0, STREAMED=128)
+        set_sizes(segmented_kernels, RESIDENT=0, STREAMED=128)
         # Settings for a tile that a few warps at most share.
         settings = {"BLOCK_N": 32, "num_warps": 1, "maxnreg": 255}
-        assert _segmented_kernels._plan(2, 100, torch.float64.itemsize) == (2, settings, 4)
+        assert segmented_kernels._plan(2, 100, torch.float64.itemsize) == (2, settings, 4)
 
 
 def randn(*shape, std=1.0, dtype=torch.float64):

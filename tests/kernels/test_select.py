@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import reference
-from kernels import _select_kernels
 from kernels.select import select
+from kernels.select import triton as select_kernels
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.parametrize("device", DEVICES)
 def path(request, set_sizes):
     """Each way in which a kernel goes through a row of these tests' length."""
     if request.param == "parts":
-        set_sizes(_select_kernels, CHUNK=64)
+        set_sizes(select_kernels, CHUNK=64)
 
 
 def check(scores, k, mask=None):
@@ -39,7 +39,7 @@ def test_random_scores(device):
 
 
 def test_more_than_are_ranked(device, monkeypatch):
-    monkeypatch.setattr(_select_kernels, "MOST_RANKED", 20)
+    monkeypatch.setattr(select_kernels, "MOST_RANKED", 20)
     check((torch.randn(2, 50, device=device) * 4).round(), 30)
 
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 import reference
-from kernels import _soft_topk_kernels
 from kernels.soft_topk import soft_topk
+from kernels.soft_topk import triton as soft_topk_kernels
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -23,7 +23,7 @@ def path(request, set_sizes):
     """Each way in which a kernel goes through a row of these tests' length."""
     if request.param != "one program a row":
         searches = 4 if request.param == "chunks" else 1
-        set_sizes(_soft_topk_kernels, RESIDENT=100, CHUNK=128, CHUNK_PROBES=8, SEARCHES=searches)
+        set_sizes(soft_topk_kernels, RESIDENT=100, CHUNK=128, CHUNK_PROBES=8, SEARCHES=searches)
 
 
 def check(scores, k, eps, mask=None):
@@ -254,5 +254,5 @@ def test_ten_passes_suffice(device, spread):
 
 def test_ten_passes_suffice_for_a_row_of_chunks(device, set_sizes):
     if INTERPRETED:
-        set_sizes(_soft_topk_kernels, CHUNK=2**19)
+        set_sizes(soft_topk_kernels, CHUNK=2**19)
     assert passes(torch.randn(1, 2**20, device=device) * 25, 2**17, 0.02) <= 10

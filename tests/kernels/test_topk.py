@@ -1,7 +1,5 @@
 """The fused top-k against the plain one in fp64: on the CPU path, in Triton's interpreter and on a GPU."""
 
-from importlib import import_module
-
 import pytest
 import torch
 import triton
@@ -10,8 +8,7 @@ from hypothesis import strategies as st
 
 import reference
 from kernels import topk
-
-module = import_module("kernels.topk")
+from kernels.topk import api
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -95,7 +92,7 @@ def test_half_precision(dtype):
 
 
 def test_rows_too_long_for_the_kernel(monkeypatch):
-    monkeypatch.setattr(module, "LONGEST", 50)
+    monkeypatch.setattr(api, "LONGEST", 50)
     check(randn(2, 130), 9)
 
 

@@ -1,0 +1,30 @@
+"""`kernels.combine` in PyTorch: a CPU tensor gets this."""
+
+import torch
+from torch import Tensor
+
+
+def combine(
+    routed: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    n: int,
+    null: Tensor | None,
+    light: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The sum of what is there for all tokens, to which routed ones are added."""
+    (batch, _, d), device = routed.shape, routed.device
+    wide = torch.promote_types(dtype, torch.float32)
+    out = torch.zeros(1, 1, d, dtype=wide, device=device)
+    if null is not None:
+        is_routed = torch.zeros(batch, n + 1, dtype=torch.bool, device=device)
+        is_routed = is_routed.scatter(1, indices.long().clamp(max=n), True)[:, :n]
+        out = null.to(wide) * ~is_routed.unsqueeze(-1)
+    for each in (light, residual):
+        out = out if each is None else out + each.to(wide)
+    heavy = (routed.to(wide) * scores.unsqueeze(-1).to(wide)).masked_fill((indices >= n).unsqueeze(-1), 0.0)
+    places = torch.arange(batch, device=device)[:, None] * n + indices.clamp(max=n - 1)
+    out = out.expand(batch, n, d).reshape(-1, d).index_add(0, places.flatten(), heavy.flatten(0, 1))
+    return out.view(batch, n, d).to(dtype)

@@ -1,0 +1,177 @@
+"""The scalar-state algorithm of `kernels.coor_descent`, vectorised: what a CPU tensor gets.
+
+The recurrence runs on one fp64 number a row (DESIGN 3.2); everything elementwise stays in the dtype of the scores, or
+fp32 for half precision, in as few buffers of their size as will do: to touch memory for the first time takes longer
+than to compute what goes into it.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.coor_descent.constants import FAR, LARGEST, MAX_SHIFT
+
+
+def forward(
+    scores: Tensor,  # rows n
+    mask: Tensor | None,  # rows n
+    k: Tensor,  # rows, fp64
+    temperatures: list[float],
+    kept: Sequence[Tensor] | None,  # fp64: receive a_t and the share of the sum above it, rows n_iters; origins, rows 1
+) -> Tensor:
+    """The relaxed selection `rows n`; see `kernels.coor_descent`.
+
+    With the scores of a row in ascending order, and the running sums of their exponentials, an iteration is to find
+    the threshold among them. Scores and a count from the origin of a row, which is 0 unless all scores are far below.
+    """
+    rows, n = scores.shape
+    ordered = _working_copy(scores, mask)
+    ordered.numpy().sort(axis=-1)
+    weights = torch.empty_like(ordered)
+    sums = torch.empty(rows, n + 1, dtype=torch.float64, device=scores.device)
+    row = np.arange(rows)
+    *temperatures, last_temperature = temperatures
+
+    # NumPy for what is computed once a row: on few numbers, a call of PyTorch takes several times as long.
+    with np.errstate(all="ignore"):
+        # What takes no part comes first in the order, NaN last.
+        highest = ordered[:, -1].double().numpy()
+        hidden = torch.searchsorted(ordered, ordered.new_full((rows, 1), -torch.inf), right=True).numpy()[:, 0]
+        n_valid = np.where(highest < np.inf, n - hidden, np.nan)
+        empty = n_valid == 0
+        highest = np.where(empty, 0.0, highest)
+        origin = np.where(highest < -FAR * last_temperature, highest, 0.0)
+        highest = highest - origin
+        origins = torch.from_numpy(origin[:, None])
+        _move(ordered, origins)
+        log_k = np.log(np.where(k.numpy() > 0, k.numpy(), np.nan))
+        base, base_temperature = highest, None
+        a = np.where(empty, 0.0, temperatures[0] * (log_k - np.log(n_valid)) + origin)
+        trace, ratios = [a], [np.zeros_like(a)]
+        for temperature in temperatures[1:]:
+            threshold = -a
+            # The largest of min(s, -a), which keeps the sum below from under- and overflowing.
+            anchor = np.minimum(highest, threshold)
+            shift = (anchor - base) / temperature
+            if temperature != base_temperature or (np.abs(shift) > MAX_SHIFT).any():
+                base, base_temperature, shift = anchor, temperature, np.zeros(rows)
+                _exp_above(ordered, torch.from_numpy(base), temperature, out=weights).clamp_(max=LARGEST)
+                sums[:, 0], sums[:, 1:] = 0.0, weights
+                sums.cumsum_(dim=-1)
+            floor = torch.from_numpy(_round_down(threshold, ordered.numpy().dtype))
+            below = torch.searchsorted(ordered, floor[:, None], right=True).numpy()[:, 0]
+            at_most_1 = sums.numpy()[row, below] * np.exp(-shift)
+            above = n - below
+            total = np.where(empty, 1.0, above + at_most_1)
+            a = temperature * (log_k - np.log(total)) - anchor
+            trace.append(a)
+            ratios.append(above / total)
+    if kept is not None:
+        for state, numbers in zip(kept, (trace, ratios, [origin]), strict=True):
+            state.copy_(torch.from_numpy(np.stack(numbers, axis=1)))
+
+    y = _move(_working_copy(scores, mask, out=weights), origins)
+    _exp_above(y, torch.from_numpy(-a), last_temperature, out=y).clamp_(max=1.0)
+    return _fill_hidden(y, mask).to(scores.dtype)
+
+
+def backward(
+    grad: Tensor,  # rows n
+    scores: Tensor,  # rows n
+    mask: Tensor | None,  # rows n
+    k: Tensor,  # rows, fp64
+    temperatures: list[float],
+    trace: Tensor,  # rows n_iters, fp64
+    ratio: Tensor,  # rows n_iters, fp64
+    origins: Tensor,  # rows 1, fp64
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the scores `rows n` and of k `rows` (fp64), in closed form (DESIGN 3.3)."""
+    s = _move(_working_copy(scores, mask), origins)
+    *temperatures, last_temperature = temperatures
+    thresholds = torch.from_numpy(_round_down(-trace.numpy(), s.numpy().dtype))
+
+    work = torch.empty_like(s)
+    ds = _exp_above(s, -trace[:, -1], last_temperature, out=torch.empty_like(s)).clamp_(max=1.0)
+    ds.mul_(grad).mul_(1.0 / last_temperature).mul_(torch.le(s, thresholds[:, -1:], out=work))
+    # However large the gradient from above is there.
+    ds.masked_fill_(s == -torch.inf, 0.0)
+
+    # Each a hands on to the one before it what it received, times the share of the sum above the threshold.
+    handed_on = torch.cat([ratio[:, 1:], torch.ones_like(ratio[:, :1])], dim=1)
+    grad_a = handed_on.flip(1).cumprod(dim=1).flip(1) * ds.sum(dim=-1, dtype=torch.float64)[:, None]
+
+    # Iterations of one temperature whose a are close share the weights exp((s - base) / temperature), and only the
+    # coefficients of these add up.
+    weights, coefficients = torch.empty_like(s), torch.empty_like(s)
+    for start, stop in _runs(trace, temperatures):
+        temperature, base = temperatures[start], -trace[:, stop - 1]
+        # At most k for an entry below the threshold; above it the weight is not used and must not overflow.
+        _exp_above(s, base, temperature, out=weights).clamp_(max=LARGEST)
+        shares = torch.exp((trace[:, start:stop] + base[:, None]) / temperature)
+        shares = (grad_a[:, start:stop] / k[:, None] * shares).to(s.dtype)
+        coefficients.zero_()
+        for t in range(start, stop):
+            passes = torch.le(s, thresholds[:, t - 1, None], out=work)
+            coefficients.addcmul_(passes, shares[:, t - start, None])
+        ds.addcmul_(weights, coefficients, value=-1.0)
+
+    dk = (grad_a * grad_a.new_tensor(temperatures)).sum(dim=-1) / k
+    return _fill_hidden(ds, mask).to(scores.dtype), dk
+
+
+def _runs(trace: Tensor, temperatures: list[float]) -> Iterator[tuple[int, int]]:
+    """Stretches of iterations, the first one left out, of one temperature and with all a near the last, from behind."""
+    stop = len(temperatures)
+    while stop > 1:
+        temperature, start = temperatures[stop - 1], stop - 1
+        while start > 1 and temperatures[start - 1] == temperature:
+            start -= 1
+        distances = (trace[:, start:stop] - trace[:, stop - 1, None]).abs()
+        far = (distances > MAX_SHIFT * temperature).any(dim=0).nonzero()
+        if len(far):
+            start += int(far[-1]) + 1
+        yield start, stop
+        stop = start
+
+
+def wide_k(scores: Tensor, k_rows: Tensor | None, k: float) -> Tensor:
+    """k of each row in fp64."""
+    return scores.new_full(scores.shape[:1], k, dtype=torch.float64) if k_rows is None else k_rows.double()
+
+
+def _working_copy(scores: Tensor, mask: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+    """The scores in the dtype of the computation, -inf where there is none to take part."""
+    if out is None:
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        out = torch.empty(scores.shape, dtype=wide, device=scores.device)
+    out.copy_(scores)
+    return out if mask is None else out.masked_fill_(~mask, -torch.inf)
+
+
+def _move(s: Tensor, origins: Tensor) -> Tensor:
+    """Scores `rows n` of a working copy, counted from the origins of their rows."""
+    return s.sub_(origins.to(s.dtype)) if origins.any() else s
+
+
+def _round_down(threshold: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The largest number of a dtype that is not above an fp64 threshold, so that comparing scores of that dtype with
+    it is comparing with the threshold."""
+    nearest = threshold.astype(dtype)
+    return np.where(nearest > threshold, np.nextafter(nearest, nearest.dtype.type(-np.inf)), nearest)
+
+
+def _exp_above(s: Tensor, threshold: Tensor, temperature: float, *, out: Tensor) -> Tensor:
+    """exp((s - threshold) / temperature) for an fp64 threshold a row; out may be s.
+
+    The threshold is used as an unevaluated pair of the dtype of s: rounded, it would shift every exponent of a row the
+    same way, and with them the next threshold.
+    """
+    high = threshold.to(s.dtype)
+    low = (threshold - high).to(s.dtype)
+    return torch.sub(s, high[:, None], out=out).sub_(low[:, None]).mul_(1.0 / temperature).exp_()
+
+
+def _fill_hidden(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x.masked_fill_(~mask, 0.0)

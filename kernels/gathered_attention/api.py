@@ -1,0 +1,177 @@
+"""Attention to keys and values that are taken by index, inside the kernel, from a sequence that holds them once.
+
+In the operator a list holds -1 where there is nothing to attend to: one load tells a kernel all it needs to fetch keys.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels._common.launch import runs_triton
+from kernels._common.operation import define, define_backward, define_gradient
+from kernels.gathered_attention import cpu
+from kernels.gathered_attention.backward import launch_backward
+from kernels.gathered_attention.forward import LARGEST_DIM, launch_forward
+from reference._arguments import check_gathered
+
+_INPUTS = "Tensor query, Tensor key_value, Tensor lists, Tensor weights, Tensor null_kv, bool multiply_keys"
+
+
+def _allocate(
+    query: Tensor,
+    key_value: Tensor,
+    lists: Tensor,
+    weights: Tensor,
+    null_kv: Tensor,
+    multiply_keys: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output, and the logarithm of what its softmax divides by, to the base 2 if a kernel writes it.
+
+    In memory the heads of a query are side by side, as a projection makes and takes them.
+    """
+    batch, windows, heads, queries, dim = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    out = query.new_empty((batch, windows, queries, heads, dim)).transpose(2, 3)
+    return out, query.new_empty((batch, windows, heads, queries), dtype=wide)
+
+
+def _forward(
+    query: Tensor,
+    key_value: Tensor,
+    lists: Tensor,
+    weights: Tensor,
+    null_kv: Tensor,
+    multiply_keys: bool,
+) -> tuple[Tensor, Tensor]:
+    out, lse = _allocate(query, key_value, lists, weights, null_kv, multiply_keys)
+    if out.numel():
+        attend = launch_forward if _runs_kernel(query) else cpu.forward
+        attend(query, key_value, lists, weights, null_kv, multiply_keys, out, lse)
+    return out, lse
+
+
+def _allocate_gradients(
+    grad: Tensor,
+    query: Tensor,
+    key_value: Tensor,
+    lists: Tensor,
+    weights: Tensor,
+    null_kv: Tensor,
+    multiply_keys: bool,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values, weights, and the learned pair."""
+    return (
+        torch.empty_like(out),
+        key_value.new_empty(key_value.shape),
+        weights.new_empty(weights.shape),
+        null_kv.new_empty(null_kv.shape),
+    )
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key_value: Tensor,
+    lists: Tensor,
+    weights: Tensor,
+    null_kv: Tensor,
+    multiply_keys: bool,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = (query, key_value, lists, weights, null_kv, multiply_keys)
+    # In memory as `_allocate` makes it, by which kernels read it; a function transform hands back a copy.
+    as_made = out.transpose(2, 3)
+    if not as_made.is_contiguous():
+        out = as_made.contiguous().transpose(2, 3)
+    dquery, dkey_value, dweights, dnull = _allocate_gradients(grad, *inputs, out, lse)
+    if not query.numel():
+        return dquery, dkey_value.zero_(), dweights.zero_(), dnull.zero_()
+    differentiate = launch_backward if _runs_kernel(query) else cpu.backward
+    for_weights, for_null = differentiate(_dense_rows(grad), *inputs, out, lse, dquery, dkey_value)
+    return dquery, dkey_value, dweights.copy_(for_weights), dnull.copy_(for_null)
+
+
+def _runs_kernel(query: Tensor) -> bool:
+    """fp64 stays fp64, which the kernels are not."""
+    return query.dtype != torch.float64 and query.shape[-1] <= LARGEST_DIM and runs_triton(query)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+define(f"gathered_attention({_INPUTS}) -> (Tensor, Tensor)", _forward, _allocate)
+define_backward(
+    f"gathered_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _allocate_gradients,
+)
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.multiply_keys = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    *tensors, out, lse = ctx.saved_tensors
+    dquery, dkey_value, dweights, dnull = torch.ops.colt5.gathered_attention_backward(
+        grad, *tensors, ctx.multiply_keys, out, lse
+    )
+    return dquery, dkey_value, None, dweights, dnull, None
+
+
+define_gradient("gathered_attention", _setup_context, _differentiate)
+
+
+def gathered_attention(
+    query: Tensor,
+    key_value: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    null_kv: Tensor,
+    *,
+    mask: Tensor | None = None,
+    multiply_keys_by_score: bool = False,
+) -> Tensor:
+    """`reference.gathered_attention` without a copy of any key or value, in memory linear in their number.
+
+    Keys and values are read by index while a softmax goes over the list of a window. The backward pass sorts the
+    entries of all lists by their token: it is right for any lists, and fast where a token that is in a list stays in
+    those of the windows after it, as what is routed of ever longer prefixes does. It keeps the output and one number a
+    query and head. Results are bitwise equal from run to run. A CPU tensor, and any of fp64 or of heads of
+    more than 128 dimensions, goes window by window through PyTorch.
+
+    Args:
+        query: `b w h i d`, any float dtype: the queries of w windows, h heads of d dimensions.
+        key_value: `b r n (h kv d)`, in the dtype of the queries: of each token and route, for the heads of the route,
+            a key and a value side by side.
+        indices: `b w r s`, integers: which tokens the window attends to. Where the mask is False anything may stand;
+            elsewhere all entries of a list are different, and are of the sequence.
+        weights: `b w r s`, any float dtype: multiplied with values, and with keys if `multiply_keys_by_score`.
+        null_kv: `2 h d`, any float dtype: a key and a value that every query attends to, too.
+        mask: `b w r s`, bool; False for entries that are not attended to.
+
+    Returns:
+        `b w h i d`, in the dtype of the queries; in memory `b w i h d`.
+
+    Raises:
+        ValueError: an argument is of a wrong dtype, or shapes do not match.
+        NotImplementedError: a second derivative or forward mode is asked for.
+    """
+    check_gathered(query, key_value, indices, weights, null_kv, mask)
+    lists = indices if mask is None else torch.where(mask, indices, -1)
+    out, _ = torch.ops.colt5.gathered_attention(
+        _dense_rows(query),
+        _dense_rows(key_value),
+        lists.to(torch.int32).contiguous(),
+        weights.contiguous(),
+        null_kv.contiguous(),
+        multiply_keys_by_score,
+    )
+    return out

@@ -1,0 +1,420 @@
+"""Gradients of attention to the tokens of lists: of queries and weights by window, of keys and values by token.
+
+The gradient of a key needs the queries of all windows that have its token in their lists. Entries of all lists, sorted
+by their token, are each token's windows in order. A program takes a block of tokens and goes through the windows from
+the first to the last that has any of them; each token has a pointer to its next entry, which is of the window at hand
+or of a later one. So a block is attended to by matrix products, and the rows of a window's queries are read for all of
+its tokens together. Tokens with the same last window share a block, in the order of their positions: what a prefix
+selects stays selected for some windows on end, and then some 1.5 times the windows are gone through that need be.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._common.launch import Plan, planner
+from kernels.gathered_attention.forward import (
+    LN2,
+    Settings,
+    SettingsBySize,
+    arguments,
+    load_null,
+    load_rows,
+    load_slots,
+    place,
+    plan_windows,
+    settings_for,
+    tile_of,
+)
+
+QUERIES: SettingsBySize = {
+    (2, 64): Settings(32, 32, 1, 3),
+    (2, 128): Settings(32, 64, 4, 3),
+    (4, 64): Settings(16, 32, 4, 2),
+    (4, 128): Settings(16, 16, 8, 1),
+}
+
+KEYS: SettingsBySize = {
+    (2, 64): Settings(64, 64, 4, 2),
+    (2, 128): Settings(32, 32, 4, 3),
+    (4, 64): Settings(16, 32, 4, 2),
+    (4, 128): Settings(16, 16, 8, 2),
+}
+
+
+@planner
+def _plan_queries(batch: int, n_windows: int, heads: int, n_queries: int, dim: int, itemsize: int) -> Plan:
+    return plan_windows(QUERIES, batch, n_windows, heads, n_queries, dim, itemsize)
+
+
+@planner
+def _plan_keys(batch: int, n_tokens: int, heads: int, n_queries: int, dim: int, itemsize: int, pairs: bool) -> Plan:
+    """A program for each block of the tokens of a head, which takes windows in pairs, if it may, where a block holds
+    all queries of a window. Pieces are blocks of these."""
+    settings, most = settings_for(KEYS, n_queries, dim, itemsize)
+    blocks = triton.cdiv(n_queries, settings.queries)
+    in_pairs = pairs and blocks == 1 and 2 * settings.queries <= most.queries
+    tile = {**tile_of(settings, dim, itemsize), "BLOCK_N": settings.others, "WINDOWS": 2 if in_pairs else 1}
+    return Plan(batch * triton.cdiv(n_tokens, settings.others) * heads, tile, blocks)
+
+
+@triton.jit
+def _query_kernel(
+    query_ptr,  # b w h i d
+    key_value_ptr,  # b r n (h kv d)
+    lists_ptr,  # b w r s, -1 for nothing
+    weights_ptr,  # b w r s
+    null_ptr,  # 2 h d
+    out_ptr,  # b w i h d
+    grad_ptr,  # b w h i d
+    lse_ptr,  # b w h i, log2
+    delta_ptr,  # b w h i
+    dquery_ptr,  # b w i h d
+    dweights_ptr,  # b w blocks h s, fp32
+    dnull_ptr,  # b w blocks h 2 d, fp32
+    query_batch,
+    query_window,
+    query_head,
+    query_stride,
+    key_value_batch,
+    key_value_route,
+    key_value_stride,
+    grad_batch,
+    grad_window,
+    grad_head,
+    grad_stride,
+    n_slots,
+    n_windows,
+    n_blocks,
+    n_heads,
+    n_routes,
+    n_queries,
+    scale,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    WEIGH_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """As the forward kernel: the gradient of a block of queries, and its part of those of weights and learned pair."""
+    row, block, head = place(n_heads, n_blocks)
+    batch, window = row // n_windows, row % n_windows
+    share = n_heads // n_routes
+    route = head // share
+    dims = tl.arange(0, BLOCK_D)
+    queries = block * BLOCK_I + tl.arange(0, BLOCK_I)
+    there = queries < n_queries
+    query_ptr += batch * query_batch + window * query_window + head.to(tl.int64) * query_head
+    query = load_rows(query_ptr, queries, query_stride, there, dims, DIM)
+    grad_ptr += batch * grad_batch + window * grad_window + head.to(tl.int64) * grad_head
+    grad = load_rows(grad_ptr, queries, grad_stride, there, dims, DIM)
+    flat = row * n_queries * n_heads * DIM + head * DIM
+    out = load_rows(out_ptr + flat, queries, n_heads * DIM, there, dims, DIM)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)
+    of_head = (row * n_heads + head) * n_queries + queries
+    tl.store(delta_ptr + of_head, delta, mask=there)
+    lse = tl.load(lse_ptr + of_head, mask=there, other=float("inf"))
+    key_ptr = key_value_ptr + batch * key_value_batch + route.to(tl.int64) * key_value_route + head % share * (2 * DIM)
+    listed = (row * n_routes + route) * n_slots
+    program = (row * n_blocks + block) * n_heads + head
+    dweights_ptr += program * n_slots
+
+    null_key, null_value = load_null(null_ptr, n_heads, head, dims, DIM, query.dtype)
+    wide_query, wide_grad = query.to(tl.float32), grad.to(tl.float32)
+    null_shares = tl.exp2(tl.sum(wide_query * null_key[None, :], axis=1) * scale - lse)
+    null_dlogits = null_shares * (tl.sum(wide_grad * null_value[None, :], axis=1) - delta)
+    natural = scale * LN2
+    dnull_ptr += program * (2 * DIM) + dims
+    tl.store(dnull_ptr, tl.sum(null_dlogits[:, None] * wide_query, axis=0) * natural, mask=dims < DIM)
+    tl.store(dnull_ptr + DIM, tl.sum(null_shares[:, None] * wide_grad, axis=0), mask=dims < DIM)
+    dquery = null_dlogits[:, None] * null_key[None, :]
+
+    for start in range(0, n_slots, BLOCK_S):
+        slots = start + tl.arange(0, BLOCK_S)
+        tokens, weights, valid = load_slots(lists_ptr + listed, weights_ptr + listed, slots, n_slots)
+        key = load_rows(key_ptr, tokens, key_value_stride, valid, dims, DIM)
+        value = load_rows(key_ptr + DIM, tokens, key_value_stride, valid, dims, DIM)
+        logits = tl.dot(query, key.T, input_precision=PRECISION) * scale
+        factor = weights[None, :] if WEIGH_KEYS else 1.0
+        shares = tl.where(valid[None, :], tl.exp2(logits * factor - lse[:, None]), 0.0)
+        dshares = tl.dot(grad, value.T, input_precision=PRECISION)
+        dlogits = shares * (dshares * weights[None, :] - delta[:, None])
+        dweights = shares * dshares
+        if WEIGH_KEYS:
+            dweights += dlogits * logits * LN2
+        tl.store(dweights_ptr + slots, tl.sum(dweights, axis=0), mask=slots < n_slots)
+        dquery = tl.dot((dlogits * factor).to(key.dtype), key, dquery, input_precision=PRECISION)
+
+    places = queries[:, None] * (n_heads * DIM) + dims[None, :]
+    dquery = (dquery * natural).to(dquery_ptr.dtype.element_ty)
+    tl.store(dquery_ptr + flat + places, dquery, mask=there[:, None] & (dims < DIM)[None, :])
+
+
+@triton.jit
+def load_entry(windows_ptr, weights_ptr, entry, end, n_windows):
+    """Windows and weights of entries, one for each token; past the end of its entries none of the windows."""
+    windows = tl.load(windows_ptr + entry, mask=entry < end, other=n_windows)
+    return windows, tl.load(weights_ptr + entry, mask=entry < end, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _key_value_kernel(
+    query_ptr,  # b w h i d
+    key_value_ptr,  # b r n (h kv d)
+    windows_ptr,  # windows of the entries of all lists in the order of their tokens
+    weights_ptr,  # and their weights
+    ends_ptr,  # b r n+1: where the entries of each token begin, and so those of the one before end
+    order_ptr,  # b r n: tokens by their last windows
+    grad_ptr,  # b w h i d
+    lse_ptr,  # b w h i, log2
+    delta_ptr,  # b w h i
+    dkey_value_ptr,  # b r n (h kv d)
+    query_batch,
+    query_window,
+    query_head,
+    query_stride,
+    key_value_batch,
+    key_value_route,
+    key_value_stride,
+    grad_batch,
+    grad_window,
+    grad_head,
+    grad_stride,
+    n_batches,
+    n_tokens,
+    n_windows,
+    n_blocks,
+    n_heads,
+    n_routes,
+    n_queries,
+    scale,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    WEIGH_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Keys and values of a block of tokens for one head, against the queries of their windows: of one after the other,
+    or two by two, if a block holds all queries of a window."""
+    # The first blocks of each sequence, of the last windows, have the most to do.
+    program = tl.program_id(0)
+    head = program % n_heads
+    batch = (program // n_heads % n_batches).to(tl.int64)
+    share = n_heads // n_routes
+    route = head // share
+    sequence = batch * n_routes + route
+    dims = tl.arange(0, BLOCK_D)
+    ranks = program // n_heads // n_batches * BLOCK_N + tl.arange(0, BLOCK_N)
+    present = ranks < n_tokens
+    tokens = tl.load(order_ptr + sequence * n_tokens + ranks, mask=present, other=0)
+    following = tl.load(ends_ptr + tokens, mask=present, other=0)
+    end = tl.load(ends_ptr + tokens + 1, mask=present, other=0)
+    tokens -= sequence * n_tokens
+    key_ptr = key_value_ptr + batch * key_value_batch + route.to(tl.int64) * key_value_route + head % share * (2 * DIM)
+    key = load_rows(key_ptr, tokens, key_value_stride, present, dims, DIM)
+    value = load_rows(key_ptr + DIM, tokens, key_value_stride, present, dims, DIM)
+
+    listed_in, weights = load_entry(windows_ptr, weights_ptr, following, end, n_windows)
+    listed_then, weights_then = load_entry(windows_ptr, weights_ptr, following + 1, end, n_windows)
+    first_window = tl.min(listed_in)
+    last_window = tl.max(tl.load(windows_ptr + end - 1, mask=following < end, other=-1))
+
+    query_ptr += batch * query_batch + head.to(tl.int64) * query_head
+    grad_ptr += batch * grad_batch + head.to(tl.int64) * grad_head
+    dkey = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dvalue = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    columns = tl.arange(0, WINDOWS * BLOCK_I)
+    for step in range(first_window * n_blocks // WINDOWS, tl.cdiv((last_window + 1) * n_blocks, WINDOWS)):
+        window, block = step * WINDOWS // n_blocks, step % n_blocks
+        windows = window + columns // BLOCK_I
+        if WINDOWS == 1:
+            windows = windows.to(tl.int64)
+        queries = block * BLOCK_I + columns % BLOCK_I
+        if WINDOWS == 1:
+            queries = queries.to(tl.int64)
+        there = (queries < n_queries) & (windows < n_windows)
+        query = load_rows(query_ptr, windows * query_window + queries * query_stride, 1, there, dims, DIM)
+        grad = load_rows(grad_ptr, windows * grad_window + queries * grad_stride, 1, there, dims, DIM)
+        of_head = ((batch * n_windows + windows) * n_heads + head) * n_queries + queries
+        lse = tl.load(lse_ptr + of_head, mask=there, other=float("inf"))
+        delta = tl.load(delta_ptr + of_head, mask=there, other=0.0)
+
+        here = listed_in == window
+        attended, weight = here[:, None], weights[:, None]
+        passed = here & (block == n_blocks - 1 if WINDOWS == 1 else True)
+        if WINDOWS == 2:
+            # What is listed in the first of two windows has its next entry for the second one, everything else this.
+            next_weights = tl.where(here, weights_then, weights)
+            here_next = tl.where(here, listed_then, listed_in) == window + 1
+            is_next = (windows > window)[None, :]
+            attended = tl.where(is_next, here_next[:, None], attended)
+            weight = tl.where(is_next, next_weights[:, None], weight)
+            following += here_next.to(following.dtype)
+        following += passed.to(following.dtype)
+        # Loaded before it is needed, with the products of this step to wait for it.
+        listed_in, weights = load_entry(windows_ptr, weights_ptr, following, end, n_windows)
+        if WINDOWS == 2:
+            listed_then, weights_then = load_entry(windows_ptr, weights_ptr, following + 1, end, n_windows)
+
+        factor = weight if WEIGH_KEYS else 1.0
+        logits = tl.dot(key, query.T, input_precision=PRECISION) * (scale * factor)
+        shares = tl.where(attended, tl.exp2(logits - lse[None, :]), 0.0)
+        dvalue = tl.dot((shares * weight).to(grad.dtype), grad, dvalue, input_precision=PRECISION)
+        dshares = tl.dot(value, grad.T, input_precision=PRECISION)
+        dlogits = shares * (dshares * weight - delta[None, :]) * factor
+        dkey = tl.dot(dlogits.to(query.dtype), query, dkey, input_precision=PRECISION)
+
+    width = 2 * DIM * share
+    places = (sequence * n_tokens + tokens)[:, None] * width + head % share * (2 * DIM) + dims[None, :]
+    written = present[:, None] & (dims < DIM)[None, :]
+    kind = dkey_value_ptr.dtype.element_ty
+    tl.store(dkey_value_ptr + places, (dkey * (scale * LN2)).to(kind), mask=written)
+    tl.store(dkey_value_ptr + places + DIM, dvalue.to(kind), mask=written)
+
+
+class Inverse(NamedTuple):
+    """Lists `b w r s` of tokens of sequences `b r n`, by token."""
+
+    windows: Tensor
+    """int32: the windows of the entries of all lists in the order of their tokens, then of windows."""
+
+    weights: Tensor
+    """Of the same entries."""
+
+    ends: Tensor
+    """`b r n+1` flat: where the entries of each token begin, and so those of the one before end."""
+
+    order: Tensor
+    """`b r n` flat: all tokens by their last window, later ones first and those without a window last."""
+
+
+def invert(lists: Tensor, weights: Tensor, n_tokens: int) -> Inverse:
+    batch, windows, routes, slots = lists.shape
+    total = batch * routes * n_tokens
+    sequences = torch.arange(batch * routes, device=lists.device).view(batch, 1, routes, 1)
+    keys = torch.where(lists >= 0, lists + sequences * n_tokens, total)
+    keys, entries = _narrow(keys, total).flatten().sort(stable=True)
+    tokens = torch.arange(total + 1, device=lists.device, dtype=keys.dtype)
+    ends = torch.searchsorted(keys, tokens, out_int32=keys.numel() < 2**31)
+    windows_of = (entries // (routes * slots) % windows).to(torch.int32)
+
+    begin, end = ends[:-1], ends[1:]
+    missed = torch.where(begin < end, windows - 1 - windows_of[(end - 1).clamp(min=0)], windows)
+    missed += tokens[:-1] // n_tokens * (windows + 1)
+    order = _narrow(missed, batch * routes * (windows + 1)).sort(stable=True).indices
+    return Inverse(windows_of, weights.flatten()[entries], ends, order)
+
+
+def _narrow(keys: Tensor, most: int) -> Tensor:
+    """Keys up to `most` in a narrow type: a sort takes its time by the bits of it."""
+    types = (torch.int16, torch.int32, torch.int64)
+    return keys.to(next(dtype for dtype in types if most <= torch.iinfo(dtype).max))
+
+
+def launch_backward(
+    grad: Tensor,
+    query: Tensor,
+    key_value: Tensor,
+    lists: Tensor,
+    weights: Tensor,
+    null_kv: Tensor,
+    multiply_keys: bool,
+    out: Tensor,
+    lse: Tensor,
+    dquery: Tensor,
+    dkey_value: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weights and learned pair are returned, those of queries, keys and values are written."""
+    delta = torch.empty_like(lse)
+    dweights, dnull = _launch_queries(
+        grad, query, key_value, lists, weights, null_kv, multiply_keys, out, lse, delta, dquery
+    )
+    if lists.numel():
+        inverse = invert(lists, weights, key_value.shape[2])
+        _launch_keys(grad, query, key_value, inverse, multiply_keys, lse, delta, dkey_value)
+    else:
+        dkey_value.zero_()
+    return dweights, dnull
+
+
+def _launch_queries(
+    grad: Tensor,
+    query: Tensor,
+    key_value: Tensor,
+    lists: Tensor,
+    weights: Tensor,
+    null_kv: Tensor,
+    multiply_keys: bool,
+    out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dquery: Tensor,
+) -> tuple[Tensor, Tensor]:
+    (batch, windows, heads, queries, dim), (_, _, routes, slots) = query.shape, lists.shape
+    plan = _plan_queries(batch, windows, heads, queries, dim, query.itemsize)
+    programs = (batch, windows, plan.pieces, heads)
+    dweights = lse.new_empty((*programs, slots))
+    dnull = lse.new_empty((*programs, 2, dim))
+    _query_kernel[plan.grid](
+        query,
+        key_value,
+        lists,
+        weights,
+        null_kv,
+        out,
+        grad,
+        lse,
+        delta,
+        dquery,
+        dweights,
+        dnull,
+        *query.stride()[:4],
+        *key_value.stride()[:3],
+        *grad.stride()[:4],
+        slots,
+        **arguments(query, key_value, plan),
+        WEIGH_KEYS=multiply_keys,
+    )
+    # Over the blocks of a window and the heads of a route; over all but heads.
+    dweights = dweights.unflatten(3, (routes, heads // routes)).sum(dim=(2, 4))
+    return dweights, dnull.sum(dim=(0, 1, 2)).transpose(0, 1)
+
+
+def _launch_keys(
+    grad: Tensor,
+    query: Tensor,
+    key_value: Tensor,
+    inverse: Inverse,
+    multiply_keys: bool,
+    lse: Tensor,
+    delta: Tensor,
+    dkey_value: Tensor,
+) -> None:
+    batch, _, n_tokens, _ = key_value.shape
+    _, windows, heads, queries, dim = query.shape
+    # There are no registers left for weights of keys, nor for offsets of 64 bits.
+    reach = max(windows * tensor.stride(1) + queries * tensor.stride(3) for tensor in (query, grad))
+    pairs = reach < 2**31 and not multiply_keys
+    plan = _plan_keys(batch, n_tokens, heads, queries, dim, query.itemsize, pairs)
+    _key_value_kernel[plan.grid](
+        query,
+        key_value,
+        *inverse,
+        grad,
+        lse,
+        delta,
+        dkey_value,
+        *query.stride()[:4],
+        *key_value.stride()[:3],
+        *grad.stride()[:4],
+        batch,
+        n_tokens,
+        **arguments(query, key_value, plan),
+        WEIGH_KEYS=multiply_keys,
+    )

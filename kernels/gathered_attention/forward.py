@@ -1,0 +1,230 @@
+"""Attention of a window's queries to the tokens of its list: the forward kernel, and what the backward ones share."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._common.launch import Plan, is_ragged, options_for_heads, planner, precision_for_heads
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def place(n_heads, n_blocks):
+    """The row (batch and window), block of queries and head of a program; heads of a list run side by side."""
+    program = tl.program_id(0)
+    head = program % n_heads
+    return (program // n_heads // n_blocks).to(tl.int64), program // n_heads % n_blocks, head
+
+
+@triton.jit
+def load_rows(ptr, rows, stride, row_valid, dims, DIM: tl.constexpr):
+    """Rows of DIM entries at `rows` times `stride`, filled up with zeros."""
+    return tl.load(
+        ptr + rows.to(tl.int64)[:, None] * stride + dims[None, :],
+        mask=row_valid[:, None] & (dims < DIM)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def load_slots(lists_ptr, weights_ptr, slots, n_slots):
+    """Tokens, weights and whether there is anything to attend to in slots of a list."""
+    tokens = tl.load(lists_ptr + slots, mask=slots < n_slots, other=-1)
+    weights = tl.load(weights_ptr + slots, mask=slots < n_slots, other=0.0)
+    return tokens, weights.to(tl.float32), tokens >= 0
+
+
+@triton.jit
+def load_null(null_ptr, n_heads, head, dims, DIM: tl.constexpr, kind: tl.constexpr):
+    """The learned key and value of a head, rounded as keys are, in fp32.
+
+    Else the output of a query that attends to nothing else would differ from the value by its rounding, and the
+    gradient by the product of the two.
+    """
+    null_ptr += head * DIM + dims
+    key = tl.load(null_ptr, mask=dims < DIM, other=0.0).to(kind)
+    value = tl.load(null_ptr + n_heads * DIM, mask=dims < DIM, other=0.0).to(kind)
+    return key.to(tl.float32), value.to(tl.float32)
+
+
+@triton.jit
+def _forward_kernel(
+    query_ptr,  # b w h i d
+    key_value_ptr,  # b r n (h kv d)
+    lists_ptr,  # b w r s, -1 for nothing
+    weights_ptr,  # b w r s
+    null_ptr,  # 2 h d
+    out_ptr,  # b w i h d
+    lse_ptr,  # b w h i, log2
+    query_batch,
+    query_window,
+    query_head,
+    query_stride,
+    key_value_batch,
+    key_value_route,
+    key_value_stride,
+    n_slots,
+    n_windows,
+    n_blocks,
+    n_heads,
+    n_routes,
+    n_queries,
+    scale,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    WEIGH_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A block of the queries of a window and head, by an online softmax that begins with the learned pair."""
+    row, block, head = place(n_heads, n_blocks)
+    batch, window = row // n_windows, row % n_windows
+    share = n_heads // n_routes
+    route = head // share
+    dims = tl.arange(0, BLOCK_D)
+    queries = block * BLOCK_I + tl.arange(0, BLOCK_I)
+    there = queries < n_queries
+    query_ptr += batch * query_batch + window * query_window + head.to(tl.int64) * query_head
+    query = load_rows(query_ptr, queries, query_stride, there, dims, DIM)
+    key_ptr = key_value_ptr + batch * key_value_batch + route.to(tl.int64) * key_value_route + head % share * (2 * DIM)
+    listed = (row * n_routes + route) * n_slots
+
+    null_key, null_value = load_null(null_ptr, n_heads, head, dims, DIM, query.dtype)
+    largest = tl.sum(query.to(tl.float32) * null_key[None, :], axis=1) * scale
+    total = tl.full([BLOCK_I], 1.0, tl.float32)
+    out = tl.zeros([BLOCK_I, BLOCK_D], tl.float32) + null_value[None, :]
+    for start in range(0, n_slots, BLOCK_S):
+        slots = start + tl.arange(0, BLOCK_S)
+        tokens, weights, valid = load_slots(lists_ptr + listed, weights_ptr + listed, slots, n_slots)
+        key = load_rows(key_ptr, tokens, key_value_stride, valid, dims, DIM)
+        value = load_rows(key_ptr + DIM, tokens, key_value_stride, valid, dims, DIM)
+        logits = tl.dot(query, key.T, input_precision=PRECISION)
+        if WEIGH_KEYS:
+            logits *= weights[None, :]
+        logits = tl.where(valid[None, :], logits, -float("inf"))
+        before, largest = largest, tl.maximum(largest, tl.max(logits, axis=1) * scale)
+        shares = tl.exp2(logits * scale - largest[:, None])
+        decay = tl.exp2(before - largest)
+        total = total * decay + tl.sum(shares, axis=1)
+        weighted = (shares * weights[None, :]).to(value.dtype)
+        out = tl.dot(weighted, value, out * decay[:, None], input_precision=PRECISION)
+
+    tl.store(lse_ptr + (row * n_heads + head) * n_queries + queries, largest + tl.log2(total), mask=there)
+    out_ptr += row * n_queries * n_heads * DIM + head * DIM
+    places = queries[:, None] * (n_heads * DIM) + dims[None, :]
+    out = (out / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + places, out, mask=there[:, None] & (dims < DIM)[None, :])
+
+
+class Settings(NamedTuple):
+    """Tile and launch settings of a kernel."""
+
+    queries: int
+    """Queries of a window that a program has at a time, at most."""
+
+    others: int
+    """Slots of a list, or tokens."""
+
+    num_warps: int
+    num_stages: int
+
+
+SettingsBySize = dict[tuple[int, int], Settings]
+"""By the bytes of an entry, and the largest head dimension that they are for. With what fp32 takes, nothing spills."""
+
+LARGEST_DIM = 128
+
+FORWARD: SettingsBySize = {
+    (2, 64): Settings(32, 32, 1, 3),
+    (2, 128): Settings(32, 64, 4, 3),
+    (4, 64): Settings(32, 32, 4, 2),
+    (4, 128): Settings(16, 32, 8, 2),
+}
+
+RAGGED: SettingsBySize = {
+    (2, 64): Settings(32, 32, 4, 2),
+    (2, 128): Settings(32, 32, 8, 2),
+    (4, 64): Settings(16, 16, 8, 2),
+    (4, 128): Settings(16, 16, 8, 1),
+}
+"""Of all kernels, for heads that take registers to load."""
+
+
+def settings_for(by_size: SettingsBySize, n_queries: int, dim: int, itemsize: int) -> tuple[Settings, Settings]:
+    """Those of a kernel for so many queries of a window, and what they would be for many of these."""
+    most = (RAGGED if is_ragged(dim, itemsize) else by_size)[itemsize, 64 if dim <= 64 else LARGEST_DIM]
+    return most._replace(queries=min(max(16, triton.next_power_of_2(n_queries)), most.queries)), most
+
+
+def tile_of(settings: Settings, dim: int, itemsize: int) -> dict[str, int]:
+    """What the kernels have in common of their tile and launch."""
+    return {
+        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "BLOCK_I": settings.queries,
+        **options_for_heads(dim, itemsize, settings.num_warps, settings.num_stages),
+    }
+
+
+def plan_windows(
+    by_size: SettingsBySize, batch: int, n_windows: int, heads: int, n_queries: int, dim: int, itemsize: int
+) -> Plan:
+    """A program for each block of the queries of a window and head. Pieces are these blocks."""
+    settings, _ = settings_for(by_size, n_queries, dim, itemsize)
+    blocks = triton.cdiv(n_queries, settings.queries)
+    return Plan(
+        batch * n_windows * blocks * heads, {**tile_of(settings, dim, itemsize), "BLOCK_S": settings.others}, blocks
+    )
+
+
+@planner
+def _plan(batch: int, n_windows: int, heads: int, n_queries: int, dim: int, itemsize: int) -> Plan:
+    return plan_windows(FORWARD, batch, n_windows, heads, n_queries, dim, itemsize)
+
+
+def arguments(query: Tensor, key_value: Tensor, plan: Plan) -> dict[str, Any]:
+    """Sizes and settings that the kernels have in common."""
+    _, windows, heads, queries, dim = query.shape
+    return {
+        "n_windows": windows,
+        "n_blocks": plan.pieces,
+        "n_heads": heads,
+        "n_routes": key_value.shape[1],
+        "n_queries": queries,
+        "scale": dim**-0.5 / LN2.value,
+        "DIM": dim,
+        "PRECISION": precision_for_heads(dim) if query.dtype == torch.float32 else "tf32",
+        **plan.settings,
+    }
+
+
+def launch_forward(
+    query: Tensor,
+    key_value: Tensor,
+    lists: Tensor,
+    weights: Tensor,
+    null_kv: Tensor,
+    multiply_keys: bool,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    batch, windows, heads, queries, dim = query.shape
+    plan = _plan(batch, windows, heads, queries, dim, query.itemsize)
+    _forward_kernel[plan.grid](
+        query,
+        key_value,
+        lists,
+        weights,
+        null_kv,
+        out,
+        lse,
+        *query.stride()[:4],
+        *key_value.stride()[:3],
+        lists.shape[-1],
+        **arguments(query, key_value, plan),
+        WEIGH_KEYS=multiply_keys,
+    )

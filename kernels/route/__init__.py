@@ -1,0 +1,5 @@
+"""`kernels.route`, in a folder of its own."""
+
+from kernels.route.api import route
+
+__all__ = ["route"]

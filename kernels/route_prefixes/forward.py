@@ -1,0 +1,322 @@
+"""Forward pass of `kernels.route_prefixes`: a program descends on neighbouring prefixes of a row, another selects.
+
+Prefixes are read from the L2 cache in each iteration; nothing is as large as windows times tokens. Neighbouring ones
+have nearly equal thresholds. So a program has GROUP of them, for which it reads an entry and computes an exponential
+w = exp((s - base) / e) once: for each, an iteration adds up min(w c, 1) with its own c = exp((base - h) / e).
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._common.launch import Plan, multiprocessors, planner
+from kernels._common.primitives import (
+    EXP2_LACKS,
+    INTERPRETED,
+    LOG2_E,
+    clip_enlarged,
+    count_in_thread,
+    exp2_line,
+    exp2_minus_1,
+    exponent_line,
+    highest_in_thread,
+    inverse,
+    is_above,
+    larger_or_nan,
+    load_tile,
+    log2_e_over,
+    log_normal,
+    lower_fp32,
+    max_or_nan,
+    per_row,
+    round_down,
+    sum_in_thread,
+    tile_columns,
+)
+from kernels.coor_descent import MAX_SHIFT, cool, first_step, row_state, save_step, soft_selection
+
+GROUP = 4
+"""Most prefixes that a program descends on."""
+
+NUM_WARPS = 8
+
+IN_THREAD = 32
+"""Entries in a thread of what prefixes have in common."""
+
+REGISTERS = 128
+"""Most registers of a thread of such a program."""
+
+LONGEST_END = 2048
+"""Most entries that one prefix of a program has and another has not."""
+
+RANKS = 2048
+"""Ranks, or places, that selection looks at at a time."""
+
+RANKS_IN_THREAD = 8
+
+
+@triton.jit
+def prefix_row(row, window, routes, n_windows):
+    """The place, in the order `b w r`, of what a window selects from a row `(b r)` of the scores."""
+    return (row // routes * n_windows + window) * routes + row % routes
+
+
+@triton.jit
+def _clip_scaled_by_pair(x, high, low):
+    """min(x * (high + low), 1), rounded once, for x of at least 0, infinity too, and 0 < low; 0 for NaN."""
+    if INTERPRETED:
+        scaled = x.to(tl.float64) * high.to(tl.float64) + x.to(tl.float64) * low.to(tl.float64)
+        return tl.where(scaled == scaled, tl.minimum(scaled.to(tl.float32), 1.0), 0.0)
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 rest;
+        mul.ftz.f32 rest, $1, $3;
+        fma.rn.ftz.sat.f32 $0, $1, $2, rest;
+        }""",
+        "=f,f,f,f",
+        [x, high, low],
+        tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _load_common(scores_ptr, row, start, end, stride, n_rows, REPEATS: tl.constexpr, WIDTH: tl.constexpr):
+    """Scores from `start`, -inf from `end` on: REPEATS x 1 x WIDTH."""
+    rows = row + tl.zeros([1], tl.int64)
+    columns = start + tile_columns(REPEATS, WIDTH)
+    return load_tile(scores_ptr, scores_ptr, rows, columns, stride, 0, n_rows, end, False)
+
+
+@triton.jit
+def _load_own(scores_ptr, row, start, end, lengths, stride, n_rows, WIDTH: tl.constexpr):
+    """Scores from `start`, -inf from the length of each prefix on: 1 x prefixes x WIDTH."""
+    scores = _load_common(scores_ptr, row, start, end, stride, n_rows, 1, WIDTH)
+    return tl.where(start + tile_columns(1, WIDTH) < per_row(lengths), scores, -float("inf"))
+
+
+@triton.jit
+def _descend_kernel(
+    scores_ptr,  # rows n
+    state_ptr,  # prefixes+1 2 n_iters+1, fp64
+    scores_stride,
+    n_rows,
+    routes,
+    n_windows,
+    window_size,
+    n_iters,
+    k: "fp64",
+    first: "fp64",
+    eps_decay: "fp64",
+    eps: "fp64",
+    GROUP: tl.constexpr,
+    REPEATS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """All iterations on up to GROUP prefixes of one row; the longest prefixes come first."""
+    row = (tl.program_id(0) % n_rows).to(tl.int64)
+    last = n_windows - tl.program_id(0) // n_rows * GROUP
+    window = last - GROUP + tl.arange(0, GROUP)
+    n_prefixes = tl.cast(n_rows, tl.int64) * n_windows
+    prefixes = tl.where(window >= 0, prefix_row(row, window, routes, n_windows), n_prefixes)
+    # One that does not exist is as long as the first.
+    lengths = (tl.maximum(window, 0) + 1) * window_size
+    common = (tl.maximum(last - GROUP, 0) + 1) * window_size
+    longest = last * window_size
+
+    highest_of_thread = tl.full([1, WIDTH // 4], -float("inf"), tl.float32)
+    n_valid_of_thread = tl.zeros([1, WIDTH // 4], tl.int32)
+    for start in range(0, common, REPEATS * WIDTH):
+        scores = _load_common(scores_ptr, row, start, common, scores_stride, n_rows, REPEATS, WIDTH)
+        highest_of_thread = larger_or_nan(highest_of_thread, highest_in_thread(scores, 1, WIDTH))
+        n_valid_of_thread += count_in_thread(is_above(scores, -float("inf")), 1, WIDTH)
+    highest = max_or_nan(highest_of_thread, 1) + tl.zeros([GROUP], tl.float32)
+    n_valid = tl.sum(n_valid_of_thread, axis=1) + tl.zeros([GROUP], tl.int32)
+    for start in range(common, longest, WIDTH):
+        own = _load_own(scores_ptr, row, start, longest, lengths, scores_stride, n_rows, WIDTH)
+        highest = larger_or_nan(highest, max_or_nan(highest_in_thread(own, GROUP, WIDTH), 1))
+        n_valid += tl.sum(count_in_thread(is_above(own, -float("inf")), GROUP, WIDTH), axis=1)
+
+    log_k = tl.log(k + tl.zeros([GROUP], tl.float64))
+    temperature = first + tl.zeros((), tl.float64)
+    factor = log2_e_over(temperature)
+    a, highest = first_step(log_k, highest, n_valid.to(tl.float64), temperature)
+    nothing = tl.zeros([GROUP], tl.float64)
+    save_step(state_ptr, prefixes, 0, n_prefixes, n_iters, 0, a, nothing, temperature, factor)
+
+    for t in range(1, n_iters):
+        temperature, factor = cool(temperature, eps_decay, eps)
+        threshold = round_down(-a)
+        anchor = tl.where(highest < -a, highest, -a)
+        base = tl.sum(tl.where(tl.arange(0, GROUP) == GROUP - 1, anchor, 0.0), axis=0) + tl.zeros([1], tl.float64)
+        shift = (base - anchor) * factor
+        is_far = tl.max(tl.where(tl.abs(shift) <= MAX_SHIFT * LOG2_E, 0, 1), axis=0)
+        alike = tl.where(is_far > 0, 0, common)
+
+        slope, offset, rest = exponent_line(base, factor)
+        scale = tl.exp2(shift + rest) * (1.0 + EXP2_LACKS)
+        scale_high = lower_fp32(scale)
+        # Never 0, which times infinity is none of both.
+        scale_low = per_row((scale - scale_high).to(tl.float32) + 1e-30)
+        scale_high = per_row(scale_high.to(tl.float32))
+        total_in_thread = tl.zeros([GROUP, WIDTH // 4], tl.float64)
+        above_in_thread = tl.zeros([GROUP, WIDTH // 4], tl.int32)
+        for start in range(0, alike, REPEATS * WIDTH):
+            scores = _load_common(scores_ptr, row, start, alike, scores_stride, n_rows, REPEATS, WIDTH)
+            weights = exp2_line(scores, slope, offset)
+            clipped = _clip_scaled_by_pair(weights, scale_high, scale_low)
+            total_in_thread += sum_in_thread(clipped, REPEATS, GROUP, WIDTH)
+            if COUNT:
+                above_in_thread += count_in_thread(is_above(scores, per_row(threshold)), GROUP, WIDTH)
+
+        # What only some of the prefixes have; and all of it, where their thresholds are far from each other.
+        slope, offset, rest = exponent_line(anchor, factor)
+        more = per_row(exp2_minus_1(rest) + EXP2_LACKS)
+        for start in range(alike, longest, WIDTH):
+            own = _load_own(scores_ptr, row, start, longest, lengths, scores_stride, n_rows, WIDTH)
+            clipped = clip_enlarged(exp2_line(own, slope, offset), more)
+            total_in_thread += sum_in_thread(clipped, 1, GROUP, WIDTH)
+            if COUNT:
+                above_in_thread += count_in_thread(is_above(own, per_row(threshold)), GROUP, WIDTH)
+
+        total = tl.maximum(tl.sum(total_in_thread, axis=1), 0.5)
+        above = tl.sum(above_in_thread, axis=1).to(tl.float64)
+        a = temperature * (log_k - log_normal(total)) - anchor
+        ratio = above * inverse(total)
+        save_step(state_ptr, prefixes, 0, n_prefixes, n_iters, t, a, ratio, temperature, factor)
+
+    temperature, factor = cool(temperature, eps_decay, eps)
+    save_step(state_ptr, prefixes, 0, n_prefixes, n_iters, n_iters, nothing, nothing, temperature, factor)
+
+
+@triton.jit
+def _select_kernel(
+    ordered_ptr,  # rows n
+    order_ptr,  # rows n, int64
+    state_ptr,  # prefixes+1 2 n_iters+1, fp64
+    indices_ptr,  # prefixes selected, int64
+    weights_ptr,  # prefixes selected
+    leaves_ptr,  # rows n, int32
+    n_rows,
+    n,
+    routes,
+    n_windows,
+    window_size,
+    n_iters,
+    selected,
+    RANKS: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """The first of a row in the order of its scores that lie in a prefix, with their weights. For each token, the first
+    window that does not select it after one that did. The shortest prefixes, which take longest, come first."""
+    row = (tl.program_id(0) % n_rows).to(tl.int64)
+    window = tl.program_id(0) // n_rows
+    length = (window + 1) * window_size
+    prefix = prefix_row(row, window, routes, n_windows)
+    a = tl.load(row_state(state_ptr, prefix + tl.zeros([1], tl.int64), n_iters) + n_iters - 1)
+    schedule_ptr = row_state(state_ptr, tl.cast(n_rows, tl.int64) * n_windows, n_iters) + n_iters
+    factor = tl.load(schedule_ptr + n_iters + 1)
+    indices_ptr += prefix * selected
+    weights_ptr += prefix * selected
+
+    wanted = tl.minimum(length, selected)
+    found = tl.zeros((), tl.int32)
+    start = tl.zeros((), tl.int32)
+    while (found < wanted) & (start < n):
+        rank = start + tl.arange(0, RANKS)
+        position = tl.load(order_ptr + row * n + rank, mask=rank < n, other=n)
+        is_before = (position < length).to(tl.int32)
+        slot = found + tl.cumsum(is_before, axis=0) - is_before
+        chosen = (is_before > 0) & (slot < selected)
+        score = tl.load(ordered_ptr + row * n + rank, mask=chosen, other=0.0).to(tl.float32)
+        weight = tl.reshape(soft_selection(score[None, None, :], a, factor, False), [RANKS])
+        tl.store(indices_ptr + slot, position, mask=chosen)
+        tl.store(weights_ptr + slot, weight.to(weights_ptr.dtype.element_ty), mask=chosen)
+        if SAVE:
+            tl.atomic_max(leaves_ptr + row * n + position, window + 1, mask=chosen, sem="relaxed")
+        found += tl.sum(is_before, axis=0)
+        start += RANKS
+
+    for start in range(wanted, selected, RANKS):
+        slot = start + tl.arange(0, RANKS)
+        tl.store(indices_ptr + slot, slot.to(tl.int64), mask=slot < selected)
+        tl.store(weights_ptr + slot, tl.zeros([RANKS], weights_ptr.dtype.element_ty), mask=slot < selected)
+
+
+@planner
+def _plan_descent(n_rows: int, n_windows: int, window_size: int, available: int) -> Plan:
+    """A program has so few prefixes that all multiprocessors have work, and that most of what it reads is common to its
+    prefixes."""
+    group = 1
+    while (
+        2 * group <= GROUP
+        and n_rows * triton.cdiv(n_windows, 2 * group) >= available
+        and (2 * group - 1) * window_size <= LONGEST_END
+    ):
+        group *= 2
+    width = 4 * 32 * NUM_WARPS
+    tile = {"GROUP": group, "REPEATS": 32 * NUM_WARPS * IN_THREAD // width, "WIDTH": width}
+    settings = {**tile, "num_warps": NUM_WARPS, "maxnreg": REGISTERS}
+    return Plan(n_rows * triton.cdiv(n_windows, group), settings)
+
+
+@planner
+def _plan_selection(n_rows: int, n_windows: int) -> Plan:
+    return Plan(n_rows * n_windows, {"RANKS": RANKS, "num_warps": max(RANKS // (32 * RANKS_IN_THREAD), 1)})
+
+
+def launch_forward(
+    scores: Tensor,
+    window_size: int,
+    k: float,
+    schedule: tuple[int, float, float, float],
+    indices: Tensor,
+    weights: Tensor,
+    leaves: Tensor,
+    state: Tensor,
+) -> None:
+    """Select from scores `rows n`: write indices and weights `b w r s`, the state and, where it has entries, `leaves`
+    `b r n`, which are zeros before."""
+    n_rows, n = scores.shape
+    _, n_windows, routes, selected = indices.shape
+    n_iters, eps, first, eps_decay = schedule
+    save = leaves.numel() > 0
+    plan = _plan_descent(n_rows, n_windows, window_size, multiprocessors(scores.device))
+    _descend_kernel[plan.grid](
+        scores,
+        state,
+        scores.stride(0),
+        n_rows,
+        routes,
+        n_windows,
+        window_size,
+        n_iters,
+        k,
+        first,
+        eps_decay,
+        eps,
+        COUNT=save,
+        **plan.settings,
+    )
+    # Of equal scores the first comes first. Each prefix selects from the one order by position.
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    plan = _plan_selection(n_rows, n_windows)
+    _select_kernel[plan.grid](
+        ordered,
+        order,
+        state,
+        indices,
+        weights,
+        leaves,
+        n_rows,
+        n,
+        routes,
+        n_windows,
+        window_size,
+        n_iters,
+        selected,
+        SAVE=save,
+        **plan.settings,
+    )

@@ -1,0 +1,463 @@
+"""Kernels of `kernels.routed_attention`: a program for a block of queries, or of keys, of one head.
+
+What a query attends to are a learned key and value, with which its softmax begins, and the routed ones. Weights w of
+values are multiplied with the softmax, and not with the values: with p = exp(s - l) and delta = sum g o,
+
+    dp = w (g v),    ds = p (dp - delta),    dv = w sum p g,    dw = sum v (sum p g)
+
+and one kernel adds up over keys for the gradient of queries, another over queries for that of keys and values.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._common.launch import Plan, is_ragged, options_for_heads, planner, precision_for_heads
+from kernels._common.primitives import INTERPRETED, LOG2_E
+
+LARGEST_HEAD = 128
+"""Largest dimension of a head for which tiles fit into registers."""
+
+
+@triton.jit
+def _product(a, b, PRECISION: tl.constexpr):
+    """The matrix product in fp32."""
+    if INTERPRETED:
+        # Which has bf16 as integers. A product of two of them is exact in fp32.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _load_rows(ptr, rows, columns, stride, n, HEAD_DIM: tl.constexpr):
+    """Some rows of a head: rows x BLOCK_D, 0 where there is nothing."""
+    inside = (rows < n)[:, None] & (columns < HEAD_DIM)[None, :]
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _load_keys(
+    kv_ptr, weight_ptr, mask_ptr, keys, columns, stride, n_keys, HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr,
+    WEIGH_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Keys, as they are attended to, values, weights, and which of all these there are."""
+    key = _load_rows(kv_ptr, keys, columns, stride, n_keys, HEAD_DIM)
+    value = _load_rows(kv_ptr + HEAD_DIM, keys, columns, stride, n_keys, HEAD_DIM)
+    weight = tl.load(weight_ptr + keys, mask=keys < n_keys, other=0.0).to(tl.float32)
+    if WEIGH_KEYS:
+        key = (key.to(tl.float32) * weight[:, None]).to(key.dtype)
+    present = keys < n_keys
+    if HAS_MASK:
+        present = present & (tl.load(mask_ptr + keys, mask=present, other=0) != 0)
+    return key, value, weight, present
+
+
+@triton.jit
+def _load_null(null_ptr, head, columns, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The learned key and value of a head, in fp32."""
+    inside = columns < HEAD_DIM
+    key = tl.load(null_ptr + head * HEAD_DIM + columns, mask=inside, other=0.0)
+    value = tl.load(null_ptr + (HEADS + head) * HEAD_DIM + columns, mask=inside, other=0.0)
+    return key.to(tl.float32), value.to(tl.float32)
+
+
+@triton.jit
+def _place(n, n_queries, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Block of n queries or keys, head and sequence of a program, and how many queries are before those of the two."""
+    blocks = tl.cdiv(n, BLOCK)
+    program = tl.program_id(0) // blocks
+    batch = (program // HEADS).to(tl.int64)
+    return tl.program_id(0) % blocks, program % HEADS, batch, program.to(tl.int64) * n_queries
+
+
+@triton.jit
+def _kv_offset(
+    batch, head, batch_stride, route_stride, HEADS: tl.constexpr, ROUTES: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """Where keys of a head begin, and its row of weights and mask."""
+    shared: tl.constexpr = HEADS // ROUTES
+    route = head // shared
+    offset = batch * batch_stride + route.to(tl.int64) * route_stride + (head % shared) * (2 * HEAD_DIM)
+    return offset, batch * ROUTES + route
+
+
+@triton.jit
+def _forward_kernel(
+    query_ptr,  # b i h d
+    kv_ptr,  # b r j (h/r kv d)
+    weight_ptr,  # b r j
+    mask_ptr,  # b r j
+    null_ptr,  # kv h d
+    out_ptr,  # b i h d
+    wide_ptr,  # b i h d, fp32
+    lse_ptr,  # b h i, fp32, to the base 2
+    n_queries,
+    n_keys,
+    kv_batch_stride,
+    kv_route_stride,
+    kv_stride,
+    scale,
+    HEADS: tl.constexpr,
+    ROUTES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    WEIGH_KEYS: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """A block of queries; scale includes log2(e)."""
+    block, head, batch, numbers = _place(n_queries, n_queries, HEADS, BLOCK)
+    queries = block * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK_D)
+    own = batch * n_queries * (HEADS * HEAD_DIM) + head * HEAD_DIM
+    kv_offset, row = _kv_offset(batch, head, kv_batch_stride, kv_route_stride, HEADS, ROUTES, HEAD_DIM)
+    kv_ptr += kv_offset
+    weight_ptr += row * n_keys
+    mask_ptr += row * n_keys
+
+    query = _load_rows(query_ptr + own, queries, columns, HEADS * HEAD_DIM, n_queries, HEAD_DIM)
+    null_key, null_value = _load_null(null_ptr, head, columns, HEADS, HEAD_DIM)
+    largest = tl.sum(query.to(tl.float32) * null_key[None, :], axis=1) * scale
+    total = tl.full([BLOCK], 1.0, tl.float32)
+    out = tl.zeros([BLOCK, BLOCK_D], tl.float32) + null_value[None, :]
+    for start in range(0, n_keys, TILE):
+        keys = start + tl.arange(0, TILE)
+        key, value, weight, present = _load_keys(
+            kv_ptr, weight_ptr, mask_ptr, keys, columns, kv_stride, n_keys, HEAD_DIM, HAS_MASK, WEIGH_KEYS
+        )
+        s = _product(query, tl.trans(key), PRECISION) * scale
+        s = tl.where(present[None, :], s, float("-inf"))
+        # The learned key is always there, so that the largest is finite.
+        new_largest = tl.maximum(largest, tl.max(s, axis=1))
+        p = tl.exp2(s - new_largest[:, None])
+        shrink = tl.exp2(largest - new_largest)
+        total = total * shrink + tl.sum(p, axis=1)
+        weighted = (p * weight[None, :]).to(value.dtype)
+        out = out * shrink[:, None] + _product(weighted, value, PRECISION)
+        largest = new_largest
+
+    inside = (queries < n_queries)[:, None] & (columns < HEAD_DIM)[None, :]
+    places = own + queries.to(tl.int64)[:, None] * (HEADS * HEAD_DIM) + columns[None, :]
+    out = out / total[:, None]
+    tl.store(out_ptr + places, out.to(out_ptr.dtype.element_ty), mask=inside)
+    if WIDE:
+        tl.store(wide_ptr + places, out, mask=inside)
+    tl.store(lse_ptr + numbers + queries, largest + tl.log2(total), mask=queries < n_queries)
+
+
+@triton.jit
+def _query_kernel(
+    grad_ptr,  # b i h d
+    query_ptr,  # b i h d
+    kv_ptr,  # b r j (h/r kv d)
+    weight_ptr,  # b r j
+    mask_ptr,  # b r j
+    null_ptr,  # kv h d
+    out_ptr,  # b i h d, fp32
+    lse_ptr,  # b h i
+    dquery_ptr,  # b i h d
+    dnull_ptr,  # b blocks kv h d, fp32
+    delta_ptr,  # b h i, fp32
+    n_queries,
+    n_keys,
+    kv_batch_stride,
+    kv_route_stride,
+    kv_stride,
+    scale,
+    dim_scale,
+    HEADS: tl.constexpr,
+    ROUTES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    WEIGH_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Gradients of a block of queries, and their share in those of the learned key and value."""
+    block, head, batch, numbers = _place(n_queries, n_queries, HEADS, BLOCK)
+    queries = block * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK_D)
+    own = batch * n_queries * (HEADS * HEAD_DIM) + head * HEAD_DIM
+    kv_offset, row = _kv_offset(batch, head, kv_batch_stride, kv_route_stride, HEADS, ROUTES, HEAD_DIM)
+    kv_ptr += kv_offset
+    weight_ptr += row * n_keys
+    mask_ptr += row * n_keys
+    numbers += queries
+
+    query = _load_rows(query_ptr + own, queries, columns, HEADS * HEAD_DIM, n_queries, HEAD_DIM)
+    grad = _load_rows(grad_ptr + own, queries, columns, HEADS * HEAD_DIM, n_queries, HEAD_DIM)
+    # Not as it was rounded to half precision: that would leave its rounding where dp and delta should cancel.
+    out = _load_rows(out_ptr + own, queries, columns, HEADS * HEAD_DIM, n_queries, HEAD_DIM)
+    lse = tl.load(lse_ptr + numbers, mask=queries < n_queries, other=0.0)
+    wide_grad, wide_query = grad.to(tl.float32), query.to(tl.float32)
+    delta = tl.sum(wide_grad * out, axis=1)
+    tl.store(delta_ptr + numbers, delta, mask=queries < n_queries)
+
+    null_key, null_value = _load_null(null_ptr, head, columns, HEADS, HEAD_DIM)
+    null_p = tl.exp2(tl.sum(wide_query * null_key[None, :], axis=1) * scale - lse)
+    null_ds = null_p * (tl.sum(wide_grad * null_value[None, :], axis=1) - delta) * dim_scale
+    dnull_ptr += (batch * tl.cdiv(n_queries, BLOCK) + block) * (2 * HEADS * HEAD_DIM) + head * HEAD_DIM
+    # Queries that are not there are 0, and so is their gradient.
+    dnull_key = tl.sum(null_ds[:, None] * wide_query, axis=0)
+    dnull_value = tl.sum(null_p[:, None] * wide_grad, axis=0)
+    tl.store(dnull_ptr + columns, dnull_key, mask=columns < HEAD_DIM)
+    tl.store(dnull_ptr + HEADS * HEAD_DIM + columns, dnull_value, mask=columns < HEAD_DIM)
+
+    dquery = null_ds[:, None] * null_key[None, :]
+    for start in range(0, n_keys, TILE):
+        keys = start + tl.arange(0, TILE)
+        key, value, weight, present = _load_keys(
+            kv_ptr, weight_ptr, mask_ptr, keys, columns, kv_stride, n_keys, HEAD_DIM, HAS_MASK, WEIGH_KEYS
+        )
+        s = _product(query, tl.trans(key), PRECISION) * scale
+        p = tl.where(present[None, :], tl.exp2(s - lse[:, None]), 0.0)
+        dp = _product(grad, tl.trans(value), PRECISION) * weight[None, :]
+        ds = p * (dp - delta[:, None]) * dim_scale
+        dquery += _product(ds.to(key.dtype), key, PRECISION)
+
+    inside = (queries < n_queries)[:, None] & (columns < HEAD_DIM)[None, :]
+    dquery_ptrs = dquery_ptr + own + queries.to(tl.int64)[:, None] * (HEADS * HEAD_DIM) + columns[None, :]
+    tl.store(dquery_ptrs, dquery.to(dquery_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _key_value_kernel(
+    grad_ptr,  # b i h d
+    query_ptr,  # b i h d
+    kv_ptr,  # b r j (h/r kv d)
+    weight_ptr,  # b r j
+    mask_ptr,  # b r j
+    lse_ptr,  # b h i
+    delta_ptr,  # b h i
+    dkv_ptr,  # b r j (h/r kv d)
+    dweight_ptr,  # b h j, fp32
+    n_queries,
+    n_keys,
+    kv_batch_stride,
+    kv_route_stride,
+    kv_stride,
+    scale,
+    dim_scale,
+    HEADS: tl.constexpr,
+    ROUTES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    WEIGH_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Gradients of a block of keys and values, and of their weights as far as this head goes."""
+    block, head, batch, numbers = _place(n_keys, n_queries, HEADS, BLOCK)
+    keys = block * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK_D)
+    own = batch * n_queries * (HEADS * HEAD_DIM) + head * HEAD_DIM
+    kv_offset, row = _kv_offset(batch, head, kv_batch_stride, kv_route_stride, HEADS, ROUTES, HEAD_DIM)
+    key, value, weight, present = _load_keys(
+        kv_ptr + kv_offset, weight_ptr + row * n_keys, mask_ptr + row * n_keys, keys, columns, kv_stride, n_keys,
+        HEAD_DIM, HAS_MASK, WEIGH_KEYS,
+    )  # fmt: skip
+
+    dkey = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    attended = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for start in range(0, n_queries, TILE):
+        queries = start + tl.arange(0, TILE)
+        query = _load_rows(query_ptr + own, queries, columns, HEADS * HEAD_DIM, n_queries, HEAD_DIM)
+        grad = _load_rows(grad_ptr + own, queries, columns, HEADS * HEAD_DIM, n_queries, HEAD_DIM)
+        lse = tl.load(lse_ptr + numbers + queries, mask=queries < n_queries, other=0.0)
+        delta = tl.load(delta_ptr + numbers + queries, mask=queries < n_queries, other=0.0)
+        s = _product(key, tl.trans(query), PRECISION) * scale
+        p = tl.where(present[:, None], tl.exp2(s - lse[None, :]), 0.0)
+        attended += _product(p.to(grad.dtype), grad, PRECISION)
+        dp = _product(value, tl.trans(grad), PRECISION) * weight[:, None]
+        ds = p * (dp - delta[None, :]) * dim_scale
+        dkey += _product(ds.to(query.dtype), query, PRECISION)
+
+    dweight = tl.sum(attended * value.to(tl.float32), axis=1)
+    if WEIGH_KEYS:
+        plain_key = _load_rows(kv_ptr + kv_offset, keys, columns, kv_stride, n_keys, HEAD_DIM)
+        dweight += tl.sum(dkey * plain_key.to(tl.float32), axis=1)
+        dkey = dkey * weight[:, None]
+    tl.store(dweight_ptr + (batch * HEADS + head) * n_keys + keys, dweight, mask=keys < n_keys)
+    inside = (keys < n_keys)[:, None] & (columns < HEAD_DIM)[None, :]
+    shared: tl.constexpr = HEADS // ROUTES
+    dkv_ptr += row * n_keys * (2 * shared * HEAD_DIM) + (head % shared) * (2 * HEAD_DIM)
+    dkv_ptrs = dkv_ptr + keys.to(tl.int64)[:, None] * (2 * shared * HEAD_DIM) + columns[None, :]
+    tl.store(dkv_ptrs, dkey.to(dkv_ptr.dtype.element_ty), mask=inside)
+    tl.store(dkv_ptrs + HEAD_DIM, (attended * weight[:, None]).to(dkv_ptr.dtype.element_ty), mask=inside)
+
+
+class Settings(NamedTuple):
+    """How a kernel is launched."""
+
+    block: int
+    """Queries, or keys, of a program."""
+
+    tile: int
+    """Keys, or queries, that meet them at a time."""
+
+    num_warps: int
+    num_stages: int
+
+
+FORWARD = {
+    (2, 64): Settings(64, 64, 4, 3),
+    (2, 128): Settings(64, 64, 8, 2),
+    (4, 64): Settings(16, 64, 4, 2),
+    (4, 128): Settings(16, 32, 8, 2),
+}
+"""By bytes of an entry, and dimensions of a head."""
+
+QUERY = {
+    (2, 64): Settings(64, 64, 4, 3),
+    (2, 128): Settings(64, 64, 8, 2),
+    (4, 64): Settings(16, 64, 4, 2),
+    (4, 128): Settings(16, 16, 8, 2),
+}
+KEY_VALUE = {
+    (2, 64): Settings(64, 32, 4, 3),
+    (2, 128): Settings(64, 64, 8, 2),
+    (4, 64): Settings(16, 32, 4, 1),
+    (4, 128): Settings(16, 16, 8, 2),
+}
+
+RAGGED = {
+    (2, 64): Settings(32, 32, 4, 2),
+    (2, 128): Settings(32, 32, 8, 2),
+    (4, 64): Settings(16, 16, 8, 2),
+    (4, 128): Settings(16, 16, 8, 1),
+}
+"""Of all kernels, for heads that take registers to load."""
+
+
+def _plan_blocks(
+    table: Mapping[tuple[int, int], Settings], batch: int, n: int, heads: int, head_dim: int, itemsize: int
+) -> Plan:
+    """A program for each block of n queries or keys of a head. Pieces are these blocks."""
+    block_d = max(triton.next_power_of_2(head_dim), 16)
+    settings = (RAGGED if is_ragged(head_dim, itemsize) else table)[itemsize, 64 if head_dim <= 64 else LARGEST_HEAD]
+    blocks = triton.cdiv(n, settings.block)
+    tile = {"BLOCK_D": block_d, "BLOCK": settings.block, "TILE": settings.tile}
+    options = options_for_heads(head_dim, itemsize, settings.num_warps, settings.num_stages)
+    return Plan(batch * heads * blocks, {**tile, **options}, blocks)
+
+
+@planner
+def _plan_forward(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
+    return _plan_blocks(FORWARD, batch, n, heads, head_dim, itemsize)
+
+
+@planner
+def _plan_queries(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
+    return _plan_blocks(QUERY, batch, n, heads, head_dim, itemsize)
+
+
+@planner
+def _plan_keys(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
+    return _plan_blocks(KEY_VALUE, batch, n, heads, head_dim, itemsize)
+
+
+def launch_forward(
+    query: Tensor,
+    key_value: Tensor,
+    weights: Tensor,
+    null_kv: Tensor,
+    mask: Tensor | None,
+    multiply_keys: bool,
+    out: Tensor,
+    wide: Tensor,
+    lse: Tensor,
+) -> None:
+    batch, n_queries, _ = query.shape
+    _, heads, head_dim = null_kv.shape
+    plan = _plan_forward(batch, n_queries, heads, head_dim, query.itemsize)
+    _forward_kernel[plan.grid](
+        query,
+        key_value,
+        weights,
+        weights if mask is None else mask,
+        null_kv,
+        out,
+        wide,
+        lse,
+        n_queries,
+        key_value.shape[2],
+        *key_value.stride()[:3],
+        LOG2_E.value * head_dim**-0.5,
+        **_constants(query, key_value, null_kv, mask, multiply_keys, plan),
+        WIDE=wide.numel() > 0,
+    )
+
+
+def launch_backward(
+    grad: Tensor,
+    query: Tensor,
+    key_value: Tensor,
+    weights: Tensor,
+    null_kv: Tensor,
+    mask: Tensor | None,
+    multiply_keys: bool,
+    out: Tensor,
+    lse: Tensor,
+    dquery: Tensor,
+    dkey_value: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Writes the gradients of queries, keys and values, and returns those of weights `b r j` and the learned pair."""
+    (batch, n_queries, _), (_, routes, n_keys, _) = query.shape, key_value.shape
+    _, heads, head_dim = null_kv.shape
+    plan = _plan_queries(batch, n_queries, heads, head_dim, query.itemsize)
+    given = (query, key_value, weights, weights if mask is None else mask)
+    sizes = (n_queries, n_keys, *key_value.stride()[:3], LOG2_E.value * head_dim**-0.5, head_dim**-0.5)
+    dnull = torch.empty((batch * plan.pieces, 2, heads, head_dim), dtype=torch.float32, device=query.device)
+    delta = torch.empty_like(lse)
+    _query_kernel[plan.grid](
+        grad,
+        *given,
+        null_kv,
+        out,
+        lse,
+        dquery,
+        dnull,
+        delta,
+        *sizes,
+        **_constants(query, key_value, null_kv, mask, multiply_keys, plan),
+    )
+    dweights = torch.empty((batch, routes, heads // routes, n_keys), dtype=torch.float32, device=query.device)
+    if n_keys:
+        plan = _plan_keys(batch, n_keys, heads, head_dim, query.itemsize)
+        _key_value_kernel[plan.grid](
+            grad,
+            *given,
+            lse,
+            delta,
+            dkey_value,
+            dweights,
+            *sizes,
+            **_constants(query, key_value, null_kv, mask, multiply_keys, plan),
+        )
+    return dweights.sum(2), dnull.sum(0)
+
+
+def _constants(
+    query: Tensor, key_value: Tensor, null_kv: Tensor, mask: Tensor | None, multiply_keys: bool, plan: Plan
+) -> dict[str, Any]:
+    _, heads, head_dim = null_kv.shape
+    return {
+        "HEADS": heads,
+        "ROUTES": key_value.shape[1],
+        "HEAD_DIM": head_dim,
+        "HAS_MASK": mask is not None,
+        "WEIGH_KEYS": multiply_keys,
+        "PRECISION": precision_for_heads(head_dim) if query.dtype == torch.float32 else "ieee",
+        **plan.settings,
+    }

@@ -1,0 +1,57 @@
+"""`kernels.routing_scores` and the gathering of `kernels.route` in PyTorch: what a CPU tensor gets."""
+
+import torch
+from torch import Tensor
+
+from kernels.routing_scores.constants import SMALLEST_NORM
+from reference._autocast import without_autocast
+
+
+def scores(x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_norms: Tensor | None) -> None:
+    """As `launch_scores`."""
+    n = x.shape[1]
+    x = x.to(scores.dtype)
+    with without_autocast(x):
+        products = routing_tokens.to(scores.dtype) @ x.mT
+    scores[..., n:] = 0.0
+    if inverse_norms is None:
+        scores[..., :n] = products
+        return
+    inverse_norms[:, n:] = 0.0
+    inverse_norms[:, :n] = 1.0 / x.norm(dim=-1).clamp(min=SMALLEST_NORM)
+    torch.mul(products, inverse_norms[:, None, :n], out=scores[..., :n])
+
+
+def gradients(
+    x: Tensor,
+    routing_tokens: Tensor,
+    scores: Tensor,
+    inverse_norms: Tensor | None,
+    grad_scores: Tensor,
+    gathered: tuple[Tensor, Tensor] | None,
+    dx: Tensor | None,
+) -> Tensor:
+    """As `launch_gradients`."""
+    n, wide = x.shape[1], scores.dtype
+    x, grad, scores = x.to(wide), grad_scores[..., :n], scores[..., :n]
+    if inverse_norms is not None:
+        inverse_norms = inverse_norms[:, :n]
+        along = (grad * scores).sum(dim=1) * inverse_norms.square()
+        along.masked_fill_(inverse_norms >= 1.0 / SMALLEST_NORM, 0.0)
+        grad = grad * inverse_norms[:, None]
+    with without_autocast(x):
+        if dx is not None:
+            grad_x = grad.mT @ routing_tokens.to(wide)
+            if inverse_norms is not None:
+                grad_x.addcmul_(along[..., None], x, value=-1.0)
+            if gathered is not None:
+                _add_gathered(grad_x, *gathered)
+            dx.copy_(grad_x)
+        return grad @ x
+
+
+def _add_gathered(grad_x: Tensor, indices: Tensor, grad_tokens: Tensor) -> None:
+    """One route after the other, each of which has a token once."""
+    batch = torch.arange(grad_x.shape[0], device=grad_x.device)[:, None]
+    for route in range(indices.shape[1]):
+        grad_x[batch, indices[:, route]] += grad_tokens[:, route].to(grad_x.dtype)

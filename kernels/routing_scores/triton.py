@@ -1,0 +1,389 @@
+"""Kernels between tokens and their scores: one read of the tokens forward, and one pass over them backward.
+
+A token's score for a route is its product with the routing token, times its inverse norm if scores are cosines. Tiles
+are tokens x routes x columns, of which a thread has all routes: what is read of a token serves each of them, and a warp
+reads a token's columns side by side.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._common.launch import Plan, multiprocessors, planner
+from kernels.routing_scores import constants
+
+MOST_ROUTES = 8
+"""Routes for which a program has accumulators."""
+
+SMALLEST_NORM: tl.constexpr = tl.constexpr(constants.SMALLEST_NORM)
+
+IN_THREAD = 32
+"""Accumulators of a thread, or twice as many where there are many routes."""
+
+SCORING_WARPS, GRADIENT_WARPS = 1, 2
+"""Of a program. Scores change threads before they are written, for which the warps of a program would wait for each
+other."""
+
+SCORING_PROGRAMS, GRADIENT_PROGRAMS = 32, 8
+"""For each multiprocessor: about as many as it has the registers for, so that all run at the same time and have the
+same to do."""
+
+
+@triton.jit
+def _token_starts(tokens, stride):
+    """Where what belongs to tokens `tokens 1 1` begins."""
+    starts = tokens.to(tl.int64) * stride
+    if tokens.shape[0] > 1:
+        # They are not neighbours. But a compiler looks for these only along columns, which have more of them; of the
+        # other two directions it is to spread tokens over warps, and not, as Triton 3.7 would, routes.
+        starts = tl.max_contiguous(starts, [2, 1, 1])
+    return starts
+
+
+@triton.jit
+def _load_tokens(x_ptr, tokens, columns, stride, n, d):
+    """Tokens as fp32, 0 where there is none: tokens x 1 x columns."""
+    x_ptrs = x_ptr + _token_starts(tokens, stride) + columns
+    return tl.load(x_ptrs, mask=(tokens < n) & (columns < d), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_routing(routing_ptr, slots, routes, columns, no_stride, n_routes, d):
+    """Routing tokens as fp32, the same for each token of a tile: tokens x routes x columns.
+
+    `no_stride` is 0, but the compiler must not know: of a tile of one token, it would spread routes over warps.
+    """
+    routing_ptrs = routing_ptr + routes * d + _token_starts(slots, no_stride) + columns
+    return tl.load(routing_ptrs, mask=(routes < n_routes) & (columns < d), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _score_kernel(
+    x_ptr,  # b n d
+    routing_ptr,  # b r d, or 1 r d with a stride of 0
+    scores_ptr,  # b r padded, fp32
+    inverse_norms_ptr,  # b padded, fp32
+    x_stride,
+    token_stride,
+    routing_stride,
+    no_stride,
+    n,
+    padded,
+    d,
+    routes,
+    blocks,
+    parts,
+    ROUTES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    COSINE: tl.constexpr,
+):
+    """Scores of every so many blocks of tokens for all routes; of what pads the tokens, 0.
+
+    Where a tile has a WHOLE token, the routing tokens stay in registers.
+    """
+    batch = (tl.program_id(0) // parts).to(tl.int64)
+    route = tl.arange(0, ROUTES)[None, :, None]
+    place = tl.arange(0, TOKENS)[:, None, None]
+    column = tl.arange(0, COLUMNS)[None, None, :]
+    x_ptr += batch * x_stride
+    routing_ptr += batch * routing_stride
+    routing = tl.zeros([TOKENS, ROUTES, COLUMNS], tl.float32)
+    if WHOLE:
+        routing = _load_routing(routing_ptr, place, route, column, no_stride, routes, d)
+    for block in range(tl.program_id(0) % parts, blocks, parts):
+        token = block * TOKENS + place
+        products = tl.zeros([TOKENS, ROUTES, COLUMNS], tl.float32)
+        squares = tl.zeros([TOKENS, 1, COLUMNS], tl.float32)
+        for first in range(0, COLUMNS if WHOLE else d, COLUMNS):
+            x = _load_tokens(x_ptr, token, first + column, token_stride, n, d)
+            if not WHOLE:
+                routing = _load_routing(routing_ptr, place, route, first + column, no_stride, routes, d)
+            products += x * routing
+            if COSINE:
+                squares += x * x
+        scores = tl.sum(products, axis=2, keep_dims=True)
+        if COSINE:
+            norm = tl.sqrt(tl.sum(squares, axis=2, keep_dims=True))
+            inverse_norm = 1.0 / tl.maximum(norm, SMALLEST_NORM)
+            scores *= inverse_norm
+            tl.store(inverse_norms_ptr + batch * padded + token, inverse_norm, mask=token < padded)
+        score_ptrs = scores_ptr + (batch * routes + route) * padded + token
+        tl.store(score_ptrs, scores, mask=(route < routes) & (token < padded))
+
+
+@triton.jit
+def _through_scores(
+    x,  # tokens 1 columns
+    grad_scores_ptrs,  # tokens routes 1
+    scores_ptrs,  # tokens routes 1
+    inverse_norm_ptrs,  # tokens 1 1
+    routing,  # tokens routes columns
+    is_route,
+    is_token,
+    COSINE: tl.constexpr,
+):
+    """The gradient of tokens through their scores, and what these are multiplied with in that of routing tokens."""
+    grad = tl.load(grad_scores_ptrs, mask=is_route & is_token, other=0.0)
+    if COSINE:
+        inverse_norm = tl.load(inverse_norm_ptrs, mask=is_token, other=0.0)
+        scores = tl.load(scores_ptrs, mask=is_route & is_token, other=0.0)
+        along = tl.sum(grad * scores, axis=1, keep_dims=True) * inverse_norm * inverse_norm
+        grad *= inverse_norm
+        # Below the smallest norm, it is a constant that was divided by.
+        dx = tl.sum(grad * routing, axis=1, keep_dims=True)
+        dx -= tl.where(inverse_norm < 1.0 / SMALLEST_NORM, along, 0.0) * x
+    else:
+        dx = tl.sum(grad * routing, axis=1, keep_dims=True)
+    return dx, grad
+
+
+@triton.jit
+def _gradient_kernel(
+    x_ptr,  # b n d
+    routing_ptr,  # b r d, or 1 r d with a stride of 0
+    scores_ptr,  # b r padded, fp32
+    inverse_norms_ptr,  # b padded, fp32
+    grad_scores_ptr,  # b r padded, fp32
+    dx_ptr,  # b n d
+    partials_ptr,  # b parts r d, fp32
+    x_stride,
+    token_stride,
+    routing_stride,
+    no_stride,
+    n,
+    padded,
+    d,
+    routes,
+    blocks,
+    parts,
+    ROUTES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COSINE: tl.constexpr,
+    NEEDS_X: tl.constexpr,
+):
+    """Gradient of some columns of every so many blocks of tokens through their scores, and what these tokens contribute
+    to the gradient of the routing tokens."""
+    column_blocks = tl.cdiv(d, COLUMNS)
+    part = tl.program_id(0) // column_blocks % parts
+    batch = (tl.program_id(0) // column_blocks // parts).to(tl.int64)
+    route = tl.arange(0, ROUTES)[None, :, None]
+    place = tl.arange(0, TOKENS)[:, None, None]
+    columns = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
+    is_route, is_column = route < routes, columns < d
+    routing = _load_routing(routing_ptr + batch * routing_stride, place, route, columns, no_stride, routes, d)
+    of_route = (batch * routes + route) * padded
+    x_ptr += batch * x_stride
+    dx_ptr += batch * n * d
+    inverse_norms_ptr += batch * padded
+
+    total = tl.zeros([TOKENS, ROUTES, COLUMNS], tl.float32)
+    for block in range(part, blocks, parts):
+        token = block * TOKENS + place
+        x = _load_tokens(x_ptr, token, columns, token_stride, n, d)
+        dx, grad = _through_scores(
+            x, grad_scores_ptr + of_route + token, scores_ptr + of_route + token, inverse_norms_ptr + token, routing,
+            is_route, token < n, COSINE,
+        )  # fmt: skip
+        total += grad * x
+        if NEEDS_X:
+            dx_ptrs = dx_ptr + _token_starts(token, d) + columns
+            tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=(token < n) & is_column)
+    partial = tl.sum(total, axis=0, keep_dims=True)
+    partial_ptrs = partials_ptr + ((batch * parts + part) * routes + route) * d + columns
+    tl.store(partial_ptrs, partial, mask=is_route & is_column)
+
+
+@triton.jit
+def _gathered_kernel(
+    x_ptr,  # b n d
+    routing_ptr,  # b r d, or 1 r d with a stride of 0
+    scores_ptr,  # b r padded, fp32
+    inverse_norms_ptr,  # b padded, fp32
+    grad_scores_ptr,  # b r padded, fp32
+    indices_ptr,  # b r selected, int64
+    slots_ptr,  # b r padded, int32: which of the selected tokens a token is, or -1
+    grad_tokens_ptr,  # b r selected d
+    dx_ptr,  # b n d
+    x_stride,
+    token_stride,
+    routing_stride,
+    no_stride,
+    n,
+    padded,
+    d,
+    routes,
+    selected,
+    blocks,
+    ROUTES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COSINE: tl.constexpr,
+):
+    """The whole gradient of some selected tokens, in the place of that through their scores alone. Of the routes that
+    have selected a token, the first computes it, and adds up what it gets from all of them in their order."""
+    batch = (tl.program_id(0) // blocks // routes).to(tl.int64)
+    own_route = tl.program_id(0) // blocks % routes
+    route = tl.arange(0, ROUTES)[None, :, None]
+    place = tl.arange(0, TOKENS)[:, None, None]
+    slot = tl.program_id(0) % blocks * TOKENS + place
+    row = batch * routes + own_route
+    token = tl.load(indices_ptr + row * selected + slot, mask=slot < selected, other=n).to(tl.int32)
+    is_route, is_token = route < routes, token < n
+    of_route = (batch * routes + route) * padded
+    slots = tl.load(slots_ptr + of_route + token, mask=is_route & is_token, other=-1)
+    first = tl.min(tl.where(slots >= 0, route, ROUTES), axis=1, keep_dims=True)
+    is_token = is_token & (first == own_route)
+    of_gradients = (batch * routes + route) * selected * d
+    for start in range(0, d, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)[None, None, :]
+        is_column = columns < d
+        routing = _load_routing(routing_ptr + batch * routing_stride, place, route, columns, no_stride, routes, d)
+        x = tl.zeros([TOKENS, 1, COLUMNS], tl.float32)
+        if COSINE:
+            x = _load_tokens(x_ptr + batch * x_stride, token, columns, token_stride, n, d)
+        dx, _ = _through_scores(
+            x, grad_scores_ptr + of_route + token, scores_ptr + of_route + token,
+            inverse_norms_ptr + batch * padded + token, routing, is_route, is_token, COSINE,
+        )  # fmt: skip
+        grad_ptrs = grad_tokens_ptr + of_gradients + _token_starts(slots, d) + columns
+        grads = tl.load(grad_ptrs, mask=is_token & (slots >= 0) & is_column, other=0.0).to(tl.float32)
+        dx += tl.sum(grads, axis=1, keep_dims=True)
+        dx_ptrs = dx_ptr + batch * n * d + _token_starts(token, d) + columns
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=is_token & is_column)
+
+
+@cache
+def _tile(d: int, routes: int, itemsize: int, num_warps: int) -> dict[str, int]:
+    """Launch settings: of a token, as many columns as a thread has accumulators for, but no fewer than a warp reads at
+    a time, so that no warp has more than one token; and at least one token for each warp."""
+    padded_routes = triton.next_power_of_2(routes)
+    read_at_a_time = 32 * 16 // itemsize
+    columns = max(min(triton.next_power_of_2(d), 32 * IN_THREAD // padded_routes), read_at_a_time)
+    tokens = max(IN_THREAD * 32 * num_warps // (padded_routes * columns), num_warps)
+    return {"ROUTES": padded_routes, "TOKENS": tokens, "COLUMNS": columns, "num_warps": num_warps}
+
+
+@planner
+def _plan_scores(batch: int, n: int, d: int, routes: int, itemsize: int, available: int) -> Plan:
+    """Pieces are parts of a sequence, each of which has a program."""
+    tile = _tile(d, routes, itemsize, SCORING_WARPS)
+    parts = min(triton.cdiv(n, tile["TOKENS"]), triton.cdiv(SCORING_PROGRAMS * available, batch))
+    return Plan(parts * batch, {**tile, "WHOLE": d <= tile["COLUMNS"]}, parts)
+
+
+@planner
+def _plan_gradients(batch: int, n: int, d: int, routes: int, itemsize: int, available: int) -> Plan:
+    """Pieces are parts of a sequence, each of which has a program for each block of columns."""
+    tile = _tile(d, routes, itemsize, GRADIENT_WARPS)
+    columns = triton.cdiv(d, tile["COLUMNS"])
+    parts = min(triton.cdiv(n, tile["TOKENS"]), triton.cdiv(GRADIENT_PROGRAMS * available, columns * batch))
+    return Plan(columns * parts * batch, tile, parts)
+
+
+@planner
+def _plan_gathered(batch: int, selected: int, d: int, routes: int) -> Plan:
+    """Pieces are blocks of the tokens that a route selected."""
+    # The tile of fp32, which is the smallest: what is gathered takes registers, too.
+    tile = _tile(d, routes, 4, GRADIENT_WARPS)
+    if d % 16:
+        # So do addresses of entries that are loaded one by one.
+        tile = {**tile, "TOKENS": max(tile["TOKENS"] // 2, 1)}
+    blocks = triton.cdiv(selected, tile["TOKENS"])
+    return Plan(blocks * batch * routes, tile, blocks)
+
+
+def _strides(x: Tensor, routing_tokens: Tensor) -> tuple[int, int, int, int]:
+    return x.stride(0), x.stride(1), routing_tokens.stride(0) if routing_tokens.shape[0] > 1 else 0, 0
+
+
+def launch_scores(x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_norms: Tensor | None) -> None:
+    """Write scores `b r padded` of tokens `b n d`, whose last stride is 1, with contiguous routing tokens `b|1 r d`;
+    cosines times the norm of the routing token, and inverse norms `b padded`, where there is room for these."""
+    batch, n, d = x.shape
+    routes, padded = scores.shape[1:]
+    plan = _plan_scores(batch, padded, d, routes, x.itemsize, multiprocessors(x.device))
+    _score_kernel[plan.grid](
+        x,
+        routing_tokens,
+        scores,
+        scores if inverse_norms is None else inverse_norms,
+        *_strides(x, routing_tokens),
+        n,
+        padded,
+        d,
+        routes,
+        triton.cdiv(padded, plan.settings["TOKENS"]),
+        plan.pieces,
+        COSINE=inverse_norms is not None,
+        **plan.settings,
+    )
+
+
+def launch_gradients(
+    x: Tensor,
+    routing_tokens: Tensor,
+    scores: Tensor,
+    inverse_norms: Tensor | None,
+    grad_scores: Tensor,
+    gathered: tuple[Tensor, Tensor] | None,
+    dx: Tensor | None,
+) -> Tensor:
+    """Write the gradient of the tokens to `dx` (contiguous), and return that of the routing tokens for each batch
+    element, `b r d` in fp32; arguments as for `launch_scores`.
+
+    Args:
+        grad_scores: `b r padded`, contiguous.
+        gathered: indices below n `b r selected`, each once in a route, and the gradient of these tokens
+            `b r selected d`, contiguous.
+        dx: None if the tokens need no gradient.
+    """
+    batch, n, d = x.shape
+    routes, padded = scores.shape[1:]
+    plan = _plan_gradients(batch, n, d, routes, x.itemsize, multiprocessors(x.device))
+    partials = torch.empty((batch, plan.pieces, routes, d), dtype=torch.float32, device=x.device)
+    inputs = (x, routing_tokens, scores, scores if inverse_norms is None else inverse_norms, grad_scores)
+    strides = _strides(x, routing_tokens)
+    _gradient_kernel[plan.grid](
+        *inputs,
+        x if dx is None else dx,
+        partials,
+        *strides,
+        n,
+        padded,
+        d,
+        routes,
+        triton.cdiv(n, plan.settings["TOKENS"]),
+        plan.pieces,
+        COSINE=inverse_norms is not None,
+        NEEDS_X=dx is not None,
+        **plan.settings,
+    )
+    if dx is not None and gathered is not None:
+        indices, grad_tokens = gathered
+        selected = indices.shape[2]
+        slot = torch.arange(selected, dtype=torch.int32, device=x.device).expand(indices.shape)
+        slots = torch.full_like(scores, -1, dtype=torch.int32).scatter_(2, indices, slot)
+        plan = _plan_gathered(batch, selected, d, routes)
+        _gathered_kernel[plan.grid](
+            *inputs,
+            indices.contiguous(),
+            slots,
+            grad_tokens,
+            dx,
+            *strides,
+            n,
+            padded,
+            d,
+            routes,
+            selected,
+            plan.pieces,
+            COSINE=inverse_norms is not None,
+            **plan.settings,
+        )
+    return partials.sum(dim=1)

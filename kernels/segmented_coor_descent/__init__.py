@@ -1,0 +1,5 @@
+"""`kernels.segmented_coor_descent`, in a folder of its own."""
+
+from kernels.segmented_coor_descent.api import segmented_coor_descent
+
+__all__ = ["segmented_coor_descent"]

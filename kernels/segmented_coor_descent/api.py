@@ -1,0 +1,224 @@
+"""Coordinate descent as the CoLT5 system published it: vectors a and b, checkpointed at the borders of segments.
+
+The forward pass keeps b at the start of each segment of iterations and a at its end, and the backward pass recomputes
+what lies between: for each iteration of a segment, from the last to the first, all that come before it. More segments
+take more memory and less time, which is what the suite `segments` shows beside `kernels.coor_descent`, which needs
+none.
+
+Gradient. With x = s + b, p = softmax(x / e) and A_t = dL/da_t, iteration t hands back
+
+    b_{t+1} = -relu(s + a_t)                  db := dL/db_{t+1},  A_t = -sum db [s + a_t > 0],  ds -= db [s + a_t > 0]
+    a_t = e (log k - logsumexp(x / e))        dx = -A_t p,  ds += dx,  dL/db_t = dx,  dk += A_t e / k
+
+and s + a_{t-1} > 0 is where b_t < 0, so that the gradient of b_t is used up as soon as it is known, on
+
+    ds += -A_t p where b_t = 0,    A_{t-1} = A_t sum p [b_t < 0]
+
+but for b_0 = -s, where x = 0 whatever s is. The output y = exp((s + a + b) / e) starts it: ds = A = g y / e where
+s + a <= 0, A summed over the row.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels._common.launch import as_rows, k_as_rows, mask_as_rows, runs_triton
+from kernels._common.operation import define, define_backward, define_gradient
+from kernels.segmented_coor_descent import cpu
+from kernels.segmented_coor_descent.triton import launch_backward, launch_forward
+from reference._arguments import (
+    check_integers,
+    check_k,
+    check_schedule,
+    check_scores,
+    epsilon_schedule,
+    first_temperature,
+    require,
+)
+
+LONGEST = 131072
+"""Longest row that is supported: one program handles a row."""
+
+
+def _allocate(
+    scores: Tensor,
+    mask: Tensor | None,
+    k_rows: Tensor | None,
+    k: float,
+    n_iters: int,
+    first: float,
+    eps_decay: float,
+    eps: float,
+    segments: int,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output, and the checkpoints: a at the end of each segment and b at its start, and the temperatures."""
+    kept = segments if save else 0
+    # The dtype of b is the one that is computed in, also where nothing is kept.
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    return (
+        torch.empty(scores.shape, dtype=scores.dtype, device=scores.device),
+        torch.empty((kept, scores.shape[0]), dtype=dtype, device=scores.device),
+        torch.empty((kept, *scores.shape), dtype=dtype, device=scores.device),
+        torch.empty(n_iters + 1 if save else 0, dtype=torch.float64, device=scores.device),
+    )
+
+
+def _forward(
+    scores: Tensor,
+    mask: Tensor | None,
+    k_rows: Tensor | None,
+    k: float,
+    n_iters: int,
+    first: float,
+    eps_decay: float,
+    eps: float,
+    segments: int,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _allocate(scores, mask, k_rows, k, n_iters, first, eps_decay, eps, segments, save)
+    y, a, b, temperatures = outputs
+    if scores.numel() == 0:
+        return outputs
+    if runs_triton(scores):
+        schedule = (n_iters, first, eps_decay, eps)
+        launch_forward(scores, mask, k_rows, k, schedule, segments, y, a, b, temperatures)
+    else:
+        steps = list(epsilon_schedule(n_iters, eps, first, eps_decay))
+        y.copy_(cpu.forward(scores, mask, k_rows, k, steps, segments, a, b))
+        if save:
+            temperatures.copy_(torch.tensor(steps, dtype=torch.float64, device="cpu"))
+    return outputs
+
+
+def _allocate_gradients(
+    grad: Tensor,
+    scores: Tensor,
+    mask: Tensor | None,
+    k_rows: Tensor | None,
+    k: float,
+    a: Tensor,
+    b: Tensor,
+    temperatures: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(scores.shape, dtype=scores.dtype, device=scores.device),
+        torch.empty(scores.shape[0], dtype=b.dtype, device=scores.device),
+    )
+
+
+def _backward(
+    grad: Tensor,
+    scores: Tensor,
+    mask: Tensor | None,
+    k_rows: Tensor | None,
+    k: float,
+    a: Tensor,
+    b: Tensor,
+    temperatures: Tensor,
+) -> tuple[Tensor, Tensor]:
+    ds, dk = _allocate_gradients(grad, scores, mask, k_rows, k, a, b, temperatures)
+    if scores.numel() == 0:
+        return ds, dk
+    grad = as_rows(grad)
+    if runs_triton(scores):
+        launch_backward(grad, scores, mask, k_rows, k, a, b, temperatures, ds, dk)
+    else:
+        gradients = cpu.backward(grad, scores, mask, k_rows, k, temperatures.tolist(), a, b)
+        ds.copy_(gradients[0]), dk.copy_(gradients[1])
+    return ds, dk
+
+
+define(
+    "segmented_coor_descent(Tensor scores, Tensor? mask, Tensor? k_rows, float k, int n_iters, float first, "
+    "float eps_decay, float eps, int segments, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _allocate,
+)
+define_backward(
+    "segmented_coor_descent_backward(Tensor grad, Tensor scores, Tensor? mask, Tensor? k_rows, float k, Tensor a, "
+    "Tensor b, Tensor temperatures) -> (Tensor, Tensor)",
+    _backward,
+    _allocate_gradients,
+    reference="coor_descent",
+)
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    scores, mask, k_rows, k, *_ = inputs
+    _, a, b, temperatures = output
+    ctx.save_for_backward(scores, mask, k_rows, a, b, temperatures)
+    ctx.k = k
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
+    scores, mask, k_rows, a, b, temperatures = ctx.saved_tensors
+    ds, dk = torch.ops.colt5.segmented_coor_descent_backward(grad, scores, mask, k_rows, ctx.k, a, b, temperatures)
+    return ds, None, None if k_rows is None else dk.to(k_rows.dtype), *(None,) * 7
+
+
+define_gradient("segmented_coor_descent", _setup_context, _differentiate, reference="coor_descent")
+
+
+def segmented_coor_descent(
+    scores: Tensor,
+    *,
+    n_iters: int,
+    k: float | Tensor,
+    eps: float = 0.1,
+    eps_init: float | None = None,
+    eps_decay: float = 1.0,
+    mask: Tensor | None = None,
+    checkpoint_segments: int = 1,
+) -> Tensor:
+    """`reference.coor_descent` by the algorithm that the CoLT5 system published, to be measured against.
+
+    CoLT5: https://arxiv.org/abs/2303.09752, section 3.1; checkpointing by segments: Chen et al. 2016,
+    https://arxiv.org/abs/1604.06174, section 4.1. The forward pass keeps `segments ... n` numbers for the backward
+    pass, which takes a time linear in the number of iterations and in the length of a segment. Results are bitwise
+    equal from run to run. A CPU tensor gets the same algorithm in PyTorch.
+
+    Args:
+        scores: `... n` with n up to 131072: fp32, bf16 or fp16, computed in fp32, or fp64. Any strides.
+        n_iters: number of iterations, at least 1.
+        k: how many entries a row should sum to. A number, or a tensor that broadcasts to `...`, one k a row; it has a
+            gradient.
+        eps: last temperature, in units of the scores.
+        eps_init: first temperature; None or anything below eps stands for eps.
+        eps_decay: factor in (0, 1] on the temperature after each iteration, until it reaches eps.
+        mask: bool, broadcasts to `... n`; entries that are False take part in nothing and come out as 0. So do
+            those of a score of -inf.
+        checkpoint_segments: from 1 to n_iters: into how many segments the iterations are split, as evenly as possible.
+
+    Returns:
+        `... n`, in the dtype of the scores. A row with NaN or +inf among its valid scores is NaN, and so is a row
+        whose k (from a tensor) is not positive.
+
+    Raises:
+        ValueError: an argument is out of its range, or shapes do not match.
+        NotImplementedError: a second derivative or forward mode is asked for.
+    """
+    check_scores(scores, mask)
+    check_k(k, scores)
+    check_schedule(n_iters, eps, eps_init, eps_decay)
+    require(scores.shape[-1] <= LONGEST, "n (the length of a row)", scores.shape[-1], "<= {}", LONGEST)
+    check_integers(checkpoint_segments=checkpoint_segments)
+    fits = 1 <= checkpoint_segments <= n_iters
+    require(fits, "checkpoint_segments", checkpoint_segments, "from 1 to n_iters = {}", n_iters)
+    k_rows, k_number = k_as_rows(k, scores.shape)
+    needs_grad = scores.requires_grad or (k_rows is not None and k_rows.requires_grad)
+    y, *_ = torch.ops.colt5.segmented_coor_descent(
+        as_rows(scores),
+        mask_as_rows(mask, scores.shape),
+        k_rows,
+        k_number,
+        n_iters,
+        first_temperature(eps, eps_init),
+        eps_decay,
+        eps,
+        checkpoint_segments,
+        needs_grad and torch.is_grad_enabled(),
+    )
+    return y.view(scores.shape)

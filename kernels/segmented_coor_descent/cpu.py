@@ -1,0 +1,102 @@
+"""`kernels.segmented_coor_descent` in PyTorch: what a CPU tensor gets."""
+
+import torch
+from torch import Tensor
+
+from kernels.segmented_coor_descent.steps import borders_of
+
+
+def _prepare(
+    scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, k: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the kernels make of their inputs, in `dtype`: s `rows n`, -inf where none takes part; the highest s, k and
+    log k, each `rows 1`."""
+    s = scores.to(dtype)
+    s = s if mask is None else s.masked_fill(~mask, -torch.inf)
+    highest = s.amax(dim=-1, keepdim=True)
+    k_column = scores.new_full((scores.shape[0], 1), k, dtype=dtype) if k_rows is None else k_rows.to(dtype)[:, None]
+    k_column = torch.where(k_column > 0, k_column, torch.nan)
+    return s, highest.masked_fill(highest == -torch.inf, 0.0), k_column, k_column.log()
+
+
+def _exponentials(s: Tensor, b: Tensor, largest: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """exp((s + b) / temperature) `rows n`, scaled so that the largest of a row is 1, and their sums `rows 1`."""
+    exponentials = (s + b).sub_(largest).div_(temperature).exp_()
+    total = exponentials.sum(dim=-1, keepdim=True)
+    return exponentials, total.masked_fill_(total == 0, 1.0)
+
+
+def _iterate(
+    s: Tensor, highest: Tensor, log_k: Tensor, b: Tensor, largest: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One iteration: the next a `rows 1`, b `rows n` and the largest s + b `rows 1`."""
+    _, total = _exponentials(s, b, largest, temperature)
+    a = temperature * (log_k - total.log()) - largest
+    return a, (s + a).relu_().neg_(), torch.minimum(highest, -a)
+
+
+def forward(
+    scores: Tensor,  # rows n
+    mask: Tensor | None,  # rows n
+    k_rows: Tensor | None,  # rows
+    k: float,
+    steps: list[float],
+    segments: int,
+    checkpoint_a: Tensor,  # segments rows
+    checkpoint_b: Tensor,  # segments rows n; both without entries where no gradient is wanted
+) -> Tensor:
+    """The relaxed selection `rows n`, as the forward kernels compute it."""
+    s, highest, _, log_k = _prepare(scores, mask, k_rows, k, checkpoint_b.dtype)
+    save = checkpoint_b.numel() > 0
+    *temperatures, last_temperature = steps
+    b = torch.where(s == -torch.inf, 0.0, -s)
+    largest = torch.zeros_like(highest)
+    for segment in range(segments):
+        if save:
+            checkpoint_b[segment] = b
+        start, stop = borders_of.fn(segment, len(temperatures), segments)
+        for temperature in temperatures[start:stop]:
+            a, b, largest = _iterate(s, highest, log_k, b, largest, temperature)
+        if save:
+            checkpoint_a[segment] = a[:, 0]
+    y = (s + a).add_(b).div_(last_temperature).exp_()
+    return y if mask is None else y.masked_fill_(~mask, 0.0)
+
+
+def backward(
+    grad: Tensor,  # rows n
+    scores: Tensor,  # rows n
+    mask: Tensor | None,  # rows n
+    k_rows: Tensor | None,  # rows
+    k: float,
+    steps: list[float],
+    checkpoint_a: Tensor,  # segments rows
+    checkpoint_b: Tensor,  # segments rows n
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the scores `rows n` and of k `rows`, as the backward kernels compute them."""
+    s, highest, k_column, log_k = _prepare(scores, mask, k_rows, k, checkpoint_b.dtype)
+    segments = len(checkpoint_b)
+    *temperatures, last_temperature = steps
+    hidden = s == -torch.inf
+
+    slack = s + checkpoint_a[-1][:, None]
+    y = slack.clamp(max=0.0).div_(last_temperature).exp_()
+    ds = (y * grad / last_temperature).masked_fill_((slack > 0) | hidden, 0.0)
+    grad_a = ds.sum(dim=-1, keepdim=True)
+    dk = torch.zeros_like(grad_a)
+    for segment in reversed(range(segments)):
+        start, stop = borders_of.fn(segment, len(temperatures), segments)
+        # The first iteration of all hands nothing back to the scores.
+        for t in reversed(range(max(start, 1), stop)):
+            b = checkpoint_b[segment]
+            # Of s + b; in the first segment b = -s.
+            largest = torch.minimum(highest, -checkpoint_a[segment - 1][:, None]) if segment else 0.0 * highest
+            for temperature in temperatures[start:t]:
+                _, b, largest = _iterate(s, highest, log_k, b, largest, temperature)
+            exponentials, total = _exponentials(s, b, largest, temperatures[t])
+            clipped = b < 0
+            dk += grad_a * temperatures[t]
+            ds -= (exponentials * (grad_a / total)).masked_fill_(clipped | hidden, 0.0)
+            grad_a = grad_a * (exponentials * clipped).sum(dim=-1, keepdim=True) / total
+    dk += grad_a * temperatures[0]
+    return ds, (dk / k_column)[:, 0]

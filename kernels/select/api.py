@@ -1,0 +1,55 @@
+"""The hard top-k of long rows: a radix search instead of a sort; see `triton.py`."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels._common.launch import as_rows, is_traced, mask_as_rows, runs_triton
+from kernels._common.operation import define
+from kernels.select import cpu
+from kernels.select.triton import launch_select
+from reference.select import check_select
+
+
+def _allocate(scores: Tensor, mask: Tensor | None, num_selected: int) -> Tensor:
+    return torch.empty((scores.shape[0], num_selected), dtype=torch.int64, device=scores.device)
+
+
+def select_rows(scores: Tensor, mask: Tensor | None, num_selected: int) -> Tensor:
+    """`select` of scores `rows n` with a mask of that shape, the last stride of each of which is 1."""
+    if scores.numel() == 0:
+        return _allocate(scores, mask, num_selected)
+    if scores.dtype == torch.float64 or not runs_triton(scores):
+        return cpu.select_rows(scores, mask, num_selected)
+    indices = _allocate(scores, mask, num_selected)
+    launch_select(scores, mask, indices)
+    return indices
+
+
+define("select(Tensor scores, Tensor? mask, int num_selected) -> Tensor", select_rows, _allocate)
+
+
+def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> Tensor:
+    """`reference.select` by a radix search over each row, of which only what is selected is sorted.
+
+    A CPU tensor gets the same from PyTorch, and so does any of fp64. Results are equal from run to run.
+
+    Args:
+        scores: `... n`, any float dtype. Any strides.
+        num_selected: how many, from 1 to n.
+        mask: bool, broadcasts to `... n`; entries that are False come after all others, in the order of their indices,
+            and those of -inf just before them.
+
+    Returns:
+        int64 `... num_selected`, the largest first, of equal ones the first by index; NaN counts as larger than any
+        number, as in torch.topk. It has no gradient.
+
+    Raises:
+        ValueError: an argument is out of its range, or shapes do not match.
+    """
+    check_select(scores, num_selected, mask)
+    scores = scores.detach()
+    operation: Callable[..., Tensor] = torch.ops.colt5.select if is_traced(scores) else select_rows
+    indices = operation(as_rows(scores), mask_as_rows(mask, scores.shape), num_selected)
+    return indices.view(*scores.shape[:-1], num_selected)

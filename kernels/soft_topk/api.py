@@ -1,0 +1,132 @@
+"""The exact soft top-k: one monotone equation a row, solved in a handful of passes over the row.
+
+`reference.soft_topk` is y_i = min(1, exp((s_i - v) / e)) with the v at which
+
+    F(v) = #{s_i > v} + sum over the others of exp((s_i - v) / e)
+
+falls to k. A pass evaluates F at several probes and keeps the two around the solution, the bracket. The next probes
+stand in a ladder of ever smaller steps around an interpolation, and at the solution that holds if no other score lies
+between it and the bracket's end; where that gains little, they divide the fp32 numbers in the bracket evenly, which
+ends whatever the scores are. As soon as no score is left in the bracket, the entries at 1 are known, and the rest is
+closed form: with the anchor h at an end of the bracket, y = exp((s - h) / e) (k - #{s > h}) / sum exp((s - h) / e).
+The difference s - h of two fp32 numbers is exact where it matters, so that only sums and probes need fp64.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels._common.launch import as_rows, k_as_rows, mask_as_rows, runs_triton
+from kernels._common.operation import define, define_backward, define_gradient
+from kernels.soft_topk import cpu
+from kernels.soft_topk.triton import launch_backward, launch_forward
+from reference._arguments import check_k, check_positive, check_scores
+
+
+def _allocate(
+    scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, k: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The output, and the solution of each row: anchor, scale, and how often the row was read, the output included."""
+    return (
+        torch.empty(scores.shape, dtype=scores.dtype, device=scores.device),
+        torch.empty((scores.shape[0], 3), dtype=torch.float64, device=scores.device),
+    )
+
+
+def solve_rows(
+    scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, k: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The relaxed selection `rows n`, and the solution of each row."""
+    y, solution = _allocate(scores, mask, k_rows, k, eps)
+    if scores.numel() > 0:
+        solve = launch_forward if _runs_kernel(scores) else cpu.forward
+        solve(scores, mask, k_rows, k, eps, y, solution)
+    return y, solution
+
+
+def _allocate_gradients(
+    grad: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(scores.shape, dtype=scores.dtype, device=scores.device),
+        torch.empty(scores.shape[0], dtype=torch.float64, device=scores.device),
+    )
+
+
+def solve_rows_backward(
+    grad: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of scores and k."""
+    ds, dk = _allocate_gradients(grad, scores, mask, solution, eps)
+    if scores.numel() > 0:
+        differentiate = launch_backward if _runs_kernel(scores) else cpu.backward
+        differentiate(as_rows(grad), scores, mask, solution, eps, ds, dk)
+    return ds, dk
+
+
+def _runs_kernel(scores: Tensor) -> bool:
+    """fp64 stays fp64, which the kernels are not."""
+    return scores.dtype != torch.float64 and runs_triton(scores)
+
+
+define(
+    "soft_topk(Tensor scores, Tensor? mask, Tensor? k_rows, float k, float eps) -> (Tensor, Tensor)",
+    solve_rows,
+    _allocate,
+)
+define_backward(
+    "soft_topk_backward(Tensor grad, Tensor scores, Tensor? mask, Tensor solution, float eps) -> (Tensor, Tensor)",
+    solve_rows_backward,
+    _allocate_gradients,
+)
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    scores, mask, k_rows, _, eps = inputs
+    _, solution = output
+    ctx.save_for_backward(scores, mask, solution)
+    ctx.k_dtype = None if k_rows is None else k_rows.dtype
+    ctx.eps = eps
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
+    ds, dk = torch.ops.colt5.soft_topk_backward(grad, *ctx.saved_tensors, ctx.eps)
+    return ds, None, None if ctx.k_dtype is None else dk.to(ctx.k_dtype), None, None
+
+
+define_gradient("soft_topk", _setup_context, _differentiate)
+
+
+def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | None = None) -> Tensor:
+    """`reference.soft_topk` in a few passes over each row, with the gradient of the implicit function.
+
+    Where y < 1, ds_i = (y_i / eps) (g_i - sum g y / sum y), and dk = sum g y / sum y, both sums over y < 1 (DESIGN
+    3.5). The backward pass needs the scores and three numbers a row. Results are bitwise equal from run to run. A CPU
+    tensor, and any of fp64, is solved by PyTorch, through its largest scores in order.
+
+    Args:
+        scores: `... n`, any float dtype. Any strides.
+        k: how many entries a row sums to. A number, or a tensor that broadcasts to `...`, one k a row; it has a
+            gradient.
+        eps: temperature, in units of the scores.
+        mask: bool, broadcasts to `... n`; entries that are False take part in nothing and come out as 0. So do
+            those of a score of -inf.
+
+    Returns:
+        `... n`, in the dtype of the scores. A row with no more than k valid entries is 1 at each of them, with gradient
+        0. A row with NaN or +inf among its valid scores is NaN at its valid entries, and so is a row whose k (from a
+        tensor) is not positive.
+
+    Raises:
+        ValueError: an argument is out of its range, or shapes do not match.
+        NotImplementedError: a second derivative or forward mode is asked for.
+    """
+    check_scores(scores, mask)
+    check_k(k, scores)
+    check_positive(eps=eps)
+    y, _ = torch.ops.colt5.soft_topk(
+        as_rows(scores), mask_as_rows(mask, scores.shape), *k_as_rows(k, scores.shape), float(eps)
+    )
+    return y.view(scores.shape)

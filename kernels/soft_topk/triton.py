@@ -1,0 +1,392 @@
+"""Kernels of `kernels.soft_topk`: a row in registers, or in chunks that several launches search, and its gradient."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._common.launch import Plan, most_registers, planner
+from kernels.soft_topk.search import (
+    STATE,
+    UNIT,
+    columns_of,
+    conclude,
+    first_state,
+    is_searching,
+    load_k,
+    load_scores,
+    measure,
+    next_state,
+    open_bracket,
+    place_probes,
+    ratio_of,
+    refine,
+    select,
+    store_solution,
+    store_state,
+    sum_pair,
+    survey,
+    wide,
+)
+
+RESIDENT = 16384
+"""Longest row that one program keeps in registers; half as long if there is a mask and entries are loaded one by one,
+with addresses for each of them."""
+
+CHUNK = 8192
+"""Entries of a longer row that one program handles."""
+
+SEARCHES = 5
+"""Launches that search a longer row. What they leave open, the last launch finishes with every program on its own."""
+
+RESIDENT_PROBES = 8
+CHUNK_PROBES = 16
+"""More probes, fewer passes: where a pass is a launch, it takes longer than the exponentials in it."""
+
+
+@triton.jit
+def _resident_kernel(
+    scores_ptr,  # rows n
+    mask_ptr,  # rows n
+    k_ptr,  # rows
+    y_ptr,  # rows n
+    solution_ptr,  # rows 3, fp64
+    scores_stride,
+    mask_stride,
+    n,
+    k: "fp64",
+    eps: "fp64",
+    rate: "fp64",
+    REPEATS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PROBES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_K: tl.constexpr,
+):
+    """One row, held in registers from the first pass to the last."""
+    rate = wide(rate)
+    row = tl.program_id(0).to(tl.int64)
+    columns = columns_of(REPEATS, WIDTH)
+    scores = load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
+    k = load_k(k_ptr, row, k, HAS_K)
+
+    least, largest, n_valid, total, squares = survey(scores, WIDTH)
+    bracket, aim = open_bracket(least, largest, n_valid, total, squares, k, eps)
+    passes = 1
+    while is_searching(bracket, n_valid, k, eps):
+        probes = place_probes(bracket, aim, PROBES)
+        counts, totals = measure(scores, probes, rate, WIDTH, PROBES)
+        bracket, aim = refine(bracket, aim, probes, counts, totals, k, eps)
+        passes += 1
+
+    anchor, scale = conclude(bracket, n_valid, k, eps)
+    store_solution(solution_ptr, row, anchor, scale, passes + 1, True)
+    y, _ = select(scores, anchor, scale, rate)
+    tl.store(y_ptr + row * n + columns, y.to(y_ptr.dtype.element_ty), mask=columns < n)
+
+
+@triton.jit
+def _survey_kernel(
+    scores_ptr,  # rows n
+    mask_ptr,  # rows n
+    partials_ptr,  # rows chunks 2 PROBES, fp64
+    scores_stride,
+    mask_stride,
+    n,
+    chunks,
+    REPEATS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PROBES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """First pass over rows of several chunks."""
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    columns = (tl.program_id(0) % chunks) * (REPEATS * WIDTH) + columns_of(REPEATS, WIDTH)
+    scores = load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
+    least, largest, n_valid, total, squares = survey(scores, WIDTH)
+    partials_ptr += tl.program_id(0).to(tl.int64) * (2 * PROBES)
+    tl.store(partials_ptr, least)
+    tl.store(partials_ptr + 1, largest)
+    tl.store(partials_ptr + 2, n_valid)
+    tl.store(partials_ptr + 3, total)
+    tl.store(partials_ptr + 4, squares)
+
+
+@triton.jit(do_not_specialize=["search"])
+def _search_kernel(
+    scores_ptr,  # rows n
+    mask_ptr,  # rows n
+    k_ptr,  # rows
+    partials_ptr,  # searches+1 rows chunks 2 PROBES, fp64
+    states_ptr,  # searches+1 rows STATE, fp64
+    scores_stride,
+    mask_stride,
+    n_rows,
+    n,
+    chunks,
+    k: "fp64",
+    eps: "fp64",
+    rate: "fp64",
+    search,
+    FIRST: tl.constexpr,
+    REPEATS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PROBES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_K: tl.constexpr,
+):
+    """One more pass over rows of several chunks: every program of a row works out its state, then probes its chunk."""
+    rate = wide(rate)
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    k = load_k(k_ptr, row, k, HAS_K)
+
+    # This pass reads what the one before wrote, and writes to the next place.
+    rows = tl.cast(n_rows, tl.int64)
+    partials_ptr += ((search - 1) * rows + row) * chunks * (2 * PROBES)
+    states_ptr += ((search - 1) * rows + row) * STATE
+    if FIRST:
+        bracket, aim, n_valid, passes = first_state(partials_ptr, chunks, k, eps, PROBES, SLOTS)
+    else:
+        bracket, aim, n_valid, passes = next_state(states_ptr, partials_ptr, chunks, k, eps, PROBES, SLOTS)
+    store_state(states_ptr + rows * STATE, bracket, aim, n_valid, passes, chunk == 0)
+
+    if is_searching(bracket, n_valid, k, eps):
+        columns = chunk * (REPEATS * WIDTH) + columns_of(REPEATS, WIDTH)
+        scores = load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
+        counts, totals = measure(scores, place_probes(bracket, aim, PROBES), rate, WIDTH, PROBES)
+        partial_ptrs = partials_ptr + (rows * chunks + chunk) * (2 * PROBES) + tl.arange(0, PROBES)
+        tl.store(partial_ptrs, counts)
+        tl.store(partial_ptrs + PROBES, totals)
+
+
+@triton.jit
+def _finish_kernel(
+    scores_ptr,  # rows n
+    mask_ptr,  # rows n
+    k_ptr,  # rows
+    partials_ptr,  # rows chunks 2 PROBES, fp64
+    state_ptr,  # rows STATE, fp64
+    y_ptr,  # rows n
+    solution_ptr,  # rows 3, fp64
+    scores_stride,
+    mask_stride,
+    n,
+    chunks,
+    k: "fp64",
+    eps: "fp64",
+    rate: "fp64",
+    REPEATS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PROBES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_K: tl.constexpr,
+):
+    """Last pass over rows of several chunks; a search that is still open goes on over the whole row."""
+    rate = wide(rate)
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    scores_ptr += row * scores_stride
+    mask_ptr += row * mask_stride
+    k = load_k(k_ptr, row, k, HAS_K)
+
+    bracket, aim, n_valid, passes = next_state(
+        state_ptr + row * STATE, partials_ptr + row * chunks * (2 * PROBES), chunks, k, eps, PROBES, SLOTS
+    )
+    while is_searching(bracket, n_valid, k, eps):
+        probes = place_probes(bracket, aim, PROBES)
+        counts = tl.zeros([PROBES], tl.float64)
+        totals = tl.zeros([PROBES], tl.float64)
+        for tile in range(chunks):
+            columns = tile * (REPEATS * WIDTH) + columns_of(REPEATS, WIDTH)
+            scores = load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK)
+            tile_counts, tile_totals = measure(scores, probes, rate, WIDTH, PROBES)
+            counts += tile_counts
+            totals += tile_totals
+        bracket, aim = refine(bracket, aim, probes, counts, totals, k, eps)
+        passes += 1
+
+    anchor, scale = conclude(bracket, n_valid, k, eps)
+    store_solution(solution_ptr, row, anchor, scale, passes + 1, chunk == 0)
+    columns = chunk * (REPEATS * WIDTH) + columns_of(REPEATS, WIDTH)
+    scores = load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK)
+    y, _ = select(scores, anchor, scale, rate)
+    tl.store(y_ptr + row * n + columns, y.to(y_ptr.dtype.element_ty), mask=columns < n)
+
+
+@triton.jit
+def _load_for_gradient(grad_ptr, scores_ptr, mask_ptr, solution_ptr, columns, n, rate, HAS_MASK: tl.constexpr):
+    """Upstream gradient and y, both 0 at entries that pass no gradient on."""
+    scores = load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK)
+    y, free = select(scores, tl.load(solution_ptr), tl.load(solution_ptr + 1).to(tl.float32), rate)
+    grad = tl.load(grad_ptr + columns, mask=free & (columns < n), other=0.0).to(tl.float32)
+    return grad, tl.where(free, y, 0.0)
+
+
+@triton.jit
+def _gradient_sums_kernel(
+    grad_ptr,  # rows n
+    scores_ptr,  # rows n
+    mask_ptr,  # rows n
+    solution_ptr,  # rows 3, fp64
+    sums_ptr,  # rows chunks 2, fp64
+    grad_stride,
+    scores_stride,
+    mask_stride,
+    n,
+    chunks,
+    rate: "fp64",
+    REPEATS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """Each chunk's part of sum g y and sum y."""
+    rate = wide(rate)
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    columns = (tl.program_id(0) % chunks) * (REPEATS * WIDTH) + columns_of(REPEATS, WIDTH)
+    grad, y = _load_for_gradient(
+        grad_ptr + row * grad_stride, scores_ptr + row * scores_stride, mask_ptr + row * mask_stride,
+        solution_ptr + row * 3, columns, n, rate, HAS_MASK,
+    )  # fmt: skip
+    weighted, total = sum_pair(grad * y, y, WIDTH)
+    sums_ptr += tl.program_id(0).to(tl.int64) * 2
+    tl.store(sums_ptr, weighted)
+    tl.store(sums_ptr + 1, total)
+
+
+@triton.jit
+def _gradient_kernel(
+    grad_ptr,  # rows n
+    scores_ptr,  # rows n
+    mask_ptr,  # rows n
+    solution_ptr,  # rows 3, fp64
+    sums_ptr,  # rows chunks 2, fp64
+    ds_ptr,  # rows n
+    dk_ptr,  # rows, fp64
+    grad_stride,
+    scores_stride,
+    mask_stride,
+    n,
+    chunks,
+    rate: "fp64",
+    inverse_eps: "fp64",
+    REPEATS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """Gradient of one chunk of a row, which is the whole row where SLOTS is 1."""
+    rate, inverse_eps = wide(rate), wide(inverse_eps)
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    columns = chunk * (REPEATS * WIDTH) + columns_of(REPEATS, WIDTH)
+    grad, y = _load_for_gradient(
+        grad_ptr + row * grad_stride, scores_ptr + row * scores_stride, mask_ptr + row * mask_stride,
+        solution_ptr + row * 3, columns, n, rate, HAS_MASK,
+    )  # fmt: skip
+    if SLOTS == 1:
+        weighted, total = sum_pair(grad * y, y, WIDTH)
+    else:
+        weighted_in_slot = tl.zeros([SLOTS], tl.float64)
+        total_in_slot = tl.zeros([SLOTS], tl.float64)
+        for start in range(0, chunks, SLOTS):
+            slot = start + tl.arange(0, SLOTS)
+            slot_ptrs = sums_ptr + (row * chunks + slot) * 2
+            weighted_in_slot += tl.load(slot_ptrs, mask=slot < chunks, other=0.0)
+            total_in_slot += tl.load(slot_ptrs + 1, mask=slot < chunks, other=0.0)
+        weighted = tl.sum(weighted_in_slot, axis=0)
+        total = tl.sum(total_in_slot, axis=0)
+
+    # Without an entry below 1 nothing depends on the scores or on k.
+    mean = tl.where(total == 0, 0.0, ratio_of(weighted, total))
+    ds = (grad - mean) * y * inverse_eps.to(tl.float32)
+    tl.store(ds_ptr + row * n + columns, ds.to(ds_ptr.dtype.element_ty), mask=columns < n)
+    tl.store(dk_ptr + row, mean, mask=chunk == 0)
+
+
+@planner
+def _plan(n_rows: int, n: int, simple: bool, aligned: bool) -> Plan:
+    """Pieces are chunks. A thread has 16 entries, 32 in the largest tile. Rows are simple without a mask.
+
+    The limit on registers is the one there is anyway: without it, ptxas spills some to fit more programs.
+    """
+    resident = RESIDENT if simple or aligned else RESIDENT // 2
+    chunks = 1 if n <= resident else triton.cdiv(n, CHUNK)
+    block = max(triton.next_power_of_2(n if chunks == 1 else CHUNK), 128)
+    num_warps = min(max(block // 512, 1), 16)
+    settings = {
+        "REPEATS": block // (128 * num_warps),
+        "WIDTH": 128 * num_warps,
+        "num_warps": num_warps,
+        "maxnreg": most_registers(num_warps),
+    }
+    return Plan(n_rows * chunks, settings, chunks)
+
+
+@planner
+def _plan_slots(n_rows: int, n: int, simple: bool, aligned: bool) -> Plan:
+    """The same, and how many chunks a program looks at at a time."""
+    plan = _plan(n_rows, n, simple, aligned)
+    return plan._replace(settings={**plan.settings, "SLOTS": min(triton.next_power_of_2(plan.pieces), 128)})
+
+
+def _sizes_of(scores: Tensor, mask: Tensor | None) -> tuple[int, int, bool, bool]:
+    """What a plan depends on."""
+    n_rows, n = scores.shape
+    stride = 0 if mask is None else mask.stride(0)
+    return n_rows, n, mask is None, (n | scores.data_ptr() | scores.stride(0) | stride) % 16 == 0
+
+
+def launch_forward(
+    scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, k: float, eps: float, y: Tensor, solution: Tensor
+) -> None:
+    n_rows, n = scores.shape
+    inputs = (scores, scores if mask is None else mask, scores if k_rows is None else k_rows)
+    strides = (scores.stride(0), 0 if mask is None else mask.stride(0))
+    numbers = (k, UNIT.value * eps, math.log2(math.e) / (UNIT.value * eps))
+    variant = {"HAS_MASK": mask is not None, "HAS_K": k_rows is not None}
+    sizes = _sizes_of(scores, mask)
+    plan = _plan(*sizes)
+    chunks, grid = plan.pieces, plan.grid
+    if chunks == 1:
+        _resident_kernel[grid](
+            *inputs, y, solution, *strides, n, *numbers, PROBES=RESIDENT_PROBES, **variant, **plan.settings
+        )
+        return
+
+    partials = scores.new_empty((SEARCHES + 1, n_rows, chunks, 2 * CHUNK_PROBES), dtype=torch.float64)
+    states = scores.new_empty((SEARCHES + 1, n_rows, STATE.value), dtype=torch.float64)
+    settings = {"PROBES": CHUNK_PROBES, **variant, **_plan_slots(*sizes).settings}
+
+    _survey_kernel[grid](
+        *inputs[:2], partials, *strides, n, chunks, PROBES=CHUNK_PROBES, HAS_MASK=mask is not None, **plan.settings
+    )
+    for search in range(1, SEARCHES + 1):
+        _search_kernel[grid](
+            *inputs, partials, states, *strides, n_rows, n, chunks, *numbers, search, FIRST=search == 1, **settings
+        )
+    _finish_kernel[grid](*inputs, partials[-1], states[-1], y, solution, *strides, n, chunks, *numbers, **settings)
+
+
+def launch_backward(
+    grad: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float, ds: Tensor, dk: Tensor
+) -> None:
+    n_rows, n = scores.shape
+    sizes = _sizes_of(scores, mask)
+    plan = _plan(*sizes)
+    chunks, grid = plan.pieces, plan.grid
+    inputs = (grad, scores, scores if mask is None else mask, solution)
+    strides = (grad.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
+    rate = math.log2(math.e) / (UNIT.value * eps)
+    variant = {"HAS_MASK": mask is not None}
+
+    sums = dk
+    if chunks > 1:
+        sums = scores.new_empty((n_rows, chunks, 2), dtype=torch.float64)
+        _gradient_sums_kernel[grid](*inputs, sums, *strides, n, chunks, rate, **variant, **plan.settings)
+    settings = {**variant, **_plan_slots(*sizes).settings}
+    _gradient_kernel[grid](*inputs, sums, ds, dk, *strides, n, chunks, rate, 1.0 / eps, **settings)

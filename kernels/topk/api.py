@@ -1,0 +1,211 @@
+"""Differentiable top-k in one kernel: coordinate descent, selection and gates of a row while it is in registers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels._common.launch import (
+    as_rows,
+    is_traced,
+    mask_as_rows,
+    runs_triton,
+)
+from kernels._common.operation import backward_of, define, define_backward, define_gradient, eager
+from kernels.coor_descent import (
+    allocate_state,
+    coor_descent,
+    descend_rows_backward,
+)
+from kernels.select import select
+from kernels.topk.triton import LONGEST, MOST, launch_topk
+from reference._arguments import check_schedule, check_scores, first_temperature
+from reference.topk import TopkReturn, check_topk, largest, select_topk
+from reference.topk import topk as plain_topk
+
+
+def _allocate(
+    x: Tensor,
+    mask: Tensor | None,
+    selected: int,
+    k: float,
+    n_iters: int,
+    eps: float,
+    first: float,
+    eps_decay: float,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    """Values, indices, relaxed selection and gates, then what the backward pass of `coor_descent` needs."""
+    shape = (x.shape[0], selected)
+    return (
+        x.new_empty(shape),
+        x.new_empty(shape, dtype=torch.int64),
+        x.new_empty(shape),
+        x.new_empty(shape),
+        allocate_state(x, n_iters, save),
+    )
+
+
+def _forward(
+    x: Tensor,
+    mask: Tensor | None,
+    selected: int,
+    k: float,
+    n_iters: int,
+    eps: float,
+    first: float,
+    eps_decay: float,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    outputs = _allocate(x, mask, selected, k, n_iters, eps, first, eps_decay, save)
+    if x.numel():
+        launch_topk(x, mask, selected, k, (n_iters, eps, first, eps_decay), outputs)
+    return outputs
+
+
+def _allocate_gradient(
+    grad_values: Tensor | None,
+    grad_soft: Tensor | None,
+    grad_gates: Tensor | None,
+    x: Tensor,
+    mask: Tensor | None,
+    values: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    state: Tensor,
+    k: float,
+    n_iters: int,
+    eps: float,
+    first: float,
+    eps_decay: float,
+) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _backward(
+    grad_values: Tensor | None,
+    grad_soft: Tensor | None,
+    grad_gates: Tensor | None,
+    x: Tensor,
+    mask: Tensor | None,
+    values: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    state: Tensor,
+    k: float,
+    n_iters: int,
+    eps: float,
+    first: float,
+    eps_decay: float,
+) -> Tensor:
+    """The gradient of x; None stands for one of 0. It is rounded once: its two terms may cancel each other."""
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x, values = x.to(wide), values.to(wide)
+    grad_values, grad_soft, grad_gates = (
+        None if grad is None else grad.to(wide) for grad in (grad_values, grad_soft, grad_gates)
+    )
+    # A value is its score, but 0 where nothing was selected: what that hands on, the gradient of descent leaves out.
+    through_value = None if grad_values is None else grad_values * values
+    through_gate = _sum(grad_gates, through_value)
+    grad = torch.zeros_like(x).scatter_(-1, indices, _sum(through_gate, grad_soft))
+    dx, _ = descend_rows_backward(grad, x, mask, None, k, n_iters, eps, first, eps_decay, state)
+    return (dx if grad_values is None else dx.scatter_add_(-1, indices, grad_values * gates)).to(dtype)
+
+
+define(
+    "topk(Tensor x, Tensor? mask, int selected, float k, int n_iters, float eps, float first, float eps_decay, "
+    "bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _allocate,
+)
+define_backward(
+    "topk_backward(Tensor? grad_values, Tensor? grad_soft, Tensor? grad_gates, Tensor x, Tensor? mask, Tensor values, "
+    "Tensor indices, Tensor gates, Tensor state, float k, int n_iters, float eps, float first, float eps_decay) "
+    "-> Tensor",
+    _backward,
+    _allocate_gradient,
+)
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    x, mask, _, *numbers, _ = inputs
+    values, indices, _, gates, state = output
+    ctx.save_for_backward(x, mask, values, indices, gates, state)
+    ctx.mark_non_differentiable(indices)
+    ctx.set_materialize_grads(False)
+    ctx.numbers = numbers
+
+
+def _differentiate(
+    ctx, grad_values: Tensor | None, _: None, grad_soft: Tensor | None, grad_gates: Tensor | None, *__: None
+) -> tuple[Tensor | None, ...]:
+    grads = (grad_values, grad_soft, grad_gates)
+    given = [grad for grad in grads if grad is not None]
+    if not given:
+        return (None,) * 9
+    backward = backward_of(given[0], torch.ops.colt5.topk_backward, _backward)
+    return backward(*grads, *ctx.saved_tensors, *ctx.numbers), *(None,) * 8
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Any:
+    """None stands for a gradient of 0."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other
+
+
+define_gradient("topk", _setup_context, _differentiate)
+
+
+_eager = eager(_forward, _setup_context, _differentiate)
+
+
+def _choose(x: Tensor, k: int, mask: Tensor | None) -> Tensor:
+    return select(x, num_selected=k, mask=mask)
+
+
+def topk(
+    x: Tensor,
+    k: int,
+    coor_descent_k_ratio: float = 9 / 8,
+    n_iters: int = 20,
+    eps: float = 0.1,
+    eps_init: float | None = None,
+    eps_decay: float = 1.0,
+    mask: Tensor | None = None,
+    fused: bool = False,
+    non_differentiable: bool = False,
+) -> TopkReturn:
+    """`reference.topk`, which `fused=True` computes with kernels: rows of up to 4096 entries, of which up to 32 are
+    selected, in a single one; others with `coor_descent` and `select`. Of equal entries the first is selected. A CPU
+    tensor, and one of fp64, is selected from by torch.topk.
+
+    Arguments, results and errors are those of `reference.topk`.
+    """
+    rest = (coor_descent_k_ratio, n_iters, eps, eps_init, eps_decay, mask)
+    if not fused:
+        return plain_topk(x, k, *rest, non_differentiable=non_differentiable)
+    check_scores(x, mask)
+    check_topk(x, k, coor_descent_k_ratio)
+    if non_differentiable or k > MOST or x.shape[-1] > LONGEST or not runs_triton(x):
+        choose = _choose if runs_triton(x) and x.dtype != torch.float64 else largest
+        return select_topk(coor_descent, choose, x, k, *rest, non_differentiable)
+
+    check_schedule(n_iters, eps, eps_init, eps_decay)
+    save = x.requires_grad and torch.is_grad_enabled()
+    operation: Callable[..., tuple[Tensor, ...]] = _eager if save else _forward
+    if is_traced(x):
+        operation = torch.ops.colt5.topk
+    selected = operation(
+        as_rows(x),
+        mask_as_rows(mask, x.shape),
+        k,
+        float(min(k * coor_descent_k_ratio, x.shape[-1])),
+        n_iters,
+        eps,
+        first_temperature(eps, eps_init),
+        eps_decay,
+        save,
+    )[:4]
+    return TopkReturn(*(selected if x.dim() == 2 else (tensor.view(*x.shape[:-1], k) for tensor in selected)))

@@ -1,0 +1,5 @@
+"""`kernels.windowed_attention`, and how much work it is."""
+
+from kernels.windowed_attention.api import pairs_in_reach, windowed_attention
+
+__all__ = ["pairs_in_reach", "windowed_attention"]

@@ -1,0 +1,172 @@
+"""Windowed attention in one pass over tiles: no window of keys is ever copied, and no weight leaves the chip.
+
+The forward pass is that of FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14135), over the tiles in reach
+of a block of queries. It keeps one number a query and head beside the output, the logarithm l of what its softmax
+divides by, from which the backward pass has the weights again. With p = exp(s - l), g the gradient of the output o
+and delta = sum g o,
+
+    ds = p (g v - delta),    dq = scale ds k,    dk = scale ds' q,    dv = p' g
+
+and there is one kernel for dq, which adds up over keys, and one for dk and dv, which add up over queries.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels._common.launch import is_traced, runs_triton
+from kernels._common.operation import backward_of, define, define_backward, define_gradient, eager
+from kernels.windowed_attention import cpu
+from kernels.windowed_attention.triton import LARGEST_HEAD, launch_backward, launch_forward
+from reference._arguments import check_windows
+from reference._autocast import autocast_dtype
+
+
+def _allocate(qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The output, and the logarithm of what each softmax divides by, to the base that the path computes with."""
+    batch, n, width = qkv.shape
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    return qkv.new_empty(batch, n, width // 3), qkv.new_empty(batch, heads, n, dtype=wide)
+
+
+def _forward(qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    out, log_sum = _allocate(qkv, heads, window_size, causal, mask)
+    if qkv.numel() > 0:
+        attend = launch_forward if _runs_kernel(qkv, heads) else cpu.forward
+        attend(qkv.contiguous(), heads, window_size, causal, _contiguous(mask), out, log_sum)
+    return out, log_sum
+
+
+def _allocate_gradient(
+    grad: Tensor,
+    qkv: Tensor,
+    heads: int,
+    window_size: int,
+    causal: bool,
+    mask: Tensor | None,
+    out: Tensor,
+    log_sum: Tensor,
+) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _backward(
+    grad: Tensor,
+    qkv: Tensor,
+    heads: int,
+    window_size: int,
+    causal: bool,
+    mask: Tensor | None,
+    out: Tensor,
+    log_sum: Tensor,
+) -> Tensor:
+    dqkv = _allocate_gradient(grad, qkv, heads, window_size, causal, mask, out, log_sum)
+    if qkv.numel() > 0:
+        differentiate = launch_backward if _runs_kernel(qkv, heads) else cpu.backward
+        inputs = (grad.contiguous(), qkv.contiguous(), heads, window_size, causal, _contiguous(mask))
+        differentiate(*inputs, out, log_sum, dqkv)
+    return dqkv
+
+
+def _contiguous(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous()
+
+
+def _runs_kernel(qkv: Tensor, heads: int) -> bool:
+    """fp64 stays fp64, which the kernels are not, and the tiles of a wider head have no place in registers."""
+    return qkv.dtype != torch.float64 and qkv.shape[-1] <= 3 * heads * LARGEST_HEAD and runs_triton(qkv)
+
+
+define(
+    "windowed_attention(Tensor qkv, int heads, int window_size, bool causal, Tensor? mask) -> (Tensor, Tensor)",
+    _forward,
+    _allocate,
+)
+define_backward(
+    "windowed_attention_backward(Tensor grad, Tensor qkv, int heads, int window_size, bool causal, Tensor? mask, "
+    "Tensor out, Tensor log_sum) -> Tensor",
+    _backward,
+    _allocate_gradient,
+)
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    qkv, *ctx.options, mask = inputs
+    ctx.save_for_backward(qkv, mask, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
+    qkv, mask, out, log_sum = ctx.saved_tensors
+    backward = backward_of(grad, torch.ops.colt5.windowed_attention_backward, _backward)
+    return backward(grad, qkv, *ctx.options, mask, out, log_sum), *(None,) * 4
+
+
+define_gradient("windowed_attention", _setup_context, _differentiate)
+
+
+def pairs_in_reach(n: int, window_size: int, causal: bool) -> int:
+    """Pairs of a query and a key that it may attend to, in a sequence of n tokens without a mask."""
+    if not causal:
+        radius = min(window_size, max(n - 1, 0))
+        return n * (2 * radius + 1) - radius * (radius + 1)
+    windows, rest = divmod(n, window_size)
+    within = windows * window_size * (window_size + 1) // 2 + rest * (rest + 1) // 2
+    return within + max(n - window_size, 0) * window_size
+
+
+@register_flop_formula(torch.ops.colt5.windowed_attention)
+def _flops(shape: torch.Size, heads: int, window_size: int, causal: bool, *_: object, **__: object) -> int:
+    """Of a query and a key and of a weight and a value, for each pair in reach, as a flop counter counts them."""
+    batch, n, width = shape
+    return 2 * 2 * batch * pairs_in_reach(n, window_size, causal) * width // 3
+
+
+@register_flop_formula(torch.ops.colt5.windowed_attention_backward)
+def _backward_flops(_: torch.Size, shape: torch.Size, *options: Any, **__: object) -> int:
+    """A gradient for either factor of both products, and the weights again: as PyTorch counts its own kernels."""
+    return _flops(shape, *options) * 5 // 2
+
+
+_eager = eager(_forward, _setup_context, _differentiate)
+
+
+def windowed_attention(
+    qkv: Tensor, *, heads: int, window_size: int, causal: bool = False, mask: Tensor | None = None
+) -> Tensor:
+    """`reference.windowed_attention` tile by tile, forward and backward, in memory linear in n whatever the window.
+
+    Products are of the dtype of qkv, sums and the softmax in fp32. Results are bitwise equal from run to run: the
+    backward pass has no atomic additions. Autocast lowers qkv to its dtype. A CPU tensor, one of fp64, and heads of
+    more than 128 dimensions get the same mathematics in PyTorch, by windows and their neighbours.
+
+    Args:
+        qkv: `b n (3 h d)`, any float dtype: queries, keys and values, each with the heads one after the other.
+        heads: number of heads h.
+        window_size: at least 1, in tokens. Without `causal`, how far away a token attends to; else the size of windows,
+            and a token attends to what is not after it in its window and to all of the window before.
+        causal: whether a token attends to nothing after it.
+        mask: bool, `b n`, False for tokens that nothing attends to.
+
+    Returns:
+        `b n (h d)`, in the dtype of qkv. A token that may attend to nothing gives 0, with gradient 0.
+
+    Raises:
+        ValueError: an argument is out of its range, or shapes do not match.
+        NotImplementedError: a second derivative or forward mode is asked for.
+    """
+    check_windows(qkv, heads, window_size, mask)
+    lowered = autocast_dtype(qkv)
+    qkv = qkv if lowered is None else qkv.to(lowered)
+    operation: Callable[..., tuple[Tensor, Tensor]] = _forward
+    if is_traced(qkv):
+        operation = torch.ops.colt5.windowed_attention
+    elif torch.is_grad_enabled() and qkv.requires_grad:
+        operation = _eager
+    out, _ = operation(qkv, heads, window_size, causal, mask)
+    return out

@@ -1,0 +1,438 @@
+"""Kernels of `kernels.windowed_attention`: one program for a block of queries, or of keys, of one head.
+
+What queries may attend to is an interval of positions, and so is what attends to a key. Its two ends decide which tiles
+a program looks at and which entries of a tile count.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._common.launch import Plan, is_ragged, options_for_heads, planner
+from kernels._common.primitives import INTERPRETED, LOG2_E
+
+LARGEST_HEAD = 128
+"""Largest dimension of a head for which tiles fit into registers."""
+
+NOWHERE = tl.constexpr(-(2**30))
+"""Position of a key that is not there: before every interval."""
+
+
+@triton.jit
+def _keys_of(query, n, window_size, CAUSAL: tl.constexpr):
+    """First key that a query may attend to, and the one after the last."""
+    if CAUSAL:
+        return tl.maximum((query // window_size - 1) * window_size, 0), query + 1
+    return tl.maximum(query - window_size, 0), tl.minimum(query + window_size + 1, n)
+
+
+@triton.jit
+def _queries_of(key, n, window_size, CAUSAL: tl.constexpr):
+    """First query that may attend to a key, and the one after the last."""
+    if CAUSAL:
+        return key, tl.minimum((key // window_size + 2) * window_size, n)
+    return tl.maximum(key - window_size, 0), tl.minimum(key + window_size + 1, n)
+
+
+@triton.jit
+def _within(position, first, end):
+    """Whether a position is in an interval: one comparison, as what is before it is a large unsigned number."""
+    return (position - first).to(tl.uint32) < (end - first).to(tl.uint32)
+
+
+@triton.jit
+def _product(a, b, plus):
+    """The matrix product in fp32, plus what there is if it is not None. Factors in fp32 are sums of two of tf32."""
+    if INTERPRETED:
+        # Which has bf16 as integers. A product of two of them is exact in fp32.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, plus, input_precision="tf32x3")
+
+
+@triton.jit
+def _are_present(mask_ptr, position, n, HAS_MASK: tl.constexpr):
+    """Which keys there are to attend to."""
+    present = position < n
+    if HAS_MASK:
+        present = tl.load(mask_ptr + position, mask=present, other=0) != 0
+    return present
+
+
+@triton.jit
+def _tile(ptr, start, n, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE: tl.constexpr):
+    """Pointers to `ROWS BLOCK_D` from position start on, and which of them are inside."""
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    inside = start + row < n
+    if HEAD_DIM < BLOCK_D:
+        inside = inside & (column < HEAD_DIM)
+    return ptr + start.to(tl.int64) * STRIDE + (row * STRIDE + column), inside
+
+
+@triton.jit
+def _place(program, n, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Start of the program's block, and how many rows, entries of a row and numbers a position are before its own.
+
+    The heads of one block run side by side, as they are in memory.
+    """
+    head = program % HEADS
+    block = program // HEADS
+    blocks = tl.cdiv(n, BLOCK)
+    batch = (block // blocks).to(tl.int64)
+    return block % blocks * BLOCK, batch * n, head * HEAD_DIM, (batch * HEADS + head) * n
+
+
+@triton.jit
+def _forward_kernel(
+    qkv_ptr,  # b n 3 h d
+    mask_ptr,  # b n
+    out_ptr,  # b n h d
+    log_sum_ptr,  # b h n, fp32, to the base 2
+    n,
+    window_size,
+    scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The output of a block of queries, and the logarithm of what its softmax divides by."""
+    WIDTH: tl.constexpr = HEADS * HEAD_DIM
+    start, row, column, numbers = _place(tl.program_id(0), n, HEADS, HEAD_DIM, BLOCK)
+    qkv_ptr += row * (3 * WIDTH) + column
+
+    query = start + tl.arange(0, BLOCK)
+    first, end = _keys_of(query, n, window_size, CAUSAL)
+    first_key, _ = _keys_of(start, n, window_size, CAUSAL)
+    _, end_key = _keys_of(tl.minimum(start + BLOCK, n) - 1, n, window_size, CAUSAL)
+
+    own, owned = _tile(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    q = tl.load(own, mask=owned, other=0.0)
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    out = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for tile in range(tl.cdiv(end_key - first_key, TILE)):
+        start_n = first_key + tile * TILE
+        at, inside = _tile(qkv_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        k = tl.load(at + WIDTH, mask=inside, other=0.0)
+        v = tl.load(at + 2 * WIDTH, mask=inside, other=0.0)
+        key = start_n + tl.arange(0, TILE)
+        key = tl.where(_are_present(mask_ptr + row, key, n, HAS_MASK), key, NOWHERE)
+        similarity = _product(q, k.T, None)
+        similarity = tl.where(_within(key[None, :], first[:, None], end[:, None]), similarity, float("-inf"))
+        larger = tl.maximum(largest, tl.max(similarity, axis=1))
+        # Nothing has been within reach of a query whose largest is -inf. A difference of near numbers is exact.
+        shift = tl.where(larger == float("-inf"), 0.0, larger)
+        weight = tl.exp2((similarity - shift[:, None]) * scale)
+        shrink = tl.exp2((largest - shift) * scale)
+        total = total * shrink + tl.sum(weight, axis=1)
+        out = _product(weight.to(v.dtype), v, out * shrink[:, None])
+        largest = larger
+
+    nothing = total == 0
+    out = out / tl.where(nothing, 1.0, total)[:, None]
+    own, owned = _tile(out_ptr + row * WIDTH + column, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
+    tl.store(own, out.to(out_ptr.dtype.element_ty), mask=owned)
+    # A weight is exp2(similarity * scale - log_sum): 0 where there is nothing to attend to.
+    log_sum = tl.where(nothing, float("inf"), largest * scale + tl.log2(total))
+    tl.store(log_sum_ptr + numbers + query, log_sum, mask=query < n)
+
+
+@triton.jit
+def _query_gradient(
+    grad_ptr,
+    qkv_ptr,
+    mask_ptr,
+    out_ptr,
+    log_sum_ptr,
+    dqkv_ptr,
+    start,
+    n,
+    window_size,
+    scale,
+    dim_scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The gradient of a block of queries."""
+    WIDTH: tl.constexpr = HEADS * HEAD_DIM
+    query = start + tl.arange(0, BLOCK)
+    first, end = _keys_of(query, n, window_size, CAUSAL)
+    first_key, _ = _keys_of(start, n, window_size, CAUSAL)
+    _, end_key = _keys_of(tl.minimum(start + BLOCK, n) - 1, n, window_size, CAUSAL)
+
+    own, owned = _tile(grad_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
+    grad = tl.load(own, mask=owned, other=0.0)
+    own, owned = _tile(out_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
+    out = tl.load(own, mask=owned, other=0.0)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
+    log_sum = tl.load(log_sum_ptr + query, mask=query < n, other=float("inf"))
+    own, owned = _tile(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    q = tl.load(own, mask=owned, other=0.0)
+    dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for tile in range(tl.cdiv(end_key - first_key, TILE)):
+        start_n = first_key + tile * TILE
+        key = start_n + tl.arange(0, TILE)
+        key = tl.where(_are_present(mask_ptr, key, n, HAS_MASK), key, NOWHERE)
+        at, inside = _tile(qkv_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        k = tl.load(at + WIDTH, mask=inside, other=0.0)
+        v = tl.load(at + 2 * WIDTH, mask=inside, other=0.0)
+        similarity = _product(q, k.T, None)
+        weight = tl.exp2(similarity * scale - log_sum[:, None])
+        weight = tl.where(_within(key[None, :], first[:, None], end[:, None]), weight, 0.0)
+        dweight = _product(grad, v.T, None)
+        dsimilarity = weight * (dweight - delta[:, None])
+        dq = _product(dsimilarity.to(k.dtype), k, dq)
+    own, owned = _tile(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    tl.store(own, (dq * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=owned)
+
+
+@triton.jit
+def _key_value_gradient(
+    grad_ptr,
+    qkv_ptr,
+    mask_ptr,
+    out_ptr,
+    log_sum_ptr,
+    dqkv_ptr,
+    start,
+    n,
+    window_size,
+    scale,
+    dim_scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The gradients of a block of keys and its values, in tiles of keys x queries."""
+    WIDTH: tl.constexpr = HEADS * HEAD_DIM
+    key = start + tl.arange(0, BLOCK)
+    first, end = _queries_of(key, n, window_size, CAUSAL)
+    end = tl.where(_are_present(mask_ptr, key, n, HAS_MASK), end, first)
+    first_query, _ = _queries_of(start, n, window_size, CAUSAL)
+    _, end_query = _queries_of(tl.minimum(start + BLOCK, n) - 1, n, window_size, CAUSAL)
+
+    own, owned = _tile(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    k = tl.load(own + WIDTH, mask=owned, other=0.0)
+    v = tl.load(own + 2 * WIDTH, mask=owned, other=0.0)
+    dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for tile in range(tl.cdiv(end_query - first_query, TILE)):
+        start_m = first_query + tile * TILE
+        query = start_m + tl.arange(0, TILE)
+        at, inside = _tile(qkv_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        q = tl.load(at, mask=inside, other=0.0)
+        at, inside = _tile(grad_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, WIDTH)
+        grad = tl.load(at, mask=inside, other=0.0)
+        at, inside = _tile(out_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, WIDTH)
+        out = tl.load(at, mask=inside, other=0.0)
+        delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
+        log_sum = tl.load(log_sum_ptr + query, mask=query < n, other=float("inf"))
+        similarity = _product(k, q.T, None)
+        weight = tl.exp2(similarity * scale - log_sum[None, :])
+        weight = tl.where(_within(query[None, :], first[:, None], end[:, None]), weight, 0.0)
+        dv = _product(weight.to(grad.dtype), grad, dv)
+        dweight = _product(v, grad.T, None)
+        dsimilarity = weight * (dweight - delta[None, :])
+        dk = _product(dsimilarity.to(q.dtype), q, dk)
+    own, owned = _tile(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    tl.store(own + WIDTH, (dk * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=owned)
+    tl.store(own + 2 * WIDTH, dv.to(dqkv_ptr.dtype.element_ty), mask=owned)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_ptr,  # b n h d
+    qkv_ptr,  # b n 3 h d
+    mask_ptr,  # b n
+    out_ptr,  # b n h d
+    log_sum_ptr,  # b h n, fp32, to the base 2
+    dqkv_ptr,  # b n 3 h d
+    n,
+    window_size,
+    scale,
+    dim_scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """All gradients of a block by two programs side by side, so that one finds in the L2 cache what the other read."""
+    WIDTH: tl.constexpr = HEADS * HEAD_DIM
+    start, row, column, numbers = _place(tl.program_id(0) // 2, n, HEADS, HEAD_DIM, BLOCK)
+    grad_ptr += row * WIDTH + column
+    qkv_ptr += row * (3 * WIDTH) + column
+    mask_ptr += row
+    out_ptr += row * WIDTH + column
+    log_sum_ptr += numbers
+    dqkv_ptr += row * (3 * WIDTH) + column
+    if tl.program_id(0) % 2 == 0:
+        _query_gradient(
+            grad_ptr,
+            qkv_ptr,
+            mask_ptr,
+            out_ptr,
+            log_sum_ptr,
+            dqkv_ptr,
+            start,
+            n,
+            window_size,
+            scale,
+            dim_scale,
+            HEADS,
+            HEAD_DIM,
+            BLOCK_D,
+            CAUSAL,
+            HAS_MASK,
+            BLOCK,
+            TILE,
+        )
+    else:
+        _key_value_gradient(
+            grad_ptr,
+            qkv_ptr,
+            mask_ptr,
+            out_ptr,
+            log_sum_ptr,
+            dqkv_ptr,
+            start,
+            n,
+            window_size,
+            scale,
+            dim_scale,
+            HEADS,
+            HEAD_DIM,
+            BLOCK_D,
+            CAUSAL,
+            HAS_MASK,
+            BLOCK,
+            TILE,
+        )
+
+
+class Settings(NamedTuple):
+    """How a kernel is launched."""
+
+    block: int
+    """Queries, or keys, of a program."""
+
+    tile: int
+    """Keys, or queries, that meet them at a time."""
+
+    num_warps: int
+    num_stages: int
+
+
+# By bytes of a number and by the dimensions of a head that there is place for. Those of 2 bytes and 64 were the fastest
+# in a sweep on an H100; the others are smaller than what was, where that spilled on sm_80 or sm_90.
+FORWARD = {
+    (2, 64): Settings(64, 32, 4, 3),
+    (2, 128): Settings(64, 32, 4, 2),
+    (4, 64): Settings(32, 32, 4, 1),
+    (4, 128): Settings(16, 32, 4, 1),
+}
+BACKWARD = {
+    (2, 64): Settings(64, 32, 4, 1),
+    (2, 128): Settings(64, 16, 4, 1),
+    (4, 64): Settings(32, 16, 4, 1),
+    (4, 128): Settings(16, 16, 8, 1),
+}
+
+BACKWARD_RAGGED = {
+    (2, 64): Settings(32, 32, 4, 1),
+    (2, 128): Settings(32, 16, 8, 1),
+    (4, 64): Settings(16, 16, 8, 1),
+    (4, 128): Settings(16, 16, 8, 1),
+}
+"""Of heads that take registers to load."""
+
+
+def _plan_blocks(settings: Settings, programs: int, n: int, head_dim: int, itemsize: int) -> Plan:
+    """So many programs for each block of a sequence."""
+    tile = {"BLOCK_D": max(triton.next_power_of_2(head_dim), 16), "BLOCK": settings.block, "TILE": settings.tile}
+    options = options_for_heads(head_dim, itemsize, settings.num_warps, settings.num_stages)
+    return Plan(programs * triton.cdiv(n, settings.block), {**tile, **options})
+
+
+@planner
+def _plan_forward(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
+    settings = FORWARD[itemsize, 64 if head_dim <= 64 else LARGEST_HEAD]
+    return _plan_blocks(settings, batch * heads, n, head_dim, itemsize)
+
+
+@planner
+def _plan_backward(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
+    """Two programs for each block: for its queries, and for its keys."""
+    table = BACKWARD_RAGGED if is_ragged(head_dim, itemsize) else BACKWARD
+    settings = table[itemsize, 64 if head_dim <= 64 else LARGEST_HEAD]
+    return _plan_blocks(settings, 2 * batch * heads, n, head_dim, itemsize)
+
+
+def launch_forward(
+    qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, out: Tensor, log_sum: Tensor
+) -> None:
+    """Fill in the output `b n (h d)` and the logarithms `b h n`, from contiguous tensors."""
+    batch, n, width = out.shape
+    head_dim = width // heads
+    plan = _plan_forward(batch, n, heads, head_dim, out.itemsize)
+    _forward_kernel[plan.grid](
+        qkv,
+        qkv if mask is None else mask,
+        out,
+        log_sum,
+        n,
+        min(window_size, n),
+        LOG2_E.value * head_dim**-0.5,
+        **_constants(heads, head_dim, causal, mask, plan),
+    )
+
+
+def launch_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    heads: int,
+    window_size: int,
+    causal: bool,
+    mask: Tensor | None,
+    out: Tensor,
+    log_sum: Tensor,
+    dqkv: Tensor,
+) -> None:
+    """Fill in the gradient `b n (3 h d)`, from contiguous tensors."""
+    batch, n, width = out.shape
+    head_dim = width // heads
+    plan = _plan_backward(batch, n, heads, head_dim, out.itemsize)
+    _backward_kernel[plan.grid](
+        grad,
+        qkv,
+        qkv if mask is None else mask,
+        out,
+        log_sum,
+        dqkv,
+        n,
+        min(window_size, n),
+        LOG2_E.value * head_dim**-0.5,
+        head_dim**-0.5,
+        **_constants(heads, head_dim, causal, mask, plan),
+    )
+
+
+def _constants(heads: int, head_dim: int, causal: bool, mask: Tensor | None, plan: Plan) -> dict[str, Any]:
+    """All constants of a launch."""
+    return {"HEADS": heads, "HEAD_DIM": head_dim, "CAUSAL": causal, "HAS_MASK": mask is not None, **plan.settings}
