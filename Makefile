@@ -44,7 +44,8 @@ baseline: $(INSTALLED) ## measure all suites, for others to compare with: on an 
 	$(BIN)/python bench.py baseline reports/$(NAME) reports/baselines/$(NAME).jsonl
 
 check: $(INSTALLED) ## compare with reports/baselines/cpu.jsonl what needs no GPU: kernels as compiled, memory, errors, speed-ups
-	$(CHECK) --baseline reports/baselines/cpu.jsonl --check --any-machine $(ARGS)
+	# Status 4: on a busy machine a time may stay undecided, which is printed and no regression.
+	$(CHECK) --baseline reports/baselines/cpu.jsonl --check --any-machine $(ARGS) || [ $$? -eq 4 ]
 
 baseline-cpu: $(INSTALLED) ## record anew what `make check` compares with: from a clean commit
 	rm -rf reports/cpu

@@ -246,9 +246,9 @@ def _select_kernel(
 
 
 @planner
-def _plan_descent(n_rows: int, n_windows: int, window_size: int, available: int) -> Plan:
+def _plan_descent(n_rows: int, n_windows: int, window_size: int, aligned: bool, available: int) -> Plan:
     """A program has so few prefixes that all multiprocessors have work, and that most of what it reads is common to its
-    prefixes."""
+    prefixes. Where rows are not aligned, the addresses of entries take half of the registers for entries."""
     group = 1
     while (
         2 * group <= GROUP
@@ -257,7 +257,8 @@ def _plan_descent(n_rows: int, n_windows: int, window_size: int, available: int)
     ):
         group *= 2
     width = 4 * 32 * NUM_WARPS
-    tile = {"GROUP": group, "REPEATS": 32 * NUM_WARPS * IN_THREAD // width, "WIDTH": width}
+    in_thread = IN_THREAD if aligned else IN_THREAD // 2
+    tile = {"GROUP": group, "REPEATS": 32 * NUM_WARPS * in_thread // width, "WIDTH": width}
     settings = {**tile, "num_warps": NUM_WARPS, "maxnreg": REGISTERS}
     return Plan(n_rows * triton.cdiv(n_windows, group), settings)
 
@@ -283,7 +284,8 @@ def launch_forward(
     _, n_windows, routes, selected = indices.shape
     n_iters, eps, first, eps_decay = schedule
     save = leaves.numel() > 0
-    plan = _plan_descent(n_rows, n_windows, window_size, multiprocessors(scores.device))
+    aligned = (scores.data_ptr() | scores.stride(0)) % 16 == 0
+    plan = _plan_descent(n_rows, n_windows, window_size, aligned, multiprocessors(scores.device))
     _descend_kernel[plan.grid](
         scores,
         state,

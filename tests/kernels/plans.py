@@ -85,7 +85,11 @@ def sizes_of(planner: Callable[..., Plan], **limits: tuple[int, ...]) -> Iterato
         rng = random.Random(planner.__qualname__)
         chosen = (tuple(map(rng.choice, values)) for _ in range(50_000))
     named = (dict(zip(names, sizes, strict=True)) for sizes in chosen)
-    return (sizes for sizes in named if not sizes.get("aligned") or sizes["n"] % 16 == 0)
+    return (sizes for sizes in named if not sizes.get("aligned") or _length_of_rows(sizes) % 16 == 0)
+
+
+def _length_of_rows(sizes: Mapping[str, Any]) -> int:
+    return sizes["n"] if "n" in sizes else (sizes["n_windows"] + 1) * sizes["window_size"]
 
 
 class Case(NamedTuple):
@@ -221,9 +225,10 @@ def combine(d=8, n_rows=1, n_routed=None, nulled=True, lit=True, residual=True, 
     _call_and_differentiate(True, lambda: kernels.combine(routed, scores, indices, length=n, **branches))
 
 
-def route_prefixes(n_rows, n_windows=2, window_size=3, n_iters=4, n=None, itemsize=4, kept=True, **_):
+def route_prefixes(n_rows, n_windows=2, window_size=3, n_iters=4, n=None, aligned=True, itemsize=4, kept=True, **_):
     n = (n_windows + 1) * window_size if n is None else max(n, 2)
-    scores = torch.zeros(n_rows, 1, n, dtype=DTYPES[itemsize], requires_grad=True)
+    wide = torch.zeros(n_rows, 1, n + (not aligned), dtype=DTYPES[itemsize])
+    scores = wide[..., :n].requires_grad_()
     options = {"window_size": min(window_size, n - 1), "num_selected": 2, "n_iters": n_iters}
     _call_and_differentiate(kept, lambda: kernels.route_prefixes(scores, k=1.0, **options).weights)
 
