@@ -7,19 +7,17 @@ A machine on which other programs run is noisy. Each check measures that noise b
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
-from time import perf_counter
 from typing import Literal
 
 import numpy as np
 import torch
-import triton
-from triton.language.extra.cuda import globaltimer
 
 from colt5_bench import cuda_bench, roofline
 from colt5_bench.compare.findings import Verdict, verdict_on
 from colt5_bench.environment import device_name
 from colt5_bench.rounds import CPU_COLUMNS, GPU_COLUMNS, Call
 from colt5_bench.samples import changes_in_turns, judge
+from colt5_bench.spin import Spin
 from colt5_bench.timing import current, relative_interval, time_interleaved
 
 DURATIONS = {"cpu": (2e-4, 1e-3, 5e-3), "cuda": (2e-3, 8e-3)}
@@ -105,7 +103,7 @@ def check_durations(device: torch.device) -> list[Check]:
 
 def _check_duration(seconds: float, column: str, device: torch.device) -> Check:
     name = f"a spin of {1e3 * seconds:g} ms, {column}"
-    spin = _Spin(seconds, torch.device("cpu") if column == "wall" else device)
+    spin = Spin(seconds, torch.device("cpu") if column == "wall" else device)
     timing = time_interleaved({"spin": spin}, device=device, columns=(column,))["spin"][column]
     if not timing.samples:
         return Check(name, "failed", limit=DURATION_LIMIT, note=timing.stopped)
@@ -132,7 +130,7 @@ def check_equal(device: torch.device) -> tuple[Check, float]:
 def check_planted(device: torch.device) -> Check:
     """A spin beside one that is longer by as much as has to be found."""
     seconds = DURATIONS[device.type][0]
-    call, slower = _Spin(seconds, device), _Spin((1 + PLANTED) * seconds, device)
+    call, slower = Spin(seconds, device), Spin((1 + PLANTED) * seconds, device)
     found, missed, too_noisy = 0, 0, 0
     for _ in range(TRIALS):
         before, after = _compare(call, slower, device)
@@ -242,33 +240,3 @@ def _work(device: torch.device) -> Call:
     x = torch.linspace(-1, 0, WORK["cuda"], device=device)
     y = torch.empty_like(x)
     return lambda: torch.exp(x, out=y)
-
-
-class _Spin:
-    """Takes a known time."""
-
-    def __init__(self, seconds: float, device: torch.device) -> None:
-        self._seconds, self._on_gpu = seconds, device.type == "cuda"
-        self._took: list[float] = []
-
-    def __call__(self) -> None:
-        if self._on_gpu:
-            _spin_kernel[(1,)](int(self._seconds * 1e9), num_warps=1)
-            return
-        start = now = perf_counter()
-        while now < start + self._seconds:
-            now = perf_counter()
-        self._took.append(now - start)
-
-    def durations(self, count: int) -> list[float]:
-        """Of the last so many calls. On a CPU each takes as long as it was set to, and longer if another program had
-        its turn meanwhile, which it sees itself."""
-        return [self._seconds] * count if self._on_gpu else self._took[-count:]
-
-
-@triton.jit
-def _spin_kernel(nanoseconds) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """Until the GPU's own clock says so."""
-    start = globaltimer()
-    while globaltimer() - start < nanoseconds:
-        pass

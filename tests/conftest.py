@@ -17,7 +17,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 ALONE = {f"test_{name}.py" for name in ("compare_commands", "isolation", "measure", "memory", "plugin", "profiling")}
-ALONE |= {f"test_{name}.py" for name in ("roofline", "selftest", "timing")}
+ALONE |= {f"test_{name}.py" for name in ("planted", "roofline", "selftest", "timing")}
 """Files whose tests take times or memory, or limit them; others can run side by side, unless a test says otherwise."""
 
 

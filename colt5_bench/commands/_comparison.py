@@ -20,7 +20,16 @@ beyond its threshold, on a machine that is too noisy or with too few runs
 """
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_scope(parser: argparse.ArgumentParser) -> None:
+    """What is compared: suites, implementations, cases."""
+    parser.add_argument("--suite", action="append", default=[], metavar="NAME", help="only this; may be repeated")
+    parser.add_argument("--impl", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
+    parser.add_argument(
+        "-k", dest="cases", default="", metavar="EXPR", help="only cases with this in their id; and, or, not, ( )"
+    )
+
+
+def add_thresholds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--thresholds",
         type=Path,
@@ -28,6 +37,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="what a regression is (default: %(default)s)",
     )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_thresholds(parser)
     parser.add_argument(
         "--any-machine",
         action="store_true",

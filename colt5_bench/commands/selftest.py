@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from colt5_bench import selftest
-from colt5_bench.commands import DONE, FAILURE
+from colt5_bench.commands import DONE, FAILURE, _trials
 from colt5_bench.compare import simulation
-from colt5_bench.selection import choose_device
+from colt5_bench.selection import SelectionError, choose_device, load_suites
 from colt5_bench.selftest import Check, Report
 from colt5_bench.startup import check, find_checkout
 
@@ -21,9 +21,12 @@ EXAMPLES = """\
   python bench.py selftest
   python bench.py selftest --device cpu --json
   python bench.py selftest --statistics
+  python bench.py selftest --comparisons 30 --suite combine --preset smoke --device cpu
+  python bench.py selftest --comparisons 10 --planted 0.5 --suite combine --preset smoke --device cpu
 
-exit status: 0 no check failed; 1 one did; 2 wrong usage. A check that noise makes undecidable is unclear and does not
-fail: on an idle machine none is
+exit status: 0 no check failed; 1 one did; 2 wrong usage; of --comparisons 3 could not measure, 4 too few planted
+slowdowns are found, and noise hides the others, 130 interrupted, with all said that is known. A check that noise makes
+undecidable is unclear and does not fail: on an idle machine none is
 """
 
 STYLES = {"passed": "green", "failed": "red", "unclear": "yellow", "skipped": "dim"}
@@ -31,21 +34,28 @@ STYLES = {"passed": "green", "failed": "red", "unclear": "yellow", "skipped": "d
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:<index>")
-    parser.add_argument(
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument(
         "--statistics",
         action="store_true",
-        help="measure nothing, but simulate what verdicts on times are worth under several kinds of noise: how many "
-        "comparisons have false alarms, and of slowdowns the share that is found / called the same",
+        help="measure nothing, but simulate how far verdicts on times can be trusted under several kinds of noise: how "
+        "many comparisons have false alarms, and of slowdowns the share that is found / called the same, as Markdown",
     )
-    parser.add_argument("--json", action="store_true", help="figures and limits for programs")
+    kinds.add_argument("--json", action="store_true", help="figures and limits for programs")
+    _trials.configure(parser, kinds)
 
 
 def main(options: argparse.Namespace) -> int:
-    check(find_checkout(Path.cwd().resolve()))
+    checkout = find_checkout(Path.cwd().resolve())
+    check(checkout)
     if options.statistics:
         rows = list(simulation.simulate())
         print(simulation.markdown(rows))
-        return DONE if simulation.passed(rows) else FAILURE
+        return DONE if all(map(simulation.meets_aim, rows)) else FAILURE
+    if options.comparisons is not None:
+        return _trials.run(options, checkout, load_suites(checkout))
+    if options.suite or options.planted is not None:
+        raise SelectionError("--suite and --planted are of --comparisons: say how many.")
     report = selftest.run(choose_device(options.device))
     if options.json:
         print(json.dumps({**asdict(report), "passed": report.passed}, indent=2))

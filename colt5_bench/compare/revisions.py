@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,9 @@ TURNS, MOST_TURNS = 3, 15
 
 PREFIX, OWNER = "colt5-bench-", "owner"
 """How the temporary directory of a comparison begins, and a file in it that the comparison has open."""
+
+AUTHOR = "colt5-bench"
+"""Of commits that a comparison makes."""
 
 MEASURED = (0, 1)
 """Exit statuses of a run that has results: some may be of implementations that failed."""
@@ -42,6 +45,43 @@ def revision(checkout: Path, name: str) -> str:
     if found.returncode:
         raise SelectionError(f"{name} is neither a results file, nor a directory with any, nor a revision.")
     return found.stdout.strip()
+
+
+def with_appended(checkout: Path, commit: str, texts: Mapping[str, str]) -> str:
+    """A commit on top of another, in which these texts follow what is in files. No branch and no file changes here.
+
+    Args:
+        checkout: of the repository.
+        commit: which has the files.
+        texts: by path within the checkout.
+
+    Raises:
+        MeasuringError: git refuses.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        environment = {**os.environ, "GIT_INDEX_FILE": str(Path(directory) / "index")}
+
+        def git(*arguments: str, given: str = "") -> str:
+            command = [
+                "git",
+                "-C",
+                str(checkout),
+                "-c",
+                f"user.name={AUTHOR}",
+                "-c",
+                f"user.email={AUTHOR}",
+                *arguments,
+            ]
+            done = subprocess.run(command, env=environment, input=given, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise MeasuringError(f"cannot change a copy of {commit}: {_last_line(done.stderr)}")
+            return done.stdout
+
+        git("read-tree", commit)
+        for path, text in texts.items():
+            blob = git("hash-object", "-w", "--stdin", given=git("show", f"{commit}:{path}") + text).strip()
+            git("update-index", "--cacheinfo", f"100644,{blob},{path}")
+        return git("commit-tree", git("write-tree").strip(), "-p", commit, "-m", "A copy with appended text").strip()
 
 
 class Alternating:

@@ -10,6 +10,7 @@ import torch
 from colt5_bench import cli, commands, cuda_bench, roofline, selftest
 from colt5_bench.results import Timing
 from colt5_bench.selftest import Check, Report
+from colt5_bench.spin import Spin
 from colt5_bench.static_facts import compiled_kernels
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -67,7 +68,7 @@ class TestDurations:
 
     def test_every_column_of_a_gpu_is_checked(self, monkeypatch):
         seconds = iter(each for each in selftest.DURATIONS["cuda"] for _ in range(4))
-        monkeypatch.setattr(selftest._Spin, "durations", lambda spin, count: [spin._seconds] * count)
+        monkeypatch.setattr(Spin, "durations", lambda spin, count: [spin._seconds] * count)
         said(monkeypatch, lambda name, column: [next(seconds) * (1.05 if column == "graph" else 1.0)])
         checks = selftest.check_durations(GPU)
         assert [check.outcome for check in checks] == ["passed", "passed", "failed", "passed"] * 2
@@ -258,7 +259,7 @@ def test_all_checks_are_run(monkeypatch):
 @pytest.mark.compiled
 @pytest.mark.parametrize("target", [80, 90])
 def test_the_spin_compiles_for_gpus_that_need_not_be_here(target):
-    (facts,) = compiled_kernels(lambda: selftest._Spin(1e-3, GPU)(), target=target)
+    (facts,) = compiled_kernels(lambda: Spin(1e-3, GPU)(), target=target)
     assert facts["spilled_bytes"] == 0
 
 

@@ -1,0 +1,95 @@
+"""A comparison of revisions, which are measured in turns until each verdict is settled."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from colt5_bench.commands._comparison import Comparer, expression, in_scope
+from colt5_bench.compare import Comparison
+from colt5_bench.compare.revisions import MOST_TURNS, TURNS, Alternating
+from colt5_bench.parts import read
+from colt5_bench.samples import runs_that_confirm
+from colt5_bench.selection import SelectionError, pick
+from colt5_bench.suite import PRESETS, Suite
+
+
+def add_measuring(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument("--preset", choices=PRESETS, default="default", help="how much (default: %(default)s)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=TURNS,
+        metavar="N",
+        help="turns of each (default: %(default)s); cases that are unclear then, or worse, get as many more "
+        f"until they are settled, but no more than {MOST_TURNS} in all",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where results go (default: reports/<utc-timestamp>-<command>)"
+    )
+
+
+def check_measuring(options: argparse.Namespace, suites: Mapping[str, Suite]) -> None:
+    """Refuse what cannot be measured.
+
+    Raises:
+        SelectionError: no suite is named, one is named that there is not, or the number of rounds is none.
+    """
+    if not options.suite:
+        raise SelectionError("revisions are measured: say which suites with --suite.")
+    for name in options.suite:
+        pick("suite", name, suites)
+    if options.rounds < 1:
+        raise SelectionError(f"--rounds has to be at least 1, got {options.rounds}.")
+
+
+def place(options: argparse.Namespace, checkout: Path, command: str) -> Path:
+    """Where results go.
+
+    Raises:
+        SelectionError: there are results already.
+    """
+    started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    directory: Path = options.out or checkout / "reports" / f"{started}-{command}"
+    if directory.exists() and any(directory.rglob("*.jsonl")):
+        raise SelectionError(f"{directory} has results already; --out has to name a place without.")
+    return directory.resolve()
+
+
+def compare_in_turns(
+    options: argparse.Namespace, checkout: Path, comparer: Comparer, revisions: Sequence[str], directory: Path
+) -> Comparison:
+    """Measure two revisions in turns and compare them.
+
+    Args:
+        options: those of `add_scope` and `add_measuring`, and `device`.
+        checkout: of the repository.
+        comparer: compares what was measured.
+        revisions: the commit before and the one after.
+        directory: where the results go.
+
+    Raises:
+        MeasuringError: a run ended otherwise than with results.
+    """
+    selection = [
+        *("--preset", options.preset, "--device", options.device),
+        *(f"--impl={name}" for name in options.impl),
+    ]
+    with Alternating(checkout, revisions, selection, directory) as alternating:
+        for _ in range(options.rounds):
+            alternating.measure(options.suite, options.cases)
+        comparison = _compare(alternating, comparer, options)
+        while alternating.turns < MOST_TURNS:
+            # Every turn is a run more of what is unclear, or worse by few runs.
+            if not (doubtful := comparison.doubtful(runs_that_confirm(comparison.times))):
+                break
+            cases = expression([case for cases in doubtful.values() for case in cases])
+            for _ in range(options.rounds):
+                alternating.measure(list(doubtful), cases)
+            comparison = _compare(alternating, comparer, options)
+    return comparison
+
+
+def _compare(alternating: Alternating, comparer: Comparer, options: argparse.Namespace) -> Comparison:
+    before, after = map(read, alternating.places)
+    return comparer(before, after, in_scope(options))

@@ -1,0 +1,186 @@
+"""Real comparisons of which it is known what they have to say: of a revision with itself, or with a slower copy."""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from colt5_bench.case import FORWARD
+from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNDECIDED, UNMEASURED
+from colt5_bench.commands._comparison import Comparer, add_scope, add_thresholds
+from colt5_bench.commands._in_turns import add_measuring, check_measuring, compare_in_turns, place
+from colt5_bench.compare import Comparison, Finding, Rules, load_rules
+from colt5_bench.compare.findings import Verdict
+from colt5_bench.compare.output import as_json
+from colt5_bench.compare.revisions import MeasuringError, revision, with_appended
+from colt5_bench.compare.simulation import FEWEST_FOUND, MOST_FALSE_ALARMS
+from colt5_bench.report.page import OURS
+from colt5_bench.results import Record
+from colt5_bench.rounds import CPU_COLUMNS, GPU_COLUMNS
+from colt5_bench.selection import SelectionError, choose_device
+from colt5_bench.suite import Suite
+
+Outcome = Literal["false alarm", "undecided", "quiet", "found", "missed"]
+
+PLANT = """
+
+from colt5_bench.planted import slowed  # noqa: E402
+
+SUITE = slowed(SUITE, {name!r}, {share!r})
+"""
+"""Follows a suite in the copy that is slower."""
+
+
+def configure(parser: argparse.ArgumentParser, kinds: argparse._MutuallyExclusiveGroup) -> None:
+    kinds.add_argument(
+        "--comparisons",
+        type=int,
+        metavar="N",
+        help="so many times, compare HEAD with itself as `compare HEAD HEAD` does: is equal code called worse?",
+    )
+    group = parser.add_argument_group("of --comparisons")
+    group.add_argument(
+        "--planted",
+        type=float,
+        metavar="SHARE",
+        help=f"compare with a copy in which each call of {OURS} takes longer by so much, 0.1 for 10 %%: how often that "
+        "is found. Host or GPU spin as long",
+    )
+    add_scope(parser)
+    add_measuring(group)
+    add_thresholds(parser)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one comparison said, beside what it had to say."""
+
+    outcome: Outcome
+    alarms: int
+    """Regressions that are none."""
+
+    verdicts: Counter[Verdict]
+    """On times: of those that were slowed down, if any were, else of all."""
+
+    @classmethod
+    def of(cls, comparison: Comparison, slowed: tuple[str, ...]) -> "Trial":
+        """
+        Args:
+            comparison: of a revision with itself or a slower copy.
+            slowed: time columns of the implementation that the copy slows down; none if it is no slower copy.
+        """
+        alarms = [finding for finding in comparison.regressions if not (slowed and finding.implementation == OURS)]
+        times = [finding for finding in comparison.findings if finding.interval and _counts(finding, slowed)]
+        verdicts = Counter(finding.verdict for finding in times)
+        undecided: Outcome = "undecided" if any(finding.is_undecided for finding in times) else "quiet"
+        if alarms:
+            return cls("false alarm", len(alarms), verdicts)
+        if slowed:
+            return cls("found" if verdicts["worse"] else "undecided" if verdicts["unclear"] else "missed", 0, verdicts)
+        return cls(undecided, 0, verdicts)
+
+    def __str__(self) -> str:
+        return f"{self.outcome:<11}  {_said(self.verdicts)}"
+
+
+def _counts(finding: Finding, slowed: tuple[str, ...]) -> bool:
+    return not slowed or (finding.implementation == OURS and finding.metric in slowed)
+
+
+def _said(verdicts: Mapping[Verdict, int]) -> str:
+    of: tuple[Verdict, ...] = ("worse", "unclear", "better", "same")
+    return ", ".join(f"{verdicts.get(verdict, 0):,} {verdict}" for verdict in of)
+
+
+def run(options: argparse.Namespace, checkout: Path, suites: Mapping[str, Suite]) -> int:
+    """All comparisons, a line each and then a summary, which has what is known if it is interrupted."""
+    rules = load_rules(options.thresholds)
+    slowed = _slowed_columns(options, suites, rules)
+    comparer = Comparer(rules, {name: suite.reference for name, suite in suites.items()}, any_machine=False)
+    directory = place(options, checkout, "selftest")
+    before = after = revision(checkout, "HEAD")
+    if slowed:
+        texts = {f"suites/{name}.py": PLANT.format(name=OURS, share=options.planted) for name in options.suite}
+        after = with_appended(checkout, before, texts)
+    trials: list[Trial] = []
+    ended = DONE
+    try:
+        for number in range(1, options.comparisons + 1):
+            place_of_one = directory / f"comparison-{number:0{len(str(options.comparisons))}}"
+            print(f"comparison {number} of {options.comparisons}", file=sys.stderr)
+            comparison = compare_in_turns(options, checkout, comparer, (before, after), place_of_one)
+            (place_of_one / "comparison.json").write_text(as_json(comparison), encoding="utf-8")
+            trials.append(Trial.of(comparison, slowed))
+            print(f"{number:4}  {trials[-1]}  (load {os.getloadavg()[0]:.1f})", flush=True)
+    except KeyboardInterrupt:
+        ended = INTERRUPTED
+    except MeasuringError as error:
+        print(f"selftest: {error}", file=sys.stderr)
+        ended = UNMEASURED
+    for line in summed_up(trials, options.planted):
+        print(line)
+    print(f"results: {directory}", file=sys.stderr)
+    return ended or status_of(trials, planted=bool(slowed))
+
+
+def _slowed_columns(options: argparse.Namespace, suites: Mapping[str, Suite], rules: Rules) -> tuple[str, ...]:
+    """The time columns that a planted slowdown has to be found in: on a GPU, those of the GPU.
+
+    Raises:
+        SelectionError: what the options ask for cannot be done.
+    """
+    check_measuring(options, suites)
+    if options.comparisons < 1:
+        raise SelectionError(f"--comparisons has to be at least 1, got {options.comparisons}.")
+    if options.planted is None:
+        return ()
+    columns: tuple[str, ...] = CPU_COLUMNS
+    device = choose_device(options.device)
+    if device.type == "cuda":
+        columns = tuple(column for column in GPU_COLUMNS if column not in CPU_COLUMNS)
+    if options.impl and OURS not in options.impl:
+        raise SelectionError(f"--planted slows {OURS} down, which --impl leaves out.")
+    for name in options.suite:
+        if OURS not in suites[name].implementations or not suites[name].timed:
+            raise SelectionError(f"--planted slows {OURS} down, which suite {name} does not time.")
+        allowed = _most_allowed(name, device, columns, rules)
+        if not allowed < options.planted < inf:
+            raise SelectionError(
+                f"--planted has to be above what {options.thresholds} allows for a time of {OURS} in {name}, "
+                f"{allowed:g}; got {options.planted:g}. Name other --thresholds, or a larger share."
+            )
+    return columns
+
+
+def _most_allowed(suite: str, device: torch.device, columns: tuple[str, ...], rules: Rules) -> float:
+    record = Record(suite, "", {}, OURS, FORWARD, device.type, "ok")
+    thresholds = rules.of(record, device.type)
+    return max(getattr(thresholds, column) for column in columns)
+
+
+def summed_up(trials: list[Trial], planted: float | None) -> Iterator[str]:
+    """What all comparisons said together."""
+    outcomes = Counter(trial.outcome for trial in trials)
+    verdicts: Counter[Verdict] = sum((trial.verdicts for trial in trials), Counter())
+    expected: tuple[Outcome, ...] = ("quiet",) if planted is None else ("found", "missed")
+    shown: tuple[Outcome, ...] = (*expected, "undecided", "false alarm")
+    what = "of HEAD with itself" if planted is None else f"with {planted:.0%} planted"
+    yield f"{len(trials)} comparisons {what}: {', '.join(f'{outcomes[outcome]} {outcome}' for outcome in shown)}"
+    yield f"{sum(verdicts.values()):,} {'times' if planted is None else 'slowed times'}: {_said(verdicts)}"
+
+
+def status_of(trials: list[Trial], *, planted: bool) -> int:
+    """The exit status: false alarms or misses fail, and a slowdown that noise hides is undecided."""
+    outcomes = Counter(trial.outcome for trial in trials)
+    if outcomes["false alarm"] > MOST_FALSE_ALARMS * len(trials):
+        return FAILURE
+    if not planted or outcomes["found"] >= FEWEST_FOUND * len(trials):
+        return DONE
+    return FAILURE if outcomes["missed"] > (1 - FEWEST_FOUND) * len(trials) else UNDECIDED

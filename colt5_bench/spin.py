@@ -1,0 +1,37 @@
+"""A call that takes a known time, on a CPU or a GPU."""
+
+from time import perf_counter
+
+import torch
+import triton
+from triton.language.extra.cuda import globaltimer
+
+
+class Spin:
+    """Does nothing for so many seconds."""
+
+    def __init__(self, seconds: float, device: torch.device) -> None:
+        self._seconds, self._on_gpu = seconds, device.type == "cuda"
+        self._took: list[float] = []
+
+    def __call__(self) -> None:
+        if self._on_gpu:
+            _spin_kernel[(1,)](int(self._seconds * 1e9), num_warps=1)
+            return
+        start = now = perf_counter()
+        while now < start + self._seconds:
+            now = perf_counter()
+        self._took.append(now - start)
+
+    def durations(self, count: int) -> list[float]:
+        """Of the last so many calls. On a CPU each takes as long as it was set to, and longer if another program had
+        its turn meanwhile, which it sees itself."""
+        return [self._seconds] * count if self._on_gpu else self._took[-count:]
+
+
+@triton.jit
+def _spin_kernel(nanoseconds) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """Until the GPU's own clock says so."""
+    start = globaltimer()
+    while globaltimer() - start < nanoseconds:
+        pass
