@@ -1,23 +1,25 @@
 """The CoLT5 system in plain PyTorch: the definition every kernel is compared with."""
 
+from reference._shared.returns import PrefixSelection, RouteReturn, TopkReturn
 from reference.combine import combine
 from reference.coor_descent import coor_descent
 from reference.gathered_attention import gathered_attention
-from reference.layers.attention import ConditionalRoutedAttention, ConditionalRoutedCrossAttention
+from reference.layers.attention import ConditionalRoutedAttention
 from reference.layers.autoregressive import ConditionalRoutedAutoregressiveAttention
 from reference.layers.block import ConditionalRoutedTransformerBlock
+from reference.layers.cross import ConditionalRoutedCrossAttention
 from reference.layers.feedforward import ConditionalRoutedFeedForward
 from reference.layers.image import ConditionalRoutedImageAttention
 from reference.layers.router import CoordinateDescentRouter, RouterReturn
 from reference.layers.vit import ConditionalRoutedViT
 from reference.normalize import normalize
-from reference.route import RouteReturn, route
-from reference.route_prefixes import PrefixSelection, route_prefixes
+from reference.route import route
+from reference.route_prefixes import route_prefixes
 from reference.routed_attention import routed_attention
 from reference.routing_scores import routing_scores
 from reference.select import select
 from reference.soft_topk import soft_topk
-from reference.topk import TopkReturn, topk
+from reference.topk import topk
 from reference.windowed_attention import windowed_attention
 
 __all__ = [

@@ -1,13 +1,11 @@
 """What comes after the branches of a routed layer: routed tokens back in their places, added to the light branch."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
-from reference._arguments import check_combine, result_dtype
+from reference._shared.arguments import check_combine, result_dtype
 
 
 def combine(
@@ -51,25 +49,3 @@ def combine(
     if light is not None:
         out = light.to(result) + out
     return out if residual is None else out + residual.to(result)
-
-
-def join(
-    operation: Callable[..., Tensor],
-    routed: Tensor,
-    scores: Tensor,
-    indices: Tensor | None,
-    x: Tensor,
-    *,
-    null: Tensor | None = None,
-    light: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """`operation`, one of the two `combine`, for a layer of tokens x `b n d`; without indices all of them are routed,
-    in their order."""
-    if indices is not None:
-        dtype = result_dtype(None, x, light, residual)
-        more = {"null": null, "light": light, "residual": residual}
-        return operation(routed, scores=scores, indices=indices, length=x.shape[1], dtype=dtype, **more)
-    out = routed * scores.unsqueeze(-1).to(routed.dtype)
-    out = out if light is None else light + out
-    return out if residual is None else out + residual

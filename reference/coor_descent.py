@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from reference._arguments import (
+from reference._shared.arguments import (
     check_k,
     check_schedule,
     check_scores,

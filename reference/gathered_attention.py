@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from reference._arguments import check_gathered
 from reference._attention import attend
+from reference._shared.arguments import check_gathered
 
 
 def gathered_attention(

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference._arguments import check_normalize, result_dtype
+from reference._shared.arguments import check_normalize, result_dtype
 
 
 def normalize(

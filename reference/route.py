@@ -1,34 +1,18 @@
 """Routing as it is defined: scores, their relaxed top-k, the choice of the largest, and the tokens that these are."""
 
-from typing import Literal, NamedTuple
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from reference._arguments import check_counts, check_k, check_schedule, check_tokens, require
-from reference._autocast import without_autocast
-from reference._sizes import is_certain, missing
+from reference._shared.arguments import Solver, check_route
+from reference._shared.autocast import without_autocast
+from reference._shared.returns import RouteReturn
+from reference._shared.sizes import is_certain, missing
 from reference.coor_descent import coor_descent
-from reference.routing_scores import check_routing_tokens, routing_scores
+from reference.routing_scores import routing_scores
 from reference.select import select
 from reference.soft_topk import soft_topk
-
-Solver = Literal["coor_descent", "exact"]
-
-
-class RouteReturn(NamedTuple):
-    """What is routed of tokens `b n d`: s tokens for each of r routes, block after block, the largest score first."""
-
-    indices: Tensor
-    """int64 `b r s`. From n on where a block that fills up the tokens has none left to select."""
-
-    weights: Tensor
-    """`b r s`: the relaxed selection at what is selected, in the dtype of the scores; 0 for what should not be."""
-
-    tokens: Tensor
-    """`b r s d`; of an index past the end, the last token."""
 
 
 def route(
@@ -80,29 +64,6 @@ def route(
     if block_size is not None:
         indices, weights = positions(indices, block_size), weights.flatten(-2)
     return RouteReturn(indices, weights, gather_tokens(x, indices))
-
-
-def check_route(
-    x: Tensor,
-    routing_tokens: Tensor,
-    num_selected: int,
-    k: float,
-    schedule: tuple[int, float, float | None, float],
-    solver: str,
-    block_size: int | None,
-    mask: Tensor | None,
-) -> None:
-    """Everything that `route` asks of its arguments."""
-    check_routing_tokens(x, routing_tokens)
-    check_tokens(x, x.shape[-1], mask)
-    check_counts(num_selected=num_selected, **({} if block_size is None else {"block_size": block_size}))
-    n = x.shape[1] if block_size is None else block_size
-    name = "n" if block_size is None else "block_size"
-    require(num_selected <= n, "num_selected", num_selected, "from 1 to {} = {}", name, n)
-    require(not isinstance(k, Tensor), "k", "a tensor", "a number")
-    check_k(k, x)
-    check_schedule(*schedule)
-    require(solver in ("coor_descent", "exact"), "solver", solver, "coor_descent or exact")
 
 
 def in_blocks(scores: Tensor, mask: Tensor | None, size: int | None) -> tuple[Tensor, Tensor | None]:

@@ -1,27 +1,13 @@
 """Routing for autoregressive attention: each window of a sequence selects from all tokens before it."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference._arguments import check_counts, check_k, check_schedule, check_scores, require
-from reference._sizes import ceil_div
+from reference._shared.arguments import check_prefixes, check_schedule
+from reference._shared.returns import PrefixSelection
+from reference._shared.sizes import mask_of_prefixes
 from reference.coor_descent import coor_descent
-
-
-class PrefixSelection(NamedTuple):
-    """What each window but the first selects from the tokens before it, the largest score first: each `b w r s`."""
-
-    indices: Tensor
-    """int64. Where a window has fewer than s tokens before it, all of these, then the ones that follow."""
-
-    weights: Tensor
-    """The relaxed selection, in fp32 at least; 0 for what is not before the window."""
-
-    mask: Tensor | None
-    """False for what is not before the window; None where every window has s tokens before it."""
 
 
 def route_prefixes(
@@ -74,29 +60,3 @@ def route_prefixes(
     return PrefixSelection(
         torch.cat(indices, dim=1), torch.cat(weights, dim=1), mask_of_prefixes(scores, window_size, num_selected)
     )
-
-
-def check_prefixes(scores: Tensor, window_size: int, num_selected: int, k: float) -> None:
-    """Scores are `b r n`; at least one and at most n of them are selected, from windows of at least one token."""
-    check_scores(scores, None)
-    require(scores.ndim == 3, "scores", scores.shape, "of shape (b, r, n)")
-    check_counts(window_size=window_size, num_selected=num_selected)
-    n = scores.shape[-1]
-    require(num_selected <= n, "num_selected", num_selected, "at most n = {}", n)
-    require(not isinstance(k, Tensor), "k", "a tensor", "a number")
-    check_k(k, scores)
-
-
-def windows_with_a_prefix(n: int, window_size: int) -> int:
-    """How many windows of n tokens there are after the first."""
-    return max(ceil_div(n, window_size) - 1, 0)
-
-
-def mask_of_prefixes(scores: Tensor, window_size: int, num_selected: int) -> Tensor | None:
-    """Which of the selected are before the window, `b w r s`, as a view of `w s`; None if all are."""
-    if window_size >= num_selected:
-        return None
-    batch, routes, n = scores.shape
-    lengths = torch.arange(1, windows_with_a_prefix(n, window_size) + 1, device=scores.device) * window_size
-    before = torch.arange(num_selected, device=scores.device) < lengths[:, None]
-    return before[None, :, None].expand(batch, -1, routes, -1)

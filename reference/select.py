@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from reference._arguments import check_integers, check_scores, require
+from reference._shared.arguments import check_select
 
 
 def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> Tensor:
@@ -32,11 +32,3 @@ def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> 
     # A score of minus infinity is as large as what a masked entry was filled with.
     is_valid = mask.expand(scores.shape).gather(-1, order).to(torch.int8)
     return order.gather(-1, is_valid.sort(dim=-1, descending=True, stable=True).indices[..., :num_selected])
-
-
-def check_select(scores: Tensor, num_selected: int, mask: Tensor | None) -> None:
-    """Scores and mask match, and there are as many entries as are to be selected."""
-    check_scores(scores, mask)
-    n = scores.shape[-1]
-    check_integers(num_selected=num_selected)
-    require(1 <= num_selected <= n, "num_selected", num_selected, "from 1 to n = {}", n)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from reference._arguments import check_k, check_positive, check_scores, takes_no_part, without_infinities
+from reference._shared.arguments import check_k, check_positive, check_scores, takes_no_part, without_infinities
 
 NOTHING_AT = 100.0
 """exp of minus this, times any number of entries, is nothing beside 1 in fp64."""

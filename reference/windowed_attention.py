@@ -3,12 +3,11 @@
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from reference._arguments import check_counts, check_windows
-from reference._attention import LayerNorm, attend
-from reference._operations import choose, path
-from reference._sizes import ceil_div, window_for, without_padding
+from reference._attention import attend
+from reference._shared.arguments import check_windows
+from reference._shared.sizes import ceil_div, window_for, without_padding
 
 
 def windowed_attention(
@@ -66,41 +65,8 @@ def _within_reach(size: int, causal: bool, device: torch.device) -> Tensor:
     return key <= query if causal else (key - query).abs() <= size
 
 
-class WindowedAttention(nn.Module):
-    """The light branch: each token attends to those around it, in memory linear in the number of tokens.
-
-    Args:
-        window_size: if causal, the size of windows, and a token attends to what is before it in its window and to all
-            of the window before; else the radius: a token attends to those at most so far away.
-        use_triton: as in `CoordinateDescentRouter`.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        window_size: int,
-        dim_head: int = 64,
-        heads: int = 8,
-        causal: bool = False,
-        use_triton: bool | None = False,
-    ) -> None:
-        super().__init__()
-        check_counts(light_dim_head=dim_head, light_heads=heads, light_window_size=window_size)
-        self.window_size = window_size
-        self.heads = heads
-        self.causal = causal
-        self.use_triton = use_triton
-        self.norm = LayerNorm(dim, use_triton)
-        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
-        self._attend = choose("windowed_attention", windowed_attention, use_triton)
-
-    def extra_repr(self) -> str:
-        way = path("windowed_attention", self.use_triton)
-        return f"window_size={self.window_size}, causal={self.causal}, {way}"
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to."""
-        qkv = self.to_qkv(self.norm(x))
-        options = {"heads": self.heads, "window_size": self.window_size, "causal": self.causal}
-        return self.to_out(self._attend(qkv, mask=mask, **options))
+def attend_to_all(qkv: Tensor, *, heads: int, window_size: int, mask: Tensor | None) -> Tensor:
+    """`windowed_attention` of `b n (3 h d)` where the window has room for all."""
+    query, key, value = rearrange(qkv, "b n (qkv h d) -> qkv b h n d", qkv=3, h=heads)
+    mask = None if mask is None else rearrange(mask, "b n -> b 1 1 n")
+    return rearrange(attend(query, key, value, mask, use_flash=True), "b h n d -> b n (h d)")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from reference._attention import RMSNorm
+from reference.layers.norms import RMSNorm
 
 Attend = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 """From queries `b h i d`, keys and values `b h j d` and whether attention is causal to `b h i d`."""

@@ -15,7 +15,7 @@ from colt5_bench.accuracy import Tolerance
 from colt5_bench.case import DIRECTIONS, FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.suite import C, Implementation
 from kernels._common.launch import triton_for_cpu_tensors
-from reference._arguments import epsilon_schedule
+from reference._shared.arguments import epsilon_schedule
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import reference
-from reference._attention import SelfAttention
+from reference.layers.light_attention import SelfAttention, WindowedAttention
 from reference.layers.router import RouterReturn
-from reference.windowed_attention import WindowedAttention
 
 TOKENS = 2**16
 """About how many tokens are attended to at a time in a light branch."""

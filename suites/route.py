@@ -16,7 +16,7 @@ import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.replay import replay
 from colt5_bench.suite import Implementation, Suite
-from reference._arguments import epsilon_schedule
+from reference._shared.arguments import epsilon_schedule
 from suites._descent import DECAYING, both_directions, implementations, lenient
 from suites._layers import SCORE_STD, truth_of
 

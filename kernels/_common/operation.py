@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from kernels._common.launch import is_traced
-from reference._arguments import require
+from reference._shared.arguments import require
 
 _library = torch.library.Library("colt5", "FRAGMENT")
 

@@ -19,7 +19,7 @@ from kernels._common.launch import (
 from kernels._common.operation import backward_of, define, define_backward, define_gradient, eager
 from kernels.combine import cpu
 from kernels.combine.triton import LONGEST, launch_forward, launch_routed_backward, launch_sweep, map_slots
-from reference._arguments import check_combine, result_dtype
+from reference._shared.arguments import check_combine, result_dtype
 
 
 def _allocate(

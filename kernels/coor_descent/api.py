@@ -21,7 +21,7 @@ from kernels.coor_descent import cpu
 from kernels.coor_descent.backward import launch_backward
 from kernels.coor_descent.forward import launch_forward
 from kernels.coor_descent.state import allocate_state, views_of
-from reference._arguments import check_k, check_schedule, check_scores, epsilon_schedule, first_temperature
+from reference._shared.arguments import check_k, check_schedule, check_scores, epsilon_schedule, first_temperature
 
 
 def _allocate(

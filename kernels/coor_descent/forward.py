@@ -41,7 +41,7 @@ from kernels._common.primitives import (
 )
 from kernels.coor_descent import constants
 from kernels.coor_descent.state import save_origin, save_step, save_temperature
-from reference._arguments import epsilon_schedule
+from reference._shared.arguments import epsilon_schedule
 
 RESIDENT = 16384
 """Longest piece of a row that one program keeps in registers; twice as long if there is neither a mask nor a

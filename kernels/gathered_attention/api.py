@@ -11,7 +11,7 @@ from kernels._common.operation import define, define_backward, define_gradient
 from kernels.gathered_attention import cpu
 from kernels.gathered_attention.backward import launch_backward
 from kernels.gathered_attention.forward import LARGEST_DIM, launch_forward
-from reference._arguments import check_gathered
+from reference._shared.arguments import check_gathered
 
 _INPUTS = "Tensor query, Tensor key_value, Tensor lists, Tensor weights, Tensor null_kv, bool multiply_keys"
 

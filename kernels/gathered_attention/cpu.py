@@ -4,7 +4,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from reference._autocast import without_autocast
+from reference._shared.autocast import without_autocast
 
 
 class _Window:

@@ -14,7 +14,7 @@ from kernels._common.launch import as_rows, is_traced, runs_triton
 from kernels._common.operation import backward_of, define, define_backward, define_gradient, eager
 from kernels.normalize import cpu
 from kernels.normalize.triton import LONGEST, launch_backward, launch_forward
-from reference._arguments import check_normalize, result_dtype
+from reference._shared.arguments import check_normalize, result_dtype
 
 
 def _allocate(

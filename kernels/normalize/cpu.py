@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from reference._arguments import result_dtype
+from reference._shared.arguments import result_dtype
 
 
 def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, center: bool, eps: float) -> Tensor:

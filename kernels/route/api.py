@@ -29,8 +29,8 @@ from kernels.routing_scores import (
 )
 from kernels.select import select_rows
 from kernels.soft_topk import solve_rows, solve_rows_backward
-from reference._arguments import first_temperature
-from reference.route import RouteReturn, Solver, check_route
+from reference._shared.arguments import Solver, check_route, first_temperature
+from reference._shared.returns import RouteReturn
 
 _NUMBERS = (
     "int num_selected, float k, int n_iters, float eps, float first, float eps_decay, bool exact, bool cosine, "

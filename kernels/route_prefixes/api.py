@@ -16,8 +16,9 @@ from kernels._common.operation import backward_of, define, define_backward, defi
 from kernels.route_prefixes import cpu
 from kernels.route_prefixes.backward import launch_backward
 from kernels.route_prefixes.forward import launch_forward
-from reference._arguments import check_schedule, first_temperature
-from reference.route_prefixes import PrefixSelection, check_prefixes, mask_of_prefixes, windows_with_a_prefix
+from reference._shared.arguments import check_prefixes, check_schedule, first_temperature
+from reference._shared.returns import PrefixSelection
+from reference._shared.sizes import mask_of_prefixes, windows_with_a_prefix
 
 
 def _allocate(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.coor_descent import backward_in_pytorch, forward_in_pytorch, views_of, wide_k
-from reference._arguments import epsilon_schedule
+from reference._shared.arguments import epsilon_schedule
 
 
 def forward(

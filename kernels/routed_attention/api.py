@@ -14,7 +14,7 @@ from kernels._common.launch import is_traced, runs_triton
 from kernels._common.operation import backward_of, define, define_backward, define_gradient, eager
 from kernels.routed_attention import cpu
 from kernels.routed_attention.triton import LARGEST_HEAD, launch_backward, launch_forward
-from reference._arguments import check_routed
+from reference._shared.arguments import check_routed
 
 _INPUTS = "Tensor query, Tensor key_value, Tensor weights, Tensor null_kv, Tensor? mask, bool multiply_keys"
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from reference._attention import attend
+from reference._shared.sdpa import scaled_dot_product_attention
 
 
 def routed_attention(
@@ -24,5 +24,5 @@ def routed_attention(
     if mask is not None:
         mask = repeat(F.pad(mask, (1, 0), value=True), "b r j -> b (r h) 1 j", h=heads // routes)
     # PyTorch's kernels, with the derivatives that they lack.
-    out = attend(query, key, value, mask, use_flash=True, has_some=True)
+    out = scaled_dot_product_attention(query, key, value, mask)
     return rearrange(out, "b h i d -> b i (h d)")

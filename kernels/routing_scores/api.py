@@ -12,8 +12,7 @@ from kernels._common.launch import is_traced, runs_triton
 from kernels._common.operation import define, define_backward, define_gradient
 from kernels.routing_scores import cpu
 from kernels.routing_scores.triton import MOST_ROUTES, launch_gradients, launch_scores
-from reference._arguments import check_scale
-from reference.routing_scores import check_routing_tokens
+from reference._shared.arguments import check_routing_tokens, check_scale
 
 
 def allocate_scores(x: Tensor, routing_tokens: Tensor, cosine: bool, padded: int) -> tuple[Tensor, Tensor]:

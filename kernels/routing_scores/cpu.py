@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.routing_scores.constants import SMALLEST_NORM
-from reference._autocast import without_autocast
+from reference._shared.autocast import without_autocast
 
 
 def scores(x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_norms: Tensor | None) -> None:

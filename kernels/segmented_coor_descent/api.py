@@ -25,7 +25,7 @@ from kernels._common.launch import as_rows, k_as_rows, mask_as_rows, runs_triton
 from kernels._common.operation import define, define_backward, define_gradient
 from kernels.segmented_coor_descent import cpu
 from kernels.segmented_coor_descent.triton import launch_backward, launch_forward
-from reference._arguments import (
+from reference._shared.arguments import (
     check_integers,
     check_k,
     check_schedule,

@@ -85,7 +85,7 @@ def next_a(total, largest, log_k, temperature):
 
 @triton.jit
 def cool(temperature, eps_decay, eps):
-    """The next of `reference._arguments.epsilon_schedule`."""
+    """The next of `reference._shared.arguments.epsilon_schedule`."""
     return tl.maximum(temperature * eps_decay, eps)
 
 

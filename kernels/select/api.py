@@ -9,7 +9,7 @@ from kernels._common.launch import as_rows, is_traced, mask_as_rows, runs_triton
 from kernels._common.operation import define
 from kernels.select import cpu
 from kernels.select.triton import launch_select
-from reference.select import check_select
+from reference._shared.arguments import check_select
 
 
 def _allocate(scores: Tensor, mask: Tensor | None, num_selected: int) -> Tensor:

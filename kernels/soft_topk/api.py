@@ -19,7 +19,7 @@ from kernels._common.launch import as_rows, k_as_rows, mask_as_rows, runs_triton
 from kernels._common.operation import define, define_backward, define_gradient
 from kernels.soft_topk import cpu
 from kernels.soft_topk.triton import launch_backward, launch_forward
-from reference._arguments import check_k, check_positive, check_scores
+from reference._shared.arguments import check_k, check_positive, check_scores
 
 
 def _allocate(

@@ -20,9 +20,9 @@ from kernels.coor_descent import (
 )
 from kernels.select import select
 from kernels.topk.triton import LONGEST, MOST, launch_topk
-from reference._arguments import check_schedule, check_scores, first_temperature
-from reference.topk import TopkReturn, check_topk, largest, select_topk
-from reference.topk import topk as plain_topk
+from reference._shared.arguments import check_schedule, check_scores, check_topk, first_temperature
+from reference._shared.returns import TopkReturn
+from reference._shared.topk import largest, select_topk
 
 
 def _allocate(
@@ -177,18 +177,16 @@ def topk(
     fused: bool = False,
     non_differentiable: bool = False,
 ) -> TopkReturn:
-    """`reference.topk`, which `fused=True` computes with kernels: rows of up to 4096 entries, of which up to 32 are
-    selected, in a single one; others with `coor_descent` and `select`. Of equal entries the first is selected. A CPU
-    tensor, and one of fp64, is selected from by torch.topk.
+    """`reference.topk` with kernels: `coor_descent` and `select`, or with `fused` a single one for rows of up to 4096
+    entries, of which up to 32 are selected. Of equal entries the first is selected. A CPU tensor, and one of fp64, is
+    selected from by torch.topk.
 
     Arguments, results and errors are those of `reference.topk`.
     """
     rest = (coor_descent_k_ratio, n_iters, eps, eps_init, eps_decay, mask)
-    if not fused:
-        return plain_topk(x, k, *rest, non_differentiable=non_differentiable)
     check_scores(x, mask)
     check_topk(x, k, coor_descent_k_ratio)
-    if non_differentiable or k > MOST or x.shape[-1] > LONGEST or not runs_triton(x):
+    if not fused or non_differentiable or k > MOST or x.shape[-1] > LONGEST or not runs_triton(x):
         choose = _choose if runs_triton(x) and x.dtype != torch.float64 else largest
         return select_topk(coor_descent, choose, x, k, *rest, non_differentiable)
 

@@ -21,8 +21,8 @@ from kernels._common.launch import is_traced, runs_triton
 from kernels._common.operation import backward_of, define, define_backward, define_gradient, eager
 from kernels.windowed_attention import cpu
 from kernels.windowed_attention.triton import LARGEST_HEAD, launch_backward, launch_forward
-from reference._arguments import check_windows
-from reference._autocast import autocast_dtype
+from reference._shared.arguments import check_windows
+from reference._shared.autocast import autocast_dtype
 
 
 def _allocate(qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:

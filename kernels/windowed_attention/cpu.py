@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from reference._autocast import without_autocast
+from reference._shared.autocast import without_autocast
 
 
 def forward(

@@ -1,7 +1,6 @@
 """The routed attention layer for autoregressive models."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,15 +8,15 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from reference._arguments import check_counts, check_tokens
-from reference._attention import RotaryEmbedding, rotate
-from reference._operations import choose, fused
-from reference._sizes import ceil_div, is_certain, missing
-from reference.combine import join
-from reference.gathered_attention import gather_and_attend
-from reference.layers.attention import RoutedBranch, angles_at
-from reference.layers.router import RouterReturn, Selection, gather_tokens
-from reference.windowed_attention import WindowedAttention
+from reference._shared.arguments import check_counts, check_tokens
+from reference._shared.sizes import ceil_div, is_certain, missing
+from reference.layers.join import join
+from reference.layers.light_attention import WindowedAttention
+from reference.layers.operations import UseTriton
+from reference.layers.rotary import RotaryEmbedding, angles_at, rotate
+from reference.layers.routed_branch import RoutedBranch
+from reference.layers.router import RouterReturn, Selection
+from reference.route import gather_tokens
 
 
 class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
@@ -62,7 +61,7 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         router_kwargs: Mapping[str, Any] | None = None,
         multiply_keys_by_score: bool = False,
         multiply_queries_by_score: bool = False,
-        use_triton: bool | None = False,
+        use_triton: UseTriton = False,
         use_null_q_tokens: bool = True,
         use_flash_attn: bool = False,
         rotary_emb: bool = False,
@@ -90,16 +89,14 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             heavy_window_size=self.heavy_window_size,
         )
         self.causal_query_routing = causal_query_routing
-        self._attend = choose("gathered_attention", partial(gather_and_attend, use_flash=use_flash_attn), use_triton)
         self.light_attn = WindowedAttention(
-            dim, light_window_size, light_dim_head, light_heads, causal=True, use_triton=use_triton
+            dim, light_window_size, light_dim_head, light_heads, causal=True, use_triton=self.operations
         )
         self.rotary_emb = RotaryEmbedding(heavy_dim_head) if rotary_emb else None
 
         router, segments = self.kv_router, (router_kwargs or {}).get("triton_checkpoint_segments")
         covered = router.solver == "coor_descent" and router.route_block_size is None and segments is None
-        wanted = torch.cuda.is_available() if router.use_triton is None else router.use_triton
-        self._route_prefixes: Callable[..., Any] | None = fused("route_prefixes") if covered and wanted else None
+        self._route_prefixes = router.operations.route_prefixes if covered else None
 
     def extra_repr(self) -> str:
         path = "rows with a mask" if self._route_prefixes is None else "kernels.route_prefixes unless random_route"
@@ -161,7 +158,9 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             key = rotate(key, rearrange(angles[:n], "n d -> n 1 d"))
             key_value = rearrange([key, value], "kv b r n h d -> b r n (h kv d)")
 
-        out = self._attend(
+        operations = self.operations
+        attend = operations.flash_gathered_attention if attention.use_flash else operations.gathered_attention
+        out = attend(
             query,
             key_value=key_value,
             indices=kv.indices,
@@ -177,7 +176,7 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         # The first window has no heavy branch: zeros take the places of its tokens.
         places = torch.cat((torch.arange(size, device=x.device).expand(batch, size), places), dim=1)
         out, scores = F.pad(out, (0, 0, size, 0)), F.pad(q.scores.flatten(1), (size, 0))
-        return join(self._combine, out, scores, places, x, null=self.null_q_token, light=light)
+        return join(operations.combine, out, scores, places, x, null=self.null_q_token, light=light)
 
     def _route_queries(
         self, padded: Tensor, n: int, num_tokens: int, routing_tokens: Tensor | None, random_route: bool
@@ -244,7 +243,7 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
     def _select_before(self, scores: Tensor, num_tokens: int, random_route: bool) -> Selection:
         """From scores `b r n` what each window but the first selects of the tokens before it: `b w r s`."""
         router, n = self.kv_router, scores.shape[-1]
-        if random_route or self._route_prefixes is None or not (router.use_triton or scores.is_cuda):
+        if random_route or self._route_prefixes is None or not router.operations.are_fused_for(scores):
             before = self._before_windows(n, scores.device)
             rows = repeat(scores, "b r n -> b w r n", w=before.shape[0])
             return router.select(rows, num_tokens, before, random_route)

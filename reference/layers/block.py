@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from reference.layers.attention import ConditionalRoutedAttention
 from reference.layers.feedforward import ConditionalRoutedFeedForward
+from reference.layers.operations import Operations, UseTriton
 
 
 class ConditionalRoutedTransformerBlock(nn.Module):
@@ -31,11 +32,12 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         router_kwargs: Mapping[str, Any] | None = None,
         multiply_keys_by_score: bool = False,
         multiply_queries_by_score: bool = False,
-        use_triton: bool | None = False,
+        use_triton: UseTriton = False,
         use_null_q_tokens: bool = True,
         use_flash_attn: bool = False,
     ) -> None:
         super().__init__()
+        operations = Operations.of(use_triton)
         self.conditional_ff = ConditionalRoutedFeedForward(
             dim,
             num_heavy_tokens=num_heavy_ff_tokens,
@@ -43,7 +45,7 @@ class ConditionalRoutedTransformerBlock(nn.Module):
             heavy_ff_mult=heavy_ff_mult,
             router_straight_through=router_straight_through,
             router_kwargs=router_kwargs,
-            use_triton=use_triton,
+            use_triton=operations,
         )
         self.conditional_attn = ConditionalRoutedAttention(
             dim,
@@ -59,7 +61,7 @@ class ConditionalRoutedTransformerBlock(nn.Module):
             router_kwargs=router_kwargs,
             multiply_keys_by_score=multiply_keys_by_score,
             multiply_queries_by_score=multiply_queries_by_score,
-            use_triton=use_triton,
+            use_triton=operations,
             use_null_q_tokens=use_null_q_tokens,
             use_flash_attn=use_flash_attn,
         )

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from reference._arguments import check_counts, check_positive
-from reference._attention import RMSNorm
-from reference._operations import choose, path
-from reference.combine import combine, join
+from reference._shared.arguments import check_counts, check_positive
+from reference.layers.join import join
+from reference.layers.norms import RMSNorm
+from reference.layers.operations import Operations, UseTriton
 from reference.layers.router import CoordinateDescentRouter
 
 
@@ -33,21 +33,21 @@ class ConditionalRoutedFeedForward(nn.Module):
         heavy_ff_mult: float = 4,
         router_straight_through: bool = True,
         router_kwargs: Mapping[str, Any] | None = None,
-        use_triton: bool | None = False,
+        use_triton: UseTriton = False,
     ) -> None:
         super().__init__()
         check_counts(dim=dim, num_heavy_tokens=num_heavy_tokens)
         check_positive(light_ff_mult=light_ff_mult, heavy_ff_mult=heavy_ff_mult)
         self.num_heavy_tokens = num_heavy_tokens
-        options = {"straight_through": router_straight_through, "use_triton": use_triton, **(router_kwargs or {})}
+        self.operations = Operations.of(use_triton)
+        self.use_triton = self.operations.use_triton
+        options = {"straight_through": router_straight_through, "use_triton": self.operations, **(router_kwargs or {})}
         self.router = CoordinateDescentRouter(dim, num_routing_tokens=1, **options)
-        self.light_ff = _feed_forward(dim, light_ff_mult, use_triton)
-        self.heavy_ff = _feed_forward(dim, heavy_ff_mult, use_triton)
-        self.use_triton = use_triton
-        self._combine = choose("combine", combine, use_triton)
+        self.light_ff = _feed_forward(dim, light_ff_mult, self.operations)
+        self.heavy_ff = _feed_forward(dim, heavy_ff_mult, self.operations)
 
     def extra_repr(self) -> str:
-        return path("combine", self.use_triton)
+        return self.operations.path("combine")
 
     def forward(
         self,
@@ -72,9 +72,10 @@ class ConditionalRoutedFeedForward(nn.Module):
         check_counts(num_heavy_tokens=num_heavy_tokens)
         routed = self.router(x, num_tokens=num_heavy_tokens, mask=mask, routing_tokens=routing_tokens)
         heavy = self.heavy_ff(routed.routed_tokens)
-        return join(self._combine, heavy, routed.scores, routed.indices, x, light=self.light_ff(x), residual=residual)
+        branches = {"light": self.light_ff(x), "residual": residual}
+        return join(self.operations.combine, heavy, routed.scores, routed.indices, x, **branches)
 
 
-def _feed_forward(dim: int, mult: float, use_triton: bool | None) -> nn.Sequential:
+def _feed_forward(dim: int, mult: float, operations: Operations) -> nn.Sequential:
     hidden = int(dim * mult)
-    return nn.Sequential(RMSNorm(dim, use_triton), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+    return nn.Sequential(RMSNorm(dim, operations), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))

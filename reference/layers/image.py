@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from reference._arguments import check_counts, require
-from reference._attention import SelfAttention
-from reference._sizes import is_certain, missing, window_for, without_padding
-from reference.layers.attention import RoutedBranch
+from reference._shared.arguments import check_counts, require
+from reference._shared.sizes import is_certain, missing, window_for, without_padding
+from reference.layers.light_attention import SelfAttention
+from reference.layers.operations import UseTriton
+from reference.layers.routed_branch import RoutedBranch
 
 
 class ConditionalRoutedImageAttention(RoutedBranch):
@@ -44,7 +45,7 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         router_kwargs: Mapping[str, Any] | None = None,
         multiply_keys_by_score: bool = False,
         multiply_queries_by_score: bool = False,
-        use_triton: bool | None = False,
+        use_triton: UseTriton = False,
         use_null_q_tokens: bool = True,
         use_flash_attn: bool = False,
         channel_first: bool = False,
@@ -70,7 +71,7 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         self.num_heavy_tokens_q, self.num_heavy_tokens_kv = num_heavy_tokens_q, num_heavy_tokens_kv
         self.light_window_size = light_window_size
         self.channel_first = channel_first
-        self.light_attn = SelfAttention(dim, light_dim_head, light_heads, use_triton)
+        self.light_attn = SelfAttention(dim, light_dim_head, light_heads, self.operations)
 
     def forward(
         self,

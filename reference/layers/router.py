@@ -1,6 +1,5 @@
 """The router: which tokens go through a heavy branch, by a relaxed top-k of their product with a routing token."""
 
-from functools import partial
 from math import ceil
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +9,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
-from reference._arguments import (
+from reference._shared.arguments import (
+    Solver,
     check_counts,
     check_integers,
     check_positive,
@@ -19,15 +19,10 @@ from reference._arguments import (
     check_tokens,
     require,
 )
-from reference._autocast import without_autocast
-from reference._operations import choose, fused
-from reference._sizes import ceil_div, is_certain, missing
-from reference.coor_descent import coor_descent
-from reference.route import Solver, in_blocks, positions, route
-from reference.route import gather_tokens as gather_tokens
-from reference.routing_scores import routing_scores
-from reference.select import select
-from reference.soft_topk import soft_topk
+from reference._shared.autocast import without_autocast
+from reference._shared.sizes import ceil_div, is_certain, missing
+from reference.layers.operations import Operations, UseTriton
+from reference.route import gather_tokens, in_blocks, positions
 
 
 class Selection(NamedTuple):
@@ -104,7 +99,7 @@ class CoordinateDescentRouter(nn.Module):
         eps_init: float = 4.0,
         num_routing_tokens: int = 1,
         learned_routing_tokens: bool = False,
-        use_triton: bool | None = False,
+        use_triton: UseTriton = False,
         cosine_sim_routing: bool = False,
         cosine_sim_scale: float = 8,
         route_block_size: int | None = None,
@@ -132,28 +127,24 @@ class CoordinateDescentRouter(nn.Module):
         self.num_routing_tokens = num_routing_tokens
         self.cosine_sim_routing, self.cosine_sim_scale = cosine_sim_routing, cosine_sim_scale
         self.route_block_size = route_block_size
-        self.use_triton = use_triton
+        self.operations = Operations.of(use_triton)
+        self.use_triton = self.operations.use_triton
         self.solver = solver
         self.normalize_to = normalize_to
 
-        self.in_segments = bool(use_triton) and triton_checkpoint_segments is not None
-        self._descent = choose("coor_descent", coor_descent, use_triton)
-        if self.in_segments:
-            self._descent = partial(fused("segmented_coor_descent"), checkpoint_segments=triton_checkpoint_segments)
-        self._exact = choose("soft_topk", soft_topk, use_triton)
-        self._scores = choose("routing_scores", routing_scores, use_triton)
-        self._choose = choose("select", select, use_triton)
-        self._route = choose("route", route, use_triton)
+        self.checkpoint_segments = triton_checkpoint_segments if self.use_triton else None
         self.routing_token = None if learned_routing_tokens else nn.Parameter(torch.randn(num_routing_tokens, dim))
 
     def extra_repr(self) -> str:
-        path = "kernels.route" if not self.in_segments else "kernels.segmented_coor_descent and others"
-        if not self.use_triton:
-            path = "plain PyTorch" if self.use_triton is False else "kernels.route for CUDA tensors, else plain PyTorch"
+        way = "plain PyTorch"
+        if self.use_triton:
+            way = "kernels.route" if self.checkpoint_segments is None else "kernels.segmented_coor_descent and others"
+        elif self.use_triton is None:
+            way = f"kernels.route for CUDA tensors, else {way}"
         return (
             f"num_routing_tokens={self.num_routing_tokens}, solver={self.solver!r}, n_iters={self.n_iters}, "
             f"eps={self.eps:g}, normalize_to={self.normalize_to!r}, route_block_size={self.route_block_size}, "
-            f"use_triton={self.use_triton} ({path})"
+            f"use_triton={self.use_triton} ({way})"
         )
 
     def forward(
@@ -202,14 +193,14 @@ class CoordinateDescentRouter(nn.Module):
     ) -> RouterReturn:
         """Fewer tokens than there are, with a dimension of routes."""
         per_route = None if mask is None else rearrange(mask, "b n -> b 1 n")
-        if random_route or self.in_segments:
+        if random_route or self.checkpoint_segments is not None:
             selection = self.select(self._score(x, routing_tokens), num_tokens, per_route, random_route)
             tokens = gather_tokens(x, selection.indices)
             return RouterReturn(selection.indices, selection.weights.to(x.dtype), tokens, selection.mask)
 
         n, size = x.shape[1], self._block_size(x.shape[1])
         each, width = (num_tokens, n) if size is None else (ceil_div(num_tokens, ceil_div(n, size)), size)
-        indices, weights, tokens = self._route(
+        indices, weights, tokens = self.operations.route(
             x,
             routing_tokens,
             num_selected=self.num_selected(each, width),
@@ -247,7 +238,7 @@ class CoordinateDescentRouter(nn.Module):
         return self._score(x, self._routing_tokens(x, routing_tokens))
 
     def _score(self, x: Tensor, routing_tokens: Tensor) -> Tensor:
-        scores: Tensor = self._scores(x, routing_tokens, cosine_sim_scale=self._cosine_sim_scale)
+        scores: Tensor = self.operations.routing_scores(x, routing_tokens, cosine_sim_scale=self._cosine_sim_scale)
         return scores
 
     @property
@@ -269,7 +260,7 @@ class CoordinateDescentRouter(nn.Module):
         relaxed = self.relax(scores, each, mask)
         # By score, not by weight: of saturated weights, which are all 1, any are the largest.
         candidates = torch.rand_like(scores) if random_route else scores
-        indices = self._choose(candidates, num_selected=self.num_selected(each, scores.shape[-1]), mask=mask)
+        indices = self.operations.select(candidates, num_selected=self.num_selected(each, scores.shape[-1]), mask=mask)
         weights = relaxed.gather(-1, indices)
         selected = None if mask is None else mask.expand(scores.shape).gather(-1, indices)
         if size is not None:
@@ -292,10 +283,16 @@ class CoordinateDescentRouter(nn.Module):
         with without_autocast(scores):
             relaxed: Tensor
             if self.solver == "exact":
-                relaxed = self._exact(scores, k=relaxation["k"], eps=self.eps, mask=mask)
+                relaxed = self.operations.soft_topk(scores, k=relaxation["k"], eps=self.eps, mask=mask)
             else:
-                relaxed = self._descent(scores, n_iters=self.n_iters, mask=mask, **relaxation)
+                relaxed = self._descend(scores, n_iters=self.n_iters, mask=mask, **relaxation)
             return relaxed
+
+    def _descend(self, scores: Tensor, **options: Any) -> Tensor:
+        if self.checkpoint_segments is None or self.operations.segmented_coor_descent is None:
+            return self.operations.coor_descent(scores, **options)
+        segmented = self.operations.segmented_coor_descent
+        return segmented(scores, checkpoint_segments=self.checkpoint_segments, **options)
 
     def relaxation(self, num_tokens: int, n: int) -> dict[str, Any]:
         """What coordinate descent over rows of n is to sum to, and the temperatures."""

@@ -8,9 +8,10 @@ from einops import rearrange
 from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 
-from reference._arguments import check_counts, require
+from reference._shared.arguments import check_counts, require
 from reference.layers.feedforward import ConditionalRoutedFeedForward
 from reference.layers.image import ConditionalRoutedImageAttention
+from reference.layers.operations import Operations, UseTriton
 
 
 class ConditionalRoutedViT(nn.Module):
@@ -50,7 +51,7 @@ class ConditionalRoutedViT(nn.Module):
         channels: int = 3,
         router_straight_through: bool = True,
         router_kwargs: Mapping[str, Any] | None = None,
-        router_use_triton: bool | None = False,
+        router_use_triton: UseTriton = False,
         flash_attn: bool = True,
         attn_num_routed_kv: int = 1,
         default_coor_descent_eps: float = 1.0,
@@ -77,7 +78,7 @@ class ConditionalRoutedViT(nn.Module):
         options: dict[str, Any] = {
             "router_straight_through": router_straight_through,
             "router_kwargs": {"eps": default_coor_descent_eps, **(router_kwargs or {})},
-            "use_triton": router_use_triton,
+            "use_triton": Operations.of(router_use_triton),
         }
         self.transformer = _Transformer(
             nn.ModuleList(

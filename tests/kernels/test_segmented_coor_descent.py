@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import reference
 from kernels import segmented_coor_descent
 from kernels.segmented_coor_descent import triton as segmented_kernels
-from reference._arguments import epsilon_schedule
+from reference._shared.arguments import epsilon_schedule
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

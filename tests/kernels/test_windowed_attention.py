@@ -10,7 +10,7 @@ import reference
 from colt5_bench.static_facts import compiled_kernels
 from kernels._common.launch import triton_for_cpu_tensors
 from kernels.windowed_attention import pairs_in_reach, windowed_attention
-from reference.windowed_attention import WindowedAttention
+from reference.layers.light_attention import WindowedAttention
 from tests.correct import check_correct
 
 INTERPRETED = triton.knobs.runtime.interpret

@@ -4,7 +4,7 @@ import math
 
 from mpmath import mp, mpf
 
-from reference._arguments import epsilon_schedule
+from reference._shared.arguments import epsilon_schedule
 
 DIGITS = 700
 """Scores of 1e308, and differences of theirs in units of a temperature."""

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reference._arguments import (
+from reference._shared.arguments import (
     FLOAT_DTYPES,
     check_counts,
     check_k,

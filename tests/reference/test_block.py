@@ -72,6 +72,10 @@ def test_options_reach_both_layers(monkeypatch):
     feed_forward = {"light_ff_mult": 0.25, "heavy_ff_mult": 2}
     numbers = {"num_heavy_attn_tokens_q": 11, "num_heavy_attn_tokens_kv": 12, "num_heavy_ff_tokens": 13}
     module.ConditionalRoutedTransformerBlock(16, **numbers, **shared, **attention, **feed_forward)
+    operations = [options["use_triton"] for _, options in received.values()]
+    assert operations[0] is operations[1]
+    assert operations[0].use_triton is shared["use_triton"]
+    shared["use_triton"] = operations[0]
     assert received == {
         "attention": (16, {"num_heavy_tokens_q": 11, "num_heavy_tokens_kv": 12, **shared, **attention}),
         "feed-forward": (16, {"num_heavy_tokens": 13, **shared, **feed_forward}),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from reference._arguments import epsilon_schedule
+from reference._shared.arguments import epsilon_schedule
 from reference.coor_descent import FAR
 from tests.reference import exact
 from tests.reference.outliers import rows

@@ -6,7 +6,7 @@ from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from reference import windowed_attention
-from reference.windowed_attention import WindowedAttention
+from reference.layers.light_attention import WindowedAttention
 
 
 def dense(qkv, heads, window_size, causal, mask):

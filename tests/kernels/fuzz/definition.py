@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
 from unittest import mock
@@ -20,6 +20,7 @@ from torch.func import functional_call
 import kernels
 import reference
 from reference._attention import attend
+from reference.layers.operations import Operations
 from tests.kernels.fuzz.cases import OPERATIONS, Case
 
 Tensors = dict[str, Tensor]
@@ -29,12 +30,11 @@ WIDE = {"coor_descent", "segmented_coor_descent", "soft_topk", "topk"}
 """Operations that compute in fp32 what they are given in half precision, and round the result."""
 
 REPLACED_IN = (
-    "_attention",
     "gathered_attention",
+    "layers.operations",
     "route",
     "route_prefixes",
     "routed_attention",
-    "layers.router",
     "windowed_attention",
 )
 """Modules whose functions select, relax or attend."""
@@ -60,8 +60,8 @@ class Watched:
 def ours(case: Case, device: torch.device, watched: Watched) -> tuple[Function, Tensors]:
     """The operation, or the layer with kernels, as a function of tensors; and the parameters that are among these."""
     if case.name not in OPERATIONS:
-        module = layer(case, device, use_triton=True)
-        _watch(module, watched)
+        module = layer(case, device, use_triton=_watching(watched))
+        _watch_causal(module, watched)
         parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
         return lambda tensors: _call(module, case, tensors), parameters
 
@@ -101,7 +101,7 @@ def named(result: Any) -> Tensors:
     return {name: value for name, value in result._asdict().items() if value is not None}
 
 
-def layer(case: Case, device: torch.device, *, use_triton: bool) -> nn.Module:
+def layer(case: Case, device: torch.device, *, use_triton: bool | Operations) -> nn.Module:
     """The layer of a case, with parameters in its dtype."""
     options = case.arguments()
     options["router_use_triton" if case.name.endswith("ViT") else "use_triton"] = use_triton
@@ -134,20 +134,19 @@ def _widened(x: Tensor) -> Tensor:
 # What ours selects ----------------------------------------------------------------------------------------------------
 
 
-def _after(owner: nn.Module, name: str, keep: Callable[..., None]) -> None:
-    """Have `keep` see the result and the arguments of each call of a method."""
-    function = getattr(owner, name)
+def _then(function: Callable[..., Any], keep: Callable[..., None]) -> Callable[..., Any]:
+    """The function, and `keep` sees the result and the arguments of each call."""
 
     def watching(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
         keep(result, *args, **kwargs)
         return result
 
-    setattr(owner, name, watching)
+    return watching
 
 
-def _watch(module: nn.Module, watched: Watched) -> None:
-    """Keep what the routers of a layer with kernels select."""
+def _watching(watched: Watched) -> Operations:
+    """The kernels, of which those that select are watched."""
 
     def chosen(result: Tensor, *args: Any, **kwargs: Any) -> None:
         watched.selections.append(result)
@@ -158,13 +157,9 @@ def _watch(module: nn.Module, watched: Watched) -> None:
     def from_prefixes(result: Any, *args: Any, **kwargs: Any) -> None:
         watched.selections.append(result.indices)
 
-    for part in module.modules():
-        if isinstance(part, reference.CoordinateDescentRouter):
-            _after(part, "_choose", chosen)
-            _after(part, "_route", routed)
-        if getattr(part, "_route_prefixes", None) is not None:
-            _after(part, "_route_prefixes", from_prefixes)
-    _watch_causal(module, watched)
+    keep = {"select": chosen, "route": routed, "route_prefixes": from_prefixes}
+    fused = Operations.of(True)
+    return replace(fused, **{name: _then(getattr(fused, name), each) for name, each in keep.items()})
 
 
 def _watch_causal(module: nn.Module, watched: Watched) -> None:
@@ -172,7 +167,7 @@ def _watch_causal(module: nn.Module, watched: Watched) -> None:
         watched.causal.append((result.indices, before.detach(), scores.detach()))
 
     if isinstance(module, reference.ConditionalRoutedAutoregressiveAttention):
-        _after(module, "_select_causally", selected)
+        module._select_causally = _then(module._select_causally, selected)
 
 
 def _within_blocks(indices: Tensor, options: dict[str, Any], n: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import reference
-from reference._arguments import epsilon_schedule
+from reference._shared.arguments import epsilon_schedule
 
 UNIT = torch.finfo(torch.float32).eps / 2
 

@@ -37,3 +37,18 @@ def without_padding(x: Tensor, *sizes: int) -> Tensor:
 def window_for(n: int, window_size: int) -> int:
     """At least 1: the size of the windows of n tokens, which need not be larger than these."""
     return max(n, 1) if is_certain(n < window_size) else window_size
+
+
+def windows_with_a_prefix(n: int, window_size: int) -> int:
+    """How many windows of n tokens there are after the first."""
+    return max(ceil_div(n, window_size) - 1, 0)
+
+
+def mask_of_prefixes(scores: Tensor, window_size: int, num_selected: int) -> Tensor | None:
+    """Which of the selected are before the window, `b w r s`, as a view of `w s`; None if all are."""
+    if window_size >= num_selected:
+        return None
+    batch, routes, n = scores.shape
+    lengths = torch.arange(1, windows_with_a_prefix(n, window_size) + 1, device=scores.device) * window_size
+    before = torch.arange(num_selected, device=scores.device) < lengths[:, None]
+    return before[None, :, None].expand(batch, -1, routes, -1)

@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from functools import reduce
 from math import inf
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Solver = Literal["coor_descent", "exact"]
+"""Who relaxes the choice of the largest scores: coordinate descent, or what it converges to."""
 
 
 def require(holds: bool, name: str, value: object, allowed: str, *named: object) -> None:
@@ -274,3 +277,65 @@ def check_routed(query: Tensor, key_value: Tensor, weights: Tensor, null_kv: Ten
     for name, tensor in (("key_value", key_value), ("weights", weights), ("null_kv", null_kv), ("mask", mask)):
         if tensor is not None:
             require(tensor.device == query.device, name, tensor.device, "on {} as query is", query.device)
+
+
+def check_routing_tokens(x: Tensor, routing_tokens: Tensor) -> None:
+    """Tokens are a float tensor (b, n, d), routing tokens one of (b, r, d) or (1, r, d)."""
+    check_float("x", x)
+    require(x.ndim == 3 and x.shape[-1] >= 1, "x", x.shape, "of shape (b, n, d) with d >= 1")
+    check_float("routing_tokens", routing_tokens)
+    (batch, _, d), shape = x.shape, routing_tokens.shape
+    fits = len(shape) == 3 and (shape[0] == 1 or shape[0] == batch) and shape[1] >= 1 and shape[2] == d
+    require(fits, "routing_tokens", shape, "of shape ({0}, r, {1}) or (1, r, {1}) with r >= 1", batch, d)
+    same = routing_tokens.device == x.device
+    require(same, "routing_tokens", routing_tokens.device, "on {} as x is", x.device)
+
+
+def check_route(
+    x: Tensor,
+    routing_tokens: Tensor,
+    num_selected: int,
+    k: float,
+    schedule: tuple[int, float, float | None, float],
+    solver: Solver,
+    block_size: int | None,
+    mask: Tensor | None,
+) -> None:
+    """Everything that `route` asks of its arguments."""
+    check_routing_tokens(x, routing_tokens)
+    check_tokens(x, x.shape[-1], mask)
+    check_counts(num_selected=num_selected, **({} if block_size is None else {"block_size": block_size}))
+    n = x.shape[1] if block_size is None else block_size
+    name = "n" if block_size is None else "block_size"
+    require(num_selected <= n, "num_selected", num_selected, "from 1 to {} = {}", name, n)
+    require(not isinstance(k, Tensor), "k", "a tensor", "a number")
+    check_k(k, x)
+    check_schedule(*schedule)
+    require(solver in ("coor_descent", "exact"), "solver", solver, "coor_descent or exact")
+
+
+def check_prefixes(scores: Tensor, window_size: int, num_selected: int, k: float) -> None:
+    """Scores are `b r n`; at least one and at most n of them are selected, from windows of at least one token."""
+    check_scores(scores, None)
+    require(scores.ndim == 3, "scores", scores.shape, "of shape (b, r, n)")
+    check_counts(window_size=window_size, num_selected=num_selected)
+    n = scores.shape[-1]
+    require(num_selected <= n, "num_selected", num_selected, "at most n = {}", n)
+    require(not isinstance(k, Tensor), "k", "a tensor", "a number")
+    check_k(k, scores)
+
+
+def check_topk(x: Tensor, k: int, coor_descent_k_ratio: float) -> None:
+    """k is from 1 to n and the ratio at least 1."""
+    check_integers(k=k)
+    require(1 <= k <= x.shape[-1], "k", k, "from 1 to n = {}", x.shape[-1])
+    check_positive(coor_descent_k_ratio=coor_descent_k_ratio)
+    require(coor_descent_k_ratio >= 1, "coor_descent_k_ratio", coor_descent_k_ratio, ">= 1")
+
+
+def check_select(scores: Tensor, num_selected: int, mask: Tensor | None) -> None:
+    """Scores and mask match, and there are as many entries as are to be selected."""
+    check_scores(scores, mask)
+    n = scores.shape[-1]
+    check_integers(num_selected=num_selected)
+    require(1 <= num_selected <= n, "num_selected", num_selected, "from 1 to n = {}", n)

@@ -1,0 +1,44 @@
+"""Results of operations that have several parts, the same for the plain and the fused ones."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class TopkReturn(NamedTuple):
+    """Results of `topk`, each `... k`; the last two are None where `non_differentiable` was asked for.
+
+    values: the selected entries of x times their gates; indices: int64, where they stand in x, largest first;
+    coor_descent_values: the relaxed selection at these indices; gates: 1 in value, with its gradient.
+    """
+
+    values: Tensor
+    indices: Tensor
+    coor_descent_values: Tensor | None
+    gates: Tensor | None
+
+
+class RouteReturn(NamedTuple):
+    """Tokens that are routed of `b n d`: s for each of r routes, block after block, the largest score first."""
+
+    indices: Tensor
+    """int64 `b r s`. From n on where a block that fills up the tokens has none left to select."""
+
+    weights: Tensor
+    """`b r s`: the relaxed selection at what is selected, in the dtype of the scores; 0 for what should not be."""
+
+    tokens: Tensor
+    """`b r s d`; of an index past the end, the last token."""
+
+
+class PrefixSelection(NamedTuple):
+    """Tokens that each window but the first selects from those before it, the largest score first: each `b w r s`."""
+
+    indices: Tensor
+    """int64. Where a window has fewer than s tokens before it, all of these, then the ones that follow."""
+
+    weights: Tensor
+    """The relaxed selection, in fp32 at least; 0 for what is not before the window."""
+
+    mask: Tensor | None
+    """False for what is not before the window; None where every window has s tokens before it."""

@@ -1,0 +1,94 @@
+"""The routed attention layer for a long context."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from reference._shared.arguments import check_counts, check_tokens, require
+from reference.layers.operations import UseTriton
+from reference.layers.routed_branch import RoutedBranch
+
+
+class ConditionalRoutedCrossAttention(RoutedBranch):
+    """Dense attention from routed tokens to the routed tokens of a context.
+
+    Args:
+        dim: size of a token.
+        num_tokens_q, num_tokens_kv: how many tokens are routed, of the sequence and of the context.
+        num_sets_kv: 1 or kv_routing_tokens, which says the same.
+        dim_head, heads: of the attention.
+        kv_routing_tokens: sets of keys and values, each with a routing token and its share of the heads.
+        route_block_size: select keys and values from blocks of so many tokens.
+        router_straight_through, router_kwargs, multiply_keys_by_score, use_triton, use_null_q_tokens, use_flash_attn:
+            as in `RoutedBranch`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_tokens_q: int,
+        num_tokens_kv: int,
+        num_sets_kv: int = 1,
+        dim_head: int = 64,
+        heads: int = 8,
+        router_straight_through: bool = True,
+        router_kwargs: Mapping[str, Any] | None = None,
+        kv_routing_tokens: int = 1,
+        multiply_keys_by_score: bool = False,
+        use_triton: UseTriton = False,
+        use_null_q_tokens: bool = True,
+        use_flash_attn: bool = False,
+        route_block_size: int | None = None,
+    ) -> None:
+        check_counts(num_sets_kv=num_sets_kv, kv_routing_tokens=kv_routing_tokens)
+        fits = num_sets_kv in (1, kv_routing_tokens)
+        require(fits, "num_sets_kv", num_sets_kv, "1 or kv_routing_tokens = {}", kv_routing_tokens)
+        super().__init__(
+            dim,
+            num_routed_kv=kv_routing_tokens,
+            dim_head=dim_head,
+            heads=heads,
+            router_straight_through=router_straight_through,
+            router_kwargs=router_kwargs,
+            multiply_keys_by_score=multiply_keys_by_score,
+            multiply_queries_by_score=False,
+            use_triton=use_triton,
+            use_null_q_tokens=use_null_q_tokens,
+            use_flash_attn=use_flash_attn,
+            kv_router_kwargs={"route_block_size": route_block_size} if route_block_size is not None else None,
+        )
+        check_counts(num_tokens_q=num_tokens_q, num_tokens_kv=num_tokens_kv)
+        self.num_tokens_q, self.num_tokens_kv = num_tokens_q, num_tokens_kv
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        *,
+        num_tokens_q: int | None = None,
+        num_tokens_kv: int | None = None,
+        mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        routing_tokens_q: Tensor | None = None,
+        routing_tokens_kv: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens `b n d` and a context `b m d` to `b n d`.
+
+        Args:
+            num_tokens_q, num_tokens_kv: instead of those of the layer.
+            mask: `b n`, False for tokens that are not routed.
+            context_mask: `b m`, False for tokens that nothing attends to.
+            routing_tokens_q, routing_tokens_kv: `b d` and `b r d`, instead of those of the routers.
+
+        Raises:
+            ValueError: an argument is out of its range, or shapes do not match.
+        """
+        check_tokens(context, x.shape[-1], context_mask, "context", "context_mask")
+        num_q = self.num_tokens_q if num_tokens_q is None else num_tokens_q
+        num_kv = self.num_tokens_kv if num_tokens_kv is None else num_tokens_kv
+        check_counts(num_tokens_q=num_q, num_tokens_kv=num_kv)
+        q = self.q_router(x, num_tokens=num_q, mask=mask, routing_tokens=routing_tokens_q)
+        kv = self.route_context(context, num_kv, context_mask, routing_tokens_kv)
+        return self.attend_routed(x, q, kv)

@@ -1,0 +1,28 @@
+"""The end of a routed layer: its branches, joined."""
+
+from torch import Tensor
+
+from reference._kernels import Operation
+from reference._shared.arguments import result_dtype
+
+
+def join(
+    combine: Operation,
+    routed: Tensor,
+    scores: Tensor,
+    indices: Tensor | None,
+    x: Tensor,
+    *,
+    null: Tensor | None = None,
+    light: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`combine` for a layer of tokens x `b n d`; without indices all of them are routed,
+    in their order."""
+    if indices is not None:
+        dtype = result_dtype(None, x, light, residual)
+        more = {"null": null, "light": light, "residual": residual}
+        return combine(routed, scores=scores, indices=indices, length=x.shape[1], dtype=dtype, **more)
+    out = routed * scores.unsqueeze(-1).to(routed.dtype)
+    out = out if light is None else light + out
+    return out if residual is None else out + residual

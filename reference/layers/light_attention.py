@@ -1,0 +1,67 @@
+"""The light branch of the attention layers: each token attends to those around it."""
+
+from torch import Tensor, nn
+
+from reference._shared.arguments import check_counts
+from reference.layers.norms import LayerNorm, RMSNorm
+from reference.layers.operations import Operations, UseTriton
+
+
+class WindowedAttention(nn.Module):
+    """The light branch: each token attends to those around it, in memory linear in the number of tokens.
+
+    Args:
+        window_size: if causal, the size of windows, and a token attends to what is before it in its window and to all
+            of the window before; else the radius: a token attends to those at most so far away.
+        use_triton: as in `CoordinateDescentRouter`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        window_size: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        causal: bool = False,
+        use_triton: UseTriton = False,
+    ) -> None:
+        super().__init__()
+        check_counts(light_dim_head=dim_head, light_heads=heads, light_window_size=window_size)
+        self.window_size = window_size
+        self.heads = heads
+        self.causal = causal
+        self.operations = Operations.of(use_triton)
+        self.norm = LayerNorm(dim, self.operations)
+        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def extra_repr(self) -> str:
+        way = self.operations.path("windowed_attention")
+        return f"window_size={self.window_size}, causal={self.causal}, {way}"
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to."""
+        qkv = self.to_qkv(self.norm(x))
+        options = {"heads": self.heads, "window_size": self.window_size, "causal": self.causal}
+        return self.to_out(self.operations.windowed_attention(qkv, mask=mask, **options))
+
+
+class SelfAttention(nn.Module):
+    """Dense self-attention, by which the image layer's windows see themselves."""
+
+    def __init__(self, dim: int, dim_head: int = 64, heads: int = 8, use_triton: UseTriton = False) -> None:
+        super().__init__()
+        check_counts(light_dim_head=dim_head, light_heads=heads)
+        self.heads = heads
+        self.operations = Operations.of(use_triton)
+        self.norm = RMSNorm(dim, self.operations)
+        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def extra_repr(self) -> str:
+        return self.operations.path("windowed_attention")
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to."""
+        qkv, room_for_all = self.to_qkv(self.norm(x)), max(x.shape[1], 1)
+        return self.to_out(self.operations.attend_to_all(qkv, heads=self.heads, window_size=room_for_all, mask=mask))

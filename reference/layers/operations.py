@@ -1,0 +1,123 @@
+"""The seam between layers and kernels: who computes the operations of a tree of layers is chosen here, once."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from reference._kernels import Operation, kernel
+from reference.combine import combine
+from reference.coor_descent import coor_descent
+from reference.gathered_attention import gather_and_attend
+from reference.normalize import normalize
+from reference.route import route
+from reference.routed_attention import attend_to_routed
+from reference.routing_scores import routing_scores
+from reference.select import select
+from reference.soft_topk import soft_topk
+from reference.windowed_attention import attend_to_all, windowed_attention
+
+KERNEL_OF = {
+    "attend_to_all": "windowed_attention",
+    "flash_gathered_attention": "gathered_attention",
+    "flash_routed_attention": "routed_attention",
+}
+"""Names of kernels where they are not those of the operations: one kernel may stand for several plain functions."""
+
+
+@dataclass(frozen=True)
+class Operations:
+    """The operations that layers call, each with the signature of its definition in `reference`.
+
+    A layer makes them from its `use_triton` and hands them on to the layers that it is made of. Whoever wants other
+    operations, to watch them or to replace one, makes an object with `dataclasses.replace` and passes that.
+    """
+
+    use_triton: bool | None
+    """Whether these are kernels; None: for CUDA tensors alone."""
+
+    attend_to_all: Operation
+    combine: Operation
+    coor_descent: Operation
+    flash_gathered_attention: Operation
+    flash_routed_attention: Operation
+    """These two are PyTorch's scaled_dot_product_attention where there is no kernel."""
+
+    gathered_attention: Operation
+    normalize: Operation
+    route: Operation
+    route_prefixes: Operation | None
+    """None where there are no kernels: layers then select from rows with a mask."""
+
+    routed_attention: Operation
+    routing_scores: Operation
+    segmented_coor_descent: Operation | None
+    """None where there are no kernels."""
+
+    select: Operation
+    soft_topk: Operation
+    windowed_attention: Operation
+
+    @classmethod
+    def of(cls, use_triton: "UseTriton") -> "Operations":
+        """Kernels if `use_triton`, plain PyTorch if not, and for None kernels for CUDA tensors alone; `Operations` are
+        taken as they are."""
+        if isinstance(use_triton, Operations):
+            return use_triton
+        plain = _plain()
+        if use_triton is False or (use_triton is None and not torch.cuda.is_available()):
+            return cls(use_triton, **plain)
+        fused = {name: kernel(KERNEL_OF.get(name, name)) for name in plain}
+        if use_triton is None:
+            fused |= {name: ByDevice(fused[name], each) for name, each in plain.items() if each is not None}
+        return cls(use_triton, **fused)
+
+    def are_fused_for(self, x: Tensor) -> bool:
+        """Whether a tensor goes to the kernels."""
+        return x.is_cuda if self.use_triton is None else self.use_triton
+
+    def path(self, name: str) -> str:
+        """Who computes an operation, for people."""
+        if self.use_triton:
+            return f"kernels.{name}"
+        if isinstance(getattr(self, name), ByDevice):
+            return f"kernels.{name} for CUDA tensors, else reference.{name}"
+        return f"reference.{name} ({'there is no GPU' if self.use_triton is None else 'use_triton=False'})"
+
+
+UseTriton: TypeAlias = bool | Operations | None
+"""The argument `use_triton` of a layer; a layer that is made of others hands them its `Operations`."""
+
+
+@dataclass(frozen=True)
+class ByDevice:
+    """An operation by the device of its first tensor."""
+
+    on_gpu: Operation
+    elsewhere: Operation
+
+    def __call__(self, x: Tensor, /, *tensors: Tensor, **options: object) -> Any:
+        return (self.on_gpu if x.is_cuda else self.elsewhere)(x, *tensors, **options)
+
+
+def _plain() -> dict[str, Any]:
+    """The definitions by the names of the fields of `Operations`."""
+    return {
+        "attend_to_all": attend_to_all,
+        "combine": combine,
+        "coor_descent": coor_descent,
+        "flash_gathered_attention": partial(gather_and_attend, use_flash=True),
+        "flash_routed_attention": partial(attend_to_routed, use_flash=True),
+        "gathered_attention": gather_and_attend,
+        "normalize": normalize,
+        "route": route,
+        "route_prefixes": None,
+        "routed_attention": attend_to_routed,
+        "routing_scores": routing_scores,
+        "segmented_coor_descent": None,
+        "select": select,
+        "soft_topk": soft_topk,
+        "windowed_attention": windowed_attention,
+    }

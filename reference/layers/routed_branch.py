@@ -1,0 +1,95 @@
+"""The part that the routed attention layers have in common."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reference._shared.arguments import check_counts, require
+from reference.layers.heavy_attention import Attention
+from reference.layers.join import join
+from reference.layers.operations import Operations, UseTriton
+from reference.layers.rotary import Rotations
+from reference.layers.router import CoordinateDescentRouter, RouterReturn
+
+
+class RoutedBranch(nn.Module):
+    """What the routed attention layers have in common: two routers, the dense attention between what they route, and
+    an output for the tokens that are not routed.
+
+    Args:
+        dim: size of a token.
+        num_routed_kv: sets of keys and values, each with a routing token and its share of the heads.
+        dim_head, heads: of the dense attention.
+        router_straight_through: weights of routed tokens are 1 in value and keep their gradient.
+        router_kwargs: further arguments of both routers; `kv_router_kwargs`: of the one for keys and values.
+        multiply_keys_by_score, multiply_queries_by_score: beside the values, which always are.
+        use_triton: as in `CoordinateDescentRouter`, for all operations that there are kernels for.
+        use_null_q_tokens: tokens that are not routed get a learned output, else 0.
+        use_flash_attn: PyTorch's scaled_dot_product_attention, where there is no kernel.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_routed_kv: int,
+        dim_head: int,
+        heads: int,
+        router_straight_through: bool,
+        router_kwargs: Mapping[str, Any] | None,
+        multiply_keys_by_score: bool,
+        multiply_queries_by_score: bool,
+        use_triton: UseTriton,
+        use_null_q_tokens: bool,
+        use_flash_attn: bool,
+        kv_router_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        check_counts(dim=dim, dim_head=dim_head, heads=heads, num_routed_kv=num_routed_kv)
+        require(heads % num_routed_kv == 0, "heads", heads, "a multiple of the {} key/value routes", num_routed_kv)
+        self.multiply_queries_by_score = multiply_queries_by_score
+        self.operations = Operations.of(use_triton)
+        self.use_triton = self.operations.use_triton
+        options = {"straight_through": router_straight_through, "use_triton": self.operations, **(router_kwargs or {})}
+        self.null_q_token = nn.Parameter(torch.randn(dim)) if use_null_q_tokens else None
+        self.q_router = CoordinateDescentRouter(dim, num_routing_tokens=1, **options)
+        kv_options = {**options, **(kv_router_kwargs or {})}
+        self.kv_router = CoordinateDescentRouter(dim, num_routing_tokens=num_routed_kv, **kv_options)
+        self.heavy_attn = Attention(dim, dim_head, heads, multiply_keys_by_score, use_flash_attn, self.operations)
+
+    def extra_repr(self) -> str:
+        return self.operations.path("combine")
+
+    def route_context(
+        self, context: Tensor, num_tokens: int, mask: Tensor | None, routing_tokens: Tensor | None
+    ) -> RouterReturn:
+        """What is routed of a context `b m d`, as keys and values, with a dimension of routes even if there is one."""
+        routed = self.kv_router(
+            context, num_tokens=num_tokens, mask=mask, routing_tokens=routing_tokens, keep_one_route_dim=True
+        )
+        key_value = self.heavy_attn.project(routed.routed_tokens, self.kv_router.num_routing_tokens)
+        return routed._replace(routed_tokens=key_value)
+
+    def attend_routed(
+        self,
+        x: Tensor,
+        q: RouterReturn,
+        kv: RouterReturn,
+        rotations: Rotations | None = None,
+        light: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """The heavy branch for tokens `b n d`, of which q are routed, to kv as `route_context` makes them; with light
+        and residual, `b n d`, added if there are any: `b n d`."""
+        out = self.heavy_attn(
+            q.routed_tokens,
+            key_value=kv.routed_tokens,
+            scores_kv=kv.scores,
+            mask=kv.routed_mask,
+            scores_q=q.scores if self.multiply_queries_by_score else None,
+            rotations=rotations,
+        )
+        branches = {"null": self.null_q_token, "light": light, "residual": residual}
+        return join(self.operations.combine, out, q.scores, q.indices, x, **branches)
