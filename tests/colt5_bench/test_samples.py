@@ -1,6 +1,8 @@
 """The statistics of times: what they find, how rarely they are wrong, and laws that hold for any samples."""
 
+from dataclasses import replace
 from math import comb
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +27,8 @@ from colt5_bench.samples import (
     rank_test,
     runs_that_confirm,
 )
+
+DOCS = Path(__file__).parents[2] / "docs" / "measuring.md"
 
 SECONDS = st.floats(1e-7, 1e2)
 SAMPLES = st.lists(SECONDS, min_size=1, max_size=25)
@@ -211,3 +215,31 @@ class TestSimulated:
     def test_a_seed_gives_the_same(self):
         once, again = (list(simulation.simulate(5, (3,), seed=3)) for _ in range(2))
         assert once == again
+
+    @pytest.mark.parametrize("change", [{"false_alarms": 4}, {"found": (0, 0.94, 1)}, {"missed": (0, 0.06, 0)}])
+    @pytest.mark.parametrize("between_runs", [0.03, 0.04])
+    def test_the_aim_is_missed_by_as_little(self, change, between_runs):
+        """Where runs differ by more than 3 %, what is not found may be unclear."""
+        good = simulation.Outcome(3, (0, 0.95, 1), (0, 0.05, 0))
+        assert simulation.meets_aim(simulation.Row("", 3, between_runs, good, replace(good, found=(0, 0, 0))))
+        row = simulation.Row("", 3, between_runs, replace(good, **change), good)
+        assert simulation.meets_aim(row) == ("found" in change and between_runs > 0.03)
+        assert f"| {'yes' if simulation.meets_aim(row) else 'no'} |" in simulation.markdown([row])
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("samples", [simulation.SAMPLES[:1], pytest.param(simulation.SAMPLES, marks=pytest.mark.slow)])
+def test_the_table_of_the_docs_is_what_the_command_prints(samples):
+    """The heads and the rows of these numbers of samples; the text says that every row meets the aim."""
+    rows = list(simulation.simulate(samples=samples))
+    printed = simulation.markdown(rows).splitlines()
+    wanted = (*printed[:2], *(f"| {row.model} | {row.samples} |" for row in rows))
+    assert [line for line in DOCS.read_text().splitlines() if line.startswith(wanted)] == printed
+    assert all(map(simulation.meets_aim, rows))
+
+
+def test_the_table_of_the_docs_has_every_row():
+    rows = [line for line in DOCS.read_text().splitlines() if line.endswith("| yes |")]
+    assert [row.split(" | ")[:2] for row in rows] == [
+        [f"| {model}", str(samples)] for model in simulation.MODELS for samples in simulation.SAMPLES
+    ]
