@@ -1,19 +1,14 @@
 """`python -m colt5_bench`, `python bench.py` and `colt5-bench`: the same, and the first to be imported."""
 
-import signal
 import sys
+
+from colt5_bench.startup import ending_at_once
 
 
 def main() -> int:
     """Run the command line of this process and return its exit status."""
-    # Ctrl-C while all this is imported ends the process there and then; an ignored one, as of `&`, stays so.
-    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if interruptible:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from colt5_bench import cli
-
-    if interruptible:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with ending_at_once():
+        from colt5_bench import cli
     return cli.main()
 
 

@@ -5,49 +5,43 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from colt5_bench.commands import (
-    CLOSED,
-    INTERRUPTED,
-    UNMEASURED,
-    USAGE,
-    baseline,
-    compare,
-    completion,
-    env,
-    history,
-    merge,
-    report,
-    run,
-    selftest,
-)
-from colt5_bench.commands import list as list_command
+from colt5_bench.commands import CLOSED, INTERRUPTED, UNMEASURED, USAGE
 from colt5_bench.files import trouble
 from colt5_bench.selection import SelectionError, pick
-from colt5_bench.startup import StartupError
+from colt5_bench.startup import StartupError, ending_at_once
 from colt5_bench.texts import printable, said
 
 COMMANDS = {
-    "run": run,
-    "list": list_command,
-    "compare": compare,
-    "baseline": baseline,
-    "merge": merge,
-    "report": report,
-    "history": history,
-    "selftest": selftest,
-    "env": env,
-    "completion": completion,
+    "run": "measure suites; what is meant where no command is named",
+    "list": "say which suites there are, and what they measure",
+    "compare": "say what became better or worse: between two saved runs, or two revisions that are measured in turns",
+    "baseline": "make a run what later ones are compared with, and say what that changes",
+    "merge": "join the results of `run --shard` into one file, if they belong together and none is missing",
+    "report": "write a run as one HTML page that needs no network, and as images, CSV or Parquet",
+    "history": "plot chosen cases over saved runs and revisions, oldest first",
+    "selftest": "check that times are right on this machine: known durations, equal calls, a planted slowdown, a copy",
+    "env": "show what a run here would be measured under, for a report of a problem",
+    "completion": "print a script that completes the command line of `colt5-bench` in a shell",
 }
-"""Each module has `SUMMARY`, `EXAMPLES`, `configure(parser)` and `main(options)`."""
+"""Each is a module of `commands`, with `EXAMPLES`, `configure(parser)` and `main(options)`, imported if it is named."""
 
 DEFAULT = "run"
 
+EXAMPLES = """\
+  python bench.py --list
+  python bench.py --suite coor_descent
+  python bench.py --suite all --preset smoke
+  python bench.py --suite coor_descent --baseline reports/baselines/nvidia-h200.jsonl --check
+  python bench.py compare main my-branch --suite coor_descent
+  python bench.py run --help
+"""
 
 WRONG_PLACE = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS),
@@ -90,10 +84,20 @@ def _main(arguments: list[str]) -> int:
     # What follows `--` is passed on, and nothing of it is ours.
     split = arguments.index("--") if "--" in arguments else len(arguments)
     arguments, passed_on = arguments[:split], arguments[split + 1 :]
-    parser = _parser()
-    options = parser.parse_args(_with_command(arguments))
+    arguments = _with_command(arguments)
+    named = arguments[0]
+    parser = _parser(COMMANDS if named == "completion" else [name for name in COMMANDS if name == named])
+    options = parser.parse_args(arguments)
     options.pytest, options.parser = passed_on, parser
-    return COMMANDS[options.command].main(options)
+    main: Callable[[argparse.Namespace], int] = _command(options.command).main
+    return main(options)
+
+
+def _command(name: str) -> Any:
+    # PyTorch reads it as it is imported. Its allocator warns where memory is measured, through a progress bar.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    with ending_at_once():
+        return import_module(f"colt5_bench.commands.{name}")
 
 
 def _flush() -> None:
@@ -119,8 +123,12 @@ def _with_command(arguments: Sequence[str]) -> list[str]:
     if arguments and arguments[0] in ("-h", "--help", "--version"):
         return list(arguments)
     if arguments and not arguments[0].startswith("-"):
-        return [pick("command", arguments[0], COMMANDS), *arguments[1:]]
-    return [DEFAULT, *arguments]
+        named = [pick("command", arguments[0], COMMANDS), *arguments[1:]]
+    else:
+        named = [DEFAULT, *arguments]
+    if named[0] == DEFAULT and "--list" in named:
+        return ["list", *(word for word in named[1:] if word != "--list")]
+    return named
 
 
 class _Parser(argparse.ArgumentParser):
@@ -147,21 +155,24 @@ def _version() -> str:
         return "colt5-bench, which is not installed"
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(wanted: Iterable[str]) -> argparse.ArgumentParser:
+    """The parser of all commands, of which those that are wanted have their options."""
     parser = _Parser(
         description="Measure implementations of the operations of conditionally routed attention.",
-        epilog=f"examples, and what `{DEFAULT}` is short for:\n{run.EXAMPLES}",
+        epilog=f"examples:\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
+    for name, summary in COMMANDS.items():
         one = commands.add_parser(
             name,
-            help=command.SUMMARY,
-            description=f"{command.SUMMARY[0].upper()}{command.SUMMARY[1:]}.",
-            epilog=f"examples:\n{command.EXAMPLES}",
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.configure(one)
+        if name in wanted:
+            command = _command(name)
+            one.epilog = f"examples:\n{command.EXAMPLES}"
+            command.configure(one)
     return parser

@@ -5,11 +5,9 @@ Processes are forked from a server that has imported PyTorch and the like, and h
 
 import ctypes
 import gc
-import importlib.util
 import multiprocessing
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,14 +20,12 @@ from time import monotonic
 import torch
 
 from colt5_bench.case import Case
+from colt5_bench.loading import load_suite
 from colt5_bench.measure import BrokenContextError, Conditions, measure, unmeasured
+from colt5_bench.request import TIME_LIMIT
 from colt5_bench.results import Record
 from colt5_bench.suite import Suite
 from colt5_bench.texts import said
-
-TIME_LIMIT = 1800.0
-"""Seconds that measuring a case in a direction may take in a process of its own, unless the user says otherwise:
-`torch.compile` unrolls iterations for minutes, and the fp64 truth of the largest cases takes as long."""
 
 STARTING_SECONDS, ENDING_SECONDS = 300.0, 10.0
 """How long a process may take before it measures, and after it has answered."""
@@ -175,7 +171,7 @@ def _answer(answers: Connection, address: _Address, names: list[str], conditions
     _end_with_the_run(answers)
     torch.set_num_threads(address.threads)
     try:
-        suite = _load(address.file)
+        suite = load_suite(address.file)
         case = next(case for case in suite.cases(address.preset, conditions.device) if case.id == address.case)
         answers.send(None)
         attempt = _Attempt(measure(suite, case, address.direction, names, conditions, begin=answers.send))
@@ -184,16 +180,6 @@ def _answer(answers: Connection, address: _Address, names: list[str], conditions
     except BaseException as error:
         attempt = _Attempt([], f"its process failed: {said(error)}")
     answers.send(attempt)
-
-
-def _load(file: Path) -> Suite:
-    spec = importlib.util.spec_from_file_location("measured_suite", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.SUITE
 
 
 def _end_with_the_run(answers: Connection) -> None:

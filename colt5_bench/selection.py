@@ -1,8 +1,10 @@
-"""What the user asked for: suites by name, cases by expression or share, a device, and help with what was mistyped."""
+"""Selections by the user: suites by name, cases by expression or share, and help with what was mistyped.
+
+Nothing here imports PyTorch: help and lists are there at once.
+"""
 
 import ast
 import difflib
-import importlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -11,12 +13,12 @@ from math import inf, nan
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
-from colt5_bench.suite import Suite
 from colt5_bench.texts import said
 
 T = TypeVar("T")
+
+PRESETS = ("smoke", "default", "full")
+"""How much of a suite is measured."""
 
 
 class SelectionError(ValueError):
@@ -29,30 +31,25 @@ def suite_files(checkout: Path) -> dict[str, Path]:
     return {path.stem: path for path in paths if not path.name.startswith("_") and path.stem != "conftest"}
 
 
-def load_suites(checkout: Path) -> dict[str, Suite]:
-    """Every suite of the checkout. There is no registry: a suite is a file in suites/ with a `SUITE`.
-
-    A file that is broken costs no other suite; what is wrong with it is said on the error stream.
-    """
-    suites = {}
+def outlines(checkout: Path) -> dict[str, str]:
+    """The description of each suite of the checkout, by its name. Files are read, and not run."""
+    described = {}
     for name, file in suite_files(checkout).items():
         try:
-            suite = getattr(importlib.import_module(f"suites.{name}"), "SUITE", None)
-            if suite is not None:
-                suites[name] = _checked(suite, name)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
+            tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError) as error:
             print(f"{file.relative_to(checkout)} is left out: {said(error)}", file=sys.stderr)
-    return suites
+            continue
+        for statement in tree.body:
+            if isinstance(statement, ast.Assign) and "SUITE" in map(ast.unparse, statement.targets):
+                described[name] = _description(statement.value) or ast.get_docstring(tree) or ""
+    return described
 
 
-def _checked(suite: object, name: str) -> Suite:
-    if not isinstance(suite, Suite):
-        raise TypeError(f"SUITE is a {type(suite).__name__} and no Suite")
-    if suite.name != name:
-        raise ValueError(f"SUITE is called {suite.name!r}, and has to be called as its file")
-    return suite
+def _description(suite: ast.expr) -> str:
+    keywords = suite.keywords if isinstance(suite, ast.Call) else []
+    values = [each.value for each in keywords if each.arg == "description"]
+    return str(values[0].value) if values and isinstance(values[0], ast.Constant) else ""
 
 
 def pick(kind: str, name: str, allowed: Iterable[str]) -> str:
@@ -145,22 +142,3 @@ def parse_seconds(text: str) -> float:
     if not 0 < seconds < inf:
         raise SelectionError(f"there is no time limit of {text!r}; it is a number of seconds above 0, such as 600.")
     return seconds
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one.
-
-    Raises:
-        SelectionError: no such device is here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise SelectionError(f"there is no device {name!r}; there is auto, cpu, cuda and cuda:<index>.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SelectionError(f"device {name} was asked for and PyTorch sees {torch.cuda.device_count()} GPUs.")
-    return device

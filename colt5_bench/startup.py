@@ -1,14 +1,30 @@
 """What has to hold before anything is measured; each check raises a sentence that says what to do."""
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGES = ("reference", "kernels", "suites")
 """What is used from the checkout and never installed."""
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """While this lasts, Ctrl-C ends the process there and then: packages that are half imported cannot unwind."""
+    # An ignored one, as of `&`, stays so.
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if interruptible:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class StartupError(Exception):

@@ -17,9 +17,6 @@ from colt5_bench.sass import Usage, instructions, usage
 
 WARP_SIZE = 32
 
-TARGETS = (80, 86, 89, 90, 100, 120)
-"""GPUs that kernels may be compiled for, by compute capability times ten: Ampere, Ada, Hopper and Blackwell."""
-
 ALLOCATING = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")]
 """Functions that return memory as it was."""
 

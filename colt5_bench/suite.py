@@ -14,8 +14,6 @@ from colt5_bench.case import DIRECTIONS, Case, Cost, Problem, Truth
 C = TypeVar("C", bound=Case)
 """The suite's own kind of case."""
 
-PRESETS = ("smoke", "default", "full")
-
 
 def _as_it_is(case: Case, tensor: str, expected: Tensor, tolerance: Tolerance) -> Tolerance:
     """The bound of an implementation that states none of its own."""

@@ -1,4 +1,4 @@
-"""The subcommands of the command line, a module each: `SUMMARY`, `EXAMPLES`, `configure(parser)` and `main(options)`.
+"""The subcommands of the command line, a module each: `EXAMPLES`, `configure(parser)` and `main(options)`.
 
 `main` returns an exit status. What the user got wrong it raises, as a `SelectionError` or a `StartupError`.
 """

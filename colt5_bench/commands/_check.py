@@ -18,7 +18,7 @@ from colt5_bench.compare.output import append_summary, show
 from colt5_bench.report.layout import View
 from colt5_bench.report.page import PAGE, write_page
 from colt5_bench.results import Run, load
-from colt5_bench.selection import SelectionError
+from colt5_bench.selection import WHOLE, SelectionError, Shard
 from colt5_bench.suite import Suite
 
 MOST_REPETITIONS = 2
@@ -47,7 +47,7 @@ class Check:
     @classmethod
     def of(cls, options: argparse.Namespace, suites: Mapping[str, Suite], device: torch.device) -> "Check | None":
         """None without a baseline. One that has nothing of what will be measured is refused."""
-        if options.check and options.shard:
+        if options.check and Shard.parse(options.shard) != WHOLE:
             raise SelectionError("--check compares whole runs: `merge` the shards, then `compare` what they are.")
         if not options.baseline:
             if options.check:

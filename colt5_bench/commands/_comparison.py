@@ -20,15 +20,6 @@ beyond its threshold, on a machine that is too noisy or with too few runs
 """
 
 
-def add_scope(parser: argparse.ArgumentParser) -> None:
-    """What is compared: suites, implementations, cases."""
-    parser.add_argument("--suite", action="append", default=[], metavar="NAME", help="only this; may be repeated")
-    parser.add_argument("--impl", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
-    parser.add_argument(
-        "-k", dest="cases", default="", metavar="EXPR", help="only cases with this in their id; and, or, not, ( )"
-    )
-
-
 def add_thresholds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--thresholds",

@@ -9,13 +9,14 @@ from colt5_bench.commands._comparison import Comparer, expression, in_scope
 from colt5_bench.compare import Comparison
 from colt5_bench.compare.revisions import MOST_TURNS, TURNS, Alternating
 from colt5_bench.parts import read
+from colt5_bench.request import declare
 from colt5_bench.samples import runs_that_confirm
 from colt5_bench.selection import SelectionError, pick
-from colt5_bench.suite import PRESETS, Suite
+from colt5_bench.suite import Suite
 
 
 def add_measuring(parser: argparse._ArgumentGroup) -> None:
-    parser.add_argument("--preset", choices=PRESETS, default="default", help="how much (default: %(default)s)")
+    declare(parser.add_argument, ("preset",))
     parser.add_argument(
         "--rounds",
         type=int,
@@ -62,7 +63,7 @@ def compare_in_turns(
     """Measure two revisions in turns and compare them.
 
     Args:
-        options: those of `add_scope` and `add_measuring`, and `device`.
+        options: those of `SELECTING` and `add_measuring`, and `device`.
         checkout: of the repository.
         comparer: compares what was measured.
         revisions: the commit before and the one after.

@@ -10,7 +10,8 @@ import torch
 from colt5_bench import nsight, profiling
 from colt5_bench.commands import DONE, FAILURE
 from colt5_bench.profiling import Outcome, Point
-from colt5_bench.selection import SelectionError
+from colt5_bench.request import Request
+from colt5_bench.selection import WHOLE, SelectionError
 from colt5_bench.suite import Suite
 
 
@@ -21,38 +22,42 @@ def add_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(options: argparse.Namespace, suites: list[Suite], device: torch.device, checkout: Path) -> int:
+def main(
+    options: argparse.Namespace, request: Request, suites: list[Suite], device: torch.device, checkout: Path
+) -> int:
     """Profile what was selected; no time is recorded."""
     mode = options.profile
     if options.pytest:
         raise SelectionError("what follows -- is for pytest, which --profile does not start: leave it out.")
-    of_records = {name: getattr(options, name) for name in ("resume", "isolate", "time_limit", "shard")}
-    if given := [f"--{name.replace('_', '-')}" for name, value in of_records.items() if value]:
+    of_records = {
+        "--resume": request.resume,
+        "--isolate": request.isolate,
+        "--time-limit": request.time_limit is not None,
+        "--shard": request.shard != WHOLE,
+    }
+    if given := [option for option, is_given in of_records.items() if is_given]:
         raise SelectionError(f"--profile records nothing that {' and '.join(given)} could be for: leave it out.")
     if why := profiling.missing(mode, device):
         raise SelectionError(why)
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    directory = options.out or checkout / "reports" / f"{started}-profile-{mode}"
-    points = profiling.points(suites, options.preset, device, implementations=options.impl, cases=options.cases)
+    directory = request.out or checkout / "reports" / f"{started}-profile-{mode}"
+    points = profiling.points(
+        suites, request.preset, device, implementations=request.implementations, cases=request.cases
+    )
     if mode in profiling.TOOLS:
-        return _under_a_tool(options, points, directory)
+        return _under_a_tool(mode, options.suite, request, points, directory)
     by_name = {suite.name: suite for suite in suites}
-    outcome = profiling.profile(mode, points, by_name, options.preset, device, directory)
+    outcome = profiling.profile(mode, points, by_name, request.preset, device, directory)
     _print(outcome, points, mode)
     return FAILURE if outcome.failed else DONE
 
 
-def _under_a_tool(options: argparse.Namespace, points: list[Point], directory: Path) -> int:
-    selection = [
-        *(f"--suite={name}" for name in options.suite),
-        *(f"--impl={name}" for name in options.impl),
-        *("--preset", options.preset, "--device", options.device, "-k", options.cases),
-    ]
-    start = {"ncu": nsight.ncu, "nsys": nsight.nsys}[options.profile]
+def _under_a_tool(mode: str, suites: list[str], request: Request, points: list[Point], directory: Path) -> int:
+    start = {"ncu": nsight.ncu, "nsys": nsight.nsys}[mode]
     try:
-        seen = start(selection, points, directory)
+        seen = start([*(f"--suite={name}" for name in suites), *request.arguments()], points, directory)
     except nsight.NsightError as error:
-        print(f"--profile {options.profile}: {error}", file=sys.stderr)
+        print(f"--profile {mode}: {error}", file=sys.stderr)
         return FAILURE
     for file in seen.files:
         print(f"profile: {file}")

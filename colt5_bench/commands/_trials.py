@@ -14,17 +14,19 @@ import torch
 
 from colt5_bench.case import FORWARD
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNDECIDED, UNMEASURED
-from colt5_bench.commands._comparison import Comparer, add_scope, add_thresholds
+from colt5_bench.commands._comparison import Comparer, add_thresholds
 from colt5_bench.commands._in_turns import add_measuring, check_measuring, compare_in_turns, place
 from colt5_bench.compare import Comparison, Finding, Rules, load_rules
 from colt5_bench.compare.findings import Verdict
 from colt5_bench.compare.output import as_json
 from colt5_bench.compare.revisions import MeasuringError, revision, with_appended
 from colt5_bench.compare.simulation import FEWEST_FOUND, MOST_FALSE_ALARMS
+from colt5_bench.loading import choose_device
 from colt5_bench.report.page import OURS
+from colt5_bench.request import SELECTING, declare
 from colt5_bench.results import Record
 from colt5_bench.rounds import CPU_COLUMNS, GPU_COLUMNS
-from colt5_bench.selection import SelectionError, choose_device
+from colt5_bench.selection import SelectionError
 from colt5_bench.suite import Suite
 
 Outcome = Literal["false alarm", "undecided", "quiet", "found", "missed"]
@@ -53,7 +55,7 @@ def configure(parser: argparse.ArgumentParser, kinds: argparse._MutuallyExclusiv
         help=f"compare with a copy in which each call of {OURS} takes longer by so much, 0.1 for 10 %%: how often that "
         "is found. Host or GPU spin as long",
     )
-    add_scope(parser)
+    declare(parser.add_argument, SELECTING)
     add_measuring(group)
     add_thresholds(parser)
 

@@ -11,12 +11,12 @@ from colt5_bench.commands import DONE
 from colt5_bench.commands._comparison import Comparer, add_options
 from colt5_bench.compare.baselines import read_baseline
 from colt5_bench.compare.output import show
+from colt5_bench.loading import load_suites
 from colt5_bench.parts import read
 from colt5_bench.results import Run, write
-from colt5_bench.selection import SelectionError, load_suites
+from colt5_bench.selection import SelectionError
 from colt5_bench.startup import check, find_checkout
 
-SUMMARY = "make a run what later ones are compared with, and say what that changes"
 EXAMPLES = """\
   python bench.py baseline reports/nvidia-h200 reports/baselines/nvidia-h200.jsonl
 

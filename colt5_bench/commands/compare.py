@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from colt5_bench.commands import UNMEASURED
-from colt5_bench.commands._comparison import STATUSES, Comparer, add_options, add_scope, in_scope, status_of
+from colt5_bench.commands._comparison import STATUSES, Comparer, add_options, in_scope, status_of
 from colt5_bench.commands._in_turns import add_measuring, check_measuring, compare_in_turns, place
 from colt5_bench.compare import Comparison, read_baseline
 from colt5_bench.compare.output import FORMATS, append_summary, write
 from colt5_bench.compare.revisions import MeasuringError, revision
+from colt5_bench.loading import load_suites
 from colt5_bench.parts import read
-from colt5_bench.selection import SelectionError, load_suites
+from colt5_bench.request import SELECTING, declare
+from colt5_bench.selection import SelectionError
 from colt5_bench.startup import check, find_checkout
 from colt5_bench.suite import Suite
 
-SUMMARY = "say what became better or worse: between two saved runs, or two revisions that are measured in turns"
 EXAMPLES = f"""\
   python bench.py compare reports/baselines/nvidia-h200.jsonl reports/after
   python bench.py compare reports/before reports/after --suite coor_descent -k n=4096 --format markdown
@@ -28,14 +29,12 @@ EXAMPLES = f"""\
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("baseline", metavar="A", help="what was: a results file, a directory with any, or a revision")
     parser.add_argument("run", metavar="B", help="what is: likewise")
-    add_scope(parser)
+    declare(parser.add_argument, SELECTING)
     parser.add_argument("--format", choices=FORMATS, default="text", help="of the output (default: %(default)s)")
     add_options(parser)
     measuring = parser.add_argument_group("of revisions, which are measured")
     add_measuring(measuring)
-    measuring.add_argument(
-        "--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:<index>"
-    )
+    declare(measuring.add_argument, ("device",))
 
 
 def main(options: argparse.Namespace) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 from colt5_bench.commands import DONE
 from colt5_bench.selection import SelectionError
 
-SUMMARY = "print a script that completes the command line of `colt5-bench` in a shell"
 EXAMPLES = """\
   eval "$(colt5-bench completion bash)"
   colt5-bench completion zsh > ~/.zfunc/_colt5-bench

@@ -5,9 +5,9 @@ import json
 
 from colt5_bench import environment
 from colt5_bench.commands import DONE
-from colt5_bench.selection import choose_device
+from colt5_bench.loading import choose_device
+from colt5_bench.request import declare
 
-SUMMARY = "show what a run here would be measured under, for a report of a problem"
 EXAMPLES = """\
   python bench.py env
   python bench.py env --json
@@ -15,7 +15,7 @@ EXAMPLES = """\
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:<index>")
+    declare(parser.add_argument, ("device",))
     parser.add_argument("--json", action="store_true", help="as results files hold it")
 
 

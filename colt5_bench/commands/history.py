@@ -11,10 +11,10 @@ from colt5_bench.commands.report import load_views, write_all_plots
 from colt5_bench.parts import read
 from colt5_bench.report.layout import RUN
 from colt5_bench.report.page import write_page
+from colt5_bench.request import SELECTING, declare
 from colt5_bench.results import Record, Run
 from colt5_bench.selection import SelectionError, case_filter, pick
 
-SUMMARY = "plot chosen cases over saved runs and revisions, oldest first"
 EXAMPLES = """\
   python bench.py history
   python bench.py history reports/baselines reports/after --suite coor_descent --impl ours -k n=4096
@@ -33,11 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="results files, or directories with any (default: all of %(default)s)",
     )
-    parser.add_argument("--suite", action="append", default=[], metavar="NAME", help="only this; may be repeated")
-    parser.add_argument("--impl", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
-    parser.add_argument(
-        "-k", dest="cases", default="", metavar="EXPR", help="only cases with this in their id; and, or, not, ( )"
-    )
+    declare(parser.add_argument, SELECTING)
     parser.add_argument(
         "--out",
         type=Path,

@@ -6,7 +6,6 @@ from pathlib import Path
 from colt5_bench import parts
 from colt5_bench.commands import DONE
 
-SUMMARY = "join the results of `run --shard` into one file, if they belong together and none is missing"
 EXAMPLES = """\
   python bench.py merge reports/layers-1 reports/layers-2 --out reports/layers.jsonl
 

@@ -1,13 +1,13 @@
-"""`python bench.py run`, which is what `python bench.py --suite ...` means: measure suites.
-
-Each suite is a file of tests, run through pytest with the plugin.
-"""
+"""`python bench.py run`, which is what `python bench.py --suite ...` means: measure suites."""
 
 import argparse
 import os
 import shlex
 import sys
-from contextlib import suppress
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import count
@@ -19,31 +19,22 @@ from rich.console import Console
 
 from colt5_bench import busy, plugin
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED, USAGE, _check, _profile, attempt
-from colt5_bench.commands import list as list_command
 from colt5_bench.environment import cores
-from colt5_bench.isolation import TIME_LIMIT
+from colt5_bench.files import trouble
+from colt5_bench.loading import choose_device, load_suites, pick_suites
 from colt5_bench.parts import missing
 from colt5_bench.progress import Watcher
 from colt5_bench.report.layout import View
 from colt5_bench.report.page import PAGE, write_page
 from colt5_bench.report.plots import write_plots
 from colt5_bench.report.table import endings, summary
+from colt5_bench.request import MEASURING, Request, declare
 from colt5_bench.results import FAILED, Run, load
-from colt5_bench.selection import (
-    SelectionError,
-    Shard,
-    case_filter,
-    choose_device,
-    load_suites,
-    parse_seconds,
-    pick,
-    suite_files,
-)
+from colt5_bench.selection import WHOLE, SelectionError, case_filter, pick, suite_files
+from colt5_bench.session import Session
 from colt5_bench.startup import check, find_checkout
-from colt5_bench.static_facts import TARGETS
-from colt5_bench.suite import PRESETS, Suite
+from colt5_bench.suite import Suite
 
-SUMMARY = "measure suites; what is meant where no command is named"
 EXAMPLES = """\
   python bench.py --list
   python bench.py --suite coor_descent
@@ -67,52 +58,13 @@ certain, but a time may be: it is too noisy to tell; 130 interrupted, with every
 """
 
 
+Measure = Callable[[Request, Suite], int]
+"""Measures a suite with the results in the directory of the request: an exit status."""
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--suite", action="append", default=[], metavar="NAME", help="this, or all; may be repeated")
     parser.add_argument("--list", action="store_true", help="the same as the command `list`")
-    parser.add_argument("--preset", choices=PRESETS, default="default", help="how much of it (default: %(default)s)")
-    parser.add_argument("--impl", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
-    parser.add_argument(
-        "-k", dest="cases", default="", metavar="EXPR", help="only cases with this in their id; and, or, not, ( )"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:<index>; default auto"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="where results go (default: reports/<utc-timestamp>-<suite>, or without the suite for several)",
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="complete the run in --out, begun with the same options; what ended with an error is measured again",
-    )
-    parser.add_argument(
-        "--shard", metavar="I/N", help="only this one of N shares of the cases; `merge` joins the results of all"
-    )
-    parser.add_argument(
-        "--isolate",
-        action="store_true",
-        help="measure each case in a process of its own, so that the run survives whatever one does; where a CUDA "
-        "context breaks, the run goes on like this by itself",
-    )
-    parser.add_argument(
-        "--time-limit",
-        metavar="SECONDS",
-        help=f"end the process of a case after this, and record an error (default: {TIME_LIMIT:g}); implies --isolate",
-    )
-    parser.add_argument(
-        "--compile-for",
-        action="append",
-        default=[],
-        type=int,
-        choices=TARGETS,
-        metavar="SM",
-        help=f"without a GPU, record what the compiler makes of kernels for it: {', '.join(map(str, TARGETS))}; may be "
-        "repeated",
-    )
+    declare(parser.add_argument, ("suite", *MEASURING))
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("-q", "--quiet", action="store_true", help="no progress and no table, just how it ended")
     shown.add_argument("-v", "--verbose", action="store_true", help="a line for each record as it is taken")
@@ -121,65 +73,64 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    if options.list:
-        return list_command.main(options)
     checkout = find_checkout(Path.cwd().resolve())
     check(checkout)
     suites = load_suites(checkout)
-    device = choose_device(options.device)
-    _validate(options, suites, device)
+    request = Request.of(options)
+    device = choose_device(request.device)
+    _validate(options, request, suites, device)
+    chosen = {name: suites[name] for name in options.suite}
     if options.profile:
-        return _profile.main(options, [suites[name] for name in options.suite], device, checkout)
+        return _profile.main(options, request, list(chosen.values()), device, checkout)
     check_against = _check.Check.of(options, suites, device)
-    return _run(options, {name: suites[name] for name in options.suite}, checkout, check_against)
+    measure = partial(_run_suite, options, suite_files(checkout))
+    return _run(options, request, chosen, checkout, check_against, measure)
 
 
-def _validate(options: argparse.Namespace, suites: dict[str, Suite], device: torch.device) -> None:
+def _validate(options: argparse.Namespace, request: Request, suites: dict[str, Suite], device: torch.device) -> None:
     if not options.suite:
         raise SelectionError(f"say which suite with --suite; there is {', '.join(suites)}, and all.")
-    if options.resume and options.out is None:
-        raise SelectionError("--resume completes the run in --out DIR: say which.")
-    if options.shard:
-        Shard.parse(options.shard)
-    if options.time_limit:
-        parse_seconds(options.time_limit)
-    options.suite = list(suites if "all" in options.suite else dict.fromkeys(options.suite))
-    wanted = case_filter(options.cases)
+    options.suite = pick_suites(options.suite, suites)
+    wanted = case_filter(request.cases)
     for name in options.suite:
-        suite = suites[pick("suite", name, suites)]
-        for implementation in options.impl:
+        suite = suites[name]
+        for implementation in request.implementations:
             pick(f"implementation in suite {name}", implementation, suite.implementations)
-        if not any(wanted(case.id) for case in suite.cases(options.preset, device)):
-            raise SelectionError(f"no case of suite {name}, preset {options.preset}, satisfies {options.cases!r}.")
+        if not any(wanted(case.id) for case in suite.cases(request.preset, device)):
+            raise SelectionError(f"no case of suite {name}, preset {request.preset}, satisfies {request.cases!r}.")
 
 
 def _run(
-    options: argparse.Namespace, suites: dict[str, Suite], checkout: Path, check_against: _check.Check | None
+    options: argparse.Namespace,
+    request: Request,
+    suites: Mapping[str, Suite],
+    checkout: Path,
+    check_against: _check.Check | None,
+    measure: Measure,
 ) -> int:
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    name = started if len(suites) > 1 else f"{started}-{options.suite[0]}"
-    # What is measured may change the current directory.
-    out = options.out.absolute() if options.out else _new_directory(checkout / "reports", name)
+    name = started if len(suites) > 1 else f"{started}-{next(iter(suites))}"
+    out = request.out or _new_directory(checkout / "reports", name)
     directories = {name: out / name if len(suites) > 1 else out for name in suites}
     status = DONE
     for name, suite in suites.items():
-        status = max(status, _run_suite(options, suite, checkout, directories[name]))
+        status = max(status, measure(replace(request, out=directories[name]), suite))
         if status in (USAGE, INTERRUPTED):
             break
     if status == INTERRUPTED:
-        print(f"interrupted; this completes it: {_again(options, options.out or out)}", file=sys.stderr)
+        again = _again(request, list(suites), options.out or out, options.pytest)
+        print(f"interrupted; this completes it: {again}", file=sys.stderr)
     if check_against is None or status in (USAGE, INTERRUPTED):
         return status
 
     def more(suite: Suite, cases: str, directory: Path) -> int:
-        own = {"cases": cases, "resume": False, "shard": None}
-        return _run_suite(argparse.Namespace(**{**vars(options), **own}), suite, checkout, directory)
+        return measure(replace(request, cases=cases, out=directory, resume=False, shard=WHOLE), suite)
 
     return check_against.conclude(status, directories, suites, more)
 
 
 def _new_directory(parent: Path, name: str) -> Path:
-    """One that no other run has, be it begun in the same second."""
+    """A directory that no other run has, be it begun in the same second."""
     parent.mkdir(parents=True, exist_ok=True)
     for number in count(1):
         with suppress(FileExistsError):
@@ -188,47 +139,84 @@ def _new_directory(parent: Path, name: str) -> Path:
     return directory
 
 
-def _run_suite(options: argparse.Namespace, suite: Suite, checkout: Path, directory: Path) -> int:
+def _run_suite(options: argparse.Namespace, files: Mapping[str, Path], request: Request, suite: Suite) -> int:
+    """Measure a suite, show it, and return the exit status."""
+    assert request.out is not None
     # Before anything is measured that could not be kept.
-    directory.mkdir(parents=True, exist_ok=True)
+    request.out.mkdir(parents=True, exist_ok=True)
+    on_cpu = suite.timed and choose_device(request.device).type == "cpu"
+    crowded = busy.warning(torch.get_num_threads(), cores(), busy.busy_cores()) if on_cpu else ""
+    if options.pytest:
+        status = _through_pytest(request, files[suite.name], options.pytest)
+    else:
+        status = _measure(options, request, suite, files[suite.name])
+    results = request.out / f"{suite.name}.jsonl"
+    if status == USAGE:
+        return status
+    if not results.exists():
+        return max(status, UNMEASURED)
+    run = load(results)
+    _show(run, suite, crowded, quiet=options.quiet)
+    if status == INTERRUPTED:
+        return status
+    if missing(run):
+        print(f"{suite.name}: not all records that were expected are there", file=sys.stderr)
+        return UNMEASURED
+    return max(status, FAILURE if any(record.status in FAILED for record in run.records) else DONE)
+
+
+def _measure(options: argparse.Namespace, request: Request, suite: Suite, file: Path) -> int:
+    """Measure group after group; a failure of the harness costs the group that it came from."""
+    session, failed = Session(request), False
+    points = list(session.points(suite, file))
+    try:
+        session.begin(points, [suite.name])
+        with (
+            Watcher(suite.name, len(points), quiet=options.quiet, verbose=options.verbose) as watcher,
+            # The standard output is for the table.
+            redirect_stdout(sys.stderr),
+        ):
+            for group in session.groups():
+                watcher.begin(group)
+                try:
+                    for record in session.measure(group):
+                        watcher.done(record)
+                except OSError as error:
+                    # Whatever is measured from here on would be lost, too.
+                    print(trouble(error), file=sys.stderr)
+                    return UNMEASURED
+                except Exception:
+                    failed = True
+                    print(f"{' '.join(group)}:\n{traceback.format_exc()}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    finally:
+        session.close()
+    return UNMEASURED if failed else DONE
+
+
+def _through_pytest(request: Request, file: Path, arguments: list[str]) -> int:
+    """Measure as `pytest FILE` does, with further arguments for pytest."""
     # Options for the user's own tests could leave out what is to be measured.
     os.environ.pop("PYTEST_ADDOPTS", None)
-    on_cpu = suite.timed and choose_device(options.device).type == "cpu"
-    crowded = busy.warning(torch.get_num_threads(), cores(), busy.busy_cores()) if on_cpu else ""
-    with Watcher(suite.name, quiet=options.quiet, verbose=options.verbose) as watcher:
-        code = pytest.main(
-            [
-                str(suite_files(checkout)[suite.name]),
-                # The project's settings of pytest are those of its tests.
-                *("-c", os.devnull, "--rootdir", str(checkout), "-p", "no:cacheprovider"),
-                *("--preset", options.preset, "--device", options.device, "--cases", options.cases),
-                *("--out", str(directory)),
-                *(f"--impl={name}" for name in options.impl),
-                *_how(options),
-                *(["--resume"] if options.resume else []),
-                *options.pytest,
-            ],
-            plugins=[plugin, watcher],
-        )
-    for failure in watcher.failures:
-        print(failure, file=sys.stderr)
-    if code == pytest.ExitCode.USAGE_ERROR:
-        return USAGE
-
-    failed = code == pytest.ExitCode.TESTS_FAILED
-    results, complete = directory / f"{suite.name}.jsonl", False
-    if results.exists():
-        run = load(results)
-        failed |= any(record.status in FAILED for record in run.records)
-        complete = not missing(run)
-        _show(run, suite, crowded, quiet=options.quiet)
-    if code == pytest.ExitCode.INTERRUPTED and not watcher.failures:
-        return INTERRUPTED
-    if not complete:
-        print(f"{suite.name}: not all records that were expected are there", file=sys.stderr)
-    if not complete or watcher.failures or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        return UNMEASURED
-    return FAILURE if failed else DONE
+    code = pytest.main(
+        [
+            str(file),
+            # The project's settings of pytest are those of its tests.
+            *("-c", os.devnull, "--rootdir", str(file.parents[1]), "-p", "no:cacheprovider"),
+            *request.arguments(),
+            *("--out", str(request.out), *(["--resume"] if request.resume else [])),
+            *arguments,
+        ],
+        plugins=[plugin],
+    )
+    statuses = {
+        pytest.ExitCode.OK: DONE,
+        pytest.ExitCode.TESTS_FAILED: FAILURE,
+        pytest.ExitCode.INTERRUPTED: INTERRUPTED,
+        pytest.ExitCode.USAGE_ERROR: USAGE,
+    }
+    return statuses.get(pytest.ExitCode(code), UNMEASURED)
 
 
 def _show(run: Run, suite: Suite, crowded: str, *, quiet: bool) -> None:
@@ -248,23 +236,9 @@ def _show(run: Run, suite: Suite, crowded: str, *, quiet: bool) -> None:
         console.print(f"report: {page}", soft_wrap=True, highlight=False)
 
 
-def _how(options: argparse.Namespace) -> list[str]:
-    """The options of a run that say how it is measured, as they were given."""
-    return [
-        *(["--shard", options.shard] if options.shard else []),
-        *(["--isolate"] if options.isolate else []),
-        *(["--time-limit", options.time_limit] if options.time_limit else []),
-        *(f"--compile-for={target}" for target in options.compile_for),
-    ]
-
-
-def _again(options: argparse.Namespace, out: Path) -> str:
+def _again(request: Request, suites: list[str], out: Path, for_pytest: list[str]) -> str:
     """The command that completes a run."""
-    words = ["python", "bench.py"]
-    words += [word for name in options.suite for word in ("--suite", name)]
-    words += ["--preset", options.preset, "--device", options.device]
-    words += [word for name in options.impl for word in ("--impl", name)]
-    words += ["-k", options.cases] if options.cases else []
-    words += [*_how(options), "--out", str(out), "--resume"]
-    words += ["--", *options.pytest] if options.pytest else []
+    words = ["python", "bench.py", *(word for name in suites for word in ("--suite", name))]
+    words += [*request.arguments(), "--out", str(out), "--resume"]
+    words += ["--", *for_pytest] if for_pytest else []
     return shlex.join(words)

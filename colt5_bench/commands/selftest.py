@@ -12,11 +12,12 @@ from rich.table import Table
 from colt5_bench import selftest
 from colt5_bench.commands import DONE, FAILURE, _trials
 from colt5_bench.compare import simulation
-from colt5_bench.selection import SelectionError, choose_device, load_suites
+from colt5_bench.loading import choose_device, load_suites
+from colt5_bench.request import declare
+from colt5_bench.selection import SelectionError
 from colt5_bench.selftest import Check, Report
 from colt5_bench.startup import check, find_checkout
 
-SUMMARY = "check that times are right on this machine: known durations, equal calls, a planted slowdown, a copy"
 EXAMPLES = """\
   python bench.py selftest
   python bench.py selftest --device cpu --json
@@ -33,7 +34,7 @@ STYLES = {"passed": "green", "failed": "red", "unclear": "yellow", "skipped": "d
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:<index>")
+    declare(parser.add_argument, ("device",))
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument(
         "--statistics",

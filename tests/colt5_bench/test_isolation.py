@@ -14,6 +14,7 @@ import torch
 from colt5_bench import isolation
 from colt5_bench.case import FORWARD
 from colt5_bench.isolation import Measurer, Point
+from colt5_bench.loading import load_suite
 from colt5_bench.measure import BrokenContextError, Conditions, measure
 from colt5_bench.results import load
 from tests.colt5_bench import toy
@@ -36,7 +37,7 @@ def point(tmp_path, monkeypatch):
     def point(source):
         file = tmp_path / "suite_of_this_test.py"
         file.write_text(f"from tests.colt5_bench import toy\nSUITE = {source}\n")
-        return Point(isolation._load(file), CASE, FORWARD, file, "default")
+        return Point(load_suite(file), CASE, FORWARD, file, "default")
 
     return point
 

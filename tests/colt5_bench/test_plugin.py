@@ -121,7 +121,7 @@ def test_what_is_expected_and_not_recorded_fails_the_run(run, pytester):
         ("--cases=n=8 and and", "*cannot read the case expression*"),
         ("--shard=0/2", "*there is no shard '0/2'; the shards of four are 1/4, *"),
         ("--time-limit=0", "*there is no time limit of '0'; it is a number of seconds above 0*"),
-        ("--resume", "*--resume needs --out*"),
+        ("--resume", "*--resume completes the run in --out DIR: say which.*"),
     ],
 )
 def test_a_wrong_option_is_a_usage_error(run, option, message):

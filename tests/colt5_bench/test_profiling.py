@@ -11,8 +11,9 @@ from triton import profiler as proton
 from colt5_bench import cli, commands, measure, nsight, profiling
 from colt5_bench.case import DIRECTIONS, FORWARD, FORWARD_BACKWARD
 from colt5_bench.commands import run as run_command
-from colt5_bench.plugin import Options, Run
 from colt5_bench.profiling import Point
+from colt5_bench.request import Request
+from colt5_bench.session import Session
 from tests.colt5_bench import toy
 
 ROOT = Path(__file__).parents[2]
@@ -46,11 +47,10 @@ def ranges(monkeypatch):
 class TestPoints:
     def test_are_those_that_a_run_would_measure(self):
         suite = toy.suite(toy.good, toy.wrong)
-        run = Run(Options(CPU, implementations=("good",), cases="n=16"))
+        session = Session(Request("cpu", implementations=("good",), cases="n=16"))
         points = profiling.points([suite], "default", CPU, implementations=["good"], cases="n=16")
-        assert [(point.case, point.direction, point.implementation) for point in points] == list(
-            run.points(suite, Path("toy.py"))
-        )
+        expected = [(*group, name) for group, name in session.points(suite, Path("toy.py"))]
+        assert list(map(tuple, points)) == expected
         assert len(points) == len(DIRECTIONS)
 
     def test_no_label_is_part_of_another(self):
@@ -258,7 +258,7 @@ class TestCommand:
         got, said, _ = bench("--profile", "ncu", "--impl", "good", "-k", "n=8")
         assert got == status
         assert "ncu.csv" in said.out
-        expected = ["--suite=toy", "--impl=good", "--preset", "smoke", "--device", "cpu", "-k", "n=8"]
+        expected = ["--suite=toy", "--preset", "smoke", "--device", "cpu", "--impl=good", "--cases", "n=8"]
         assert given["selection"] == expected
         assert [point.implementation for point in given["wanted"]] == ["good"] * 2
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from colt5_bench.case import DIRECTIONS, FORWARD, FORWARD_BACKWARD
+from colt5_bench.loading import load_suites
 from colt5_bench.measure import Conditions, measure
 from colt5_bench.roofline import measure_ceilings
-from colt5_bench.selection import load_suites
-from colt5_bench.suite import PRESETS
+from colt5_bench.selection import PRESETS
 
 ROOT = Path(__file__).parents[2]
 SUITES = load_suites(ROOT)

@@ -1,0 +1,152 @@
+"""Options of a run, each declared once: for the command line and for pytest."""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from colt5_bench.selection import PRESETS, WHOLE, SelectionError, Shard, parse_seconds
+
+TARGETS = (80, 86, 89, 90, 100, 120)
+"""GPUs that kernels can be compiled for, by compute capability times ten: Ampere, Ada, Hopper and Blackwell."""
+
+TIME_LIMIT = 1800.0
+"""Seconds that measuring a case in a direction may take in a process of its own, unless the user says otherwise:
+`torch.compile` unrolls iterations for minutes, and the fp64 truth of the largest cases takes as long."""
+
+
+def _option(*flags: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return flags, settings
+
+
+_OPTIONS = {
+    "suite": _option(
+        "--suite",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only this; may be repeated; all is every suite",
+    ),
+    "preset": _option("--preset", choices=PRESETS, default="default", help="how much (default: %(default)s)"),
+    "impl": _option("--impl", action="append", default=[], metavar="NAME", help="only this one; may be repeated"),
+    "cases": _option(
+        "-k", "--cases", default="", metavar="EXPR", help="only cases with this in their id; and, or, not, ( )"
+    ),
+    "device": _option(
+        "--device",
+        default="auto",
+        help="auto (a GPU where there is one), cpu, cuda or cuda:<index>",
+    ),
+    "out": _option("--out", type=Path, metavar="DIR", help="where results go"),
+    "resume": _option(
+        "--resume",
+        action="store_true",
+        help="complete the run in --out, begun with the same options; what ended with an error is measured again",
+    ),
+    "shard": _option(
+        "--shard",
+        default=str(WHOLE),
+        metavar="I/N",
+        help="only this one of N shares of the cases; `merge` joins the results of all",
+    ),
+    "isolate": _option(
+        "--isolate",
+        action="store_true",
+        help="measure each case in a process of its own, so that the run survives whatever one does; where a CUDA "
+        "context breaks, the run goes on like this by itself",
+    ),
+    "time_limit": _option(
+        "--time-limit",
+        metavar="SECONDS",
+        help=f"end the process of a case after this, and record an error (default: {TIME_LIMIT:g}); implies --isolate",
+    ),
+    "compile_for": _option(
+        "--compile-for",
+        action="append",
+        default=[],
+        type=int,
+        choices=TARGETS,
+        metavar="SM",
+        help=f"without a GPU, record what the compiler makes of kernels for it: {', '.join(map(str, TARGETS))}; may be "
+        "repeated",
+    ),
+}
+
+SELECTING = ("suite", "impl", "cases")
+"""Options that select from results."""
+
+MEASURING = ("preset", "impl", "cases", "device", "out", "resume", "shard", "isolate", "time_limit", "compile_for")
+"""Options of a run, but for the suites."""
+
+
+def declare(add: Callable[..., object], names: Iterable[str]) -> None:
+    """Declare options by their names with `add`, as `argparse.ArgumentParser.add_argument` does."""
+    for name in names:
+        flags, settings = _OPTIONS[name]
+        add(*flags, **settings)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run is asked for; the help of each option explains it."""
+
+    device: str = "auto"
+    preset: str = "default"
+    implementations: tuple[str, ...] = ()
+    cases: str = ""
+    shard: Shard = WHOLE
+    out: Path | None = None
+    resume: bool = False
+    isolate: bool = False
+    time_limit: float | None = None
+    targets: tuple[int, ...] = ()
+    """GPUs that kernels are compiled for where there is none."""
+
+    def __post_init__(self) -> None:
+        if self.resume and self.out is None:
+            raise SelectionError("--resume completes the run in --out DIR: say which.")
+
+    @classmethod
+    def of(cls, options: Namespace) -> "Request":
+        """The request of parsed options.
+
+        Raises:
+            SelectionError: an option has a value that is not allowed.
+        """
+        return cls(
+            device=options.device,
+            preset=options.preset,
+            implementations=tuple(options.impl),
+            cases=options.cases,
+            shard=Shard.parse(options.shard),
+            # Measured code may change the current directory.
+            out=None if options.out is None else options.out.absolute(),
+            resume=options.resume,
+            isolate=options.isolate,
+            time_limit=None if options.time_limit is None else parse_seconds(options.time_limit),
+            targets=tuple(options.compile_for),
+        )
+
+    def arguments(self) -> list[str]:
+        """The options that make this request again, but for `--out` and `--resume`."""
+        return [
+            *("--preset", self.preset, "--device", self.device),
+            *(f"--impl={name}" for name in self.implementations),
+            *(["--cases", self.cases] if self.cases else []),
+            *(["--shard", str(self.shard)] if self.shard != WHOLE else []),
+            *(["--isolate"] if self.isolate else []),
+            *(["--time-limit", f"{self.time_limit:g}"] if self.time_limit is not None else []),
+            *(f"--compile-for={target}" for target in self.targets),
+        ]
+
+    def of_results(self, suite: str) -> dict[str, object]:
+        """Options that decide which records there are to be, as the results state them."""
+        return {
+            "suite": suite,
+            "preset": self.preset,
+            "implementations": list(self.implementations),
+            "cases": self.cases,
+            "shard": str(self.shard),
+            "targets": list(self.targets),
+        }

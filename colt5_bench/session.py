@@ -1,0 +1,144 @@
+"""A run: what is to be measured, in which order, what is there already, and where the records go."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from colt5_bench import environment
+from colt5_bench.isolation import Measurer, Point
+from colt5_bench.loading import choose_device
+from colt5_bench.measure import Conditions
+from colt5_bench.parts import keep_finished
+from colt5_bench.request import TIME_LIMIT, Request
+from colt5_bench.results import Group, Record, Writer
+from colt5_bench.selection import WHOLE, SelectionError, case_filter
+from colt5_bench.suite import Suite
+
+MAX_SECONDS = {"smoke": 0.1, "default": 1.0, "full": 2.0}
+"""How long sampling a time column of a case may take, by preset. A smoke run shows that everything runs."""
+
+
+class Session:
+    """Measures the points of suites, and writes each record as soon as it is taken.
+
+    First `points` names all that a request asks for, then `begin` takes those that are to be measured, and `measure`
+    is called for each group of them.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._device = choose_device(request.device)
+        self._wanted = case_filter(request.cases)
+        isolated = request.isolate or request.time_limit is not None
+        self._measurer = Measurer(isolated=isolated, time_limit=request.time_limit or TIME_LIMIT)
+        self._points: dict[Group, Point] = {}
+        self._expected: dict[Group, list[str]] = {}
+        self._records: dict[tuple[Group, str], Record] = {}
+        self._environments: dict[str, dict[str, object]] = {}
+        """By suite."""
+        self._writers: dict[str, Writer] = {}
+        self._begun: set[str] = set()
+        """Suites of which the results say what they were measured under."""
+        self._conditions: Conditions | None = None
+
+    def points(self, suite: Suite, file: Path) -> Iterator[tuple[Group, str]]:
+        """The group and the implementation of everything that the request asks for."""
+        wanted = self._request.implementations
+        names = [name for name in suite.implementations if not wanted or name in wanted]
+        cases = [case for case in suite.cases(self._request.preset, self._device) if self._wanted(case.id)]
+        for case in self._request.shard.of(cases):
+            for direction in suite.directions(case):
+                group = Group(suite.name, case.id, direction)
+                self._points[group] = Point(suite, case, direction, file, self._request.preset)
+                for name in names:
+                    yield group, name
+
+    def begin(self, expected: Iterable[tuple[Group, str]], suites: Sequence[str]) -> None:
+        """Take the points that are to be recorded, and the names of their suites. An interrupted run is read.
+
+        Raises:
+            SelectionError: there are results already, which are not to be completed or cannot be.
+            OSError: there is no place for results, or another run is writing there.
+        """
+        for group, implementation in expected:
+            self._expected.setdefault(group, []).append(implementation)
+        for suite in suites:
+            described = environment.describe(self._device)
+            described["options"] = self._request.of_results(suite)
+            described["expected"] = sum(len(names) for group, names in self._expected.items() if group.suite == suite)
+            digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
+            self._environments[suite] = {"key": digest, **described}
+            if self._request.out is not None:
+                self._own(suite, self._request.out / f"{suite}.jsonl")
+
+    def groups(self) -> dict[Group, list[str]]:
+        """The implementations to be recorded of each group: these are measured together."""
+        return self._expected
+
+    def measure(self, group: Group) -> list[Record]:
+        """The records of all implementations of a group, measured together if they are not there yet.
+
+        Raises:
+            OSError: the records cannot be written.
+        """
+        names = self._expected[group]
+        if any((group, name) not in self._records for name in names):
+            conditions = self._prepare(group.suite)
+            with warnings.catch_warnings():
+                # A warning of a measured implementation is no failure, whatever filter this runs under.
+                warnings.simplefilter("default")
+                records = self._measurer.measure(self._points[group], names, conditions)
+            for record in records:
+                self._records[group, record.implementation] = record
+                if group.suite in self._writers:
+                    self._writer(group.suite).record(record)
+        return [self._records[group, name] for name in names]
+
+    def missing(self) -> list[str]:
+        """The points that were expected and never recorded."""
+        return [
+            " ".join((*group, name))
+            for group, names in self._expected.items()
+            for name in names
+            if (group, name) not in self._records
+        ]
+
+    def close(self) -> None:
+        """Let go of the results files."""
+        for suite, writer in self._writers.items():
+            nothing = not self._environments[suite]["expected"] and not writer.path.stat().st_size
+            if nothing and self._request.shard != WHOLE:
+                # A shard without a case is there, all the same.
+                self._writer(suite)
+            writer.close()
+
+    def _own(self, suite: str, path: Path) -> None:
+        self._writers[suite] = writer = Writer(path)
+        if not path.stat().st_size:
+            return
+        if not self._request.resume:
+            raise SelectionError(
+                f"{path} is there already: complete it with --resume, or name a place without results with --out."
+            )
+        for record in keep_finished(writer, self._environments[suite], self._expected):
+            self._records[record.group, record.implementation] = record
+
+    def _prepare(self, suite: str) -> Conditions:
+        if self._conditions is None:
+            self._conditions = Conditions.on(
+                self._device,
+                "",
+                max_seconds=MAX_SECONDS[self._request.preset],
+                targets=self._request.targets,
+            )
+        return replace(self._conditions, environment=str(self._environments[suite]["key"]))
+
+    def _writer(self, suite: str) -> Writer:
+        if suite not in self._begun:
+            ceilings = asdict(self._prepare(suite).ceilings)
+            self._writers[suite].environment({**self._environments[suite], "ceilings": ceilings})
+            self._begun.add(suite)
+        return self._writers[suite]
