@@ -360,7 +360,7 @@ class TestCheck:
         baseline = saved("baseline.jsonl", reference(), ours(1.0))
 
         def check(*records, status=DONE, more=None, **selected):
-            options = {"suite": ["toy"], "impl": [], "cases": "", "shard": None, "any_machine": False, "check": True}
+            options = {"suite": ["toy"], "impl": [], "cases": "", "shard": "1/1", "any_machine": False, "check": True}
             options |= {"preset": "smoke"}
             options |= {"baseline": baseline, "thresholds": ROOT / "suites" / "thresholds.toml", **selected}
             made = Check.of(argparse.Namespace(**options), {"toy": OF_OURS}, torch.device("cuda"))
