@@ -120,7 +120,7 @@ def test_a_command_of_several_is_one_that_there_is(command):
     """What takes long, or needs what another has written, is read as it is and not run."""
     words = shlex.split(command)
     assert words[:2] == ["python", "bench.py"]
-    cli._parser().parse_args(cli._with_command(words[2:]))
+    cli._parser(cli.COMMANDS).parse_args(cli._with_command(words[2:]))
 
 
 @pytest.mark.parametrize("source", blocks("yaml"))
@@ -136,7 +136,7 @@ def test_a_workflow(source):
             make(arguments, {})
         else:
             assert (program, arguments[0]) == (".venv/bin/python", "bench.py")
-            cli._parser().parse_args(cli._with_command(arguments[1:]))
+            cli._parser(cli.COMMANDS).parse_args(cli._with_command(arguments[1:]))
             baselines = [name for name in arguments if name.startswith("reports/baselines/")]
             assert baselines
             assert all((ROOT / name).is_file() for name in baselines)
