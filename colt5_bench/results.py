@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict
 import msgspec
 import pandas as pd
 
+from colt5_bench.columns import error_in_csv, time_in_csv
 from colt5_bench.files import append, own, whole
 from colt5_bench.lines import Plain, decode, encode, figures, is_simple, lines
 from colt5_bench.samples import intervals
@@ -367,9 +368,9 @@ def to_frame(records: Iterable[Record]) -> pd.DataFrame:
 
 def _row(record: Record, bounds: Iterator[list[float]]) -> dict[str, object]:
     row = {**record.fields, **{name: getattr(record, name) for name in _COLUMNS}}
-    row |= {f"{column}_ms": 1e3 * (record.seconds(column) or nan) for column in record.timings}
     for column in record.timings:
-        low, high = next(bounds)
-        row[f"{column}_ms_low"], row[f"{column}_ms_high"] = 1e3 * low, 1e3 * high
-    row |= {f"{tensor}_error": divergence.largest for tensor, divergence in record.accuracy.items()}
+        name, (low, high) = time_in_csv(column), next(bounds)
+        row[name] = 1e3 * (record.seconds(column) or nan)
+        row[f"{name}_low"], row[f"{name}_high"] = 1e3 * low, 1e3 * high
+    row |= {error_in_csv(tensor): divergence.largest for tensor, divergence in record.accuracy.items()}
     return row | record.metrics

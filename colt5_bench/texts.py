@@ -1,11 +1,23 @@
 """Texts that come from elsewhere, as they can be shown: on a terminal, in a page and in a results file."""
 
+from shutil import get_terminal_size
+from textwrap import fill
+
+NARROWEST = 40
+"""Columns of a terminal below which nothing becomes narrower."""
+
 
 def printable(text: str) -> str:
     r"""The text with `\x1b` for what moves a cursor, ends a line or is half a character, and all else as it is."""
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def folded(line: str) -> str:
+    """A line that is longer than the terminal is wide goes on below, between words."""
+    width = max(get_terminal_size().columns, NARROWEST)
+    return fill(line, width, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False)
 
 
 def said(error: BaseException) -> str:

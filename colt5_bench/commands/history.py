@@ -1,14 +1,14 @@
 """`python bench.py history`: chosen cases over saved runs and revisions."""
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from colt5_bench.commands import DONE
 from colt5_bench.commands.report import load_views, write_all_plots
 from colt5_bench.parts import read
+from colt5_bench.report import measured_under
 from colt5_bench.report.layout import RUN
 from colt5_bench.report.page import write_page
 from colt5_bench.request import SELECTING, declare
@@ -86,7 +86,7 @@ def _placed(runs: list[Run], chosen: Callable[[Record], bool]) -> Iterator[Recor
     records = [(run, record) for run in runs for record in run.records if chosen(record)]
     measured = {record.environment: run.environments.get(record.environment, {}) for run, record in records}
     for precision in PRECISIONS:
-        names = {key: _name(environment, precision) for key, environment in measured.items()}
+        names = {key: measured_under(environment, precision) for key, environment in measured.items()}
         if len(set(names.values())) == len(names):
             break
     for run, record in records:
@@ -95,10 +95,3 @@ def _placed(runs: list[Run], chosen: Callable[[Record], bool]) -> Iterator[Recor
 
 PRECISIONS = (len("2026-11-23T22:05"), len("2026-11-23T22:05:36"), len("2026-11-23T22:05:36.123"))
 """Of the time of a run, as far as it takes to tell runs apart."""
-
-
-def _name(environment: Mapping[str, Any], precision: int) -> str:
-    """`2026-11-23 22:05 a900dda`, which sorts by time; a plus is for changes that are not committed."""
-    git = environment.get("git") or {}
-    revision = f" {git['revision'][:7]}{'+' if git['dirty'] else ''}" if git else ""
-    return environment.get("utc", "")[:precision].replace("T", " ") + revision if "utc" in environment else ""

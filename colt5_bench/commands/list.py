@@ -10,6 +10,7 @@ from colt5_bench.commands import DONE
 from colt5_bench.request import declare
 from colt5_bench.selection import outlines
 from colt5_bench.startup import check, find_checkout
+from colt5_bench.texts import folded
 
 EXAMPLES = """\
   python bench.py list
@@ -27,7 +28,7 @@ def main(options: argparse.Namespace) -> int:
     if options.suite:
         return _list_cases(options, checkout)
     for name, description in outlines(checkout).items():
-        print(f"{name}: {description}")
+        print(folded(f"{name}: {description}"))
     print("\n`list --suite NAME` says which implementations and cases a suite has.")
     return DONE
 
@@ -41,8 +42,8 @@ def _list_cases(options: argparse.Namespace, checkout: Path) -> int:
     for name in pick_suites(options.suite, suites):
         suite = suites[name]
         cases = suite.cases(options.preset, device)
-        print(f"{name}: {suite.description}")
-        print(f"    implementations: {', '.join(suite.implementations)}")
+        print(folded(f"{name}: {suite.description}"))
+        print(folded(f"    implementations: {', '.join(suite.implementations)}"))
         print(f"    {len(cases)} cases of preset {options.preset} on {device.type}:")
         for case in cases:
             print(f"        {case.id}")

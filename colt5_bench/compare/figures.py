@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import inf, isfinite, isnan, nan
 from typing import Any
 
+from colt5_bench.columns import PEAK, SAVED, SPEED_UP, error_of
 from colt5_bench.compare.conditions import Pairing
 from colt5_bench.compare.findings import Figure, Finding, Unit, Verdict
 from colt5_bench.compare.thresholds import Bound, Thresholds
@@ -119,8 +120,8 @@ def figures(
     elif pairing.speed_ups:
         yield from _of_speed_ups(point, before, after, references, held_to.speed_up)
     if pairing.memory:
-        yield from _of_number(point, "peak memory", old.peak_bytes, new.peak_bytes, held_to.peak_memory, "B")
-        yield from _of_number(point, "saved memory", old.saved_bytes, new.saved_bytes, held_to.saved_memory, "B")
+        yield from _of_number(point, PEAK.name, old.peak_bytes, new.peak_bytes, held_to.peak, "B")
+        yield from _of_number(point, SAVED.name, old.saved_bytes, new.saved_bytes, held_to.saved, "B")
     if pairing.same_kind:
         yield from _of_errors(point, old, new, held_to)
         yield from _of_metrics(point, old, new, held_to.metrics)
@@ -159,7 +160,7 @@ def _of_speed_ups(
     if not earlier or (not later and after.samples(column)):
         return
     ratios = _inverse(_middle(earlier)), _inverse(_middle(later))
-    metric = f"speed-up, {column}"
+    metric = f"{SPEED_UP.name}, {column}"
     if verdict := _without_a_number(*ratios):
         yield point.draft(verdict, metric, *ratios, "x")
     else:
@@ -219,7 +220,7 @@ def _of_errors(point: Point, old: Record, new: Record, held_to: Thresholds) -> I
             # By the budget of the baseline: one that grew with the error would excuse it.
             if of_old.budget is not None and max(before, after) <= held_to.error_share * of_old.budget:
                 verdict = "same"
-        yield point.draft(verdict, f"error of {tensor}", before, after, "error")
+        yield point.draft(verdict, error_of(tensor).name, before, after, "error")
 
 
 def _of_metrics(point: Point, old: Record, new: Record, bounds: Mapping[str, Bound]) -> Iterator[Draft]:

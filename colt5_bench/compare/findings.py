@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from colt5_bench.report import short
+from colt5_bench.report import Interval, short, spans_one
 
 Verdict = Literal["failed", "missing", "worse", "unclear", "new", "better", "same"]
 
@@ -37,7 +37,7 @@ class Finding:
     implementation: str
 
     metric: str
-    """`status`; a time column, or `speed-up` with one; `peak memory` and `saved memory`; `error of` a tensor; a kernel,
+    """`status`; a time column, or `speed-up` with one; `peak` and `saved` memory; the `error` of a tensor; a kernel,
     its target and a fact; or a metric of the suite."""
 
     baseline: Figure
@@ -78,11 +78,29 @@ class Finding:
 
     @property
     def change(self) -> str:
-        """`+12.3 %` of the baseline; empty without two numbers that have a ratio."""
+        """`+12.3 %` of the baseline, or its interval alone where no change was seen; empty without two numbers that
+        have a ratio."""
         before, after = self.baseline, self.now
         if not isinstance(before, int | float) or not isinstance(after, int | float) or not before:
             return ""
+        if (interval := self.change_interval) and spans_one(interval):
+            return self.said_interval
         return f"{100 * (after / before - 1):+.1f} %"
+
+    @property
+    def change_interval(self) -> Interval | None:
+        """Of the figure of now over that of the baseline: of a speed-up it is the other way round."""
+        if self.interval is None or self.unit != "x":
+            return self.interval
+        low, high = self.interval
+        return 1 / high, 1 / low
+
+    @property
+    def said_interval(self) -> str:
+        """`+8.0 to +16.2 %`; empty for what has no noise."""
+        if (interval := self.change_interval) is None:
+            return ""
+        return f"{100 * (interval[0] - 1):+.1f} to {100 * (interval[1] - 1):+.1f} %"
 
 
 @dataclass(frozen=True)

@@ -4,25 +4,28 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from xml.etree import ElementTree
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from colt5_bench.compare.findings import Comparison, Finding
 from colt5_bench.report.layout import by
 from colt5_bench.report.rows import sayable
-from colt5_bench.report.table import print_whole
+from colt5_bench.report.terminal import Column, Group, print_table
 
 FORMATS = ("text", "json", "markdown", "junit")
 
 STYLES = {"failed": "red", "missing": "red", "worse": "red", "unclear": "yellow", "new": "dim", "better": "green"}
 
-HEADERS = ("verdict", "case", "implementation", "metric", "baseline", "now", "change", "note")
-NUMBERS = ("baseline", "now", "change")
+COLUMNS = (
+    Column[Finding]("verdict", lambda finding: finding.verdict, number=False),
+    Column[Finding]("metric", lambda finding: finding.metric, number=False),
+    Column[Finding]("baseline", lambda finding: finding.said_baseline, 3),
+    Column[Finding]("now", lambda finding: finding.said_now, 2),
+    Column[Finding]("change", lambda finding: finding.change, 1),
+)
 
 MOST_ROWS = 100
 """Of the table for a pull request, which GitHub cuts off; regressions come first."""
@@ -39,12 +42,16 @@ def write(comparison: Comparison, form: str) -> None:
 def show(comparison: Comparison, console: Console) -> None:
     """A table of what is not the same for each suite, then what has to be known, then how many there are of each."""
     for own in by(comparison.telling(), lambda finding: finding.suite):
-        table = Table(title=own[0].suite, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for name in HEADERS:
-            table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=True)
-        for finding in own:
-            table.add_row(*map(Text, _cells(finding)), style=STYLES[finding.verdict])
-        print_whole(table, console)
+        groups = [Group(heading, list(rows)) for heading, rows in groupby(own, _about)]
+        print_table(
+            own[0].suite,
+            COLUMNS,
+            groups,
+            console,
+            style=lambda finding: STYLES[finding.verdict],
+            remark=_remark,
+            elsewhere=", and so does --format json",
+        )
     for note in (*comparison.notes, *comparison.summed_up()):
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"against the baseline: {comparison.counts}", highlight=False, soft_wrap=True)
@@ -70,12 +77,14 @@ def as_markdown(comparison: Comparison) -> str:
     lines += [f"- {_escaped(note)}" for note in (*comparison.notes, *comparison.summed_up())]
     shown = comparison.telling()
     if shown:
-        headers = ("verdict", "suite", *HEADERS[1:])
+        verdict, *titles = (column.title for column in COLUMNS)
+        headers = (verdict, "suite", "case", *titles, "note")
         lines += ["", f"| {' | '.join(headers)} |", f"|{'---|' * len(headers)}"]
     for finding in shown[:MOST_ROWS]:
-        verdict, *rest = map(_escaped, _cells(finding))
+        verdict, *figures = (column.cell(finding) for column in COLUMNS)
         verdict = f"**{verdict}**" if finding.is_regression else verdict
-        lines.append(f"| {' | '.join((verdict, finding.suite, *rest))} |")
+        cells = (verdict, finding.suite, _about(finding), *figures, _remark(finding))
+        lines.append(f"| {' | '.join(map(_escaped, cells))} |")
     if len(shown) > MOST_ROWS:
         lines += ["", f"and {len(shown) - MOST_ROWS:,} more"]
     return "\n".join(lines) + "\n"
@@ -111,24 +120,16 @@ def append_summary(comparison: Comparison) -> None:
             summary.write(as_markdown(comparison))
 
 
-def _cells(finding: Finding) -> tuple[str, ...]:
-    """In the order of `HEADERS`."""
-    case = f"{finding.case if finding.label is None else finding.label} {finding.direction}".lstrip()
-    interval = ""
-    if finding.interval:
-        low, high = (f"{100 * (bound - 1):+.1f}" for bound in finding.interval)
-        interval = f"time {low} to {high} %"
-    note = "; ".join(part for part in (interval, finding.note) if part)
-    return (
-        finding.verdict,
-        case,
-        finding.implementation,
-        finding.metric,
-        finding.said_baseline,
-        finding.said_now,
-        finding.change,
-        note,
-    )
+def _about(finding: Finding) -> str:
+    """The case, its direction and the implementation of a finding."""
+    case = finding.case if finding.label is None else finding.label
+    return " ".join(filter(None, (case, finding.direction, finding.implementation)))
+
+
+def _remark(finding: Finding) -> str:
+    """The interval of a change that was seen, and the note."""
+    seen = finding.said_interval if finding.said_interval != finding.change else ""
+    return "; ".join(filter(None, (f"95 % interval {seen}" if seen else "", finding.note)))
 
 
 def _counted(findings: Sequence[Finding]) -> dict[str, str]:

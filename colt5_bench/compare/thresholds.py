@@ -48,8 +48,8 @@ class Thresholds:
     speed_up: float
     """Over the reference in the same run: 0.25 allows the time in units of the reference's to grow by 25 %."""
 
-    peak_memory: float
-    saved_memory: float
+    peak: float
+    saved: float
 
     error: float
     """Largest distance from fp64: 1.0 allows twice the distance before."""

@@ -1,7 +1,11 @@
 """What tables, plots and pages share: how cases are told apart, and which figures stand for a record."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import inf, isnan
+from math import inf, isfinite, isnan
+from statistics import geometric_mean
+from typing import Any
+
+import numpy as np
 
 from colt5_bench.results import Divergence, Record
 from colt5_bench.samples import beside, intervals
@@ -58,10 +62,11 @@ def share_of_limit(record: Record, column: str) -> float | None:
     return record.limit_seconds / seconds if seconds and record.limit_seconds else None
 
 
-def time_interval(record: Record, column: str) -> Interval | None:
-    """Of the median of a time column, as far as the run can tell."""
-    timing = record.timings.get(column)
-    return _intervals([timing.samples])[0] if timing and timing.samples else None
+def time_intervals(records: Sequence[Record], column: str) -> list[Interval | None]:
+    """Of the medians of a time column, as far as the run can tell: all at once, which is faster than one by one."""
+    samples = [timing.samples if (timing := record.timings.get(column)) else [] for record in records]
+    known = iter(_intervals([each for each in samples if each]))
+    return [next(known) if each else None for each in samples]
 
 
 def speed_ups(records: Sequence[Record], reference: str, column: str) -> list[float | None]:
@@ -88,6 +93,18 @@ def spans_one(interval: Interval | None) -> bool:
     return interval is not None and interval[0] <= 1 <= interval[1]
 
 
+def mean_speed_up(ratios: Sequence[float], bounds: Sequence[Interval]) -> tuple[float, Interval]:
+    """The geometric mean of speed-ups with these intervals, and its own interval: noise of one pair has nothing to do
+    with that of another."""
+    with np.errstate(all="ignore"):  # Of a pair with too few samples, of which nothing is known.
+        logarithms = np.log(bounds)
+        mean, reaches = logarithms.mean(), np.diff(logarithms)[:, 0] / 2
+        error = np.sqrt((reaches**2).sum()) / len(bounds)
+    if not isfinite(error):
+        return geometric_mean(ratios), (0.0, inf)
+    return float(np.exp(mean)), (float(np.exp(mean - error)), float(np.exp(mean + error)))
+
+
 def _beside_reference(records: Sequence[Record], reference: str, column: str) -> list[tuple[Record, Record] | None]:
     """Each record that has times with that of the reference which has them, too."""
 
@@ -102,6 +119,29 @@ def _beside_reference(records: Sequence[Record], reference: str, column: str) ->
 
 def _intervals(several: Sequence[Sequence[float]]) -> list[Interval]:
     return [(float(low), float(high)) for low, high in intervals(several)]
+
+
+def plus_minus(interval: Interval | None) -> str:
+    """`±2%`: half the width of an interval on the logarithmic scale; empty without one, `±?` if nothing is known."""
+    if interval is None:
+        return ""
+    low, high = interval
+    return f"±{100 * ((high / low) ** 0.5 - 1):.2g}%" if low > 0 and high < inf else "±?"
+
+
+def said_ratio(ratio: float, interval: Interval | None) -> str:
+    """`4x±2%`, or `0.9-1.1x` where the interval spans 1: then no difference was seen."""
+    if interval and spans_one(interval):
+        return f"{short(interval[0])}-{short(interval[1])}x"
+    return f"{short(ratio)}x{plus_minus(interval)}"
+
+
+def measured_under(environment: Mapping[str, Any], precision: int = len("2026-11-23T22:05")) -> str:
+    """`2026-11-23 22:05 a900dda`: date and revision of a run, which sorts by time; a plus is for changes that are not
+    committed. Empty where neither is known."""
+    git = environment.get("git") or {}
+    revision = f"{git['revision'][:7]}{'+' if git.get('dirty') else ''}" if git.get("revision") else ""
+    return f"{environment.get('utc', '')[:precision].replace('T', ' ')} {revision}".strip()
 
 
 def short(value: float) -> str:

@@ -1,16 +1,16 @@
 """Axes of the interactive plots, as plotly.js takes them."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from math import ceil, floor, isfinite, log10
+from collections.abc import Iterable, Sequence
+from math import isfinite
 from typing import Any
 
-from colt5_bench.report.layout import MEMORY, RUN, tick
+from colt5_bench.report.layout import MEMORY, RUN, decades, tick
 
 WIDEST_LINEAR = 1e2
 """Largest over smallest metric other than 0 that a linear axis shows."""
 
-FEW_DECADES = 2
-"""Up to which an axis has ticks between the powers of ten."""
+MARGIN = 0.04
+"""Of a logarithmic axis on either side, as a share of its length: a marker on its end is seen whole."""
 
 MOST_TICKS = 8
 """Values of x that are each given a tick."""
@@ -24,19 +24,19 @@ def across(x: str, values: Sequence[Any]) -> dict[str, Any]:
         short = {"tickvals": distinct, "ticktext": [name.split()[-1] for name in distinct]} if x == RUN else {}
         return {"type": "category", "categoryorder": "array", "categoryarray": distinct, **short}
     if len(distinct) > MOST_TICKS or x == MEMORY:
-        return {"type": "log"}
+        return logarithmic(distinct)
     return {"type": "log", "tickvals": distinct, "ticktext": [tick(value) for value in distinct]}
 
 
-def logarithmic(data: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """At least a decade, so that noise looks like what it is; a tick a decade, or finer ones if few are drawn."""
-    values = [log10(value) for trace in data for value in trace["y"] if value]
-    lowest, highest = min(values, default=0.0), max(values, default=0.0)
-    margin = max(0.06 * (highest - lowest), (1 - (highest - lowest)) / 2)
+def logarithmic(values: Iterable[float]) -> dict[str, Any]:
+    """From decade to decade, so that noise looks like what it is; a figure a decade, and lines without one between."""
+    lowest, highest = decades(values)
+    margin = MARGIN * (highest - lowest)
     return {
         "type": "log",
         "range": [lowest - margin, highest + margin],
-        "dtick": 1 if highest - lowest > FEW_DECADES else "D2",
+        **_ticks(lowest, highest),
+        "minor": {"dtick": "D1", "showgrid": highest - lowest <= MOST_TICKS, "griddash": "dot"},
     }
 
 
@@ -50,12 +50,16 @@ def of_metric(values: Sequence[float]) -> tuple[dict[str, Any], float]:
 
 def with_zero(values: Iterable[float]) -> tuple[dict[str, Any], float]:
     """Logarithmic, with 0 a decade below the smallest; and where that is."""
-    sizes = [value for value in values if value and isfinite(value)] or [1.0]
-    lowest, highest = floor(log10(min(sizes))), ceil(log10(max(sizes)))
-    decades = range(lowest, highest + 1, max(1, (highest - lowest) // MOST_TICKS))
-    zero = 10.0 ** (lowest - 1)
-    ticks = {"tickvals": [zero, *(10.0**at for at in decades)], "ticktext": ["0", *(f"{10.0**at:g}" for at in decades)]}
+    lowest, highest = decades(values)
+    zero, ticks = 10.0 ** (lowest - 1), _ticks(lowest, highest)
+    ticks = {"tickvals": [zero, *ticks["tickvals"]], "ticktext": ["0", *ticks["ticktext"]]}
     return {"type": "log", **ticks}, zero
+
+
+def _ticks(lowest: int, highest: int) -> dict[str, list[Any]]:
+    """At powers of ten: at each, unless these are many."""
+    powers = range(lowest, highest + 1, max(1, (highest - lowest) // MOST_TICKS))
+    return {"tickvals": [10.0**at for at in powers], "ticktext": [f"{10.0**at:,g}" for at in powers]}
 
 
 def plain(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Interactive plots of a suite, for the page: what plotly.js is to draw, and the choices that lead there."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from math import inf, isfinite, log10
@@ -10,22 +10,30 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from colt5_bench.report import axes, bandwidth, label, text, varying_fields, worst_gradient
+from colt5_bench.columns import BANDWIDTH, GRADIENT_ERROR, time
+from colt5_bench.report import Interval, axes, label, plus_minus, text, varying_fields, worst_gradient
+from colt5_bench.report.colours import colour, place
 from colt5_bench.report.layout import (
-    COLUMN_LABELS,
+    ERROR_DECADES,
+    LIMIT_BANDWIDTH,
+    LIMIT_TIME,
     MEMORY,
+    PEAK_MEGABYTES,
     RUN,
+    SAVED_MEGABYTES,
     TRADED_FIELD,
+    Drawn,
     View,
     by,
     by_fields,
-    colour,
     combinations,
     divergence_fields,
-    largest_error,
+    error_on_scale,
+    gigabytes_a_second,
+    milliseconds,
     panel_fields,
-    places,
     series,
+    strokes,
     tick,
     traded,
 )
@@ -43,7 +51,11 @@ HEIGHT, ROW_HEIGHT = 400, 36
 HOVER_WIDTH = 44
 """Characters of a line of what is shown under the pointer."""
 
-Quantity = Callable[[Record], float | None]
+DASHES = ("solid", "dash", "dashdot", "longdash", "longdashdot", "dot")
+"""Tell apart the lines of one implementation."""
+
+BEYOND = 1e6
+"""Over the value: where a bar ends of which nothing is known, which is off any axis."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +83,15 @@ class _Plot:
     """What drawings of one kind have in common."""
 
     x: str
-    unit: str
+    y: str
     """The title of the vertical axis."""
 
-    places: Mapping[str, int]
+    unit: str
     lines: Sequence[str] = ()
-    limit: Quantity | None = None
+    dashes: Mapping[str, str] = field(default_factory=lambda: {"": "solid"})
+    """By combination of the fields that make lines."""
+
+    limit: Drawn | None = None
     """What no implementation can pass."""
 
     axis: Mapping[str, Any] = field(default_factory=dict)
@@ -89,33 +104,34 @@ class _Plot:
 def cards(records: Sequence[Record], view: View) -> list[Card]:
     """The plots of the records of one suite; there is none of what no record has."""
     ok = [record for record in records if record.status == "ok" and view.x in record.fields]
-    order = places(records)
+    time_plot = _Plot(view.x, "", "ms", limit=LIMIT_TIME)
     drawn = [
         Card(
             "Time",
-            "Medians. Grey is the least time that the device needs, from what it was seen to do.",
-            _over_columns(_Plot(view.x, "ms", order, limit=_limit_milliseconds), ok, _milliseconds),
+            f"Medians with their 95 % intervals. {_hints(ok)} Grey is the least time that the device needs, from what "
+            "it was seen to do.",
+            _over_columns(time_plot, ok, milliseconds),
         ),
         Card(
             "Bandwidth",
-            "The least bytes over the time. Grey is the roofline, below what memory allows where exponentials or "
-            "matrix products take longer.",
-            _over_columns(_Plot(view.x, "GB/s", order, limit=_limit_bandwidth), ok, _gigabytes_a_second),
+            f"{BANDWIDTH.hint.capitalize()}, with 95 % intervals. Grey is the roofline, below what memory allows where "
+            "exponentials or matrix products take longer.",
+            _over_columns(_Plot(view.x, BANDWIDTH.title, "GB/s", limit=LIMIT_BANDWIDTH), ok, gigabytes_a_second),
         ),
         Card(
             "Memory",
-            "Beyond the inputs: the most at once, and, dotted, what stays for the backward pass.",
-            _memory(view.x, order, ok),
+            "Beyond the inputs: peak, the most at once, and, dotted, saved, which stays for the backward pass.",
+            _memory(view.x, ok),
         ),
         Card(
             "Time against memory",
             f"Each point is a number of {TRADED_FIELD}. Down and to the left is better.",
-            _over_columns(_Plot(MEMORY, "ms", order), traded(ok), _milliseconds),
+            _over_columns(_Plot(MEMORY, "", "ms"), traded(ok), milliseconds),
         ),
         Card(
             "Divergence",
-            "The largest error of a gradient against fp64, elements at a kink left out; of all cases in a cell the "
-            "worst. A cross marks what was found wrong.",
+            f"{GRADIENT_ERROR.name.capitalize()}: {GRADIENT_ERROR.hint}; of all cases in a cell the worst. Colours are "
+            "the same on all charts of errors. A cross marks what was found wrong.",
             _divergence(view.x, records),
         ),
         *_metrics(view, ok),
@@ -123,39 +139,43 @@ def cards(records: Sequence[Record], view: View) -> list[Card]:
     return [card for card in drawn if card.drawings]
 
 
-def _over_columns(plot: _Plot, records: Sequence[Record], of: Callable[[Record, str], float | None]) -> list[Drawing]:
+def _time_columns(records: Iterable[Record]) -> list[str]:
+    return list(dict.fromkeys(column for record in records for column in record.timings))
+
+
+def _hints(records: Sequence[Record]) -> str:
+    """Says of each time column how it is measured."""
+    return "; ".join(f"{name}: {time(name).hint}" for name in _time_columns(records) if time(name).hint) + "."
+
+
+def _over_columns(
+    plot: _Plot, records: Sequence[Record], of: Callable[[Sequence[Record], str], Drawn]
+) -> list[Drawing]:
     """A drawing for each time column, direction and panel."""
     drawings = []
-    for column in dict.fromkeys(column for record in records for column in record.timings):
-        when = {"time": COLUMN_LABELS.get(column, column)}
-        drawings += _panels(plot, records, {"": partial(_of_column, of, column)}, when)
+    for column in _time_columns(records):
+        own = plot if plot.y else replace(plot, y=time(column).title)
+        drawings += _panels(own, records, [of(records, column)], {"time": column})
     return drawings
 
 
-def _of_column(of: Callable[[Record, str], float | None], column: str, record: Record) -> float | None:
-    return of(record, column)
-
-
-def _memory(x: str, order: Mapping[str, int], records: Sequence[Record]) -> list[Drawing]:
-    quantities: dict[str, Quantity] = {
-        "": lambda record: _times(record.peak_bytes, 1e-6),
-        "saved": lambda record: _times(record.saved_bytes, 1e-6),
-    }
-    values = [value for record in records for of in quantities.values() if (value := of(record)) is not None]
+def _memory(x: str, records: Sequence[Record]) -> list[Drawing]:
+    quantities = [replace(PEAK_MEGABYTES, name=""), SAVED_MEGABYTES]
+    values = [value for record in records for each in quantities if (value := each.of(record)) is not None]
     axis, zero = axes.with_zero(values) if 0 in values else ({}, 0.0)
-    return _panels(_Plot(x, "MB", order, axis=axis, zero=zero), records, quantities, {})
+    return _panels(_Plot(x, "memory [MB]", "MB", axis=axis, zero=zero), records, quantities, {})
 
 
 def _metrics(view: View, records: Sequence[Record]) -> list[Card]:
     """A plot a metric, of the first direction: they are not a matter of direction."""
     described = [record for record in records if record.metrics]
     described = [record for record in described if record.direction == described[0].direction]
-    order = places(described, view.lines)
+    dashes = strokes(described, view.lines, DASHES)
     made = []
     for name in dict.fromkeys(name for record in described for name in record.metrics):
         axis, zero = axes.of_metric([record.metrics[name] for record in described if name in record.metrics])
-        plot = _Plot(view.x, "", order, view.lines, axis=axis, zero=zero)
-        drawings = _panels(plot, described, {"": partial(_metric, name)}, {})
+        plot = _Plot(view.x, name.replace("_", " "), "", view.lines, dashes, axis=axis, zero=zero)
+        drawings = _panels(plot, described, [Drawn(partial(_metric, name))], {})
         title = name.replace("_", " ").capitalize()
         made.append(Card(title, f"The suite's metric {name}, which its file explains.", drawings))
     return made
@@ -168,44 +188,53 @@ def _metric(name: str, record: Record) -> float | None:
 def _panels(
     plot: _Plot,
     records: Sequence[Record],
-    quantities: Mapping[str, Quantity],
+    quantities: Sequence[Drawn],
     when: Mapping[str, str],
 ) -> list[Drawing]:
     """A drawing for each direction and each combination of the fields that do not lie along x."""
-    drawn = [record for record in records if any(of(record) is not None for of in quantities.values())]
+    drawn = [record for record in records if any(each.of(record) is not None for each in quantities)]
     fields = panel_fields(plot.x, plot.lines, drawn)
     drawings = []
     for direction, combination in product(_directions(drawn), combinations(fields, drawn)):
         own = [r for r in drawn if r.direction == direction and label(r.fields, fields) == combination]
         if not own:
             continue
-        data = [trace for name, of in quantities.items() for trace in _lines(plot, own, of, name)]
+        data = [trace for each in quantities for trace in _lines(plot, own, each)]
         if plot.limit:
             data += _limit_line(plot, own, plot.limit)
         choices = {**when, "direction": direction, **({", ".join(fields): combination} if fields else {})}
         layout = go.Layout(
             height=HEIGHT,
             xaxis={"title": {"text": plot.x}, **axes.across(plot.x, [record.fields[plot.x] for record in own])},
-            yaxis={"title": {"text": plot.unit}, **(plot.axis or axes.logarithmic(data))},
+            yaxis={"title": {"text": plot.y}, **(plot.axis or axes.logarithmic(_reached(plot, own, quantities)))},
         )
         drawings.append(Drawing(choices, data, layout.to_plotly_json()))
     return drawings
+
+
+def _reached(plot: _Plot, records: Iterable[Record], quantities: Sequence[Drawn]) -> list[float]:
+    """All that the vertical axis has to show: values, and the ends of their intervals that are known."""
+    drawn = [*quantities, *([plot.limit] if plot.limit else [])]
+    pairs = [(record, each) for record in records for each in drawn]
+    values = [value for record, each in pairs if (value := each.of(record)) is not None]
+    return [*values, *(end for record, each in pairs for end in each.interval(record) or ())]
 
 
 def _directions(records: Iterable[Record]) -> list[str]:
     return list(dict.fromkeys(record.direction for record in records))
 
 
-def _lines(plot: _Plot, records: Sequence[Record], of: Quantity, name: str) -> list[dict[str, Any]]:
-    """A line an implementation."""
+def _lines(plot: _Plot, records: Sequence[Record], drawn: Drawn) -> list[dict[str, Any]]:
+    """A line an implementation, and each combination of the fields that make lines."""
     traces = []
     for own in by(records, lambda record: series(record, plot.lines)):
-        points = [(record, value) for record in own if (value := of(record)) is not None]
+        points = [(record, value) for record in own if (value := drawn.of(record)) is not None]
         points.sort(key=lambda point: axes.sortable(point[0].fields[plot.x]))
         if not points:
             continue
-        line = series(own[0], plot.lines)
-        place = plot.places[line]
+        line, implementation = series(own[0], plot.lines), own[0].implementation
+        shade, symbol = colour(implementation), SYMBOLS[place(implementation) % len(SYMBOLS)]
+        dash = "dot" if drawn.name else plot.dashes[label(own[0].fields, plot.lines)]
         x = [axes.plain(record.fields[plot.x]) for record, _ in points]
         trace = go.Scatter(
             x=x,
@@ -213,10 +242,14 @@ def _lines(plot: _Plot, records: Sequence[Record], of: Quantity, name: str) -> l
             mode="lines+markers" if _joined(plot.x, x) else "markers",
             name=line,
             legendgroup=line,
-            showlegend=not name,
-            line={"color": colour(place), "width": 2, "dash": "dot" if name else "solid"},
-            marker={"color": colour(place), "symbol": SYMBOLS[place % len(SYMBOLS)], "size": 8},
-            hovertext=[_hover(line, record, f"{value:.4g} {plot.unit} {name}") for record, value in points],
+            showlegend=not drawn.name,
+            line={"color": shade, "width": 2, "dash": dash},
+            marker={"color": shade, "symbol": symbol, "size": 8},
+            error_y=_bars(points, drawn),
+            hovertext=[
+                _hover(line, record, f"{value:.4g}{plus_minus(drawn.interval(record))} {plot.unit} {drawn.name}")
+                for record, value in points
+            ],
             hovertemplate="%{hovertext}<extra></extra>",
         )
         if plot.x == MEMORY:
@@ -226,13 +259,28 @@ def _lines(plot: _Plot, records: Sequence[Record], of: Quantity, name: str) -> l
     return traces
 
 
+def _bars(points: Sequence[tuple[Record, float]], drawn: Drawn) -> dict[str, Any] | None:
+    """The intervals of the points. One of which nothing is known goes off both ends of the axis."""
+    reaches = [_reach(value, drawn.interval(record)) for record, value in points]
+    if not any(map(any, reaches)):
+        return None
+    below, above = zip(*reaches, strict=True)
+    return {"symmetric": False, "array": above, "arrayminus": below, "thickness": 1.5, "width": 3}
+
+
+def _reach(value: float, interval: Interval | None) -> tuple[float, float]:
+    """How far an interval reaches below and above the value."""
+    low, high = interval or (value, value)
+    return max(value - low, 0.0), max(min(high, BEYOND * value) - value, 0.0)
+
+
 def _joined(x: str, values: Iterable[Any]) -> bool:
     """Whether there is anything between neighbours for a line to say: not between the names of different things."""
     return x == RUN or not any(isinstance(value, str) for value in values)
 
 
-def _limit_line(plot: _Plot, records: Sequence[Record], of: Quantity) -> list[dict[str, Any]]:
-    points = {axes.plain(record.fields[plot.x]): value for record in records if (value := of(record)) is not None}
+def _limit_line(plot: _Plot, records: Sequence[Record], limit: Drawn) -> list[dict[str, Any]]:
+    points = {axes.plain(record.fields[plot.x]): value for record in records if (value := limit.of(record)) is not None}
     if not points:
         return []
     trace = go.Scatter(
@@ -240,7 +288,7 @@ def _limit_line(plot: _Plot, records: Sequence[Record], of: Quantity) -> list[di
         y=[points[at] for at in sorted(points, key=axes.sortable)],
         mode="lines" if len(points) > 1 and _joined(plot.x, points) else "markers",
         marker={"symbol": "line-ew-open", "size": 18, "color": GREY},
-        name="limit of the device",
+        name=limit.name,
         line={"color": GREY, "width": 2, "dash": "dash"},
         hovertemplate=f"limit: %{{y:.4g}} {plot.unit}<extra></extra>",
     )
@@ -254,10 +302,11 @@ def _divergence(x: str, records: Sequence[Record]) -> list[Drawing]:
         return []
     x, spread, schedule = divergence_fields(x, compared)
     several = "dtype" in varying_fields(compared)
+    implementations = list(dict.fromkeys(record.implementation for record in compared))
     drawings = []
     for group in by_fields(compared, ["dtype"]):
         rows = by(group, lambda record: (record.implementation, label(record.fields, [*spread, *schedule])))
-        rows.sort(key=lambda row: places(compared)[row[0].implementation])
+        rows.sort(key=lambda row: implementations.index(row[0].implementation))
         when = {"dtype": str(group[0].fields.get("dtype"))} if several else {}
         drawings.append(_heat_map(when, x, [*spread, *schedule], rows))
     return drawings
@@ -266,17 +315,25 @@ def _divergence(x: str, records: Sequence[Record]) -> list[Drawing]:
 def _heat_map(when: Mapping[str, str], x: str, fields: Sequence[str], rows: Sequence[Sequence[Record]]) -> Drawing:
     across = sorted({record.fields[x] for row in rows for record in row}, key=axes.sortable)
     worst = [[max((r for r in row if r.fields[x] == at), key=_error, default=None) for at in across] for row in rows]
+    powers = list(range(ERROR_DECADES[0], ERROR_DECADES[1] + 1))
     trace = go.Heatmap(
         x=[tick(at) for at in across],
         y=[f"<b>{row[0].implementation}</b><br>{label(row[0].fields, fields)}" for row in rows],
-        z=[[log10(error) if cell and (error := largest_error(cell)) else None for cell in row] for row in worst],
+        z=[[log10(error) if cell and (error := error_on_scale(cell)) else None for cell in row] for row in worst],
         text=[[_cell(cell) for cell in row] for row in worst],
         texttemplate="%{text}",
         textfont={"size": 11},
         hovertext=[[_hover(cell.implementation, cell, _cell(cell)) if cell else "" for cell in row] for row in worst],
         hovertemplate="%{hovertext}<extra></extra>",
         colorscale="Cividis",
-        showscale=False,
+        zmin=ERROR_DECADES[0],
+        zmax=ERROR_DECADES[1],
+        colorbar={
+            "title": {"text": GRADIENT_ERROR.name, "side": "right"},
+            "tickvals": powers,
+            "ticktext": [f"≤ 1e{powers[0]}", *(f"1e{power}" for power in powers[1:-1]), f"≥ 1e{powers[-1]}"],
+            "thickness": 12,
+        },
         xgap=2,
         ygap=2,
     )
@@ -302,24 +359,3 @@ def _cell(record: Record | None) -> str:
 def _hover(line: str, record: Record, value: str) -> str:
     case = wrap(label(record.fields, record.fields), HOVER_WIDTH)
     return "<br>".join([f"<b>{line}</b>", value, record.direction, *case])
-
-
-def _milliseconds(record: Record, column: str) -> float | None:
-    return _times(record.seconds(column), 1e3)
-
-
-def _gigabytes_a_second(record: Record, column: str) -> float | None:
-    return _times(bandwidth(record, column), 1e-9)
-
-
-def _limit_milliseconds(record: Record) -> float | None:
-    return _times(record.limit_seconds, 1e3)
-
-
-def _limit_bandwidth(record: Record) -> float | None:
-    """Of what takes the least time that the device needs."""
-    return record.minimum_bytes / record.limit_seconds / 1e9 if record.minimum_bytes and record.limit_seconds else None
-
-
-def _times(value: float | None, unit: float) -> float | None:
-    return None if value is None else value * unit

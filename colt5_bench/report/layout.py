@@ -1,27 +1,17 @@
-"""How the records of a suite are laid out in plots, whatever draws them: axes, lines, panels and colours."""
+"""How the records of a suite are laid out in plots, whatever draws them: axes, lines, panels and figures."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from math import ceil, floor, inf, log10
 from typing import TypeVar
 
-from colt5_bench.report import label, varying_fields, worst_gradient
+from colt5_bench.columns import PEAK
+from colt5_bench.report import Interval, bandwidth, label, time_intervals, varying_fields, worst_gradient
 from colt5_bench.results import Record
 from colt5_bench.suite import Suite
 
 T = TypeVar("T")
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
-"""Okabe and Ito's palette, which every kind of colour vision tells apart."""
-
-COLUMN_LABELS = {
-    "cold": "GPU time, cold L2",
-    "warm": "GPU time, warm L2",
-    "graph": "GPU time, CUDA graph",
-    "wall": "wall time",
-}
-"""What the time columns of a record are called along an axis."""
 
 SPREAD_FIELDS = ("score_std", "std")
 """Divergence is laid out by the first of these that varies."""
@@ -35,8 +25,12 @@ TRADED_FIELD = "segments"
 RUN = "run"
 """The field that a history is drawn along: no field of a case."""
 
-MEMORY = "peak memory [MB]"
+MEMORY = PEAK.title
 """The axis of that plot."""
+
+
+ERROR_DECADES = (-8, 2)
+"""The powers of ten between which every chart of errors lies, so that any two can be compared."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +54,70 @@ class View:
         return cls(suite.x_axis, suite.lines, suite.reference, suite.description)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A figure of records that is drawn."""
+
+    of: Callable[[Record], float | None]
+
+    interval: Callable[[Record], Interval | None] = lambda record: None
+    """The 95 % interval of the figure; None for what has no noise."""
+
+    name: str = ""
+    """For the legend, where there are several."""
+
+
+def milliseconds(records: Sequence[Record], column: str) -> Drawn:
+    """A time column of these records."""
+    bounds = dict(zip(map(id, records), time_intervals(records, column), strict=True))
+
+    def interval(record: Record) -> Interval | None:
+        own = bounds[id(record)]
+        return own and (1e3 * own[0], 1e3 * own[1])
+
+    return Drawn(lambda record: times(record.seconds(column), 1e3), interval)
+
+
+def gigabytes_a_second(records: Sequence[Record], column: str) -> Drawn:
+    """The bandwidth of these records by a time column."""
+    time = milliseconds(records, column)
+
+    def interval(record: Record) -> Interval | None:
+        own, size = time.interval(record), record.minimum_bytes or 0
+        return own and (size / own[1] / 1e6, size / own[0] / 1e6 if own[0] else inf)
+
+    return Drawn(lambda record: times(bandwidth(record, column), 1e-9), interval)
+
+
+LIMIT_TIME = Drawn(lambda record: times(record.limit_seconds, 1e3), name="limit of the device")
+"""The least time that the device needs, in milliseconds."""
+
+LIMIT_BANDWIDTH = Drawn(
+    lambda record: (
+        record.minimum_bytes / record.limit_seconds / 1e9 if record.minimum_bytes and record.limit_seconds else None
+    ),
+    name="limit of the device",
+)
+"""The bandwidth of what takes the least time that the device needs, in GB/s."""
+
+PEAK_MEGABYTES = Drawn(lambda record: times(record.peak_bytes, 1e-6), name="peak")
+SAVED_MEGABYTES = Drawn(lambda record: times(record.saved_bytes, 1e-6), name="saved")
+
+
+def times(value: float | None, unit: float) -> float | None:
+    """The value in another unit, if there is one."""
+    return None if value is None else value * unit
+
+
 def series(record: Record, lines: Sequence[str] = ()) -> str:
     """Which line a record belongs to."""
     return " ".join(part for part in (record.implementation, label(record.fields, lines)) if part)
 
 
-def places(records: Iterable[Record], lines: Sequence[str] = ()) -> dict[str, int]:
-    """The lines, in order of appearance: who draws the same records gives each line the same place."""
-    return {name: place for place, name in enumerate(dict.fromkeys(series(record, lines) for record in records))}
-
-
-def colour(place: int) -> str:
-    """The colour of a line; they begin anew after the last."""
-    return COLOURS[place % len(COLOURS)]
+def strokes(records: Iterable[Record], lines: Sequence[str], kinds: Sequence[T]) -> dict[str, T]:
+    """Which kind of stroke each line has: all of an implementation have its colour, and are told apart by this."""
+    several = dict.fromkeys(label(record.fields, lines) for record in records)
+    return {name: kinds[place % len(kinds)] for place, name in enumerate(several)}
 
 
 def panel_fields(x: str, lines: Sequence[str], records: Sequence[Record]) -> list[str]:
@@ -112,6 +157,19 @@ def largest_error(record: Record) -> float | None:
     """None where there is nothing that a logarithmic axis could show: zero, infinity, NaN."""
     gradient = worst_gradient(record)
     return gradient.largest if gradient and 0 < gradient.largest < inf else None
+
+
+def error_on_scale(record: Record) -> float | None:
+    """The largest error as charts draw it: one that is beyond the scale lies on its end."""
+    error = largest_error(record)
+    return None if error is None else min(max(error, 10.0 ** ERROR_DECADES[0]), 10.0 ** ERROR_DECADES[1])
+
+
+def decades(values: Iterable[float]) -> tuple[int, int]:
+    """The powers of ten that all values lie between, one apart at least: the ends of a logarithmic axis."""
+    logarithms = [log10(value) for value in values if 0 < value < inf] or [0.0]
+    lowest = floor(min(logarithms))
+    return lowest, max(ceil(max(logarithms)), lowest + 1)
 
 
 def by(records: Iterable[T], key: Callable[[T], object]) -> list[list[T]]:

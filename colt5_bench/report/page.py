@@ -5,26 +5,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import inf, isnan
 from pathlib import Path
-from statistics import geometric_mean
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
+from colt5_bench.columns import GRADIENT_ERROR, SHARE_OF_LIMIT, SPEED_UP, time
 from colt5_bench.compare.findings import Comparison, Finding
 from colt5_bench.environment import flat
 from colt5_bench.files import whole
 from colt5_bench.report import (
     Interval,
     main_column,
+    mean_speed_up,
+    plus_minus,
+    said_ratio,
     severity,
     share_of_limit,
     short,
+    spans_one,
     speed_up_intervals,
     speed_ups,
+    time_intervals,
     varying_fields,
     worst_gradient,
 )
@@ -50,19 +54,22 @@ class Standing:
 
     implementation: str
     endings: str
-    speed_ups: Sequence[float]
-    """Over the reference, of each case that both were timed on."""
 
-    share_of_limit: float | None
-    """The largest."""
+    pairs: int
+    """How many cases both it and the reference were timed on."""
+
+    speed_up: str
+    """The geometric mean of these, over the reference, with its interval; empty without any."""
+
+    slowest: str
+    fastest: str
+    """The smallest and the largest of these, each with its interval."""
+
+    share_of_limit: str
+    """The largest, with its interval."""
 
     error: float | None
     """The largest of any gradient, of the section's dtype."""
-
-    @property
-    def speed_up(self) -> float:
-        """The geometric mean."""
-        return geometric_mean(self.speed_ups)
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,8 @@ def write_page(
         loader=PackageLoader("colt5_bench.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     templates.filters["short"] = short
-    sections = [_section(own, views.get(own[0].suite, View())) for own in by(run.records, lambda record: record.suite)]
+    suites = by(run.records, lambda record: record.suite)
+    sections = [_section(own, views.get(own[0].suite, View())) for own in suites]
     page = templates.get_template("page.html").render(
         title=title or ", ".join(section.name for section in sections) or "No records",
         subtitle=", ".join(dict.fromkeys(record.device for record in run.records)),
@@ -117,13 +125,14 @@ def write_page(
         sections=sections,
         headlines=[
             headline
-            for own, section in zip(by(run.records, lambda record: record.suite), sections, strict=True)
+            for own, section in zip(suites, sections, strict=True)
             if (headline := _fastest(own, section.reference) or _most_exact(section))
         ],
         environments=_environments(run),
         cut_off=[file.name for file in run.cut_off],
         comparison=None if findings is None else Comparison(findings),
         columns=columns(run.records),
+        quantities={"speed_up": SPEED_UP, "share_of_limit": SHARE_OF_LIMIT, "error": GRADIENT_ERROR},
         data=_embedded(run, sections, views),
         plotly=Markup(get_plotlyjs()),
     )
@@ -136,14 +145,14 @@ def _embedded(run: Run, sections: Iterable[SuiteSection], views: Mapping[str, Vi
     """What the page's script works with, as JSON that no HTML parser mistakes for its own."""
     content = {
         "suites": {section.name: [asdict(card) for card in section.cards] for section in sections},
-        "rows": rows(run.records, views),
+        "rows": rows(run.records, views, run.environments),
         "details": [
             {
                 "case": record.case,
                 "reason": record.reason,
                 "environment": record.environment,
                 "command": command(record, run.environments),
-                "sections": [asdict(section) for section in details(record)],
+                "sections": list(map(asdict, details(record, run.environments.get(record.environment, {})))),
             }
             for record in run.records
         ],
@@ -172,11 +181,15 @@ def _section(records: Sequence[Record], view: View) -> SuiteSection:
 
 def _standings(records: Sequence[Record], reference: str, dtype: str) -> list[Standing]:
     main = main_column(records)
-    ratios = {id(r): ratio for r, ratio in zip(records, speed_ups(records, reference, main), strict=True)}
+    ratios, bounds = speed_ups(records, reference, main), speed_up_intervals(records, reference, main)
+    known = zip(map(id, records), ratios, bounds, strict=True)
+    over = {key: (ratio, interval) for key, ratio, interval in known if ratio is not None}
+    uncertain = dict(zip(map(id, records), time_intervals(records, main), strict=True))
     standings = []
     for own in by(records, lambda record: record.implementation):
-        over = [ratio for record in own if (ratio := ratios[id(record)]) is not None]
-        shares = [share for record in own if (share := share_of_limit(record, main)) is not None]
+        pairs = sorted((over[id(record)] for record in own if id(record) in over), key=lambda pair: pair[0])
+        shares = [(share, record) for record in own if (share := share_of_limit(record, main)) is not None]
+        share, nearest = max(shares, key=lambda each: each[0], default=(None, None))
         alike = [record for record in own if not dtype or str(record.fields.get("dtype")) == dtype]
         gradients = [gradient for record in alike if (gradient := worst_gradient(record))]
         farthest = max(gradients, key=severity, default=None)
@@ -184,38 +197,46 @@ def _standings(records: Sequence[Record], reference: str, dtype: str) -> list[St
             Standing(
                 implementation=own[0].implementation,
                 endings=_count_endings(own),
-                speed_ups=over,
-                share_of_limit=max(shares, default=None),
+                pairs=len(pairs),
+                speed_up=_mean(pairs),
+                slowest=said_ratio(*pairs[0]) if pairs else "",
+                fastest=said_ratio(*pairs[-1]) if pairs else "",
+                share_of_limit=f"{short(100 * share)}{plus_minus(uncertain[id(nearest)])}" if share else "",
                 error=farthest.largest if farthest else None,
             )
         )
     return standings
 
 
+def _mean(pairs: Sequence[tuple[float, Interval | None]]) -> str:
+    """Of speed-ups with their intervals; the reference has none over itself."""
+    noisy = [(ratio, bounds) for ratio, bounds in pairs if bounds]
+    if not noisy:
+        return said_ratio(1.0, None) if pairs else ""
+    return said_ratio(*mean_speed_up(*zip(*noisy, strict=True)))
+
+
 def _fastest(records: Sequence[Record], reference: str) -> Headline | None:
     """The speed-up of our kernels, on what all implementations of the whole operation share. None if it may be none."""
     main = main_column(records)
-    pairs: dict[str, dict[tuple[str, str], Interval]] = {}
-    for record, bounds in zip(records, speed_up_intervals(records, reference, main), strict=True):
-        if bounds and share_of_limit(record, main) is not None:
-            pairs.setdefault(record.implementation, {})[record.case, record.direction] = bounds
+    pairs: dict[str, dict[tuple[str, str], tuple[float, Interval]]] = {}
+    ratios, intervals = speed_ups(records, reference, main), speed_up_intervals(records, reference, main)
+    for record, ratio, bounds in zip(records, ratios, intervals, strict=True):
+        if ratio and bounds and share_of_limit(record, main) is not None:
+            pairs.setdefault(record.implementation, {})[record.case, record.direction] = ratio, bounds
     shared = set.intersection(*map(set, pairs.values())) if OURS in pairs else set()
     if not shared:
         return None
-    with np.errstate(all="ignore"):  # Of a pair with too few samples, of which nothing is known.
-        logarithms = np.log([pairs[OURS][pair] for pair in shared])
-        middles, reach = logarithms.mean(-1), np.diff(logarithms)[:, 0] / 2
-    # Noise of one pair has nothing to do with that of another.
-    count, mean, error = len(shared), middles.mean(), np.sqrt((reach**2).sum()) / len(shared)
-    if not abs(mean) > error:
+    found = sorted(pairs[OURS][pair] for pair in shared)
+    mean, interval = mean_speed_up(*zip(*found, strict=True))
+    if spans_one(interval):
         return None
-    unseen = int((abs(middles) <= reach).sum())
-    figure, low, high, least, most = (
-        f"{short(float(np.exp(each)))}x" for each in (mean, mean - error, mean + error, min(middles), max(middles))
-    )
-    note = f"{OURS} over {reference}: geometric mean of {count} pair{'s' if count > 1 else ''}"
-    spread = f", in {unseen} of them no difference was seen" if unseen else f", {least} to {most}"
-    return Headline(records[0].suite, figure, f"{note}{spread}; 95 % interval {low} to {high}")
+    count, unseen = len(found), sum(spans_one(bounds) for _, bounds in found)
+    note = f"{OURS} over {reference}, {time(main).name}: geometric mean of {count} pair{'s' if count > 1 else ''}"
+    spread = f"{said_ratio(*found[0])} to {said_ratio(*found[-1])}"
+    spread = f"in {unseen} of them no difference was seen" if unseen else spread
+    low, high = map(short, interval)
+    return Headline(records[0].suite, f"{short(mean)}x", f"{note}, {spread}; 95 % interval {low}x to {high}x")
 
 
 def _most_exact(section: SuiteSection) -> Headline | None:
@@ -225,8 +246,8 @@ def _most_exact(section: SuiteSection) -> Headline | None:
     if not errors or theirs is None:
         return None
     exact = min(errors, key=lambda name: inf if isnan(errors[name]) else errors[name])
-    what = f"largest error of a gradient{f' in {section.dtype}' if section.dtype else ''}"
-    note = f"{what}, {exact}; {section.reference}: {theirs:.1e}"
+    dtype = f" in {section.dtype}" if section.dtype else ""
+    note = f"largest {GRADIENT_ERROR.name}{dtype}, {exact}; {section.reference}: {theirs:.1e}"
     return Headline(section.name, f"{errors[exact]:.1e}", note)
 
 

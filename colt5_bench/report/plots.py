@@ -1,9 +1,9 @@
 """Figures of a suite, as PNG and SVG. The same records give the same files."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, isfinite
+from math import ceil, inf, isfinite
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -14,22 +14,32 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
+from colt5_bench.columns import BANDWIDTH, GRADIENT_ERROR, time
 from colt5_bench.files import whole
-from colt5_bench.report import bandwidth, label, main_column, varying_fields, worst_gradient
+from colt5_bench.report import label, main_column, varying_fields, worst_gradient
+from colt5_bench.report.colours import colour, place
 from colt5_bench.report.layout import (
-    COLUMN_LABELS,
+    ERROR_DECADES,
+    LIMIT_BANDWIDTH,
+    LIMIT_TIME,
     MEMORY,
+    PEAK_MEGABYTES,
+    SAVED_MEGABYTES,
+    Drawn,
     by,
     by_fields,
-    colour,
     combinations,
+    decades,
     divergence_fields,
+    error_on_scale,
+    gigabytes_a_second,
     largest_error,
+    milliseconds,
     panel_fields,
-    places,
     series,
+    strokes,
     tick,
     traded,
 )
@@ -37,6 +47,9 @@ from colt5_bench.results import Record
 
 MARKERS = "osD^vP*X"
 """Tell implementations apart in grey."""
+
+DASHES: Sequence[Any] = ("-", "--", "-.", (0, (6, 1)), (0, (4, 1, 1, 1, 1, 1)))
+"""Tell apart the lines of one implementation."""
 
 GREY = "0.35"
 """Of what belongs to no implementation."""
@@ -54,7 +67,10 @@ WIDEST_LINEAR, WIDEST_LOGARITHMIC = 1e2, 1e9
 """Largest over smallest metric other than 0 that an axis of either kind shows."""
 
 MOST_TICKS = 8
-"""Values of x that are each given a tick."""
+"""Values of x that are each given a tick, and powers of ten of a vertical axis."""
+
+MARGIN = 0.1
+"""Of a logarithmic axis on either side, in powers of ten: a marker on its end is seen whole."""
 
 STYLE: dict[Any, Any] = {
     "axes.grid": True,
@@ -73,15 +89,16 @@ STYLE: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class _Quantity:
-    """What is drawn of a record."""
+def _from_decade_to_decade(ax: Axes, ends: tuple[int, int]) -> None:
+    """A logarithmic axis between two powers of ten, with a figure at each and none between."""
+    ax.set_yscale("log")
+    ax.set_ylim(10.0 ** (ends[0] - MARGIN), 10.0 ** (ends[1] + MARGIN))
+    ax.yaxis.set_major_locator(LogLocator(numticks=MOST_TICKS + 1))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
-    of: Callable[[Record], float | None]
-    line: str = "-"
 
-    name: str = ""
-    """For the legend, where there are several."""
+def _scale_logarithmic(ax: Axes, values: Sequence[float]) -> None:
+    _from_decade_to_decade(ax, decades(values))
 
 
 @dataclass(frozen=True)
@@ -93,24 +110,14 @@ class _Panel:
 @dataclass(frozen=True)
 class _Row:
     y_label: str
-    quantities: Sequence[_Quantity]
+    quantities: Sequence[Drawn]
     panels: Sequence[_Panel]
 
-    limit: _Quantity | None = None
+    limit: Drawn | None = None
     """What no implementation can pass, drawn in grey."""
 
-    scale: Callable[[Axes, Sequence[float]], None] = lambda ax, values: ax.set_yscale("log")
+    scale: Callable[[Axes, Sequence[float]], None] = _scale_logarithmic
     """Sets the vertical axis, given what is drawn."""
-
-
-_ROOFLINE = _Quantity(
-    lambda record: (
-        record.minimum_bytes / record.limit_seconds / 1e9 if record.minimum_bytes and record.limit_seconds else None
-    ),
-    "--",
-    "limit",
-)
-"""The bandwidth of what takes the least time that the device needs."""
 
 
 def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n", lines: Sequence[str] = ()) -> list[Path]:
@@ -118,7 +125,7 @@ def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n", lin
     against memory where a field trades one for the other, and divergence.
 
     What did not end ok is not drawn but named below the figure; divergence that was found wrong is drawn all the same,
-    hollow. There is no figure of what no record has.
+    hollow. Bars are 95 % intervals. There is no figure of what no record has.
 
     Args:
         records: of one suite.
@@ -133,24 +140,23 @@ def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n", lin
     figures: dict[str, Figure] = {}
     ok = [record for record in records if record.status == "ok" and x in record.fields]
     main = main_column(ok)
-    time_label = f"{COLUMN_LABELS.get(main, main)} [ms]"
-    milliseconds = _Quantity(lambda record: _times(record.seconds(main), 1e3))
+    quantity = time(main)
     compared = [record for record in records if record.status in ("ok", "wrong") and worst_gradient(record)]
     with mpl.rc_context(STYLE):
         if timed := [record for record in ok if record.seconds(main)]:
-            limit = _Quantity(lambda record: _times(record.limit_seconds, 1e3), "--", "limit")
-            figures["time"] = _against(x, time_label, [milliseconds], timed, records, limit)
+            remark = f"{quantity.name} is {quantity.hint}."
+            figures["time"] = _against(
+                x, quantity.title, [milliseconds(timed, main)], timed, records, LIMIT_TIME, remark
+            )
         if moved := [record for record in timed if record.minimum_bytes]:
-            rate = _Quantity(lambda record: _times(bandwidth(record, main), 1e-9))
-            figures["bandwidth"] = _against(x, "bandwidth [GB/s]", [rate], moved, records, _ROOFLINE)
+            rates = [gigabytes_a_second(moved, main)]
+            figures["bandwidth"] = _against(x, BANDWIDTH.title, rates, moved, records, LIMIT_BANDWIDTH)
         if sized := [record for record in ok if record.peak_bytes]:
-            quantities = [
-                _Quantity(lambda record: _times(record.peak_bytes, 1e-6), name="peak"),
-                _Quantity(lambda record: _times(record.saved_bytes, 1e-6), ":", "saved for backward"),
-            ]
-            figures["memory"] = _against(x, "memory beyond the inputs [MB]", quantities, sized, records)
+            sizes = [PEAK_MEGABYTES, SAVED_MEGABYTES]
+            remark = "Beyond the inputs: peak is the most at once, and saved stays for the backward pass."
+            figures["memory"] = _against(x, "memory [MB]", sizes, sized, records, remark=remark)
         if trade := traded(timed):
-            figures["trade-off"] = _against(MEMORY, time_label, [milliseconds], trade, records)
+            figures["trade-off"] = _against(MEMORY, quantity.title, [milliseconds(trade, main)], trade, records)
         for name, of_one_dtype in _by_dtype(compared).items():
             if any(map(largest_error, of_one_dtype)):
                 figures[name] = _divergence(x, of_one_dtype, records)
@@ -162,14 +168,15 @@ def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n", lin
 def _against(
     x: str,
     y_label: str,
-    quantities: Sequence[_Quantity],
+    quantities: Sequence[Drawn],
     drawn: Sequence[Record],
     records: Sequence[Record],
-    limit: _Quantity | None = None,
+    limit: Drawn | None = None,
+    remark: str = "",
 ) -> Figure:
     """A panel for each direction and each combination of the fields that vary along with x."""
     fields = panel_fields(x, (), drawn)
-    shown, remark = _with_room(fields, drawn, MOST_PANELS)
+    shown, left_out = _with_room(fields, drawn, MOST_PANELS)
     rows = []
     for direction in dict.fromkeys(record.direction for record in drawn):
         of_direction = [record for record in drawn if record.direction == direction]
@@ -180,7 +187,7 @@ def _against(
         per_row = ceil(len(panels) / ceil(len(panels) / PANELS_PER_ROW))
         parts = (panels[start : start + per_row] for start in range(0, len(panels), per_row))
         rows += [_Row(y_label, quantities, part, limit) for part in parts]
-    return _figure(rows, x, records, remark)
+    return _figure(rows, x, records, " ".join(filter(None, (remark, left_out))))
 
 
 def _metrics(x: str, lines: Sequence[str], drawn: Sequence[Record], records: Sequence[Record]) -> Figure:
@@ -190,8 +197,8 @@ def _metrics(x: str, lines: Sequence[str], drawn: Sequence[Record], records: Seq
     shown, remark = _with_room(fields, drawn, PANELS_PER_ROW)
     panels = [_Panel(name, [r for r in drawn if label(r.fields, fields) == name]) for name in shown]
 
-    def of_metric(name: str) -> _Quantity:
-        return _Quantity(lambda record: record.metrics.get(name))
+    def of_metric(name: str) -> Drawn:
+        return Drawn(lambda record: record.metrics.get(name))
 
     names = dict.fromkeys(name for record in drawn for name in record.metrics)
     rows = [_Row(name.replace("_", " "), [of_metric(name)], panels, scale=_scale_metric) for name in names]
@@ -210,14 +217,16 @@ def _divergence(x: str, drawn: Sequence[Record], records: Sequence[Record]) -> F
     x, spread, schedule = divergence_fields(x, drawn)
     rows = [
         _Row(
-            "largest error of the gradient",
-            [_Quantity(largest_error)],
+            GRADIENT_ERROR.name,
+            [Drawn(error_on_scale)],
             [_Panel(label(panel[0].fields, [*spread, *schedule]), panel) for panel in by_fields(row, spread)],
+            scale=lambda ax, values: _from_decade_to_decade(ax, ERROR_DECADES),
         )
         for row in by_fields(drawn, schedule)
     ]
     pooled = [name for name in varying_fields(drawn) if name not in (x, *spread, *schedule)]
-    remark = f"Lines go through the largest of all {', '.join(pooled)}." if pooled else ""
+    remark = f"{GRADIENT_ERROR.hint.capitalize()}; what is beyond the scale lies on its end."
+    remark += f" Lines go through the largest of all {', '.join(pooled)}." if pooled else ""
     return _figure(rows, x, records, remark)
 
 
@@ -237,7 +246,7 @@ def _figure(rows: Sequence[_Row], x: str, records: Sequence[Record], remark: str
     figure.text(0.01, 0.05 / height, caption, fontsize="small", color=GREY, va="bottom")
     figure.suptitle(f"{records[0].suite} on {records[0].device}", x=0.01, ha="left", weight="bold")
 
-    styles = _styles(records, lines)
+    dashes = strokes(records, lines, DASHES)
     several = len({row.y_label for row in rows}) > 1
     grid = figure.subplots(len(rows), per_row, sharex=True, sharey="row" if several else True, squeeze=False)
     for ax in grid.flat:
@@ -247,18 +256,16 @@ def _figure(rows: Sequence[_Row], x: str, records: Sequence[Record], remark: str
         for ax, panel in zip(axes, row.panels, strict=False):
             ax.set_visible(True)
             ax.set_title("\n".join(fill(line, 44) for line in panel.title.splitlines()))
-            _draw(ax, panel.records, x, row.quantities, styles, lines)
+            _draw(ax, panel.records, x, row.quantities, dashes, lines)
             if row.limit:
                 _draw_limit(ax, panel.records, x, row.limit)
-        row.scale(
-            axes[0], [v for p in row.panels for r in p.records for q in row.quantities if (v := q.of(r)) is not None]
-        )
+        row.scale(axes[0], _reached(row))
     for axes in grid.T:
         lowest = [ax for ax in axes if ax.get_visible()][-1]
         lowest.set_xlabel(x)
         lowest.tick_params(labelbottom=True)
     _scale_x(grid[0][0], [record.fields[x] for row in rows for panel in row.panels for record in panel.records])
-    figure.legend(handles=_legend(rows, styles, lines), loc="outside right upper")
+    figure.legend(handles=_legend(rows, dashes, lines), loc="outside right upper")
     return figure
 
 
@@ -266,28 +273,51 @@ def _draw(
     ax: Axes,
     records: Sequence[Record],
     x: str,
-    quantities: Sequence[_Quantity],
-    styles: Mapping[str, tuple[str, str]],
+    quantities: Sequence[Drawn],
+    dashes: Mapping[str, Any],
     lines: Sequence[str],
 ) -> None:
-    """A marker a record, hollow for one that is wrong, and a line through the largest at each x."""
+    """A marker a record, hollow for one that is wrong, its interval, and a line through the largest at each x."""
     for own in by(records, lambda record: series(record, lines)):
-        colour, marker = styles[series(own[0], lines)]
+        shade, marker = colour(own[0].implementation), _marker(own[0].implementation)
         for quantity in quantities:
+            dash = ":" if quantity is SAVED_MEGABYTES else dashes[label(own[0].fields, lines)]
             points: list[tuple[Any, float, str]] = [
                 (record.fields[x], value, record.status) for record in own if (value := quantity.of(record)) is not None
             ]
             highest = {at: max(value for where, value, _ in points if where == at) for at, _, _ in points}
-            ax.plot(sorted(highest), [highest[at] for at in sorted(highest)], quantity.line, color=colour, lw=1.2)
-            for status, face in (("ok", colour), ("wrong", "none")):
+            ax.plot(sorted(highest), [highest[at] for at in sorted(highest)], ls=dash, color=shade, lw=1.2)
+            for status, face in (("ok", shade), ("wrong", "none")):
                 of_status = [(at, value) for at, value, which in points if which == status]
                 places, values = zip(*of_status, strict=True) if of_status else ((), ())
-                ax.plot(places, values, marker, color=colour, markerfacecolor=face)
+                ax.plot(places, values, marker, color=shade, markerfacecolor=face)
+            _draw_intervals(ax, own, x, quantity, shade)
 
 
-def _draw_limit(ax: Axes, records: Sequence[Record], x: str, limit: _Quantity) -> None:
+def _draw_intervals(ax: Axes, records: Iterable[Record], x: str, quantity: Drawn, shade: str) -> None:
+    """A bar a record; one of which nothing is known goes from end to end of the axis."""
+    for record in records:
+        if quantity.of(record) is None or (interval := quantity.interval(record)) is None:
+            continue
+        at: Any = record.fields[x]
+        low, high = interval
+        if low > 0 and high < inf:
+            ax.vlines(at, low, high, color=shade, lw=1)
+        else:
+            ax.axvline(at, color=shade, lw=1, ls=":")
+
+
+def _reached(row: _Row) -> list[float]:
+    """All that the vertical axis has to show: values, and the ends of their intervals."""
+    drawn = [*row.quantities, *([row.limit] if row.limit else [])]
+    pairs = [(record, each) for panel in row.panels for record in panel.records for each in drawn]
+    values = [value for record, each in pairs if (value := each.of(record)) is not None]
+    return [*values, *(end for record, each in pairs for end in each.interval(record) or ())]
+
+
+def _draw_limit(ax: Axes, records: Sequence[Record], x: str, limit: Drawn) -> None:
     points: dict[Any, float] = {r.fields[x]: value for r in records if (value := limit.of(r)) is not None}
-    ax.plot(sorted(points), [points[at] for at in sorted(points)], limit.line, color=GREY, lw=1)
+    ax.plot(sorted(points), [points[at] for at in sorted(points)], "--", color=GREY, lw=1)
 
 
 def _scale_metric(ax: Axes, values: Sequence[float]) -> None:
@@ -305,26 +335,37 @@ def _scale_x(ax: Axes, values: Sequence[Any]) -> None:
         if len(distinct) <= MOST_TICKS:
             ax.set_xticks(distinct, [tick(value) for value in distinct])
             ax.xaxis.set_minor_locator(NullLocator())
+        else:
+            lowest, highest = decades(distinct)
+            ax.set_xlim(10.0**lowest, 10.0**highest)
+            ax.xaxis.set_minor_formatter(NullFormatter())
     elif any(isinstance(value, str) for value in distinct):
         for each in ax.figure.axes:
             each.tick_params(axis="x", rotation=90)
 
 
-def _styles(records: Sequence[Record], lines: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker by line, the same in all figures that have the same lines."""
-    return {name: (colour(place), MARKERS[place % len(MARKERS)]) for name, place in places(records, lines).items()}
+def _marker(implementation: str) -> str:
+    return MARKERS[place(implementation) % len(MARKERS)]
 
 
-def _legend(rows: Sequence[_Row], styles: Mapping[str, tuple[str, str]], lines: Sequence[str]) -> list[Line2D]:
+def _legend(rows: Sequence[_Row], dashes: Mapping[str, Any], lines: Sequence[str]) -> list[Line2D]:
     records = [record for row in rows for panel in row.panels for record in panel.records]
-    drawn = {series(record, lines) for record in records}
     handles = [
-        Line2D([], [], color=colour, marker=marker, label=name)
-        for name, (colour, marker) in styles.items()
-        if name in drawn
+        Line2D(
+            *([], []),
+            color=colour(record.implementation),
+            marker=_marker(record.implementation),
+            ls=dashes[label(record.fields, lines)],
+            label=name,
+        )
+        for name, record in {series(record, lines): record for record in records}.items()
     ]
-    named = [each for each in (*rows[0].quantities, rows[0].limit) if each and each.name]
-    handles += [Line2D([], [], color=GREY, ls=each.line, label=each.name) for each in named]
+    named = [each for each in rows[0].quantities if each.name]
+    handles += [
+        Line2D([], [], color=GREY, ls=":" if each is SAVED_MEGABYTES else "-", label=each.name) for each in named
+    ]
+    if rows[0].limit:
+        handles.append(Line2D([], [], color=GREY, ls="--", label=rows[0].limit.name))
     if any(record.status == "wrong" for record in records):
         handles.append(Line2D([], [], color=GREY, ls="", marker="o", mfc="none", label="found wrong"))
     return handles
@@ -344,10 +385,6 @@ def _by_dtype(records: Sequence[Record]) -> dict[str, list[Record]]:
     dtypes = [quote(str(group[0].fields.get("dtype")), safe="") for group in groups]
     names = [f"divergence-{dtype}" for dtype in dtypes] if len(groups) > 1 else ["divergence"]
     return dict(zip(names, groups, strict=False))
-
-
-def _times(value: float | None, unit: float) -> float | None:
-    return None if value is None else value * unit
 
 
 def _save(figure: Figure, directory: Path, name: str) -> list[Path]:

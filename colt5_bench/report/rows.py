@@ -7,11 +7,39 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
-from colt5_bench.report import bandwidth, label, main_column, share_of_limit, speed_ups, text, varying_fields, worst
-from colt5_bench.report.layout import COLUMN_LABELS, View, by
+from colt5_bench.columns import (
+    BANDWIDTH,
+    LARGEST_ERROR,
+    PEAK,
+    SAVED,
+    SHARE_OF_LIMIT,
+    SPEED_UP,
+    Quantity,
+    error_of,
+    time,
+)
+from colt5_bench.report import (
+    Interval,
+    bandwidth,
+    label,
+    main_column,
+    measured_under,
+    plus_minus,
+    said_ratio,
+    share_of_limit,
+    short,
+    speed_up_intervals,
+    speed_ups,
+    text,
+    time_intervals,
+    varying_fields,
+    worst,
+)
+from colt5_bench.report.layout import View, by
 from colt5_bench.results import Record
 
-Cell = str | int | float | None
+Cell = str | int | float | None | tuple[float, str]
+"""With an interval: the figure to sort by, and how it is said."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +49,10 @@ class Column:
     title: str
     hint: str
     number: bool = False
+
+    @classmethod
+    def of(cls, quantity: Quantity, more: str = "") -> "Column":
+        return cls(quantity.title, quantity.hint + more, number=True)
 
 
 @dataclass(frozen=True)
@@ -34,10 +66,7 @@ class Section:
 
 def columns(records: Sequence[Record]) -> list[Column]:
     """The columns of a table of these records, whatever their suites."""
-    times = [
-        Column(f"{COLUMN_LABELS.get(name, name)} [ms]", "median of the samples", number=True)
-        for name in _time_columns(records)
-    ]
+    times = [Column.of(time(name), "; median of the samples and its 95 % interval") for name in _time_columns(records)]
     return [
         Column("suite", ""),
         Column("implementation", ""),
@@ -45,50 +74,66 @@ def columns(records: Sequence[Record]) -> list[Column]:
         Column("direction", ""),
         Column("status", ""),
         *times,
-        Column("speed-up", "over the reference of the suite, by the first column of times", number=True),
-        Column("GB/s", "each input read once and each output written once, over the time", number=True),
-        Column("of limit [%]", "the least time that the device needs, over the time", number=True),
-        Column("peak [MB]", "most memory allocated during the call, beyond what was there before", number=True),
-        Column("saved [MB]", "what stays for the backward pass", number=True),
-        Column("largest error", "largest distance from fp64, of the output or of a gradient", number=True),
+        Column.of(SPEED_UP, "; where no difference was seen, its 95 % interval alone"),
+        *map(Column.of, (BANDWIDTH, SHARE_OF_LIMIT, PEAK, SAVED, LARGEST_ERROR)),
+        Column("measured", "date, revision (a plus: with changes that are not committed) and machine"),
     ]
 
 
-def rows(records: Sequence[Record], views: Mapping[str, View]) -> list[list[Cell]]:
-    """The cells of each record, in the order of the columns."""
+def rows(
+    records: Sequence[Record], views: Mapping[str, View], environments: Mapping[str, Mapping[str, Any]]
+) -> list[list[Cell]]:
+    """The cells of each record, in the order of the columns.
+
+    Args:
+        records: of any suites.
+        views: how each suite asks to be looked at, by its name.
+        environments: what records were measured under, by the key that they name.
+    """
     times = _time_columns(records)
     cells: dict[int, list[Cell]] = {}
     for own in by(records, lambda record: record.suite):
         varying, main = varying_fields(own), main_column(own)
         reference = views.get(own[0].suite, View()).reference
-        for record, ratio in zip(own, speed_ups(own, reference, main), strict=True):
-            divergence = worst(record)
+        ratios, bounds = speed_ups(own, reference, main), speed_up_intervals(own, reference, main)
+        by_column = [time_intervals(own, name) for name in times]
+        of_main = time_intervals(own, main)
+        for at, record in enumerate(own):
+            divergence, ratio = worst(record), ratios[at]
+            environment = environments.get(record.environment, {})
             cells[id(record)] = [
                 record.suite,
                 record.implementation,
                 label(record.fields, varying),
                 record.direction,
                 record.status.replace("_", " "),
-                *(_scaled(record.seconds(name), 1e3) for name in times),
-                ratio,
-                _scaled(bandwidth(record, main), 1e-9),
-                _scaled(share_of_limit(record, main), 100),
+                *(_noisy(record.seconds(name), 1e3, by_column[each][at]) for each, name in enumerate(times)),
+                None if ratio is None else (ratio, said_ratio(ratio, bounds[at])),
+                _noisy(bandwidth(record, main), 1e-9, of_main[at]),
+                _noisy(share_of_limit(record, main), 100, of_main[at]),
                 _scaled(record.peak_bytes, 1e-6),
                 _scaled(record.saved_bytes, 1e-6),
                 sayable(divergence.largest if divergence else None),
+                " · ".join(filter(None, (measured_under(environment), record.device))),
             ]
     return [cells[id(record)] for record in records]
 
 
-def details(record: Record) -> list[Section]:
-    """All that a record holds, but for the samples themselves."""
-    sections = [Section("Case", ("field", "value"), [(name, text(value)) for name, value in record.fields.items()])]
+def details(record: Record, environment: Mapping[str, Any]) -> list[Section]:
+    """All that a record holds, but for the samples themselves, and what it was measured under."""
+    sections = [
+        Section("Measured", ("", ""), _measured(record, environment)),
+        Section("Case", ("field", "value"), [(name, text(value)) for name, value in record.fields.items()]),
+    ]
     if record.timings:
         sections.append(_times_of(record))
     sections += [
         _table(title, by_name)
         for title, by_name in (
-            ("Distance from fp64", {name: asdict(divergence) for name, divergence in record.accuracy.items()}),
+            (
+                "Distance from fp64",
+                {error_of(name).name: asdict(divergence) for name, divergence in record.accuracy.items()},
+            ),
             ("Kernels", {str(kernel.get("name")): _without(kernel, "name") for kernel in record.kernels}),
         )
         if by_name
@@ -104,6 +149,21 @@ def details(record: Record) -> list[Section]:
     }
     known = [(name, value) for name, value in least.items() if value is not None]
     return [*sections, *([Section("The least that it takes", ("", ""), known)] if known else [])]
+
+
+def _measured(record: Record, environment: Mapping[str, Any]) -> list[tuple[str, Cell]]:
+    """Date, revision and machine of a record."""
+    git = environment.get("git") or {}
+    changed = " with changes that are not committed" if git.get("dirty") else ""
+    facts = {
+        "date": environment.get("utc"),
+        "revision": f"{git['revision']}{changed}" if git.get("revision") else None,
+        "device": record.device,
+        "processor": environment.get("cpu"),
+        "platform": environment.get("platform"),
+        "torch": environment.get("torch"),
+    }
+    return [(name, "unknown" if value is None else str(value)) for name, value in facts.items()]
 
 
 def command(record: Record, environments: Mapping[str, Mapping[str, Any]]) -> str:
@@ -131,8 +191,11 @@ def _times_of(record: Record) -> Section:
     table = {}
     for name, timing in record.timings.items():
         samples = sorted(timing.samples)
-        table[COLUMN_LABELS.get(name, name)] = {
+        low, high = time_intervals([record], name)[0] or (None, None)
+        table[time(name).name] = {
             "median [ms]": _scaled(record.seconds(name), 1e3),
+            "interval from [ms]": _scaled(low, 1e3),
+            "interval to [ms]": _scaled(high, 1e3),
             "shortest [ms]": _scaled(samples[0], 1e3) if samples else None,
             "longest [ms]": _scaled(samples[-1], 1e3) if samples else None,
             "samples": len(samples),
@@ -158,6 +221,11 @@ def _cell(value: Any) -> Cell:
 
 def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names}
+
+
+def _noisy(value: float | None, unit: float, interval: Interval | None) -> Cell:
+    """A time, or what goes by it and is therefore as certain."""
+    return None if value is None else (value * unit, f"{short(value * unit)}{plus_minus(interval)}")
 
 
 def _scaled(value: float | None, unit: float) -> Cell:

@@ -2,33 +2,47 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from math import inf
-from textwrap import wrap
+from typing import TypeAlias
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from colt5_bench.columns import (
+    BANDWIDTH,
+    ERROR_AT_KINK,
+    FRACTION_ABOVE,
+    GRADIENT_ERROR,
+    KINKS,
+    LARGEST_ERROR,
+    PEAK,
+    RELATIVE_ERROR,
+    SAVED,
+    SHARE_OF_LIMIT,
+    SPEED_UP,
+    TIMES,
+    error_of,
+    time,
+)
 from colt5_bench.report import (
-    Interval,
     bandwidth,
     label,
     main_column,
+    plus_minus,
+    said_ratio,
     severity,
     share_of_limit,
     short,
-    spans_one,
     speed_up_intervals,
     speed_ups,
-    time_interval,
+    terminal,
+    time_intervals,
     varying_fields,
     worst,
     worst_gradient,
 )
+from colt5_bench.report.layout import by
+from colt5_bench.report.terminal import print_table
 from colt5_bench.results import Divergence, Record
-
-CASE_WIDTH = 26
 
 MOST_CASES = 40
 """Of a suite of divergence, which has hundreds: the worst are shown."""
@@ -38,21 +52,12 @@ STEADY_CLOCK = 0.01
 
 NOTHING = "-"
 
-HEADERS = {
-    "cold": "GPU ms\ncold L2",
-    "warm": "GPU ms\nwarm",
-    "graph": "GPU ms\ngraph",
-    "host": "host\nms",
-    "wall": "wall\nms",
-}
-
 STYLES = {"ok": "", "skipped": "dim", "wrong": "red", "out_of_memory": "yellow", "error": "red"}
 
 Group = list[Record]
 """The records of one case and direction."""
 
-Column = tuple[str, Callable[[Record], str]]
-"""Header, and the cell of a record."""
+Column: TypeAlias = terminal.Column[Record]
 
 
 def summary(records: Sequence[Record], reference: str, console: Console) -> None:
@@ -71,51 +76,37 @@ def summary(records: Sequence[Record], reference: str, console: Console) -> None
     if not records:
         endings(records, console)
         return
-    groups, metrics = _by_case(records), _metric_columns(records)
+    groups, metrics = by(records, lambda record: (record.case, record.direction)), _metric_columns(records)
     if any(record.timings for record in records):
-        print_whole(_table(records, groups, [*_time_columns(records, reference), *metrics]), console)
+        _print(records, groups, [*_time_columns(records, reference), *metrics], console)
+        main = time(main_column(records))
+        console.print(f"{main.name} is {main.hint}; speed-up is over {reference}", highlight=False)
     else:
         shown = sorted(groups, key=_severity_of_group, reverse=True)[:MOST_CASES]
-        print_whole(_table(records, shown, [*_divergence_columns(records), *metrics]), console)
+        _print(records, shown, [*_divergence_columns(records), *metrics], console)
         if len(shown) < len(groups):
             console.print(f"the {len(shown)} of {len(groups)} cases that are farthest from fp64", highlight=False)
     endings(records, console)
     _print_clocks(records, console)
 
 
-def _table(records: Sequence[Record], groups: Iterable[Group], columns: Sequence[Column]) -> Table:
-    """A row a group and a line a record, so that the case has room beside its implementations."""
+def _print(records: Sequence[Record], groups: Iterable[Group], columns: Sequence[Column], console: Console) -> None:
+    """Each case and direction in a line of its own, and a line for each of its implementations."""
     varying = varying_fields(records)
-    table = Table(
-        title=f"{records[0].suite} on {records[0].device}",
-        title_justify="left",
-        caption=label(records[0].fields, (name for name in records[0].fields if name not in varying)),
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        show_lines=True,
-        pad_edge=False,
+    print_table(
+        f"{records[0].suite} on {records[0].device}",
+        [_implementation(), *columns],
+        [terminal.Group(f"{label(own[0].fields, varying)} {own[0].direction}", own) for own in groups],
+        console,
+        style=lambda record: STYLES[record.status],
+        elsewhere=", and so does the CSV of `bench.py report`",
     )
-    table.add_column("case")
-    table.add_column("implementation")
-    for header, _ in columns:
-        table.add_column(header, justify="right", no_wrap=True)
-    for group in groups:
-        case = [*wrap(label(group[0].fields, varying), CASE_WIDTH), group[0].direction]
-        cells = ([cell(record) for record in group] for _, cell in columns)
-        lines = ([record.implementation for record in group], *cells)
-        styles = [STYLES[record.status] for record in group]
-        table.add_row("\n".join(case), *(_styled(column, styles) for column in lines))
-    return table
+    if common := label(records[0].fields, (name for name in records[0].fields if name not in varying)):
+        console.print(f"all with {common}", highlight=False, markup=False)
 
 
-def _styled(lines: Sequence[str], styles: Sequence[str]) -> Text:
-    return Text("\n").join(Text(line, style=style) for line, style in zip(lines, styles, strict=True))
-
-
-def print_whole(table: Table, console: Console) -> None:
-    """At full width, whatever that of the console: a line that it breaks is complete, a column cut short is not."""
-    table.width = console.measure(table, options=console.options.update(max_width=1000)).maximum
-    console.print(table, crop=False, overflow="ignore", no_wrap=True)
+def _implementation() -> Column:
+    return Column("implementation", lambda record: record.implementation, number=False)
 
 
 def endings(records: Sequence[Record], console: Console) -> None:
@@ -149,54 +140,39 @@ def _print_clocks(records: Iterable[Record], console: Console) -> None:
         )
 
 
-def _by_case(records: Iterable[Record]) -> list[Group]:
-    groups: dict[tuple[str, str], Group] = {}
-    for record in records:
-        groups.setdefault((record.case, record.direction), []).append(record)
-    return list(groups.values())
-
-
 def _severity_of_group(group: Group) -> float:
     return max((severity(divergence) for record in group if (divergence := worst(record))), default=0.0)
 
 
 def _time_columns(records: Sequence[Record], reference: str) -> list[Column]:
     main = main_column(records)
-    on_gpu = main == "cold"
     ratios, bounds = speed_ups(records, reference, main), speed_up_intervals(records, reference, main)
     over = {id(record): each for record, each in zip(records, zip(ratios, bounds, strict=True), strict=True)}
+    times = {name: _milliseconds(records, name) for name in TIMES}
 
-    def time(record: Record) -> str:
-        return _milliseconds(record, main) if record.status == "ok" else _status(record.status)
+    def time_or_status(record: Record) -> str:
+        return times[main](record) if record.status == "ok" else _status(record.status)
 
     def speed_up(record: Record) -> str:
         ratio, interval = over[id(record)]
-        if ratio is None:
-            return NOTHING
-        if interval and spans_one(interval):
-            return f"{short(interval[0])}-{short(interval[1])}x"
-        return f"{short(ratio)}x{_plus_minus(interval)}"
+        return NOTHING if ratio is None else said_ratio(ratio, interval)
 
     def gigabytes_a_second(record: Record) -> str:
         return NOTHING if (rate := bandwidth(record, main)) is None else short(rate / 1e9)
 
-    def of_limit(record: Record) -> str:
-        return NOTHING if (share := share_of_limit(record, main)) is None else f"{short(100 * share)}%"
+    def percent_of_limit(record: Record) -> str:
+        return NOTHING if (share := share_of_limit(record, main)) is None else f"{short(100 * share)}"
 
-    more_times: list[Column] = [
-        (HEADERS["warm"], lambda record: _milliseconds(record, "warm")),
-        (HEADERS["graph"], lambda record: _milliseconds(record, "graph")),
-        (HEADERS["host"], lambda record: _milliseconds(record, "wall")),
-    ]
+    others = [name for name in TIMES if name != main and any(name in record.timings for record in records)]
     return [
-        (HEADERS[main], time),
-        (f"over\n{reference}", speed_up),
-        ("GB/s", gigabytes_a_second),
-        ("of\nlimit", of_limit),
-        *(more_times if on_gpu else []),
-        ("peak\nMB", lambda record: _megabytes(record.peak_bytes)),
-        ("saved\nMB", lambda record: _megabytes(record.saved_bytes)),
-        ("largest\nerror", lambda record: _error(worst(record))),
+        Column(time(main).title, time_or_status),
+        Column(SPEED_UP.title, speed_up, 1),
+        Column(BANDWIDTH.title, gigabytes_a_second, 5),
+        Column(SHARE_OF_LIMIT.title, percent_of_limit, 4),
+        *(Column(time(name).title, times[name], 7 + place) for place, name in enumerate(others)),
+        Column(PEAK.title, lambda record: _megabytes(record.peak_bytes), 3),
+        Column(SAVED.title, lambda record: _megabytes(record.saved_bytes), 6),
+        Column(LARGEST_ERROR.title, lambda record: _error(worst(record)), 2),
     ]
 
 
@@ -205,16 +181,16 @@ def _divergence_columns(records: Iterable[Record]) -> list[Column]:
         return lambda record: figure(divergence) if (divergence := worst_gradient(record)) else NOTHING
 
     gradients: list[Column] = [
-        ("gradient:\nlargest", of_gradient(_error)),
-        ("\nrelative", of_gradient(lambda divergence: f"{divergence.relative:.1e}")),
-        ("\nabove 1e-3", of_gradient(lambda divergence: f"{short(100 * divergence.fraction_above)}%")),
-        ("\nkinks", of_gradient(lambda divergence: str(divergence.kinks))),
-        ("largest\nat kink", of_gradient(lambda divergence: f"{divergence.largest_at_kink:.1e}")),
+        Column(GRADIENT_ERROR.title, of_gradient(_error), 1),
+        Column(RELATIVE_ERROR.title, of_gradient(lambda divergence: f"{divergence.relative:.1e}"), 3),
+        Column(FRACTION_ABOVE.title, of_gradient(lambda divergence: short(100 * divergence.fraction_above)), 4),
+        Column(KINKS.title, of_gradient(lambda divergence: str(divergence.kinks)), 6),
+        Column(ERROR_AT_KINK.title, of_gradient(lambda divergence: f"{divergence.largest_at_kink:.1e}"), 5),
     ]
     return [
-        ("status", lambda record: _status(record.status)),
+        Column("status", lambda record: _status(record.status)),
         *(gradients if any(worst_gradient(record) for record in records) else []),
-        ("output:\nlargest", lambda record: _error(record.accuracy.get("output"))),
+        Column(error_of("output").title, lambda record: _error(record.accuracy.get("output")), 2),
     ]
 
 
@@ -223,24 +199,21 @@ def _metric_columns(records: Iterable[Record]) -> list[Column]:
         return lambda record: short(record.metrics[name]) if name in record.metrics else NOTHING
 
     names = dict.fromkeys(name for record in records for name in record.metrics)
-    return [(name.replace("_", "\n"), of_metric(name)) for name in names]
+    return [Column(name.replace("_", " "), of_metric(name), 10 + place) for place, name in enumerate(names)]
 
 
 def _status(status: str) -> str:
     return status.replace("_", " ")
 
 
-def _milliseconds(record: Record, column: str) -> str:
-    seconds = record.seconds(column)
-    return NOTHING if seconds is None else f"{short(1e3 * seconds)}{_plus_minus(time_interval(record, column))}"
+def _milliseconds(records: Sequence[Record], column: str) -> Callable[[Record], str]:
+    bounds = dict(zip(map(id, records), time_intervals(records, column), strict=True))
 
+    def said(record: Record) -> str:
+        seconds = record.seconds(column)
+        return NOTHING if seconds is None else f"{short(1e3 * seconds)}{plus_minus(bounds[id(record)])}"
 
-def _plus_minus(interval: Interval | None) -> str:
-    """`±2%`: half the width of an interval of ratios, on the logarithmic scale."""
-    if interval is None:
-        return ""
-    low, high = interval
-    return f"±{100 * ((high / low) ** 0.5 - 1):.2g}%" if low > 0 and high < inf else "±?"
+    return said
 
 
 def _megabytes(size: int | None) -> str:

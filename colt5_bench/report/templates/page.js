@@ -17,19 +17,34 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 const remember = (theme) => { try { localStorage.setItem("theme", theme); } catch { /* a page from disk may have no storage */ } };
 const remembered = () => { try { return localStorage.getItem("theme"); } catch { return null; } };
 
-function setTheme(theme) {
-  root.dataset.theme = theme;
-  drawn.forEach((card) => card.draw());
+/* Plots that are drawn, of all that there are. On paper every one is, dark on light, and as wide as the paper. */
+
+const figures = [], drawn = new Set();
+let printing = false, choice = remembered();
+
+function setTheme() {
+  root.dataset.theme = printing ? "light" : choice ?? (dark.matches ? "dark" : "light");
+  drawn.forEach((figure) => figure.draw());
 }
 
-const drawn = new Set();
-setTheme(remembered() ?? (dark.matches ? "dark" : "light"));
-dark.addEventListener("change", () => remembered() ?? setTheme(dark.matches ? "dark" : "light"));
+setTheme();
+dark.addEventListener("change", setTheme);
 find("#theme").addEventListener("click", () => {
-  const theme = root.dataset.theme === "dark" ? "light" : "dark";
-  remember(theme);
-  setTheme(theme);
+  choice = root.dataset.theme === "dark" ? "light" : "dark";
+  remember(choice);
+  setTheme();
 });
+
+function setPrinting(on) {
+  if (printing === on) return;
+  printing = on;
+  figures.forEach((figure) => drawn.add(figure));
+  setTheme();
+}
+
+addEventListener("beforeprint", () => setPrinting(true));
+addEventListener("afterprint", () => setPrinting(false));
+matchMedia("print").addEventListener("change", (event) => setPrinting(event.matches));
 
 /* Plots: a card is drawn when it comes near the window, and anew when a choice or the theme changes. */
 
@@ -39,17 +54,23 @@ function loadPlotly() {
 }
 
 const INK = "#000000";
+
+/** Only these buttons, as plotly has others that upload what is shown; and no address that anything could be sent to. */
 const CONFIG = {
-  responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+  responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "", topojsonURL: "about:blank",
+  modeBarButtons: [["toImage"], ["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
   toImageButtonOptions: { format: "svg" },
 };
+
+/** Of a plot on paper, in pixels: it has no window to go by. */
+const PRINTED = 640;
 
 function themed(layout) {
   const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   const ink = colour("--ink");
   const axis = (own) => ({ ...own, gridcolor: colour("--grid"), linecolor: colour("--line"), zeroline: false, automargin: true });
   return {
-    ...layout, xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
+    ...layout, ...(printing ? { width: PRINTED } : {}), xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
     font: { color: ink, size: 12, family: getComputedStyle(document.body).fontFamily },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 50, r: 14, t: 26, b: 44 },
     legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", xref: "container", x: 0 },
@@ -111,29 +132,34 @@ for (const [suite, cards] of Object.entries(data.suites)) {
     choices.set(name, (choices.get(name) ?? new Set()).add(value));
   }
   const chosen = Object.fromEntries([...choices].map(([name, values]) => [name, [...values][0]]));
-  const figures = cards.map((card) => makeCard(card, chosen));
+  const own = cards.map((card) => makeCard(card, chosen));
   const choose = (name) => (value) => {
     chosen[name] = value;
-    figures.filter((figure) => drawn.has(figure)).forEach((figure) => figure.draw());
+    own.filter((figure) => drawn.has(figure)).forEach((figure) => figure.draw());
   };
   const several = [...choices].filter(([, values]) => values.size > 1);
   find(".choices", section).append(...several.map(([name, values]) => makeChoice(name, [...values], choose(name))));
-  find(".cards", section).append(...figures);
-  figures.forEach((figure) => near.observe(figure));
+  find(".cards", section).append(...own);
+  own.forEach((figure) => near.observe(figure));
+  figures.push(...own);
 }
 
 /* Records: filtered, sorted, and shown a hundred at a time. */
 
 const PAGE = 100;
-const COMMON = [0, 1, 3, 4];
-const CASE = 2, STATUS = 4;
 const headings = [...document.querySelectorAll("#table thead th[aria-sort]")];
+const CASE = 2, STATUS = 4, MEASURED = headings.length - 1;
+const COMMON = [0, 1, 3, STATUS, MEASURED];
 const numeric = headings.map((heading) => heading.classList.contains("number"));
-const texts = data.rows.map((row, at) => [...row.slice(0, STATUS + 1), data.details[at].case, data.details[at].reason].join(" ").toLowerCase());
+const texts = data.rows.map((row, at) => [...row.slice(0, STATUS + 1), row[MEASURED], data.details[at].case, data.details[at].reason].join(" ").toLowerCase());
 const state = { words: [], equal: new Map(), sort: null, down: false, shown: PAGE };
+
+/** A figure with an interval is a pair of it and of how it is said: it is sorted by the one and shown as the other. */
+const amount = (cell) => Array.isArray(cell) ? cell[0] : cell;
 
 /** Three digits, and all of those before the point. */
 function short(value) {
+  if (Array.isArray(value)) return value[1];
   if (typeof value !== "number") return value ?? "-";
   const size = Math.abs(value);
   if (size >= 100) return Math.round(value).toLocaleString("en");
@@ -152,7 +178,7 @@ function selected() {
   const sorted = [...data.rows.keys()].filter((at) =>
     state.words.every((word) => texts[at].includes(word)) &&
     [...state.equal].every(([column, value]) => data.rows[at][column] === value));
-  if (state.sort !== null) sorted.sort((a, b) => compare(data.rows[a][state.sort], data.rows[b][state.sort]) || a - b);
+  if (state.sort !== null) sorted.sort((a, b) => compare(amount(data.rows[a][state.sort]), amount(data.rows[b][state.sort])) || a - b);
   return sorted;
 }
 
@@ -168,13 +194,16 @@ function makeCopy(command) {
 
 function makeRow(at) {
   const row = make("tr");
+  row.addEventListener("click", (event) => {
+    // Whoever copies, or marks text, wants no record to open.
+    if (!event.target.closest(".copy") && !String(getSelection())) openRecord(at);
+  });
   data.rows[at].forEach((value, column) => {
     const cell = row.insertCell();
-    if (numeric[column]) Object.assign(cell, { className: "number", title: value ?? "", textContent: short(value) });
+    if (numeric[column]) Object.assign(cell, { className: "number", title: amount(value) ?? "", textContent: short(value) });
     else if (column === CASE) {
-      const open = make("button", { type: "button", className: "open", textContent: value || "all fields" });
-      open.addEventListener("click", () => openRecord(at));
-      cell.append(open);
+      // By this the keyboard opens the row: what it clicks is in the row.
+      cell.append(make("button", { type: "button", className: "open", textContent: value || "all fields" }));
     } else cell.textContent = value;
     if (column === STATUS) Object.assign(cell, { className: `status-${value.split(" ")[0]}`, title: data.details[at].reason });
   });
@@ -233,9 +262,10 @@ function makeTable({ title, head, rows }) {
 function openRecord(at) {
   const record = data.details[at];
   const [suite, implementation, , direction, status] = data.rows[at];
+  const measured = make("p", { className: "lead", textContent: data.rows[at][MEASURED] });
   find("#record-title").textContent = `${suite} · ${implementation} · ${direction}`;
   const ending = make("p", { className: `status-${status.split(" ")[0]}`, textContent: [status, record.reason].filter(Boolean).join(": ") });
   const command = make("pre", {}, make("code", { textContent: record.command }));
-  find("#record-body").replaceChildren(ending, command, makeCopy(record.command), ...record.sections.flatMap(makeTable));
+  find("#record-body").replaceChildren(ending, measured, command, makeCopy(record.command), ...record.sections.flatMap(makeTable));
   find("#record").showModal();
 }

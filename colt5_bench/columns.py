@@ -1,0 +1,68 @@
+"""The names of what is measured: records, CSV, terminal, plots, pages and comparisons call a quantity the same.
+
+A record and the CSV have a name with the unit after it: `cold_ms`, `peak_bytes`. People are shown `cold [ms]`.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A quantity as people are shown it."""
+
+    name: str
+    unit: str = ""
+    hint: str = ""
+    """Says in a line how it is measured."""
+
+    @property
+    def title(self) -> str:
+        """`cold [ms]`, for a column or an axis."""
+        return f"{self.name} [{self.unit}]" if self.unit else self.name
+
+
+TIMES = {
+    quantity.name: quantity
+    for quantity in (
+        Quantity("cold", "ms", "GPU time of a call, L2 cache flushed before it"),
+        Quantity("warm", "ms", "GPU time of a call right after another one"),
+        Quantity("graph", "ms", "GPU time of the call replayed from a CUDA graph, L2 cache flushed before it"),
+        Quantity("wall", "ms", "time on the clock of the host until a call returns"),
+    )
+}
+"""By the names that records have them under, in the order of tables."""
+
+SPEED_UP = Quantity("speed-up", "x", "time of the reference over the time, by the first column of times")
+BANDWIDTH = Quantity("bandwidth", "GB/s", "each input read once and each output written once, over the time")
+SHARE_OF_LIMIT = Quantity("share of limit", "%", "the least time that the device needs, over the time")
+PEAK = Quantity("peak", "MB", "most memory allocated during the call, beyond what was there before")
+SAVED = Quantity("saved", "MB", "memory that stays for the backward pass")
+LARGEST_ERROR = Quantity("largest error", "", "largest distance from fp64, of the output or of a gradient")
+GRADIENT_ERROR = Quantity("gradient error", "", "largest distance of a gradient from fp64, elements at a kink left out")
+RELATIVE_ERROR = Quantity("relative gradient error", "", "norm of the gradient's distance from fp64 over its norm")
+FRACTION_ABOVE = Quantity("above 1e-3", "%", "elements of the gradient that are off by more than 1e-3")
+KINKS = Quantity("kinks", "", "elements of the gradient at a kink")
+ERROR_AT_KINK = Quantity("error at kink", "", "largest distance from fp64 of these")
+
+
+def time(column: str) -> Quantity:
+    """The quantity of a time column; one that is not listed is milliseconds, too."""
+    return TIMES.get(column, Quantity(column, "ms"))
+
+
+def error_of(tensor: str) -> Quantity:
+    """The largest distance of a tensor from fp64: `output error`."""
+    return Quantity(f"{tensor} error", "", f"largest distance of {tensor} from fp64, elements at a kink left out")
+
+
+@lru_cache
+def time_in_csv(column: str) -> str:
+    """`cold_ms`."""
+    return f"{column}_{time(column).unit}"
+
+
+@lru_cache
+def error_in_csv(tensor: str) -> str:
+    """`output_error`."""
+    return error_of(tensor).name.replace(" ", "_")

@@ -1,0 +1,29 @@
+"""The colour and the marker of each implementation: the same in every plot, whatever else is drawn."""
+
+from zlib import crc32
+
+PALETTE = (
+    # Okabe and Ito's, which every kind of colour vision tells apart.
+    *("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    # Others that are seen on light and on dark.
+    *("#999933", "#C2456F", "#44AA99", "#8C7AE6", "#B0603A", "#3E8E41", "#A05195", "#8C6D4B", "#6B7A8F"),
+)
+
+NAMED = (
+    *("reference", "ours", "colt5_triton", "colt5_plain", "segmented", "compile", "colt5_triton_segmented"),
+    *("dense", "dense_flash", "sdpa", "flex", "torch", "torch_topk", "masked_rows", "t5", "longt5"),
+)
+"""Implementations that have a colour each, in the order of the palette. Others take one by their name alone, and none
+that belongs to the first two."""
+
+
+def place(implementation: str) -> int:
+    """The place of an implementation in the palette, and in a list of markers."""
+    if implementation in NAMED:
+        return NAMED.index(implementation)
+    return 2 + crc32(implementation.encode(errors="surrogatepass")) % (len(PALETTE) - 2)
+
+
+def colour(implementation: str) -> str:
+    """The colour of an implementation."""
+    return PALETTE[place(implementation)]
