@@ -1,8 +1,18 @@
-"""Fused Triton kernels for the operations of `reference`, with the same signatures."""
+"""Fused Triton kernels for the operations of `reference`, with the same signatures, and its layers made of them."""
 
 from kernels.combine import combine
 from kernels.coor_descent import coor_descent
 from kernels.gathered_attention import gathered_attention
+from kernels.layers import (
+    ConditionalRoutedAttention,
+    ConditionalRoutedAutoregressiveAttention,
+    ConditionalRoutedCrossAttention,
+    ConditionalRoutedFeedForward,
+    ConditionalRoutedImageAttention,
+    ConditionalRoutedTransformerBlock,
+    ConditionalRoutedViT,
+    CoordinateDescentRouter,
+)
 from kernels.normalize import normalize
 from kernels.route import route
 from kernels.route_prefixes import route_prefixes
@@ -15,6 +25,14 @@ from kernels.topk import topk
 from kernels.windowed_attention import windowed_attention
 
 __all__ = [
+    "ConditionalRoutedAttention",
+    "ConditionalRoutedAutoregressiveAttention",
+    "ConditionalRoutedCrossAttention",
+    "ConditionalRoutedFeedForward",
+    "ConditionalRoutedImageAttention",
+    "ConditionalRoutedTransformerBlock",
+    "ConditionalRoutedViT",
+    "CoordinateDescentRouter",
     "combine",
     "coor_descent",
     "gathered_attention",

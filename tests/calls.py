@@ -13,7 +13,8 @@ from tests.reference.conftest import SIZES, build
 
 LAYERS = sorted(SIZES)
 REFERENCES = [name for name in reference.__all__ if inspect.isfunction(getattr(reference, name))]
-OPERATIONS = [("reference", name) for name in REFERENCES] + [("kernels", name) for name in kernels.__all__]
+KERNELS = [name for name in kernels.__all__ if inspect.isfunction(getattr(kernels, name))]
+OPERATIONS = [("reference", name) for name in REFERENCES] + [("kernels", name) for name in KERNELS]
 """Package and name of each."""
 
 

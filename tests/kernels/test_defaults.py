@@ -5,6 +5,7 @@ import torch
 import triton
 
 import kernels
+from tests.calls import KERNELS
 from tests.reference import samples
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -17,7 +18,7 @@ DEFAULTS = [(torch.bfloat16, "meta"), (torch.float64, None)] if INTERPRETED else
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", kernels.__all__)
+@pytest.mark.parametrize("name", KERNELS)
 def test_operations(name, dtype):
     fused = {"fused": True} if name == "topk" else {}
     samples.check_defaults(*samples.call(kernels, name, dtype, DEVICE, **fused), DEFAULTS)

@@ -1,11 +1,18 @@
 """Layers with kernels against plain ones in fp64: on the CPU path, in Triton's interpreter and on a GPU."""
 
 import copy
+import inspect
+import pickle
 
 import pytest
 import torch
 import triton
 
+import kernels
+import reference
+from tests.calls import LAYERS as NAMES
+from tests.calls import inputs_of
+from tests.calls import results as parts
 from tests.correct import check_correct
 from tests.reference.conftest import build
 
@@ -105,3 +112,64 @@ def test_a_layer_says_which_way_it_goes():
         assert f"kernels.{operation}" in repr(fused)
         assert f"kernels.{operation}" not in repr(plain)
         assert f"reference.{operation} (use_triton=False)" in repr(plain)
+
+
+class TestLayersOfKernels:
+    """`kernels` has the layers of `reference`, by kernels for CUDA tensors."""
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_arguments_are_those_of_the_reference_but_for_one_default(self, name):
+        ours, theirs = (inspect.signature(getattr(package, name)).parameters for package in (kernels, reference))
+        differing = {key: each.default for key, each in ours.items() if each != theirs[key]}
+        assert [*ours] == [*theirs]
+        assert differing == {"router_use_triton" if name == "ConditionalRoutedViT" else "use_triton": None}
+
+    @pytest.mark.parametrize("given", [True, False, None])
+    @pytest.mark.parametrize("name", NAMES)
+    def test_an_argument_that_is_given_counts(self, name, given):
+        option = "router_use_triton" if name == "ConditionalRoutedViT" else "use_triton"
+        layer = build(name, kernels, **{option: given})
+        assert {each.operations.use_triton for each in layer.modules() if hasattr(each, "operations")} == {given}
+
+    @pytest.mark.parametrize("given", [True, False, None])
+    def test_an_argument_that_is_given_by_its_position_counts(self, given):
+        parameters = inspect.signature(kernels.CoordinateDescentRouter).parameters
+        _, *defaults = (each.default for each in parameters.values())
+        before = defaults[: [*parameters].index("use_triton") - 1]
+        assert kernels.CoordinateDescentRouter(16, *before, given).use_triton is given
+
+    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+    @pytest.mark.parametrize("seed", range(2))
+    @pytest.mark.parametrize("name", NAMES)
+    def test_results_and_checkpoints_are_those_of_the_reference(self, name, seed, device):
+        option = "router_use_triton" if name == "ConditionalRoutedViT" else "use_triton"
+        ours = build(name, kernels).to(device)
+        theirs = build(name, **{option: device == "cuda"}).to(device)
+        torch.manual_seed(seed)
+        inputs, options = inputs_of(name, ours)
+        inputs = [each.to(device).requires_grad_() for each in inputs]
+        for target, source in ((ours, theirs), (theirs, ours)):
+            target.load_state_dict(source.state_dict(), strict=True)
+        assert isinstance(ours, type(theirs))
+        found = []
+        for layer in (ours, theirs, pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
+            outs = [each for each in parts(layer(*inputs, **options)) if each.is_floating_point()]
+            loss = sum(each.square().sum() for each in outs)
+            found.append((*outs, *torch.autograd.grad(loss, [*inputs, *layer.parameters()], materialize_grads=True)))
+        for other in found[1:]:
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[0], other, strict=True))
+
+    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+    @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("ConditionalRouted")])
+    def test_trains(self, name, device):
+        layer = build(name, kernels).to(device)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+        inputs, options = inputs_of(name, layer)
+        losses = []
+        for _ in range(3):
+            out = layer(*(each.to(device) for each in inputs), **options)
+            losses.append((out - 1).square().mean())
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+        assert losses[-1] < losses[0]

@@ -7,8 +7,7 @@ import pytest
 import torch
 import triton
 
-import kernels
-from tests.calls import all_tensors_of, operation, results
+from tests.calls import KERNELS, all_tensors_of, operation, results
 
 DEVICE = "cuda" if torch.cuda.is_available() and not triton.knobs.runtime.interpret else "cpu"
 
@@ -80,7 +79,7 @@ def everything(function, tensors, options, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", kernels.__all__)
+@pytest.mark.parametrize("name", KERNELS)
 def test_is_that_of_a_contiguous_copy(name, layout):
     tensors, options = all_tensors_of(name, random.Random(f"{name} {layout.__name__}"))
     tensors = {key: layout(tensor.to(DEVICE)) for key, tensor in tensors.items()}

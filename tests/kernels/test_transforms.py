@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 import kernels
-from tests.calls import LAYERS, all_tensors_of, inputs_of, layer_of, operation, results
+from tests.calls import KERNELS, LAYERS, all_tensors_of, inputs_of, layer_of, operation, results
 
 NOT_DIFFERENCES = {"select", "topk"}
 """What has no gradient, and one that is passed straight through."""
@@ -246,14 +246,14 @@ def check(transform, ours, theirs, floats, others):
 
 
 @pytest.mark.parametrize("transform", RIGHT)
-@pytest.mark.parametrize("name", kernels.__all__)
+@pytest.mark.parametrize("name", KERNELS)
 def test_is_that_of_the_reference(name, transform):
     floats, others, options = two_examples(name)
     check(transform, *both(name, options), floats, others)
 
 
 @pytest.mark.parametrize("transform", RIGHT_OR_REFUSED)
-@pytest.mark.parametrize("name", kernels.__all__)
+@pytest.mark.parametrize("name", KERNELS)
 def test_is_that_of_the_reference_or_refused(name, transform):
     floats, others, options = two_examples(name)
     try:
@@ -264,7 +264,7 @@ def test_is_that_of_the_reference_or_refused(name, transform):
 
 
 @pytest.mark.skipif(torch.float64 != DTYPE, reason="differences of fp32 say nothing")
-@pytest.mark.parametrize("name", sorted({*kernels.__all__} - NOT_DIFFERENCES))
+@pytest.mark.parametrize("name", sorted({*KERNELS} - NOT_DIFFERENCES))
 def test_gradcheck(name):
     floats, others, options = two_examples(name)
     function, _ = both(name, options)

@@ -3,10 +3,8 @@
 import pytest
 import torch
 from torch.autograd import gradcheck
-from torch.utils.flop_counter import FlopCounterMode
 
 from reference import windowed_attention
-from reference.layers.light_attention import WindowedAttention
 
 
 def dense(qkv, heads, window_size, causal, mask):
@@ -42,14 +40,3 @@ def test_gradients(causal):
     qkv = torch.randn(1, 6, 3 * 2, dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([[True, False, False, False, True, True]])
     assert gradcheck(lambda x: windowed_attention(x, heads=2, window_size=1, causal=causal, mask=mask), qkv)
-
-
-def test_the_layer_chooses_the_kernel():
-    assert "use_triton=False" in repr(WindowedAttention(8, 4))
-    plain, fused = (WindowedAttention(8, 4, 4, 2, use_triton=use).double() for use in (None, True))
-    fused.load_state_dict(plain.state_dict())
-    x = torch.randn(1, 10, 8, dtype=torch.float64)
-    with FlopCounterMode(display=False) as counter:
-        out = fused(x)
-    assert torch.ops.colt5.windowed_attention in counter.get_flop_counts()["Global"]
-    torch.testing.assert_close(out, plain(x))

@@ -15,11 +15,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-import kernels
 import reference
-from tests.calls import LAYERS
+from tests.calls import KERNELS, LAYERS
 
-NAMES = [*kernels.__all__, *LAYERS]
+NAMES = [*KERNELS, *LAYERS]
 
 EXCLUDED = {
     "use_triton": "is what is compared: True for ours, False for the plain one",

@@ -1,0 +1,72 @@
+"""The layers of `reference` with kernels switched on: arguments, results and checkpoints are the same.
+
+`use_triton` is None by default: kernels for CUDA tensors, plain PyTorch for others.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+from torch import nn
+
+import reference
+
+Layer = TypeVar("Layer", bound=type[nn.Module])
+
+
+def _with_kernels(layer: Layer) -> Layer:
+    """The layer, with None as the default of its `use_triton`."""
+    init: Callable[..., None] = layer.__init__
+    signature = inspect.signature(init)
+    (option,) = (name for name in signature.parameters if name.endswith("use_triton"))
+
+    @wraps(init)
+    def switched_on(*args: Any, **options: Any) -> None:
+        is_given = option in signature.bind_partial(*args, **options).arguments
+        init(*args, **options if is_given else {**options, option: None})
+
+    parameters = [each.replace(default=None) if each.name == option else each for each in signature.parameters.values()]
+    switched_on.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    layer.__init__ = switched_on  # type: ignore[method-assign]
+    return layer
+
+
+@_with_kernels
+class CoordinateDescentRouter(reference.CoordinateDescentRouter):
+    """`reference.CoordinateDescentRouter` with kernels for CUDA tensors."""
+
+
+@_with_kernels
+class ConditionalRoutedFeedForward(reference.ConditionalRoutedFeedForward):
+    """`reference.ConditionalRoutedFeedForward` with kernels for CUDA tensors."""
+
+
+@_with_kernels
+class ConditionalRoutedAttention(reference.ConditionalRoutedAttention):
+    """`reference.ConditionalRoutedAttention` with kernels for CUDA tensors."""
+
+
+@_with_kernels
+class ConditionalRoutedCrossAttention(reference.ConditionalRoutedCrossAttention):
+    """`reference.ConditionalRoutedCrossAttention` with kernels for CUDA tensors."""
+
+
+@_with_kernels
+class ConditionalRoutedAutoregressiveAttention(reference.ConditionalRoutedAutoregressiveAttention):
+    """`reference.ConditionalRoutedAutoregressiveAttention` with kernels for CUDA tensors."""
+
+
+@_with_kernels
+class ConditionalRoutedImageAttention(reference.ConditionalRoutedImageAttention):
+    """`reference.ConditionalRoutedImageAttention` with kernels for CUDA tensors."""
+
+
+@_with_kernels
+class ConditionalRoutedTransformerBlock(reference.ConditionalRoutedTransformerBlock):
+    """`reference.ConditionalRoutedTransformerBlock` with kernels for CUDA tensors."""
+
+
+@_with_kernels
+class ConditionalRoutedViT(reference.ConditionalRoutedViT):
+    """`reference.ConditionalRoutedViT` with kernels for CUDA tensors."""
