@@ -1,9 +1,8 @@
-"""What a run was measured under: the machine, the versions, the revision. Nothing that names its owner or its paths."""
+"""What a run was measured under: the machine and the versions. Nothing that names its owner or its paths."""
 
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -88,7 +87,6 @@ def describe(device: torch.device) -> dict[str, object]:
         "cuda": torch.version.cuda,
         "packages": {name: _version(name) for name in PACKAGES},
         "gpu": _gpu(device) if device.type == "cuda" else None,
-        "git": _git(),
         # To the millisecond: two runs that begin in one second are two runs, and have keys of their own.
         "utc": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "command": " ".join(_without_directory(argument) for argument in sys.argv),
@@ -176,25 +174,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _git() -> dict[str, object] | None:
-    """Revision of the checkout that holds bench.py, and whether anything in it differs from that revision."""
-    checkout = Path(__file__).resolve().parent.parent
-    if not (checkout / "bench.py").exists():
-        checkout = Path.cwd()
-    if not (checkout / "bench.py").exists():
-        return None
-    try:
-        revision = _run_git(checkout, "rev-parse", "HEAD")
-        return {"revision": revision, "dirty": _run_git(checkout, "status", "--porcelain") != ""}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _run_git(checkout: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(checkout), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
 
 def _without_directory(argument: str) -> str:

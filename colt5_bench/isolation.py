@@ -8,6 +8,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from time import monotonic
 
 import torch
 
+import colt5_bench
 from colt5_bench.case import Case
 from colt5_bench.loading import load_suite
 from colt5_bench.measure import BrokenContextError, Conditions, measure, unmeasured
@@ -56,6 +58,8 @@ class _Address:
     case: str
     direction: str
     threads: int
+    path: list[str]
+    """Where modules are looked for."""
 
 
 @dataclass
@@ -127,10 +131,10 @@ def _let_go_of(device: torch.device, error: BrokenContextError) -> None:
 def _in_a_process(point: Point, names: list[str], conditions: Conditions, time_limit: float) -> _Attempt:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    address = _Address(point.file, point.preset, point.case.id, point.direction, torch.get_num_threads())
+    address = _Address(point.file, point.preset, point.case.id, point.direction, torch.get_num_threads(), sys.path)
     answers, answering = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(answering, address, names, conditions))
-    with _short_temporary_directory():
+    with _short_temporary_directory(), _this_harness_first():
         process.start()
     answering.close()
     begun, why = "", f"its process did not start within {STARTING_SECONDS:g} s"
@@ -164,11 +168,23 @@ def _short_temporary_directory() -> Iterator[None]:
         tempfile.tempdir = before
 
 
+@contextmanager
+def _this_harness_first() -> Iterator[None]:
+    """A process that starts now imports this harness, even if it measures another checkout that has one, too."""
+    before = sys.path
+    sys.path = [str(Path(colt5_bench.__file__).parents[1]), *before]
+    try:
+        yield
+    finally:
+        sys.path = before
+
+
 def _answer(answers: Connection, address: _Address, names: list[str], conditions: Conditions) -> None:
     """In the process: send None when it has started, each implementation before it is measured, and an attempt."""
     # A group of its own: Ctrl-C is for the run, which then ends all that the case has started.
     os.setsid()
     _end_with_the_run(answers)
+    sys.path[:] = address.path
     torch.set_num_threads(address.threads)
     try:
         suite = load_suite(address.file)

@@ -6,28 +6,37 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from colt5_bench import provenance
 from colt5_bench.environment import flat
 from colt5_bench.results import Group, Record, Run, Writer, load, write
 from colt5_bench.selection import SelectionError, Shard
 
-COMPARED = ("python", "threads", "torch", "triton", "cuda", "packages", "gpu", "git", "options")
+COMPARED = ("python", "threads", "torch", "triton", "cuda", "packages", "gpu", "git", "harness", "options")
 """What has to be equal for records to stand in one table. The clock of a GPU at the start may differ."""
 
 COMPARED_ON_CPU = (*COMPARED, "cpu", "cores")
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], *, but: Collection[str] = ()) -> str:
-    """What of two environments has to be equal and is not, in words; empty if nothing."""
+    """What of two environments has to be equal and is not for certain, in words; empty if nothing."""
     compared = COMPARED if one.get("gpu") and other.get("gpu") else COMPARED_ON_CPU
     ones, others = flat(dict(one)), flat(dict(other))
-    return ", ".join(
+    unequal = [
         f"{name} {ones.get(name)!r} and {others.get(name)!r}"
         for name in dict.fromkeys([*ones, *others])
         if name.split(".")[0] in compared
         and not name.startswith("gpu.at_start")
         and name not in but
         and ones.get(name) != others.get(name)
-    )
+    ]
+    return ", ".join(unequal) or _doubts(one, other)
+
+
+def _doubts(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Why the code of both may differ though they describe it alike."""
+    of_code = [one.get("git"), other.get("git"), *filter(None, (one.get("harness"), other.get("harness")))]
+    doubts = filter(None, map(provenance.doubt, of_code))
+    return "; ".join(dict.fromkeys(f"their code, perhaps, as nobody knows its revision: {why}" for why in doubts))
 
 
 def keep_finished(
@@ -82,8 +91,9 @@ def merge(paths: Sequence[Path], out: Path) -> Run:
     by_suite: dict[str, dict[Shard, Run]] = {}
     for part in parts:
         environment = _environment(part)
-        if found := differences(first, environment, but=("options.suite", "options.shard")):
-            raise SelectionError(f"{parts[0].path} and {part.path} are not of one run: they differ in {found}.")
+        for other in part.environments.values():
+            if other is not first and (found := differences(first, other, but=("options.suite", "options.shard"))):
+                raise SelectionError(f"{parts[0].path} and {part.path} are not of one run: they differ in {found}.")
         if number := missing(part):
             raise SelectionError(f"{part.path} lacks {number} of its records: complete it with `run --resume`.")
         shards = by_suite.setdefault(environment["options"]["suite"], {})

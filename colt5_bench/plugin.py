@@ -3,6 +3,8 @@
 All implementations of a case and direction are measured together when the first of their tests runs.
 """
 
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     asking = [item for item in session.items if isinstance(item, pytest.Function) and "record" in item.fixturenames]
     suites = list(dict.fromkeys(item.module.SUITE.name for item in asking))
     try:
-        session.config.stash[_SESSION].begin(map(_point, filter(_is_measured, asking)), suites)
+        with _uncaptured(session.config):
+            session.config.stash[_SESSION].begin(map(_point, filter(_is_measured, asking)), suites)
     except SelectionError as error:
         raise pytest.UsageError(str(error)) from error
     except OSError as error:
@@ -86,6 +89,12 @@ def record(request: pytest.FixtureRequest, case: str, direction: str, implementa
     return next(record for record in records if record.implementation == implementation)
 
 
+def _uncaptured(config: pytest.Config) -> AbstractContextManager[None]:
+    """The user sees what is written in this context."""
+    capturing = config.pluginmanager.getplugin("capturemanager")
+    return capturing.global_and_fixture_disabled() if capturing else nullcontext()
+
+
 def _is_measured(item: pytest.Function) -> bool:
     """Not so for what stands in for a suite of which no case was asked for: pytest skips it."""
     return isinstance(item.callspec.params["case"], str)
@@ -101,16 +110,23 @@ def _point(item: pytest.Item) -> tuple[Group, str]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Close the results, and fail if a record is missing that was expected."""
+    """Close the results, and fail if a record is missing that was expected, or the code changed under the run."""
     own = session.config.stash[_SESSION]
-    own.close()
-    if own.missing() and exitstatus == pytest.ExitCode.OK:
+    try:
+        own.close()
+    except OSError as error:
+        print(trouble(error), file=sys.stderr)
+        session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+        return
+    if (own.missing() or own.changed) and exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Name the records that are missing."""
-    if missing := config.stash[_SESSION].missing():
-        terminalreporter.section("expected and not measured", red=True)
-        for point in missing:
-            terminalreporter.line(point)
+    """Name the records that are missing, and say how the code changed."""
+    own = config.stash[_SESSION]
+    for title, lines in {"expected and not measured": own.missing(), "code that changed": own.changed}.items():
+        if lines:
+            terminalreporter.section(title, red=True)
+            for line in lines:
+                terminalreporter.line(line)

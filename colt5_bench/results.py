@@ -263,6 +263,7 @@ def load(path: Path, *, fault: Callable[[Record], str] = lambda record: "") -> R
 class _Git(TypedDict, total=False):
     revision: str
     dirty: bool | str
+    unknown: str
 
 
 class _Options(TypedDict, total=False):
@@ -278,6 +279,7 @@ class _Environment(TypedDict, total=False):
     command: str
     expected: int
     git: _Git | None
+    harness: _Git | None
     gpu: dict[str, Any] | None
     options: _Options
 

@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
-from colt5_bench import environment
+from colt5_bench import environment, provenance
 from colt5_bench.isolation import Measurer, Point
 from colt5_bench.loading import choose_device
 from colt5_bench.measure import Conditions
 from colt5_bench.parts import keep_finished
+from colt5_bench.provenance import Origin
 from colt5_bench.request import TIME_LIMIT, Request
 from colt5_bench.results import Group, Record, Writer
 from colt5_bench.selection import WHOLE, SelectionError, case_filter
@@ -43,9 +46,14 @@ class Session:
         self._begun: set[str] = set()
         """Suites of which the results say what they were measured under."""
         self._conditions: Conditions | None = None
+        self._files: dict[str, Path] = {}
+        """Where suites are, by name."""
+        self.changed: list[str] = []
+        """How the code changed while it was measured, in lines."""
 
     def points(self, suite: Suite, file: Path) -> Iterator[tuple[Group, str]]:
         """The group and the implementation of everything that the request asks for."""
+        self._files[suite.name] = file
         wanted = self._request.implementations
         names = [name for name in suite.implementations if not wanted or name in wanted]
         cases = [case for case in suite.cases(self._request.preset, self._device) if self._wanted(case.id)]
@@ -59,6 +67,8 @@ class Session:
     def begin(self, expected: Iterable[tuple[Group, str]], suites: Sequence[str]) -> None:
         """Take the points that are to be recorded, and the names of their suites. An interrupted run is read.
 
+        The error stream says what the user has to know of the code that is measured.
+
         Raises:
             SelectionError: there are results already, which are not to be completed or cannot be.
             OSError: there is no place for results, or another run is writing there.
@@ -66,7 +76,10 @@ class Session:
         for group, implementation in expected:
             self._expected.setdefault(group, []).append(implementation)
         for suite in suites:
-            described = environment.describe(self._device)
+            origin = Origin.of(self._files[suite])
+            for note in origin.notes():
+                _tell_once(note)
+            described = {**environment.describe(self._device), **origin.described}
             described["options"] = self._request.of_results(suite)
             described["expected"] = sum(len(names) for group, names in self._expected.items() if group.suite == suite)
             digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -107,7 +120,14 @@ class Session:
         ]
 
     def close(self) -> None:
-        """Let go of the results files."""
+        """See whether the code is still what it was, and let go of the results files."""
+        for suite, before in self._environments.items():
+            if changes := provenance.changed(before, Origin.of(self._files[suite])):
+                before |= changes
+                self.changed.append(f"{suite}: {provenance.change(before)}")
+                if suite in self._begun:
+                    # It has the key of the first line, and takes its place.
+                    self._writers[suite].environment(before)
         for suite, writer in self._writers.items():
             nothing = not self._environments[suite]["expected"] and not writer.path.stat().st_size
             if nothing and self._request.shard != WHOLE:
@@ -138,7 +158,13 @@ class Session:
 
     def _writer(self, suite: str) -> Writer:
         if suite not in self._begun:
-            ceilings = asdict(self._prepare(suite).ceilings)
-            self._writers[suite].environment({**self._environments[suite], "ceilings": ceilings})
+            self._environments[suite]["ceilings"] = asdict(self._prepare(suite).ceilings)
+            self._writers[suite].environment(self._environments[suite])
             self._begun.add(suite)
         return self._writers[suite]
+
+
+@cache
+def _tell_once(note: str) -> None:
+    """Once a process: a run of several suites has as many sessions."""
+    print(note, file=sys.stderr, flush=True)

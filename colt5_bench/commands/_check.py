@@ -93,9 +93,10 @@ class Check:
             )
             for name, cases in doubtful.items():
                 status = max(status, more(suites[name], expression(cases), _free(directories[name])))
-                if status == INTERRUPTED:
+                if status not in (DONE, FAILURE):
                     break
-            comparison = self._compare(directories)
+            else:
+                comparison = self._compare(directories)
 
         show(comparison, Console())
         append_summary(comparison)

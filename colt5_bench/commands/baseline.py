@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from colt5_bench import provenance
 from colt5_bench.commands import DONE
 from colt5_bench.commands._comparison import Comparer, add_options
 from colt5_bench.compare.baselines import read_baseline
@@ -78,10 +79,19 @@ def _refuse_unfit(run: Run) -> None:
             "name the results of one run, or of several that are whole."
         )
     for record in run.records:
-        git: Any = run.environments.get(record.environment, {}).get("git")
-        if not git:
-            raise SelectionError(f"{run.path} does not say of which revision it is: measure in a checkout, then again.")
-        if git["dirty"]:
+        environment: Any = run.environments.get(record.environment, {})
+        git = environment.get("git")
+        if provenance.named(git) is None:
+            raise SelectionError(
+                f"{run.path} does not say of which revision it is: {provenance.doubt(git)}. Measure in a clone, then "
+                "try again."
+            )
+        if environment.get("harness"):
+            raise SelectionError(
+                f"{run.path} was measured by the harness of another checkout: start `python bench.py` in the one that "
+                "is measured, then try again."
+            )
+        if git.get("dirty"):
             raise SelectionError(
                 f"{run.path} was measured with changes that are not committed to {git['revision'][:10]}: commit them, "
                 "measure anew, then try again."

@@ -2,10 +2,13 @@
 
 import argparse
 import json
+import sys
+from pathlib import Path
 
 from colt5_bench import environment
 from colt5_bench.commands import DONE
 from colt5_bench.loading import choose_device
+from colt5_bench.provenance import Origin
 from colt5_bench.request import declare
 
 EXAMPLES = """\
@@ -20,7 +23,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    described = environment.describe(choose_device(options.device))
+    origin = Origin.of(Path.cwd() / "suites" / "__init__.py")
+    for note in origin.notes():
+        print(note, file=sys.stderr)
+    described = {**environment.describe(choose_device(options.device)), **origin.described}
     if options.json:
         print(json.dumps(described, indent=2))
         return DONE

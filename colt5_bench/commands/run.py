@@ -17,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from colt5_bench import busy, plugin
+from colt5_bench import busy, plugin, provenance
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED, USAGE, _check, _profile, attempt
 from colt5_bench.environment import cores
 from colt5_bench.files import trouble
@@ -157,10 +157,13 @@ def _run_suite(options: argparse.Namespace, files: Mapping[str, Path], request: 
         return max(status, UNMEASURED)
     run = load(results)
     _show(run, suite, crowded, quiet=options.quiet)
+    if changes := "; ".join(filter(None, map(provenance.change, run.environments.values()))):
+        print(f"{suite.name}: {changes}: measure it again, and let it be while it is measured", file=sys.stderr)
     if status == INTERRUPTED:
         return status
     if missing(run):
         print(f"{suite.name}: not all records that were expected are there", file=sys.stderr)
+    if missing(run) or changes:
         return UNMEASURED
     return max(status, FAILURE if any(record.status in FAILED for record in run.records) else DONE)
 

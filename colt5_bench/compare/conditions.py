@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from colt5_bench import provenance
 from colt5_bench.results import Record, Run
 
 
@@ -20,17 +21,16 @@ class Conditions:
     torch: str | None
     triton: str | None
     revision: str | None
-    """A plus is for changes that are not committed."""
+    """With a plus, and the hash of changes that are not committed."""
 
     @classmethod
     def of(cls, record: Record, run: Run) -> "Conditions":
         environment = run.environments.get(record.environment, {})
-        git = environment.get("git")
         return cls(
             kind="cuda" if environment.get("gpu") else "cpu",
             device=record.device,
             **{name: environment.get(name) for name in ("threads", "torch", "triton")},  # type: ignore[arg-type]
-            revision=f"{git['revision']}{'+' if git['dirty'] else ''}" if isinstance(git, dict) else None,
+            revision=provenance.named(environment.get("git")),
         )
 
 

@@ -10,10 +10,13 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from colt5_bench import git, provenance
 from colt5_bench.files import own
+from colt5_bench.parts import read
 from colt5_bench.processes import die_with, unwinding_when_terminated
+from colt5_bench.results import Run
 from colt5_bench.selection import SelectionError
 
 SIDES = ("a", "b")
@@ -26,6 +29,9 @@ PREFIX, OWNER = "colt5-bench-", "owner"
 
 AUTHOR = "colt5-bench"
 """Of commits that a comparison makes."""
+
+PATHS = ("PYTHONPATH", "PYTHONSAFEPATH")
+"""Variables that keep Python from looking at first beside the file that it starts."""
 
 MEASURED = (0, 1)
 """Exit statuses of a run that has results: some may be of implementations that failed."""
@@ -41,7 +47,7 @@ def revision(checkout: Path, name: str) -> str:
     Raises:
         SelectionError: it stands for none.
     """
-    found = _git(checkout, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+    found = git.run(checkout, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
     if found.returncode:
         raise SelectionError(f"{name} is neither a results file, nor a directory with any, nor a revision.")
     return found.stdout.strip()
@@ -59,9 +65,9 @@ def with_appended(checkout: Path, commit: str, texts: Mapping[str, str]) -> str:
         MeasuringError: git refuses.
     """
     with tempfile.TemporaryDirectory() as directory:
-        environment = {**os.environ, "GIT_INDEX_FILE": str(Path(directory) / "index")}
+        environment = {**git.environment(), "GIT_INDEX_FILE": str(Path(directory) / "index")}
 
-        def git(*arguments: str, given: str = "") -> str:
+        def asked(*arguments: str, given: str = "") -> str:
             command = [
                 "git",
                 "-C",
@@ -77,11 +83,13 @@ def with_appended(checkout: Path, commit: str, texts: Mapping[str, str]) -> str:
                 raise MeasuringError(f"cannot change a copy of {commit}: {_last_line(done.stderr)}")
             return done.stdout
 
-        git("read-tree", commit)
+        asked("read-tree", commit)
         for path, text in texts.items():
-            blob = git("hash-object", "-w", "--stdin", given=git("show", f"{commit}:{path}") + text).strip()
-            git("update-index", "--cacheinfo", f"100644,{blob},{path}")
-        return git("commit-tree", git("write-tree").strip(), "-p", commit, "-m", "A copy with appended text").strip()
+            blob = asked("hash-object", "-w", "--stdin", given=asked("show", f"{commit}:{path}") + text).strip()
+            asked("update-index", "--cacheinfo", f"100644,{blob},{path}")
+        return asked(
+            "commit-tree", asked("write-tree").strip(), "-p", commit, "-m", "A copy with appended text"
+        ).strip()
 
 
 class Alternating:
@@ -106,8 +114,8 @@ class Alternating:
         self._worktrees = [temporary / side for side in SIDES]
         try:
             for worktree, commit in zip(self._worktrees, self._revisions, strict=True):
-                self._stack.callback(_git, self._checkout, "worktree", "remove", "--force", str(worktree))
-                added = _git(self._checkout, "worktree", "add", "--detach", str(worktree), commit)
+                self._stack.callback(git.run, self._checkout, "worktree", "remove", "--force", str(worktree))
+                added = git.run(self._checkout, "worktree", "add", "--detach", str(worktree), commit)
                 if added.returncode:
                     raise MeasuringError(f"cannot check out {commit}: {_last_line(added.stderr)}")
         except BaseException:
@@ -124,21 +132,21 @@ class Alternating:
         """A round: all cases of the suites that satisfy the expression, once for each revision.
 
         Raises:
-            MeasuringError: a run ended otherwise than with results.
+            MeasuringError: a run ended otherwise than with results, or with those of other code.
         """
         self.turns += 1
         order = (0, 1) if self.turns % 2 else (1, 0)
         for side in order:
-            commit = self._revisions[side]
+            commit, out = self._revisions[side], self.places[side] / f"round-{self.turns}"
             print(f"round {self.turns}: {SIDES[side]}, {commit[:10]}, {', '.join(suites)}", file=sys.stderr)
             command = [
                 *(sys.executable, "bench.py"),
                 *(f"--suite={suite}" for suite in suites),
                 *self._selection,
-                *("-k", cases, "--out", str(self.places[side] / f"round-{self.turns}")),
+                *("-k", cases, "--out", str(out)),
             ]
             # An installed or named path to this checkout's packages must not come before those of the other.
-            environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+            environment = {name: value for name, value in git.environment().items() if name not in PATHS}
             done = subprocess.run(
                 command,
                 cwd=self._worktrees[side],
@@ -152,11 +160,20 @@ class Alternating:
             if done.returncode not in MEASURED:
                 why = _last_line(done.stderr) or _last_line(done.stdout)
                 raise MeasuringError(f"{commit[:10]} ended with status {done.returncode}: {why}")
+            _refuse_other_code(read(out), commit)
+
+
+def _refuse_other_code(run: Run, commit: str) -> None:
+    """An installed harness may have come first, or what is measured changed."""
+    for environment in run.environments.values():
+        described: Any = environment.get("git") or {}
+        if described.get("revision", commit) != commit or environment.get("harness") or provenance.change(environment):
+            raise MeasuringError(f"{run.path} holds results of other code than that of {commit[:10]}")
 
 
 def _put_away(checkout: Path) -> None:
     """What comparisons left behind that were killed: worktrees of this checkout, and their directories."""
-    listed = _git(checkout, "worktree", "list", "--porcelain").stdout.splitlines()
+    listed = git.run(checkout, "worktree", "list", "--porcelain").stdout.splitlines()
     worktrees = [Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")]
     directories = {each.parent for each in worktrees} | set(Path(tempfile.gettempdir()).glob(f"{PREFIX}*"))
     for directory in directories:
@@ -165,12 +182,8 @@ def _put_away(checkout: Path) -> None:
             with suppress(OSError), own(directory / OWNER):
                 for side in SIDES:
                     # Twice: also one that was not finished.
-                    _git(checkout, "worktree", "remove", "--force", "--force", str(directory / side))
+                    git.run(checkout, "worktree", "remove", "--force", "--force", str(directory / side))
                 shutil.rmtree(directory)
-
-
-def _git(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, check=False)
 
 
 def _last_line(text: str) -> str:

@@ -62,12 +62,14 @@ OF_OURS = replace(
 FAKE_BENCH = """
 import json
 import random
+import subprocess
 import sys
 from pathlib import Path
 
 
 def vary(path, factor):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["git"] = {{"revision": subprocess.check_output(["git", "rev-parse", "{head}"], text=True).strip()}}
     for line in lines:
         line["key" if "key" in line else "environment"] = str(path)
         for timing in line.get("timings", {{}}).values():
@@ -192,8 +194,8 @@ class TestRevisions:
         for name in ("check", "load_suites"):
             monkeypatch.setattr(f"colt5_bench.commands.compare.{name}", lambda checkout: {"toy": toy.SUITE})
 
-        def commit(tag, *records, status=0, noise=0.001, **more):
-            (root / "bench.py").write_text(FAKE_BENCH.format(log=log, status=status, noise=noise))
+        def commit(tag, *records, status=0, noise=0.001, head="HEAD", **more):
+            (root / "bench.py").write_text(FAKE_BENCH.format(log=log, status=status, noise=noise, head=head))
             (root / "results.jsonl").write_text(saved(f"{tag}.jsonl", *records, **more).read_text())
             git("add", ".")
             git("commit", "--message", tag)
@@ -249,6 +251,23 @@ class TestRevisions:
         assert compare("before", "after", "--suite", "toy", "--out", tmp_path / "out") == UNMEASURED
         assert "ended with status 2" in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {"head": "HEAD~"},
+            {"harness": {"revision": "abc", "dirty": False}},
+            {"harness": {"unknown": "it is in no git repository"}},
+        ],
+        ids=str,
+    )
+    def test_results_of_other_code_are_not_taken_for_those_of_a_revision(self, repository, tmp_path, capsys, more):
+        commit, started = repository
+        commit("before", ours(1.0))
+        commit("after", ours(1.0), **more)
+        assert compare("before", "after", "--suite", "toy", "--out", tmp_path / "out") == UNMEASURED
+        assert "holds results of other code than that of" in capsys.readouterr().err
+        assert len(started()) == 2
+
 
 class TestBaseline:
     @pytest.fixture
@@ -275,7 +294,10 @@ class TestBaseline:
         ("more", "message"),
         [
             ({"git": {"revision": "abc", "dirty": True}}, "changes that are not committed to abc"),
+            ({"git": {"revision": "abc", "dirty": "0123"}}, "changes that are not committed to abc"),
             ({"git": None}, "does not say of which revision"),
+            ({"git": {"unknown": "it has no owner"}}, "does not say of which revision it is: it has no owner."),
+            ({"harness": {"revision": "abc", "dirty": False}}, "by the harness of another checkout"),
             ({"options": {"suite": "toy"}, "expected": 3}, "lacks 2 records of suite toy"),
         ],
     )

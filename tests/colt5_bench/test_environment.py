@@ -1,7 +1,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -46,52 +45,6 @@ class TestDescribe:
         everything = json.dumps(described)
         for private in (home, str(Path.cwd()), *([os.environ["HOSTNAME"]] if os.environ.get("HOSTNAME") else [])):
             assert private not in everything
-
-
-class TestGit:
-    @pytest.fixture
-    def checkout(self, tmp_path, monkeypatch):
-        """An installed harness, run in a checkout that holds bench.py."""
-        monkeypatch.setattr(environment, "__file__", str(tmp_path / "site-packages" / "colt5_bench" / "environment.py"))
-        checkout = tmp_path / "checkout"
-        checkout.mkdir()
-        (checkout / "bench.py").write_text("")
-        monkeypatch.chdir(checkout)
-        monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-        return checkout
-
-    def commit(self, checkout):
-        for command in (
-            ["init", "-q"],
-            ["add", "."],
-            ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"],
-        ):
-            subprocess.run(["git", *command], cwd=checkout, check=True)
-
-    def test_a_clean_checkout_has_a_revision(self, checkout):
-        self.commit(checkout)
-        described = describe(CPU)["git"]
-        assert re.fullmatch("[0-9a-f]{40}", described["revision"])
-        assert described["dirty"] is False
-
-    @pytest.mark.parametrize("file", ["bench.py", "new.py"])
-    def test_a_changed_or_new_file_makes_it_dirty(self, checkout, file):
-        self.commit(checkout)
-        (checkout / file).write_text("changed")
-        assert describe(CPU)["git"]["dirty"] is True
-
-    def test_outside_of_git_there_is_none(self, checkout):
-        assert describe(CPU)["git"] is None
-
-    def test_without_bench_py_there_is_none(self, checkout):
-        self.commit(checkout)
-        (checkout / "bench.py").unlink()
-        assert describe(CPU)["git"] is None
-
-    def test_without_the_program_there_is_none(self, checkout, monkeypatch):
-        self.commit(checkout)
-        monkeypatch.setenv("PATH", "")
-        assert describe(CPU)["git"] is None
 
 
 class TestGpuState:

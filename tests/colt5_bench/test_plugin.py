@@ -14,6 +14,8 @@ import torch._dynamo
 from colt5_bench import roofline
 from colt5_bench.parts import merge
 from colt5_bench.results import Writer, load
+from colt5_bench.startup import PACKAGES
+from tests.colt5_bench.repository import commit
 
 # `pytester` forgets every module that a run inside this process imports, and PyTorch cannot bear to import its compiler
 # twice, which it does on first use: hence the import above.
@@ -30,12 +32,17 @@ def ceilings():
 
 @pytest.fixture
 def run(pytester, monkeypatch, ceilings):
-    """Run pytest on the toy suite with some implementations beside the reference."""
+    """Run pytest on the toy suite, in a repository, with some implementations beside the reference."""
     # Measured once for all of these runs.
     monkeypatch.setattr(roofline, "measure_ceilings", lambda device: ceilings)
     # pytest-benchmark turns itself off in a worker of pytest-xdist, which this process may be.
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     pytester.makepyfile(test_toy=TOY.read_text())
+    (pytester.path / ".gitignore").write_text("*\n!*.py\n")
+    commit(pytester.path)
+    # Other tests of this process may have imported those of the real checkout.
+    for package in PACKAGES:
+        monkeypatch.delitem(sys.modules, package, raising=False)
 
     def run(implementations, *options):
         monkeypatch.setenv("TOY", implementations)
