@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from colt5_bench.columns import BANDWIDTH, GRADIENT_ERROR, time
 from colt5_bench.files import whole
@@ -72,6 +72,9 @@ MOST_TICKS = 8
 MARGIN = 0.1
 """Of a logarithmic axis on either side, in powers of ten: a marker on its end is seen whole."""
 
+PLAIN = FuncFormatter(lambda value, place: f"{value:g}")
+"""Figures at ticks: what matplotlib writes at powers of ten is a formula."""
+
 STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -94,6 +97,7 @@ def _from_decade_to_decade(ax: Axes, ends: tuple[int, int]) -> None:
     ax.set_yscale("log")
     ax.set_ylim(10.0 ** (ends[0] - MARGIN), 10.0 ** (ends[1] + MARGIN))
     ax.yaxis.set_major_locator(LogLocator(numticks=MOST_TICKS + 1))
+    ax.yaxis.set_major_formatter(PLAIN)
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -259,7 +263,8 @@ def _figure(rows: Sequence[_Row], x: str, records: Sequence[Record], remark: str
             _draw(ax, panel.records, x, row.quantities, dashes, lines)
             if row.limit:
                 _draw_limit(ax, panel.records, x, row.limit)
-        row.scale(axes[0], _reached(row))
+        # An axis that all rows share has to show what any of them holds.
+        row.scale(axes[0], [value for each in ([row] if several else rows) for value in _reached(each)])
     for axes in grid.T:
         lowest = [ax for ax in axes if ax.get_visible()][-1]
         lowest.set_xlabel(x)
@@ -325,6 +330,7 @@ def _scale_metric(ax: Axes, values: Sequence[float]) -> None:
     sizes = [abs(value) for value in values if value and isfinite(value)]
     if sizes and max(sizes) > WIDEST_LINEAR * min(sizes):
         ax.set_yscale("symlog", linthresh=max(min(sizes), max(sizes) / WIDEST_LOGARITHMIC))
+        ax.yaxis.set_major_formatter(PLAIN)
 
 
 def _scale_x(ax: Axes, values: Sequence[Any]) -> None:
@@ -338,6 +344,7 @@ def _scale_x(ax: Axes, values: Sequence[Any]) -> None:
         else:
             lowest, highest = decades(distinct)
             ax.set_xlim(10.0**lowest, 10.0**highest)
+            ax.xaxis.set_major_formatter(PLAIN)
             ax.xaxis.set_minor_formatter(NullFormatter())
     elif any(isinstance(value, str) for value in distinct):
         for each in ax.figure.axes:

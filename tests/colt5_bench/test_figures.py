@@ -192,3 +192,27 @@ def test_times_and_bandwidths_are_drawn_with_their_intervals(count, spread, tmp_
         bars = [ax for ax in figure.axes for _ in ax.collections]
         endless = [line for ax in figure.axes for line in ax.lines if line.get_linestyle() == ":"]
         assert (len(bars), len(endless)) == ((4, 0) if count >= 3 else (0, 4))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-3, 1e4])
+@pytest.mark.parametrize("ns", [(1, 2, 4), tuple(range(1, 12))])
+def test_panels_of_static_plots_show_all_that_they_hold(factor, ns, tmp_path, monkeypatch):
+    """Those of one direction may hold far less, or far more, than those of the other."""
+    records = [
+        timed(name, factor * (1 if direction == FORWARD else 1000), n=n, direction=direction)
+        for n in ns
+        for name in ("reference", "ours")
+        for direction in (BOTH, FORWARD)
+    ]
+    for made in records:
+        made.metrics = {"saturated": made.fields["n"] ** 3}
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, directory, name: [figures.append(figure)])
+    plots.write_plots(records, tmp_path)
+    assert len(figures) == 5
+    for ax in (ax for figure in figures for ax in figure.axes if ax.get_visible()):
+        low, high = ax.get_ylim()
+        values = [value for line in ax.lines for value in line.get_ydata()]
+        assert low <= min(values) <= max(values) <= high
+        labels = [tick.get_text() for axis in (ax.xaxis, ax.yaxis) for tick in axis.get_ticklabels()]
+        assert not any("$" in each for each in labels)
