@@ -16,18 +16,9 @@ settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-ALONE = {f"test_{name}.py" for name in ("compare_commands", "isolation", "measure", "memory", "plugin", "profiling")}
-ALONE |= {f"test_{name}.py" for name in ("planted", "roofline", "selftest", "timing")}
-"""Files whose tests take times or memory, or limit them; others can run side by side, unless a test says otherwise."""
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Say which tests run alone, leave out compile checks under the interpreter, which has no compiler, and skip GPU
-    tests without a GPU."""
-    for item in items:
-        if item.path.name in ALONE:
-            item.add_marker(pytest.mark.alone)
+    """Leave out compile checks under the interpreter, which has no compiler, and skip GPU tests without a GPU."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         left_out = [item for item in items if item.get_closest_marker("compiled")]
         config.hook.pytest_deselected(items=left_out)

@@ -481,6 +481,7 @@ class TestCheck:
             check(**selected)
 
 
+@pytest.mark.alone
 def test_a_slowdown_is_found_by_a_whole_run(saved, tmp_path):
     """A checkout whose one suite measures by a clock of its own, on which a call takes 1.3 ms; it took 1 ms before."""
     for package in ("reference", "kernels", "suites"):

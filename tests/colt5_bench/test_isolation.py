@@ -42,6 +42,7 @@ def point(tmp_path, monkeypatch):
     return point
 
 
+@pytest.mark.alone
 def test_what_dies_hangs_or_breaks_its_context_is_recorded_and_the_others_are_measured(point, conditions):
     names = ["reference", "dying", "wrong", "breaking", "hanging", "good"]
     measurer = Measurer(isolated=True, time_limit=4)

@@ -45,6 +45,8 @@ import sys
 sys.path.insert(1, {str(ROOT)!r})
 from colt5_bench.cli import main
 
+pytestmark = pytest.mark.alone
+
 sys.exit(main())
 """
 

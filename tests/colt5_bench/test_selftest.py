@@ -13,6 +13,8 @@ from colt5_bench.selftest import Check, Report
 from colt5_bench.spin import Spin
 from colt5_bench.static_facts import compiled_kernels
 
+pytestmark = pytest.mark.alone
+
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 

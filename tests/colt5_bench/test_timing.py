@@ -13,6 +13,8 @@ from scipy.stats import binom
 from colt5_bench import rounds, timing
 from colt5_bench.environment import GpuState
 
+pytestmark = pytest.mark.alone
+
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
 COOL, HOT = GpuState(1980, ()), GpuState(600, ("hw_thermal_slowdown",))
