@@ -9,14 +9,10 @@ from typing import Any, NamedTuple, ParamSpec
 import torch
 import triton
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch._subclasses.fake_tensor import FakeTensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, which is settled when they are defined."""
-
-_BATCHES_OF_GRADIENTS = torch._C._dispatch_key_parse("VmapMode")
-"""In use while `torch.autograd.grad` has `is_grads_batched`, which is not one of the transforms of `torch.func`."""
 
 _compiling_for = 0
 """Multiprocessors of the GPU that kernels are only compiled for; 0: they run."""
@@ -62,19 +58,10 @@ def runs_triton(x: Tensor) -> bool:
     return x.is_cuda or INTERPRETED or _compiling_for > 0
 
 
-def is_traced(x: Tensor) -> bool:
-    """Whether somebody is to see the operator that a tensor goes through, and not its result alone: a compiler, a
-    dispatch mode, a function transform, forward mode, or a subclass of Tensor; and that of a meta tensor, which has a
-    shape alone."""
-    return (
-        torch.compiler.is_compiling()
-        or x.is_meta
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or is_in_torch_dispatch_mode()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._dispatch_tls_is_dispatch_key_included(_BATCHES_OF_GRADIENTS)
-        or forward_ad._current_level >= 0
-    )
+def has_values(x: Tensor) -> bool:
+    """Whether there is something to compute with. An empty tensor has nothing, and one of a compiler or of the meta
+    device has a shape alone."""
+    return type(x) is not FakeTensor and not x.is_meta and x.numel() > 0
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -1,71 +1,297 @@
-"""What every operator says to PyTorch: its schema, its shapes, its gradient, what function transforms make of it, and
-the shortest way to it.
+"""The one class by which operations reach PyTorch: operators, gradients, and the shortest way to either."""
 
-An operator has a gradient at each level of `torch.func`, and `torch.vmap` takes one example after the other. It has
-neither a second derivative nor forward mode, and says so to whoever asks.
-"""
-
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from inspect import signature
+from operator import itemgetter
+from typing import Any, NoReturn, get_args, get_origin
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _dispatch_tls_is_dispatch_key_included
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+from torch.compiler import is_compiling
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from kernels._common.launch import is_traced
 from reference._shared.arguments import require
 
 _library = torch.library.Library("colt5", "FRAGMENT")
 
+_BATCHES_OF_GRADIENTS = torch._C._dispatch_key_parse("VmapMode")
+"""In use while `torch.autograd.grad` has `is_grads_batched`, which is not one of the transforms of `torch.func`."""
 
-def define(schema: str, function: Callable[..., Any], allocate: Callable[..., Any]) -> None:
-    """An operator `colt5::name`, by a schema that begins with the name. One function for a CPU and for CUDA chooses
-    between kernels and PyTorch; `allocate` gives what has the shapes of the results."""
-    name = _name(schema)
-    _library.define(schema)
-    torch.library.register_fake(f"colt5::{name}", allocate, lib=_library)
-    torch.library.register_vmap(f"colt5::{name}", partial(_one_by_one, _operator(name)), lib=_library)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Operation:
+    """An operation has two operators for PyTorch, `colt5::name` and `colt5::name_backward`, and the gradient between.
+
+    `forward` and `backward` allocate and compute; where `has_values` says that there is nothing to compute with, they
+    allocate alone, which tells a compiler the shapes. Their annotations make the schemas of the operators. Parameters
+    of `backward` stand in this order, and their names say what it receives:
+
+    - `grad_<output>`: the gradient of that output, None where there is none. Other outputs have no gradient;
+    - tensors, and then numbers: inputs and outputs of `forward` by their names, or entries of `chosen`;
+    - `needs_<input>`: whether that input needs a gradient.
+
+    A last parameter `save` of `forward` is no argument of a call: it says whether a backward pass may follow. One
+    policy holds for all operations:
+
+    - Eager. A call goes past PyTorch's dispatcher, whose way through Python takes longer than some of the kernels: to
+      `forward`, through an autograd function where a gradient is wanted.
+    - Traced. A call goes to the operator where somebody is to see it, and not its result alone; see `is_traced`.
+    - CPU. `forward` and `backward` take PyTorch where no kernel takes the tensors. An operation that autograd
+      differentiates as well in PyTorch alone is not called for these at all, and has every derivative there.
+    - Second derivatives and forward mode raise a NotImplementedError that names the reference.
+    - `torch.func` has a gradient at each of its levels, and `torch.vmap` takes one example after the other.
+
+    Args:
+        outputs: names of the results of `forward`.
+        gradients: names of the inputs that the results of `backward` belong to. A result may be None, or of any shape,
+            where the input needs no gradient.
+        chosen: what else `backward` takes, each as a function whose parameters are names of inputs and outputs.
+        hand_back: makes the gradients from those of outputs and the results of `backward`. An operator may not: its
+            results share no memory with each other or with its arguments.
+        reference: the operation of `reference` that has all derivatives, if it goes by another name.
+
+    Raises:
+        TypeError: `backward` has a parameter that nothing goes by the name of.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        backward: Callable[..., Any] | None = None,
+        *,
+        outputs: Sequence[str] = (),
+        gradients: Sequence[str] = (),
+        chosen: Mapping[str, Callable[..., Any]] | None = None,
+        hand_back: Callable[..., tuple[Any, ...]] | None = None,
+        reference: str | None = None,
+    ) -> None:
+        parameters = signature(forward).parameters
+        self._forward = forward
+        self._operator = _define(name, forward)
+        self._saves = "save" in parameters
+        # The operator saves wherever it is to have a gradient.
+        self._save_nothing = (False,) if self._saves else ()
+        places = [place for place, each in enumerate(parameters.values()) if _is_tensor(each.annotation)]
+        self._take_tensors = _taker(places)
+        self._differentiable = forward
+        if backward is not None:
+            refuse = partial(_refuse, name, reference or name)
+            operator = _define_backward(f"{name}_backward", backward, refuse)
+            known = (*parameters, *outputs)
+            differentiated = [known.index(each) for each in gradients]
+            gradient = _Gradient(backward, operator, known, len(parameters), differentiated, chosen, hand_back)
+            _define_gradient(self._operator, gradient.keep, gradient.differentiate, refuse, saves=self._saves)
+            self._differentiable = _eager(forward, gradient)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The results of `forward`, by the shortest way that all who are to see the operation leave open."""
+        if is_compiling():
+            return self._operator(*inputs, *self._save_nothing)
+        tensors = self._take_tensors(inputs)
+        wanted = False
+        if torch.is_grad_enabled():
+            for each in tensors:
+                if each is not None and each.requires_grad:
+                    wanted = True
+                    break
+        if self._saves:
+            inputs = (*inputs, wanted)
+        if is_traced(tensors):
+            return self._operator(*inputs)
+        return self._differentiable(*inputs) if wanted else self._forward(*inputs)
+
+
+class _Gradient:
+    """The part of an operation between its two operators: `keep` and `differentiate` of an autograd function."""
+
+    def __init__(
+        self,
+        backward: Callable[..., Any],
+        operator: Callable[..., Any],
+        known: Sequence[str],
+        n_inputs: int,
+        differentiated: Sequence[int],
+        chosen: Mapping[str, Callable[..., Any]] | None,
+        hand_back: Callable[..., tuple[Any, ...]] | None,
+    ) -> None:
+        self._backward, self._operator = backward, operator
+        self._differentiated, self._hand_back = differentiated, hand_back
+        self._nothing = (None,) * n_inputs
+        place_of = {name: place for place, name in enumerate(known)}
+        self._chosen = []
+        for name, choose in (chosen or {}).items():
+            self._chosen.append((choose, _taker([place_of[each] for each in signature(choose).parameters])))
+            place_of[name] = len(place_of)
+
+        grads: list[int] = []
+        kept: list[int] = []
+        numbers: list[int] = []
+        self._needs: list[int] = []
+        for name, parameter in signature(backward).parameters.items():
+            for prefix, places in (("grad_", grads), ("needs_", self._needs)):
+                if name.startswith(prefix) and name.removeprefix(prefix) in place_of:
+                    places.append(place_of[name.removeprefix(prefix)])
+                    break
+            else:
+                if name not in place_of:
+                    raise TypeError(f"{backward.__qualname__} takes {name!r}, which is none of {', '.join(place_of)}")
+                (kept if _is_tensor(parameter.annotation) else numbers).append(place_of[name])
+        self._take_kept, self._take_numbers = _taker(kept), _taker(numbers)
+        self._take_constants = _taker(sorted({*range(n_inputs, len(known))} - {*grads}))
+        self._take_grads = _taker([place - n_inputs for place in grads])
+
+    def keep(self, ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
+        """What `differentiate` takes beside the gradients of outputs."""
+        given = (*inputs, outputs) if isinstance(outputs, Tensor) else (*inputs, *outputs)
+        for choose, take in self._chosen:
+            given = (*given, choose(*take(given)))
+        ctx.save_for_backward(*self._take_kept(given))
+        ctx.numbers = self._take_numbers(given)
+        ctx.mark_non_differentiable(*self._take_constants(given))
+        ctx.set_materialize_grads(False)
+
+    def differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of all inputs. PyTorch casts each of them to the dtype of its input."""
+        grads = self._take_grads(grads)
+        if _all_none(grads):
+            return self._nothing
+        needs = ctx.needs_input_grad
+        # A second derivative may be asked for, which only the operator can refuse.
+        is_seen = torch.is_grad_enabled() or is_traced(grads)
+        backward = self._operator if is_seen else self._backward
+        results = backward(*grads, *ctx.saved_tensors, *ctx.numbers, *[needs[place] for place in self._needs])
+        if isinstance(results, Tensor):
+            results = (results,)
+        if self._hand_back is not None:
+            results = self._hand_back(*grads, *results)
+        made: list[Tensor | None] = list(self._nothing)
+        for place, result in zip(self._differentiated, results, strict=True):
+            if needs[place]:
+                made[place] = result
+        return tuple(made)
+
+
+def is_traced(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether somebody is to see the operator that tensors go through, and not its result alone: a compiler, a dispatch
+    mode, a function transform, whose tensors may outlive it, forward mode, or a subclass of Tensor; and that of a meta
+    tensor, which has a shape alone."""
+    if (
+        is_compiling()
+        or is_in_torch_dispatch_mode()
+        or _are_functorch_transforms_active()
+        or _dispatch_tls_is_dispatch_key_included(_BATCHES_OF_GRADIENTS)
+        or forward_ad._current_level >= 0
+    ):
+        return True
+    for each in tensors:
+        if each is not None and (type(each) not in _PLAIN or each.is_meta or is_functorch_wrapped_tensor(each)):
+            return True
+    return False
+
+
+def _all_none(grads: tuple[Tensor | None, ...]) -> bool:
+    for each in grads:  # noqa: SIM110
+        if each is not None:
+            return False
+    return True
+
+
+def _taker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that takes what stands at some places, in the time of one that is written out."""
+    if len(places) == 1:
+        return lambda given: (given[places[0]],)
+    return itemgetter(*places) if places else lambda given: ()
+
+
+def _is_tensor(annotation: Any) -> bool:
+    return annotation in (Tensor, Tensor | None)
+
+
+def _eager(forward: Callable[..., Any], gradient: _Gradient) -> Callable[..., Any]:
+    class Eager(_SingleLevelFunction):
+        @staticmethod
+        def forward(ctx, *inputs):
+            # Not as a `setup_context`, for which PyTorch inspects the signature of `forward` on each call.
+            outputs = forward(*inputs)
+            gradient.keep(ctx, inputs, outputs)
+            return outputs
+
+        backward = staticmethod(gradient.differentiate)
+
+    return Eager.apply  # type: ignore[attr-defined]
+
+
+def _define(name: str, function: Callable[..., Any]) -> Any:
+    """An operator `colt5::name` for a CPU and for CUDA, by a function that chooses between kernels and PyTorch."""
+    _library.define(_schema(name, function))
+    operator = getattr(torch.ops.colt5, name)
+    torch.library.register_fake(f"colt5::{name}", function, lib=_library)
+    torch.library.register_vmap(f"colt5::{name}", partial(_one_by_one, operator.default), lib=_library)
     for device in ("CPU", "CUDA"):
         _library.impl(name, function, device)
+    return operator
 
 
-def define_backward(
-    schema: str, function: Callable[..., Any], allocate: Callable[..., Any], *, reference: str | None = None
+def _define_backward(name: str, function: Callable[..., Any], refuse: Callable[[str], NoReturn]) -> Any:
+    """The operator of a backward pass, which has no gradient of its own and gives empty tensors for None."""
+
+    def without_none(*inputs: Any) -> Any:
+        results = function(*inputs)
+        if isinstance(results, Tensor):
+            return results
+        some = next(each for each in inputs if isinstance(each, Tensor))
+        return tuple(some.new_empty(0) if each is None else each for each in results)
+
+    without_none.__signature__ = signature(function)  # type: ignore[attr-defined]
+    operator = _define(name, without_none)
+
+    def differentiate(ctx: Any, *_: Tensor | None) -> NoReturn:
+        refuse("second derivative")
+
+    _define_gradient(operator, lambda ctx, inputs, outputs: None, differentiate, refuse)
+    return operator
+
+
+def _schema(name: str, function: Callable[..., Any]) -> str:
+    """The schema that the annotations of a function make; an operator returns tensors alone."""
+    annotated = signature(function)
+    results = annotated.return_annotation
+    n_results = len(get_args(results)) if get_origin(results) is tuple else 1
+
+    def prototype() -> None: ...
+
+    returned = Tensor if n_results == 1 else tuple[(Tensor,) * n_results]  # type: ignore[misc]
+    prototype.__signature__ = annotated.replace(return_annotation=returned)  # type: ignore[attr-defined]
+    return torch.library.infer_schema(prototype, mutates_args=(), op_name=name)
+
+
+def _define_gradient(
+    operator: Any,
+    keep: Callable[..., None],
+    differentiate: Callable[..., Any],
+    refuse: Callable[[str], NoReturn],
+    *,
+    saves: bool = False,
 ) -> None:
-    """The operator `name_backward` of the backward pass of `name`, which has no gradient of its own.
+    """The gradient of an operator, by what `torch.library.register_autograd` takes. That of PyTorch is for autograd
+    alone; this one is for each level of `torch.func`, and refuses forward mode.
 
     Args:
-        reference: the operation of `reference` that has one, if it goes by another name.
+        saves: set the last argument wherever there is to be a gradient: who calls the operator cannot know of those
+            that are taken outside of `torch.vmap`.
     """
-    define(schema, function, allocate)
 
-    def refuse(ctx, *_: Tensor) -> NoReturn:
-        _refuse("second derivative", _name(schema), reference)
-
-    define_gradient(_name(schema), lambda ctx, inputs, output: None, refuse, reference=reference)
-
-
-def define_gradient(
-    name: str, setup_context: Callable[..., None], differentiate: Callable[..., Any], *, reference: str | None = None
-) -> None:
-    """The gradient of an operator that is defined, by what `torch.library.register_autograd` takes. That of PyTorch is
-    for autograd alone; this one is for each level of `torch.func`, and refuses forward mode.
-
-    An argument `save` at the end is True wherever there is to be a gradient: who calls the operator cannot know of
-    those that are taken outside of `torch.vmap`.
-
-    Args:
-        reference: the operation of `reference` that has forward mode, if it goes by another name.
-    """
-    operator = _operator(name)
-    saves = operator._schema.arguments[-1].name == "save"
-
-    def run(keyset: torch._C.DispatchKeySet, inputs: tuple) -> Any:
+    def run(keyset: torch._C.DispatchKeySet, inputs: tuple[Any, ...]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+            return operator.default.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
     class Differentiable(_SingleLevelFunction):
         @staticmethod
@@ -73,11 +299,11 @@ def define_gradient(
             # The last place leaves `needs_input_grad` as it is.
             *inputs, keyset = arguments
             # For the outer levels of `torch.func`, which come next: autograd turns off both.
-            outer = torch._C._are_functorch_transforms_active()
+            outer = _are_functorch_transforms_active()
             with torch.set_grad_enabled(outer), forward_ad._set_fwd_grad_enabled(outer):
-                output = run(keyset, inputs)
-            setup_context(ctx, inputs, output)
-            return output
+                outputs = run(keyset, inputs)
+            keep(ctx, inputs, outputs)
+            return outputs
 
         @staticmethod
         def backward(ctx, *grads):
@@ -86,18 +312,17 @@ def define_gradient(
     def dispatch(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
         tensors = [each for each in inputs if isinstance(each, Tensor)]
         if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(each).tangent is not None for each in tensors):
-            _refuse("forward mode", name, reference)
+            refuse("forward mode")
         if not torch.is_grad_enabled() or not any(each.requires_grad for each in tensors):
             return run(keyset, inputs)
         with enable_single_level_autograd_function():
             return Differentiable.apply(*inputs[:-1], saves or inputs[-1], keyset)  # type: ignore[attr-defined]
 
-    _library.impl(name, dispatch, "Autograd", with_keyset=True)
+    _library.impl(operator.__name__, dispatch, "Autograd", with_keyset=True)
 
 
-def _refuse(what: str, name: str, reference: str | None) -> NoReturn:
-    name = name.removesuffix("_backward")
-    raise NotImplementedError(f"kernels.{name} has no {what}: use reference.{reference or name}")
+def _refuse(name: str, reference: str, derivative: str) -> NoReturn:
+    raise NotImplementedError(f"kernels.{name} has no {derivative}: use reference.{reference}")
 
 
 def _one_by_one(operator: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
@@ -118,36 +343,3 @@ def _one_by_one(operator: Callable[..., Any], info: Any, in_dims: tuple[int | No
 
 def _contiguous(argument: Any) -> Any:
     return argument.contiguous() if isinstance(argument, Tensor) else argument
-
-
-def eager(
-    forward: Callable[..., Any], setup_context: Callable[..., None], differentiate: Callable[..., Any]
-) -> Callable[..., Any]:
-    """An operator with its gradient, and without PyTorch's dispatcher, whose way through Python takes longer than some
-    of the kernels."""
-
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            # Not as a `setup_context`, for which PyTorch inspects the signature of `forward` on each call.
-            output = forward(*inputs)
-            setup_context(ctx, inputs, output)
-            return output
-
-        backward = staticmethod(differentiate)
-
-    return Eager.apply
-
-
-def backward_of(grad: Tensor, operator: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """Of a backward pass: its operator where somebody is to see it or a second derivative may be asked for, which only
-    the operator can refuse; else the function that it calls."""
-    return operator if torch.is_grad_enabled() or is_traced(grad) else function
-
-
-def _name(schema: str) -> str:
-    return schema.partition("(")[0]
-
-
-def _operator(name: str) -> Any:
-    return getattr(torch.ops.colt5, name).default

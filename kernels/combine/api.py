@@ -6,38 +6,14 @@ of the null token is, does it read the whole. Each program adds up its share of 
 shares.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from kernels._common.launch import (
-    as_rows,
-    is_traced,
-    runs_triton,
-)
-from kernels._common.operation import backward_of, define, define_backward, define_gradient, eager
+from kernels._common.launch import as_rows, has_values, runs_triton
+from kernels._common.operation import Operation
 from kernels.combine import cpu
 from kernels.combine.triton import LONGEST, launch_forward, launch_routed_backward, launch_sweep, map_slots
 from reference._shared.arguments import check_combine, result_dtype
-
-
-def _allocate(
-    routed: Tensor,
-    scores: Tensor,
-    indices: Tensor,
-    null: Tensor | None,
-    light: Tensor | None,
-    residual: Tensor | None,
-    n: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The sum `(b n) d` of routed tokens `(b k) d` and what else there is, and the map `b n`."""
-    batch = indices.shape[0]
-    return (
-        routed.new_empty((batch * n, routed.shape[1]), dtype=dtype),
-        routed.new_empty((batch, n), dtype=torch.int32),
-    )
 
 
 def _forward(
@@ -50,94 +26,58 @@ def _forward(
     n: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    n_rows, d = indices.shape[0] * n, routed.shape[1]
-    out, slots = routed.new_empty((n_rows, d), dtype=dtype), map_slots(indices, n)
-    if out.numel():
+    """The sum `(b n) d` of routed tokens `(b k) d` and what else there is, and the map `b n`."""
+    batch = indices.shape[0]
+    out = routed.new_empty((batch * n, routed.shape[1]), dtype=dtype)
+    slots = map_slots(indices, n)
+    if has_values(out):
         launch_forward(routed, scores, slots, null, light, residual, out)
     return out, slots
 
 
-def _allocate_gradients(
-    grad: Tensor,
-    routed: Tensor,
-    scores: Tensor,
-    indices: Tensor,
-    slots: Tensor | None,
-    light_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of routed tokens and scores; of the light branch in its dtype, if that is given; and of the null token,
-    if there is the map."""
-    return (
-        routed.new_empty(routed.shape),
-        scores.new_empty(scores.shape),
-        grad.new_empty((0,)) if light_dtype is None else grad.new_empty(grad.shape, dtype=light_dtype),
-        grad.new_empty(0 if slots is None else routed.shape[1], dtype=torch.float32),
-    )
-
-
 def _backward(
-    grad: Tensor,
+    grad_out: Tensor,
     routed: Tensor,
     scores: Tensor,
     indices: Tensor,
-    slots: Tensor | None,
+    null_slots: Tensor | None,
     light_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    drouted, dscores, dlight, dnull = _allocate_gradients(grad, routed, scores, indices, slots, light_dtype)
-    grad = as_rows(grad)
-    if not grad.numel():
-        return drouted, dscores.zero_(), dlight, dnull.zero_()
-    if routed.numel():
-        launch_routed_backward(grad, routed, scores, indices, drouted, dscores)
-    if slots is not None or light_dtype is not None:
-        of_null = launch_sweep(grad, slots, None if light_dtype is None else dlight)
-        dnull = dnull if of_null is None else of_null
-    return drouted, dscores, dlight, dnull
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of routed tokens and scores; of the null token, if there is the map; and of the light branch, if it has
+    a dtype of its own."""
+    drouted, dscores = routed.new_empty(routed.shape), scores.new_empty(scores.shape)
+    dnull = None if null_slots is None else grad_out.new_zeros(routed.shape[1], dtype=torch.float32)
+    dlight = None if light_dtype is None else grad_out.new_empty(grad_out.shape, dtype=light_dtype)
+    if not has_values(grad_out):
+        return drouted, dscores.zero_(), dnull, dlight
+    grad_out = as_rows(grad_out)
+    if has_values(routed):
+        launch_routed_backward(grad_out, routed, scores, indices, drouted, dscores)
+    if null_slots is not None or dlight is not None:
+        dnull = launch_sweep(grad_out, null_slots, dlight)
+    return drouted, dscores, dnull, dlight
 
 
-define(
-    "combine(Tensor routed, Tensor scores, Tensor indices, Tensor? null, Tensor? light, Tensor? residual, SymInt n, "
-    "ScalarType dtype) -> (Tensor, Tensor)",
+def _hand_back(
+    grad_out: Tensor, drouted: Tensor, dscores: Tensor, dnull: Tensor | None, dlight: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """What was added has the gradient of the sum."""
+    has_own = dlight is not None and dlight.shape == grad_out.shape
+    return drouted, dscores, dnull, dlight if has_own else grad_out, grad_out
+
+
+_operation = Operation(
+    "combine",
     _forward,
-    _allocate,
-)
-define_backward(
-    "combine_backward(Tensor grad, Tensor routed, Tensor scores, Tensor indices, Tensor? slots, "
-    "ScalarType? light_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
-    _allocate_gradients,
+    outputs=("out", "slots"),
+    gradients=("routed", "scores", "null", "light", "residual"),
+    chosen={
+        "null_slots": lambda null, slots: None if null is None else slots,
+        "light_dtype": lambda light, dtype: None if light is None or light.dtype == dtype else light.dtype,
+    },
+    hand_back=_hand_back,
 )
-
-
-def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    routed, scores, indices, null, light, residual, _, dtype = inputs
-    _, slots = output
-    ctx.mark_non_differentiable(slots)
-    ctx.save_for_backward(routed, scores, indices, None if null is None else slots)
-    ctx.dtypes = dtype, *(None if tensor is None else tensor.dtype for tensor in (null, light, residual))
-
-
-def _differentiate(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    dtype, null_dtype, light_dtype, residual_dtype = ctx.dtypes
-    backward = backward_of(grad, torch.ops.colt5.combine_backward, _backward)
-    casts = None if light_dtype in (None, dtype) else light_dtype
-    drouted, dscores, dlight, dnull = backward(grad, *ctx.saved_tensors, casts)
-    return (
-        drouted,
-        dscores,
-        None,
-        None if null_dtype is None else dnull.to(null_dtype),
-        None if light_dtype is None else dlight if casts else grad,
-        None if residual_dtype is None else grad.to(residual_dtype),
-        None,
-        None,
-    )
-
-
-define_gradient("combine", _setup_context, _differentiate)
-
-
-_eager = eager(_forward, _setup_context, _differentiate)
 
 
 def combine(
@@ -178,11 +118,7 @@ def combine(
     batch, _, d = routed.shape
     if not runs_triton(routed) or d > LONGEST or any(t is not None and t.dtype == torch.float64 for t in tensors):
         return cpu.combine(routed, scores, indices, length, null, light, residual, result)
-    save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    operation: Callable[..., tuple[Tensor, Tensor]] = _eager if save else _forward
-    if is_traced(routed):
-        operation = torch.ops.colt5.combine
-    out, _ = operation(
+    out, _ = _operation(
         as_rows(routed),
         scores.contiguous(),
         indices.contiguous(),

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import Plan, multiprocessors, plan_rows, plan_sweep, planner
+from kernels._common.launch import Plan, has_values, multiprocessors, plan_rows, plan_sweep, planner
 
 LONGEST = 8192
 """Most features that the kernel takes; more are left to PyTorch."""
@@ -144,7 +144,7 @@ def map_slots(indices: Tensor, n: int) -> Tensor:
     """`b n`, int32: which of all `b k` routed tokens stands in the place of a token; -1 where none does."""
     batch, k = indices.shape
     slots = torch.full((batch, n), -1, dtype=torch.int32, device=indices.device)
-    if indices.numel():
+    if has_values(indices):
         plan = _plan_places(batch * k)
         _places_kernel[plan.grid](indices, slots, batch * k, k, n, **plan.settings)
     return slots

@@ -10,34 +10,16 @@ same, the weights are, and with r = exp((a + base) / e) it is `r = k max(r, exp(
 `S = sum min(w max(r, exp((base - max s) / e)), 1)`: a multiplication, a minimum and an addition for an entry.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from kernels._common.launch import as_rows, is_traced, k_as_rows, mask_as_rows, runs_triton
-from kernels._common.operation import backward_of, define, define_backward, define_gradient, eager
+from kernels._common.launch import as_rows, has_values, k_as_rows, mask_as_rows, runs_triton
+from kernels._common.operation import Operation
 from kernels.coor_descent import cpu
 from kernels.coor_descent.backward import launch_backward
 from kernels.coor_descent.forward import launch_forward
 from kernels.coor_descent.state import allocate_state, views_of
 from reference._shared.arguments import check_k, check_schedule, check_scores, epsilon_schedule, first_temperature
-
-
-def _allocate(
-    scores: Tensor,
-    mask: Tensor | None,
-    k_rows: Tensor | None,
-    k: float,
-    n_iters: int,
-    eps: float,
-    first: float,
-    eps_decay: float,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    """The output, and what the backward pass needs beside the scores: nothing of size n."""
-    y = torch.empty_like(scores, memory_format=torch.contiguous_format)
-    return y, allocate_state(scores, n_iters, save)
 
 
 def descend_rows(
@@ -51,113 +33,53 @@ def descend_rows(
     eps_decay: float,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The relaxed selection `rows n`, and what its gradient needs beside the scores."""
-    y, state = _allocate(scores, mask, k_rows, k, n_iters, eps, first, eps_decay, save)
-    if scores.numel() == 0:
+    """The relaxed selection `rows n`, and the state that its gradient needs beside the scores: nothing of size n."""
+    schedule = (n_iters, eps, first, eps_decay)
+    state = allocate_state(scores, n_iters, save)
+    y = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    if not has_values(scores):
         return y, state
     if runs_triton(scores):
-        launch_forward(scores, mask, k_rows, k, (n_iters, eps, first, eps_decay), y, state)
+        launch_forward(scores, mask, k_rows, k, schedule, y, state)
         return y, state
-    wide_k, steps = cpu.wide_k(scores, k_rows, k), list(epsilon_schedule(n_iters, eps, first, eps_decay))
-    kept = views_of(state.zero_()) if save else None
-    return cpu.forward(scores, mask, wide_k, steps, kept), state
-
-
-def _allocate_gradients(
-    grad: Tensor,
-    scores: Tensor,
-    mask: Tensor | None,
-    k_rows: Tensor | None,
-    k: float,
-    n_iters: int,
-    eps: float,
-    first: float,
-    eps_decay: float,
-    state: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the scores and, if it has one entry a row, of k."""
-    rows = 0 if k_rows is None else scores.shape[0]
-    return (
-        torch.empty_like(scores, memory_format=torch.contiguous_format),
-        scores.new_empty(rows, dtype=torch.float64),
-    )
-
-
-def _backward(
-    grad: Tensor,
-    scores: Tensor,
-    mask: Tensor | None,
-    k_rows: Tensor | None,
-    k: float,
-    n_iters: int,
-    eps: float,
-    first: float,
-    eps_decay: float,
-    state: Tensor,
-) -> tuple[Tensor, Tensor]:
-    ds, dk = descend_rows_backward(grad, scores, mask, k_rows, k, n_iters, eps, first, eps_decay, state)
-    return ds, scores.new_empty(0, dtype=torch.float64) if dk is None else dk
+    wide_k, steps = cpu.wide_k(scores, k_rows, k), list(epsilon_schedule(*schedule))
+    return cpu.forward(scores, mask, wide_k, steps, views_of(state.zero_()) if save else None), state
 
 
 def descend_rows_backward(
-    grad: Tensor,
+    grad_y: Tensor,
     scores: Tensor,
     mask: Tensor | None,
     k_rows: Tensor | None,
+    state: Tensor,
     k: float,
     n_iters: int,
     eps: float,
     first: float,
     eps_decay: float,
-    state: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """`_backward`, but None for what there is no gradient of: each allocation takes its share of a short call."""
+    """Gradients of the scores and, if it has one entry a row, of k."""
     schedule = (n_iters, eps, first, eps_decay)
-    if scores.numel() and not runs_triton(scores):
-        wide_k, steps = cpu.wide_k(scores, k_rows, k), list(epsilon_schedule(*schedule))
-        ds, wide_dk = cpu.backward(grad, scores, mask, wide_k, steps, *views_of(state))
-        return ds, None if k_rows is None else wide_dk
     ds = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    # Each allocation takes its share of a short call.
     dk = None if k_rows is None else scores.new_empty(scores.shape[0], dtype=torch.float64)
-    if scores.numel():
-        launch_backward(as_rows(grad), scores, mask, k_rows, k, schedule, state, ds, state if dk is None else dk)
-    return ds, dk
+    if not has_values(scores):
+        return ds, dk
+    if runs_triton(scores):
+        launch_backward(as_rows(grad_y), scores, mask, k_rows, k, schedule, state, ds, state if dk is None else dk)
+        return ds, dk
+    wide_k, steps = cpu.wide_k(scores, k_rows, k), list(epsilon_schedule(*schedule))
+    ds, wide_dk = cpu.backward(grad_y, scores, mask, wide_k, steps, *views_of(state))
+    return ds, None if k_rows is None else wide_dk
 
 
-define(
-    "coor_descent(Tensor scores, Tensor? mask, Tensor? k_rows, float k, int n_iters, float eps, float first, "
-    "float eps_decay, bool save) -> (Tensor, Tensor)",
+_operation = Operation(
+    "coor_descent",
     descend_rows,
-    _allocate,
+    descend_rows_backward,
+    outputs=("y", "state"),
+    gradients=("scores", "k_rows"),
 )
-define_backward(
-    "coor_descent_backward(Tensor grad, Tensor scores, Tensor? mask, Tensor? k_rows, float k, int n_iters, float eps, "
-    "float first, float eps_decay, Tensor state) -> (Tensor, Tensor)",
-    _backward,
-    _allocate_gradients,
-)
-
-
-def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    scores, mask, k_rows, *numbers, _ = inputs
-    ctx.save_for_backward(scores, mask, k_rows, output[1])
-    ctx.numbers = numbers
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 9
-    scores, mask, k_rows, state = ctx.saved_tensors
-    backward = backward_of(grad, torch.ops.colt5.coor_descent_backward, descend_rows_backward)
-    ds, dk = backward(grad, scores, mask, k_rows, *ctx.numbers, state)
-    return ds, None, None if k_rows is None else dk.to(k_rows.dtype), *(None,) * 6
-
-
-define_gradient("coor_descent", _setup_context, _differentiate)
-
-
-_eager = eager(descend_rows, _setup_context, _differentiate)
 
 
 def coor_descent(
@@ -198,11 +120,7 @@ def coor_descent(
     check_k(k, scores)
     check_schedule(n_iters, eps, eps_init, eps_decay)
     k_rows, k_number = k_as_rows(k, scores.shape)
-    save = torch.is_grad_enabled() and (scores.requires_grad or (k_rows is not None and k_rows.requires_grad))
-    operation: Callable[..., tuple[Tensor, Tensor]] = _eager if save else descend_rows
-    if is_traced(scores):
-        operation = torch.ops.colt5.coor_descent
-    y, _ = operation(
+    y, _ = _operation(
         as_rows(scores),
         mask_as_rows(mask, scores.shape),
         k_rows,
@@ -211,6 +129,5 @@ def coor_descent(
         eps,
         first_temperature(eps, eps_init),
         eps_decay,
-        save,
     )
     return y if y.shape == scores.shape else y.view(scores.shape)

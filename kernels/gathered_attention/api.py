@@ -6,90 +6,53 @@ In the operator a list holds -1 where there is nothing to attend to: one load te
 import torch
 from torch import Tensor
 
-from kernels._common.launch import runs_triton
-from kernels._common.operation import define, define_backward, define_gradient
+from kernels._common.launch import has_values, runs_triton
+from kernels._common.operation import Operation
 from kernels.gathered_attention import cpu
 from kernels.gathered_attention.backward import launch_backward
 from kernels.gathered_attention.forward import LARGEST_DIM, launch_forward
 from reference._shared.arguments import check_gathered
 
-_INPUTS = "Tensor query, Tensor key_value, Tensor lists, Tensor weights, Tensor null_kv, bool multiply_keys"
 
-
-def _allocate(
-    query: Tensor,
-    key_value: Tensor,
-    lists: Tensor,
-    weights: Tensor,
-    null_kv: Tensor,
-    multiply_keys: bool,
+def _forward(
+    query: Tensor, key_value: Tensor, lists: Tensor, weights: Tensor, null_kv: Tensor, multiply_keys: bool
 ) -> tuple[Tensor, Tensor]:
     """The output, and the logarithm of what its softmax divides by, to the base 2 if a kernel writes it.
 
     In memory the heads of a query are side by side, as a projection makes and takes them.
     """
     batch, windows, heads, queries, dim = query.shape
-    wide = torch.promote_types(query.dtype, torch.float32)
     out = query.new_empty((batch, windows, queries, heads, dim)).transpose(2, 3)
-    return out, query.new_empty((batch, windows, heads, queries), dtype=wide)
-
-
-def _forward(
-    query: Tensor,
-    key_value: Tensor,
-    lists: Tensor,
-    weights: Tensor,
-    null_kv: Tensor,
-    multiply_keys: bool,
-) -> tuple[Tensor, Tensor]:
-    out, lse = _allocate(query, key_value, lists, weights, null_kv, multiply_keys)
-    if out.numel():
+    lse = query.new_empty((batch, windows, heads, queries), dtype=torch.promote_types(query.dtype, torch.float32))
+    if has_values(out):
         attend = launch_forward if _runs_kernel(query) else cpu.forward
         attend(query, key_value, lists, weights, null_kv, multiply_keys, out, lse)
     return out, lse
 
 
-def _allocate_gradients(
-    grad: Tensor,
+def _backward(
+    grad_out: Tensor,
     query: Tensor,
     key_value: Tensor,
     lists: Tensor,
     weights: Tensor,
     null_kv: Tensor,
-    multiply_keys: bool,
     out: Tensor,
     lse: Tensor,
+    multiply_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, weights, and the learned pair."""
-    return (
-        torch.empty_like(out),
-        key_value.new_empty(key_value.shape),
-        weights.new_empty(weights.shape),
-        null_kv.new_empty(null_kv.shape),
-    )
-
-
-def _backward(
-    grad: Tensor,
-    query: Tensor,
-    key_value: Tensor,
-    lists: Tensor,
-    weights: Tensor,
-    null_kv: Tensor,
-    multiply_keys: bool,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = (query, key_value, lists, weights, null_kv, multiply_keys)
-    # In memory as `_allocate` makes it, by which kernels read it; a function transform hands back a copy.
+    # In memory as `_forward` makes it, by which kernels read it; a function transform hands back a copy.
     as_made = out.transpose(2, 3)
     if not as_made.is_contiguous():
         out = as_made.contiguous().transpose(2, 3)
-    dquery, dkey_value, dweights, dnull = _allocate_gradients(grad, *inputs, out, lse)
-    if not query.numel():
+    dquery = torch.empty_like(out)
+    dkey_value, dweights, dnull = (x.new_empty(x.shape) for x in (key_value, weights, null_kv))
+    if not has_values(query):
         return dquery, dkey_value.zero_(), dweights.zero_(), dnull.zero_()
     differentiate = launch_backward if _runs_kernel(query) else cpu.backward
-    for_weights, for_null = differentiate(_dense_rows(grad), *inputs, out, lse, dquery, dkey_value)
+    inputs = (query, key_value, lists, weights, null_kv, multiply_keys, out, lse)
+    for_weights, for_null = differentiate(_dense_rows(grad_out), *inputs, dquery, dkey_value)
     return dquery, dkey_value, dweights.copy_(for_weights), dnull.copy_(for_null)
 
 
@@ -102,31 +65,13 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-define(f"gathered_attention({_INPUTS}) -> (Tensor, Tensor)", _forward, _allocate)
-define_backward(
-    f"gathered_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
+_operation = Operation(
+    "gathered_attention",
+    _forward,
     _backward,
-    _allocate_gradients,
+    outputs=("out", "lse"),
+    gradients=("query", "key_value", "weights", "null_kv"),
 )
-
-
-def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.multiply_keys = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 6
-    *tensors, out, lse = ctx.saved_tensors
-    dquery, dkey_value, dweights, dnull = torch.ops.colt5.gathered_attention_backward(
-        grad, *tensors, ctx.multiply_keys, out, lse
-    )
-    return dquery, dkey_value, None, dweights, dnull, None
-
-
-define_gradient("gathered_attention", _setup_context, _differentiate)
 
 
 def gathered_attention(
@@ -166,7 +111,7 @@ def gathered_attention(
     """
     check_gathered(query, key_value, indices, weights, null_kv, mask)
     lists = indices if mask is None else torch.where(mask, indices, -1)
-    out, _ = torch.ops.colt5.gathered_attention(
+    out, _ = _operation(
         _dense_rows(query),
         _dense_rows(key_value),
         lists.to(torch.int32).contiguous(),

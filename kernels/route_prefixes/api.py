@@ -6,43 +6,17 @@ limit, so that a token is selected by windows that follow each other, and what t
 own, beside each other, to be added up in order. See `forward.py` and `backward.py`.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from kernels._common.launch import as_rows, is_traced, runs_triton
-from kernels._common.operation import backward_of, define, define_backward, define_gradient, eager
+from kernels._common.launch import as_rows, has_values, runs_triton
+from kernels._common.operation import Operation
 from kernels.route_prefixes import cpu
 from kernels.route_prefixes.backward import launch_backward
 from kernels.route_prefixes.forward import launch_forward
 from reference._shared.arguments import check_prefixes, check_schedule, first_temperature
 from reference._shared.returns import PrefixSelection
 from reference._shared.sizes import mask_of_prefixes, windows_with_a_prefix
-
-
-def _allocate(
-    scores: Tensor,
-    window_size: int,
-    num_selected: int,
-    k: float,
-    n_iters: int,
-    eps: float,
-    first: float,
-    eps_decay: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights and indices `b w r s`; for each token the first window that does not select it any more, counted from
-    the second, 0 if none does (`b r n`, or empty where nothing is to be saved); and the state of the descents."""
-    batch, routes, n = scores.shape
-    shape = (batch, windows_with_a_prefix(n, window_size), routes, num_selected)
-    prefixes = shape[0] * shape[1] * shape[2]
-    return (
-        scores.new_empty(shape, dtype=torch.promote_types(scores.dtype, torch.float32)),
-        scores.new_empty(shape, dtype=torch.int64),
-        scores.new_zeros(scores.shape if save else (0,), dtype=torch.int32),
-        scores.new_empty((prefixes + 1, 2, n_iters + 1), dtype=torch.float64),
-    )
 
 
 def _forward(
@@ -56,36 +30,27 @@ def _forward(
     eps_decay: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights and indices `b w r s`; for each token the first window that does not select it any more, counted from
+    the second, 0 if none does (`b r n`, or empty where nothing is to be saved); and the state of the descents."""
     schedule = (n_iters, eps, first, eps_decay)
-    outputs = _allocate(scores, window_size, num_selected, k, *schedule, save)
-    weights, indices, leaves, state = outputs
-    if indices.numel() == 0:
-        return outputs
+    batch, routes, n = scores.shape
+    windows = windows_with_a_prefix(n, window_size)
+    shape = (batch, windows, routes, num_selected)
+    weights = scores.new_empty(shape, dtype=torch.promote_types(scores.dtype, torch.float32))
+    indices = scores.new_empty(shape, dtype=torch.int64)
+    leaves = scores.new_zeros(scores.shape if save else (0,), dtype=torch.int32)
+    state = scores.new_empty((batch * windows * routes + 1, 2, n_iters + 1), dtype=torch.float64)
+    if not has_values(indices):
+        return weights, indices, leaves, state
     if runs_triton(scores):
         launch_forward(as_rows(scores), window_size, k, schedule, indices, weights, leaves, state)
     else:
         cpu.forward(scores, window_size, k, schedule, indices, weights, state.zero_())
-    return outputs
-
-
-def _allocate_gradient(
-    grad: Tensor,
-    scores: Tensor,
-    indices: Tensor,
-    leaves: Tensor,
-    state: Tensor,
-    window_size: int,
-    k: float,
-    n_iters: int,
-    eps: float,
-    first: float,
-    eps_decay: float,
-) -> Tensor:
-    return torch.empty_like(scores, memory_format=torch.contiguous_format)
+    return weights, indices, leaves, state
 
 
 def _backward(
-    grad: Tensor,
+    grad_weights: Tensor,
     scores: Tensor,
     indices: Tensor,
     leaves: Tensor,
@@ -97,50 +62,23 @@ def _backward(
     first: float,
     eps_decay: float,
 ) -> Tensor:
-    if indices.numel() == 0:
+    if not has_values(indices):
         return torch.zeros_like(scores, memory_format=torch.contiguous_format)
-    ds = _allocate_gradient(grad, scores, indices, leaves, state, window_size, k, n_iters, eps, first, eps_decay)
+    ds = torch.empty_like(scores, memory_format=torch.contiguous_format)
     if runs_triton(scores):
-        launch_backward(grad.contiguous(), as_rows(scores), window_size, k, indices, leaves, state, ds)
+        launch_backward(grad_weights.contiguous(), as_rows(scores), window_size, k, indices, leaves, state, ds)
     else:
-        cpu.backward(grad, scores, window_size, k, (n_iters, eps, first, eps_decay), indices, state, ds)
+        cpu.backward(grad_weights, scores, window_size, k, (n_iters, eps, first, eps_decay), indices, state, ds)
     return ds
 
 
-define(
-    "route_prefixes(Tensor scores, int window_size, int num_selected, float k, int n_iters, float eps, float first, "
-    "float eps_decay, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
+_operation = Operation(
+    "route_prefixes",
     _forward,
-    _allocate,
-)
-define_backward(
-    "route_prefixes_backward(Tensor grad, Tensor scores, Tensor indices, Tensor leaves, Tensor state, int window_size, "
-    "float k, int n_iters, float eps, float first, float eps_decay) -> Tensor",
     _backward,
-    _allocate_gradient,
+    outputs=("weights", "indices", "leaves", "state"),
+    gradients=("scores",),
 )
-
-
-def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    scores, window_size, _, k, *schedule, _ = inputs
-    _, indices, leaves, state = output
-    ctx.save_for_backward(scores, indices, leaves, state)
-    ctx.mark_non_differentiable(indices, leaves, state)
-    ctx.numbers = (window_size, k, *schedule)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 9
-    backward = backward_of(grad, torch.ops.colt5.route_prefixes_backward, _backward)
-    return backward(grad, *ctx.saved_tensors, *ctx.numbers), *(None,) * 8
-
-
-define_gradient("route_prefixes", _setup_context, _differentiate)
-
-
-_eager = eager(_forward, _setup_context, _differentiate)
 
 
 def route_prefixes(
@@ -178,11 +116,7 @@ def route_prefixes(
     """
     check_prefixes(scores, window_size, num_selected, k)
     check_schedule(n_iters, eps, eps_init, eps_decay)
-    save = torch.is_grad_enabled() and scores.requires_grad
-    operation: Callable[..., tuple[Tensor, ...]] = _eager if save else _forward
-    if is_traced(scores):
-        operation = torch.ops.colt5.route_prefixes
-    weights, indices, *_ = operation(
+    weights, indices, *_ = _operation(
         scores,
         window_size,
         num_selected,
@@ -191,6 +125,5 @@ def route_prefixes(
         eps,
         first_temperature(eps, eps_init),
         eps_decay,
-        save,
     )
     return PrefixSelection(indices, weights, mask_of_prefixes(scores, window_size, num_selected))

@@ -1,6 +1,5 @@
 """Scores of all routes in one read of the tokens, and their gradients in one pass; see `triton.py`."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,30 +7,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels._common.launch import is_traced, runs_triton
-from kernels._common.operation import define, define_backward, define_gradient
+from kernels._common.launch import has_values, runs_triton
+from kernels._common.operation import Operation
 from kernels.routing_scores import cpu
 from kernels.routing_scores.triton import MOST_ROUTES, launch_gradients, launch_scores
 from reference._shared.arguments import check_routing_tokens, check_scale
 
 
-def allocate_scores(x: Tensor, routing_tokens: Tensor, cosine: bool, padded: int) -> tuple[Tensor, Tensor]:
-    """Room for scores `b r padded` of tokens `b n d`, and for inverse norms `b padded` where these are wanted."""
+def score_tokens(x: Tensor, routing_tokens: Tensor, cosine: bool, padded: int) -> tuple[Tensor, Tensor]:
+    """Scores `b r padded` of tokens `b n d`, and inverse norms `b padded` where scores are cosines; for what pads the
+    tokens, a score of 0. The last stride of both inputs is 1."""
     wide = torch.promote_types(x.dtype, torch.float32)
     scores = x.new_empty((x.shape[0], routing_tokens.shape[1], padded), dtype=wide)
-    return scores, x.new_empty((x.shape[0], padded) if cosine else (0,), dtype=wide)
-
-
-def score_tokens(x: Tensor, routing_tokens: Tensor, cosine: bool, padded: int) -> tuple[Tensor, Tensor]:
-    """Scores and inverse norms; for what pads the tokens, a score of 0. The last stride of both inputs is 1."""
-    scores, inverse_norms = allocate_scores(x, routing_tokens, cosine, padded)
-    if scores.numel():
+    inverse_norms = x.new_empty((x.shape[0], padded) if cosine else (0,), dtype=wide)
+    if has_values(scores):
         write = launch_scores if _runs_kernel(x, routing_tokens) else cpu.scores
         write(x, routing_tokens, scores, inverse_norms if cosine else None)
     return scores, inverse_norms
 
 
-def gradients(
+def score_tokens_backward(
     x: Tensor,
     routing_tokens: Tensor,
     scores: Tensor,
@@ -42,7 +37,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of tokens, of size 0 if they need none, and of routing tokens; see `launch_gradients`."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else x.new_empty(0)
-    if scores.numel() == 0:
+    if not has_values(scores):
         return dx, torch.zeros_like(routing_tokens)
     differentiate = launch_gradients if _runs_kernel(x, routing_tokens) else cpu.gradients
     norms = inverse_norms if inverse_norms.numel() else None
@@ -61,21 +56,18 @@ def _forward(x: Tensor, routing_tokens: Tensor, cosine: bool) -> tuple[Tensor, T
 
 
 def _backward(
-    grad: Tensor, x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_norms: Tensor, needs_x: bool
+    grad_scores: Tensor, x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_norms: Tensor, needs_x: bool
 ) -> tuple[Tensor, Tensor]:
-    return gradients(x, routing_tokens, scores, inverse_norms, grad.contiguous(), None, needs_x)
+    return score_tokens_backward(x, routing_tokens, scores, inverse_norms, grad_scores.contiguous(), None, needs_x)
 
 
-def _allocate(x: Tensor, routing_tokens: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
-    return allocate_scores(x, routing_tokens, cosine, x.shape[1])
-
-
-def allocate_gradients(
-    grad: Tensor | None, x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_norms: Tensor, needs_x: bool
-) -> tuple[Tensor, Tensor]:
-    """Room for the gradients of tokens, of size 0 if they need none, and of routing tokens."""
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else x.new_empty(0)
-    return dx, torch.empty_like(routing_tokens)
+_operation = Operation(
+    "routing_scores",
+    _forward,
+    _backward,
+    outputs=("scores", "inverse_norms"),
+    gradients=("x", "routing_tokens"),
+)
 
 
 def count_flops(x_shape: torch.Size, routing_shape: torch.Size, *_: object, **__: object) -> int:
@@ -84,14 +76,6 @@ def count_flops(x_shape: torch.Size, routing_shape: torch.Size, *_: object, **__
     return 2 * batch * n * d * routing_shape[1]
 
 
-define("routing_scores(Tensor x, Tensor routing_tokens, bool cosine) -> (Tensor, Tensor)", _forward, _allocate)
-define_backward(
-    "routing_scores_backward(Tensor grad, Tensor x, Tensor routing_tokens, Tensor scores, Tensor inverse_norms, "
-    "bool needs_x) -> (Tensor, Tensor)",
-    _backward,
-    allocate_gradients,
-)
-
 register_flop_formula(torch.ops.colt5.routing_scores)(count_flops)
 
 
@@ -99,24 +83,6 @@ register_flop_formula(torch.ops.colt5.routing_scores)(count_flops)
 def _count_backward_flops(*arguments: Any, **_: object) -> int:
     needs_x = arguments[-1]
     return count_flops(*arguments[1:3]) * (2 if needs_x else 1)
-
-
-def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    x, routing_tokens, _ = inputs
-    ctx.save_for_backward(x, routing_tokens, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return None, None, None
-    needs_x = ctx.needs_input_grad[0]
-    dx, dr = torch.ops.colt5.routing_scores_backward(grad, *ctx.saved_tensors, needs_x)
-    return dx if needs_x else None, dr, None
-
-
-define_gradient("routing_scores", _setup_context, _differentiate)
 
 
 def as_kernels_take(x: Tensor, routing_tokens: Tensor, cosine_sim_scale: float | None) -> tuple[Tensor, Tensor]:
@@ -149,8 +115,5 @@ def routing_scores(x: Tensor, routing_tokens: Tensor, *, cosine_sim_scale: float
     """
     check_routing_tokens(x, routing_tokens)
     inputs = as_kernels_take(x, routing_tokens, cosine_sim_scale)
-    wanted = torch.is_grad_enabled() and (x.requires_grad or routing_tokens.requires_grad)
-    operator = wanted or is_traced(x)
-    operation: Callable[..., tuple[Tensor, Tensor]] = torch.ops.colt5.routing_scores if operator else _forward
-    scores, _ = operation(*inputs, cosine_sim_scale is not None)
+    scores, _ = _operation(*inputs, cosine_sim_scale is not None)
     return scores

@@ -21,8 +21,8 @@ s + a <= 0, A summed over the row.
 import torch
 from torch import Tensor
 
-from kernels._common.launch import as_rows, k_as_rows, mask_as_rows, runs_triton
-from kernels._common.operation import define, define_backward, define_gradient
+from kernels._common.launch import as_rows, has_values, k_as_rows, mask_as_rows, runs_triton
+from kernels._common.operation import Operation
 from kernels.segmented_coor_descent import cpu
 from kernels.segmented_coor_descent.triton import launch_backward, launch_forward
 from reference._shared.arguments import (
@@ -39,30 +39,6 @@ LONGEST = 131072
 """Longest row that is supported: one program handles a row."""
 
 
-def _allocate(
-    scores: Tensor,
-    mask: Tensor | None,
-    k_rows: Tensor | None,
-    k: float,
-    n_iters: int,
-    first: float,
-    eps_decay: float,
-    eps: float,
-    segments: int,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output, and the checkpoints: a at the end of each segment and b at its start, and the temperatures."""
-    kept = segments if save else 0
-    # The dtype of b is the one that is computed in, also where nothing is kept.
-    dtype = torch.promote_types(scores.dtype, torch.float32)
-    return (
-        torch.empty(scores.shape, dtype=scores.dtype, device=scores.device),
-        torch.empty((kept, scores.shape[0]), dtype=dtype, device=scores.device),
-        torch.empty((kept, *scores.shape), dtype=dtype, device=scores.device),
-        torch.empty(n_iters + 1 if save else 0, dtype=torch.float64, device=scores.device),
-    )
-
-
 def _forward(
     scores: Tensor,
     mask: Tensor | None,
@@ -75,10 +51,16 @@ def _forward(
     segments: int,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = _allocate(scores, mask, k_rows, k, n_iters, first, eps_decay, eps, segments, save)
-    y, a, b, temperatures = outputs
-    if scores.numel() == 0:
-        return outputs
+    """The output, and the checkpoints: a at the end of each segment and b at its start, and the temperatures."""
+    kept, device = segments if save else 0, scores.device
+    # The dtype of b is the one that is computed in, also where nothing is kept.
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    y = torch.empty(scores.shape, dtype=scores.dtype, device=device)
+    a = torch.empty((kept, scores.shape[0]), dtype=dtype, device=device)
+    b = torch.empty((kept, *scores.shape), dtype=dtype, device=device)
+    temperatures = torch.empty(n_iters + 1 if save else 0, dtype=torch.float64, device=device)
+    if not has_values(scores):
+        return y, a, b, temperatures
     if runs_triton(scores):
         schedule = (n_iters, first, eps_decay, eps)
         launch_forward(scores, mask, k_rows, k, schedule, segments, y, a, b, temperatures)
@@ -87,79 +69,41 @@ def _forward(
         y.copy_(cpu.forward(scores, mask, k_rows, k, steps, segments, a, b))
         if save:
             temperatures.copy_(torch.tensor(steps, dtype=torch.float64, device="cpu"))
-    return outputs
-
-
-def _allocate_gradients(
-    grad: Tensor,
-    scores: Tensor,
-    mask: Tensor | None,
-    k_rows: Tensor | None,
-    k: float,
-    a: Tensor,
-    b: Tensor,
-    temperatures: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty(scores.shape, dtype=scores.dtype, device=scores.device),
-        torch.empty(scores.shape[0], dtype=b.dtype, device=scores.device),
-    )
+    return y, a, b, temperatures
 
 
 def _backward(
-    grad: Tensor,
+    grad_y: Tensor,
     scores: Tensor,
     mask: Tensor | None,
     k_rows: Tensor | None,
-    k: float,
     a: Tensor,
     b: Tensor,
     temperatures: Tensor,
+    k: float,
 ) -> tuple[Tensor, Tensor]:
-    ds, dk = _allocate_gradients(grad, scores, mask, k_rows, k, a, b, temperatures)
-    if scores.numel() == 0:
+    """Gradients of the scores and of k."""
+    ds = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+    dk = torch.empty(scores.shape[0], dtype=b.dtype, device=scores.device)
+    if not has_values(scores):
         return ds, dk
-    grad = as_rows(grad)
+    grad_y = as_rows(grad_y)
     if runs_triton(scores):
-        launch_backward(grad, scores, mask, k_rows, k, a, b, temperatures, ds, dk)
+        launch_backward(grad_y, scores, mask, k_rows, k, a, b, temperatures, ds, dk)
     else:
-        gradients = cpu.backward(grad, scores, mask, k_rows, k, temperatures.tolist(), a, b)
+        gradients = cpu.backward(grad_y, scores, mask, k_rows, k, temperatures.tolist(), a, b)
         ds.copy_(gradients[0]), dk.copy_(gradients[1])
     return ds, dk
 
 
-define(
-    "segmented_coor_descent(Tensor scores, Tensor? mask, Tensor? k_rows, float k, int n_iters, float first, "
-    "float eps_decay, float eps, int segments, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
+_operation = Operation(
+    "segmented_coor_descent",
     _forward,
-    _allocate,
-)
-define_backward(
-    "segmented_coor_descent_backward(Tensor grad, Tensor scores, Tensor? mask, Tensor? k_rows, float k, Tensor a, "
-    "Tensor b, Tensor temperatures) -> (Tensor, Tensor)",
     _backward,
-    _allocate_gradients,
+    outputs=("y", "a", "b", "temperatures"),
+    gradients=("scores", "k_rows"),
     reference="coor_descent",
 )
-
-
-def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    scores, mask, k_rows, k, *_ = inputs
-    _, a, b, temperatures = output
-    ctx.save_for_backward(scores, mask, k_rows, a, b, temperatures)
-    ctx.k = k
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 10
-    scores, mask, k_rows, a, b, temperatures = ctx.saved_tensors
-    ds, dk = torch.ops.colt5.segmented_coor_descent_backward(grad, scores, mask, k_rows, ctx.k, a, b, temperatures)
-    return ds, None, None if k_rows is None else dk.to(k_rows.dtype), *(None,) * 7
-
-
-define_gradient("segmented_coor_descent", _setup_context, _differentiate, reference="coor_descent")
 
 
 def segmented_coor_descent(
@@ -208,8 +152,7 @@ def segmented_coor_descent(
     fits = 1 <= checkpoint_segments <= n_iters
     require(fits, "checkpoint_segments", checkpoint_segments, "from 1 to n_iters = {}", n_iters)
     k_rows, k_number = k_as_rows(k, scores.shape)
-    needs_grad = scores.requires_grad or (k_rows is not None and k_rows.requires_grad)
-    y, *_ = torch.ops.colt5.segmented_coor_descent(
+    y, *_ = _operation(
         as_rows(scores),
         mask_as_rows(mask, scores.shape),
         k_rows,
@@ -219,6 +162,5 @@ def segmented_coor_descent(
         eps_decay,
         eps,
         checkpoint_segments,
-        needs_grad and torch.is_grad_enabled(),
     )
     return y.view(scores.shape)

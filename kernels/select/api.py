@@ -1,33 +1,26 @@
 """The hard top-k of long rows: a radix search instead of a sort; see `triton.py`."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from kernels._common.launch import as_rows, is_traced, mask_as_rows, runs_triton
-from kernels._common.operation import define
+from kernels._common.launch import as_rows, has_values, mask_as_rows, runs_triton
+from kernels._common.operation import Operation
 from kernels.select import cpu
 from kernels.select.triton import launch_select
 from reference._shared.arguments import check_select
 
 
-def _allocate(scores: Tensor, mask: Tensor | None, num_selected: int) -> Tensor:
-    return torch.empty((scores.shape[0], num_selected), dtype=torch.int64, device=scores.device)
-
-
 def select_rows(scores: Tensor, mask: Tensor | None, num_selected: int) -> Tensor:
     """`select` of scores `rows n` with a mask of that shape, the last stride of each of which is 1."""
-    if scores.numel() == 0:
-        return _allocate(scores, mask, num_selected)
-    if scores.dtype == torch.float64 or not runs_triton(scores):
+    if has_values(scores) and (scores.dtype == torch.float64 or not runs_triton(scores)):
         return cpu.select_rows(scores, mask, num_selected)
-    indices = _allocate(scores, mask, num_selected)
-    launch_select(scores, mask, indices)
+    indices = torch.empty((scores.shape[0], num_selected), dtype=torch.int64, device=scores.device)
+    if has_values(scores):
+        launch_select(scores, mask, indices)
     return indices
 
 
-define("select(Tensor scores, Tensor? mask, int num_selected) -> Tensor", select_rows, _allocate)
+_operation = Operation("select", select_rows)
 
 
 def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> Tensor:
@@ -50,6 +43,5 @@ def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> 
     """
     check_select(scores, num_selected, mask)
     scores = scores.detach()
-    operation: Callable[..., Tensor] = torch.ops.colt5.select if is_traced(scores) else select_rows
-    indices = operation(as_rows(scores), mask_as_rows(mask, scores.shape), num_selected)
+    indices = _operation(as_rows(scores), mask_as_rows(mask, scores.shape), num_selected)
     return indices.view(*scores.shape[:-1], num_selected)

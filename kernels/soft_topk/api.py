@@ -15,51 +15,35 @@ The difference s - h of two fp32 numbers is exact where it matters, so that only
 import torch
 from torch import Tensor
 
-from kernels._common.launch import as_rows, k_as_rows, mask_as_rows, runs_triton
-from kernels._common.operation import define, define_backward, define_gradient
+from kernels._common.launch import as_rows, has_values, k_as_rows, mask_as_rows, runs_triton
+from kernels._common.operation import Operation
 from kernels.soft_topk import cpu
 from kernels.soft_topk.triton import launch_backward, launch_forward
 from reference._shared.arguments import check_k, check_positive, check_scores
 
 
-def _allocate(
-    scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, k: float, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The output, and the solution of each row: anchor, scale, and how often the row was read, the output included."""
-    return (
-        torch.empty(scores.shape, dtype=scores.dtype, device=scores.device),
-        torch.empty((scores.shape[0], 3), dtype=torch.float64, device=scores.device),
-    )
-
-
 def solve_rows(
     scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, k: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The relaxed selection `rows n`, and the solution of each row."""
-    y, solution = _allocate(scores, mask, k_rows, k, eps)
-    if scores.numel() > 0:
+    """The relaxed selection `rows n`, and the solution of each row: anchor, scale, and how often the row was read, the
+    output included."""
+    y = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+    solution = torch.empty((scores.shape[0], 3), dtype=torch.float64, device=scores.device)
+    if has_values(scores):
         solve = launch_forward if _runs_kernel(scores) else cpu.forward
         solve(scores, mask, k_rows, k, eps, y, solution)
     return y, solution
 
 
-def _allocate_gradients(
-    grad: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty(scores.shape, dtype=scores.dtype, device=scores.device),
-        torch.empty(scores.shape[0], dtype=torch.float64, device=scores.device),
-    )
-
-
 def solve_rows_backward(
-    grad: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float
+    grad_y: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The gradients of scores and k."""
-    ds, dk = _allocate_gradients(grad, scores, mask, solution, eps)
-    if scores.numel() > 0:
+    ds = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+    dk = torch.empty(scores.shape[0], dtype=torch.float64, device=scores.device)
+    if has_values(scores):
         differentiate = launch_backward if _runs_kernel(scores) else cpu.backward
-        differentiate(as_rows(grad), scores, mask, solution, eps, ds, dk)
+        differentiate(as_rows(grad_y), scores, mask, solution, eps, ds, dk)
     return ds, dk
 
 
@@ -68,35 +52,9 @@ def _runs_kernel(scores: Tensor) -> bool:
     return scores.dtype != torch.float64 and runs_triton(scores)
 
 
-define(
-    "soft_topk(Tensor scores, Tensor? mask, Tensor? k_rows, float k, float eps) -> (Tensor, Tensor)",
-    solve_rows,
-    _allocate,
+_operation = Operation(
+    "soft_topk", solve_rows, solve_rows_backward, outputs=("y", "solution"), gradients=("scores", "k_rows")
 )
-define_backward(
-    "soft_topk_backward(Tensor grad, Tensor scores, Tensor? mask, Tensor solution, float eps) -> (Tensor, Tensor)",
-    solve_rows_backward,
-    _allocate_gradients,
-)
-
-
-def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    scores, mask, k_rows, _, eps = inputs
-    _, solution = output
-    ctx.save_for_backward(scores, mask, solution)
-    ctx.k_dtype = None if k_rows is None else k_rows.dtype
-    ctx.eps = eps
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 5
-    ds, dk = torch.ops.colt5.soft_topk_backward(grad, *ctx.saved_tensors, ctx.eps)
-    return ds, None, None if ctx.k_dtype is None else dk.to(ctx.k_dtype), None, None
-
-
-define_gradient("soft_topk", _setup_context, _differentiate)
 
 
 def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | None = None) -> Tensor:
@@ -126,7 +84,5 @@ def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | N
     check_scores(scores, mask)
     check_k(k, scores)
     check_positive(eps=eps)
-    y, _ = torch.ops.colt5.soft_topk(
-        as_rows(scores), mask_as_rows(mask, scores.shape), *k_as_rows(k, scores.shape), float(eps)
-    )
+    y, _ = _operation(as_rows(scores), mask_as_rows(mask, scores.shape), *k_as_rows(k, scores.shape), float(eps))
     return y.view(scores.shape)

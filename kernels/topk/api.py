@@ -1,18 +1,12 @@
 """Differentiable top-k in one kernel: coordinate descent, selection and gates of a row while it is in registers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels._common.launch import (
-    as_rows,
-    is_traced,
-    mask_as_rows,
-    runs_triton,
-)
-from kernels._common.operation import backward_of, define, define_backward, define_gradient, eager
+from kernels._common.launch import as_rows, has_values, mask_as_rows, runs_triton
+from kernels._common.operation import Operation
 from kernels.coor_descent import (
     allocate_state,
     coor_descent,
@@ -25,28 +19,6 @@ from reference._shared.returns import TopkReturn
 from reference._shared.topk import largest, select_topk
 
 
-def _allocate(
-    x: Tensor,
-    mask: Tensor | None,
-    selected: int,
-    k: float,
-    n_iters: int,
-    eps: float,
-    first: float,
-    eps_decay: float,
-    save: bool,
-) -> tuple[Tensor, ...]:
-    """Values, indices, relaxed selection and gates, then what the backward pass of `coor_descent` needs."""
-    shape = (x.shape[0], selected)
-    return (
-        x.new_empty(shape),
-        x.new_empty(shape, dtype=torch.int64),
-        x.new_empty(shape),
-        x.new_empty(shape),
-        allocate_state(x, n_iters, save),
-    )
-
-
 def _forward(
     x: Tensor,
     mask: Tensor | None,
@@ -57,30 +29,14 @@ def _forward(
     first: float,
     eps_decay: float,
     save: bool,
-) -> tuple[Tensor, ...]:
-    outputs = _allocate(x, mask, selected, k, n_iters, eps, first, eps_decay, save)
-    if x.numel():
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Values, indices, relaxed selection and gates, then what the backward pass of `coor_descent` needs."""
+    shape = (x.shape[0], selected)
+    values, soft, gates = x.new_empty(shape), x.new_empty(shape), x.new_empty(shape)
+    outputs = values, x.new_empty(shape, dtype=torch.int64), soft, gates, allocate_state(x, n_iters, save)
+    if has_values(x):
         launch_topk(x, mask, selected, k, (n_iters, eps, first, eps_decay), outputs)
     return outputs
-
-
-def _allocate_gradient(
-    grad_values: Tensor | None,
-    grad_soft: Tensor | None,
-    grad_gates: Tensor | None,
-    x: Tensor,
-    mask: Tensor | None,
-    values: Tensor,
-    indices: Tensor,
-    gates: Tensor,
-    state: Tensor,
-    k: float,
-    n_iters: int,
-    eps: float,
-    first: float,
-    eps_decay: float,
-) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _backward(
@@ -100,6 +56,8 @@ def _backward(
     eps_decay: float,
 ) -> Tensor:
     """The gradient of x; None stands for one of 0. It is rounded once: its two terms may cancel each other."""
+    if not has_values(x):
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
     dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, values = x.to(wide), values.to(wide)
     grad_values, grad_soft, grad_gates = (
@@ -109,43 +67,8 @@ def _backward(
     through_value = None if grad_values is None else grad_values * values
     through_gate = _sum(grad_gates, through_value)
     grad = torch.zeros_like(x).scatter_(-1, indices, _sum(through_gate, grad_soft))
-    dx, _ = descend_rows_backward(grad, x, mask, None, k, n_iters, eps, first, eps_decay, state)
+    dx, _ = descend_rows_backward(grad, x, mask, None, state, k, n_iters, eps, first, eps_decay)
     return (dx if grad_values is None else dx.scatter_add_(-1, indices, grad_values * gates)).to(dtype)
-
-
-define(
-    "topk(Tensor x, Tensor? mask, int selected, float k, int n_iters, float eps, float first, float eps_decay, "
-    "bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _allocate,
-)
-define_backward(
-    "topk_backward(Tensor? grad_values, Tensor? grad_soft, Tensor? grad_gates, Tensor x, Tensor? mask, Tensor values, "
-    "Tensor indices, Tensor gates, Tensor state, float k, int n_iters, float eps, float first, float eps_decay) "
-    "-> Tensor",
-    _backward,
-    _allocate_gradient,
-)
-
-
-def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    x, mask, _, *numbers, _ = inputs
-    values, indices, _, gates, state = output
-    ctx.save_for_backward(x, mask, values, indices, gates, state)
-    ctx.mark_non_differentiable(indices)
-    ctx.set_materialize_grads(False)
-    ctx.numbers = numbers
-
-
-def _differentiate(
-    ctx, grad_values: Tensor | None, _: None, grad_soft: Tensor | None, grad_gates: Tensor | None, *__: None
-) -> tuple[Tensor | None, ...]:
-    grads = (grad_values, grad_soft, grad_gates)
-    given = [grad for grad in grads if grad is not None]
-    if not given:
-        return (None,) * 9
-    backward = backward_of(given[0], torch.ops.colt5.topk_backward, _backward)
-    return backward(*grads, *ctx.saved_tensors, *ctx.numbers), *(None,) * 8
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Any:
@@ -155,10 +78,9 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Any:
     return one + other
 
 
-define_gradient("topk", _setup_context, _differentiate)
-
-
-_eager = eager(_forward, _setup_context, _differentiate)
+_operation = Operation(
+    "topk", _forward, _backward, outputs=("values", "indices", "soft", "gates", "state"), gradients=("x",)
+)
 
 
 def _choose(x: Tensor, k: int, mask: Tensor | None) -> Tensor:
@@ -191,11 +113,7 @@ def topk(
         return select_topk(coor_descent, choose, x, k, *rest, non_differentiable)
 
     check_schedule(n_iters, eps, eps_init, eps_decay)
-    save = x.requires_grad and torch.is_grad_enabled()
-    operation: Callable[..., tuple[Tensor, ...]] = _eager if save else _forward
-    if is_traced(x):
-        operation = torch.ops.colt5.topk
-    selected = operation(
+    selected = _operation(
         as_rows(x),
         mask_as_rows(mask, x.shape),
         k,
@@ -204,6 +122,5 @@ def topk(
         eps,
         first_temperature(eps, eps_init),
         eps_decay,
-        save,
     )[:4]
     return TopkReturn(*(selected if x.dim() == 2 else (tensor.view(*x.shape[:-1], k) for tensor in selected)))

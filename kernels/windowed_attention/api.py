@@ -10,63 +10,45 @@ and delta = sum g o,
 and there is one kernel for dq, which adds up over keys, and one for dk and dv, which add up over queries.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels._common.launch import is_traced, runs_triton
-from kernels._common.operation import backward_of, define, define_backward, define_gradient, eager
+from kernels._common.launch import has_values, runs_triton
+from kernels._common.operation import Operation
 from kernels.windowed_attention import cpu
 from kernels.windowed_attention.triton import LARGEST_HEAD, launch_backward, launch_forward
 from reference._shared.arguments import check_windows
 from reference._shared.autocast import autocast_dtype
 
 
-def _allocate(qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _forward(qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The output, and the logarithm of what each softmax divides by, to the base that the path computes with."""
     batch, n, width = qkv.shape
-    wide = torch.promote_types(qkv.dtype, torch.float32)
-    return qkv.new_empty(batch, n, width // 3), qkv.new_empty(batch, heads, n, dtype=wide)
-
-
-def _forward(qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    out, log_sum = _allocate(qkv, heads, window_size, causal, mask)
-    if qkv.numel() > 0:
+    out = qkv.new_empty(batch, n, width // 3)
+    log_sum = qkv.new_empty(batch, heads, n, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    if has_values(qkv):
         attend = launch_forward if _runs_kernel(qkv, heads) else cpu.forward
         attend(qkv.contiguous(), heads, window_size, causal, _contiguous(mask), out, log_sum)
     return out, log_sum
 
 
-def _allocate_gradient(
-    grad: Tensor,
-    qkv: Tensor,
-    heads: int,
-    window_size: int,
-    causal: bool,
-    mask: Tensor | None,
-    out: Tensor,
-    log_sum: Tensor,
-) -> Tensor:
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
-
-
 def _backward(
-    grad: Tensor,
+    grad_out: Tensor,
     qkv: Tensor,
-    heads: int,
-    window_size: int,
-    causal: bool,
     mask: Tensor | None,
     out: Tensor,
     log_sum: Tensor,
+    heads: int,
+    window_size: int,
+    causal: bool,
 ) -> Tensor:
-    dqkv = _allocate_gradient(grad, qkv, heads, window_size, causal, mask, out, log_sum)
-    if qkv.numel() > 0:
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    if has_values(qkv):
         differentiate = launch_backward if _runs_kernel(qkv, heads) else cpu.backward
-        inputs = (grad.contiguous(), qkv.contiguous(), heads, window_size, causal, _contiguous(mask))
+        inputs = (grad_out.contiguous(), qkv.contiguous(), heads, window_size, causal, _contiguous(mask))
         differentiate(*inputs, out, log_sum, dqkv)
     return dqkv
 
@@ -80,34 +62,7 @@ def _runs_kernel(qkv: Tensor, heads: int) -> bool:
     return qkv.dtype != torch.float64 and qkv.shape[-1] <= 3 * heads * LARGEST_HEAD and runs_triton(qkv)
 
 
-define(
-    "windowed_attention(Tensor qkv, int heads, int window_size, bool causal, Tensor? mask) -> (Tensor, Tensor)",
-    _forward,
-    _allocate,
-)
-define_backward(
-    "windowed_attention_backward(Tensor grad, Tensor qkv, int heads, int window_size, bool causal, Tensor? mask, "
-    "Tensor out, Tensor log_sum) -> Tensor",
-    _backward,
-    _allocate_gradient,
-)
-
-
-def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    qkv, *ctx.options, mask = inputs
-    ctx.save_for_backward(qkv, mask, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 5
-    qkv, mask, out, log_sum = ctx.saved_tensors
-    backward = backward_of(grad, torch.ops.colt5.windowed_attention_backward, _backward)
-    return backward(grad, qkv, *ctx.options, mask, out, log_sum), *(None,) * 4
-
-
-define_gradient("windowed_attention", _setup_context, _differentiate)
+_operation = Operation("windowed_attention", _forward, _backward, outputs=("out", "log_sum"), gradients=("qkv",))
 
 
 def pairs_in_reach(n: int, window_size: int, causal: bool) -> int:
@@ -128,12 +83,9 @@ def _flops(shape: torch.Size, heads: int, window_size: int, causal: bool, *_: ob
 
 
 @register_flop_formula(torch.ops.colt5.windowed_attention_backward)
-def _backward_flops(_: torch.Size, shape: torch.Size, *options: Any, **__: object) -> int:
+def _backward_flops(grad: torch.Size, shape: torch.Size, *arguments: Any, **_: object) -> int:
     """A gradient for either factor of both products, and the weights again: as PyTorch counts its own kernels."""
-    return _flops(shape, *options) * 5 // 2
-
-
-_eager = eager(_forward, _setup_context, _differentiate)
+    return _flops(shape, *arguments[-3:]) * 5 // 2
 
 
 def windowed_attention(
@@ -163,10 +115,5 @@ def windowed_attention(
     check_windows(qkv, heads, window_size, mask)
     lowered = autocast_dtype(qkv)
     qkv = qkv if lowered is None else qkv.to(lowered)
-    operation: Callable[..., tuple[Tensor, Tensor]] = _forward
-    if is_traced(qkv):
-        operation = torch.ops.colt5.windowed_attention
-    elif torch.is_grad_enabled() and qkv.requires_grad:
-        operation = _eager
-    out, _ = operation(qkv, heads, window_size, causal, mask)
+    out, _ = _operation(qkv, heads, window_size, causal, mask)
     return out
