@@ -11,7 +11,7 @@ VENV ?= .venv
 ARGS ?=
 WORKERS ?= 2
 
-SUITES := coor_descent segments topk soft_topk gradients layers sequence_length heads flops routing windowed_attention normalize combine routed_attention
+SUITES := $(filter-out conftest peers,$(patsubst suites/%.py,%,$(wildcard suites/[!_]*.py)))
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed

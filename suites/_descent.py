@@ -14,8 +14,8 @@ import reference
 from colt5_bench.accuracy import Tolerance
 from colt5_bench.case import DIRECTIONS, FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.suite import C, Implementation
-from kernels._common.launch import triton_for_cpu_tensors
 from reference._shared.arguments import epsilon_schedule
+from suites._ours import by_kernels
 
 
 @dataclass(frozen=True)
@@ -225,11 +225,8 @@ def compiled(case: DescentCase) -> Callable[..., Tensor]:
 
 
 REFERENCE = Implementation("reference", plain)
-OURS = Implementation[DescentCase](
-    "ours",
-    lambda case: partial(kernels.coor_descent, **case.arguments),
-    bound=promised,
-    launching=triton_for_cpu_tensors,
+OURS: Implementation[DescentCase] = by_kernels(
+    lambda case: partial(kernels.coor_descent, **case.arguments), bound=promised
 )
 
 

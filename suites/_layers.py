@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.suite import Implementation
-from kernels._common.launch import triton_for_cpu_tensors
 from suites._dense import Attend
 from suites._descent import lenient
+from suites._ours import by_kernels
 from suites._pieces import in_pieces
 
 SCORE_STD = 0.25
@@ -234,9 +234,4 @@ def cost(case: LayerCase, direction: str) -> Cost:
 REFERENCE = Implementation[LayerCase]("reference", lambda case: ours(case, use_triton=False), bound=lenient)
 """The layer as a whole; what sets the tolerance is the layer in pieces, which rounds in another order."""
 
-OURS = Implementation[LayerCase](
-    "ours",
-    lambda case: ours(case, use_triton=True),
-    bound=lenient,
-    launching=triton_for_cpu_tensors,
-)
+OURS: Implementation[LayerCase] = by_kernels(lambda case: ours(case, use_triton=True), bound=lenient)

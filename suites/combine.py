@@ -14,6 +14,7 @@ from colt5_bench.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from suites._descent import both_directions, implementations
 from suites._layers import truth_of
+from suites._ours import by_kernels
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ SUITE = Suite(
     directions=both_directions,
     implementations=implementations(
         Implementation("reference", plain),
-        Implementation[CombineCase]("ours", lambda case: partial(kernels.combine, length=case.n, dtype=case.wide)),
+        by_kernels(lambda case: partial(kernels.combine, length=case.n, dtype=case.wide)),
     ),
     reference="reference",
     problem=problem,

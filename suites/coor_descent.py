@@ -8,7 +8,6 @@ import torch
 import kernels
 from colt5_bench.replay import replay
 from colt5_bench.suite import Implementation, Suite
-from kernels._common.launch import triton_for_cpu_tensors
 from suites._descent import (
     CONSTANT,
     DECAYING,
@@ -26,6 +25,7 @@ from suites._descent import (
     segments_of,
     truth,
 )
+from suites._ours import by_kernels
 from suites.peers import COLT5_PLAIN, COLT5_TRITON, COLT5_TRITON_SEGMENTED
 
 MILESTONES = [
@@ -75,14 +75,13 @@ SUITE = Suite(
     implementations=implementations(
         REFERENCE,
         Implementation("compile", compiled, compiling_takes_too_long, bound=lenient),
-        Implementation[DescentCase](
-            "segmented",
+        by_kernels(
             lambda case: partial(
                 kernels.segmented_coor_descent, **case.arguments, checkpoint_segments=segments_of(case)
             ),
-            in_segments,
+            name="segmented",
+            unavailable=in_segments,
             bound=lenient,
-            launching=triton_for_cpu_tensors,
         ),
         OURS,
         COLT5_PLAIN,

@@ -20,6 +20,7 @@ from colt5_bench.suite import Implementation, Suite
 from reference.gathered_attention import gather_and_attend
 from suites._descent import CHUNK_BYTES, both_directions, implementations
 from suites._layers import TRAINING_PRODUCTS
+from suites._ours import by_kernels
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ SUITE = Suite(
     directions=both_directions,
     implementations=implementations(
         Implementation[GatheredCase]("reference", plain),
-        Implementation[GatheredCase]("ours", lambda case: kernels.gathered_attention),
+        by_kernels(lambda case: kernels.gathered_attention),
         Implementation[GatheredCase]("sdpa", lambda case: partial(gather_and_attend, use_flash=True)),
     ),
     reference="reference",

@@ -16,6 +16,7 @@ from colt5_bench.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from suites._descent import both_directions, implementations
 from suites._layers import truth_of
+from suites._ours import by_kernels
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ SUITE = Suite(
     directions=both_directions,
     implementations=implementations(
         Implementation("reference", plain),
-        Implementation[NormalizeCase]("ours", lambda case: partial(kernels.normalize, **case.options)),
+        by_kernels(lambda case: partial(kernels.normalize, **case.options)),
         Implementation("torch", in_torch),
     ),
     reference="reference",

@@ -19,6 +19,7 @@ from colt5_bench.suite import Implementation, Suite
 from reference._shared.arguments import epsilon_schedule
 from suites._descent import DECAYING, both_directions, implementations, lenient
 from suites._layers import SCORE_STD, truth_of
+from suites._ours import by_kernels
 
 FETCH_K_RATIO = 9 / 8
 """The default of the system's router: the relaxed selection sums to 9 / 8 of what is selected."""
@@ -121,7 +122,7 @@ SUITE = Suite(
     directions=both_directions,
     implementations=implementations(
         Implementation("reference", routed(reference.route)),
-        Implementation("ours", routed(kernels.route), bound=lenient),
+        by_kernels(routed(kernels.route), bound=lenient),
     ),
     reference="reference",
     problem=problem,

@@ -15,6 +15,7 @@ from colt5_bench.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from suites import _descent
 from suites._descent import DECAYING, DescentCase, both_directions, implementations
+from suites._ours import by_kernels
 
 ROUTES, WINDOW, SELECTED = 2, 128, 1024
 """Of the example of the system's document."""
@@ -134,7 +135,7 @@ SUITE = Suite(
     implementations=implementations(
         Implementation("reference", plain),
         Implementation("masked_rows", in_masked_rows),
-        Implementation[PrefixCase]("ours", lambda case: weights(kernels.route_prefixes, case), bound=promised),
+        by_kernels(lambda case: weights(kernels.route_prefixes, case), bound=promised),
     ),
     reference="reference",
     problem=problem,

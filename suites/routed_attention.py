@@ -15,6 +15,7 @@ from colt5_bench.suite import Implementation, Suite
 from reference.routed_attention import attend_to_routed
 from suites._descent import both_directions, implementations
 from suites._layers import TRAINING_PRODUCTS, truth_of
+from suites._ours import by_kernels
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ SUITE = Suite(
     directions=both_directions,
     implementations=implementations(
         Implementation("reference", plain),
-        Implementation[RoutedAttentionCase]("ours", lambda case: kernels.routed_attention),
+        by_kernels(lambda case: kernels.routed_attention),
         Implementation[RoutedAttentionCase]("sdpa", lambda case: partial(attend_to_routed, use_flash=True)),
     ),
     reference="reference",

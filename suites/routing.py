@@ -32,6 +32,7 @@ from colt5_bench.replay import check
 from colt5_bench.suite import Implementation, Suite
 from suites._descent import HEAVY_SHARE, implementations, lenient
 from suites._layers import as_function, truth_of, without_memory
+from suites._ours import by_kernels
 from suites.peers import missing
 
 FETCH_K_RATIO = 9 / 8
@@ -206,9 +207,7 @@ SUITE = Suite(
     directions=lambda case: (FORWARD_BACKWARD,),
     implementations=implementations(
         Implementation("reference", plain, metrics=our_health(use_triton=False)),
-        Implementation[RoutingCase](
-            "ours", lambda case: ours(case, use_triton=True), bound=lenient, metrics=our_health(use_triton=True)
-        ),
+        by_kernels(lambda case: ours(case, use_triton=True), bound=lenient, metrics=our_health(use_triton=True)),
         Implementation[RoutingCase](
             "colt5_plain",
             lambda case: as_function(without_memory(lambda: Weights(their_router(case), case.k))),

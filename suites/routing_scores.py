@@ -14,6 +14,7 @@ from colt5_bench.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from suites._descent import both_directions, implementations
 from suites._layers import truth_of
+from suites._ours import by_kernels
 
 COSINE_SIM_SCALE = 8.0
 """The default of the system's router."""
@@ -81,7 +82,7 @@ SUITE = Suite(
     directions=both_directions,
     implementations=implementations(
         Implementation("reference", plain),
-        Implementation[ScoresCase]("ours", lambda case: partial(kernels.routing_scores, cosine_sim_scale=case.scale)),
+        by_kernels(lambda case: partial(kernels.routing_scores, cosine_sim_scale=case.scale)),
     ),
     reference="reference",
     problem=problem,

@@ -9,7 +9,6 @@ import torch
 import kernels
 from colt5_bench.replay import replay
 from colt5_bench.suite import Implementation, Suite
-from kernels._common.launch import triton_for_cpu_tensors
 from suites._descent import (
     CONSTANT,
     OURS,
@@ -23,6 +22,7 @@ from suites._descent import (
     problem,
     truth,
 )
+from suites._ours import by_kernels
 from suites.peers import COLT5_TRITON, in_triton
 
 
@@ -56,12 +56,11 @@ SUITE = Suite(
     cases=cases,
     directions=both_directions,
     implementations=implementations(
-        Implementation[SegmentCase](
-            "segmented",
+        by_kernels(
             lambda case: partial(kernels.segmented_coor_descent, **case.arguments, checkpoint_segments=case.segments),
-            in_segments,
+            name="segmented",
+            unavailable=in_segments,
             bound=lenient,
-            launching=triton_for_cpu_tensors,
         ),
         Implementation[SegmentCase](
             "colt5_triton", lambda case: in_triton(case, case.segments), COLT5_TRITON.unavailable, bound=lenient

@@ -15,6 +15,7 @@ from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from suites._descent import implementations
+from suites._ours import by_kernels
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ SUITE = Suite(
     directions=lambda case: (FORWARD,),
     implementations=implementations(
         Implementation("reference", values(reference.select)),
-        Implementation("ours", values(kernels.select)),
+        by_kernels(values(kernels.select)),
         Implementation[SelectCase]("torch_topk", lambda case: lambda scores: scores.topk(case.k, dim=-1).values),
     ),
     reference="reference",

@@ -13,8 +13,8 @@ import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.replay import replay
 from colt5_bench.suite import Implementation, Suite
-from kernels._common.launch import triton_for_cpu_tensors
 from suites._descent import HEAVY_SHARE, both_directions, implementations
+from suites._ours import by_kernels
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,7 @@ SUITE = Suite(
     directions=both_directions,
     implementations=implementations(
         Implementation("reference", plain),
-        Implementation[SoftTopkCase](
-            "ours", lambda case: partial(kernels.soft_topk, k=case.k, eps=case.eps), launching=triton_for_cpu_tensors
-        ),
+        by_kernels(lambda case: partial(kernels.soft_topk, k=case.k, eps=case.eps)),
     ),
     reference="reference",
     problem=problem,

@@ -12,9 +12,9 @@ import reference
 from colt5_bench.case import FORWARD, Cost, Problem, Truth
 from colt5_bench.replay import replay
 from colt5_bench.suite import Implementation, Suite
-from kernels._common.launch import triton_for_cpu_tensors
 from suites import _descent
 from suites._descent import CONSTANT, DescentCase, both_directions, implementations, lenient, problem
+from suites._ours import by_kernels
 from suites.peers import colt5_topk, in_triton_missing, missing
 
 COOR_DESCENT_K_RATIO = 9 / 8
@@ -78,12 +78,7 @@ SUITE = Suite(
     directions=both_directions,
     implementations=implementations(
         Implementation("reference", plain),
-        Implementation[DescentCase](
-            "ours",
-            lambda case: selected_values(kernels.topk, case, fused=True),
-            bound=_descent.promised,
-            launching=triton_for_cpu_tensors,
-        ),
+        by_kernels(lambda case: selected_values(kernels.topk, case, fused=True), bound=_descent.promised),
         Implementation[DescentCase](
             "colt5_plain", lambda case: selected_values(colt5_topk(), case, fused=False), missing, bound=lenient
         ),

@@ -17,6 +17,7 @@ from colt5_bench.suite import Implementation, Suite
 from kernels.windowed_attention import pairs_in_reach
 from suites._descent import both_directions, implementations
 from suites._layers import TRAINING_PRODUCTS, truth_of
+from suites._ours import by_kernels
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ SUITE = Suite(
     directions=both_directions,
     implementations=implementations(
         Implementation("reference", plain),
-        Implementation[WindowedAttentionCase]("ours", lambda case: call(kernels.windowed_attention, case)),
+        by_kernels(lambda case: call(kernels.windowed_attention, case)),
         Implementation[WindowedAttentionCase]("flex", flex, needs_gpu),
     ),
     reference="reference",

@@ -1,6 +1,8 @@
 """What holds for every suite, and that its implementations pass on its smallest cases."""
 
 import json
+import re
+import subprocess
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -8,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from colt5_bench.call import Call
 from colt5_bench.case import DIRECTIONS, FORWARD, FORWARD_BACKWARD
 from colt5_bench.loading import load_suites
 from colt5_bench.measure import Conditions, measure
 from colt5_bench.roofline import measure_ceilings
 from colt5_bench.selection import PRESETS
+from colt5_bench.static_facts import compiled_kernels
 
 ROOT = Path(__file__).parents[2]
 SUITES = load_suites(ROOT)
@@ -30,10 +34,29 @@ def conditions():
 
 
 def test_every_suite_is_found():
-    of_operations = {"coor_descent", "segments", "gradients", "topk", "soft_topk", "windowed_attention"}
-    of_operations |= {"route", "routing_scores", "select", "combine", "normalize"}
-    of_operations |= {"route_prefixes", "gathered_attention", "routed_attention"}
-    assert set(SUITES) == of_operations | {"layers", "sequence_length", "heads", "flops", "routing"}
+    texts = {path.stem: path.read_text() for path in (ROOT / "suites").glob("*.py")}
+    assert set(SUITES) == {name for name, text in texts.items() if re.search("^SUITE = ", text, re.MULTILINE)}
+
+
+def test_a_baseline_holds_every_suite():
+    planned = ["make", "--dry-run", "--directory", str(ROOT), "baseline", "NAME=any"]
+    commands = subprocess.run(planned, check=True, capture_output=True, text=True).stdout
+    assert sorted(re.findall(r"--suite (\w+)", commands)) == sorted(SUITES)
+
+
+WITHOUT_KERNELS = {"flops"}
+"""Suites that count products and compute nothing."""
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", sorted(set(SUITES) - WITHOUT_KERNELS))
+def test_kernels_are_compiled_where_there_is_no_gpu(name):
+    """Those of the first case, whose calls end though no kernel has written anything."""
+    suite = SUITES[name]
+    case, ours = suite.cases("smoke", DEVICES[0])[0], suite.implementations["ours"]
+    call = Call(ours.build(case), suite.problem(case, DEVICES[0]), suite.directions(case)[-1])
+    with ours.launching():
+        assert compiled_kernels(call, 90, disassemble=False)
 
 
 @pytest.mark.parametrize("name", SUITES)

@@ -1,0 +1,17 @@
+"""Our own kernels as an implementation of a suite."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from colt5_bench.case import Case
+from colt5_bench.suite import Implementation
+from kernels._common.launch import triton_for_cpu_tensors
+
+C = TypeVar("C", bound=Case)
+
+
+def by_kernels(build: Callable[[C], Callable[..., Tensor]], *, name: str = "ours", **options: Any) -> Implementation[C]:
+    """An implementation whose kernels are compiled where there is no GPU to launch them."""
+    return Implementation(name, build, launching=triton_for_cpu_tensors, **options)
