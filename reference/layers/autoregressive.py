@@ -13,7 +13,7 @@ from reference._shared.sizes import ceil_div, is_certain, missing
 from reference.layers.join import join
 from reference.layers.light_attention import WindowedAttention
 from reference.layers.operations import UseTriton
-from reference.layers.rotary import RotaryEmbedding, angles_at, rotate
+from reference.layers.rotary import RotaryEmbedding, Rotations, angles_at
 from reference.layers.routed_branch import RoutedBranch
 from reference.layers.router import RouterReturn, Selection
 from reference.route import gather_tokens
@@ -145,38 +145,28 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         batch, n, _ = x.shape
         starts, indices = self._starts(n, x.device), q.indices
         windows = starts.shape[0]
-        query = attention.to_q(attention.norm(q.routed_tokens))
-        if self.multiply_queries_by_score:
-            query = query * q.scores.unsqueeze(-1).to(query.dtype)
-        query = rearrange(query, "b w i (h d) -> b w h i d", h=attention.heads)
         key_value = attention.project(rearrange(x, "b n d -> b 1 n d"), self.kv_router.num_routing_tokens)
+        rotations = None
         if self.rotary_emb is not None:
             positions = starts + torch.arange(size, device=x.device) if indices is None else starts + indices
             angles = self.rotary_emb(size + windows * size)
-            query = rotate(query, angles_at(angles, positions))
-            key, value = rearrange(key_value, "b r n (h kv d) -> kv b r n h d", kv=2, d=query.shape[-1])
-            key = rotate(key, rearrange(angles[:n], "n d -> n 1 d"))
-            key_value = rearrange([key, value], "kv b r n h d -> b r n (h kv d)")
-
-        operations = self.operations
-        attend = operations.flash_gathered_attention if attention.use_flash else operations.gathered_attention
-        out = attend(
-            query,
+            rotations = Rotations(angles_at(angles, positions), angles[:n])
+        out = attention(
+            q.routed_tokens,
             key_value=key_value,
-            indices=kv.indices,
-            weights=kv.weights,
-            null_kv=attention.null_kv,
+            scores_kv=kv.weights,
             mask=kv.mask,
-            multiply_keys_by_score=attention.multiply_keys_by_score,
+            scores_q=q.scores if self.multiply_queries_by_score else None,
+            rotations=rotations,
+            indices=kv.indices,
         )
-        out = attention.to_out(rearrange(out, "b w h i d -> b (w i) (h d)"))
         # Past the end of a window is no place, not one of the next window.
         within = torch.arange(size, device=x.device) if indices is None else indices
         places = torch.where(within < size, within + starts, n).expand(batch, windows, -1).flatten(1)
         # The first window has no heavy branch: zeros take the places of its tokens.
         places = torch.cat((torch.arange(size, device=x.device).expand(batch, size), places), dim=1)
-        out, scores = F.pad(out, (0, 0, size, 0)), F.pad(q.scores.flatten(1), (size, 0))
-        return join(operations.combine, out, scores, places, x, null=self.null_q_token, light=light)
+        out, scores = F.pad(out.flatten(1, 2), (0, 0, size, 0)), F.pad(q.scores.flatten(1), (size, 0))
+        return join(self.operations.combine, out, scores, places, x, null=self.null_q_token, light=light)
 
     def _route_queries(
         self, padded: Tensor, n: int, num_tokens: int, routing_tokens: Tensor | None, random_route: bool

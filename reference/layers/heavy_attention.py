@@ -1,5 +1,7 @@
 """The heavy branch of the attention layers: attention to routed keys and values, and to a learned pair."""
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -58,36 +60,59 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         scores_q: Tensor | None = None,
         rotations: Rotations | None = None,
+        indices: Tensor | None = None,
     ) -> Tensor:
-        """Queries from tokens `b i d`, which attend in each route with its share of the heads.
+        """Queries from tokens `b i d`, which attend in each route with its share of the heads: `b i d`.
+
+        Queries may be of windows, `b w i d`. Each window then attends to its own list of keys and values.
 
         Args:
             key_value: `b r j (h kv d)`, as `project` makes them.
-            scores_kv: `b r j`, multiplied with values, and with keys if `multiply_keys_by_score`.
-            mask: `b r j`, False for keys that are not attended to.
-            scores_q: `b i`, multiplied with queries.
+            scores_kv: `b r j`, or `b w r s` with windows; multiplied with values, and with keys if
+                `multiply_keys_by_score`.
+            mask: as scores_kv, False for keys that are not attended to.
+            scores_q: as x without features, multiplied with queries.
+            indices: `b w r s` with windows: the list of each, as places of j.
         """
         query = self.to_q(self.norm(x))
         if scores_q is not None:
             query = query * scores_q.unsqueeze(-1).to(query.dtype)
         if rotations is not None:
-            query, key_value = self._rotate(query, key_value, rotations)
-        options = {"mask": mask, "multiply_keys_by_score": self.multiply_keys_by_score}
+            key_value = self._rotate_keys(key_value, rotations.key)
+        options = {
+            "key_value": key_value,
+            "weights": scores_kv,
+            "null_kv": self.null_kv,
+            "mask": mask,
+            "multiply_keys_by_score": self.multiply_keys_by_score,
+        }
+        angles = None if rotations is None else rotations.query
+        if indices is None:
+            return self.to_out(self._attend_to_routed(query, angles, options))
+        return self.to_out(self._attend_to_lists(query, angles, {**options, "indices": indices}))
+
+    def _attend_to_routed(self, query: Tensor, angles: Tensor | None, options: dict[str, Any]) -> Tensor:
+        if angles is not None:
+            query = rearrange(rotate(self._by_head(query), angles), "b h i d -> b i (h d)")
         operations = self.operations
         attend = operations.flash_routed_attention if self.use_flash else operations.routed_attention
-        out = attend(query, key_value=key_value, weights=scores_kv, null_kv=self.null_kv, **options)
-        return self.to_out(out)
+        out: Tensor = attend(query, **options)
+        return out
 
-    def _rotate(self, query: Tensor, key_value: Tensor, rotations: Rotations) -> tuple[Tensor, Tensor]:
-        """Queries, and the keys beside values, at their positions."""
-        query = rotate(rearrange(query, "b i (h d) -> b h i d", h=self.heads), rotations.query)
-        dim_head = query.shape[-1]
-        key, value = rearrange(key_value, "b r j (h kv d) -> kv b r h j d", kv=2, d=dim_head)
-        key = rotate(key, rotations.key)
-        return (
-            rearrange(query, "b h i d -> b i (h d)"),
-            rearrange(torch.stack((key, value)), "kv b r h j d -> b r j (h kv d)"),
-        )
+    def _attend_to_lists(self, query: Tensor, angles: Tensor | None, options: dict[str, Any]) -> Tensor:
+        query = self._by_head(query)
+        query = query if angles is None else rotate(query, angles)
+        operations = self.operations
+        attend = operations.flash_gathered_attention if self.use_flash else operations.gathered_attention
+        return rearrange(attend(query, **options), "b w h i d -> b w i (h d)")
+
+    def _by_head(self, query: Tensor) -> Tensor:
+        return rearrange(query, "... i (h d) -> ... h i d", h=self.heads)
+
+    def _rotate_keys(self, key_value: Tensor, angles: Tensor) -> Tensor:
+        """Keys, beside values, at their positions."""
+        key, value = rearrange(key_value, "b r j (h kv d) -> kv b r h j d", kv=2, d=self.null_kv.shape[-1])
+        return rearrange(torch.stack((rotate(key, angles), value)), "kv b r h j d -> b r j (h kv d)")
 
 
 def _is_plain(linear: nn.Module) -> bool:
