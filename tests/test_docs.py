@@ -1,4 +1,4 @@
-"""What the README shows works: its Python runs, and so do its commands, the long ones in short."""
+"""README and docs are true: their Python runs, and so do their commands, the long ones in short."""
 
 import ast
 import os
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,14 +38,20 @@ LARGEST = 800
 """Of the numbers that a block of layers may have without a GPU."""
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = {
+    file.relative_to(ROOT).as_posix(): file.read_text() for file in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))
+}
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").iterdir())
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+def blocks(language, pages=PAGES):
+    """The code of that language, in all pages or some; a block that several pages show is one."""
+    found = (re.findall(rf"^```{language}\n(.*?)^```$", PAGES[page], flags=re.DOTALL | re.MULTILINE) for page in pages)
+    return list(dict.fromkeys(chain.from_iterable(found)))
 
 
-COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line and not line.startswith("#")]
+def lines(language):
+    return list(dict.fromkeys(chain.from_iterable(block.splitlines() for block in blocks(language))))
 
 
 def run(arguments, **environment):
@@ -61,8 +68,8 @@ def run(arguments, **environment):
 @pytest.mark.parametrize("source", blocks("python"))
 def test_python(source):
     source = source if torch.cuda.is_available() else reduce(source)
-    namespace = {"__name__": "readme"}
-    exec(compile(source, "README.md", "exec"), namespace)
+    namespace = {"__name__": "docs"}
+    exec(compile(source, "a block of the docs", "exec"), namespace)
     shapes = re.findall(r"^(\w+)\b.*  # \((\d+(?:, \d+)+)\)", source, flags=re.MULTILINE)
     assert shapes or "ConditionalRouted" not in source
     for name, shape in shapes:
@@ -70,63 +77,74 @@ def test_python(source):
 
 
 def reduce(source):
-    """A block with the sizes of REDUCED, if it is about layers."""
+    """A block with the sizes of REDUCED, if it is about layers and has larger ones than LARGEST."""
     imported = {alias.name for node in ast.walk(ast.parse(source)) for alias in getattr(node, "names", [])}
     layers = {name for name in imported if name.startswith("ConditionalRouted")}
-    if not layers:
+    if not layers or largest(source) <= LARGEST:
         return source
     (subject,) = layers & set(REDUCED)
     sizes = REDUCED[subject]
     for printed in sizes:
         assert re.search(rf"\b{printed}\b", source), f"{printed} is not in the block of {subject}"
     reduced = re.sub(r"\b\d[\d_]*\b", lambda number: sizes.get(number[0], number[0]), source)
-    numbers = [node.value for node in ast.walk(ast.parse(reduced)) if isinstance(node, ast.Constant)]
-    assert max(number for number in numbers if isinstance(number, int)) <= LARGEST
+    assert largest(reduced) <= LARGEST
     return reduced
 
 
+def largest(source):
+    """The largest whole number in a block."""
+    numbers = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    return max((number for number in numbers if isinstance(number, int)), default=0)
+
+
 def test_each_layer_of_the_system_is_shown():
-    shown = [next((name for name in REDUCED if name in source), None) for source in blocks("python")]
+    sources = blocks("python", ["docs/layers.md"])
+    shown = [next((name for name in REDUCED if name in source), None) for source in sources]
     assert sorted(name for name in shown if name) == sorted(REDUCED)
     layers = {name for name in reference.__all__ if name.startswith("ConditionalRouted")}
-    assert {name for name in layers if any(f"{name}(" in source for source in blocks("python"))} == layers
+    assert {name for name in layers if any(f"{name}(" in source for source in sources)} == layers
 
 
 @pytest.mark.parametrize(
     "changed", [("32768", "32769"), ("num_heavy_tokens=1024", "num_heavy_tokens=2048"), ("TransformerBlock", "Block")]
 )
 def test_a_changed_block_does_not_run_unreduced(changed):
-    block = next(source for source in blocks("python") if "ConditionalRoutedTransformerBlock" in source)
+    block = next(source for source in blocks("python") if "32768" in source)
     with pytest.raises((AssertionError, ValueError)):
         reduce(block.replace(*changed))
+
+
+def parsed(command):
+    """The variables that a command begins with, and its words."""
+    words, environment = shlex.split(command), {}
+    while "=" in words[0]:
+        name, _, environment[name] = words.pop(0).partition("=")
+    return environment, words
 
 
 @pytest.mark.parametrize(
     "command",
     # The self-test takes times, and says whether they are right.
-    [pytest.param(each, marks=pytest.mark.alone if "selftest" in each else ()) for each in COMMANDS],
+    [pytest.param(each, marks=pytest.mark.alone if "selftest" in each else ()) for each in lines("bash")],
 )
 def test_command(command):
-    words = shlex.split(command)
-    environment = {}
-    while "=" in words[0]:
-        name, _, environment[name] = words.pop(0).partition("=")
-    check = {"make": make, "python": python, "pytest": pytest_, "pip": pip}[words[0]]
+    environment, words = parsed(command)
+    check = {"make": make, "python": python, "pytest": pytest_, "pip": pip, ".": enter}[words[0]]
     check(words[1:], environment)
 
 
-@pytest.mark.parametrize("command", [line for block in blocks("shell") for line in block.splitlines()])
+@pytest.mark.parametrize("command", lines("shell"))
 def test_a_command_of_several_is_one_that_there_is(command):
     """What takes long, or needs what another has written, is read as it is and not run."""
-    words = shlex.split(command)
+    _, words = parsed(command)
     assert words[:2] == ["python", "bench.py"]
     cli._parser(cli.COMMANDS).parse_args(cli._with_command(words[2:]))
 
 
-@pytest.mark.parametrize("source", blocks("yaml"))
-def test_a_workflow(source):
+@pytest.mark.parametrize("file", WORKFLOWS, ids=[file.stem for file in WORKFLOWS])
+def test_a_workflow(file):
     """Its commands are commands that there are, its targets are made, and the baselines that it names are there."""
-    workflow = yaml.safe_load(source)
+    workflow = yaml.safe_load(file.read_text())
     assert workflow[True] == "pull_request"  # `on`, as YAML 1.1 reads it
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
     commands = [shlex.split(step["run"].partition(" > ")[0]) for step in steps if "run" in step]
@@ -156,7 +174,7 @@ def test_what_the_hosted_workflow_compares_with_is_there():
 
 
 def test_every_suite_is_listed():
-    listed = re.findall(r"^\| `(\w+)` \| .*\?", README, flags=re.MULTILINE)
+    listed = re.findall(r"^\| `(\w+)` \| .*\?", PAGES["docs/usage.md"], flags=re.MULTILINE)
     assert sorted(listed) == sorted(load_suites(ROOT))
 
 
@@ -191,9 +209,29 @@ def pytest_(arguments, environment):
     assert re.search(r"\d+ passed" if suites else r"\d+ tests? collected|\d+/\d+ tests collected", output)
 
 
+def enter(arguments, environment):
+    """The environment that make makes."""
+    made = re.search(r"^VENV \?= (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert arguments == [f"{made}/bin/activate"]
+
+
 def pip(arguments, environment):
     """Installing is what `make install` does; here it is enough that everything named exists."""
     assert arguments[:2] == ["install", "-c"]
     assert (ROOT / arguments[2]).is_file()
     extras = re.fullmatch(r"\.\[(.+)\]", arguments[-1])[1].split(",")
     assert set(extras) <= set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 300
+
+
+def test_badges():
+    """They name a workflow that is there, and the Python and licence of the package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    badges = [line for line in PAGES["README.md"].splitlines() if line.startswith("[![")]
+    (workflow,) = {name for line in badges for name in re.findall(r"actions/workflows/([^/)]+)", line)}
+    assert ROOT / ".github" / "workflows" / workflow in WORKFLOWS
+    assert any(f"badge/python-{project['requires-python'].removeprefix('>=')}%2B-" in line for line in badges)
+    assert any(f"badge/licence-{project['license']}-" in line for line in badges)
