@@ -1,4 +1,4 @@
-"""What comes after the branches of a routed layer: routed tokens back in their places, added to the light branch."""
+"""The end of a routed layer: routed tokens go back to their places and are added to the light branch."""
 
 import torch
 import torch.nn.functional as F

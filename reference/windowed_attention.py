@@ -40,7 +40,7 @@ def windowed_attention(
     query, key, value = rearrange(padded, "b (w i) (qkv h d) -> qkv b w i h d", qkv=3, h=heads, i=size)
     key, value = _with_neighbours(key, causal), _with_neighbours(value, causal)
 
-    # What padding there is at either end is masked as what is not there.
+    # Padding at either end is masked, as tokens that are not there.
     present = torch.ones(batch, n, dtype=torch.bool, device=qkv.device) if mask is None else mask
     present = rearrange(F.pad(present, (0, windows * size - n)), "b (w j) -> b w j", j=size)
     present = rearrange(_with_neighbours(present, causal), "b w j -> (b w) 1 1 j")

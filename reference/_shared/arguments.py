@@ -50,7 +50,7 @@ def check_float(name: str, tensor: Tensor) -> None:
 
 
 def check_integers(**integers: int) -> None:
-    """What is compared with bounds of its own is an integer."""
+    """Arguments that are compared with bounds of their own are integers."""
     for name, integer in integers.items():
         require(_is_integer(integer), name, integer, "an integer")
 
@@ -70,7 +70,7 @@ def check_positive(**numbers: float) -> None:
 
 
 def check_scale(cosine_sim_scale: float | None) -> None:
-    """What cosines are multiplied with is a finite number, or there is none."""
+    """The factor of cosines is a finite number, or there is none."""
     fits = cosine_sim_scale is None or (_is_number(cosine_sim_scale) and cosine_sim_scale == cosine_sim_scale)
     require(fits, "cosine_sim_scale", cosine_sim_scale, "None or a finite number")
 
@@ -206,7 +206,7 @@ def epsilon_schedule(n_iters: int, eps: float, eps_init: float | None, eps_decay
 
 
 def result_dtype(dtype: torch.dtype | None, *tensors: Tensor | None) -> torch.dtype:
-    """What dtype a result has if `dtype` is what is asked for: by default the one that all tensors promote to."""
+    """The dtype of a result: `dtype` if it is given, else the one that all tensors promote to."""
     given = [tensor.dtype for tensor in tensors if tensor is not None]
     return reduce(torch.promote_types, given) if dtype is None else dtype
 

@@ -1,4 +1,4 @@
-"""What autocast is asked about the device of a tensor. Meta tensors have none: they are as if it were off."""
+"""Questions to autocast about the device of a tensor. Meta tensors have none: for them autocast is off."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What a linear layer rounds x to under autocast; None where it takes x as it is."""
+    """The dtype that a linear layer rounds x to under autocast; None where it takes x as it is."""
     device = x.device.type
     if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None

@@ -45,7 +45,7 @@ def windows_with_a_prefix(n: int, window_size: int) -> int:
 
 
 def mask_of_prefixes(scores: Tensor, window_size: int, num_selected: int) -> Tensor | None:
-    """Which of the selected are before the window, `b w r s`, as a view of `w s`; None if all are."""
+    """A mask `b w r s` of the selected tokens that are before the window, as a view of `w s`; None if all are."""
     if window_size >= num_selected:
         return None
     batch, routes, n = scores.shape

@@ -227,7 +227,7 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         return (torch.arange(1, windows, device=device) * self.heavy_window_size)[:, None]
 
     def _before_windows(self, n: int, device: torch.device) -> Tensor:
-        """Which of n tokens are before each window but the first: `w 1 n`."""
+        """A mask `w 1 n` of the tokens, of n, that are before each window but the first."""
         return (torch.arange(n, device=device) < self._starts(n, device)).unsqueeze(1)
 
     def _select_before(self, scores: Tensor, num_tokens: int, random_route: bool) -> Selection:

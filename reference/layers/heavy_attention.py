@@ -48,7 +48,7 @@ class Attention(nn.Module):
             return rearrange(self.to_kv(context), "b 1 j (r hd) -> b r j hd", r=routes)
         if _is_plain(self.to_kv):
             return context @ rearrange(self.to_kv.weight, "(r hd) d -> r d hd", r=routes)
-        # What adapts, quantises or watches the layer sees it called, and gives of each token what is for its route.
+        # An adapter, a quantiser or a hook has to see the layer called. Each token then takes the part of its route.
         of_all = rearrange(self.to_kv(context), "b r j (s hd) -> s b r j hd", s=routes)
         return torch.stack([of_all[route, :, route] for route in range(routes)], dim=1)
 

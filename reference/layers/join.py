@@ -1,4 +1,4 @@
-"""The end of a routed layer: its branches, joined."""
+"""`combine` as layers call it: also where all tokens are routed."""
 
 from torch import Tensor
 

@@ -15,7 +15,7 @@ from reference.layers.router import CoordinateDescentRouter, RouterReturn
 
 
 class RoutedBranch(nn.Module):
-    """What the routed attention layers have in common: two routers, the dense attention between what they route, and
+    """Base of the routed attention layers: two routers, the dense attention between the tokens they route, and
     an output for the tokens that are not routed.
 
     Args:
@@ -65,7 +65,7 @@ class RoutedBranch(nn.Module):
     def route_context(
         self, context: Tensor, num_tokens: int, mask: Tensor | None, routing_tokens: Tensor | None
     ) -> RouterReturn:
-        """What is routed of a context `b m d`, as keys and values, with a dimension of routes even if there is one."""
+        """Route a context `b m d` to keys and values, with a dimension of routes even if there is one."""
         routed = self.kv_router(
             context, num_tokens=num_tokens, mask=mask, routing_tokens=routing_tokens, keep_one_route_dim=True
         )

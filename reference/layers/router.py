@@ -26,7 +26,7 @@ from reference.route import gather_tokens, in_blocks, positions
 
 
 class Selection(NamedTuple):
-    """What a router selects from rows `... n`, each `... k`, the largest score first."""
+    """Entries that a router selects from rows `... n`, each `... k`, the largest score first."""
 
     indices: Tensor
     """int64. Past the end of the row where a block that fills up the row has nothing more to select."""
@@ -39,7 +39,7 @@ class Selection(NamedTuple):
 
 
 class RouterReturn(NamedTuple):
-    """What is routed, each with a dimension of routes after the batch if there are several.
+    """Tokens that are routed, each tensor with a dimension of routes after the batch if there are several.
 
     indices: `b (r) k`, None where all tokens are routed because there are no more of them; scores: `b (r) k`, what to
     multiply the result of the heavy branch with; routed_tokens: `b (r) k d`; routed_mask: `b (r) k`, False for tokens
@@ -71,7 +71,7 @@ class CoordinateDescentRouter(nn.Module):
         learned_routing_tokens: the routing tokens are passed to `forward`; the router has none.
         use_triton: True: kernels, which have a CPU path too; False: plain PyTorch; None: kernels for CUDA tensors. One
             operation, `route`, does it all, but for `random_route`, where scores, relaxed selection and choice are
-            operations of their own.
+            operations of their own. A layer hands the `Operations` that it has chosen on to those it is made of.
         cosine_sim_routing, cosine_sim_scale: score by the cosine instead of the product, times this.
         route_block_size: select from blocks of so many tokens, from each as many. The last block may be shorter. How
             many that is depends on the length: exported with kernels, a router takes lengths of which it is as many.
@@ -295,7 +295,7 @@ class CoordinateDescentRouter(nn.Module):
         return segmented(scores, checkpoint_segments=self.checkpoint_segments, **options)
 
     def relaxation(self, num_tokens: int, n: int) -> dict[str, Any]:
-        """What coordinate descent over rows of n is to sum to, and the temperatures."""
+        """Arguments of coordinate descent over rows of n: the sum that a row is to have, and the temperatures."""
         fetched = num_tokens * (self.fetch_k_ratio if self.normalize_to == "fetched" else 1.0)
         return {"k": min(fetched, n), "eps": self.eps, "eps_init": self.eps_init, "eps_decay": self.eps_decay}
 

@@ -1,4 +1,4 @@
-"""What holds of all layers alike: half precision, compilation, copies."""
+"""Tests of all layers alike: half precision, compilation, copies."""
 
 import copy
 import pickle
