@@ -21,7 +21,7 @@ CHECK = OMP_NUM_THREADS=1 $(BIN)/python bench.py --suite coor_descent --suite to
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install bench baseline check baseline-cpu test test-gates test-plain test-compiled test-plans test-interpreted lint lint-style lint-types lint-imports format clean
+.PHONY: help install bench baseline check baseline-cpu test test-gates test-plain test-compiled test-plans test-interpreted lint lint-style lint-types lint-imports docs format clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -86,9 +86,12 @@ lint-types: $(INSTALLED) ## mypy
 lint-imports: $(INSTALLED) ## directions of imports
 	$(BIN)/lint-imports
 
+docs: $(INSTALLED) ## these pages and those of the API as a site in site/; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 format: $(INSTALLED) ## let ruff fix and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build site *.egg-info

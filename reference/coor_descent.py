@@ -31,8 +31,8 @@ def coor_descent(
     """Relax the choice of the k largest scores of each row to numbers in [0, 1].
 
     Wright 2015, https://arxiv.org/abs/1502.04759; its use for routing: CoLT5, https://arxiv.org/abs/2303.09752,
-    section 3.1; epsilon scaling: https://arxiv.org/abs/2304.04947, section 3.2. The definition is DESIGN 3.1 line by
-    line, computed in the dtype of the scores.
+    section 3.1; epsilon scaling: https://arxiv.org/abs/2304.04947, section 3.2. The definition is docs/design.md,
+    section 1, line by line, computed in the dtype of the scores.
 
     Args:
         scores: `... n`, any float dtype.

@@ -1,7 +1,7 @@
 """Coordinate descent on a scalar state: one number a row instead of two vectors, with a closed-form gradient.
 
 After its first step the recurrence of `reference.coor_descent` depends on the scores only through
-`a <- e (log k - log sum exp(min(s, -a) / e))`, one fp64 scalar a row (DESIGN 3.2 to 3.4). With
+`a <- e (log k - log sum exp(min(s, -a) / e))`, one fp64 scalar a row (docs/design.md, sections 2 to 4). With
 
     anchor h = min(max s, -a),     weights w = exp((s - base) / e)
 

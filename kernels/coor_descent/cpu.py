@@ -1,8 +1,8 @@
 """The scalar-state algorithm of `kernels.coor_descent`, vectorised: what a CPU tensor gets.
 
-The recurrence runs on one fp64 number a row (DESIGN 3.2); everything elementwise stays in the dtype of the scores, or
-fp32 for half precision, in as few buffers of their size as will do: to touch memory for the first time takes longer
-than to compute what goes into it.
+The recurrence runs on one fp64 number a row (docs/design.md, section 2); everything elementwise stays in the dtype of
+the scores, or fp32 for half precision, in as few buffers of their size as will do: to touch memory for the first time
+takes longer than to compute what goes into it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -87,7 +87,7 @@ def backward(
     ratio: Tensor,  # rows n_iters, fp64
     origins: Tensor,  # rows 1, fp64
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the scores `rows n` and of k `rows` (fp64), in closed form (DESIGN 3.3)."""
+    """Gradients of the scores `rows n` and of k `rows` (fp64), in closed form (docs/design.md, section 3)."""
     s = _move(_working_copy(scores, mask), origins)
     *temperatures, last_temperature = temperatures
     thresholds = torch.from_numpy(_round_down(-trace.numpy(), s.numpy().dtype))

@@ -1,11 +1,11 @@
 """Backward pass of `kernels.route_prefixes`: what each prefix hands back to its thresholds, then what each token gets.
 
 Through the threshold of iteration t of each prefix that holds it, a token that is not above the threshold before
-receives -A exp((s + a) / e) / k (DESIGN 3.3). With more entries a sum is larger and so the next threshold: thresholds
-ascend from window to window, and the prefixes that a token receives through are all from some window w on. From there
-they add up to exp((s + a_w) / e) S_w, where S_w = A_w / k + exp((a_(w+1) - a_w) / e) S_(w+1) does not depend on the
-token: it has to find w, and computes one exponential for all prefixes. What it receives as one that was selected lies
-side by side for all the windows that selected it, which follow each other.
+receives -A exp((s + a) / e) / k (docs/design.md, section 3). With more entries a sum is larger and so the next
+threshold: thresholds ascend from window to window, and the prefixes that a token receives through are all from some
+window w on. From there they add up to exp((s + a_w) / e) S_w, where S_w = A_w / k + exp((a_(w+1) - a_w) / e) S_(w+1)
+does not depend on the token: it has to find w, and computes one exponential for all prefixes. What it receives as one
+that was selected lies side by side for all the windows that selected it, which follow each other.
 """
 
 import torch

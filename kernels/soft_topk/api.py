@@ -60,9 +60,9 @@ _operation = Operation(
 def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | None = None) -> Tensor:
     """`reference.soft_topk` in a few passes over each row, with the gradient of the implicit function.
 
-    Where y < 1, ds_i = (y_i / eps) (g_i - sum g y / sum y), and dk = sum g y / sum y, both sums over y < 1 (DESIGN
-    3.5). The backward pass needs the scores and three numbers a row. Results are bitwise equal from run to run. A CPU
-    tensor, and any of fp64, is solved by PyTorch, through its largest scores in order.
+    Where y < 1, ds_i = (y_i / eps) (g_i - sum g y / sum y), and dk = sum g y / sum y, both sums over y < 1
+    (docs/design.md, section 5). The backward pass needs the scores and three numbers a row. Results are bitwise equal
+    from run to run. A CPU tensor, and any of fp64, is solved by PyTorch, through its largest scores in order.
 
     Args:
         scores: `... n`, any float dtype. Any strides.

@@ -23,8 +23,9 @@ class ConditionalRoutedAttention(RoutedBranch):
         light_window_size: a token attends to those at most half as far away; at least 2.
         heavy_dim_head, heavy_heads: of the dense attention.
         rotary_emb: rotary position embedding in the dense attention.
-        num_routed_kv, router_straight_through, router_kwargs, multiply_keys_by_score, multiply_queries_by_score,
-            use_triton, use_null_q_tokens, use_flash_attn: as in `RoutedBranch`.
+        num_routed_kv, router_straight_through, router_kwargs: as in `RoutedBranch`.
+        multiply_keys_by_score, multiply_queries_by_score: as in `RoutedBranch`.
+        use_triton, use_null_q_tokens, use_flash_attn: as in `RoutedBranch`.
     """
 
     def __init__(

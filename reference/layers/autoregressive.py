@@ -40,8 +40,9 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         heavy_dim_head, heavy_heads: of the routed attention.
         rotary_emb: rotary position embedding in the routed attention.
         causal_query_routing: whether a query is chosen by nothing that comes after it.
-        num_routed_kv, router_straight_through, router_kwargs, multiply_keys_by_score, multiply_queries_by_score,
-            use_triton, use_null_q_tokens, use_flash_attn: as in `RoutedBranch`.
+        num_routed_kv, router_straight_through, router_kwargs: as in `RoutedBranch`.
+        multiply_keys_by_score, multiply_queries_by_score: as in `RoutedBranch`.
+        use_triton, use_null_q_tokens, use_flash_attn: as in `RoutedBranch`.
     """
 
     def __init__(

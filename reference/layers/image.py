@@ -25,8 +25,9 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         light_window_size: height and width of a window. Windows at the lower and right edge may be smaller.
         heavy_dim_head, heavy_heads: of the attention between routed positions.
         channel_first: maps are `b d h w` instead of `b h w d`.
-        num_routed_kv, router_straight_through, router_kwargs, multiply_keys_by_score, multiply_queries_by_score,
-            use_triton, use_null_q_tokens, use_flash_attn: as in `RoutedBranch`.
+        num_routed_kv, router_straight_through, router_kwargs: as in `RoutedBranch`.
+        multiply_keys_by_score, multiply_queries_by_score: as in `RoutedBranch`.
+        use_triton, use_null_q_tokens, use_flash_attn: as in `RoutedBranch`.
     """
 
     def __init__(

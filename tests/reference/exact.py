@@ -11,7 +11,7 @@ DIGITS = 700
 
 
 def coor_descent(scores, k, n_iters, eps, eps_init=None, eps_decay=1.0):
-    """The definition (DESIGN 3.1), with s + b as min(s, -a), of scores of which those of -inf take no part."""
+    """The definition (docs/design.md, section 1), with s + b as min(s, -a); scores of -inf take no part."""
     *temperatures, last = map(mpf, epsilon_schedule(n_iters, eps, eps_init, eps_decay))
     with mp.workdps(DIGITS):
         valid = [mpf(s) for s in scores if s != -math.inf]

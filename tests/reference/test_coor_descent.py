@@ -18,7 +18,7 @@ def randn(*shape):
 
 
 def row_by_hand(scores, k, n_iters, eps, eps_init=None, eps_decay=1.0):
-    """The definition (DESIGN 3.1) on one row, a list of Python's floats, with every sum rounded once."""
+    """The definition (docs/design.md, section 1) on one row, a list of Python's floats, with every sum rounded once."""
     temperature = max(eps if eps_init is None else eps_init, eps)
     b = [-s for s in scores]
     for _ in range(n_iters):
