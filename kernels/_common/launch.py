@@ -1,4 +1,4 @@
-"""What every launcher needs: tensors as rows, which path and how much of a machine a tensor gets, and plans."""
+"""Launchers share this: tensors as rows, which path and how much of a machine a tensor gets, and plans."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,19 +18,19 @@ _compiling_for = 0
 """Multiprocessors of the GPU that kernels are only compiled for; 0: they run."""
 
 MOST_PROGRAMS = 2**31 - 1
-"""Of a launch, in the one direction of a grid that takes so many: the other two end at 65535."""
+"""Programs of a launch, in the one direction of a grid that takes so many: the other two end at 65535."""
 
 MOST_THREADS = 1024
-"""Of a program."""
+"""Threads of a program."""
 
 REGISTERS = 65536
-"""Of a multiprocessor, and so of a program."""
+"""Registers of a multiprocessor, and so of a program."""
 
 MOST_REGISTERS = 255
-"""Of a thread."""
+"""Registers of a thread."""
 
 LARGEST = 2**30
-"""What kernels count in 32 bits, where a tile may overhang: all sizes but the numbers of rows and of sequences."""
+"""Largest size that kernels count in 32 bits, where a tile may overhang: not of the numbers of rows and sequences."""
 
 P = ParamSpec("P")
 
@@ -165,26 +165,6 @@ def registers_of_addresses(tile: Mapping[str, int], aligned: bool) -> int:
     if aligned:
         return 0
     return 16 if tile["ROWS"] == 1 and tile["num_warps"] < 8 else 96
-
-
-def is_ragged(dim: int, itemsize: int) -> bool:
-    """Whether heads of so many dimensions take registers to load: entries one by one, or a mask for many of them."""
-    return dim % 16 > 0 or (dim > 32 and dim % (64 if itemsize == 4 else 32) > 0)
-
-
-def precision_for_heads(dim: int) -> str:
-    """How to multiply matrices of fp32 heads: three products of parts in tf32 err as little as one in fp32, but take
-    twice the registers."""
-    return "ieee" if is_ragged(dim, 4) else "tf32x3"
-
-
-def options_for_heads(dim: int, itemsize: int, num_warps: int, num_stages: int) -> dict[str, int]:
-    """Options of a launch that loads heads of so many dimensions."""
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    if is_ragged(dim, itemsize):
-        # Left to itself, an assembler may spill to make room for another program.
-        options["maxnreg"] = most_registers(num_warps)
-    return options
 
 
 def _feature_tile(d: int) -> dict[str, int]:

@@ -149,7 +149,7 @@ class _Gradient:
         self._take_grads = _taker([place - n_inputs for place in grads])
 
     def keep(self, ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
-        """What `differentiate` takes beside the gradients of outputs."""
+        """Save what `differentiate` takes beside the gradients of outputs."""
         given = (*inputs, outputs) if isinstance(outputs, Tensor) else (*inputs, *outputs)
         for choose, take in self._chosen:
             given = (*given, choose(*take(given)))

@@ -61,7 +61,7 @@ def _backward(
 def _hand_back(
     grad_out: Tensor, drouted: Tensor, dscores: Tensor, dnull: Tensor | None, dlight: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """What was added has the gradient of the sum."""
+    """The gradients of all inputs: light branch and residual have that of the sum."""
     has_own = dlight is not None and dlight.shape == grad_out.shape
     return drouted, dscores, dnull, dlight if has_own else grad_out, grad_out
 

@@ -6,11 +6,12 @@ In the operator a list holds -1 where there is nothing to attend to: one load te
 import torch
 from torch import Tensor
 
+from kernels._common.attention import LARGEST_HEAD
 from kernels._common.launch import has_values, runs_triton
 from kernels._common.operation import Operation
 from kernels.gathered_attention import cpu
 from kernels.gathered_attention.backward import launch_backward
-from kernels.gathered_attention.forward import LARGEST_DIM, launch_forward
+from kernels.gathered_attention.forward import launch_forward
 from reference._shared.arguments import check_gathered
 
 
@@ -58,7 +59,7 @@ def _backward(
 
 def _runs_kernel(query: Tensor) -> bool:
     """fp64 stays fp64, which the kernels are not."""
-    return query.dtype != torch.float64 and query.shape[-1] <= LARGEST_DIM and runs_triton(query)
+    return query.dtype != torch.float64 and query.shape[-1] <= LARGEST_HEAD and runs_triton(query)
 
 
 def _dense_rows(x: Tensor) -> Tensor:

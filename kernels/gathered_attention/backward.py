@@ -15,19 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._common.attention import Settings, SettingsBySize, dot, load_rows, options_for, settings_for
 from kernels._common.launch import Plan, planner
 from kernels.gathered_attention.forward import (
     LN2,
-    Settings,
-    SettingsBySize,
     arguments,
     load_null,
-    load_rows,
     load_slots,
     place,
     plan_windows,
-    settings_for,
-    tile_of,
+    queries_at_a_time,
 )
 
 QUERIES: SettingsBySize = {
@@ -40,7 +37,7 @@ QUERIES: SettingsBySize = {
 KEYS: SettingsBySize = {
     (2, 64): Settings(64, 64, 4, 2),
     (2, 128): Settings(32, 32, 4, 3),
-    (4, 64): Settings(16, 32, 4, 2),
+    (4, 64): Settings(32, 16, 4, 2),
     (4, 128): Settings(16, 16, 8, 2),
 }
 
@@ -54,11 +51,13 @@ def _plan_queries(batch: int, n_windows: int, heads: int, n_queries: int, dim: i
 def _plan_keys(batch: int, n_tokens: int, heads: int, n_queries: int, dim: int, itemsize: int, pairs: bool) -> Plan:
     """A program for each block of the tokens of a head, which takes windows in pairs, if it may, where a block holds
     all queries of a window. Pieces are blocks of these."""
-    settings, most = settings_for(KEYS, n_queries, dim, itemsize)
-    blocks = triton.cdiv(n_queries, settings.queries)
-    in_pairs = pairs and blocks == 1 and 2 * settings.queries <= most.queries
-    tile = {**tile_of(settings, dim, itemsize), "BLOCK_N": settings.others, "WINDOWS": 2 if in_pairs else 1}
-    return Plan(batch * triton.cdiv(n_tokens, settings.others) * heads, tile, blocks)
+    settings = settings_for(KEYS, dim, itemsize)
+    queries = queries_at_a_time(n_queries, settings.tile)
+    blocks = triton.cdiv(n_queries, queries)
+    in_pairs = pairs and blocks == 1 and 2 * queries <= settings.tile
+    tile = {"BLOCK_I": queries, "BLOCK_N": settings.block, "WINDOWS": 2 if in_pairs else 1}
+    options = options_for(settings, dim, itemsize)
+    return Plan(batch * triton.cdiv(n_tokens, settings.block) * heads, {**tile, **options}, blocks)
 
 
 @triton.jit
@@ -109,11 +108,11 @@ def _query_kernel(
     queries = block * BLOCK_I + tl.arange(0, BLOCK_I)
     there = queries < n_queries
     query_ptr += batch * query_batch + window * query_window + head.to(tl.int64) * query_head
-    query = load_rows(query_ptr, queries, query_stride, there, dims, DIM)
+    query = load_rows(query_ptr, queries, there, dims, query_stride, DIM)
     grad_ptr += batch * grad_batch + window * grad_window + head.to(tl.int64) * grad_head
-    grad = load_rows(grad_ptr, queries, grad_stride, there, dims, DIM)
+    grad = load_rows(grad_ptr, queries, there, dims, grad_stride, DIM)
     flat = row * n_queries * n_heads * DIM + head * DIM
-    out = load_rows(out_ptr + flat, queries, n_heads * DIM, there, dims, DIM)
+    out = load_rows(out_ptr + flat, queries, there, dims, n_heads * DIM, DIM)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)
     of_head = (row * n_heads + head) * n_queries + queries
     tl.store(delta_ptr + of_head, delta, mask=there)
@@ -136,18 +135,18 @@ def _query_kernel(
     for start in range(0, n_slots, BLOCK_S):
         slots = start + tl.arange(0, BLOCK_S)
         tokens, weights, valid = load_slots(lists_ptr + listed, weights_ptr + listed, slots, n_slots)
-        key = load_rows(key_ptr, tokens, key_value_stride, valid, dims, DIM)
-        value = load_rows(key_ptr + DIM, tokens, key_value_stride, valid, dims, DIM)
-        logits = tl.dot(query, key.T, input_precision=PRECISION) * scale
+        key = load_rows(key_ptr, tokens, valid, dims, key_value_stride, DIM)
+        value = load_rows(key_ptr + DIM, tokens, valid, dims, key_value_stride, DIM)
+        logits = dot(query, key.T, None, PRECISION) * scale
         factor = weights[None, :] if WEIGH_KEYS else 1.0
         shares = tl.where(valid[None, :], tl.exp2(logits * factor - lse[:, None]), 0.0)
-        dshares = tl.dot(grad, value.T, input_precision=PRECISION)
+        dshares = dot(grad, value.T, None, PRECISION)
         dlogits = shares * (dshares * weights[None, :] - delta[:, None])
         dweights = shares * dshares
         if WEIGH_KEYS:
             dweights += dlogits * logits * LN2
         tl.store(dweights_ptr + slots, tl.sum(dweights, axis=0), mask=slots < n_slots)
-        dquery = tl.dot((dlogits * factor).to(key.dtype), key, dquery, input_precision=PRECISION)
+        dquery = dot((dlogits * factor).to(key.dtype), key, dquery, PRECISION)
 
     places = queries[:, None] * (n_heads * DIM) + dims[None, :]
     dquery = (dquery * natural).to(dquery_ptr.dtype.element_ty)
@@ -217,8 +216,8 @@ def _key_value_kernel(
     end = tl.load(ends_ptr + tokens + 1, mask=present, other=0)
     tokens -= sequence * n_tokens
     key_ptr = key_value_ptr + batch * key_value_batch + route.to(tl.int64) * key_value_route + head % share * (2 * DIM)
-    key = load_rows(key_ptr, tokens, key_value_stride, present, dims, DIM)
-    value = load_rows(key_ptr + DIM, tokens, key_value_stride, present, dims, DIM)
+    key = load_rows(key_ptr, tokens, present, dims, key_value_stride, DIM)
+    value = load_rows(key_ptr + DIM, tokens, present, dims, key_value_stride, DIM)
 
     listed_in, weights = load_entry(windows_ptr, weights_ptr, following, end, n_windows)
     listed_then, weights_then = load_entry(windows_ptr, weights_ptr, following + 1, end, n_windows)
@@ -239,8 +238,8 @@ def _key_value_kernel(
         if WINDOWS == 1:
             queries = queries.to(tl.int64)
         there = (queries < n_queries) & (windows < n_windows)
-        query = load_rows(query_ptr, windows * query_window + queries * query_stride, 1, there, dims, DIM)
-        grad = load_rows(grad_ptr, windows * grad_window + queries * grad_stride, 1, there, dims, DIM)
+        query = load_rows(query_ptr, windows * query_window + queries * query_stride, there, dims, 1, DIM)
+        grad = load_rows(grad_ptr, windows * grad_window + queries * grad_stride, there, dims, 1, DIM)
         of_head = ((batch * n_windows + windows) * n_heads + head) * n_queries + queries
         lse = tl.load(lse_ptr + of_head, mask=there, other=float("inf"))
         delta = tl.load(delta_ptr + of_head, mask=there, other=0.0)
@@ -263,12 +262,12 @@ def _key_value_kernel(
             listed_then, weights_then = load_entry(windows_ptr, weights_ptr, following + 1, end, n_windows)
 
         factor = weight if WEIGH_KEYS else 1.0
-        logits = tl.dot(key, query.T, input_precision=PRECISION) * (scale * factor)
+        logits = dot(key, query.T, None, PRECISION) * (scale * factor)
         shares = tl.where(attended, tl.exp2(logits - lse[None, :]), 0.0)
-        dvalue = tl.dot((shares * weight).to(grad.dtype), grad, dvalue, input_precision=PRECISION)
-        dshares = tl.dot(value, grad.T, input_precision=PRECISION)
+        dvalue = dot((shares * weight).to(grad.dtype), grad, dvalue, PRECISION)
+        dshares = dot(value, grad.T, None, PRECISION)
         dlogits = shares * (dshares * weight - delta[None, :]) * factor
-        dkey = tl.dot(dlogits.to(query.dtype), query, dkey, input_precision=PRECISION)
+        dkey = dot(dlogits.to(query.dtype), query, dkey, PRECISION)
 
     width = 2 * DIM * share
     places = (sequence * n_tokens + tokens)[:, None] * width + head % share * (2 * DIM) + dims[None, :]

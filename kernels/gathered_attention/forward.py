@@ -1,13 +1,23 @@
 """Attention of a window's queries to the tokens of its list: the forward kernel, and what the backward ones share."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import Plan, is_ragged, options_for_heads, planner, precision_for_heads
+from kernels._common.attention import (
+    Settings,
+    SettingsBySize,
+    dot,
+    load_rows,
+    options_for,
+    precision_for_heads,
+    settings_for,
+    softmax_step,
+)
+from kernels._common.launch import Plan, planner
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -18,16 +28,6 @@ def place(n_heads, n_blocks):
     program = tl.program_id(0)
     head = program % n_heads
     return (program // n_heads // n_blocks).to(tl.int64), program // n_heads % n_blocks, head
-
-
-@triton.jit
-def load_rows(ptr, rows, stride, row_valid, dims, DIM: tl.constexpr):
-    """Rows of DIM entries at `rows` times `stride`, filled up with zeros."""
-    return tl.load(
-        ptr + rows.to(tl.int64)[:, None] * stride + dims[None, :],
-        mask=row_valid[:, None] & (dims < DIM)[None, :],
-        other=0.0,
-    )
 
 
 @triton.jit
@@ -43,7 +43,8 @@ def load_null(null_ptr, n_heads, head, dims, DIM: tl.constexpr, kind: tl.constex
     """The learned key and value of a head, rounded as keys are, in fp32.
 
     Else the output of a query that attends to nothing else would differ from the value by its rounding, and the
-    gradient by the product of the two.
+    gradient by the product of the two. Other arithmetic of addresses, as of `kernels.routed_attention`, takes other
+    registers.
     """
     null_ptr += head * DIM + dims
     key = tl.load(null_ptr, mask=dims < DIM, other=0.0).to(kind)
@@ -90,7 +91,7 @@ def _forward_kernel(
     queries = block * BLOCK_I + tl.arange(0, BLOCK_I)
     there = queries < n_queries
     query_ptr += batch * query_batch + window * query_window + head.to(tl.int64) * query_head
-    query = load_rows(query_ptr, queries, query_stride, there, dims, DIM)
+    query = load_rows(query_ptr, queries, there, dims, query_stride, DIM)
     key_ptr = key_value_ptr + batch * key_value_batch + route.to(tl.int64) * key_value_route + head % share * (2 * DIM)
     listed = (row * n_routes + route) * n_slots
 
@@ -101,18 +102,15 @@ def _forward_kernel(
     for start in range(0, n_slots, BLOCK_S):
         slots = start + tl.arange(0, BLOCK_S)
         tokens, weights, valid = load_slots(lists_ptr + listed, weights_ptr + listed, slots, n_slots)
-        key = load_rows(key_ptr, tokens, key_value_stride, valid, dims, DIM)
-        value = load_rows(key_ptr + DIM, tokens, key_value_stride, valid, dims, DIM)
-        logits = tl.dot(query, key.T, input_precision=PRECISION)
+        key = load_rows(key_ptr, tokens, valid, dims, key_value_stride, DIM)
+        value = load_rows(key_ptr + DIM, tokens, valid, dims, key_value_stride, DIM)
+        logits = dot(query, key.T, None, PRECISION)
         if WEIGH_KEYS:
             logits *= weights[None, :]
         logits = tl.where(valid[None, :], logits, -float("inf"))
-        before, largest = largest, tl.maximum(largest, tl.max(logits, axis=1) * scale)
-        shares = tl.exp2(logits * scale - largest[:, None])
-        decay = tl.exp2(before - largest)
-        total = total * decay + tl.sum(shares, axis=1)
-        weighted = (shares * weights[None, :]).to(value.dtype)
-        out = tl.dot(weighted, value, out * decay[:, None], input_precision=PRECISION)
+        p, rescale, largest, total = softmax_step(logits, scale, largest, total)
+        weighted = (p * weights[None, :]).to(value.dtype)
+        out = dot(weighted, value, out * rescale[:, None], PRECISION)
 
     tl.store(lse_ptr + (row * n_heads + head) * n_queries + queries, largest + tl.log2(total), mask=there)
     out_ptr += row * n_queries * n_heads * DIM + head * DIM
@@ -121,24 +119,6 @@ def _forward_kernel(
     tl.store(out_ptr + places, out, mask=there[:, None] & (dims < DIM)[None, :])
 
 
-class Settings(NamedTuple):
-    """Tile and launch settings of a kernel."""
-
-    queries: int
-    """Queries of a window that a program has at a time, at most."""
-
-    others: int
-    """Slots of a list, or tokens."""
-
-    num_warps: int
-    num_stages: int
-
-
-SettingsBySize = dict[tuple[int, int], Settings]
-"""By the bytes of an entry, and the largest head dimension that they are for. With what fp32 takes, nothing spills."""
-
-LARGEST_DIM = 128
-
 FORWARD: SettingsBySize = {
     (2, 64): Settings(32, 32, 1, 3),
     (2, 128): Settings(32, 64, 4, 3),
@@ -146,39 +126,21 @@ FORWARD: SettingsBySize = {
     (4, 128): Settings(16, 32, 8, 2),
 }
 
-RAGGED: SettingsBySize = {
-    (2, 64): Settings(32, 32, 4, 2),
-    (2, 128): Settings(32, 32, 8, 2),
-    (4, 64): Settings(16, 16, 8, 2),
-    (4, 128): Settings(16, 16, 8, 1),
-}
-"""Of all kernels, for heads that take registers to load."""
 
-
-def settings_for(by_size: SettingsBySize, n_queries: int, dim: int, itemsize: int) -> tuple[Settings, Settings]:
-    """Those of a kernel for so many queries of a window, and what they would be for many of these."""
-    most = (RAGGED if is_ragged(dim, itemsize) else by_size)[itemsize, 64 if dim <= 64 else LARGEST_DIM]
-    return most._replace(queries=min(max(16, triton.next_power_of_2(n_queries)), most.queries)), most
-
-
-def tile_of(settings: Settings, dim: int, itemsize: int) -> dict[str, int]:
-    """What the kernels have in common of their tile and launch."""
-    return {
-        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
-        "BLOCK_I": settings.queries,
-        **options_for_heads(dim, itemsize, settings.num_warps, settings.num_stages),
-    }
+def queries_at_a_time(n_queries: int, most: int) -> int:
+    """Queries of a window in a program: no more than it has, but as many as a matrix product takes."""
+    return min(max(16, triton.next_power_of_2(n_queries)), most)
 
 
 def plan_windows(
     by_size: SettingsBySize, batch: int, n_windows: int, heads: int, n_queries: int, dim: int, itemsize: int
 ) -> Plan:
     """A program for each block of the queries of a window and head. Pieces are these blocks."""
-    settings, _ = settings_for(by_size, n_queries, dim, itemsize)
-    blocks = triton.cdiv(n_queries, settings.queries)
-    return Plan(
-        batch * n_windows * blocks * heads, {**tile_of(settings, dim, itemsize), "BLOCK_S": settings.others}, blocks
-    )
+    settings = settings_for(by_size, dim, itemsize)
+    queries = queries_at_a_time(n_queries, settings.block)
+    blocks = triton.cdiv(n_queries, queries)
+    tile = {"BLOCK_I": queries, "BLOCK_S": settings.tile, **options_for(settings, dim, itemsize)}
+    return Plan(batch * n_windows * blocks * heads, tile, blocks)
 
 
 @planner

@@ -8,10 +8,11 @@ run: its backward pass adds to the gradient of the queries in any order.
 import torch
 from torch import Tensor
 
+from kernels._common.attention import LARGEST_HEAD
 from kernels._common.launch import has_values, runs_triton
 from kernels._common.operation import Operation
 from kernels.routed_attention import cpu
-from kernels.routed_attention.triton import LARGEST_HEAD, launch_backward, launch_forward
+from kernels.routed_attention.triton import launch_backward, launch_forward
 from reference._shared.arguments import check_routed
 
 

@@ -8,35 +8,25 @@ values are multiplied with the softmax, and not with the values: with p = exp(s 
 and one kernel adds up over keys for the gradient of queries, another over queries for that of keys and values.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import Plan, is_ragged, options_for_heads, planner, precision_for_heads
-from kernels._common.primitives import INTERPRETED, LOG2_E
-
-LARGEST_HEAD = 128
-"""Largest dimension of a head for which tiles fit into registers."""
-
-
-@triton.jit
-def _product(a, b, PRECISION: tl.constexpr):
-    """The matrix product in fp32."""
-    if INTERPRETED:
-        # Which has bf16 as integers. A product of two of them is exact in fp32.
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
-def _load_rows(ptr, rows, columns, stride, n, HEAD_DIM: tl.constexpr):
-    """Some rows of a head: rows x BLOCK_D, 0 where there is nothing."""
-    inside = (rows < n)[:, None] & (columns < HEAD_DIM)[None, :]
-    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+from kernels._common.attention import (
+    Settings,
+    SettingsBySize,
+    dot,
+    load_rows,
+    options_for,
+    precision_for_heads,
+    settings_for,
+    softmax_step,
+)
+from kernels._common.launch import Plan, planner
+from kernels._common.primitives import LOG2_E
 
 
 @triton.jit
@@ -45,12 +35,12 @@ def _load_keys(
     WEIGH_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Keys, as they are attended to, values, weights, and which of all these there are."""
-    key = _load_rows(kv_ptr, keys, columns, stride, n_keys, HEAD_DIM)
-    value = _load_rows(kv_ptr + HEAD_DIM, keys, columns, stride, n_keys, HEAD_DIM)
-    weight = tl.load(weight_ptr + keys, mask=keys < n_keys, other=0.0).to(tl.float32)
+    present = keys < n_keys
+    key = load_rows(kv_ptr, keys, present, columns, stride, HEAD_DIM)
+    value = load_rows(kv_ptr + HEAD_DIM, keys, present, columns, stride, HEAD_DIM)
+    weight = tl.load(weight_ptr + keys, mask=present, other=0.0).to(tl.float32)
     if WEIGH_KEYS:
         key = (key.to(tl.float32) * weight[:, None]).to(key.dtype)
-    present = keys < n_keys
     if HAS_MASK:
         present = present & (tl.load(mask_ptr + keys, mask=present, other=0) != 0)
     return key, value, weight, present
@@ -122,7 +112,7 @@ def _forward_kernel(
     weight_ptr += row * n_keys
     mask_ptr += row * n_keys
 
-    query = _load_rows(query_ptr + own, queries, columns, HEADS * HEAD_DIM, n_queries, HEAD_DIM)
+    query = load_rows(query_ptr + own, queries, queries < n_queries, columns, HEADS * HEAD_DIM, HEAD_DIM)
     null_key, null_value = _load_null(null_ptr, head, columns, HEADS, HEAD_DIM)
     largest = tl.sum(query.to(tl.float32) * null_key[None, :], axis=1) * scale
     total = tl.full([BLOCK], 1.0, tl.float32)
@@ -132,16 +122,12 @@ def _forward_kernel(
         key, value, weight, present = _load_keys(
             kv_ptr, weight_ptr, mask_ptr, keys, columns, kv_stride, n_keys, HEAD_DIM, HAS_MASK, WEIGH_KEYS
         )
-        s = _product(query, tl.trans(key), PRECISION) * scale
+        s = dot(query, tl.trans(key), None, PRECISION) * scale
         s = tl.where(present[None, :], s, float("-inf"))
         # The learned key is always there, so that the largest is finite.
-        new_largest = tl.maximum(largest, tl.max(s, axis=1))
-        p = tl.exp2(s - new_largest[:, None])
-        shrink = tl.exp2(largest - new_largest)
-        total = total * shrink + tl.sum(p, axis=1)
+        p, rescale, largest, total = softmax_step(s, 1.0, largest, total)
         weighted = (p * weight[None, :]).to(value.dtype)
-        out = out * shrink[:, None] + _product(weighted, value, PRECISION)
-        largest = new_largest
+        out = out * rescale[:, None] + dot(weighted, value, None, PRECISION)
 
     inside = (queries < n_queries)[:, None] & (columns < HEAD_DIM)[None, :]
     places = own + queries.to(tl.int64)[:, None] * (HEADS * HEAD_DIM) + columns[None, :]
@@ -193,10 +179,10 @@ def _query_kernel(
     mask_ptr += row * n_keys
     numbers += queries
 
-    query = _load_rows(query_ptr + own, queries, columns, HEADS * HEAD_DIM, n_queries, HEAD_DIM)
-    grad = _load_rows(grad_ptr + own, queries, columns, HEADS * HEAD_DIM, n_queries, HEAD_DIM)
+    query = load_rows(query_ptr + own, queries, queries < n_queries, columns, HEADS * HEAD_DIM, HEAD_DIM)
+    grad = load_rows(grad_ptr + own, queries, queries < n_queries, columns, HEADS * HEAD_DIM, HEAD_DIM)
     # Not as it was rounded to half precision: that would leave its rounding where dp and delta should cancel.
-    out = _load_rows(out_ptr + own, queries, columns, HEADS * HEAD_DIM, n_queries, HEAD_DIM)
+    out = load_rows(out_ptr + own, queries, queries < n_queries, columns, HEADS * HEAD_DIM, HEAD_DIM)
     lse = tl.load(lse_ptr + numbers, mask=queries < n_queries, other=0.0)
     wide_grad, wide_query = grad.to(tl.float32), query.to(tl.float32)
     delta = tl.sum(wide_grad * out, axis=1)
@@ -218,11 +204,11 @@ def _query_kernel(
         key, value, weight, present = _load_keys(
             kv_ptr, weight_ptr, mask_ptr, keys, columns, kv_stride, n_keys, HEAD_DIM, HAS_MASK, WEIGH_KEYS
         )
-        s = _product(query, tl.trans(key), PRECISION) * scale
+        s = dot(query, tl.trans(key), None, PRECISION) * scale
         p = tl.where(present[None, :], tl.exp2(s - lse[:, None]), 0.0)
-        dp = _product(grad, tl.trans(value), PRECISION) * weight[None, :]
+        dp = dot(grad, tl.trans(value), None, PRECISION) * weight[None, :]
         ds = p * (dp - delta[:, None]) * dim_scale
-        dquery += _product(ds.to(key.dtype), key, PRECISION)
+        dquery += dot(ds.to(key.dtype), key, None, PRECISION)
 
     inside = (queries < n_queries)[:, None] & (columns < HEAD_DIM)[None, :]
     dquery_ptrs = dquery_ptr + own + queries.to(tl.int64)[:, None] * (HEADS * HEAD_DIM) + columns[None, :]
@@ -272,20 +258,20 @@ def _key_value_kernel(
     attended = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for start in range(0, n_queries, TILE):
         queries = start + tl.arange(0, TILE)
-        query = _load_rows(query_ptr + own, queries, columns, HEADS * HEAD_DIM, n_queries, HEAD_DIM)
-        grad = _load_rows(grad_ptr + own, queries, columns, HEADS * HEAD_DIM, n_queries, HEAD_DIM)
+        query = load_rows(query_ptr + own, queries, queries < n_queries, columns, HEADS * HEAD_DIM, HEAD_DIM)
+        grad = load_rows(grad_ptr + own, queries, queries < n_queries, columns, HEADS * HEAD_DIM, HEAD_DIM)
         lse = tl.load(lse_ptr + numbers + queries, mask=queries < n_queries, other=0.0)
         delta = tl.load(delta_ptr + numbers + queries, mask=queries < n_queries, other=0.0)
-        s = _product(key, tl.trans(query), PRECISION) * scale
+        s = dot(key, tl.trans(query), None, PRECISION) * scale
         p = tl.where(present[:, None], tl.exp2(s - lse[None, :]), 0.0)
-        attended += _product(p.to(grad.dtype), grad, PRECISION)
-        dp = _product(value, tl.trans(grad), PRECISION) * weight[:, None]
+        attended += dot(p.to(grad.dtype), grad, None, PRECISION)
+        dp = dot(value, tl.trans(grad), None, PRECISION) * weight[:, None]
         ds = p * (dp - delta[None, :]) * dim_scale
-        dkey += _product(ds.to(query.dtype), query, PRECISION)
+        dkey += dot(ds.to(query.dtype), query, None, PRECISION)
 
     dweight = tl.sum(attended * value.to(tl.float32), axis=1)
     if WEIGH_KEYS:
-        plain_key = _load_rows(kv_ptr + kv_offset, keys, columns, kv_stride, n_keys, HEAD_DIM)
+        plain_key = load_rows(kv_ptr + kv_offset, keys, keys < n_keys, columns, kv_stride, HEAD_DIM)
         dweight += tl.sum(dkey * plain_key.to(tl.float32), axis=1)
         dkey = dkey * weight[:, None]
     tl.store(dweight_ptr + (batch * HEADS + head) * n_keys + keys, dweight, mask=keys < n_keys)
@@ -295,19 +281,6 @@ def _key_value_kernel(
     dkv_ptrs = dkv_ptr + keys.to(tl.int64)[:, None] * (2 * shared * HEAD_DIM) + columns[None, :]
     tl.store(dkv_ptrs, dkey.to(dkv_ptr.dtype.element_ty), mask=inside)
     tl.store(dkv_ptrs + HEAD_DIM, (attended * weight[:, None]).to(dkv_ptr.dtype.element_ty), mask=inside)
-
-
-class Settings(NamedTuple):
-    """How a kernel is launched."""
-
-    block: int
-    """Queries, or keys, of a program."""
-
-    tile: int
-    """Keys, or queries, that meet them at a time."""
-
-    num_warps: int
-    num_stages: int
 
 
 FORWARD = {
@@ -331,25 +304,13 @@ KEY_VALUE = {
     (4, 128): Settings(16, 16, 8, 2),
 }
 
-RAGGED = {
-    (2, 64): Settings(32, 32, 4, 2),
-    (2, 128): Settings(32, 32, 8, 2),
-    (4, 64): Settings(16, 16, 8, 2),
-    (4, 128): Settings(16, 16, 8, 1),
-}
-"""Of all kernels, for heads that take registers to load."""
 
-
-def _plan_blocks(
-    table: Mapping[tuple[int, int], Settings], batch: int, n: int, heads: int, head_dim: int, itemsize: int
-) -> Plan:
+def _plan_blocks(by_size: SettingsBySize, batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
     """A program for each block of n queries or keys of a head. Pieces are these blocks."""
-    block_d = max(triton.next_power_of_2(head_dim), 16)
-    settings = (RAGGED if is_ragged(head_dim, itemsize) else table)[itemsize, 64 if head_dim <= 64 else LARGEST_HEAD]
+    settings = settings_for(by_size, head_dim, itemsize)
     blocks = triton.cdiv(n, settings.block)
-    tile = {"BLOCK_D": block_d, "BLOCK": settings.block, "TILE": settings.tile}
-    options = options_for_heads(head_dim, itemsize, settings.num_warps, settings.num_stages)
-    return Plan(batch * heads * blocks, {**tile, **options}, blocks)
+    tile = {"BLOCK": settings.block, "TILE": settings.tile, **options_for(settings, head_dim, itemsize)}
+    return Plan(batch * heads * blocks, tile, blocks)
 
 
 @planner

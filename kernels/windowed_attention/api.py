@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels._common.attention import LARGEST_HEAD
 from kernels._common.launch import has_values, runs_triton
 from kernels._common.operation import Operation
 from kernels.windowed_attention import cpu
-from kernels.windowed_attention.triton import LARGEST_HEAD, launch_backward, launch_forward
+from kernels.windowed_attention.triton import launch_backward, launch_forward
 from reference._shared.arguments import check_windows
 from reference._shared.autocast import autocast_dtype
 

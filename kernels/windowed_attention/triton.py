@@ -4,17 +4,18 @@ What queries may attend to is an interval of positions, and so is what attends t
 a program looks at and which entries of a tile count.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import Plan, is_ragged, options_for_heads, planner
-from kernels._common.primitives import INTERPRETED, LOG2_E
+from kernels._common.attention import Settings, dot, options_for, settings_for
+from kernels._common.launch import Plan, planner
+from kernels._common.primitives import LOG2_E
 
-LARGEST_HEAD = 128
-"""Largest dimension of a head for which tiles fit into registers."""
+PRECISION = tl.constexpr("tf32x3")
+"""Factors of fp32 are sums of two of tf32."""
 
 NOWHERE = tl.constexpr(-(2**30))
 """Position of a key that is not there: before every interval."""
@@ -40,15 +41,6 @@ def _queries_of(key, n, window_size, CAUSAL: tl.constexpr):
 def _within(position, first, end):
     """Whether a position is in an interval: one comparison, as what is before it is a large unsigned number."""
     return (position - first).to(tl.uint32) < (end - first).to(tl.uint32)
-
-
-@triton.jit
-def _product(a, b, plus):
-    """The matrix product in fp32, plus what there is if it is not None. Factors in fp32 are sums of two of tf32."""
-    if INTERPRETED:
-        # Which has bf16 as integers. A product of two of them is exact in fp32.
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, plus, input_precision="tf32x3")
 
 
 @triton.jit
@@ -122,7 +114,7 @@ def _forward_kernel(
         v = tl.load(at + 2 * WIDTH, mask=inside, other=0.0)
         key = start_n + tl.arange(0, TILE)
         key = tl.where(_are_present(mask_ptr + row, key, n, HAS_MASK), key, NOWHERE)
-        similarity = _product(q, k.T, None)
+        similarity = dot(q, k.T, None, PRECISION)
         similarity = tl.where(_within(key[None, :], first[:, None], end[:, None]), similarity, float("-inf"))
         larger = tl.maximum(largest, tl.max(similarity, axis=1))
         # Nothing has been within reach of a query whose largest is -inf. A difference of near numbers is exact.
@@ -130,7 +122,7 @@ def _forward_kernel(
         weight = tl.exp2((similarity - shift[:, None]) * scale)
         shrink = tl.exp2((largest - shift) * scale)
         total = total * shrink + tl.sum(weight, axis=1)
-        out = _product(weight.to(v.dtype), v, out * shrink[:, None])
+        out = dot(weight.to(v.dtype), v, out * shrink[:, None], PRECISION)
         largest = larger
 
     nothing = total == 0
@@ -186,12 +178,12 @@ def _query_gradient(
         at, inside = _tile(qkv_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
         k = tl.load(at + WIDTH, mask=inside, other=0.0)
         v = tl.load(at + 2 * WIDTH, mask=inside, other=0.0)
-        similarity = _product(q, k.T, None)
+        similarity = dot(q, k.T, None, PRECISION)
         weight = tl.exp2(similarity * scale - log_sum[:, None])
         weight = tl.where(_within(key[None, :], first[:, None], end[:, None]), weight, 0.0)
-        dweight = _product(grad, v.T, None)
+        dweight = dot(grad, v.T, None, PRECISION)
         dsimilarity = weight * (dweight - delta[:, None])
-        dq = _product(dsimilarity.to(k.dtype), k, dq)
+        dq = dot(dsimilarity.to(k.dtype), k, dq, PRECISION)
     own, owned = _tile(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
     tl.store(own, (dq * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=owned)
 
@@ -241,13 +233,13 @@ def _key_value_gradient(
         out = tl.load(at, mask=inside, other=0.0)
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
         log_sum = tl.load(log_sum_ptr + query, mask=query < n, other=float("inf"))
-        similarity = _product(k, q.T, None)
+        similarity = dot(k, q.T, None, PRECISION)
         weight = tl.exp2(similarity * scale - log_sum[None, :])
         weight = tl.where(_within(query[None, :], first[:, None], end[:, None]), weight, 0.0)
-        dv = _product(weight.to(grad.dtype), grad, dv)
-        dweight = _product(v, grad.T, None)
+        dv = dot(weight.to(grad.dtype), grad, dv, PRECISION)
+        dweight = dot(v, grad.T, None, PRECISION)
         dsimilarity = weight * (dweight - delta[None, :])
-        dk = _product(dsimilarity.to(q.dtype), q, dk)
+        dk = dot(dsimilarity.to(q.dtype), q, dk, PRECISION)
     own, owned = _tile(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
     tl.store(own + WIDTH, (dk * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=owned)
     tl.store(own + 2 * WIDTH, dv.to(dqkv_ptr.dtype.element_ty), mask=owned)
@@ -326,19 +318,6 @@ def _backward_kernel(
         )
 
 
-class Settings(NamedTuple):
-    """How a kernel is launched."""
-
-    block: int
-    """Queries, or keys, of a program."""
-
-    tile: int
-    """Keys, or queries, that meet them at a time."""
-
-    num_warps: int
-    num_stages: int
-
-
 # By bytes of a number and by the dimensions of a head that there is place for. Those of 2 bytes and 64 were the fastest
 # in a sweep on an H100; the others are smaller than what was, where that spilled on sm_80 or sm_90.
 FORWARD = {
@@ -360,27 +339,25 @@ BACKWARD_RAGGED = {
     (4, 64): Settings(16, 16, 8, 1),
     (4, 128): Settings(16, 16, 8, 1),
 }
-"""Of heads that take registers to load."""
+"""Settings for heads that take registers to load."""
 
 
 def _plan_blocks(settings: Settings, programs: int, n: int, head_dim: int, itemsize: int) -> Plan:
     """So many programs for each block of a sequence."""
-    tile = {"BLOCK_D": max(triton.next_power_of_2(head_dim), 16), "BLOCK": settings.block, "TILE": settings.tile}
-    options = options_for_heads(head_dim, itemsize, settings.num_warps, settings.num_stages)
-    return Plan(programs * triton.cdiv(n, settings.block), {**tile, **options})
+    tile = {"BLOCK": settings.block, "TILE": settings.tile, **options_for(settings, head_dim, itemsize)}
+    return Plan(programs * triton.cdiv(n, settings.block), tile)
 
 
 @planner
 def _plan_forward(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
-    settings = FORWARD[itemsize, 64 if head_dim <= 64 else LARGEST_HEAD]
+    settings = settings_for(FORWARD, head_dim, itemsize, ragged=FORWARD)
     return _plan_blocks(settings, batch * heads, n, head_dim, itemsize)
 
 
 @planner
 def _plan_backward(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
     """Two programs for each block: for its queries, and for its keys."""
-    table = BACKWARD_RAGGED if is_ragged(head_dim, itemsize) else BACKWARD
-    settings = table[itemsize, 64 if head_dim <= 64 else LARGEST_HEAD]
+    settings = settings_for(BACKWARD, head_dim, itemsize, ragged=BACKWARD_RAGGED)
     return _plan_blocks(settings, 2 * batch * heads, n, head_dim, itemsize)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kernels
 from kernels._common import launch
+from kernels._common.attention import is_ragged
 from kernels._common.launch import Plan
 from kernels.combine import triton as combine_kernels
 from kernels.coor_descent import backward as descent_backward
@@ -364,7 +365,7 @@ def _kind_of(sizes: Mapping[str, Any]) -> dict[str, Any]:
     """What the sizes of a plan make another kernel by, at the same settings."""
     kind = {name: sizes[name] for name in ("aligned", "simple", "itemsize") if name in sizes}
     dim = sizes.get("dim", sizes.get("head_dim"))
-    return kind if dim is None else {**kind, "ragged": launch.is_ragged(dim, sizes["itemsize"])}
+    return kind if dim is None else {**kind, "ragged": is_ragged(dim, sizes["itemsize"])}
 
 
 def _smallest(planner: Callable[..., Plan], operation: Operation) -> list[tuple[dict[str, Any], Plan]]:

@@ -88,7 +88,7 @@ def test_large_heads(device, dim):
 
 
 def test_more_queries_than_a_program_takes(device, monkeypatch):
-    few = {size: kept._replace(queries=16) for size, kept in gathered_backward.KEYS.items()}
+    few = {size: kept._replace(tile=16) for size, kept in gathered_backward.KEYS.items()}
     monkeypatch.setattr(gathered_backward, "KEYS", few)
     check(make(device, b=1, i=37), multiply_keys_by_score=True)
 

@@ -1,0 +1,97 @@
+"""Pieces and settings of the kernels of attention: a program has a block of queries, or of keys, and others meet it in
+tiles."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from kernels._common.launch import most_registers
+from kernels._common.primitives import INTERPRETED
+
+LARGEST_HEAD = 128
+"""Largest dimension of a head for which tiles fit into registers."""
+
+
+class Settings(NamedTuple):
+    """How a kernel is launched."""
+
+    block: int
+    """Queries, or keys, of a program."""
+
+    tile: int
+    """Keys, or queries, that meet them at a time."""
+
+    num_warps: int
+    num_stages: int
+
+
+SettingsBySize = Mapping[tuple[int, int], Settings]
+"""By the bytes of an entry, and the largest dimension of a head that they are for."""
+
+RAGGED: SettingsBySize = {
+    (2, 64): Settings(32, 32, 4, 2),
+    (2, 128): Settings(32, 32, 8, 2),
+    (4, 64): Settings(16, 16, 8, 2),
+    (4, 128): Settings(16, 16, 8, 1),
+}
+"""For heads that take registers to load, of kernels without settings of their own for these."""
+
+
+def settings_for(by_size: SettingsBySize, dim: int, itemsize: int, ragged: SettingsBySize = RAGGED) -> Settings:
+    """Settings for heads of so many dimensions."""
+    return (ragged if is_ragged(dim, itemsize) else by_size)[itemsize, 64 if dim <= 64 else LARGEST_HEAD]
+
+
+def is_ragged(dim: int, itemsize: int) -> bool:
+    """Whether heads of so many dimensions take registers to load: entries one by one, or a mask for many of them."""
+    return dim % 16 > 0 or (dim > 32 and dim % (64 if itemsize == 4 else 32) > 0)
+
+
+def precision_for_heads(dim: int) -> str:
+    """How to multiply matrices of fp32 heads: three products of parts in tf32 err as little as one in fp32, but take
+    twice the registers."""
+    return "ieee" if is_ragged(dim, 4) else "tf32x3"
+
+
+def options_for(settings: Settings, dim: int, itemsize: int) -> dict[str, int]:
+    """Room for the dimensions of a head, and options of a launch that loads such heads."""
+    options = {
+        "BLOCK_D": max(triton.next_power_of_2(dim), 16),
+        "num_warps": settings.num_warps,
+        "num_stages": settings.num_stages,
+    }
+    if is_ragged(dim, itemsize):
+        # Left to itself, an assembler may spill to make room for another program.
+        options["maxnreg"] = most_registers(settings.num_warps)
+    return options
+
+
+@triton.jit
+def dot(a, b, plus, PRECISION: tl.constexpr):
+    """The matrix product in fp32, plus what there is if it is not None."""
+    if INTERPRETED:
+        # The interpreter has bf16 as integers. A product of two of them is exact in fp32.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, plus, input_precision=PRECISION)
+
+
+@triton.jit
+def load_rows(ptr, rows, present, columns, stride, HEAD_DIM: tl.constexpr):
+    """Rows of a head, `rows BLOCK_D`; 0 where there is nothing."""
+    inside = present[:, None] & (columns < HEAD_DIM)[None, :]
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def softmax_step(logits, scale, largest, total):
+    """One tile of logits `queries keys` in an online softmax to the base 2, whose largest is finite.
+
+    Returns p before it is divided by the total, the factor by which everything before is rescaled, and the new largest
+    and total.
+    """
+    new_largest = tl.maximum(largest, tl.max(logits, axis=1) * scale)
+    p = tl.exp2(logits * scale - new_largest[:, None])
+    rescale = tl.exp2(largest - new_largest)
+    return p, rescale, new_largest, total * rescale + tl.sum(p, axis=1)
