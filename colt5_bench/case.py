@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from colt5_bench.lines import Plain
+from colt5_bench.texts import Plain
 
 FORWARD = "forward"
 FORWARD_BACKWARD = "forward+backward"

@@ -9,14 +9,14 @@ from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
-from colt5_bench import environment, provenance
-from colt5_bench.isolation import Measurer, Point
 from colt5_bench.loading import choose_device
-from colt5_bench.measure import Conditions
-from colt5_bench.parts import keep_finished
-from colt5_bench.provenance import Origin
+from colt5_bench.measuring.isolation import Measurer, Point
+from colt5_bench.measuring.measure import Conditions
+from colt5_bench.records import environment, provenance
+from colt5_bench.records.parts import keep_finished
+from colt5_bench.records.provenance import Origin
+from colt5_bench.records.results import Group, Record, Writer
 from colt5_bench.request import TIME_LIMIT, Request
-from colt5_bench.results import Group, Record, Writer
 from colt5_bench.selection import WHOLE, SelectionError, case_filter
 from colt5_bench.suite import Suite
 

@@ -8,8 +8,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from colt5_bench.accuracy import Tolerance
 from colt5_bench.case import DIRECTIONS, Case, Cost, Problem, Truth
+from colt5_bench.tolerance import Tolerance
 
 C = TypeVar("C", bound=Case)
 """The suite's own kind of case."""

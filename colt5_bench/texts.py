@@ -6,6 +6,9 @@ from textwrap import fill
 NARROWEST = 40
 """Columns of a terminal below which nothing becomes narrower."""
 
+Plain = str | int | float | bool | None
+"""What JSON knows that is no list and has no fields."""
+
 
 def printable(text: str) -> str:
     r"""The text with `\x1b` for what moves a cursor, ends a line or is half a character, and all else as it is."""

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import kernels
 import reference
-from colt5_bench.accuracy import Tolerance
 from colt5_bench.case import DIRECTIONS, FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.suite import C, Implementation
+from colt5_bench.tolerance import Tolerance
 from reference._shared.arguments import epsilon_schedule
 from suites._ours import by_kernels
 

@@ -1,3 +1,3 @@
 """`pytest suites/` measures with the harness."""
 
-pytest_plugins = ("colt5_bench.plugin",)
+pytest_plugins = ("colt5_bench.pytest_plugin.plugin",)

@@ -6,7 +6,7 @@ from itertools import product
 import torch
 
 import kernels
-from colt5_bench.replay import replay
+from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from suites._descent import (
     CONSTANT,

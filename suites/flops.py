@@ -37,7 +37,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
-from colt5_bench.replay import check
+from colt5_bench.pytest_plugin.replay import check
 from colt5_bench.suite import Implementation, Operation, Suite
 from kernels.windowed_attention import pairs_in_reach
 from suites._dense import DenseAttention, DenseBlock, DenseFeedForward, attend_with_sdpa

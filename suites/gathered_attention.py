@@ -15,7 +15,7 @@ from torch import Tensor
 import kernels
 import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
-from colt5_bench.replay import replay
+from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from reference.gathered_attention import gather_and_attend
 from suites._descent import CHUNK_BYTES, both_directions, implementations

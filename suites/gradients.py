@@ -5,7 +5,7 @@ from itertools import product
 import torch
 
 from colt5_bench.case import FORWARD_BACKWARD
-from colt5_bench.replay import check
+from colt5_bench.pytest_plugin.replay import check
 from colt5_bench.suite import Suite
 from suites._descent import (
     COLD,

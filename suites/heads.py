@@ -5,7 +5,7 @@ from itertools import product
 
 import torch
 
-from colt5_bench.replay import replay
+from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Suite
 from suites._dense import DenseAttention
 from suites._descent import HEAVY_SHARE, both_directions, implementations

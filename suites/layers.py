@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import reference
 from colt5_bench.case import FORWARD, Problem
-from colt5_bench.replay import replay
+from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Suite
 from suites._dense import DenseAttention, DenseBlock, DenseFeedForward, OverMap
 from suites._descent import both_directions, implementations

@@ -14,7 +14,7 @@ from torch import Tensor
 import kernels
 import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
-from colt5_bench.replay import replay
+from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from reference._shared.arguments import epsilon_schedule
 from suites._descent import DECAYING, both_directions, implementations, lenient

@@ -9,10 +9,10 @@ from torch import Tensor
 
 import kernels
 import reference
-from colt5_bench.accuracy import Tolerance
 from colt5_bench.case import FORWARD, Cost, Problem, Truth
-from colt5_bench.replay import replay
+from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
+from colt5_bench.tolerance import Tolerance
 from suites import _descent
 from suites._descent import DECAYING, DescentCase, both_directions, implementations
 from suites._ours import by_kernels

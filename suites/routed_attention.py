@@ -10,7 +10,7 @@ from torch import Tensor
 import kernels
 import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
-from colt5_bench.replay import replay
+from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from reference.routed_attention import attend_to_routed
 from suites._descent import both_directions, implementations

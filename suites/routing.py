@@ -28,7 +28,7 @@ from torch.func import functional_call
 
 import reference
 from colt5_bench.case import FORWARD_BACKWARD, Case, Cost, Problem, Truth
-from colt5_bench.replay import check
+from colt5_bench.pytest_plugin.replay import check
 from colt5_bench.suite import Implementation, Suite
 from suites._descent import HEAVY_SHARE, implementations, lenient
 from suites._layers import as_function, truth_of, without_memory

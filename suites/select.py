@@ -12,7 +12,7 @@ from torch import Tensor
 import kernels
 import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
-from colt5_bench.replay import replay
+from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from suites._descent import implementations
 from suites._ours import by_kernels

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 import reference
 from colt5_bench.case import FORWARD, Problem
-from colt5_bench.replay import replay
+from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Suite
 from suites._dense import DenseAttention
 from suites._descent import both_directions, implementations

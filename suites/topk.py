@@ -10,7 +10,7 @@ from torch import Tensor
 import kernels
 import reference
 from colt5_bench.case import FORWARD, Cost, Problem, Truth
-from colt5_bench.replay import replay
+from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from suites import _descent
 from suites._descent import CONSTANT, DescentCase, both_directions, implementations, lenient, problem

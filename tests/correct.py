@@ -1,6 +1,6 @@
 """Whether tensors are as near to the truth as a correct computation is, by the gate that suites have."""
 
-from colt5_bench.accuracy import diverge, passes, tolerances
+from colt5_bench.measuring.accuracy import diverge, passes, tolerances
 
 
 def check_correct(found, plain, expected, at_kink=None, least=0.0):

@@ -19,7 +19,7 @@ import yaml
 import reference
 from colt5_bench import cli
 from colt5_bench.loading import load_suites
-from colt5_bench.results import load
+from colt5_bench.records.results import load
 
 SHORT = ["--preset", "smoke", "--impl", "ours"]
 """Appended to what measures; of an option that is given twice the last counts."""

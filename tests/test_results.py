@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from colt5_bench.case import DIRECTIONS, FORWARD_BACKWARD
-from colt5_bench.results import load
+from colt5_bench.records.results import load
 
 HEADLINES = [
     ("8192 x 512, 20, decaying", {"rows": 8192, "n": 512}),

@@ -14,10 +14,10 @@ from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED, attempt
 from colt5_bench.commands._comparison import Comparer, add_options, expression, in_scope, status_of
 from colt5_bench.compare import Comparison, read_baseline
 from colt5_bench.compare.conditions import Conditions
-from colt5_bench.compare.output import append_summary, show
+from colt5_bench.records.results import Run, load
+from colt5_bench.report.comparison import append_summary, show
 from colt5_bench.report.layout import View
 from colt5_bench.report.page import PAGE, write_page
-from colt5_bench.results import Run, load
 from colt5_bench.selection import WHOLE, SelectionError, Shard
 from colt5_bench.suite import Suite
 

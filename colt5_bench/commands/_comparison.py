@@ -7,7 +7,7 @@ from pathlib import Path
 
 from colt5_bench.commands import DONE, FAILURE, UNDECIDED, UNMEASURED
 from colt5_bench.compare import Comparison, IncomparableError, Rules, compare, load_rules
-from colt5_bench.results import Record, Run
+from colt5_bench.records.results import Record, Run
 from colt5_bench.selection import SelectionError, case_filter
 from colt5_bench.suite import Suite
 

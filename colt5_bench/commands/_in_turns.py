@@ -8,9 +8,9 @@ from pathlib import Path
 from colt5_bench.commands._comparison import Comparer, expression, in_scope
 from colt5_bench.compare import Comparison
 from colt5_bench.compare.revisions import MOST_TURNS, TURNS, Alternating
-from colt5_bench.parts import read
+from colt5_bench.records.parts import read
+from colt5_bench.records.samples import runs_that_confirm
 from colt5_bench.request import declare
-from colt5_bench.samples import runs_that_confirm
 from colt5_bench.selection import SelectionError, pick
 from colt5_bench.suite import Suite
 

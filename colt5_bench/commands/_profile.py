@@ -7,18 +7,18 @@ from pathlib import Path
 
 import torch
 
-from colt5_bench import nsight, profiling
 from colt5_bench.commands import DONE, FAILURE
-from colt5_bench.profiling import Outcome, Point
+from colt5_bench.profiling import nsight, profiler
+from colt5_bench.profiling.profiler import Outcome, Point
 from colt5_bench.request import Request
 from colt5_bench.selection import WHOLE, SelectionError
 from colt5_bench.suite import Suite
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
-    modes = "; ".join(f"{mode}: {gives}" for mode, gives in profiling.MODES.items())
+    modes = "; ".join(f"{mode}: {gives}" for mode, gives in profiler.MODES.items())
     parser.add_argument(
-        "--profile", choices=profiling.MODES, metavar="MODE", help=f"profile in place of measuring. {modes}"
+        "--profile", choices=profiler.MODES, metavar="MODE", help=f"profile in place of measuring. {modes}"
     )
 
 
@@ -37,17 +37,17 @@ def main(
     }
     if given := [option for option, is_given in of_records.items() if is_given]:
         raise SelectionError(f"--profile records nothing that {' and '.join(given)} could be for: leave it out.")
-    if why := profiling.missing(mode, device):
+    if why := profiler.missing(mode, device):
         raise SelectionError(why)
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     directory = request.out or checkout / "reports" / f"{started}-profile-{mode}"
-    points = profiling.points(
+    points = profiler.points(
         suites, request.preset, device, implementations=request.implementations, cases=request.cases
     )
-    if mode in profiling.TOOLS:
+    if mode in profiler.TOOLS:
         return _under_a_tool(mode, options.suite, request, points, directory)
     by_name = {suite.name: suite for suite in suites}
-    outcome = profiling.profile(mode, points, by_name, request.preset, device, directory)
+    outcome = profiler.profile(mode, points, by_name, request.preset, device, directory)
     _print(outcome, points, mode)
     return FAILURE if outcome.failed else DONE
 

@@ -18,14 +18,14 @@ from colt5_bench.commands._comparison import Comparer, add_thresholds
 from colt5_bench.commands._in_turns import add_measuring, check_measuring, compare_in_turns, place
 from colt5_bench.compare import Comparison, Finding, Rules, load_rules
 from colt5_bench.compare.findings import Verdict
-from colt5_bench.compare.output import as_json
 from colt5_bench.compare.revisions import MeasuringError, revision, with_appended
 from colt5_bench.compare.simulation import FEWEST_FOUND, MOST_FALSE_ALARMS
 from colt5_bench.loading import choose_device
+from colt5_bench.measuring.rounds import CPU_COLUMNS, GPU_COLUMNS
+from colt5_bench.records.results import Record
+from colt5_bench.report.comparison import as_json
 from colt5_bench.report.page import OURS
 from colt5_bench.request import SELECTING, declare
-from colt5_bench.results import Record
-from colt5_bench.rounds import CPU_COLUMNS, GPU_COLUMNS
 from colt5_bench.selection import SelectionError
 from colt5_bench.suite import Suite
 
@@ -33,7 +33,7 @@ Outcome = Literal["false alarm", "undecided", "quiet", "found", "missed"]
 
 PLANT = """
 
-from colt5_bench.planted import slowed  # noqa: E402
+from colt5_bench.selftest.planted import slowed  # noqa: E402
 
 SUITE = slowed(SUITE, {name!r}, {share!r})
 """

@@ -7,14 +7,14 @@ from typing import Any
 
 from rich.console import Console
 
-from colt5_bench import provenance
 from colt5_bench.commands import DONE
 from colt5_bench.commands._comparison import Comparer, add_options
 from colt5_bench.compare.baselines import read_baseline
-from colt5_bench.compare.output import show
 from colt5_bench.loading import load_suites
-from colt5_bench.parts import read
-from colt5_bench.results import Run, write
+from colt5_bench.records import provenance
+from colt5_bench.records.parts import read
+from colt5_bench.records.results import Run, write
+from colt5_bench.report.comparison import show
 from colt5_bench.selection import SelectionError
 from colt5_bench.startup import check, find_checkout
 

@@ -9,10 +9,10 @@ from colt5_bench.commands import UNMEASURED
 from colt5_bench.commands._comparison import STATUSES, Comparer, add_options, in_scope, status_of
 from colt5_bench.commands._in_turns import add_measuring, check_measuring, compare_in_turns, place
 from colt5_bench.compare import Comparison, read_baseline
-from colt5_bench.compare.output import FORMATS, append_summary, write
 from colt5_bench.compare.revisions import MeasuringError, revision
 from colt5_bench.loading import load_suites
-from colt5_bench.parts import read
+from colt5_bench.records.parts import read
+from colt5_bench.report.comparison import FORMATS, append_summary, write
 from colt5_bench.request import SELECTING, declare
 from colt5_bench.selection import SelectionError
 from colt5_bench.startup import check, find_checkout

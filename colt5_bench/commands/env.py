@@ -5,10 +5,10 @@ import json
 import sys
 from pathlib import Path
 
-from colt5_bench import environment
 from colt5_bench.commands import DONE
 from colt5_bench.loading import choose_device
-from colt5_bench.provenance import Origin
+from colt5_bench.records import environment
+from colt5_bench.records.provenance import Origin
 from colt5_bench.request import declare
 
 EXAMPLES = """\

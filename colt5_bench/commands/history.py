@@ -7,12 +7,12 @@ from pathlib import Path
 
 from colt5_bench.commands import DONE
 from colt5_bench.commands.report import load_views, write_all_plots
-from colt5_bench.parts import read
-from colt5_bench.report import measured_under
+from colt5_bench.records.derived import measured_under
+from colt5_bench.records.parts import read
+from colt5_bench.records.results import Record, Run
 from colt5_bench.report.layout import RUN
 from colt5_bench.report.page import write_page
 from colt5_bench.request import SELECTING, declare
-from colt5_bench.results import Record, Run
 from colt5_bench.selection import SelectionError, case_filter, pick
 
 EXAMPLES = """\

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from colt5_bench import parts
 from colt5_bench.commands import DONE
+from colt5_bench.records import parts
 
 EXAMPLES = """\
   python bench.py merge reports/layers-1 reports/layers-2 --out reports/layers.jsonl

@@ -8,12 +8,13 @@ from colt5_bench.commands import DONE
 from colt5_bench.commands._comparison import Comparer, add_options
 from colt5_bench.compare import Finding, read_baseline
 from colt5_bench.loading import load_suites
-from colt5_bench.parts import read
+from colt5_bench.records.derived import by
+from colt5_bench.records.parts import read
+from colt5_bench.records.results import Run
 from colt5_bench.report.export import write_csv, write_parquet
-from colt5_bench.report.layout import View, by
+from colt5_bench.report.layout import View
 from colt5_bench.report.page import PAGE, write_page
 from colt5_bench.report.plots import write_plots
-from colt5_bench.results import Run
 from colt5_bench.selection import SelectionError
 from colt5_bench.startup import check, find_checkout
 

@@ -17,19 +17,21 @@ import pytest
 import torch
 from rich.console import Console
 
-from colt5_bench import busy, plugin, provenance
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED, USAGE, _check, _profile, attempt
-from colt5_bench.environment import cores
 from colt5_bench.files import trouble
 from colt5_bench.loading import choose_device, load_suites, pick_suites
-from colt5_bench.parts import missing
-from colt5_bench.progress import Watcher
+from colt5_bench.measuring import busy
+from colt5_bench.pytest_plugin import plugin
+from colt5_bench.records import provenance
+from colt5_bench.records.environment import cores
+from colt5_bench.records.parts import missing
+from colt5_bench.records.results import FAILED, Run, load
 from colt5_bench.report.layout import View
 from colt5_bench.report.page import PAGE, write_page
 from colt5_bench.report.plots import write_plots
+from colt5_bench.report.progress import Watcher
 from colt5_bench.report.table import endings, summary
 from colt5_bench.request import MEASURING, Request, declare
-from colt5_bench.results import FAILED, Run, load
 from colt5_bench.selection import WHOLE, SelectionError, case_filter, pick, suite_files
 from colt5_bench.session import Session
 from colt5_bench.startup import check, find_checkout

@@ -9,13 +9,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from colt5_bench import selftest
 from colt5_bench.commands import DONE, FAILURE, _trials
 from colt5_bench.compare import simulation
 from colt5_bench.loading import choose_device, load_suites
 from colt5_bench.request import declare
 from colt5_bench.selection import SelectionError
-from colt5_bench.selftest import Check, Report
+from colt5_bench.selftest import checks
+from colt5_bench.selftest.checks import Check, Report
 from colt5_bench.startup import check, find_checkout
 
 EXAMPLES = """\
@@ -57,7 +57,7 @@ def main(options: argparse.Namespace) -> int:
         return _trials.run(options, checkout, load_suites(checkout))
     if options.suite or options.planted is not None:
         raise SelectionError("--suite and --planted are of --comparisons: say how many.")
-    report = selftest.run(choose_device(options.device))
+    report = checks.run(choose_device(options.device))
     if options.json:
         print(json.dumps({**asdict(report), "passed": report.passed}, indent=2))
     else:

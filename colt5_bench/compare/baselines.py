@@ -5,7 +5,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from colt5_bench.results import Record, Run, load
+from colt5_bench.records.results import Record, Run, load
 from colt5_bench.selection import SelectionError
 
 HAS_NO_SAMPLES = ("not capturable", "throttled", "refused")

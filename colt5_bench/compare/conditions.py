@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from colt5_bench import provenance
-from colt5_bench.results import Record, Run
+from colt5_bench.records import provenance
+from colt5_bench.records.results import Record, Run
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from math import inf, isfinite, isnan, nan
 from typing import Any
 
-from colt5_bench.columns import PEAK, SAVED, SPEED_UP, error_of
 from colt5_bench.compare.conditions import Pairing
 from colt5_bench.compare.findings import Figure, Finding, Unit, Verdict
 from colt5_bench.compare.thresholds import Bound, Thresholds
-from colt5_bench.results import Record
-from colt5_bench.samples import Runs, beside, middle
+from colt5_bench.records.columns import PEAK, SAVED, SPEED_UP, error_of
+from colt5_bench.records.results import Record
+from colt5_bench.records.samples import Runs, beside, middle
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from colt5_bench.report import Interval, short, spans_one
+from colt5_bench.records.derived import Interval, short, spans_one
 
 Verdict = Literal["failed", "missing", "worse", "unclear", "new", "better", "same"]
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from colt5_bench import git, provenance
+from colt5_bench.compare.processes import die_with, unwinding_when_terminated
 from colt5_bench.files import own
-from colt5_bench.parts import read
-from colt5_bench.processes import die_with, unwinding_when_terminated
-from colt5_bench.results import Run
+from colt5_bench.records import git, provenance
+from colt5_bench.records.parts import read
+from colt5_bench.records.results import Run
 from colt5_bench.selection import SelectionError
 
 SIDES = ("a", "b")

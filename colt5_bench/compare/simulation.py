@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.signal import lfilter
 
 from colt5_bench.compare.revisions import MOST_TURNS, TURNS
-from colt5_bench.samples import (
+from colt5_bench.records.samples import (
     Changes,
     Level,
     changes,

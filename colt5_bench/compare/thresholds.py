@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from colt5_bench.results import Record
+from colt5_bench.records.results import Record
 from colt5_bench.selection import SelectionError, case_filter
 
 Direction = Literal["lower", "higher", "equal"]

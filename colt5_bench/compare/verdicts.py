@@ -15,10 +15,9 @@ from colt5_bench.compare.conditions import Conditions, Pairing, notes_on
 from colt5_bench.compare.figures import Draft, Measured, Point, Times, figures
 from colt5_bench.compare.findings import Comparison, Finding, Verdict, verdict_on
 from colt5_bench.compare.thresholds import Rules
-from colt5_bench.report import label, varying_fields
-from colt5_bench.report.layout import by
-from colt5_bench.results import FAILED, Record, Run
-from colt5_bench.samples import Changes, compared, holm, judge, narrower
+from colt5_bench.records.derived import by, label, varying_fields
+from colt5_bench.records.results import FAILED, Record, Run
+from colt5_bench.records.samples import Changes, compared, holm, judge, narrower
 
 Key = tuple[str, str, str, str]
 

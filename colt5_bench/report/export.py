@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from colt5_bench.files import whole
-from colt5_bench.results import Record, to_frame
+from colt5_bench.records.results import Record, to_frame
 
 
 def write_csv(path: Path, records: Sequence[Record]) -> Path:

@@ -10,8 +10,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from colt5_bench.columns import BANDWIDTH, GRADIENT_ERROR, time
-from colt5_bench.report import Interval, axes, label, plus_minus, text, varying_fields, worst_gradient
+from colt5_bench.records.columns import BANDWIDTH, GRADIENT_ERROR, time
+from colt5_bench.records.derived import Interval, by, label, plus_minus, text, varying_fields, worst_gradient
+from colt5_bench.records.results import Record
+from colt5_bench.report import axes
 from colt5_bench.report.colours import colour, place
 from colt5_bench.report.layout import (
     ERROR_DECADES,
@@ -24,7 +26,6 @@ from colt5_bench.report.layout import (
     TRADED_FIELD,
     Drawn,
     View,
-    by,
     by_fields,
     combinations,
     divergence_fields,
@@ -37,7 +38,6 @@ from colt5_bench.report.layout import (
     tick,
     traded,
 )
-from colt5_bench.results import Record
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star", "x")
 """Tell implementations apart in grey."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from math import ceil, floor, inf, log10
 from typing import TypeVar
 
-from colt5_bench.columns import PEAK
-from colt5_bench.report import Interval, bandwidth, label, time_intervals, varying_fields, worst_gradient
-from colt5_bench.results import Record
+from colt5_bench.records.columns import PEAK
+from colt5_bench.records.derived import Interval, bandwidth, by, label, time_intervals, varying_fields, worst_gradient
+from colt5_bench.records.results import Record
 from colt5_bench.suite import Suite
 
 T = TypeVar("T")
@@ -170,14 +170,6 @@ def decades(values: Iterable[float]) -> tuple[int, int]:
     logarithms = [log10(value) for value in values if 0 < value < inf] or [0.0]
     lowest = floor(min(logarithms))
     return lowest, max(ceil(max(logarithms)), lowest + 1)
-
-
-def by(records: Iterable[T], key: Callable[[T], object]) -> list[list[T]]:
-    """Records with the same key, or findings on them, in the order of the first of each."""
-    groups: dict[object, list[T]] = {}
-    for record in records:
-        groups.setdefault(key(record), []).append(record)
-    return list(groups.values())
 
 
 def by_fields(records: Iterable[Record], names: Sequence[str]) -> list[list[Record]]:

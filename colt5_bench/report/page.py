@@ -12,12 +12,12 @@ from markupsafe import Markup
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
-from colt5_bench.columns import GRADIENT_ERROR, SHARE_OF_LIMIT, SPEED_UP, time
 from colt5_bench.compare.findings import Comparison, Finding
-from colt5_bench.environment import flat
 from colt5_bench.files import whole
-from colt5_bench.report import (
+from colt5_bench.records.columns import GRADIENT_ERROR, SHARE_OF_LIMIT, SPEED_UP, time
+from colt5_bench.records.derived import (
     Interval,
+    by,
     main_column,
     mean_speed_up,
     plus_minus,
@@ -32,10 +32,11 @@ from colt5_bench.report import (
     varying_fields,
     worst_gradient,
 )
+from colt5_bench.records.environment import flat
+from colt5_bench.records.results import Record, Run
 from colt5_bench.report.figures import Card, cards
-from colt5_bench.report.layout import View, by
+from colt5_bench.report.layout import View
 from colt5_bench.report.rows import columns, command, details, rows
-from colt5_bench.results import Record, Run
 
 PAGE = "report.html"
 """What the page of a run is called, beside its results."""

@@ -16,9 +16,10 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from colt5_bench.columns import BANDWIDTH, GRADIENT_ERROR, time
 from colt5_bench.files import whole
-from colt5_bench.report import label, main_column, varying_fields, worst_gradient
+from colt5_bench.records.columns import BANDWIDTH, GRADIENT_ERROR, time
+from colt5_bench.records.derived import by, label, main_column, varying_fields, worst_gradient
+from colt5_bench.records.results import Record
 from colt5_bench.report.colours import colour, place
 from colt5_bench.report.layout import (
     ERROR_DECADES,
@@ -28,7 +29,6 @@ from colt5_bench.report.layout import (
     PEAK_MEGABYTES,
     SAVED_MEGABYTES,
     Drawn,
-    by,
     by_fields,
     combinations,
     decades,
@@ -43,7 +43,6 @@ from colt5_bench.report.layout import (
     tick,
     traded,
 )
-from colt5_bench.results import Record
 
 MARKERS = "osD^vP*X"
 """Tell implementations apart in grey."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
-from colt5_bench.columns import (
+from colt5_bench.records.columns import (
     BANDWIDTH,
     LARGEST_ERROR,
     PEAK,
@@ -18,9 +18,10 @@ from colt5_bench.columns import (
     error_of,
     time,
 )
-from colt5_bench.report import (
+from colt5_bench.records.derived import (
     Interval,
     bandwidth,
+    by,
     label,
     main_column,
     measured_under,
@@ -35,8 +36,8 @@ from colt5_bench.report import (
     varying_fields,
     worst,
 )
-from colt5_bench.report.layout import View, by
-from colt5_bench.results import Record
+from colt5_bench.records.results import Record
+from colt5_bench.report.layout import View
 
 Cell = str | int | float | None | tuple[float, str]
 """With an interval: the figure to sort by, and how it is said."""

@@ -7,7 +7,7 @@ from typing import TypeAlias
 from rich.console import Console
 from rich.text import Text
 
-from colt5_bench.columns import (
+from colt5_bench.records.columns import (
     BANDWIDTH,
     ERROR_AT_KINK,
     FRACTION_ABOVE,
@@ -23,8 +23,9 @@ from colt5_bench.columns import (
     error_of,
     time,
 )
-from colt5_bench.report import (
+from colt5_bench.records.derived import (
     bandwidth,
+    by,
     label,
     main_column,
     plus_minus,
@@ -34,15 +35,14 @@ from colt5_bench.report import (
     short,
     speed_up_intervals,
     speed_ups,
-    terminal,
     time_intervals,
     varying_fields,
     worst,
     worst_gradient,
 )
-from colt5_bench.report.layout import by
+from colt5_bench.records.results import Divergence, Record
+from colt5_bench.report import terminal
 from colt5_bench.report.terminal import print_table
-from colt5_bench.results import Divergence, Record
 
 MOST_CASES = 40
 """Of a suite of divergence, which has hundreds: the worst are shown."""

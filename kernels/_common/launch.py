@@ -193,7 +193,7 @@ def triton_for_cpu_tensors(multiprocessors: int = 132) -> Iterator[None]:
     """Send CPU tensors to the Triton kernels at the launch settings of a GPU with so many multiprocessors, by
     default an H200, to compile them where there is no GPU.
 
-    Launching is up to the caller to prevent, as `colt5_bench.static_facts` does.
+    Launching is up to the caller to prevent, as `colt5_bench.measuring.static_facts` does.
     """
     global _compiling_for
     _compiling_for = multiprocessors

@@ -1,7 +1,7 @@
 """Records of which everything is known."""
 
-from colt5_bench.report import label
-from colt5_bench.results import Divergence, Record, Timing
+from colt5_bench.records.derived import label
+from colt5_bench.records.results import Divergence, Record, Timing
 
 FORWARD, BOTH = "forward", "forward+backward"
 

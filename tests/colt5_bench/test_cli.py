@@ -17,8 +17,8 @@ from rich.console import Console
 from colt5_bench import cli, commands
 from colt5_bench.commands import env, run
 from colt5_bench.loading import choose_device, load_suites
+from colt5_bench.records.results import load
 from colt5_bench.report.table import endings
-from colt5_bench.results import load
 from colt5_bench.selection import SelectionError, case_filter, pick
 from colt5_bench.startup import StartupError, check, find_checkout
 from tests.colt5_bench import made
@@ -117,7 +117,7 @@ def test_an_interrupted_run_keeps_what_it_has(bench, checkout):
 
 FAILING_ONCE = """
 
-from colt5_bench.isolation import Measurer
+from colt5_bench.measuring.isolation import Measurer
 
 measure = Measurer.measure
 

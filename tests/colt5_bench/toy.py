@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from colt5_bench.case import DIRECTIONS, FORWARD, Case, Cost, Problem, Truth
-from colt5_bench.replay import replay
+from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
 
 

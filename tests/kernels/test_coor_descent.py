@@ -390,7 +390,7 @@ def test_captured_in_a_cuda_graph(shape):
 
 def test_what_is_kept_for_the_backward_pass():
     """16 bytes a row and iteration, and the schedule as one row more: nothing of the size of the scores."""
-    from colt5_bench.memory import saved_bytes
+    from colt5_bench.measuring.memory import saved_bytes
 
     rows, n_iters = 3, CONSTANT["n_iters"]
     scores = randn(rows, 300).requires_grad_()
@@ -403,8 +403,8 @@ def test_what_is_kept_for_the_backward_pass():
 @pytest.mark.skipif(INTERPRETED or DEVICE != "cpu", reason="about the CPU path")
 def test_the_cpu_path_is_worth_it():
     """Forward and backward, 64 x 4096, 50 iterations: four times faster than the definition, a tenth of the memory."""
-    from colt5_bench.memory import measure_memory
-    from colt5_bench.timing import time_interleaved
+    from colt5_bench.measuring.memory import measure_memory
+    from colt5_bench.measuring.timing import time_interleaved
 
     scores, grad = torch.randn(64, 4096).requires_grad_(), torch.randn(64, 4096)
 
@@ -429,7 +429,7 @@ def test_the_cpu_path_is_worth_it():
 @pytest.mark.compiled
 def test_short_rows_are_spread_over_the_warp_that_they_share():
     """Otherwise the compiler adds up every four entries of a row by shuffles: hundreds of them."""
-    from colt5_bench.static_facts import compiled_kernels
+    from colt5_bench.measuring.static_facts import compiled_kernels
 
     with triton_for_cpu_tensors(), torch.no_grad():
         (fact,) = compiled_kernels(lambda: coor_descent(torch.empty(8192, 512), k=8.0, **DECAYING), 90)

@@ -7,7 +7,7 @@ from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import reference
-from colt5_bench.static_facts import compiled_kernels
+from colt5_bench.measuring.static_facts import compiled_kernels
 from kernels._common.launch import triton_for_cpu_tensors
 from kernels.windowed_attention import pairs_in_reach, windowed_attention
 from reference.layers.light_attention import WindowedAttention

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import reference
-from colt5_bench.accuracy import Spread
 from colt5_bench.case import FORWARD, FORWARD_BACKWARD
-from colt5_bench.measure import Conditions, measure
-from colt5_bench.roofline import measure_ceilings
+from colt5_bench.measuring.accuracy import Spread
+from colt5_bench.measuring.measure import Conditions, measure
+from colt5_bench.measuring.roofline import measure_ceilings
 from colt5_bench.suite import Implementation
 from suites import _descent, peers
 from suites._descent import COLD, CONSTANT, DECAYING, DescentCase

@@ -5,10 +5,10 @@ from math import inf
 import pytest
 import torch
 
-from colt5_bench.accuracy import Spread
 from colt5_bench.case import FORWARD_BACKWARD
-from colt5_bench.measure import Conditions, measure
-from colt5_bench.roofline import measure_ceilings
+from colt5_bench.measuring.accuracy import Spread
+from colt5_bench.measuring.measure import Conditions, measure
+from colt5_bench.measuring.roofline import measure_ceilings
 from suites import routing
 from suites.routing import SUITE, RoutingCase
 from suites.sequence_length import SUITE as SEQUENCE_LENGTH

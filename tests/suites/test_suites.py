@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from colt5_bench.call import Call
 from colt5_bench.case import DIRECTIONS, FORWARD, FORWARD_BACKWARD
 from colt5_bench.loading import load_suites
-from colt5_bench.measure import Conditions, measure
-from colt5_bench.roofline import measure_ceilings
+from colt5_bench.measuring.call import Call
+from colt5_bench.measuring.measure import Conditions, measure
+from colt5_bench.measuring.roofline import measure_ceilings
+from colt5_bench.measuring.static_facts import compiled_kernels
 from colt5_bench.selection import PRESETS
-from colt5_bench.static_facts import compiled_kernels
 
 ROOT = Path(__file__).parents[2]
 SUITES = load_suites(ROOT)

@@ -7,8 +7,8 @@ import pytest
 
 from colt5_bench import cli, commands
 from colt5_bench.commands.history import _placed
+from colt5_bench.records.results import Writer, load
 from colt5_bench.report.layout import RUN
-from colt5_bench.results import Writer, load
 from tests.colt5_bench.made import diverging, record, timed
 
 ROOT = Path(__file__).parents[3]

@@ -1,8 +1,8 @@
 """The check of a case: values and gradients of ours against the definition in fp64.
 
-An element may be off by what `colt5_bench.accuracy` finds that correct computations are: plain PyTorch in the dtype of
-the case, with operands moved by roundings. Where a gradient is off and the definition has not decided it, as at a kink
-of coordinate descent, a case is `undecided`: neither right nor wrong.
+An element may be off by as much as correct computations are, which `colt5_bench.measuring.accuracy` finds: plain
+PyTorch in the dtype of the case, with operands moved by roundings. Where a gradient is off and the definition has not
+decided it, as at a kink of coordinate descent, a case is `undecided`: neither right nor wrong.
 """
 
 import traceback
@@ -15,8 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
-from colt5_bench.accuracy import DRAWS, Spread, Tolerance
-from colt5_bench.rounding import MovedOperands
+from colt5_bench.measuring.accuracy import DRAWS, Spread
+from colt5_bench.measuring.rounding import MovedOperands
+from colt5_bench.tolerance import Tolerance
 from suites._descent import FORWARD_BOUND, GRADIENT_BOUND
 from tests.kernels.fuzz.cases import Case, Maker, build
 from tests.kernels.fuzz.definition import Function, Tensors, Watched, definition, ours

@@ -1,0 +1,191 @@
+"""How far a tensor is from its fp64 truth, and how far it may be."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from math import inf, isnan, nan, sqrt
+
+import torch
+from torch import Tensor
+
+from colt5_bench.measuring.rounding import MovedOperands
+from colt5_bench.records.results import Divergence
+from colt5_bench.tolerance import LEAST_POWER, MOST_POWER, Tolerance, magnitudes
+
+CHUNK = 2**22
+"""Elements compared at a time: fp64 copies of a whole long tensor may not fit beside it."""
+
+DRAWS = 3
+"""Computations with moved operands that set what others may be off by, beside plain PyTorch as it is."""
+
+MARGIN = 8
+"""How many times farther than the farthest of these another one may be: the farthest of a few is a matter of luck, and
+another formula has more roundings."""
+
+ROUNDINGS = 2
+"""Roundings of itself that any element may be off by."""
+
+FEWEST = 64
+"""Elements of which the largest error is no matter of luck: fewer small ones are taken together with larger ones."""
+
+
+def diverge(
+    actual: Tensor,
+    expected: Tensor,
+    at_kink: Tensor | None = None,
+    bound: float = 1e-3,
+    tolerance: "Tolerance | None" = None,
+) -> Divergence:
+    """The distance of `actual` from `expected`, in fp64, elements `at_kink` (bool) apart.
+
+    Elements agree where both are NaN or the same infinity. Where only one is NaN, `largest` and `relative` are NaN, at
+    a kink too.
+
+    Args:
+        actual: any shape, any floating dtype.
+        expected: the truth, of the same shape.
+        at_kink: of the same shape: where the definition has no single derivative; counted and measured apart.
+        bound: an element that differs by more counts towards `fraction_above`.
+        tolerance: what each element may be off by.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    if actual.shape != expected.shape or (at_kink is not None and at_kink.shape != expected.shape):
+        shapes = [tuple(tensor.shape) for tensor in (actual, expected, at_kink) if tensor is not None]
+        raise ValueError(f"actual, expected and at_kink must be of one shape, got {shapes}")
+    largest = largest_at_kink = squared_difference = squared_truth = 0.0
+    others = above = kinks = 0
+    worst, allowed, budget = 0.0, inf, 0.0
+    for difference, truth, kink in _differences(actual, expected, at_kink):
+        # Any finite value may be right at a kink, nothing else is.
+        other = ~(kink & difference.isfinite())
+        away = difference[other]
+        largest = _larger(largest, away)
+        largest_at_kink = _larger(largest_at_kink, difference[kink])
+        squared_difference += away.square().sum().item()
+        squared_truth += truth[other & truth.isfinite()].square().sum().item()
+        others += away.numel()
+        above += int((~(away <= bound)).sum())
+        kinks += int(kink.sum())
+        if tolerance is not None and away.numel():
+            may = tolerance.of(truth[other])
+            at = torch.where(away == 0, 0.0, away / may).nan_to_num(nan=inf).argmax()
+            budget = max(budget, may.max().item())
+            if away[at].item() * allowed >= worst * may[at].item():
+                worst, allowed = away[at].item(), may[at].item()
+    judged = {} if tolerance is None else {"worst": worst, "allowed": allowed, "budget": budget}
+    return Divergence(
+        largest=largest,
+        relative=_ratio(sqrt(squared_difference), sqrt(squared_truth)),
+        fraction_above=above / max(others, 1),
+        kinks=kinks,
+        largest_at_kink=largest_at_kink,
+        **judged,
+    )
+
+
+def tolerances(
+    plain: Callable[[], Mapping[str, Tensor]],
+    expected: Mapping[str, Tensor],
+    at_kink: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tolerance]:
+    """The errors that a correct computation of some tensors may have.
+
+    One sample of plain PyTorch's error would be luck. So it computes them as it is, and several times with the operands
+    of each operation moved by a rounding.
+
+    Args:
+        plain: computes the tensors by plain PyTorch in the dtype that is judged.
+        expected: their fp64 truths.
+        at_kink: as in `diverge`.
+    """
+    spreads = {name: Spread(truth, (at_kink or {}).get(name)) for name, truth in expected.items()}
+    as_it_is: AbstractContextManager[object] = nullcontext()
+    for moved in (as_it_is, *(MovedOperands(seed) for seed in range(DRAWS))):
+        with moved:
+            results = plain()
+        for name, spread in spreads.items():
+            spread.add(results[name].detach())
+        # Before the next one takes as much memory.
+        del results
+    return {name: spread.tolerance() for name, spread in spreads.items()}
+
+
+class Spread:
+    """How far results lie from the truth that are computed with moved operands.
+
+    Elements of like magnitude are taken together: a small element of a sum is off by as much as a large one, a small
+    exponential is off by less, and either shows here.
+
+    Args:
+        expected: the fp64 truth.
+        at_kink: bool, of the same shape: elements that are left out.
+    """
+
+    def __init__(self, expected: Tensor, at_kink: Tensor | None = None) -> None:
+        self._expected = expected
+        self._at_kink = at_kink
+        self._largest = torch.zeros(MOST_POWER - LEAST_POWER + 2, dtype=torch.float64, device=expected.device)
+        self._counts = torch.zeros_like(self._largest)
+        self._scale = 0.0
+        self._dtype = expected.dtype
+
+    def add(self, moved: Tensor) -> None:
+        """Take one more result into account. Where it is not finite it says nothing."""
+        self._counts.zero_()
+        self._dtype = moved.dtype
+        for difference, truth, kink in _differences(moved, self._expected, self._at_kink):
+            judged = truth.isfinite() & ~kink
+            difference, truth = difference[judged], truth[judged]
+            if truth.numel():
+                places, difference = magnitudes(truth), difference.masked_fill(~difference.isfinite(), 0.0)
+                self._largest.scatter_reduce_(0, places, difference, "amax")
+                self._counts.scatter_add_(0, places, torch.ones_like(difference))
+                self._scale = max(self._scale, truth.abs().max().item())
+
+    def tolerance(self) -> Tolerance:
+        """The errors that another computation may have."""
+        # A larger element may be off by as much as a smaller one, and of few elements the least may be so by luck.
+        errors = MARGIN * self._largest.cummax(0).values
+        enough = int((self._counts[1:].cumsum(0) < FEWEST).sum()) + 1
+        errors[1:] = errors[1:].clamp(min=errors[min(enough, len(errors) - 1)].item())
+        information = torch.finfo(self._dtype)
+        # A rounding of a rounding of the largest element is nothing beside it.
+        least = max(information.eps**2 * self._scale, information.tiny)
+        return Tolerance(errors, ROUNDINGS * information.eps, least, self._dtype)
+
+
+def passes(actual: Divergence) -> bool:
+    """Whether each element is within what it may be off by. NaN never is; without a tolerance everything else is."""
+    if isnan(actual.largest):
+        return False
+    return actual.worst is None or actual.allowed is None or actual.worst <= actual.allowed
+
+
+def _differences(actual: Tensor, expected: Tensor, at_kink: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Absolute difference, truth and kink of one chunk after the other."""
+    kinks = torch.zeros((), dtype=torch.bool, device=expected.device) if at_kink is None else at_kink
+    chunks = zip(
+        actual.detach().reshape(-1).split(CHUNK),
+        expected.detach().reshape(-1).split(CHUNK),
+        kinks.expand(expected.shape).reshape(-1).split(CHUNK),
+        strict=True,
+    )
+    for a, e, kink in chunks:
+        value, truth = a.to(e.device, torch.float64), e.double()
+        agree = (value == truth) | (value.isnan() & truth.isnan())
+        yield (value - truth).abs().masked_fill(agree, 0.0), truth, kink.to(e.device)
+
+
+def _larger(largest: float, differences: Tensor) -> float:
+    """The larger one; NaN if either holds a NaN."""
+    if not differences.numel():
+        return largest
+    candidate = differences.max().item()
+    return nan if isnan(largest) or isnan(candidate) else max(largest, candidate)
+
+
+def _ratio(difference: float, truth: float) -> float:
+    if difference == truth == 0:
+        return 0.0
+    return difference / truth if truth else difference * inf

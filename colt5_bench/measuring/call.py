@@ -1,0 +1,74 @@
+"""What is timed: one call of an implementation."""
+
+from collections.abc import Callable
+from random import Random
+
+import torch
+from torch import Tensor
+
+from colt5_bench.case import FORWARD, Problem
+from colt5_bench.measuring import memory
+
+
+class Call:
+    """One call of an implementation, with the backward pass if that is measured.
+
+    Gradients are returned and not accumulated, so that nothing has to be reset between calls.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], problem: Problem, direction: str) -> None:
+        self._function = function
+        self._problem = problem
+        self._upstream = problem.upstream
+        self._wanted = () if direction == FORWARD else problem.differentiable
+        self._random, self._calls = Random(0), 0
+        self._latest: Tensor | None = None
+        self.sample: Tensor | None = None
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget the graphs of earlier calls: what they left behind belongs to the stream that they ran in, and would
+        keep a call in another stream from being captured. Here, which is not timed, the latest output may become the
+        `sample`: one in all, each with the same probability."""
+        if self._latest is not None:
+            self._calls += 1
+            if self._random.random() * self._calls < 1:
+                self.sample = self._latest.detach()
+            self._latest = None
+        self._inputs = {
+            name: tensor.detach().requires_grad_(name in self._wanted) for name, tensor in self._problem.inputs.items()
+        }
+        self._sources = [self._inputs[name] for name in self._wanted]
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """The output, then the gradients."""
+        output = self.forward()
+        gradients = self.backward(output)
+        # A tensor from within a capture belongs to the graph.
+        if not (output.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._latest = output
+        return output, *gradients
+
+    def forward(self) -> Tensor:
+        if not self._sources:
+            with torch.no_grad():
+                return self._function(**self._inputs)
+        return self._function(**self._inputs)
+
+    def backward(self, output: Tensor) -> tuple[Tensor, ...]:
+        """The gradients; none, if the direction is forward."""
+        return torch.autograd.grad(output, self._sources, self._upstream) if self._sources else ()
+
+    def read_bytes(self) -> int:
+        """Bytes of all that a call is given, memory that tensors share or repeat counted once."""
+        given = [*self._inputs.values(), *([self._upstream] if self._sources else [])]
+        sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in given}
+        return sum(sizes.values())
+
+    def results(self) -> dict[str, Tensor]:
+        return dict(zip(("output", *self._wanted), self(), strict=True))
+
+    def saved_bytes(self) -> int | None:
+        if not self._sources:
+            return None
+        return memory.saved_bytes(lambda: self._function(**self._inputs), self._inputs.values())

@@ -1,0 +1,229 @@
+"""Measuring in spite of what is measured: a process that dies or hangs, or a lost CUDA context, costs one record.
+
+Processes are forked from a server that has imported PyTorch and the like, and has never touched a GPU.
+"""
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from time import monotonic
+
+import torch
+
+import colt5_bench
+from colt5_bench.case import Case
+from colt5_bench.loading import load_suite
+from colt5_bench.measuring.measure import BrokenContextError, Conditions, measure, unmeasured
+from colt5_bench.records.results import Record
+from colt5_bench.request import TIME_LIMIT
+from colt5_bench.suite import Suite
+from colt5_bench.texts import said
+
+STARTING_SECONDS, ENDING_SECONDS = 300.0, 10.0
+"""How long a process may take before it measures, and after it has answered."""
+
+PRELOADED = ["pandas", "pynvml", "scipy.stats", "torch", "triton"]
+"""What takes long to import, and is the same for every checkout."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A case in a direction, with what another process finds it by."""
+
+    suite: Suite
+    case: Case
+    direction: str
+    file: Path
+    """Where the suite is, as `SUITE`."""
+
+    preset: str
+
+
+@dataclass(frozen=True)
+class _Address:
+    """What of a point goes to another process: a suite is made of functions without a name."""
+
+    file: Path
+    preset: str
+    case: str
+    direction: str
+    threads: int
+    path: list[str]
+    """Where modules are looked for."""
+
+
+@dataclass
+class _Attempt:
+    """What came of measuring some implementations together."""
+
+    finished: list[Record]
+    why: str = ""
+    """What kept it from finishing the others."""
+
+    culprit: str = ""
+    """The implementation that did, if that is known and it has no record."""
+
+
+class Measurer:
+    """Measures points in this process until that loses its CUDA context, then each in a process of its own; or so from
+    the beginning."""
+
+    def __init__(self, *, isolated: bool, time_limit: float = TIME_LIMIT) -> None:
+        self.isolated = isolated
+        self._time_limit = time_limit
+
+    def measure(self, point: Point, implementations: Sequence[str], conditions: Conditions) -> list[Record]:
+        """One record for each named implementation.
+
+        What an attempt leaves unfinished is measured again without the implementation that ended it, or one by one
+        if none is known to have.
+        """
+        records: dict[str, Record] = {}
+        waiting = [list(implementations)]
+        while waiting:
+            names = waiting.pop(0)
+            attempt = self._attempt(point, names, conditions)
+            records.update({record.implementation: record for record in attempt.finished})
+            left = [name for name in names if name not in records]
+            if blamed := attempt.culprit or (left[0] if len(names) == len(left) == 1 else ""):
+                suite, case, direction = point.suite, point.case, point.direction
+                records[blamed] = unmeasured(suite, case, direction, blamed, conditions, attempt.why)
+                left.remove(blamed)
+            together = len(left) < len(names)
+            waiting += ([left] if together else [[name] for name in left]) if left else []
+        return [records[name] for name in implementations]
+
+    def _attempt(self, point: Point, names: list[str], conditions: Conditions) -> _Attempt:
+        if self.isolated:
+            return _in_a_process(point, names, conditions, self._time_limit)
+        try:
+            return _Attempt(measure(point.suite, point.case, point.direction, names, conditions))
+        except BrokenContextError as error:
+            self.isolated = True
+            if conditions.device.type == "cuda":
+                _let_go_of(conditions.device, error)
+            return _Attempt(error.finished, str(error))
+
+
+def _let_go_of(device: torch.device, error: BrokenContextError) -> None:
+    """Free the memory that a lost context holds on to: other processes are to measure with all of it.
+
+    PyTorch has no call for that. Nor must it free a tensor or an event of that context any more: an error in a
+    destructor ends the process. So whatever was under way lives on for ever, in the frames of its error or as garbage.
+    """
+    gc.freeze()
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(error))
+    driver, handle = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    driver.cuDeviceGet(ctypes.byref(handle), device.index or 0)
+    driver.cuDevicePrimaryCtxReset_v2(handle)
+
+
+def _in_a_process(point: Point, names: list[str], conditions: Conditions, time_limit: float) -> _Attempt:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    address = _Address(point.file, point.preset, point.case.id, point.direction, torch.get_num_threads(), sys.path)
+    answers, answering = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(answering, address, names, conditions))
+    with _short_temporary_directory(), _this_harness_first():
+        process.start()
+    answering.close()
+    begun, why = "", f"its process did not start within {STARTING_SECONDS:g} s"
+    deadline = monotonic() + STARTING_SECONDS
+    try:
+        while answers.poll(max(deadline - monotonic(), 0)):
+            answer = answers.recv()
+            if isinstance(answer, _Attempt):
+                process.join(ENDING_SECONDS)
+                return answer
+            if answer is None:
+                deadline, why = monotonic() + time_limit, f"took longer than the time limit of {time_limit:g} s"
+            else:
+                begun = answer
+    except (EOFError, OSError):
+        process.join()
+        why = f"its process {_ending(process.exitcode)}"
+    finally:
+        _end(process)
+        answers.close()
+    return _Attempt([], why, begun)
+
+
+@contextmanager
+def _short_temporary_directory() -> Iterator[None]:
+    """The server listens at a socket in a temporary directory, and the path of a socket has room for 107 characters."""
+    before, tempfile.tempdir = tempfile.tempdir, "/tmp" if len(tempfile.gettempdir()) > 60 else tempfile.gettempdir()
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
+@contextmanager
+def _this_harness_first() -> Iterator[None]:
+    """A process that starts now imports this harness, even if it measures another checkout that has one, too."""
+    before = sys.path
+    sys.path = [str(Path(colt5_bench.__file__).parents[1]), *before]
+    try:
+        yield
+    finally:
+        sys.path = before
+
+
+def _answer(answers: Connection, address: _Address, names: list[str], conditions: Conditions) -> None:
+    """In the process: send None when it has started, each implementation before it is measured, and an attempt."""
+    # A group of its own: Ctrl-C is for the run, which then ends all that the case has started.
+    os.setsid()
+    _end_with_the_run(answers)
+    sys.path[:] = address.path
+    torch.set_num_threads(address.threads)
+    try:
+        suite = load_suite(address.file)
+        case = next(case for case in suite.cases(address.preset, conditions.device) if case.id == address.case)
+        answers.send(None)
+        attempt = _Attempt(measure(suite, case, address.direction, names, conditions, begin=answers.send))
+    except BrokenContextError as error:
+        attempt = _Attempt(error.finished, str(error))
+    except BaseException as error:
+        attempt = _Attempt([], f"its process failed: {said(error)}")
+    answers.send(attempt)
+
+
+def _end_with_the_run(answers: Connection) -> None:
+    """A run that is killed cannot end its processes, and a GPU should not work for nobody.
+
+    Another process waits for that: while what is measured has the lock of the interpreter, no thread of it does.
+    """
+    run = multiprocessing.parent_process()
+    assert run is not None
+    if os.fork() == 0:
+        # It is no end of the measured process as long as this one could answer.
+        answers.close()
+        run.join()
+        os.killpg(0, signal.SIGKILL)
+
+
+def _end(process: BaseProcess) -> None:
+    """End a process, and whatever it has started."""
+    assert process.pid is not None
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+    process.close()
+
+
+def _ending(status: int | None) -> str:
+    if status is None or status >= 0:
+        return f"ended with status {status}"
+    hint = ", as the system does when memory runs out" if -status == signal.SIGKILL else ""
+    return f"was ended by {signal.Signals(-status).name}{hint}"

@@ -1,0 +1,390 @@
+"""One case in one direction, every implementation of it side by side: accuracy first, then memory, then time."""
+
+import gc
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from colt5_bench.case import Case
+from colt5_bench.measuring import memory, roofline, static_facts, timing
+from colt5_bench.measuring.call import Call
+from colt5_bench.measuring.global_state import preserved
+from colt5_bench.measuring.oracle import Oracle
+from colt5_bench.measuring.roofline import Ceilings
+from colt5_bench.measuring.rounds import CPU_COLUMNS, GPU_COLUMNS
+from colt5_bench.records import environment
+from colt5_bench.records.results import Record, Status
+from colt5_bench.suite import Implementation, Suite
+from colt5_bench.texts import printable, said
+
+LONGEST_REASON = 300
+"""Characters of an error message that go into a record."""
+
+BREAKS_THE_CONTEXT = (
+    "an illegal memory access was encountered",
+    "the launch timed out and was terminated",
+    "device-side assert triggered",
+    "hardware stack error",
+    "an illegal instruction was encountered",
+    "misaligned address",
+    "operation not supported on global/shared address space",
+    "invalid program counter",
+    "unspecified launch failure",
+    "uncorrectable ECC error encountered",
+)
+"""Texts of the errors after which every call to CUDA fails in the process that had one: those of which the CUDA Runtime
+API's page on `cudaError_t` says that the process must be terminated and relaunched. PyTorch and Triton pass them on."""
+
+
+OUT_OF_MEMORY = re.compile(
+    r"\w+: (\[enforce fail at alloc_cpu\.cpp:\d+\] .*)?DefaultCPUAllocator: (can't allocate|not enough) memory"
+    r"|\w+: (CUDA error|Triton Error \[CUDA\]): out of memory"
+)
+"""How errors begin of which lack of memory is the reason, after their type."""
+
+NOT_MEASURED = "not measured"
+"""The reason of a record until something happens to it."""
+
+
+class BrokenContextError(RuntimeError):
+    """The CUDA context is lost: what is not measured yet can be measured in another process only."""
+
+    def __init__(self, why: str, finished: Sequence[Record] = ()) -> None:
+        super().__init__(why)
+        self.finished = list(finished)
+        """The records that stand: of what was skipped or failed before, and of what broke the context, if known."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What all records of a run are measured under."""
+
+    device: torch.device
+    device_name: str
+
+    environment: str
+    """Key of the run's environment line."""
+
+    ceilings: Ceilings
+
+    max_seconds: float = 2.0
+    """The longest that sampling one time column of a case may take."""
+
+    targets: tuple[int, ...] = ()
+    """Compute capabilities times ten that kernels are compiled for where there is no GPU that they run on."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The time columns; the first is the one that the figure of a case is."""
+        return GPU_COLUMNS if self.device.type == "cuda" else CPU_COLUMNS
+
+    @classmethod
+    def on(
+        cls, device: torch.device, environment_key: str, *, max_seconds: float = 2.0, targets: Sequence[int] = ()
+    ) -> "Conditions":
+        """The conditions on a device, whose ceilings are measured for it."""
+        ceilings = roofline.measure_ceilings(device)
+        return cls(device, environment.device_name(device), environment_key, ceilings, max_seconds, tuple(targets))
+
+
+def measure(
+    suite: Suite,
+    case: Case,
+    direction: str,
+    implementations: Sequence[str],
+    conditions: Conditions,
+    begin: Callable[[str], None] = lambda name: None,
+) -> list[Record]:
+    """One record for each named implementation, whatever happens to it.
+
+    An implementation that cannot run here is skipped; one that misses its accuracy bound is wrong and is not timed; an
+    exception ends that implementation only, and one in the fp64 truth those that are judged by it. Times are taken
+    interleaved. `begin` is told the name of an implementation before anything of it runs, and "" before what
+    concerns several.
+
+    Raises:
+        BrokenContextError: nothing more can be measured in this process.
+    """
+    records = {name: unmeasured(suite, case, direction, name, conditions) for name in implementations}
+    try:
+        with _exit_refused():
+            _measure_all(suite, case, direction, records, conditions, begin)
+    except BrokenContextError as error:
+        finished = [record for record in records.values() if record.status != "ok" and record.reason != NOT_MEASURED]
+        raise BrokenContextError(str(error), finished) from None
+    return list(records.values())
+
+
+def _measure_all(
+    suite: Suite,
+    case: Case,
+    direction: str,
+    records: dict[str, Record],
+    conditions: Conditions,
+    begin: Callable[[str], None],
+) -> None:
+    running: dict[str, Record] = {}
+    for name, record in records.items():
+        with _failing([record], "whether it is available: "):
+            if why := not_applicable(suite.implementations[name], case, direction, conditions.device):
+                record.status, record.reason = "skipped", printable(str(why))
+            else:
+                running[name] = record
+
+    oracles: dict[str, Oracle] = {}
+    operations = {name: suite.implementations[name].operation for name in running}
+    for operation in dict.fromkeys(operations.values()):
+        own = [name for name in running if operations[name] is operation]
+        with _failing([running[name] for name in own], "fp64 truth: ", out_of_memory="error"):
+            _describe_cost(suite, case, direction, [running[name] for name in own], conditions.ceilings)
+            oracles.update(dict.fromkeys(own, Oracle.consult(operation or suite, case, direction, conditions.device)))
+    _measure_each(suite, case, direction, {name: running[name] for name in oracles}, oracles, conditions, begin)
+
+
+def unmeasured(
+    suite: Suite, case: Case, direction: str, name: str, conditions: Conditions, why: str = NOT_MEASURED
+) -> Record:
+    """The record of an implementation of which nothing is known but why."""
+    return Record(
+        suite=suite.name,
+        case=case.id,
+        fields=case.fields(),
+        implementation=name,
+        direction=direction,
+        device=conditions.device_name,
+        status="error",
+        reason=why,
+        environment=conditions.environment,
+    )
+
+
+def not_applicable(implementation: Implementation, case: Case, direction: str, device: torch.device) -> str | None:
+    """Why an implementation cannot run a case in a direction on a device, or None."""
+    if direction not in implementation.directions:
+        return f"has no {direction}"
+    return implementation.unavailable(case, device)
+
+
+def _describe_cost(suite: Suite, case: Case, direction: str, records: Iterable[Record], ceilings: Ceilings) -> None:
+    cost = suite.cost(case, direction)
+    for record in records:
+        implementation = suite.implementations[record.implementation]
+        if implementation.operation is None and not implementation.partial:
+            record.minimum_bytes, record.minimum_exponentials = cost.bytes, cost.exponentials
+            record.minimum_flops = cost.flops
+            record.limit_seconds = roofline.limit_seconds(cost, ceilings)
+
+
+def _measure_each(
+    suite: Suite,
+    case: Case,
+    direction: str,
+    records: dict[str, Record],
+    oracles: dict[str, Oracle],
+    conditions: Conditions,
+    begin: Callable[[str], None],
+) -> None:
+    calls: dict[str, Call] = {}
+    for name, record in records.items():
+        begin(name)
+        implementation, oracle = suite.implementations[name], oracles[name]
+        with preserved() as record.changed_settings, _failing([record]):
+            function = implementation.build(case)
+            call = Call(function, oracle.problem, direction)
+            record.accuracy, record.reason = oracle.judge(implementation, call.results())
+            record.status = "wrong" if record.reason else "ok"
+            metrics = implementation.metrics(case, oracle.problem)
+            record.metrics = {str(metric): float(value) for metric, value in metrics.items()}
+            if record.status == "ok" and suite.timed:
+                record.peak_bytes = memory.measure_memory(call, device=conditions.device)
+                record.saved_bytes = call.saved_bytes()
+                record.kernels = _static_facts(implementation, call, conditions)
+                # A new one: outputs of calls whose kernels were compiled but not launched are no samples.
+                calls[name] = Call(function, oracle.problem, direction)
+        if spoilt := oracle.restore():
+            calls.pop(name, None)
+            record.status, record.reason = "wrong", f"writes to its input {spoilt}"
+    _time_correct(suite, calls, records, oracles, conditions, begin)
+
+
+def _time_correct(
+    suite: Suite,
+    calls: dict[str, Call],
+    records: dict[str, Record],
+    oracles: dict[str, Oracle],
+    conditions: Conditions,
+    begin: Callable[[str], None],
+) -> None:
+    """Take the times of implementations, and keep those of the ones that go on to be correct.
+
+    If one spoils the inputs of all while they are timed, nobody knows which: they are timed again, each on its own.
+    """
+    begin("")
+    _time_apart(calls, records, conditions)
+    calls = {name: call for name, call in calls.items() if records[name].status == "ok"}
+    spoilt = [name for name in calls if oracles[name].restore()]
+    others: dict[int, Oracle] = {}
+    for name, call in calls.items():
+        begin(name)
+        record, oracle = records[name], oracles[name]
+        with preserved(), _failing([record], "after it was timed: "):
+            call.renew()
+            if spoilt:
+                call.sample = None
+                _time_apart({name: call}, records, conditions)
+            if id(oracle) not in others:
+                others[id(oracle)] = oracle.with_other_values()
+            fault = _late_fault(suite.implementations[name], call, oracle, others[id(oracle)])
+            if record.status == "ok" and fault:
+                record.status, record.reason = "wrong", fault
+        if record.status == "wrong":
+            record.timings = {}
+
+
+def _late_fault(implementation: Implementation, call: Call, oracle: Oracle, other: Oracle) -> str:
+    """The fault of an implementation that was right at first; an empty text if it has none."""
+    if spoilt := oracle.restore():
+        return f"writes to its input {spoilt} while it is timed"
+    if call.sample is not None:
+        _, wrong = oracle.judge(implementation, {"output": call.sample})
+        if wrong:
+            return f"right at first, while it is timed {wrong}"
+    _, wrong = oracle.judge(implementation, call.results())
+    if wrong:
+        return f"right at first, later {wrong}"
+    if spoilt := oracle.restore():
+        return f"writes to its input {spoilt}, but not at first"
+    with oracle.given(other):
+        _, wrong = other.judge(implementation, {"output": call.forward().detach()})
+    return f"for other values in the same tensors {wrong}" if wrong else ""
+
+
+def _time_apart(calls: dict[str, Call], records: dict[str, Record], conditions: Conditions) -> None:
+    """Take times interleaved, but of each call that changes settings on its own: they would hold for all."""
+    alone = [name for name in calls if records[name].changed_settings]
+    for names in ([name for name in calls if name not in alone], *([name] for name in alone)):
+        if names:
+            with preserved(), _failing([records[name] for name in names], "timing: "):
+                _time({name: calls[name] for name in names}, records, conditions)
+    for name, call in calls.items():
+        if records[name].status == "ok":
+            with _failing([records[name]], "timing: "):
+                _refuse_impossible(records[name], call, conditions)
+
+
+def _time(calls: dict[str, Call], records: dict[str, Record], conditions: Conditions) -> None:
+    """Interleaved. If one of several fails, nobody knows which: they are timed again, each on its own."""
+    taken = None
+    try:
+        taken = timing.time_interleaved(
+            calls,
+            device=conditions.device,
+            columns=conditions.columns,
+            before={name: call.renew for name, call in calls.items()},
+            max_seconds=conditions.max_seconds,
+        )
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if len(calls) == 1 or _breaks_context(said(error)):
+            raise
+    if taken is None:
+        _free_memory()
+        for name, call in calls.items():
+            with _failing([records[name]], "timing: "):
+                _time({name: call}, records, conditions)
+        return
+    for name, timings in taken.items():
+        records[name].timings = timings
+
+
+def _static_facts(implementation: Implementation, call: Call, conditions: Conditions) -> list[dict[str, object]]:
+    if conditions.device.type == "cuda":
+        return static_facts.compiled_kernels(call)
+    if implementation.launching is None:
+        return []
+    with implementation.launching():
+        return [facts for target in conditions.targets for facts in static_facts.compiled_kernels(call, target)]
+
+
+def _refuse_impossible(record: Record, call: Call, conditions: Conditions) -> None:
+    """Take back what a cold cache cannot have allowed: then the measurement is broken, and the record says so."""
+    for column in ("cold", "graph"):
+        seconds = record.seconds(column)
+        if seconds is None or record.minimum_bytes is None:
+            continue
+        size = min(record.minimum_bytes, call.read_bytes())
+        if why := roofline.too_fast(seconds, size=size, ceilings=conditions.ceilings):
+            broken = record.timings[column]
+            broken.samples, broken.refused, broken.stopped = [], broken.samples, f"refused: {why}"
+            record.status, record.reason = "error", f"{column} time is refused: {why}"
+
+
+@contextmanager
+def _failing(records: Sequence[Record], where: str = "", *, out_of_memory: Status = "out_of_memory") -> Iterator[None]:
+    """An exception becomes the status and the reason of the records, and the run goes on.
+
+    One that breaks the CUDA context ends it. Of several records one is to blame, and nobody knows which: they are left
+    to be measured one by one.
+    """
+    try:
+        yield
+    except (BrokenContextError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        text = said(error)
+        status: Status = out_of_memory if _is_out_of_memory(error, text) else "error"
+        message = where + text[:LONGEST_REASON]
+        broken = _breaks_context(text)
+        if len(records) == 1 or not broken:
+            for record in records:
+                record.status, record.reason = status, message
+        if broken:
+            raise BrokenContextError(message) from None
+    else:
+        return
+    # Only now is the traceback gone that kept the tensors of the failed call alive.
+    _free_memory()
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            # Of a kernel that was still running when something else failed.
+            raise BrokenContextError(str(error)) from None
+
+
+def _breaks_context(said: str) -> bool:
+    return any(text in said for text in BREAKS_THE_CONTEXT)
+
+
+def _is_out_of_memory(error: BaseException, said: str) -> bool:
+    """PyTorch has a type of its own for a GPU's memory; for the host's, and where CUDA or Triton ask for more of a
+    GPU's, it is a RuntimeError that begins like this."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.match(said) is not None
+
+
+@contextmanager
+def _exit_refused() -> Iterator[None]:
+    """`os._exit` raises, but in processes that what is measured has forked: it would end the run, and as a success."""
+    leave, here = os._exit, os.getpid()
+
+    def refuse(status: int) -> None:
+        if os.getpid() != here:
+            leave(status)
+        raise SystemExit(f"called os._exit({status})")
+
+    os._exit = refuse  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os._exit = leave

@@ -1,0 +1,148 @@
+"""What the compiler made of the Triton kernels that a call launches; with no GPU too, by compiling only."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from colt5_bench.measuring.sass import Usage, instructions, usage
+
+WARP_SIZE = 32
+
+ALLOCATING = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")]
+"""Functions that return memory as it was."""
+
+
+class _CompileOnly:
+    """As much of a Triton driver as compiling takes, on a machine without that GPU."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._target, WARP_SIZE)
+
+    def get_current_device(self) -> str:
+        """Not a number: a kernel keeps what it compiled by device, and a real GPU must never find this."""
+        return f"compile only: sm_{self._target}"
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def compiled_kernels(
+    launch: Callable[[], object], target: int | None = None, *, disassemble: bool = True
+) -> list[dict[str, object]]:
+    """The facts of each distinct Triton kernel that `launch` launches, in the order of their first launch.
+
+    A kernel is distinct if anything differs that it is compiled for. What `torch.compile` generates is launched by
+    PyTorch and does not appear.
+
+    Args:
+        launch: called once.
+        target: None: kernels really run, on the GPU of their tensors. 80, 90, ...: kernels are compiled for that
+            compute capability times ten and nothing is launched, so that their outputs stay as they were allocated,
+            zeros where they were allocated empty; tensors may be on the CPU and no GPU is needed.
+        disassemble: False leaves out `instructions`, which take half as long again as compiling does.
+
+    Returns:
+        For each kernel `name`, `target` (`sm_90`), `registers` (a thread), `spilled_bytes` (local memory a thread:
+            spilled registers, and arrays that are not in registers), `shared_bytes` (a program), `num_warps`,
+            `num_stages`, `cooperative`, `instructions`, how many there are by class (see `sass.CLASSES`), and
+            `constants`, the values of its constexpr arguments by name.
+
+    Raises:
+        RuntimeError: Triton's interpreter is on (TRITON_INTERPRET=1), which compiles nothing.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("static facts need Triton's compiler: unset TRITON_INTERPRET")
+    kernels: dict[str, Any] = {}
+    with _observed(kernels, compile_only=target is not None), _driver_for(target):
+        launch()
+    usage_of = _loaded_usage if target is None else _compiled_usage
+    return [_facts(kernel, usage_of(kernel), disassemble=disassemble) for kernel in kernels.values()]
+
+
+@contextmanager
+def _observed(kernels: dict[str, Any], *, compile_only: bool) -> Iterator[None]:
+    """Collect each kernel that runs by the hash of its source, arguments and options."""
+    run = JITFunction.run
+
+    def observe(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=warmup or compile_only, **kwargs)
+        kernels.setdefault(kernel.hash, kernel)
+        return kernel
+
+    JITFunction.run = observe
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+
+
+@contextmanager
+def _driver_for(target: int | None) -> Iterator[None]:
+    if target is None:
+        yield
+        return
+    # Not `driver.active`: to look for the real driver is an error where there is no GPU.
+    active = driver._active
+    driver.set_active(_CompileOnly(target))
+    try:
+        with ExitStack() as stack:
+            for owner, name in ALLOCATING:
+                stack.enter_context(patch.object(owner, name, _zeroed(getattr(owner, name))))
+            yield
+    finally:
+        driver.set_active(active)
+
+
+def _zeroed(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What no kernel has written is 0: an index that one was to write has to be one that PyTorch can go on with."""
+
+    @wraps(allocate)
+    def zeros(*args: Any, **kwargs: Any) -> Tensor:
+        return allocate(*args, **kwargs).zero_()
+
+    return zeros
+
+
+def _facts(kernel: Any, usage: Usage, *, disassemble: bool) -> dict[str, object]:
+    metadata, function = kernel.metadata, kernel.src.fn
+    given = {function.arg_names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
+    declared = [parameter.name for parameter in function.params if parameter.is_constexpr]
+    return {
+        "name": metadata.name,
+        "target": f"sm_{metadata.target.arch}",
+        "registers": usage.registers,
+        "spilled_bytes": usage.spilled_bytes,
+        "shared_bytes": metadata.shared,
+        "num_warps": metadata.num_warps,
+        "num_stages": metadata.num_stages,
+        "cooperative": metadata.launch_cooperative_grid,
+        **({"instructions": instructions(kernel.asm["cubin"])} if disassemble else {}),
+        "constants": {name: _plain(given[name]) for name in declared if name in given},
+    }
+
+
+def _plain(value: object) -> object:
+    """A value that JSON can hold."""
+    value = getattr(value, "value", value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _loaded_usage(kernel: Any) -> Usage:
+    """As the GPU's driver tells it; Triton counts spills in words of four bytes."""
+    return Usage(kernel.n_regs, 4 * kernel.n_spills)
+
+
+def _compiled_usage(kernel: Any) -> Usage:
+    return usage(kernel.asm["cubin"])

@@ -1,0 +1,222 @@
+"""How long calls take: interleaved, until the median is certain enough, in four columns.
+
+- `cold`: GPU time of the launches of one call, from event to event. The stream is kept busy by a spin kernel while the
+  host launches, so that the GPU never waits for the host, and the L2 cache holds nothing of the call's data.
+- `warm`: the same right after another run of the call, so that the L2 cache holds what that left there.
+- `graph`: as `cold`, for the replay of a CUDA graph that the call was captured into.
+- `wall`: host time. Of a call on a CPU that is all of it; of a call on a GPU it is what the host needs to launch it,
+  among others of its kind and in one thread.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from math import inf
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from scipy.stats import binom
+
+from colt5_bench.measuring.rounds import CPU_COLUMNS, GPU_COLUMNS, WARM_UP_CALLS, Call, Round, rounds
+from colt5_bench.records.environment import GpuState, gpu_state
+from colt5_bench.records.results import Timing
+
+CONFIDENCE = 0.95
+
+FEWEST_SAMPLES = 3
+"""Of a call that takes longer than all samples together should."""
+
+
+def time_interleaved(
+    calls: Mapping[str, Call],
+    *,
+    device: torch.device,
+    columns: Sequence[str],
+    before: Mapping[str, Callable[[], None]] | None = None,
+    target: float = 0.01,
+    min_samples: int = 10,
+    max_samples: int = 200,
+    max_seconds: float = 2.0,
+) -> dict[str, dict[str, Timing]]:
+    """Time calls side by side: round after round, each call once a round, in an order shuffled anew for each round.
+
+    A call leaves when the 95 % confidence interval of its median, relative to the median, is at most `target`, and it
+    has `min_samples`; or when it has `max_samples`; or when a column has taken `max_seconds` for all its calls, but
+    not before it has `min_samples` (3, if the median of one call is longer than `max_seconds`).
+
+    On a GPU a round during which the hardware was slowed down by heat or a power brake is repeated, within the same
+    bounds on number and time: what then lacks samples has `throttled`. Running at the power limit is a GPU's normal
+    state under load and voids nothing. No setting of it is touched.
+
+    Args:
+        calls: what is timed, by name. Each is run a few times beforehand, untimed.
+        device: where the calls run.
+        columns: `cold`, `warm`, `graph` and `wall` on a GPU, `wall` on a CPU.
+        before: by name, what runs untimed before each sample, and before a call is captured.
+        target: relative width of the interval at which a call is known well enough.
+        min_samples: fewest samples of a call. An interval exists from six.
+        max_samples: most samples of a call, and most rounds that are repeated.
+        max_seconds: time for one column, all calls together, warming up not counted.
+
+    Returns:
+        By name and column. What cannot be captured into a graph has a `graph` column without samples, and `stopped`
+        says why.
+
+    Raises:
+        ValueError: a column is unknown, or the device has none of that name.
+        Exception: whatever a call raises, other than in capture.
+    """
+    offered = GPU_COLUMNS if device.type == "cuda" else CPU_COLUMNS
+    if unknown := set(columns) - set(offered):
+        raise ValueError(f"columns on {device.type} are {', '.join(offered)}, got {', '.join(sorted(unknown))}")
+    prepare = {name: (before or {}).get(name, _nothing) for name in calls}
+    timings: dict[str, dict[str, Timing]] = {name: {} for name in calls}
+    with current(device):
+        for name in calls:
+            for _ in range(WARM_UP_CALLS):
+                prepare[name]()
+                calls[name]()
+        for column in columns:
+            with rounds(column, calls, prepare, device) as (take, refused):
+                taken = _sample(
+                    take,
+                    [name for name in calls if name not in refused],
+                    column=column,
+                    state=lambda: gpu_state(device),
+                    target=target,
+                    min_samples=min_samples,
+                    max_samples=max_samples,
+                    max_seconds=max_seconds,
+                )
+            for name in calls:
+                timings[name][column] = (
+                    Timing(column, [], f"not capturable: {refused[name]}", inf) if name in refused else taken[name]
+                )
+    return timings
+
+
+def median_interval(samples: Sequence[float]) -> tuple[float, float]:
+    """A 95 % confidence interval of the median: two of the samples, whatever distribution they are from.
+
+    The count of samples below the true median is binomial, which says how far from the ends of the sorted samples one
+    may go. Fewer than six samples bound nothing.
+    """
+    rank = _rank(len(samples))
+    if rank == 0:
+        return -inf, inf
+    ordered = sorted(samples)
+    return ordered[rank - 1], ordered[-rank]
+
+
+def relative_interval(samples: Sequence[float]) -> float:
+    """Width of the confidence interval of the median over the median."""
+    low, high = median_interval(samples)
+    return (high - low) / median(samples) if high - low < inf else inf
+
+
+@cache
+def _rank(count: int) -> int:
+    """Which sample from either end bounds the interval, counted from 1; 0 if none does."""
+    return int(binom.ppf((1 - CONFIDENCE) / 2, count, 0.5)) if count else 0
+
+
+def _sample(
+    take: Round,
+    names: Sequence[str],
+    *,
+    column: str,
+    state: Callable[[], GpuState | None],
+    target: float,
+    min_samples: int,
+    max_samples: int,
+    max_seconds: float,
+) -> dict[str, Timing]:
+    """Take rounds until each call has a reason to stop."""
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    discarded = dict.fromkeys(names, 0)
+    stopped: dict[str, str] = {}
+    shuffle = random.Random(0)
+
+    def reason_to_stop(name: str, seconds: float) -> str:
+        taken = samples[name]
+        late = seconds >= max_seconds
+        enough = FEWEST_SAMPLES if taken and median(taken) > max_seconds else min_samples
+        if len(taken) >= min_samples and relative_interval(taken) <= target:
+            return "confident"
+        if len(taken) >= max_samples:
+            return "max_samples"
+        if late and len(taken) >= enough:
+            return "max_seconds"
+        return "throttled" if discarded[name] >= (1 if late else max_samples) else ""
+
+    began, watch = perf_counter(), _Watch(state)
+    while active := [name for name in names if name not in stopped]:
+        order = shuffle.sample(active, len(active))
+        seconds = take(order)
+        if watch.throttled():
+            for name in order:
+                discarded[name] += 1
+        else:
+            for name, sample in zip(order, seconds, strict=True):
+                samples[name].append(sample)
+        for name in active:
+            if reason := reason_to_stop(name, perf_counter() - began):
+                stopped[name] = reason
+
+    seen = watch.summary()
+    return {
+        name: Timing(column, taken, stopped[name], relative_interval(taken), discarded[name], **seen)
+        for name, taken in samples.items()
+    }
+
+
+class _Watch:
+    """What the GPU says of itself before, between and after the rounds of a column."""
+
+    def __init__(self, read: Callable[[], GpuState | None]) -> None:
+        self._read = read
+        self._last = read()
+        self._valid: list[GpuState] = []
+        self._reasons: Counter[str] = Counter()
+
+    def throttled(self) -> bool:
+        """Whether the round that ended just now is void: the GPU was slowed down at its beginning or is at its end."""
+        now = self._read()
+        states = [state for state in (self._last, now) if state is not None]
+        self._last = now
+        self._reasons.update(now.reasons if now is not None else ())
+        if any(state.throttled for state in states):
+            return True
+        self._valid += states
+        return False
+
+    def summary(self) -> dict[str, Any]:
+        """The fields of a `Timing` that say what the samples were taken under."""
+        clocks = [state.sm_clock_mhz for state in self._valid]
+        powers = [state.power_w for state in self._valid if state.power_w is not None]
+        temperatures = [state.temperature_c for state in self._valid if state.temperature_c is not None]
+        return {
+            "sm_clock_mhz": median(clocks) if clocks else None,
+            "sm_clock_range_mhz": [min(clocks), max(clocks)] if clocks else None,
+            "power_w": median(powers) if powers else None,
+            "temperature_c": max(temperatures, default=None),
+            "throttle_reasons": dict(self._reasons),
+        }
+
+
+def _nothing() -> None:
+    pass
+
+
+@contextmanager
+def current(device: torch.device) -> Iterator[None]:
+    """Make a GPU the current one: streams, events and spins are made on that."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        yield

@@ -1,0 +1,1 @@
+"""Profilers around the calls that a run would measure."""

@@ -1,0 +1,255 @@
+"""What happens inside a call, under a profiler: for looking at, and never recorded as a time.
+
+Each case, direction and implementation is run a few times in named ranges, the names of which every mode shows in its
+own way. `ncu` and `nsys` start such a run themselves: see `nsight`.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+from typing import NamedTuple
+
+import nvtx
+import torch
+
+from colt5_bench.measuring.call import Call
+from colt5_bench.measuring.measure import not_applicable
+from colt5_bench.measuring.memory import SILENT
+from colt5_bench.measuring.timing import current
+from colt5_bench.selection import case_filter
+from colt5_bench.suite import Suite
+
+MODES = {
+    "nvtx": "ranges for a tool that this is run under",
+    "torch": "a Chrome trace and a table of operators",
+    "ncu": "hardware metrics of each kernel, by Nsight Compute",
+    "nsys": "a timeline and the time of each kernel, by Nsight Systems",
+    "memory": "a snapshot of the GPU's memory for https://pytorch.org/memory_viz",
+    "proton": "the kernels of each range, by Triton's profiler",
+}
+
+NEEDS_GPU = ("ncu", "nsys", "memory", "proton")
+
+TOOLS = {"ncu": "NVIDIA Nsight Compute", "nsys": "NVIDIA Nsight Systems"}
+
+DOMAIN = "colt5-bench"
+"""Of the NVTX ranges."""
+
+WARM_UP_CALLS, CALLS = 2, 3
+"""Compiled and cached outside of the profile, then seen in it."""
+
+MOST_ALLOCATIONS = 100_000
+"""Kept in the history of a snapshot."""
+
+LONGEST_NAME = 150
+"""Characters of a file's name, and of an operator's in a table."""
+
+Range = Callable[[str], AbstractContextManager[object]]
+Recorder = Callable[["Point", torch.device, Path], AbstractContextManager[list[Path]]]
+"""Profiles what runs inside, and gives the files that hold it afterwards."""
+
+
+class Point(NamedTuple):
+    """What is profiled at a time."""
+
+    suite: str
+    case: str
+    direction: str
+    implementation: str
+
+    def label(self, phase: str) -> str:
+        """The name of a range that no other point has, nor any other phase of this one."""
+        return " | ".join((f"{self.suite} {self.case}", self.direction, self.implementation, phase))
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """What happens in a call: `forward`, and `backward`."""
+        return tuple(self.direction.split("+"))
+
+    def file_name(self, number: int) -> str:
+        """With a number, as it may be cut."""
+        described = "-".join((self.suite, self.implementation, self.direction, self.case))
+        return f"{number:03d}-{re.sub(r'[^A-Za-z0-9=+,._-]', '_', described)}"[:LONGEST_NAME]
+
+
+@dataclass
+class Outcome:
+    """What became of the points."""
+
+    files: list[Path] = field(default_factory=list)
+    skipped: dict[Point, str] = field(default_factory=dict)
+    """With the reason."""
+
+    failed: dict[Point, str] = field(default_factory=dict)
+
+
+def missing(mode: str, device: torch.device) -> str | None:
+    """Why there is no such profile here, in a sentence that says what to do, or None."""
+    if mode in NEEDS_GPU and device.type != "cuda":
+        return f"--profile {mode} is about a GPU, and the device is {device.type}: --profile torch works here."
+    if mode in TOOLS and which(mode) is None:
+        return f"--profile {mode} needs {TOOLS[mode]}, and there is no {mode} on the PATH: install it, or add it there."
+    if mode == "proton" and find_spec("triton.profiler") is None:
+        return "--profile proton needs triton.profiler, which this build of Triton leaves out: --profile torch works."
+    return None
+
+
+def points(
+    suites: Iterable[Suite], preset: str, device: torch.device, *, implementations: Sequence[str], cases: str
+) -> list[Point]:
+    """Everything that was asked for, as a run would measure it."""
+    wanted = case_filter(cases)
+    return [
+        Point(suite.name, case.id, direction, name)
+        for suite in suites
+        for case in suite.cases(preset, device)
+        if wanted(case.id)
+        for direction in suite.directions(case)
+        for name in suite.implementations
+        if not implementations or name in implementations
+    ]
+
+
+def profile(
+    mode: str, wanted: Sequence[Point], suites: dict[str, Suite], preset: str, device: torch.device, directory: Path
+) -> Outcome:
+    """Profile point after point, in this process; one that raises ends itself only."""
+    if mode != "nvtx":
+        directory.mkdir(parents=True, exist_ok=True)
+    outcome = Outcome()
+    for number, point in enumerate(wanted, start=1):
+        path = directory / point.file_name(number)
+        try:
+            with current(device), _in_this_thread():
+                outcome.files += _profile_point(mode, point, suites[point.suite], preset, device, path)
+        except _Skipped as why:
+            outcome.skipped[point] = str(why)
+        except Exception as error:
+            outcome.failed[point] = " ".join(f"{type(error).__name__}: {error}".split())
+    return outcome
+
+
+class _Skipped(Exception):
+    """The implementation cannot run the case; the message is the reason."""
+
+
+def _profile_point(mode: str, point: Point, suite: Suite, preset: str, device: torch.device, path: Path) -> list[Path]:
+    record, open_range = RECORDERS[mode]
+    call = _prepare(point, suite, preset, device)
+    with record(point, device, path) as files:
+        _run(call, point, open_range, device)
+    return files
+
+
+def _prepare(point: Point, suite: Suite, preset: str, device: torch.device) -> Call:
+    """A call that is compiled and has filled its caches."""
+    implementation = suite.implementations[point.implementation]
+    case = next(case for case in suite.cases(preset, device) if case.id == point.case)
+    if why := not_applicable(implementation, case, point.direction, device):
+        raise _Skipped(why)
+    problem = (implementation.operation or suite).problem(case, device)
+    call = Call(implementation.build(case), problem, point.direction)
+    for _ in range(WARM_UP_CALLS):
+        call()
+    _synchronize(device)
+    return call
+
+
+def _run(call: Call, point: Point, open_range: Range, device: torch.device) -> None:
+    with open_range(f"{point.suite} {point.case} | {point.direction}"), open_range(point.implementation):
+        for _ in range(CALLS):
+            with open_range(point.label("forward")):
+                output = call.forward()
+            if "backward" in point.phases:
+                with open_range(point.label("backward")):
+                    call.backward(output)
+        _synchronize(device)
+
+
+def _in_this_thread() -> AbstractContextManager[object]:
+    """Ranges belong to a thread, and PyTorch runs the backward pass of a GPU in one of its own."""
+    return torch.autograd.set_multithreading_enabled(False)
+
+
+@contextmanager
+def _for_a_tool(point: Point, device: torch.device, path: Path) -> Iterator[list[Path]]:
+    """Between the marks of CUDA's profiler interface, so that a tool can leave out what lies before and after."""
+    with torch.cuda.profiler.profile() if device.type == "cuda" else nullcontext():
+        yield []
+
+
+@contextmanager
+def _torch(point: Point, device: torch.device, path: Path) -> Iterator[list[Path]]:
+    # Read when the profiler first starts, which would print a line at each start and stop.
+    os.environ.setdefault("KINETO_LOG_LEVEL", SILENT)
+    on_gpu = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
+    files: list[Path] = []
+    with torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True, acc_events=True) as run:
+        yield files
+    trace, table = path.with_name(f"{path.name}.trace.json.gz"), path.with_name(f"{path.name}.operators.txt")
+    run.export_chrome_trace(str(trace))
+    sort_by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    operators = run.key_averages().table(sort_by=sort_by, row_limit=-1, max_name_column_width=LONGEST_NAME)
+    table.write_text(operators, encoding="utf-8")
+    files += [trace, table]
+
+
+@contextmanager
+def _memory(point: Point, device: torch.device, path: Path) -> Iterator[list[Path]]:
+    files: list[Path] = []
+    torch.cuda.memory._record_memory_history(
+        stacks="python", max_entries=MOST_ALLOCATIONS, device=device, clear_history=True
+    )
+    try:
+        yield files
+        snapshot = path.with_name(f"{path.name}.pickle")
+        torch.cuda.memory._dump_snapshot(str(snapshot))
+        files.append(snapshot)
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None, device=device)
+
+
+@contextmanager
+def _proton(point: Point, device: torch.device, path: Path) -> Iterator[list[Path]]:
+    from triton import profiler
+
+    files: list[Path] = []
+    session = profiler.start(str(path), hook="triton")
+    try:
+        yield files
+    finally:
+        profiler.finalize(session)
+    files += sorted(path.parent.glob(f"{path.name}*"))
+    if not files:
+        raise RuntimeError("proton wrote no profile")
+
+
+def _nvtx_range(name: str) -> AbstractContextManager[object]:
+    return nvtx.annotate(name, domain=DOMAIN)
+
+
+def _proton_range(name: str) -> AbstractContextManager[object]:
+    from triton import profiler
+
+    return profiler.scope(name)
+
+
+RECORDERS: dict[str, tuple[Recorder, Range]] = {
+    "nvtx": (_for_a_tool, _nvtx_range),
+    "torch": (_torch, torch.profiler.record_function),
+    "memory": (_memory, torch.profiler.record_function),
+    "proton": (_proton, _proton_range),
+}
+"""How each mode that works in this process records a point, and names what it is doing."""
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

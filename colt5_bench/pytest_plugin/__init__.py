@@ -1,0 +1,1 @@
+"""Suites as files of pytest and pytest-benchmark."""

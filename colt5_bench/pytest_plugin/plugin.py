@@ -1,0 +1,132 @@
+"""The pytest plugin: a test that asks for `record` runs once for each case, direction and implementation of its suite.
+
+All implementations of a case and direction are measured together when the first of their tests runs.
+"""
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colt5_bench.files import trouble
+from colt5_bench.pytest_plugin.replay import virtual_clock
+from colt5_bench.records.results import Group, Record
+from colt5_bench.request import MEASURING, Request, declare
+from colt5_bench.selection import SelectionError
+from colt5_bench.session import Session
+
+_SESSION = pytest.StashKey[Session]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the options of the command line, but for short ones, which are pytest's own."""
+    group = parser.getgroup("colt5-bench", "measuring suites")
+
+    def add(*flags: str, **settings: Any) -> None:
+        group.addoption(*(flag for flag in flags if flag.startswith("--")), **settings)
+
+    declare(add, MEASURING)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Prepare the session, unless its options make none."""
+    if config.getoption("dist", "no") != "no":
+        raise pytest.UsageError("suites are measured one case at a time: leave out -n")
+    try:
+        config.stash[_SESSION] = Session(Request.of(config.option))
+    except SelectionError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each point of the suite that stands beside the test function."""
+    if "record" not in metafunc.fixturenames:
+        return
+    config, suite = metafunc.config, metafunc.module.SUITE
+    # A case takes as long as it takes.
+    patient = [pytest.mark.timeout(0)] if config.pluginmanager.hasplugin("timeout") else []
+    metafunc.parametrize(
+        ("case", "direction", "implementation"),
+        [
+            pytest.param(
+                group.case,
+                group.direction,
+                implementation,
+                id=f"{group.case}-{group.direction}-{implementation}",
+                marks=[pytest.mark.benchmark(group=f"{group.case} {group.direction}", timer=virtual_clock), *patient],
+            )
+            for group, implementation in config.stash[_SESSION].points(suite, Path(metafunc.module.__file__))
+        ],
+    )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Take what was collected, and not deselected since, as what has to be recorded, unless collecting is all."""
+    if session.config.getoption("collectonly"):
+        return
+    asking = [item for item in session.items if isinstance(item, pytest.Function) and "record" in item.fixturenames]
+    suites = list(dict.fromkeys(item.module.SUITE.name for item in asking))
+    try:
+        with _uncaptured(session.config):
+            session.config.stash[_SESSION].begin(map(_point, filter(_is_measured, asking)), suites)
+    except SelectionError as error:
+        raise pytest.UsageError(str(error)) from error
+    except OSError as error:
+        raise pytest.UsageError(trouble(error)) from error
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest, case: str, direction: str, implementation: str) -> Record:
+    """The record of the case, direction and implementation of this test."""
+    group, _ = _point(request.node)
+    try:
+        records = request.config.stash[_SESSION].measure(group)
+    except OSError as error:
+        # What is measured from here on would be lost, too.
+        pytest.exit(trouble(error), returncode=pytest.ExitCode.INTERNAL_ERROR)
+    return next(record for record in records if record.implementation == implementation)
+
+
+def _uncaptured(config: pytest.Config) -> AbstractContextManager[None]:
+    """The user sees what is written in this context."""
+    capturing = config.pluginmanager.getplugin("capturemanager")
+    return capturing.global_and_fixture_disabled() if capturing else nullcontext()
+
+
+def _is_measured(item: pytest.Function) -> bool:
+    """Not so for what stands in for a suite of which no case was asked for: pytest skips it."""
+    return isinstance(item.callspec.params["case"], str)
+
+
+def _point(item: pytest.Item) -> tuple[Group, str]:
+    assert isinstance(item, pytest.Function)
+    case, direction, implementation = (
+        str(item.callspec.params[name]) for name in ("case", "direction", "implementation")
+    )
+    return Group(item.module.SUITE.name, case, direction), implementation
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Close the results, and fail if a record is missing that was expected, or the code changed under the run."""
+    own = session.config.stash[_SESSION]
+    try:
+        own.close()
+    except OSError as error:
+        print(trouble(error), file=sys.stderr)
+        session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+        return
+    if (own.missing() or own.changed) and exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Name the records that are missing, and say how the code changed."""
+    own = config.stash[_SESSION]
+    for title, lines in {"expected and not measured": own.missing(), "code that changed": own.changed}.items():
+        if lines:
+            terminalreporter.section(title, red=True)
+            for line in lines:
+                terminalreporter.line(line)

@@ -1,0 +1,73 @@
+"""What was measured, told to pytest and to pytest-benchmark."""
+
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from colt5_bench.records.results import Record
+
+_now = 0.0
+
+
+def virtual_clock() -> float:
+    """The timer of a replay, in seconds: the sample under way, or 0 before it."""
+    return _now
+
+
+def replay(record: Record, benchmark: BenchmarkFixture) -> None:
+    """Pass or fail a test as its record did, and give pytest-benchmark the samples as if it had taken them.
+
+    The samples are those of the first time column. pytest-benchmark has to read `virtual_clock`, which the plugin sees
+    to. Everything else that was measured goes into `extra_info`.
+    """
+    if record.status == "skipped":
+        pytest.skip(record.reason)
+    benchmark.extra_info.update(_extra_info(record))
+    if record.status != "ok":
+        # A benchmark that raised is one that pytest-benchmark leaves out of its results.
+        with suppress(_NotMeasured):
+            benchmark.pedantic(_raise_not_measured)
+        check(record)
+
+    column, samples = next((column, t.samples) for column, t in record.timings.items() if t.samples)
+    benchmark.extra_info["column"] = column
+    remaining = iter(samples)
+
+    def begin() -> None:
+        global _now
+        _now = 0.0
+
+    def end() -> None:
+        # Counted from 0 each time: the difference that pytest-benchmark takes is the sample to the last bit.
+        global _now
+        _now = next(remaining, 0.0)
+
+    benchmark.pedantic(end, setup=begin, rounds=len(samples))
+
+
+def check(record: Record) -> None:
+    """Pass, fail or skip a test as its record did; all there is to do in a suite that is not timed."""
+    if record.status == "skipped":
+        pytest.skip(record.reason)
+    if record.status != "ok":
+        pytest.fail(f"{record.status}: {record.reason}", pytrace=False)
+
+
+class _NotMeasured(Exception):
+    pass
+
+
+def _raise_not_measured() -> None:
+    raise _NotMeasured
+
+
+def _extra_info(record: Record) -> dict[str, Any]:
+    """The record without its samples, with the median of each time column in seconds."""
+    info = asdict(record)
+    for column, timing in info["timings"].items():
+        del timing["samples"]
+        timing["median"] = record.seconds(column)
+    return info

@@ -1,0 +1,1 @@
+"""Records of measurements, their files, and figures derived from them."""

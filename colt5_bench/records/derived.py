@@ -1,0 +1,161 @@
+"""Figures derived from records: how cases are told apart, speed-ups, intervals, and short texts for all of these."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import inf, isfinite, isnan
+from statistics import geometric_mean
+from typing import Any, TypeVar
+
+import numpy as np
+
+from colt5_bench.records.results import Divergence, Record
+from colt5_bench.records.samples import beside, intervals
+
+Interval = tuple[float, float]
+
+T = TypeVar("T")
+
+
+def by(records: Iterable[T], key: Callable[[T], object]) -> list[list[T]]:
+    """Records with the same key, or findings on them, in the order of the first of each."""
+    groups: dict[object, list[T]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return list(groups.values())
+
+
+def varying_fields(records: Sequence[Record]) -> list[str]:
+    """The case fields that are not the same in all records, in the order of the case."""
+    names = dict.fromkeys(name for record in records for name in record.fields)
+    return [name for name in names if len({text(record.fields.get(name)) for record in records}) > 1]
+
+
+def text(value: object) -> str:
+    """A field's value, as short as it can be said."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def label(fields: Mapping[str, object], names: Iterable[str]) -> str:
+    """`n=512 eps=0.1`: those of the named fields that have a value."""
+    return " ".join(f"{name}={text(fields[name])}" for name in names if fields.get(name) is not None)
+
+
+def severity(divergence: Divergence) -> float:
+    """The largest error, to compare by: NaN is the worst there is."""
+    return inf if isnan(divergence.largest) else divergence.largest
+
+
+def worst(record: Record) -> Divergence | None:
+    """The tensor that is farthest from its truth."""
+    return max(record.accuracy.values(), key=severity, default=None)
+
+
+def worst_gradient(record: Record) -> Divergence | None:
+    """The gradient that is farthest from its truth."""
+    gradients = (divergence for tensor, divergence in record.accuracy.items() if tensor != "output")
+    return max(gradients, key=severity, default=None)
+
+
+def main_column(records: Iterable[Record]) -> str:
+    """The time column that the figures of records go by: GPU time with a cold L2 where there is any, else wall time."""
+    return "cold" if any(record.seconds("cold") is not None for record in records) else "wall"
+
+
+def bandwidth(record: Record, column: str) -> float | None:
+    """The least bytes over the time, in bytes a second."""
+    seconds = record.seconds(column)
+    return record.minimum_bytes / seconds if seconds and record.minimum_bytes else None
+
+
+def share_of_limit(record: Record, column: str) -> float | None:
+    """The least time that the device needs over the time taken."""
+    seconds = record.seconds(column)
+    return record.limit_seconds / seconds if seconds and record.limit_seconds else None
+
+
+def time_intervals(records: Sequence[Record], column: str) -> list[Interval | None]:
+    """Of the medians of a time column, as far as the run can tell: all at once, which is faster than one by one."""
+    samples = [timing.samples if (timing := record.timings.get(column)) else [] for record in records]
+    known = iter(_intervals([each for each in samples if each]))
+    return [next(known) if each else None for each in samples]
+
+
+def speed_ups(records: Sequence[Record], reference: str, column: str) -> list[float | None]:
+    """Of each record over the reference on the same case, in the same direction and run."""
+    seconds = {id(record): record.seconds(column) or 0.0 for record in records}
+    pairs = _beside_reference(records, reference, column)
+    return [seconds[id(pair[1])] / seconds[id(pair[0])] if pair else None for pair in pairs]
+
+
+def speed_up_intervals(records: Sequence[Record], reference: str, column: str) -> list[Interval | None]:
+    """Of the same speed-ups, by rounds: what slows both in a round is no noise. None for the reference itself."""
+    pairs = _beside_reference(records, reference, column)
+    ratios = [
+        beside(pair[1].timings[column].samples, pair[0].timings[column].samples)
+        for pair in pairs
+        if pair and pair[0] is not pair[1]
+    ]
+    known = iter(_intervals(ratios))
+    return [next(known) if pair and pair[0] is not pair[1] else None for pair in pairs]
+
+
+def spans_one(interval: Interval | None) -> bool:
+    """Whether a ratio with this interval is no difference that was seen."""
+    return interval is not None and interval[0] <= 1 <= interval[1]
+
+
+def mean_speed_up(ratios: Sequence[float], bounds: Sequence[Interval]) -> tuple[float, Interval]:
+    """The geometric mean of speed-ups with these intervals, and its own interval: noise of one pair has nothing to do
+    with that of another."""
+    with np.errstate(all="ignore"):  # Of a pair with too few samples, of which nothing is known.
+        logarithms = np.log(bounds)
+        mean, reaches = logarithms.mean(), np.diff(logarithms)[:, 0] / 2
+        error = np.sqrt((reaches**2).sum()) / len(bounds)
+    if not isfinite(error):
+        return geometric_mean(ratios), (0.0, inf)
+    return float(np.exp(mean)), (float(np.exp(mean - error)), float(np.exp(mean + error)))
+
+
+def _beside_reference(records: Sequence[Record], reference: str, column: str) -> list[tuple[Record, Record] | None]:
+    """Each record that has times with that of the reference which has them, too."""
+
+    def point(record: Record) -> tuple[str, str, str, str]:
+        return record.environment, record.suite, record.case, record.direction
+
+    timed = [record for record in records if column in record.timings and record.timings[column].samples]
+    theirs = {point(record): record for record in timed if record.implementation == reference}
+    own = {id(record): theirs.get(point(record)) for record in timed}
+    return [(record, base) if (base := own.get(id(record))) else None for record in records]
+
+
+def _intervals(several: Sequence[Sequence[float]]) -> list[Interval]:
+    return [(float(low), float(high)) for low, high in intervals(several)]
+
+
+def plus_minus(interval: Interval | None) -> str:
+    """`±2%`: half the width of an interval on the logarithmic scale; empty without one, `±?` if nothing is known."""
+    if interval is None:
+        return ""
+    low, high = interval
+    return f"±{100 * ((high / low) ** 0.5 - 1):.2g}%" if low > 0 and high < inf else "±?"
+
+
+def said_ratio(ratio: float, interval: Interval | None) -> str:
+    """`4x±2%`, or `0.9-1.1x` where the interval spans 1: then no difference was seen."""
+    if interval and spans_one(interval):
+        return f"{short(interval[0])}-{short(interval[1])}x"
+    return f"{short(ratio)}x{plus_minus(interval)}"
+
+
+def measured_under(environment: Mapping[str, Any], precision: int = len("2026-11-23T22:05")) -> str:
+    """`2026-11-23 22:05 a900dda`: date and revision of a run, which sorts by time; a plus is for changes that are not
+    committed. Empty where neither is known."""
+    git = environment.get("git") or {}
+    revision = f"{git['revision'][:7]}{'+' if git.get('dirty') else ''}" if git.get("revision") else ""
+    return f"{environment.get('utc', '')[:precision].replace('T', ' ')} {revision}".strip()
+
+
+def short(value: float) -> str:
+    """Three digits, all of those before the point, and no exponent for what a table shows."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.3g}" if value >= 1e-3 or value == 0 else f"{value:.1e}"

@@ -1,0 +1,97 @@
+"""Lines of JSON that strict parsers read, in files as people keep them.
+
+JSON has no word for a number that is none: it is written as the string "NaN", "Infinity" or "-Infinity".
+"""
+
+import gzip
+import json
+import zlib
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Collection, Iterator
+from math import inf, isfinite, isnan, nan
+from pathlib import Path
+from typing import Any
+
+from colt5_bench.texts import printable
+
+_NUMBERS = {"NaN": nan, "Infinity": inf, "-Infinity": -inf}
+_WORDS = tuple(f'"{word}"'.encode() for word in _NUMBERS)
+_GZIP = b"\x1f\x8b"
+
+
+def encode(content: Any) -> bytes:
+    """The line of a dictionary. What JSON does not know is written as text, and what cannot be printed as an escape."""
+    return json.dumps(_writable(content), allow_nan=False, default=str, ensure_ascii=False).encode() + b"\n"
+
+
+def decode(line: bytes) -> Any:
+    """What a line holds, which may be of a program that escapes less.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        content = json.loads(line.decode())
+        return content if _all_is_printable(line) else _shown(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"this is not JSON: {error}") from error
+
+
+def figures(value: Any, texts: Collection[str] = ()) -> Any:
+    """The value with numbers in place of the words for those that are none, but in what has a name of `texts`."""
+    if isinstance(value, str):
+        return _NUMBERS.get(value, value)
+    if isinstance(value, dict):
+        return {
+            name: each if name in texts and isinstance(each, str) else figures(each, texts)
+            for name, each in value.items()
+        }
+    return [figures(each, texts) for each in value] if isinstance(value, list) else value
+
+
+def is_simple(line: bytes) -> bool:
+    """Whether any parser reads from it what `decode` and `figures` do."""
+    return _all_is_printable(line) and not any(word in line for word in _WORDS)
+
+
+def lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, compressed by gzip or not, each with its end; empty ones are left out.
+
+    Raises:
+        ValueError: it is text of another encoding than UTF-8, or cannot be decompressed.
+    """
+    with path.open("rb") as file:
+        start = file.read(len(BOM_UTF8))
+        file.seek(0)
+        if start.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            raise ValueError(f"{path} is UTF-16: convert it to UTF-8, as by `iconv -f UTF-16 -t UTF-8`")
+        try:
+            for line in gzip.GzipFile(fileobj=file) if start.startswith(_GZIP) else file:
+                if text := line.removeprefix(BOM_UTF8).strip(b" \t\r\n"):
+                    yield text + line[-1:] if line.endswith(b"\n") else text
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} cannot be decompressed: {error}") from error
+
+
+def _all_is_printable(line: bytes) -> bool:
+    return line.isascii() and b"\\" not in line
+
+
+def _writable(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {printable(str(name)): _writable(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_writable(each) for each in value]
+    if isinstance(value, float) and not isfinite(value):
+        return "NaN" if isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {printable(name): _shown(each) for name, each in value.items()}
+    return [_shown(each) for each in value] if isinstance(value, list) else value

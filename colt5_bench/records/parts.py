@@ -1,0 +1,161 @@
+"""Results that belong together: of an interrupted run and what completes it, and of the shards of a run."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from colt5_bench.records import provenance
+from colt5_bench.records.environment import flat
+from colt5_bench.records.results import Group, Record, Run, Writer, load, write
+from colt5_bench.selection import SelectionError, Shard
+
+COMPARED = ("python", "threads", "torch", "triton", "cuda", "packages", "gpu", "git", "harness", "options")
+"""What has to be equal for records to stand in one table. The clock of a GPU at the start may differ."""
+
+COMPARED_ON_CPU = (*COMPARED, "cpu", "cores")
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], *, but: Collection[str] = ()) -> str:
+    """What of two environments has to be equal and is not for certain, in words; empty if nothing."""
+    compared = COMPARED if one.get("gpu") and other.get("gpu") else COMPARED_ON_CPU
+    ones, others = flat(dict(one)), flat(dict(other))
+    unequal = [
+        f"{name} {ones.get(name)!r} and {others.get(name)!r}"
+        for name in dict.fromkeys([*ones, *others])
+        if name.split(".")[0] in compared
+        and not name.startswith("gpu.at_start")
+        and name not in but
+        and ones.get(name) != others.get(name)
+    ]
+    return ", ".join(unequal) or _doubts(one, other)
+
+
+def _doubts(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Why the code of both may differ though they describe it alike."""
+    of_code = [one.get("git"), other.get("git"), *filter(None, (one.get("harness"), other.get("harness")))]
+    doubts = filter(None, map(provenance.doubt, of_code))
+    return "; ".join(dict.fromkeys(f"their code, perhaps, as nobody knows its revision: {why}" for why in doubts))
+
+
+def keep_finished(
+    writer: Writer, environment: Mapping[str, Any], expected: Mapping[Group, Collection[str]]
+) -> list[Record]:
+    """The records of an interrupted run that need not be measured again; they are all that is in the file then.
+
+    What is measured together is kept together: if every implementation was recorded, and none ended with an error,
+    which may have been the machine's. A wrong result or a lack of memory is a result.
+
+    Raises:
+        SelectionError: the run was measured under other conditions than `environment`, or cannot be read.
+    """
+    run = read(writer.path)
+    for before in run.environments.values():
+        if found := differences(before, environment):
+            raise SelectionError(
+                f"{writer.path} cannot be completed here, as there and here differ {found}: start anew with another "
+                "--out."
+            )
+    groups: dict[Group, dict[str, str]] = {}
+    for record in run.records:
+        groups.setdefault(record.group, {})[record.implementation] = record.status
+    finished = {
+        group
+        for group, statuses in groups.items()
+        if set(expected.get(group, ())) <= set(statuses) and "error" not in statuses.values()
+    }
+    kept = [record for record in run.records if record.group in finished]
+    writer.rewrite(run.environments.values(), kept)
+    return kept
+
+
+def read(path: Path) -> Run:
+    """The run of a path that the user named."""
+    try:
+        return load(path)
+    except ValueError as error:
+        raise SelectionError(str(error)) from error
+
+
+def merge(paths: Sequence[Path], out: Path) -> Run:
+    """Join the shards of a run, each a results file or a directory with any, in the order of an undivided run.
+
+    Raises:
+        SelectionError: they are not of one run, overlap, or something is missing; nothing is written then.
+    """
+    if out.exists():
+        raise SelectionError(f"{out} is there already; --out has to name a new file.")
+    parts = [read(file) for path in paths for file in sorted(path.rglob("*.jsonl")) or [path]]
+    first = _environment(parts[0])
+    by_suite: dict[str, dict[Shard, Run]] = {}
+    for part in parts:
+        environment = _environment(part)
+        for other in part.environments.values():
+            if other is not first and (found := differences(first, other, but=("options.suite", "options.shard"))):
+                raise SelectionError(f"{parts[0].path} and {part.path} are not of one run: they differ in {found}.")
+        if number := missing(part):
+            raise SelectionError(f"{part.path} lacks {number} of its records: complete it with `run --resume`.")
+        shards = by_suite.setdefault(environment["options"]["suite"], {})
+        shard = Shard.parse(environment["options"]["shard"])
+        if shard in shards:
+            raise SelectionError(f"{part.path} and {shards[shard].path} are both shard {shard}: name one of them.")
+        shards[shard] = part
+    merged = Run(out)
+    for suite, shards in by_suite.items():
+        _check_complete(suite, shards)
+        _refuse_twice(shards.values())
+        for part in shards.values():
+            merged.environments.update(part.environments)
+        merged.records += _in_turn([shards[shard].records for shard in sorted(shards, key=lambda each: each.index)])
+    write(out, merged.environments.values(), merged.records)
+    return merged
+
+
+def missing(run: Run) -> int:
+    """How many records a run was to have and has not."""
+    # By suite: a run that was completed has two environments, and each expects all.
+    described: Iterable[Any] = filter(_is_described, run.environments.values())
+    expected: dict[str, int] = {each["options"]["suite"]: each["expected"] for each in described}
+    recorded = Counter(suite for suite, *_ in {record.key for record in run.records})
+    return sum(max(number - recorded[suite], 0) for suite, number in expected.items())
+
+
+def _is_described(environment: Mapping[str, Any]) -> bool:
+    """Whether an environment says what the run was to measure, as those of old files do not."""
+    return "suite" in environment.get("options", {}) and "expected" in environment
+
+
+def _refuse_twice(parts: Iterable[Run]) -> None:
+    recorded: dict[tuple[str, str, str, str], Path] = {}
+    for part in parts:
+        for record in part.records:
+            if record.key in recorded:
+                where = " and ".join(dict.fromkeys(map(str, (recorded[record.key], part.path))))
+                raise SelectionError(f"{where} holds {' '.join(record.key)} twice: measure anew what was put together.")
+            recorded[record.key] = part.path
+
+
+def _environment(part: Run) -> dict[str, Any]:
+    """What all of a part was measured under; a run that was completed has been checked."""
+    environment: dict[str, Any] = next(iter(part.environments.values()), {})
+    if not _is_described(environment) or "shard" not in environment["options"]:
+        raise SelectionError(f"{part.path} does not say which options it was measured with: measure it anew.")
+    return environment
+
+
+def _check_complete(suite: str, shards: Mapping[Shard, Run]) -> None:
+    counts = {shard.count for shard in shards}
+    if len(counts) > 1:
+        divisions = " and into ".join(map(str, sorted(counts)))
+        raise SelectionError(f"suite {suite} was divided into {divisions} shards: name those of one division.")
+    whole = [Shard(index + 1, count) for count in counts for index in range(count)]
+    if missing := [str(shard) for shard in whole if shard not in shards]:
+        raise SelectionError(f"of suite {suite} shard {' and '.join(missing)} is missing: name its results, too.")
+
+
+def _in_turn(shards: Sequence[Iterable[Record]]) -> list[Record]:
+    """The cases of the shards in turn, as they were divided."""
+    cases = [[list(records) for _, records in groupby(shard, key=lambda record: record.case)] for shard in shards]
+    rounds = range(max(map(len, cases), default=0))
+    return [record for turn in rounds for each in cases for record in (each[turn] if turn < len(each) else ())]

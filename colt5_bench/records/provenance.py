@@ -1,0 +1,277 @@
+"""Whose code is measured: the revisions of the checkouts that the imported files are in, and their changes."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import colt5_bench
+from colt5_bench.records import git
+from colt5_bench.startup import PACKAGES
+from colt5_bench.texts import printable
+
+LONGEST_SECONDS = 30.0
+"""How long git may take for an answer."""
+
+RESULTS, BESIDE_RESULTS = ".jsonl", (".html", ".png", ".svg")
+"""How files end that runs write: results, and the page and the plots in the same directory."""
+
+BEGINNING_OF_RESULTS = b'{"kind": "environment"'
+
+FIELDS = ("git", "harness")
+"""Fields of an environment that say of which code a run was."""
+
+LINK, REPOSITORY = "120000", "160000"
+"""Modes of entries of a tree that are no files."""
+
+GONE, EMPTY = "gone", "a directory"
+"""What is there in place of a file. Files in a directory count by themselves."""
+
+
+class UnknownRevisionError(Exception):
+    """A revision cannot be told. The reason is for the record, and names no directory; the advice is for the user."""
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(reason)
+        self.reason, self.advice = reason, advice
+
+
+@dataclass(frozen=True)
+class Code:
+    """The checkout of a file, and its revision."""
+
+    place: Path
+    """Top of the checkout; of code without a revision, the directory that its package is in."""
+
+    described: dict[str, Any]
+    """For the record: `revision` and `dirty`, a hash of the changes or False; or `unknown`, why there are none."""
+
+    advice: str = ""
+    """For the user, if the revision is unknown."""
+
+    @classmethod
+    def of(cls, file: Path) -> "Code":
+        try:
+            top = _top(file.parent)
+            return cls(top, _described(top, file.relative_to(top).as_posix()))
+        except UnknownRevisionError as error:
+            return cls(file.parents[1], {"unknown": error.reason}, error.advice)
+
+    def __str__(self) -> str:
+        return f"{self.place} ({named(self.described) or 'unknown'})"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the code of a run comes from."""
+
+    suite: Path
+    measured: Code
+    harness: Code | None
+    """None if it is of the same checkout as what it measures."""
+
+    @classmethod
+    def of(cls, suite: Path) -> "Origin":
+        """Of the file of a suite, of the packages of operations as they were imported, and of the harness."""
+        measured, harness = Code.of(suite.resolve()), Code.of(Path(colt5_bench.__file__).resolve())
+        for package in PACKAGES:
+            file = getattr(sys.modules.get(package), "__file__", None)
+            if file and not _is_in(Path(file).resolve(), measured.place):
+                reason = f"{package} is not of the checkout of the suite"
+                advice = f"It is {Path(file).parent}: start `python bench.py` in the checkout that is to be measured"
+                measured = Code(measured.place, {"unknown": reason}, advice)
+        return cls(suite, measured, None if harness.place == measured.place else harness)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """For the record: `git`, and `harness` if that is of another checkout."""
+        return {"git": self.measured.described, "harness": self.harness and self.harness.described}
+
+    def notes(self) -> Iterator[str]:
+        """For the user, a line each: why a revision is unknown, and that the harness is of another checkout."""
+        for code in filter(None, (self.measured, self.harness)):
+            if why := code.described.get("unknown"):
+                yield printable(
+                    f"warning: the revision of {code.place} is unknown: {why}. {code.advice}. Until then results can "
+                    "neither be resumed nor merged, nor become a baseline"
+                )
+        if self.harness:
+            yield printable(
+                f"warning: the harness is of {self.harness}, and measures the code of {self.measured}: "
+                "`python bench.py` there measures it with its own"
+            )
+
+
+def named(described: Any) -> str | None:
+    """The revision as one word, with a plus and the hash of its changes if there are any; None if it is unknown."""
+    if not isinstance(described, Mapping) or "revision" not in described:
+        return None
+    changes = described.get("dirty")
+    # Old records know that there were changes, and not which.
+    return f"{described['revision']}{'+' if changes else ''}{changes if isinstance(changes, str) else ''}"
+
+
+def doubt(described: Any) -> str:
+    """Why nobody can tell whether another run was of the same code; empty if one can."""
+    if named(described) is None:
+        return described.get("unknown", "it says nothing of it") if described else "it says nothing of it"
+    return "it does not say which changes were not committed" if described.get("dirty") is True else ""
+
+
+def changed(before: Mapping[str, Any], now: Origin) -> dict[str, Any]:
+    """What the environment of a run has to say if its code is no longer that which it began with; empty if it is."""
+    return {
+        field: {"unknown": "the code changed while it was measured", "began": before[field], "ended": described}
+        for field, described in now.described.items()
+        if described != before[field]
+    }
+
+
+def change(environment: Mapping[str, Any]) -> str:
+    """How the code of a run changed while it was measured, in words; empty if it did not."""
+    changes = [each for field in FIELDS if "ended" in (each := environment.get(field) or {})]
+    return "; ".join(
+        f"{each['unknown']}: from {named(each['began']) or 'unknown'} to {named(each['ended']) or 'unknown'}"
+        for each in changes
+    )
+
+
+def _is_in(file: Path, place: Path) -> bool:
+    try:
+        return _top(file.parent) == place
+    except UnknownRevisionError:
+        return file.parents[1] == place
+
+
+def _top(directory: Path) -> Path:
+    return Path(_git(directory, "rev-parse", "--show-toplevel").removesuffix("\n"))
+
+
+def _described(top: Path, file: str) -> dict[str, Any]:
+    revision, committed, present = _listed(top)
+    if file not in committed and file not in present:
+        raise UnknownRevisionError(
+            "git ignores its files in the repository that they are in",
+            "Measure what git does not ignore, as `python bench.py` in a clone does",
+        )
+    return {"revision": revision, "dirty": _digest(top, committed, present)}
+
+
+def _listed(top: Path) -> tuple[str, dict[str, tuple[str, str]], set[str]]:
+    """The commit of a repository, mode and object of each path in it, and the paths that are there and not ignored."""
+    revision = _git(top, "rev-parse", "--verify", "HEAD^{commit}").strip()
+    committed = {}
+    for entry in filter(None, _git(top, "ls-tree", "-r", "-z", "--full-tree", revision).split("\0")):
+        facts, _, path = entry.partition("\t")
+        mode, _, identity = facts.split(" ")
+        committed[path] = mode, identity
+    # Nothing of what the index or a monitor remembers of files is asked for.
+    listed = _git(top, "-c", "core.fsmonitor=false", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    return revision, committed, {path.rstrip("/") for path in listed.split("\0") if path}
+
+
+def _digest(top: Path, committed: Mapping[str, tuple[str, str]], present: set[str]) -> str | bool:
+    """A hash of all that is not as it was committed, or False.
+
+    Contents decide, and neither times nor permissions. Line ends do not count in what was committed, as git may have
+    changed them when it wrote the file. Results of runs are no change of the code.
+    """
+    added = present - committed.keys()
+    added -= _written_by_runs(top, added)
+    try:
+        there = {path: _replacement(top / path, *entry) for path, entry in committed.items()}
+        there |= {path: _added(top / path) for path in added}
+    except OSError as error:
+        advice = printable(f"Let {error.filename} be read")
+        raise UnknownRevisionError("a file of the checkout cannot be read", advice) from error
+    changes = {path: content for path, content in there.items() if content is not None}
+    return bool(changes) and hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _replacement(path: Path, mode: str, identity: str) -> str | None:
+    """A digest of what is there in place of what was committed; None if that is there."""
+    if mode == REPOSITORY:
+        # A submodule that was not fetched holds nothing that could differ.
+        return None if (there := _added(path)) in (identity, EMPTY) else there or GONE
+    if (mode == LINK) != path.is_symlink() or not (path.is_symlink() or path.is_file()):
+        return _added(path) or GONE
+    content = os.fsencode(path.readlink()) if mode == LINK else path.read_bytes()
+    if identity == _blob(content, len(identity)):
+        return None
+    there = _blob(content.replace(b"\r\n", b"\n"), len(identity))
+    return None if there == identity else there
+
+
+def _blob(content: bytes, length: int) -> str:
+    """What git calls a content, in as many digits."""
+    algorithm = "sha256" if length == 2 * hashlib.sha256().digest_size else "sha1"
+    return hashlib.new(algorithm, b"blob %d\0%b" % (len(content), content), usedforsecurity=False).hexdigest()
+
+
+def _added(path: Path) -> str | None:
+    """A digest of a file, a link or a repository; None if it is gone."""
+    if path.is_symlink():
+        return f"link to {path.readlink()}"
+    if path.is_dir():
+        return _of_repository(path) if (path / ".git").exists() else EMPTY
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _of_repository(path: Path) -> str:
+    """The revision of a repository inside of another one, and its changes."""
+    try:
+        revision, committed, present = _listed(path)
+        return f"{revision}{_digest(path, committed, present) or ''}"
+    except UnknownRevisionError as error:
+        return error.reason
+
+
+def _written_by_runs(top: Path, paths: set[str]) -> set[str]:
+    results = {path for path in paths if path.endswith(RESULTS) and _holds_results(top / path)}
+    directories = {PurePosixPath(path).parent for path in results}
+    return results | {
+        path for path in paths if path.endswith(BESIDE_RESULTS) and PurePosixPath(path).parent in directories
+    }
+
+
+def _holds_results(path: Path) -> bool:
+    """Or will, or is gone."""
+    try:
+        with path.open("rb") as file:
+            return BEGINNING_OF_RESULTS.startswith(file.read(len(BEGINNING_OF_RESULTS)))
+    except FileNotFoundError:
+        return True
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    """What git answers.
+
+    Raises:
+        UnknownRevisionError: it does not.
+    """
+    try:
+        done = git.run(directory, *arguments, seconds=LONGEST_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise UnknownRevisionError("git does not answer", "See whether `git status` does there") from error
+    except OSError as error:
+        raise UnknownRevisionError("git cannot be started", "Install git, and have it on the PATH") from error
+    if done.returncode == 0:
+        return done.stdout
+    if "safe.directory" in done.stderr:
+        trust = done.stderr.split("\t")[-1].strip()
+        raise UnknownRevisionError("git does not trust the repository, whose owner is another user", f"Run `{trust}`")
+    if "not a git repository" in done.stderr:
+        raise UnknownRevisionError("it is in no git repository", "Measure in a clone")
+    if "Needed a single revision" in done.stderr:
+        raise UnknownRevisionError("its repository has no commit", "Commit what is there")
+    told = " ".join(done.stderr.split()) or f"status {done.returncode}"
+    raise UnknownRevisionError("git cannot read the repository", f"It says: {told}")

@@ -1,0 +1,379 @@
+"""One measurement is one Record; a run is a JSON Lines file of them, written as it goes."""
+
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
+from math import nan
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict
+
+import msgspec
+import pandas as pd
+
+from colt5_bench.files import append, own, whole
+from colt5_bench.records.columns import error_in_csv, time_in_csv
+from colt5_bench.records.lines import decode, encode, figures, is_simple, lines
+from colt5_bench.records.samples import intervals
+from colt5_bench.texts import Plain
+
+SCHEMA_VERSION = 2
+
+Status = Literal["ok", "wrong", "out_of_memory", "error", "skipped"]
+STATUSES: tuple[Status, ...] = ("ok", "wrong", "out_of_memory", "error", "skipped")
+FAILED: tuple[Status, ...] = ("wrong", "out_of_memory", "error")
+
+SuiteName = Annotated[str, msgspec.Meta(pattern=r"^[^/\\.][^/\\]*\Z", max_length=100)]
+"""Names a directory as well."""
+
+
+@dataclass(slots=True)
+class Timing:
+    """Samples of one time column of one implementation on one case and direction."""
+
+    column: str
+    """`cold`: GPU time, L2 flushed before each sample; `warm`: GPU time right after another run of the call; `graph`:
+    GPU time of a CUDA-graph replay, L2 flushed; `wall`: host time."""
+
+    samples: list[float]
+    """Seconds, in the order taken."""
+
+    stopped: str
+    """Why sampling ended: `confident` (interval under the target), `max_samples`, `max_seconds` or `throttled` (the
+    hardware was slowed down too often); or why it never began: `not capturable: ...`; or why the samples are not to be
+    believed: `refused: ...`."""
+
+    relative_interval: float
+    """Width of the 95 % confidence interval of the median over the median."""
+
+    discarded: int = 0
+    """Samples repeated because the GPU was throttled while they were taken."""
+
+    sm_clock_mhz: float | None = None
+    """Median SM clock read around the samples; None without NVML."""
+
+    sm_clock_range_mhz: list[float] | None = None
+    """The lowest and the highest of these: apart, if the clocks are not locked."""
+
+    power_w: float | None = None
+    """Median power draw read around the samples."""
+
+    temperature_c: float | None = None
+    """The highest temperature read around the samples."""
+
+    throttle_reasons: dict[str, int] = field(default_factory=dict)
+    """By name, how many rounds ended with this reason to run below the full clock, repeated ones included."""
+
+    refused: list[float] = field(default_factory=list)
+    """Samples, in seconds, that no device of this bandwidth can have taken: kept for whoever looks for the fault."""
+
+
+@dataclass(slots=True)
+class Divergence:
+    """Distance of one tensor from its fp64 truth, over the elements that are not at a kink."""
+
+    largest: float
+    """Largest absolute difference."""
+
+    relative: float
+    """Euclidean norm of the difference over that of the truth."""
+
+    fraction_above: float
+    """Fraction of elements that differ by more than 1e-3."""
+
+    kinks: int = 0
+    """Elements at a kink, left out of the figures above."""
+
+    largest_at_kink: float = 0.0
+    """Largest absolute difference among these."""
+
+    budget: float | None = None
+    """What the element that may be off the farthest may be off by: set from plain PyTorch on the same inputs; None: not
+    gated."""
+
+    worst: float | None = None
+    """The difference of the element that is off the farthest for what it may be off by; None as before."""
+
+    allowed: float | None = None
+    """What that element may be off by."""
+
+
+class Group(NamedTuple):
+    """What is measured together, in each of its implementations."""
+
+    suite: str
+    case: str
+    direction: str
+
+
+@dataclass(slots=True)
+class Record:
+    """One implementation on one case in one direction: what was measured, under what, and how it ended."""
+
+    suite: SuiteName
+    case: str
+    fields: dict[str, Plain]
+    """The fields of the case: nobody has to parse its id."""
+
+    implementation: str
+    direction: str
+    device: str
+    """Model name of the device."""
+
+    status: Status
+    reason: str = ""
+    """Why the status is not ok, in one line."""
+
+    timings: dict[str, Timing] = field(default_factory=dict)
+    """By column."""
+
+    peak_bytes: int | None = None
+    """Most memory allocated at once during the call, beyond what was allocated before it."""
+
+    saved_bytes: int | None = None
+    """Bytes kept for the backward pass, inputs and outputs not counted."""
+
+    accuracy: dict[str, Divergence] = field(default_factory=dict)
+    """By tensor: `output`, and the gradient of each differentiable input under the name of the input."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Further figures that the suite asks for, by name: its docstring says what they are."""
+
+    minimum_bytes: int | None = None
+    minimum_exponentials: int | None = None
+    minimum_flops: int | None = None
+    limit_seconds: float | None = None
+    """The least time the device needs for these, from its measured ceilings."""
+
+    changed_settings: list[str] = field(default_factory=list)
+    """Settings of the process that the implementation changed. They were put back."""
+
+    kernels: list[dict[str, object]] = field(default_factory=list)
+    """Static facts of each Triton kernel launched: name, registers, spills, shared memory, warps."""
+
+    environment: str = ""
+    """Key of the run's environment line."""
+
+    schema: int = SCHEMA_VERSION
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """Suite, case, direction and implementation: no two records of a run share it."""
+        return *self.group, self.implementation
+
+    @property
+    def group(self) -> Group:
+        return Group(self.suite, self.case, self.direction)
+
+    def seconds(self, column: str) -> float | None:
+        """Median of a time column."""
+        timing = self.timings.get(column)
+        return median(timing.samples) if timing and timing.samples else None
+
+
+class Writer:
+    """Appends lines to a results file, each whole and at once, so that an interrupted run keeps what it has measured.
+
+    Raises:
+        BlockingIOError: another process does.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = own(path)
+
+    def environment(self, environment: dict[str, object]) -> None:
+        """The first line: what the records were measured under."""
+        append(self._file, encode({"kind": "environment", **environment}))
+
+    def record(self, record: Record) -> None:
+        append(self._file, encode({"kind": "record", **asdict(record)}))
+
+    def rewrite(self, environments: Iterable[dict[str, object]], records: Iterable[Record]) -> None:
+        """Let the file hold these in place of what it holds, and go on."""
+        with whole(self.path) as unfinished:
+            successor = Writer.of(unfinished, environments, records)
+        self.close()
+        self._file = successor._file
+
+    def close(self) -> None:
+        """Give the file up; one that was never written to is none."""
+        if not self._file.tell():
+            self.path.unlink(missing_ok=True)
+        self._file.close()
+
+    @classmethod
+    def of(cls, path: Path, environments: Iterable[dict[str, object]], records: Iterable[Record]) -> "Writer":
+        """One that has written these."""
+        writer = cls(path)
+        try:
+            for environment in environments:
+                writer.environment(environment)
+            for record in records:
+                writer.record(record)
+        except BaseException:
+            writer._file.close()
+            raise
+        return writer
+
+
+@dataclass
+class Run:
+    """What results files hold."""
+
+    path: Path
+    environments: dict[str, dict[str, object]] = field(default_factory=dict)
+    """What records were measured under, by the key that they name: one, unless several runs were put together."""
+
+    records: list[Record] = field(default_factory=list)
+
+    cut_off: list[Path] = field(default_factory=list)
+    """Files whose last line was cut off, as by a process that was killed while it wrote."""
+
+
+def write(path: Path, environments: Iterable[dict[str, object]], records: Iterable[Record]) -> None:
+    """A results file in one go: whatever happens, `path` holds what it held before or all of this."""
+    with whole(path) as unfinished:
+        Writer.of(unfinished, environments, records)._file.close()
+
+
+def load(path: Path, *, fault: Callable[[Record], str] = lambda record: "") -> Run:
+    """A results file, or all that are below a directory; a last line that was cut off is left out.
+
+    What cannot be printed is read as an escape, be it a character that moves a cursor or half of one.
+
+    Args:
+        path: the file or directory.
+        fault: says why a record is refused, or nothing.
+
+    Raises:
+        ValueError: there is no file, it is of another schema, or a line before the last cannot be read or is refused.
+    """
+    files = sorted(filter(Path.is_file, path.rglob("*.jsonl"))) if path.is_dir() else [path]
+    if not files or not path.exists():
+        raise ValueError(f"{path} is no results file and no directory with any: those that a run writes end in .jsonl")
+    run = Run(path)
+    with _no_garbage():
+        for file in files:
+            _read(file, run, fault)
+    return run
+
+
+class _Git(TypedDict, total=False):
+    revision: str
+    dirty: bool | str
+    unknown: str
+
+
+class _Options(TypedDict, total=False):
+    suite: str
+    shard: str
+
+
+class _Environment(TypedDict, total=False):
+    """What is read of an environment line by its name; all else is shown as it is."""
+
+    key: Required[str]
+    utc: str
+    command: str
+    expected: int
+    git: _Git | None
+    harness: _Git | None
+    gpu: dict[str, Any] | None
+    options: _Options
+
+
+_FIGURES = ("fields", "timings", "accuracy", "metrics", "limit_seconds", "kernels", "ceilings")
+"""Where a line holds numbers."""
+
+_TEXTS = tuple(each.name for each in fields(Timing) if each.type is str)
+"""What is no number there, whatever it says."""
+
+_RECORD = b'{"kind": "record", '
+"""How a record begins that this module wrote."""
+
+_records = msgspec.json.Decoder(Record)
+
+
+def _read(path: Path, run: Run, fault: Callable[[Record], str]) -> None:
+    for number, line in enumerate(lines(path), start=1):
+        try:
+            read = _parsed(line)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"{path}:{number}: this is no line of a results file: {error}") from error
+        except ValueError as error:
+            if line.endswith(b"\n"):
+                raise ValueError(f"{path}:{number}: {error}") from error
+            run.cut_off.append(path)
+        else:
+            if not isinstance(read, Record):
+                run.environments[read["key"]] = read
+                continue
+            if why := fault(read):
+                raise ValueError(f"{path}:{number}: {why}")
+            run.records.append(read)
+
+
+def _parsed(line: bytes) -> Record | dict[str, Any]:
+    """A record or an environment.
+
+    Raises:
+        msgspec.ValidationError: it is neither.
+        ValueError: it is not JSON, or of another schema.
+    """
+    if line.startswith(_RECORD) and is_simple(line):
+        with suppress(msgspec.MsgspecError):
+            if (record := _records.decode(line)).schema == SCHEMA_VERSION:
+                return record
+    return _converted(decode(line))
+
+
+def _converted(content: Any) -> Record | dict[str, Any]:
+    line = msgspec.convert(content, dict[str, Any])
+    kind = line.pop("kind", None)
+    if kind == "record" and line.get("schema") != SCHEMA_VERSION:
+        raise ValueError(f"it has schema {line.get('schema')}, this version reads {SCHEMA_VERSION}")
+    line |= {name: figures(line[name], _TEXTS) for name in _FIGURES if name in line}
+    if kind == "record":
+        return msgspec.convert(line, Record)
+    if kind != "environment":
+        raise msgspec.ValidationError(f"its kind is {kind!r}")
+    msgspec.convert(line, _Environment)
+    return line
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Objects that all stay need not be searched for garbage again and again, as they become more."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+_OF_SEVERAL = ("fields", "timings", "accuracy", "metrics", "kernels", "changed_settings")
+_COLUMNS = [each.name for each in fields(Record) if each.name not in _OF_SEVERAL]
+
+
+def to_frame(records: Iterable[Record]) -> pd.DataFrame:
+    """A row a record: the fields of the case as columns, `<column>_ms` for each time column with `<column>_ms_low` and
+    `<column>_ms_high`, its 95 % interval, `<tensor>_error`, and the metrics under their names."""
+    records = list(records)
+    # All at once: each on its own would take longer than all the rest.
+    bounds = iter(intervals([timing.samples for record in records for timing in record.timings.values()]).tolist())
+    return pd.DataFrame([_row(record, bounds) for record in records])
+
+
+def _row(record: Record, bounds: Iterator[list[float]]) -> dict[str, object]:
+    row = {**record.fields, **{name: getattr(record, name) for name in _COLUMNS}}
+    for column in record.timings:
+        name, (low, high) = time_in_csv(column), next(bounds)
+        row[name] = 1e3 * (record.seconds(column) or nan)
+        row[f"{name}_low"], row[f"{name}_high"] = 1e3 * low, 1e3 * high
+    row |= {error_in_csv(tensor): divergence.largest for tensor, divergence in record.accuracy.items()}
+    return row | record.metrics

@@ -1,0 +1,1 @@
+"""Checks of the harness itself, on this machine."""

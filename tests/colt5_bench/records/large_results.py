@@ -1,0 +1,113 @@
+"""What 200,000 records (277 MB) take to load and to write as CSV, each in a fresh process.
+
+python -m tests.colt5_bench.records.large_results
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from colt5_bench.records.results import Divergence, Record, Timing, write
+
+ROOT = Path(__file__).parents[3]
+RECORDS, FILE_BYTES = 200_000, 277e6
+
+COLUMN, SAMPLES = "cold", 15
+"""Of a record: so many make the file as large."""
+
+MEASURING = """
+import json, sys
+from pathlib import Path
+from time import perf_counter, process_time
+{imports}
+wall, cpu = perf_counter(), process_time()
+{work}
+wall, cpu = perf_counter() - wall, process_time() - cpu
+status = Path("/proc/self/status").read_text()
+peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+print(json.dumps({{"wall": wall, "cpu": cpu, "peak_bytes": 1024 * peak, "records": records}}))
+"""
+
+LOAD = MEASURING.format(
+    imports="from colt5_bench.records.results import load", work="records = len(load(Path(sys.argv[1])).records)"
+)
+CSV = MEASURING.format(
+    imports="",
+    work="""
+from colt5_bench.cli import main
+assert main(["report", sys.argv[1], "--out", sys.argv[2]]) == 0
+with open(sys.argv[2]) as table:
+    records = sum(1 for line in table) - 1
+""",
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a process took for all records, its start included where the start is the command's own."""
+
+    wall: float
+    """Seconds."""
+
+    cpu: float
+    """Seconds of processor time: on a busy machine the one that tells."""
+
+    peak_bytes: int
+    """Most memory that was resident, all of the process."""
+
+    records: int
+
+
+def write_large(path: Path, records: int = RECORDS) -> None:
+    """A results file as a run writes it, of so many different records."""
+    write(path, [{"key": "large", "utc": "2026-11-21T10:00:00+00:00", "git": None}], _made(records))
+
+
+def _made(records: int) -> Iterator[Record]:
+    random = Random(0)
+    for number in range(records):
+        fields: dict[str, Any] = {"rows": number, "n": 4096, "n_iters": 50, "k": 256, "eps": 0.1, "dtype": "float32"}
+        made = Record(
+            suite="coor_descent",
+            case=",".join(f"{name}={value}" for name, value in fields.items()),
+            fields=fields,
+            implementation="ours",
+            direction="forward",
+            device="NVIDIA H200",
+            status="ok",
+            environment="large",
+        )
+        samples = [random.uniform(1e-4, 2e-4) for _ in range(SAMPLES)]
+        made.timings[COLUMN] = Timing(COLUMN, samples, "confident", 0.01)
+        made.peak_bytes, made.saved_bytes, made.limit_seconds = random.randrange(2**30), None, random.random()
+        made.accuracy = {"output": Divergence(random.random(), random.random(), 0.0, budget=random.random())}
+        yield made
+
+
+def measure(program: str, *arguments: Path) -> Cost:
+    """Run a program in a process of its own."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return Cost(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "large.jsonl"
+        write_large(path)
+        print(f"{RECORDS:,} records, {path.stat().st_size / 1e6:.0f} MB")
+        for name, program in (("load", LOAD), ("CSV", CSV)):
+            cost = measure(program, path, Path(directory) / "large.csv")
+            print(f"{name:5} wall {cost.wall:.1f} s, CPU {cost.cpu:.1f} s, peak {cost.peak_bytes / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

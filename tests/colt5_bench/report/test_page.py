@@ -1,0 +1,160 @@
+import json
+import re
+from math import nan
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from colt5_bench.compare import Finding
+from colt5_bench.records.results import Run
+from colt5_bench.report.layout import View
+from colt5_bench.report.page import _fastest, write_page
+from colt5_bench.report.rows import columns
+from tests.colt5_bench.made import FORWARD, diverging, record, timed
+
+ENVIRONMENT = {
+    "key": "a",
+    "utc": "2026-11-23T22:05:36+00:00",
+    "command": "bench.py --suite toy --preset smoke",
+    "torch": "2.13",
+    "git": {"revision": "a900dda5a226fe45", "dirty": True},
+    "gpu": None,
+}
+
+
+def run_of(*records, **more):
+    environment = {**ENVIRONMENT, **more}
+    for made in records:
+        made.environment = environment["key"]
+    return Run(Path("toy.jsonl"), {environment["key"]: environment}, list(records))
+
+
+def page_of(tmp_path, run, **more):
+    views = {"toy": View(description="twice the <scores>")}
+    return write_page(tmp_path / "below" / "page.html", run, views, **more).read_text()
+
+
+def data_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def visible(page):
+    return re.sub(r"<(script|style).*?</\1>", "", page, flags=re.DOTALL)
+
+
+class TestPage:
+    def test_it_needs_nothing_from_elsewhere(self, tmp_path):
+        page = page_of(tmp_path, run_of(timed("ours", 1)))
+        assert page.count("plotly.js v") == 1
+        outside = visible(page)
+        assert not re.search(r"\bsrc=|@import|url\(", outside)
+        assert {target[:5] for target in re.findall(r'href="([^"#]+)', outside)} == {"data:"}
+
+    def test_every_record_has_a_row_and_what_it_opens(self, tmp_path):
+        records = [timed("ours", 1), timed("reference", 4), record("other", status="skipped", reason="no GPU")]
+        page = page_of(tmp_path, run_of(*records))
+        data = data_of(page)
+        assert [row[1] for row in data["rows"]] == ["ours", "reference", "other"]
+        assert all(len(row) == len(columns(records)) for row in data["rows"])
+        assert data["details"][2]["reason"] == "no GPU"
+        assert "2 ok, 1 skipped" in page
+        assert "other: skipped: no GPU" in page
+
+    def test_what_records_say_is_no_markup(self, tmp_path):
+        nasty = "<!--<script></script><img src=x onerror=alert(1)>"
+        page = page_of(tmp_path, run_of(timed("ours", 1), record("other", status="error", reason=nasty)))
+        assert nasty not in page
+        assert data_of(page)["details"][1]["reason"] == nasty
+        assert "twice the &lt;scores&gt;" in page
+
+    def test_figures_are_those_of_the_records(self, tmp_path):
+        records = [timed("reference", ms, n=n) for n, ms in ((1, 8), (2, 18))]
+        records += [timed("ours", 2, n=n) for n in (1, 2)]
+        text = " ".join(visible(page_of(tmp_path, run_of(*records))).split())
+        assert "6x" in text  # the geometric mean of 4 and 9
+        assert "ours over reference, wall: geometric mean of 2 pairs, 4x±0.37% to 9x±0.37%" in text
+        assert "25±0.37%" in text
+        assert "3.0e-05" in text
+
+    def test_a_lower_bound_is_no_headline(self, tmp_path):
+        records = [timed("reference", 8), timed("ours", 2), timed("bound", 1)]
+        records[2].limit_seconds = None
+        assert "ours over reference, wall: geometric mean of 1 pair" in page_of(tmp_path, run_of(*records))
+
+    def test_a_headline_is_about_ours_on_what_all_share(self, tmp_path):
+        """Another one is faster, and has fewer cases."""
+        records = [timed(name, ms, n=n) for n in (1, 2, 3) for name, ms in (("reference", 8), ("ours", 2 * n))]
+        records += [timed("other", 1, n=n) for n in (1, 2)]
+        assert "ours over reference, wall: geometric mean of 2 pairs, 2x±0.37% to 4x±0.37%" in page_of(
+            tmp_path, run_of(*records)
+        )
+        records = [each for each in records if each.implementation != "ours"]
+        assert "geometric mean" not in visible(page_of(tmp_path, run_of(*records)))
+
+    @pytest.mark.parametrize("count", [1, 2, 3, 10, 100])
+    @pytest.mark.parametrize("spread", [0.01, 0.3, 3.0])
+    def test_a_ratio_that_may_be_1_is_no_headline(self, tmp_path, count, spread):
+        """As of an implementation that is equal to the reference, however the noise falls."""
+        headlines = 0
+        for seed in range(20):
+            generator = np.random.default_rng([seed, count, int(100 * spread)])
+            records = [timed("reference", 1), timed("ours", 1)]
+            for made in records:
+                made.timings["wall"].samples = (1e-3 * generator.lognormal(0, spread, count)).tolist()
+            headlines += _fastest(records, "reference") is not None
+        # 95 % intervals: 6 of 20 at a rate of 1 in 20 are a matter of less than one in a thousand.
+        assert headlines < 6
+
+    def test_without_times_the_smallest_error_is_the_headline(self, tmp_path):
+        records = [diverging("reference", 0.5), diverging("ours", 1e-5), diverging("other", nan)]
+        text = visible(page_of(tmp_path, run_of(*records)))
+        assert "largest gradient error, ours; reference: 5.0e-01" in text
+
+    def test_errors_of_several_dtypes_are_not_mixed(self, tmp_path):
+        records = [
+            diverging(name, error, dtype=dtype)
+            for dtype, error in (("float32", 1e-5), ("bfloat16", 0.5))
+            for name in ("reference", "ours")
+        ]
+        text = " ".join(visible(page_of(tmp_path, run_of(*records))).split())
+        assert "largest gradient error in float32, ours; reference: 1.0e-05" in text
+        assert "largest gradient error, float32" in text
+        assert "5.0e-01" not in text
+
+    def test_conditions_are_shown_once(self, tmp_path):
+        run = run_of(timed("ours", 1))
+        of_the_run = {"command": "bench.py --suite other", "options": {"suite": "other"}, "expected": 4}
+        run.environments["b"] = {**ENVIRONMENT, "key": "b", **of_the_run}
+        page = page_of(tmp_path, run)
+        assert page.count('<details class="environment">') == 1
+        assert "bench.py --suite other" in page
+        assert "a900dda5a2" in page
+        assert "with changes that are not committed" in " ".join(page.split())
+
+    def test_many_conditions_are_folded_away(self, tmp_path):
+        run = run_of(timed("ours", 1))
+        run.environments |= {key: {**ENVIRONMENT, "key": key, "torch": key} for key in "bcd"}
+        assert "Measured under 4 sets of conditions" in page_of(tmp_path, run)
+
+    def test_a_comparison_stands_at_the_top_and_what_is_worst_in_it(self, tmp_path):
+        findings = [
+            Finding(verdict, "toy", "n=512", FORWARD, "ours", "cold", 1e-3, 2e-3, "s", note=f"it is {verdict}")
+            for verdict in ("same", "better", "worse", "same")
+        ]
+        page = visible(page_of(tmp_path, run_of(timed("ours", 1)), findings=findings))
+        assert "1 worse, 1 better, 2 same" in page
+        assert page.index("it is worse") < page.index("it is better") < page.index('class="tiles"')
+        assert "it is same" not in page
+
+    def test_without_a_baseline_there_is_no_comparison(self, tmp_path):
+        assert "nothing to compare" in page_of(tmp_path, run_of(timed("ours", 1)), findings=[])
+        assert "baseline" not in visible(page_of(tmp_path, run_of(timed("ours", 1))))
+
+    def test_a_file_that_was_cut_off_is_named(self, tmp_path):
+        run = run_of(timed("ours", 1))
+        run.cut_off = [tmp_path / "toy.jsonl"]
+        assert "cut off in toy.jsonl" in page_of(tmp_path, run)
+
+    def test_no_records_make_a_page_too(self, tmp_path):
+        assert "nothing was measured" in page_of(tmp_path, Run(tmp_path))
