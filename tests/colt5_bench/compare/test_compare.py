@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from io import StringIO
 from math import inf, nan
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from colt5_bench.compare import Comparison, IncomparableError, ThresholdsError, compare, load_rules
 from colt5_bench.records.results import STATUSES, Divergence, Run, Timing
-from colt5_bench.report import comparison
+from colt5_bench.report.comparison import MOST_ROWS, append_summary, as_json, as_junit, as_markdown, show
 from tests.colt5_bench.made import BOTH, record, timed
 
 ROOT = Path(__file__).parents[3]
@@ -238,7 +239,7 @@ class TestEndings:
         comparison = compare(run_of(ours()), run_of(ours(), *new), rules(), {})
         assert comparison.telling() == []
         assert comparison.summed_up() == ["the baseline has nothing of these, which are not listed: 2,000 of toy"]
-        assert comparison.as_markdown(comparison).count("\n") < 10
+        assert as_markdown(comparison).count("\n") < 10
 
     @pytest.mark.parametrize("before", [None, *STATUSES])
     @pytest.mark.parametrize("after", [None, *STATUSES])
@@ -481,8 +482,8 @@ class TestOutput:
         return compare(run_of(*before), run_of(*after, torch="2.14"), rules(), {})
 
     def test_people_get_a_table_and_the_counts(self, comparison):
-        console = Console(width=60, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-        comparison.show(comparison, console)
+        console = Console(width=60, record=True, file=StringIO())
+        show(comparison, console)
         console.file.close()
         text = console.export_text()
         assert "1 failed, 1 worse, " in text
@@ -494,7 +495,7 @@ class TestOutput:
         assert "95 % interval +15" in lines[at + 1]
 
     def test_programs_get_everything(self, comparison):
-        content = json.loads(comparison.as_json(comparison))
+        content = json.loads(as_json(comparison))
         assert content["regressions"] == 2
         assert len(content["findings"]) == len(comparison.findings)
         worse = next(finding for finding in content["findings"] if finding["verdict"] == "worse")
@@ -503,24 +504,24 @@ class TestOutput:
 
     def test_json_has_no_nan(self, rules):
         lost = [ours(metrics={"lost": value}) for value in (1.0, nan)]
-        text = comparison.as_json(compare(*map(run_of, lost), rules(), {}))
+        text = as_json(compare(*map(run_of, lost), rules(), {}))
         assert '"now": "nan"' in text
 
     def test_a_pull_request_gets_markdown(self, comparison):
-        text = comparison.as_markdown(comparison)
+        text = as_markdown(comparison)
         assert text.startswith("### 2 regressions against the baseline\n")
         rows = [line for line in text.splitlines() if line.startswith("| **")]
         assert [row.split("|")[1].strip() for row in rows] == ["**failed**", "**worse**"]
         assert "off \\| by 3" in rows[0]
-        assert comparison.as_markdown(Comparison([])).startswith("### No regression")
+        assert as_markdown(Comparison([])).startswith("### No regression")
 
     def test_a_long_table_is_cut_off_and_says_so(self, comparison):
-        text = comparison.as_markdown(Comparison(comparison.regressions * 100))
-        assert text.count("\n| **") == comparison.MOST_ROWS
+        text = as_markdown(Comparison(comparison.regressions * 100))
+        assert text.count("\n| **") == MOST_ROWS
         assert "and 100 more" in text
 
     def test_junit_has_a_test_for_each_finding(self, comparison):
-        root = ElementTree.fromstring(comparison.as_junit(comparison))
+        root = ElementTree.fromstring(as_junit(comparison))
         (suite,) = root
         tests = suite.findall("testcase")
         assert len(tests) == len(comparison.findings) == int(suite.get("tests"))
@@ -531,9 +532,9 @@ class TestOutput:
 
     def test_a_job_gets_a_summary(self, comparison, tmp_path, monkeypatch):
         monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
-        comparison.append_summary(comparison)
+        append_summary(comparison)
         summary = tmp_path / "summary.md"
         summary.write_text("before\n")
         monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
-        comparison.append_summary(comparison)
-        assert summary.read_text() == "before\n" + comparison.as_markdown(comparison)
+        append_summary(comparison)
+        assert summary.read_text() == "before\n" + as_markdown(comparison)
