@@ -119,3 +119,12 @@ def test_files_that_pages_name_are_there(page):
     """Those in a folder of code; `<op>` stands for any operation."""
     named = re.findall(rf"`((?:{'|'.join(FOLDERS)}|docs|reports/baselines)/[\w./<>-]*)`", page.read_text())
     assert not [name for name in named if not any(ROOT.glob(name.replace("<op>", "coor_descent")))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
+def test_sentences_begin_with_their_subject(page):
+    """But for questions."""
+    text = re.sub(r"^```.*?^```$|<!--.*?-->|^#.*?$", "\n\n", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    paragraphs = re.split(r"\n\s*\n|\n(?=\s*(?:-|\d+\.) )|\|", text)
+    sentences = chain.from_iterable(re.split(r"(?<=[.:?!])\W* ", " ".join(each.split())) for each in paragraphs)
+    assert not [each for each in sentences if re.match(r"\W*(What|That of|Of|Which)\b[^?]*$", each)]
