@@ -36,14 +36,13 @@ def descend_rows(
     """The relaxed selection `rows n`, and the state that its gradient needs beside the scores: nothing of size n."""
     schedule = (n_iters, eps, first, eps_decay)
     state = allocate_state(scores, n_iters, save)
+    if not runs_triton(scores) and has_values(scores):
+        wide_k, steps = cpu.wide_k(scores, k_rows, k), list(epsilon_schedule(*schedule))
+        return cpu.forward(scores, mask, wide_k, steps, views_of(state.zero_()) if save else None), state
     y = torch.empty_like(scores, memory_format=torch.contiguous_format)
-    if not has_values(scores):
-        return y, state
-    if runs_triton(scores):
+    if has_values(scores):
         launch_forward(scores, mask, k_rows, k, schedule, y, state)
-        return y, state
-    wide_k, steps = cpu.wide_k(scores, k_rows, k), list(epsilon_schedule(*schedule))
-    return cpu.forward(scores, mask, wide_k, steps, views_of(state.zero_()) if save else None), state
+    return y, state
 
 
 def descend_rows_backward(
@@ -60,17 +59,16 @@ def descend_rows_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the scores and, if it has one entry a row, of k."""
     schedule = (n_iters, eps, first, eps_decay)
+    if not runs_triton(scores) and has_values(scores):
+        wide_k, steps = cpu.wide_k(scores, k_rows, k), list(epsilon_schedule(*schedule))
+        ds, wide_dk = cpu.backward(grad_y, scores, mask, wide_k, steps, *views_of(state))
+        return ds, None if k_rows is None else wide_dk
     ds = torch.empty_like(scores, memory_format=torch.contiguous_format)
     # Each allocation takes its share of a short call.
     dk = None if k_rows is None else scores.new_empty(scores.shape[0], dtype=torch.float64)
-    if not has_values(scores):
-        return ds, dk
-    if runs_triton(scores):
+    if has_values(scores):
         launch_backward(as_rows(grad_y), scores, mask, k_rows, k, schedule, state, ds, state if dk is None else dk)
-        return ds, dk
-    wide_k, steps = cpu.wide_k(scores, k_rows, k), list(epsilon_schedule(*schedule))
-    ds, wide_dk = cpu.backward(grad_y, scores, mask, wide_k, steps, *views_of(state))
-    return ds, None if k_rows is None else wide_dk
+    return ds, dk
 
 
 _operation = Operation(
