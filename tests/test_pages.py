@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from colt5_bench import environment, provenance
-from colt5_bench.provenance import Code
+from colt5_bench.measuring.roofline import Ceilings
+from colt5_bench.records import environment, provenance
+from colt5_bench.records.provenance import Code
+from colt5_bench.records.results import SCHEMA_VERSION, Divergence, Record, Timing, load
 from colt5_bench.request import Request
-from colt5_bench.results import SCHEMA_VERSION, Divergence, Record, Timing, load
-from colt5_bench.roofline import Ceilings
 
 ROOT = Path(__file__).parent.parent
 RECORDS = (ROOT / "docs" / "records.md").read_text()
