@@ -86,7 +86,7 @@ lint-types: $(INSTALLED) ## mypy
 lint-imports: $(INSTALLED) ## directions of imports
 	$(BIN)/lint-imports
 
-docs: $(INSTALLED) ## these pages and those of the API as a site in site/; a broken link or reference is an error
+docs: $(INSTALLED) ## documents and API as a site in site/; a broken link or reference is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(INSTALLED) ## let ruff fix and format
