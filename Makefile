@@ -32,7 +32,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "make: '$(PYTHON)' is not Python 3.11 or newer; name one, e.g. make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[peers,dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[bench,peers,dev]'
 	@touch $@
 
 bench: $(INSTALLED) ## measure coordinate descent, on the GPU if there is one
@@ -92,6 +92,12 @@ docs: $(INSTALLED) ## documents and API as a site in site/; a broken link or ref
 format: $(INSTALLED) ## let ruff fix and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+wheel: $(INSTALLED) ## a wheel of harness, operations and layers, in build/: colt5_bench, colt5.kernels, colt5.reference
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir build .
+
+hf-kernel: $(INSTALLED) ## the layout of a Hugging Face kernel, in build/hf-kernel
+	$(BIN)/python setup.py --quiet hf_kernel
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build site *.egg-info

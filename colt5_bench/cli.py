@@ -63,6 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _flush()
     except (StartupError, SelectionError) as error:
         return _failed(str(error), USAGE)
+    except ModuleNotFoundError as error:
+        return _failed(
+            f"there is no package {error.name!r} here. In a checkout, `make install` makes an environment, and "
+            "`.venv/bin/python bench.py` is started in it; elsewhere, `pip install 'colt5-bench[bench]'`",
+            USAGE,
+        )
     except BrokenPipeError:
         return CLOSED
     except OSError as error:

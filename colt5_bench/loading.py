@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from colt5_bench.selection import SelectionError, pick, suite_files
+from colt5_bench.startup import prefix_of
 from colt5_bench.suite import Suite
 from colt5_bench.texts import said
 
@@ -42,7 +43,7 @@ def pick_suites(names: Sequence[str], suites: Mapping[str, Suite]) -> list[str]:
 
 def load_suite(file: Path) -> Any:
     """The `SUITE` of a file, or None. The file becomes a module of the package `suites`, if it is none yet."""
-    name = f"suites.{file.stem}"
+    name = f"{prefix_of(file.parents[1])}suites.{file.stem}"
     module = sys.modules.get(name)
     if module is None or module.__file__ != str(file):
         spec = importlib.util.spec_from_file_location(name, file)

@@ -10,7 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGES = ("reference", "kernels", "suites")
-"""What is used from the checkout and never installed."""
+"""Packages of a checkout beside the harness."""
+
+INSTALLED = "colt5"
+"""The package that has them in an installation, see setup.py."""
 
 
 @contextmanager
@@ -32,18 +35,30 @@ class StartupError(Exception):
 
 
 def find_checkout(directory: Path) -> Path:
-    """The directory itself, if it is a checkout.
+    """The place of suites and operations: the directory itself if it is a checkout, else where this harness is from,
+    which may be a checkout, too, or an installation.
 
     Raises:
-        StartupError: it is not, so that there are no suites to run.
+        StartupError: there are no suites to run.
     """
-    missing = [name for name in PACKAGES if not (directory / name / "__init__.py").is_file()]
-    if missing:
-        raise StartupError(
-            f"{directory} is no checkout of colt5-bench: it has no {' and no '.join(f'{name}/' for name in missing)}. "
-            "The suites are run from a checkout: change to its root, then start again."
-        )
-    return directory
+    own = Path(__file__).resolve().parents[1]
+    for place in (directory, own, own / INSTALLED):
+        if all((place / name / "__init__.py").is_file() for name in PACKAGES):
+            return place
+    raise StartupError(
+        f"{directory} is no checkout of colt5-bench, which has {', '.join(f'{name}/' for name in PACKAGES)}, and no "
+        "suites are installed: change to the root of a checkout, then start again."
+    )
+
+
+def prefix_of(checkout: Path) -> str:
+    """The beginning of the names of modules in a checkout: empty, but in an installation."""
+    return f"{INSTALLED}." if (checkout / "__init__.py").is_file() else ""
+
+
+def reports_of(checkout: Path) -> Path:
+    """Where runs are kept: in the checkout, or in the current directory if suites are installed."""
+    return (Path.cwd() if prefix_of(checkout) else checkout) / "reports"
 
 
 def check(checkout: Path, packages: Sequence[str] = PACKAGES) -> None:
@@ -54,10 +69,11 @@ def check(checkout: Path, packages: Sequence[str] = PACKAGES) -> None:
     Raises:
         StartupError: another package shadows one of them, or Triton's interpreter is on.
     """
-    if str(checkout) not in sys.path:
+    prefix = prefix_of(checkout)
+    if not prefix and str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
     for name in packages:
-        spec = find_spec(name)
+        spec = find_spec(prefix + name)
         found = _directory(spec)
         if found != checkout / name:
             raise StartupError(

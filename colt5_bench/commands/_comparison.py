@@ -9,9 +9,8 @@ from colt5_bench.commands import DONE, FAILURE, UNDECIDED, UNMEASURED
 from colt5_bench.compare import Comparison, IncomparableError, Rules, compare, load_rules
 from colt5_bench.records.results import Record, Run
 from colt5_bench.selection import SelectionError, case_filter
+from colt5_bench.startup import find_checkout
 from colt5_bench.suite import Suite
-
-THRESHOLDS = Path("suites") / "thresholds.toml"
 
 STATUSES = """\
 exit status: 0 no regression; 1 there is one: what failed, is missing or became worse; 2 wrong usage; 3 nothing could be
@@ -24,9 +23,8 @@ def add_thresholds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--thresholds",
         type=Path,
-        default=THRESHOLDS,
         metavar="FILE",
-        help="what a regression is (default: %(default)s)",
+        help="what a regression is (default: suites/thresholds.toml of the checkout)",
     )
 
 
@@ -51,7 +49,8 @@ class Comparer:
     def of(cls, options: argparse.Namespace, suites: Mapping[str, Suite]) -> "Comparer":
         """Whatever is wrong with the options is found before anything is measured."""
         references = {name: suite.reference for name, suite in suites.items()}
-        return cls(load_rules(options.thresholds), references, options.any_machine)
+        thresholds = options.thresholds or find_checkout(Path.cwd().resolve()) / "suites" / "thresholds.toml"
+        return cls(load_rules(thresholds), references, options.any_machine)
 
     def __call__(self, baseline: Run, run: Run, scope: Callable[[Record], bool]) -> Comparison:
         try:

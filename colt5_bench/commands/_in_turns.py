@@ -12,6 +12,7 @@ from colt5_bench.records.parts import read
 from colt5_bench.records.samples import runs_that_confirm
 from colt5_bench.request import declare
 from colt5_bench.selection import SelectionError, pick
+from colt5_bench.startup import reports_of
 from colt5_bench.suite import Suite
 
 
@@ -51,7 +52,7 @@ def place(options: argparse.Namespace, checkout: Path, command: str) -> Path:
         SelectionError: there are results already.
     """
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    directory: Path = options.out or checkout / "reports" / f"{started}-{command}"
+    directory: Path = options.out or reports_of(checkout) / f"{started}-{command}"
     if directory.exists() and any(directory.rglob("*.jsonl")):
         raise SelectionError(f"{directory} has results already; --out has to name a place without.")
     return directory.resolve()

@@ -12,6 +12,7 @@ from colt5_bench.profiling import nsight, profiler
 from colt5_bench.profiling.profiler import Outcome, Point
 from colt5_bench.request import Request
 from colt5_bench.selection import WHOLE, SelectionError
+from colt5_bench.startup import reports_of
 from colt5_bench.suite import Suite
 
 
@@ -40,7 +41,7 @@ def main(
     if why := profiler.missing(mode, device):
         raise SelectionError(why)
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    directory = request.out or checkout / "reports" / f"{started}-profile-{mode}"
+    directory = request.out or reports_of(checkout) / f"{started}-profile-{mode}"
     points = profiler.points(
         suites, request.preset, device, implementations=request.implementations, cases=request.cases
     )

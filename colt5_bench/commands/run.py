@@ -34,7 +34,7 @@ from colt5_bench.report.table import endings, summary
 from colt5_bench.request import MEASURING, Request, declare
 from colt5_bench.selection import WHOLE, SelectionError, case_filter, pick, suite_files
 from colt5_bench.session import Session
-from colt5_bench.startup import check, find_checkout
+from colt5_bench.startup import check, find_checkout, reports_of
 from colt5_bench.suite import Suite
 
 EXAMPLES = """\
@@ -112,7 +112,7 @@ def _run(
 ) -> int:
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     name = started if len(suites) > 1 else f"{started}-{next(iter(suites))}"
-    out = request.out or _new_directory(checkout / "reports", name)
+    out = request.out or _new_directory(reports_of(checkout), name)
     directories = {name: out / name if len(suites) > 1 else out for name in suites}
     status = DONE
     for name, suite in suites.items():

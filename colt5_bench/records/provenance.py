@@ -12,7 +12,7 @@ from typing import Any
 
 import colt5_bench
 from colt5_bench.records import git
-from colt5_bench.startup import PACKAGES
+from colt5_bench.startup import PACKAGES, prefix_of
 from colt5_bench.texts import printable
 
 LONGEST_SECONDS = 30.0
@@ -46,7 +46,7 @@ class Code:
     """The checkout of a file, and its revision."""
 
     place: Path
-    """Top of the checkout; of code without a revision, the directory that its package is in."""
+    """Top of the checkout; of code without a revision, the directory that its outermost package is in."""
 
     described: dict[str, Any]
     """For the record: `revision` and `dirty`, a hash of the changes or False; or `unknown`, why there are none."""
@@ -60,7 +60,7 @@ class Code:
             top = _top(file.parent)
             return cls(top, _described(top, file.relative_to(top).as_posix()))
         except UnknownRevisionError as error:
-            return cls(file.parents[1], {"unknown": error.reason}, error.advice)
+            return cls(_above_packages(file), {"unknown": error.reason}, error.advice)
 
     def __str__(self) -> str:
         return f"{self.place} ({named(self.described) or 'unknown'})"
@@ -79,7 +79,8 @@ class Origin:
     def of(cls, suite: Path) -> "Origin":
         """Of the file of a suite, of the packages of operations as they were imported, and of the harness."""
         measured, harness = Code.of(suite.resolve()), Code.of(Path(colt5_bench.__file__).resolve())
-        for package in PACKAGES:
+        prefix = prefix_of(suite.parents[1])
+        for package in (prefix + name for name in PACKAGES):
             file = getattr(sys.modules.get(package), "__file__", None)
             if file and not _is_in(Path(file).resolve(), measured.place):
                 reason = f"{package} is not of the checkout of the suite"
@@ -105,6 +106,10 @@ class Origin:
                 f"warning: the harness is of {self.harness}, and measures the code of {self.measured}: "
                 "`python bench.py` there measures it with its own"
             )
+
+
+def _above_packages(file: Path) -> Path:
+    return next(directory for directory in file.parents if not (directory / "__init__.py").is_file())
 
 
 def named(described: Any) -> str | None:

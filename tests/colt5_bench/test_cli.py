@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from colt5_bench import cli, commands
+from colt5_bench import cli, commands, startup
 from colt5_bench.commands import env, run
 from colt5_bench.loading import choose_device, load_suites
 from colt5_bench.records.results import load
@@ -282,8 +282,15 @@ def test_the_package_starts_as_bench_py_does():
     assert "--suite coor_descent" in shown
 
 
-def test_elsewhere_than_in_a_checkout_it_says_so(tmp_path, monkeypatch, capsys):
+def test_elsewhere_it_knows_its_own_checkout(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    assert cli.main(["--list"]) == commands.DONE
+    assert "coor_descent: " in capsys.readouterr().out
+
+
+def test_without_suites_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(startup, "__file__", str(tmp_path / "colt5_bench" / "startup.py"))
     assert cli.main(["--list"]) == commands.USAGE
     assert "is no checkout of colt5-bench" in capsys.readouterr().err
 
@@ -383,7 +390,7 @@ def test_what_cannot_be_said_is_no_success_and_no_regression(redirection, status
     """Found when the output is flushed, or as it is written: there is more of it than a pipe holds."""
     script = """
 import sys
-from colt5_bench import cli, commands
+from colt5_bench import cli, commands, startup
 from colt5_bench.commands import env
 env.main = lambda options: print("x" * int(sys.argv.pop())) or 0
 sys.exit(cli.main(["env"]))
