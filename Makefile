@@ -21,7 +21,7 @@ CHECK = OMP_NUM_THREADS=1 $(BIN)/python bench.py --suite coor_descent --suite to
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install bench baseline check baseline-cpu test test-gates test-plain test-compiled test-plans test-interpreted lint lint-style lint-types lint-imports docs format clean
+.PHONY: help install bench baseline check baseline-cpu test test-gates test-plain test-compiled test-plans test-interpreted lint lint-style lint-types lint-imports docs format wheel hf-kernel clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))

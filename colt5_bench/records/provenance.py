@@ -109,7 +109,7 @@ class Origin:
 
 
 def _above_packages(file: Path) -> Path:
-    return next(directory for directory in file.parents if not (directory / "__init__.py").is_file())
+    return next(directory for directory in file.parents[1:] if not (directory / "__init__.py").is_file())
 
 
 def named(described: Any) -> str | None:
