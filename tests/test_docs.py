@@ -65,7 +65,8 @@ def run(arguments, **environment):
     return done.stdout
 
 
-@pytest.mark.parametrize("source", blocks("python"))
+# test_wheel.py runs the block that imports what is installed.
+@pytest.mark.parametrize("source", [source for source in blocks("python") if "from colt5." not in source])
 def test_python(source):
     source = source if torch.cuda.is_available() else reduce(source)
     namespace = {"__name__": "docs"}

@@ -15,6 +15,7 @@ import torch
 from colt5_bench.records.results import load
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 OTHERS = ("transformers==5.24.0", "kernels==0.17.2")
 """Packages that a top-level package `kernels` of ours would break."""
@@ -99,6 +100,13 @@ def test_a_wheel_has_names_of_its_own_and_two_heavy_requirements(wheel):
         assert {f"colt5/{source}" for source in sources} <= set(names)
     required = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==).*$", metadata, flags=re.MULTILINE)
     assert sorted(required) == ["einops", "torch", "triton"]
+
+
+def test_the_example_of_the_readme_runs_in_another_project(python, tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    (example,) = (block for block in blocks if "from colt5." in block)
+    ((name, shape),) = re.findall(r"^(\w+) = .*  # \((.+)\)$", example, flags=re.MULTILINE)
+    assert run(python, "-c", f"{example}\nprint(*{name}.shape, sep=', ')", cwd=tmp_path).strip() == shape
 
 
 def test_a_layer_trains_beside_packages_of_the_same_names(python, tmp_path):
