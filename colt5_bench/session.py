@@ -25,7 +25,7 @@ MAX_SECONDS = {"smoke": 0.1, "default": 1.0, "full": 2.0}
 
 
 class Session:
-    """Measures the points of suites, and writes each record as soon as it is taken.
+    """Measures the points of suites, and writes the records of each group as soon as it is measured.
 
     First `points` names all that a request asks for, then `begin` takes those that are to be measured, and `measure`
     is called for each group of them.

@@ -7,7 +7,7 @@ and delta = sum g o,
 
     ds = p (g v - delta),    dq = scale ds k,    dk = scale ds' q,    dv = p' g
 
-and there is one kernel for dq, which adds up over keys, and one for dk and dv, which add up over queries.
+which one kernel computes: its even programs accumulate dq over keys, its odd programs dk and dv over queries.
 """
 
 from typing import Any

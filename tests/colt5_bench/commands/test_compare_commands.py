@@ -519,7 +519,7 @@ def test_a_slowdown_is_found_by_a_whole_run(saved, tmp_path):
     assert done.returncode == FAILURE, done.stdout + done.stderr
     # What was not asked for, `lost`, is not missing.
     assert "against the baseline: 2 worse, " in done.stdout
-    changes = re.findall(r"worse .* \+(\S+) %   time", done.stdout)
+    changes = re.findall(r"worse .* \+(\S+) %$", done.stdout, flags=re.MULTILINE)
     assert [float(change) for change in changes] == pytest.approx([30, 30], abs=0.5)
     assert summary.read_text().startswith("### 2 regressions against the baseline")
     assert "Against the baseline" in (tmp_path / "out" / "report.html").read_text()
