@@ -19,8 +19,8 @@ def combine(
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The output of a routed layer: `light + heavy + residual`, where heavy is routed token times score in the places
-    of those that are routed, and null in all others (CoLT5, 2303.09752, 3.2).
+    """The output of a routed layer: `light + heavy + residual`. In the places of routed tokens, heavy is routed token
+    times score, and in all others null (CoLT5, 2303.09752, 3.2).
 
     Args:
         routed: `b k d`, what comes out of the heavy branch.

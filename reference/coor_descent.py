@@ -60,7 +60,7 @@ def coor_descent(
     k = rearrange(k.to(scores.dtype), "... -> ... 1")
     log_k = torch.log(torch.where(k > 0, k, torch.nan))
 
-    # Where nothing of a row takes part, all of it computes with 0, so that its gradient is 0 and not 0 times infinity.
+    # A row in which nothing takes part computes with 0, so that its gradient is 0 and not 0 times infinity.
     hidden = takes_no_part(scores, mask)
     s = without_infinities(scores).masked_fill(hidden, -torch.inf)
     s = s.masked_fill(hidden.all(dim=-1, keepdim=True), 0.0)
@@ -76,8 +76,8 @@ def coor_descent(
 
 
 def _without_outliers(s: Tensor, log_k: Tensor, far: float) -> tuple[Tensor, Tensor]:
-    """The same scores for coordinate descent, without those that would cost others their digits, and what s + b is
-    before the first iteration: 0, where all scores of a row are not moved.
+    """Move scores for coordinate descent, and leave out those that would cost others their digits. The second result is
+    s + b before the first iteration: 0, where all scores of a row are not moved.
 
     Thresholds -a are at most the sum of the temperatures times log(n / k): what is far above that may be lower. Where
     all scores are far below 0, they may be higher by any number, if s + b starts as far above them.

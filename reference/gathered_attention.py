@@ -19,7 +19,7 @@ def gathered_attention(
     mask: Tensor | None = None,
     multiply_keys_by_score: bool = False,
 ) -> Tensor:
-    """Softmax attention of the queries of each window to a list of tokens of the sequence, and to a learned pair.
+    """Softmax attention of the queries of each window to a list of tokens, and to a learned pair.
 
     This is the heavy branch of CoLT5's attention (2303.09752, 3.2) where each window of a sequence has routed keys and
     values of its own. Each route serves its share of the heads. A window with nothing in its list attends to the

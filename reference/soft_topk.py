@@ -12,7 +12,8 @@ NOTHING_AT = 100.0
 
 
 def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | None = None) -> Tensor:
-    """Relax the choice of the k largest scores of each row to y_i = min(1, exp((s_i + a) / eps)) with sum y = k.
+    """Relax the choice of the k largest scores of each row. The result is y_i = min(1, exp((s_i + a) / eps)) with sum y
+    = k.
 
     This is the fixed point of coordinate descent at a constant temperature (Wright 2015,
     https://arxiv.org/abs/1502.04759; CoLT5, https://arxiv.org/abs/2303.09752, section 3.1). The entries at 1 are the m
@@ -70,7 +71,7 @@ def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | N
 
 
 def _exponents(ordered: Tensor, eps: float) -> Tensor:
-    """s / eps in fp64, but for a number that is the same in a row, of scores that come the largest first.
+    """s / eps in fp64, shifted by one number for each row, for scores in descending order.
 
     Distances of neighbours add up, and one at which an exponential is nothing beside another is as good as any larger
     one: an outlier costs the others no digits.

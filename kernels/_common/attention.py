@@ -1,4 +1,4 @@
-"""Pieces and settings of the kernels of attention: a program has a block of queries, or of keys, and others meet it in
+"""Pieces and settings of the kernels of attention. A program has a block of queries, or of keys, and others meet it in
 tiles."""
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ LARGEST_HEAD = 128
 
 
 class Settings(NamedTuple):
-    """How a kernel is launched."""
+    """Launch settings of a kernel."""
 
     block: int
     """Queries, or keys, of a program."""
@@ -45,13 +45,13 @@ def settings_for(by_size: SettingsBySize, dim: int, itemsize: int, ragged: Setti
 
 
 def is_ragged(dim: int, itemsize: int) -> bool:
-    """Whether heads of so many dimensions take registers to load: entries one by one, or a mask for many of them."""
+    """True if heads of so many dimensions take registers to load: one by one, or with a mask."""
     return dim % 16 > 0 or (dim > 32 and dim % (64 if itemsize == 4 else 32) > 0)
 
 
 def precision_for_heads(dim: int) -> str:
-    """How to multiply matrices of fp32 heads: three products of parts in tf32 err as little as one in fp32, but take
-    twice the registers."""
+    """Precision of products of fp32 heads. Three products of parts in tf32 err as little as one in fp32, but take twice
+    the registers."""
     return "ieee" if is_ragged(dim, 4) else "tf32x3"
 
 

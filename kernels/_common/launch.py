@@ -12,13 +12,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether kernels run in Triton's interpreter, which is settled when they are defined."""
+"""True if kernels run in Triton's interpreter, which is settled when they are defined."""
 
 _compiling_for = 0
 """Multiprocessors of the GPU that kernels are only compiled for; 0: they run."""
 
 MOST_PROGRAMS = 2**31 - 1
-"""Programs of a launch, in the one direction of a grid that takes so many: the other two end at 65535."""
+"""Programs of a launch, in the first dimension of a grid. The other two dimensions end at 65535."""
 
 MOST_THREADS = 1024
 """Threads of a program."""
@@ -30,7 +30,8 @@ MOST_REGISTERS = 255
 """Registers of a thread."""
 
 LARGEST = 2**30
-"""Largest size that kernels count in 32 bits, where a tile may overhang: not of the numbers of rows and sequences."""
+"""Largest size that kernels count in 32 bits, where a tile may overhang. Numbers of rows and sequences may be larger.
+"""
 
 P = ParamSpec("P")
 
@@ -47,25 +48,25 @@ def mask_as_rows(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
 
 
 def k_as_rows(k: float | Tensor, shape: torch.Size) -> tuple[Tensor | None, float]:
-    """k as one entry a row, next to each other, if it is a tensor, else as a number: a kernel reads one of the two."""
+    """k as one entry a row, next to each other, if it is a tensor, else as a number. A kernel reads one of the two."""
     if isinstance(k, Tensor):
         return k.expand(shape[:-1]).reshape(-1).contiguous(), 0.0
     return None, float(k)
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether a tensor goes to the Triton kernel: on a GPU, in Triton's interpreter, or to be compiled only."""
+    """True if a tensor goes to the Triton kernel: on a GPU, in Triton's interpreter, or to be compiled only."""
     return x.is_cuda or INTERPRETED or _compiling_for > 0
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether there is something to compute with. An empty tensor has nothing, and one of a compiler or of the meta
+    """True if there is something to compute with. An empty tensor has nothing, and one of a compiler or of the meta
     device has a shape alone."""
     return type(x) is not FakeTensor and not x.is_meta and x.numel() > 0
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs can run at the same time at least. The interpreter runs one after the other."""
+    """Least number of programs that can run at the same time. The interpreter runs one after the other."""
     if device.type == "cuda":
         return _multiprocessors_of_gpu(device.index if device.index is not None else torch.cuda.current_device())
     return max(_compiling_for, 1)
@@ -77,7 +78,7 @@ def _multiprocessors_of_gpu(index: int) -> int:
 
 
 class Plan(NamedTuple):
-    """How a kernel is launched, which depends on sizes alone."""
+    """Launch settings of a kernel, which depend on sizes alone."""
 
     programs: int
 
@@ -160,7 +161,7 @@ def tile_settings(entries: int, in_thread: int) -> Mapping[str, int]:
 
 
 def registers_of_addresses(tile: Mapping[str, int], aligned: bool) -> int:
-    """Registers that a thread of a tile takes more where rows are not aligned: entries are loaded one by one, with
+    """Additional registers of a thread of a tile where rows are not aligned. Entries are loaded one by one, with
     addresses for each of them. More where a program has several rows, and eight warps leave room for no second one."""
     if aligned:
         return 0
@@ -168,8 +169,8 @@ def registers_of_addresses(tile: Mapping[str, int], aligned: bool) -> int:
 
 
 def _feature_tile(d: int) -> dict[str, int]:
-    """Launch settings for rows of d features, each row in a tile as a whole: 2048 entries, of which a thread has 16, or
-    a longer row."""
+    """Launch settings for rows of d features, each row in a tile as a whole. A tile has 2048 entries, of which a thread
+    has 16, or a longer row."""
     block = triton.next_power_of_2(d)
     return {"ROWS": max(2048 // block, 1), "BLOCK_D": block, "num_warps": max(block, 2048) // 512}
 
@@ -190,8 +191,8 @@ def plan_sweep(n_rows: int, d: int, available: int) -> Plan:
 
 @contextmanager
 def triton_for_cpu_tensors(multiprocessors: int = 132) -> Iterator[None]:
-    """Send CPU tensors to the Triton kernels at the launch settings of a GPU with so many multiprocessors, by
-    default an H200, to compile them where there is no GPU.
+    """Send CPU tensors to the Triton kernels, to compile them where there is no GPU. Launch settings are those of a GPU
+    with so many multiprocessors, by default an H200.
 
     Launching is up to the caller to prevent, as `colt5_bench.measuring.static_facts` does.
     """

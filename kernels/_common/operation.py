@@ -180,9 +180,9 @@ class _Gradient:
 
 
 def is_traced(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether somebody is to see the operator that tensors go through, and not its result alone: a compiler, a dispatch
-    mode, a function transform, whose tensors may outlive it, forward mode, or a subclass of Tensor; and that of a meta
-    tensor, which has a shape alone."""
+    """True if an observer needs the operator that tensors go through, and not its result alone. Observers are a
+    compiler, a dispatch mode, a function transform, whose tensors may outlive it, forward mode, and a subclass of
+    Tensor. A meta tensor, which has a shape alone, needs the operator too."""
     if (
         is_compiling()
         or is_in_torch_dispatch_mode()

@@ -34,9 +34,9 @@ def per_row(x):
 @triton.jit
 def tile_pointers(ptr, rows, columns, stride):
     """Pointers to a tile of a matrix `rows n` whose last stride is 1."""
-    # A thread is to have four neighbours, whatever the size of an entry: it would load up to sixteen of a mask at once,
-    # and each tile that meets that one would go through shared memory. Of the other directions, which have none, it is
-    # rows that are to be spread over a warp, and not, as Triton 3.6 would, repeats.
+    # A thread gets four neighbours, whatever the size of an entry. Otherwise it would load up to sixteen of a mask at
+    # once, and each tile that meets that one would go through shared memory. Of the other directions, which have none,
+    # it is rows that are to be spread over a warp, and not, as Triton 3.6 would, repeats.
     ROWS_FIRST: tl.constexpr = 2 if rows.shape[0] > 1 else 1
     return tl.max_contiguous(ptr + per_row(rows) * stride + columns, [1, ROWS_FIRST, 4])
 
@@ -74,8 +74,8 @@ def load_tile(
     score_ptrs = tile_pointers(scores_ptr, rows, columns, scores_stride)
     scores = tl.load(score_ptrs, mask=exists, other=-float("inf"), cache_modifier=CACHE).to(tl.float32)
     if HAS_MASK:
-        # What is masked is read all the same: to leave it out, entries would be loaded one by one, in a layout of their
-        # own, and each tile that meets this one would go through shared memory.
+        # Masked entries are read all the same. To leave them out, entries would be loaded one by one, in a layout of
+        # their own, and each tile that meets this one would go through shared memory.
         mask_ptrs = tile_pointers(mask_ptr, rows, columns, mask_stride)
         taking_part = tl.load(mask_ptrs, mask=exists, other=0, cache_modifier=CACHE) != 0
         scores = tl.where(taking_part, scores, -float("inf"))
@@ -144,8 +144,8 @@ def count_in_thread(ones, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def sum_and_count(x, ones, REPEATS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
-    """fp64 sum of each row of x, whose entries lie in [0, 1], and of each row of ones and zeros, 0 unless COUNT: one
-    reduction for both.
+    """fp64 sum of each row of x, and of each row of ones and zeros, 0 unless COUNT. Entries of x lie in [0, 1], so one
+    reduction computes both.
 
     The numbers of a thread are put into one integer, the count above the sum in steps of 2**-31, which has room for
     tiles of up to 2**15 entries. Integers add up to the same in any order. To and from fp64 they get by an addition
@@ -200,15 +200,15 @@ def clip_scaled(x, scale):
 
 @triton.jit
 def nearest_fp32(x):
-    """fp64 x rounded to the 24 bits of an fp32, still as fp64: by integers, which are cheaper than a conversion."""
+    """Round fp64 x to the 24 bits of an fp32, still as fp64. Integers are cheaper here than a conversion."""
     bits = x.to(tl.int64, bitcast=True)
     return ((bits + 0x10000000) & -0x20000000).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def clip_enlarged(x, more):
-    """min(x + x * more, 1) for x of at least 0, infinity too, and more > 0; 0 for NaN. One instruction, and one
-    rounding of each entry: a factor 1 + more, rounded itself, would shift a whole row."""
+    """min(x + x * more, 1) for x >= 0, infinity too, and more > 0; 0 for NaN. One instruction, and one rounding of each
+    entry: a factor 1 + more, rounded itself, would shift a whole row."""
     if INTERPRETED:
         return tl.minimum((x.to(tl.float64) * (1.0 + more.to(tl.float64))).to(tl.float32), 1.0)
     return tl.inline_asm_elementwise(
@@ -240,7 +240,8 @@ def split(x):
 
 @triton.jit
 def exponent_line(threshold, factor):
-    """The exponent (s - threshold) * factor as a line in fp32, slope * s + offset, and what the offset lacks, in fp64.
+    """The exponent (s - threshold) * factor as an fp32 line slope * s + offset. The last result, in fp64, is the error
+    of the offset.
 
     Threshold a row and factor are fp64. One fused multiplication and addition evaluates the line with a rounding of
     the exponent alone, however far from zero scores are. What the rounding of the slope leaves out grows with the
@@ -265,7 +266,8 @@ def exp2_line(scores, slope, offset):
 
 @triton.jit
 def fma_if_at_most(x, factor, y, scores, limit):
-    """x + factor * y where scores are at most the limit, else x: two instructions, where a selection makes it three."""
+    """x + factor * y where scores are at most the limit, else x. These are two instructions; a selection makes it
+    three."""
     if INTERPRETED:
         return tl.where(scores <= limit, x + factor * y, x)
     return tl.inline_asm_elementwise(
@@ -314,7 +316,7 @@ def log_normal(x):
 
 @triton.jit
 def round_down(x):
-    """The largest fp32 that is not above the fp64 x, so that comparing fp32 scores with it is comparing with x."""
+    """The largest fp32 that is not above the fp64 x. fp32 scores compare with it as they compare with x."""
     if not INTERPRETED:
         return tl.inline_asm_elementwise("cvt.rm.f32.f64 $0, $1;", "=f,d", [x], tl.float32, is_pure=True, pack=1)
     nearest = x.to(tl.float32)
@@ -331,7 +333,8 @@ def slots_for(programs: int, num_warps: int) -> int:
 
 @triton.jit
 def exchange(mailbox_ptr, step, part, first, second, third, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr):
-    """Hand three fp32 numbers to all PROGRAMS programs of a row, and receive theirs: SLOTS x 4, of which 3 are used.
+    """Hand three fp32 numbers to all PROGRAMS programs of a row, and receive theirs. The result is SLOTS x 4, of which
+    3 are used.
 
     Every word travels with the number of the step in its upper half, in one 64-bit store, so that a reader knows a
     word is there by looking at it: no counter, no fence, one trip to the L2 cache each way. Steps alternate between
@@ -360,7 +363,7 @@ def exchange(mailbox_ptr, step, part, first, second, third, PROGRAMS: tl.constex
 
 @triton.jit
 def exchange_sum(mailbox_ptr, step, part, total, count, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr):
-    """Sum an fp64 total and a count (exact below 2**24), each of one row, over the programs of the row in order."""
+    """Sum an fp64 total and a count over the programs of a row, in order. The count is exact below 2**24."""
     high, low = split(total)
     numbers = exchange(mailbox_ptr, step, part, high, low, count.to(tl.float32), PROGRAMS, SLOTS).to(tl.float64)
     word = tl.arange(0, 4)
@@ -372,8 +375,8 @@ def exchange_sum(mailbox_ptr, step, part, total, count, PROGRAMS: tl.constexpr, 
 
 @triton.jit
 def exchange_highest(mailbox_ptr, step, part, highest, count, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr):
-    """The largest fp32 number, NaN if there is one, and the sum of an fp64 count, each of one row, over the programs of
-    the row."""
+    """Reduce over the programs of a row. The results are the largest fp32 number, NaN if there is one, and the sum of a
+    count."""
     numbers = exchange(mailbox_ptr, step, part, highest, highest, count.to(tl.float32), PROGRAMS, SLOTS)
     word = tl.arange(0, 4)[None, :]
     sent = (tl.arange(0, SLOTS) < PROGRAMS)[:, None]

@@ -26,7 +26,7 @@ def _forward(
     n: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The sum `(b n) d` of routed tokens `(b k) d` and what else there is, and the map `b n`."""
+    """The sum `(b n) d` of routed tokens `(b k) d` and the optional terms, and the map `b n`."""
     batch = indices.shape[0]
     out = routed.new_empty((batch * n, routed.shape[1]), dtype=dtype)
     slots = map_slots(indices, n)
@@ -43,7 +43,7 @@ def _backward(
     null_slots: Tensor | None,
     light_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of routed tokens and scores; of the null token, if there is the map; and of the light branch, if it has
+    """Gradients of routed tokens and scores. The null token has one if there is the map, and the light branch if it has
     a dtype of its own."""
     drouted, dscores = routed.new_empty(routed.shape), scores.new_empty(scores.shape)
     dnull = None if null_slots is None else grad_out.new_zeros(routed.shape[1], dtype=torch.float32)

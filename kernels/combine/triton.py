@@ -24,7 +24,7 @@ def _places_kernel(
     n,
     BLOCK: tl.constexpr,
 ):
-    """Of each token that is routed, which of all `b k` it is."""
+    """Write the index, among all `b k`, of each routed token into the place of its token."""
     slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     places = tl.load(indices_ptr + slots, mask=slots < n_routed, other=n).to(tl.int64)
     tl.store(slots_ptr + (slots // k).to(tl.int64) * n + places, slots, mask=places < n)
@@ -141,7 +141,7 @@ def _plan_places(n_routed: int) -> Plan:
 
 
 def map_slots(indices: Tensor, n: int) -> Tensor:
-    """`b n`, int32: which of all `b k` routed tokens stands in the place of a token; -1 where none does."""
+    """`b n`, int32: the index, among all `b k`, of the routed token in the place of a token. -1 where there is none."""
     batch, k = indices.shape
     slots = torch.full((batch, n), -1, dtype=torch.int32, device=indices.device)
     if has_values(indices):
@@ -159,7 +159,7 @@ def launch_forward(
     residual: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Write the sum `(b n) d`, of routed tokens `(b k) d` and what else there is, by the map of `map_slots`."""
+    """Write the sum `(b n) d` of routed tokens `(b k) d` and the optional terms, by the map of `map_slots`."""
     n_rows, d = out.shape
     plan = plan_rows(n_rows, d)
     _forward_kernel[plan.grid](
@@ -206,7 +206,7 @@ def launch_routed_backward(
 
 
 def launch_sweep(grad: Tensor, slots: Tensor | None, dlight: Tensor | None) -> Tensor | None:
-    """Write the gradient of the light branch in its dtype, if that is wanted, and return the one of the null token, if
+    """Write the gradient of the light branch in its dtype, if that is wanted. Return the gradient of the null token, if
     there is the map."""
     n_rows, d = grad.shape
     plan = plan_sweep(n_rows, d, multiprocessors(grad.device))

@@ -41,8 +41,8 @@ LARGEST: tl.constexpr = tl.constexpr(constants.LARGEST)
 
 @triton.jit
 def direct_gradient(scores, grad, a, temperature, factor):
-    """The gradient of the scores through the output alone, at constant a: g y / temperature where y < 1, and 0 for a
-    score of -inf, however large g is there."""
+    """The gradient of the scores through the output alone, at constant a. It is g y / temperature where y < 1, and 0
+    for a score of -inf, however large g is there."""
     slope, offset, rest = exponent_line(-a, factor)
     scale = exp2(tl.minimum(rest, 1.0).to(tl.float32)) * inverse(temperature).to(tl.float32)
     power = exp2_line(scores, slope, offset)
@@ -123,7 +123,7 @@ def _backward_kernel(
     temperature_ptr = row_state(state_ptr, n_rows + tl.zeros((), tl.int64), n_iters) + n_iters
     last_a = tl.load(a_ptrs, mask=row_exists, other=0.0)
     last_temperature, last_factor = tl.load(temperature_ptr), tl.load(temperature_ptr + n_iters + 1)
-    # What an iteration needs of its row is read one iteration ahead.
+    # The numbers of an iteration and row are read one iteration ahead.
     ratio = tl.load(a_ptrs + n_iters + 1, mask=row_exists, other=0.0)
     previous = tl.load(a_ptrs - 1, mask=row_exists & (n_iters > 1), other=0.0)
 
@@ -145,8 +145,8 @@ def _backward_kernel(
         grad_a = tl.sum(in_slot, axis=0) + tl.zeros([ROWS], tl.float64)
         scores = from_origin(scores, origin)
 
-    # The iterations of the last temperature share weights w = exp((s - base) / e) as long as their a are close, and
-    # only the coefficients of w add up: an exponential for each such run, not for each iteration.
+    # The iterations of the last temperature share weights w = exp((s - base) / e) as long as their a are close. Only
+    # the coefficients of w add up: an exponential for each such run, not for each iteration.
     through_a = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
     coefficients = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
     weights = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
@@ -227,7 +227,7 @@ def launch_backward(
     ds: Tensor,
     dk: Tensor,
 ) -> None:
-    """Write the gradient of the scores to `ds`, and that of k to `dk` where it has one entry a row."""
+    """Write the gradient of the scores to `ds`, and that of a k with one entry a row to `dk`."""
     n_rows, n = scores.shape
     n_iters = iterations_of(state)
     strides = (grad.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))

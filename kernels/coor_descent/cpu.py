@@ -36,7 +36,7 @@ def forward(
 
     # NumPy for what is computed once a row: on few numbers, a call of PyTorch takes several times as long.
     with np.errstate(all="ignore"):
-        # What takes no part comes first in the order, NaN last.
+        # Entries that take no part come first in the order, NaN last.
         highest = ordered[:, -1].double().numpy()
         hidden = torch.searchsorted(ordered, ordered.new_full((rows, 1), -torch.inf), right=True).numpy()[:, 0]
         n_valid = np.where(highest < np.inf, n - hidden, np.nan)
@@ -98,11 +98,11 @@ def backward(
     # However large the gradient from above is there.
     ds.masked_fill_(s == -torch.inf, 0.0)
 
-    # Each a hands on to the one before it what it received, times the share of the sum above the threshold.
+    # Each a hands its gradient on to the one before it, times the share of the sum above the threshold.
     handed_on = torch.cat([ratio[:, 1:], torch.ones_like(ratio[:, :1])], dim=1)
     grad_a = handed_on.flip(1).cumprod(dim=1).flip(1) * ds.sum(dim=-1, dtype=torch.float64)[:, None]
 
-    # Iterations of one temperature whose a are close share the weights exp((s - base) / temperature), and only the
+    # Iterations of one temperature whose a are close share the weights exp((s - base) / temperature). Only the
     # coefficients of these add up.
     weights, coefficients = torch.empty_like(s), torch.empty_like(s)
     for start, stop in _runs(trace, temperatures):
@@ -156,8 +156,8 @@ def _move(s: Tensor, origins: Tensor) -> Tensor:
 
 
 def _round_down(threshold: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The largest number of a dtype that is not above an fp64 threshold, so that comparing scores of that dtype with
-    it is comparing with the threshold."""
+    """The largest number of a dtype that is not above an fp64 threshold. Scores of that dtype compare with it as they
+    compare with the threshold."""
     nearest = threshold.astype(dtype)
     return np.where(nearest > threshold, np.nextafter(nearest, nearest.dtype.type(-np.inf)), nearest)
 

@@ -44,7 +44,7 @@ from kernels.coor_descent.state import save_origin, save_step, save_temperature
 from reference._shared.arguments import epsilon_schedule
 
 RESIDENT = 16384
-"""Longest piece of a row that one program keeps in registers; twice as long if there is neither a mask nor a
+"""Longest piece of a row that one program keeps in registers. It is twice as long if there is neither a mask nor a
 conversion, which need registers too."""
 
 STREAMED = 8192
@@ -68,7 +68,7 @@ def first_step(log_k, highest, n_valid, temperature):
 
 @triton.jit
 def origin_of(highest, eps):
-    """What scores and a of a row are counted from, fp32: 0, or the highest score where all are far below 0."""
+    """Origin of scores and a of a row, fp32: 0, or the highest score where all are far below 0."""
     return tl.where((highest < -FAR * eps) & (highest > -float("inf")), highest, 0.0).to(tl.float32)
 
 
@@ -89,7 +89,7 @@ def cool(temperature, eps_decay, eps):
 
 @triton.jit
 def soft_selection(scores, a, factor, HAS_MASK: tl.constexpr):
-    """exp(min(s + a, 0) / temperature); NaN stays NaN, and what is masked is 0 also where a is not finite."""
+    """exp(min(s + a, 0) / temperature). NaN stays NaN, and masked entries are 0 also where a is not finite."""
     slope, offset, rest = exponent_line(-a, factor)
     # Below 1, unless the threshold is so far above all scores that their exponentials are 0.
     y = exp2_line(scores, slope, offset) * per_row(exp2(tl.minimum(rest, 1.0).to(tl.float32)))
@@ -130,8 +130,8 @@ def descend(
     HAS_K: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """All iterations on rows in registers: weights w and an fp64 r a row, of which the output is min(w r, 1); the last
-    a, log2(e) over the temperature of the output, and the next step.
+    """Run all iterations on rows in registers. The results are weights w and an fp64 r a row, of which the output is
+    min(w r, 1); the last a, log2(e) over the temperature of the output, and the next step.
 
     The first `cooling` iterations have temperatures of their own. After them it stays, and so do the exponentials
     w = exp((s - base) / e): with r = exp((a + base) / e), an iteration is r <- k r / sum min(w r, 1), without a
@@ -206,8 +206,8 @@ def descend(
 
 @triton.jit
 def _weigh(scores, a, highest, temperature):
-    """Weights of the scores at a base near the threshold -a, slope and offset of their exponents, and a row's base;
-    then exp((a + base) / e), and the same for the threshold at the highest score, as fp64."""
+    """Weights of the scores at a base near the threshold -a. With slope and offset of their exponents, and a row's
+    base. Then exp((a + base) / e), and the same for the threshold at the highest score, as fp64."""
     factor = log2_e_over(temperature)
     threshold = -a
     anchor = tl.where(highest < threshold, highest, threshold)
@@ -319,7 +319,7 @@ def _streaming_kernel(
     HAS_K: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """Longer rows, one after the other, so that one row at a time lives in the L2 cache and is read from there."""
+    """Compute longer rows, one after the other. One row at a time then lives in the L2 cache and is read from there."""
     part = tl.program_id(0)
     start = tl.cast(part, tl.int64) * tiles * (REPEATS * WIDTH)
     columns = start + tile_columns(REPEATS, WIDTH)
@@ -387,8 +387,8 @@ def _streaming_kernel(
 
 
 def entries_in_thread(n_rows: int, n: int, available: int) -> int:
-    """So many entries of a row in a thread that the scalar work of a row weighs little, but fewer where that leaves
-    multiprocessors without work."""
+    """Entries of a row in a thread: so many that the scalar work of a row weighs little. There are fewer where that
+    leaves multiprocessors without work."""
     warps = n_rows * n // (IN_THREAD * 32)
     if n > RESIDENT or warps >= 8 * available:
         return IN_THREAD

@@ -1,4 +1,4 @@
-"""What the forward pass of coordinate descent keeps for the backward pass: a few numbers a row and iteration.
+"""State that the forward pass of coordinate descent keeps for the backward pass: a few numbers a row and iteration.
 
 One fp64 tensor `rows+1 2 n_iters+1` holds, for row r and iteration t, a_t in [r, 0, t] and the share of the sum that
 lies above the threshold in [r, 1, t]. After the rows come, for the kernels, the temperature of iteration t in
@@ -35,7 +35,7 @@ def row_state(state_ptr, rows, n_iters):
 
 @triton.jit
 def save_step(state_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature, factor):
-    """Write what belongs to iteration t: the first program of a row for the row, the first of all the schedule."""
+    """Write the state of iteration t. The first program of a row writes for the row, the first of all the schedule."""
     row_ptrs = row_state(state_ptr, rows, n_iters) + t
     writes = (rows < n_rows) & (part == 0)
     tl.store(row_ptrs, a, mask=writes)

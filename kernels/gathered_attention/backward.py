@@ -49,8 +49,8 @@ def _plan_queries(batch: int, n_windows: int, heads: int, n_queries: int, dim: i
 
 @planner
 def _plan_keys(batch: int, n_tokens: int, heads: int, n_queries: int, dim: int, itemsize: int, pairs: bool) -> Plan:
-    """A program for each block of the tokens of a head, which takes windows in pairs, if it may, where a block holds
-    all queries of a window. Pieces are blocks of these."""
+    """A program for each block of the tokens of a head. It takes windows in pairs, if it may, where a block holds all
+    queries of a window. Pieces are blocks of these."""
     settings = settings_for(KEYS, dim, itemsize)
     queries = queries_at_a_time(n_queries, settings.tile)
     blocks = triton.cdiv(n_queries, queries)
@@ -99,7 +99,8 @@ def _query_kernel(
     WEIGH_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """As the forward kernel: the gradient of a block of queries, and its part of those of weights and learned pair."""
+    """The gradient of a block of queries, and its part of the gradients of weights and learned pair. Blocks are those
+    of the forward kernel."""
     row, block, head = place(n_heads, n_blocks)
     batch, window = row // n_windows, row % n_windows
     share = n_heads // n_routes
@@ -199,8 +200,8 @@ def _key_value_kernel(
     WEIGH_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Keys and values of a block of tokens for one head, against the queries of their windows: of one after the other,
-    or two by two, if a block holds all queries of a window."""
+    """Keys and values of a block of tokens for one head, against the queries of their windows. Windows come one after
+    the other, or two by two, if a block holds all queries of a window."""
     # The first blocks of each sequence, of the last windows, have the most to do.
     program = tl.program_id(0)
     head = program % n_heads
@@ -248,7 +249,7 @@ def _key_value_kernel(
         attended, weight = here[:, None], weights[:, None]
         passed = here & (block == n_blocks - 1 if WINDOWS == 1 else True)
         if WINDOWS == 2:
-            # What is listed in the first of two windows has its next entry for the second one, everything else this.
+            # Entries of the first of two windows have their next entry for the second one, all others this.
             next_weights = tl.where(here, weights_then, weights)
             here_next = tl.where(here, listed_then, listed_in) == window + 1
             is_next = (windows > window)[None, :]
@@ -284,7 +285,7 @@ class Inverse(NamedTuple):
     """int32: the windows of the entries of all lists in the order of their tokens, then of windows."""
 
     weights: Tensor
-    """Of the same entries."""
+    """Weights of the same entries."""
 
     ends: Tensor
     """`b r n+1` flat: where the entries of each token begin, and so those of the one before end."""

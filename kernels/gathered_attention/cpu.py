@@ -26,7 +26,7 @@ class _Window:
         tokens = lists[:, window]
         sequences = torch.arange(batch * routes, device=query.device).view(batch, routes, 1)
         self.rows = (sequences * key_value.shape[2] + tokens.clamp(min=0)).flatten()
-        """Of the tokens `b r s` among `(b r n)`."""
+        """Rows of the tokens `b r s` among `(b r n)`."""
 
         gathered = key_value.flatten(0, 2)[self.rows].to(wide)
         gathered = rearrange(gathered, "(b r s) (h kv d) -> kv b (r h) s d", b=batch, r=routes, kv=2, d=dim)

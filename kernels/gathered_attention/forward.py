@@ -24,7 +24,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def place(n_heads, n_blocks):
-    """The row (batch and window), block of queries and head of a program; heads of a list run side by side."""
+    """The row (batch and window), block of queries and head of a program. Heads of a list run side by side."""
     program = tl.program_id(0)
     head = program % n_heads
     return (program // n_heads // n_blocks).to(tl.int64), program // n_heads % n_blocks, head

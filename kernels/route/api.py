@@ -26,12 +26,12 @@ from reference._shared.returns import RouteReturn
 
 
 def _blocks(n: int, block_size: int | None) -> tuple[int, int]:
-    """How many blocks of n tokens, and how many tokens of each."""
+    """Number of blocks of n tokens, and number of tokens of each."""
     return (1, n) if block_size is None else (ceil(n / block_size), block_size)
 
 
 def _row_mask(x: Tensor, mask: Tensor | None, routes: int, blocks: int, width: int) -> Tensor | None:
-    """The mask of tokens `b n` as rows of `b r blocks`, masked where the last block had to be filled up."""
+    """The mask of tokens `b n` as rows of `b r blocks`. The padding of the last block is masked."""
     batch, n, _ = x.shape
     missing = blocks * width - n
     if missing:
@@ -111,7 +111,8 @@ def _backward(
 
     gathered, past_the_end = None, None
     if grad_tokens is not None and needs_x and has_values(scores):
-        # A last block with fewer tokens than are selected from it has selected all of them, and then past the end.
+        # A last block with fewer tokens than are selected from it has selected all of them. Its other indices are past
+        # the end.
         missing = blocks * width - x.shape[1]
         kept = indices.shape[2] - max(num_selected - (width - missing), 0)
         past_the_end = grad_tokens[:, :, kept:] if kept < indices.shape[2] else None

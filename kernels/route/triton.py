@@ -60,7 +60,7 @@ def launch_gather(
     x: Tensor, selected: Tensor, relaxed: Tensor, blocks: int, weights: Tensor, tokens: Tensor, indices: Tensor
 ) -> None:
     """Write weights and indices `b r blocks*selected` and tokens `b r blocks*selected d` of x `b n d`, whose last
-    stride is 1, from rows of `b r blocks`: what is selected, and the relaxed selection."""
+    stride is 1. Rows of `b r blocks` have the selection and the relaxed selection."""
     (n, d), (n_rows, n_selected) = x.shape[1:], selected.shape
     plan = _plan(n_rows, n_selected, d)
     _gather_kernel[plan.grid](

@@ -30,8 +30,9 @@ def _forward(
     eps_decay: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights and indices `b w r s`; for each token the first window that does not select it any more, counted from
-    the second, 0 if none does (`b r n`, or empty where nothing is to be saved); and the state of the descents."""
+    """Weights and indices `b w r s`, leaves, and the state of the descents. For each token, its leaf is the first
+    window that does not select it any more, counted from the second, 0 if none does. Leaves are `b r n`, or empty where
+    nothing is to be saved."""
     schedule = (n_iters, eps, first, eps_decay)
     batch, routes, n = scores.shape
     windows = windows_with_a_prefix(n, window_size)

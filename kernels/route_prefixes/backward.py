@@ -31,7 +31,7 @@ TOKENS = 128
 """Tokens of a program."""
 
 WINDOWS = 4
-"""Of the windows that selected a token, how many are read at a time."""
+"""Windows that are read at a time, of those that selected a token."""
 
 PREFIXES = 1024
 """Prefixes that are added up at a time."""
@@ -61,8 +61,8 @@ def _thresholds_kernel(
     SLOTS: tl.constexpr,
     ITERATIONS: tl.constexpr,
 ):
-    """Of one prefix: what its selected tokens receive directly; and of each iteration A / k, and the score up to which
-    a token receives through the threshold."""
+    """Gradients that the selected tokens of one prefix receive directly. For each iteration also A / k, and the score
+    up to which a token receives through the threshold."""
     row = (tl.program_id(0) // n_windows).to(tl.int64)
     window = tl.program_id(0) % n_windows
     prefix = prefix_row(row, window, routes, n_windows)
@@ -115,8 +115,8 @@ def _sums_kernel(
     n_iters,
     PREFIXES: tl.constexpr,
 ):
-    """For one row and iteration, and each window: the sum of the shares from that window on, in units of
-    exp(-a / e), and the offset of the exponent of tokens."""
+    """For one row and iteration, and each window: the sum of the shares from that window on. The unit is
+    exp(-a / e). The offset of the exponent of tokens goes with it."""
     row = (tl.program_id(0) // (n_iters - 1)).to(tl.int64)
     t = 1 + tl.program_id(0) % (n_iters - 1)
     schedule_ptr = row_state(state_ptr, tl.cast(n_rows, tl.int64) * n_windows, n_iters)
@@ -133,7 +133,8 @@ def _sums_kernel(
         has_next = exists & (window + 1 < n_windows)
         next_a_ptrs = row_state(state_ptr, prefix_row(row, window + 1, routes, n_windows), n_iters) + t
         next_a = tl.load(next_a_ptrs, mask=has_next, other=0.0)
-        # At most 1, but for a prefix without a score above -inf, whose a is below the next: it must not overflow.
+        # The factor is at most 1, except for a prefix without a score above -inf, whose a is below the next. There it
+        # must not overflow.
         decay = tl.where(has_next, tl.exp2(tl.minimum((next_a - a) * factor, 1.0)), 0.0)
         share = tl.load(shares_ptr + window, mask=exists, other=0.0)
         decay, total = tl.associative_scan((decay, share), 0, _follow)

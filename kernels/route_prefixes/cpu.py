@@ -67,5 +67,5 @@ def _as_rows(scores: Tensor) -> Tensor:
 
 
 def _of_window(numbers: Tensor, indices: Tensor, window: int) -> Tensor:
-    """Of numbers `(b w r) t`, those of one window: `b r t`."""
+    """The numbers of one window, from `(b w r) t`:"""
     return numbers.view(*indices.shape[:3], -1)[:, window]

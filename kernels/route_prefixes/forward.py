@@ -57,13 +57,13 @@ RANKS_IN_THREAD = 8
 
 @triton.jit
 def prefix_row(row, window, routes, n_windows):
-    """The place, in the order `b w r`, of what a window selects from a row `(b r)` of the scores."""
+    """The place, in the order `b w r`, of a window's selection from a row `(b r)` of the scores."""
     return (row // routes * n_windows + window) * routes + row % routes
 
 
 @triton.jit
 def _clip_scaled_by_pair(x, high, low):
-    """min(x * (high + low), 1), rounded once, for x of at least 0, infinity too, and 0 < low; 0 for NaN."""
+    """min(x * (high + low), 1), rounded once, for x >= 0, infinity too, and 0 < low; 0 for NaN."""
     if INTERPRETED:
         scaled = x.to(tl.float64) * high.to(tl.float64) + x.to(tl.float64) * low.to(tl.float64)
         return tl.where(scaled == scaled, tl.minimum(scaled.to(tl.float32), 1.0), 0.0)
@@ -171,7 +171,8 @@ def _descend_kernel(
             if COUNT:
                 above_in_thread += count_in_thread(is_above(scores, per_row(threshold)), GROUP, WIDTH)
 
-        # What only some of the prefixes have; and all of it, where their thresholds are far from each other.
+        # The second loop reads the tokens of only some of the prefixes. It reads all tokens where thresholds are far
+        # from each other.
         slope, offset, rest = exponent_line(anchor, factor)
         more = per_row(exp2_minus_1(rest) + EXP2_LACKS)
         for start in range(alike, longest, WIDTH):
@@ -247,8 +248,8 @@ def _select_kernel(
 
 @planner
 def _plan_descent(n_rows: int, n_windows: int, window_size: int, aligned: bool, available: int) -> Plan:
-    """A program has so few prefixes that all multiprocessors have work, and that most of what it reads is common to its
-    prefixes. Where rows are not aligned, the addresses of entries take half of the registers for entries."""
+    """A program has so few prefixes that all multiprocessors have work. Most of its reads are common to its prefixes.
+    Where rows are not aligned, the addresses of entries take half of the registers for entries."""
     group = 1
     while (
         2 * group <= GROUP
@@ -278,7 +279,7 @@ def launch_forward(
     leaves: Tensor,
     state: Tensor,
 ) -> None:
-    """Select from scores `rows n`: write indices and weights `b w r s`, the state and, where it has entries, `leaves`
+    """Select from scores `rows n`. Write indices and weights `b w r s`, the state and, where it has entries, `leaves`
     `b r n`, which are zeros before."""
     n_rows, n = scores.shape
     _, n_windows, routes, selected = indices.shape
@@ -302,7 +303,7 @@ def launch_forward(
         COUNT=save,
         **plan.settings,
     )
-    # Of equal scores the first comes first. Each prefix selects from the one order by position.
+    # Among equal scores the first comes first. Each prefix selects from the one order by position.
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
     plan = _plan_selection(n_rows, n_windows)
     _select_kernel[plan.grid](

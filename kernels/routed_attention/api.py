@@ -1,4 +1,4 @@
-"""Attention to routed keys and values and to a learned pair, in the layout in which projections make and take them.
+"""Attention to routed keys and values and to a learned pair, in the layout of the projections.
 
 It is that of FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14135), with the weights of the router inside.
 PyTorch's own is as fast, but for the keys and values that have to be put together for it, and not the same from run to
@@ -25,8 +25,7 @@ def _forward(
     multiply_keys: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the same before it is rounded, if that is to be saved, and the logarithm to the base 2 of what each
-    softmax divides by."""
+    """The output, the same before it is rounded, if that is to be saved, and the log-sum-exp to the base 2."""
     batch, n_queries, _ = query.shape
     rounds = query.dtype != torch.float32
     out = query.new_empty(query.shape)

@@ -57,7 +57,7 @@ def _load_null(null_ptr, head, columns, HEADS: tl.constexpr, HEAD_DIM: tl.conste
 
 @triton.jit
 def _place(n, n_queries, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """Block of n queries or keys, head and sequence of a program, and how many queries are before those of the two."""
+    """Block of n queries or keys, head and sequence of a program, and the number of queries before these."""
     blocks = tl.cdiv(n, BLOCK)
     program = tl.program_id(0) // blocks
     batch = (program // HEADS).to(tl.int64)

@@ -15,8 +15,8 @@ from reference._shared.arguments import check_routing_tokens, check_scale
 
 
 def score_tokens(x: Tensor, routing_tokens: Tensor, cosine: bool, padded: int) -> tuple[Tensor, Tensor]:
-    """Scores `b r padded` of tokens `b n d`, and inverse norms `b padded` where scores are cosines; for what pads the
-    tokens, a score of 0. The last stride of both inputs is 1."""
+    """Scores `b r padded` of tokens `b n d`, and inverse norms `b padded` where scores are cosines. Padding has a score
+    of 0. The last stride of both inputs is 1."""
     wide = torch.promote_types(x.dtype, torch.float32)
     scores = x.new_empty((x.shape[0], routing_tokens.shape[1], padded), dtype=wide)
     inverse_norms = x.new_empty((x.shape[0], padded) if cosine else (0,), dtype=wide)

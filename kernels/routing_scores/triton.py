@@ -24,12 +24,12 @@ IN_THREAD = 32
 """Accumulators of a thread, or twice as many where there are many routes."""
 
 SCORING_WARPS, GRADIENT_WARPS = 1, 2
-"""Of a program. Scores change threads before they are written, for which the warps of a program would wait for each
-other."""
+"""Warps of a program. Scores change threads before they are written, for which the warps of a program would wait for
+each other."""
 
 SCORING_PROGRAMS, GRADIENT_PROGRAMS = 32, 8
-"""For each multiprocessor: about as many as it has the registers for, so that all run at the same time and have the
-same to do."""
+"""Programs for each multiprocessor: about as many as it has the registers for. All then run at the same time and have
+equal work."""
 
 
 @triton.jit
@@ -167,8 +167,8 @@ def _gradient_kernel(
     COSINE: tl.constexpr,
     NEEDS_X: tl.constexpr,
 ):
-    """Gradient of some columns of every so many blocks of tokens through their scores, and what these tokens contribute
-    to the gradient of the routing tokens."""
+    """Gradient of some columns of every so many blocks of tokens through their scores. These tokens' part of the
+    gradient of the routing tokens is written too."""
     column_blocks = tl.cdiv(d, COLUMNS)
     part = tl.program_id(0) // column_blocks % parts
     batch = (tl.program_id(0) // column_blocks // parts).to(tl.int64)
@@ -260,8 +260,8 @@ def _gathered_kernel(
 
 @cache
 def _tile(d: int, routes: int, itemsize: int, num_warps: int) -> dict[str, int]:
-    """Launch settings: of a token, as many columns as a thread has accumulators for, but no fewer than a warp reads at
-    a time, so that no warp has more than one token; and at least one token for each warp."""
+    """Launch settings. A tile has as many columns of a token as a thread has accumulators for, but no fewer than a warp
+    reads at a time, so that no warp has more than one token. It has at least one token for each warp."""
     padded_routes = triton.next_power_of_2(routes)
     read_at_a_time = 32 * 16 // itemsize
     columns = max(min(triton.next_power_of_2(d), 32 * IN_THREAD // padded_routes), read_at_a_time)
@@ -303,8 +303,9 @@ def _strides(x: Tensor, routing_tokens: Tensor) -> tuple[int, int, int, int]:
 
 
 def launch_scores(x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_norms: Tensor | None) -> None:
-    """Write scores `b r padded` of tokens `b n d`, whose last stride is 1, with contiguous routing tokens `b|1 r d`;
-    cosines times the norm of the routing token, and inverse norms `b padded`, where there is room for these."""
+    """Write scores `b r padded` of tokens `b n d`, whose last stride is 1, with contiguous routing tokens `b|1 r d`.
+    Where there is room for inverse norms `b padded`, write these, and as scores cosines times the norm of the routing
+    token."""
     batch, n, d = x.shape
     routes, padded = scores.shape[1:]
     plan = _plan_scores(batch, padded, d, routes, x.itemsize, multiprocessors(x.device))
@@ -334,8 +335,8 @@ def launch_gradients(
     gathered: tuple[Tensor, Tensor] | None,
     dx: Tensor | None,
 ) -> Tensor:
-    """Write the gradient of the tokens to `dx` (contiguous), and return that of the routing tokens for each batch
-    element, `b r d` in fp32; arguments as for `launch_scores`.
+    """Write the gradient of the tokens to `dx` (contiguous), and return the gradient of the routing tokens. It is `b r
+    d` in fp32, for each batch element; arguments are as for `launch_scores`.
 
     Args:
         grad_scores: `b r padded`, contiguous.

@@ -9,8 +9,8 @@ from kernels.segmented_coor_descent.steps import borders_of
 def _prepare(
     scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, k: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the kernels make of their inputs, in `dtype`: s `rows n`, -inf where none takes part; the highest s, k and
-    log k, each `rows 1`."""
+    """Inputs as the kernels read them, in `dtype`. s is `rows n`, -inf where none takes part. The highest s, k and log
+    k are each `rows 1`."""
     s = scores.to(dtype)
     s = s if mask is None else s.masked_fill(~mask, -torch.inf)
     highest = s.amax(dim=-1, keepdim=True)
@@ -20,7 +20,7 @@ def _prepare(
 
 
 def _exponentials(s: Tensor, b: Tensor, largest: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """exp((s + b) / temperature) `rows n`, scaled so that the largest of a row is 1, and their sums `rows 1`."""
+    """exp((s + b) / temperature) `rows n`, scaled to a largest entry of 1 in each row, and their sums `rows 1`."""
     exponentials = (s + b).sub_(largest).div_(temperature).exp_()
     total = exponentials.sum(dim=-1, keepdim=True)
     return exponentials, total.masked_fill_(total == 0, 1.0)
@@ -89,7 +89,7 @@ def backward(
         # The first iteration of all hands nothing back to the scores.
         for t in reversed(range(max(start, 1), stop)):
             b = checkpoint_b[segment]
-            # Of s + b; in the first segment b = -s.
+            # The largest s + b; in the first segment b = -s.
             largest = torch.minimum(highest, -checkpoint_a[segment - 1][:, None]) if segment else 0.0 * highest
             for temperature in temperatures[start:t]:
                 _, b, largest = _iterate(s, highest, log_k, b, largest, temperature)

@@ -91,7 +91,7 @@ def cool(temperature, eps_decay, eps):
 
 @triton.jit
 def output_of(s, a, temperature):
-    """exp((s + a + b) / temperature) for b = -relu(s + a); 0 for what takes no part, also if a is NaN."""
+    """exp((s + a + b) / temperature) for b = -relu(s + a). Entries that take no part are 0, also if a is NaN."""
     y = _exp_over(s + a + next_b(s, a), temperature)
     return tl.where(s == -float("inf"), 0.0, y)
 
@@ -105,5 +105,5 @@ def gradient_through_output(s, grad, a, temperature):
 
 @triton.jit
 def gradient_through_scores(s, b, exponentials, share):
-    """What s gets from one iteration, to be subtracted; `share` is A_t over the sum of the exponentials."""
+    """Gradient of s from one iteration, to be subtracted; `share` is A_t over the sum of the exponentials."""
     return tl.where((b < 0) | (s == -float("inf")), 0.0, share * exponentials)

@@ -24,7 +24,7 @@ from kernels.segmented_coor_descent.steps import (
 )
 
 RESIDENT = 8192
-"""Longest row of which one program keeps s, b and, in the backward pass, ds in registers; a quarter of it in fp64."""
+"""Longest row of which one program keeps s, b and, in the backward pass, ds in registers. In fp64 it is a quarter."""
 
 STREAMED = 8192
 """Entries of a longer row that a program reads at a time; a quarter of it in fp64."""
@@ -112,7 +112,7 @@ def _streaming_forward_kernel(
     HAS_K: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """All iterations of a longer row, tile by tile: one pass an iteration updates b and sums up what a needs."""
+    """Run all iterations of a longer row, tile by tile. One pass an iteration updates b and adds up the sums for a."""
     dtype: tl.constexpr = b_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     scores_ptr += row * scores_stride
@@ -159,7 +159,7 @@ def _streaming_forward_kernel(
 
 @triton.jit
 def _resume(a_ptr, row, segment, n_rows, highest):
-    """a that a segment starts from, and the largest s + b there; both 0 for the first, which starts from b = -s."""
+    """a that a segment starts from, and the largest s + b there. Both are 0 for the first, which starts from b = -s."""
     a = tl.load(a_ptr + slot_of(segment - 1, row, n_rows), mask=segment > 0, other=0.0)
     return a, tl.where(segment > 0, largest_of(highest, a), 0.0)
 

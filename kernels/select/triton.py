@@ -19,7 +19,7 @@ CHUNK = 4096
 """Entries of a row that one program handles."""
 
 IN_THREAD = 16
-"""Of these in a thread."""
+"""Entries of a thread."""
 
 RANKED, RANKED_AGAINST = 16, 256
 """Selected entries that one program ranks, and how many others it looks at in one go."""
@@ -49,11 +49,11 @@ def _load_ordered(scores_ptr, mask_ptr, columns, n, HAS_MASK: tl.constexpr):
 
 @triton.jit
 def _count_byte(ordered, exists, known, byte):
-    """How many entries, of those whose bytes before this one are as known, have each value of this byte: int32."""
+    """Counts of each value of this byte, int32, among entries whose bytes before it are as known."""
     up_to_this = ordered >> (24 - 8 * byte)
     candidates = exists & ((up_to_this >> 8) == known)
     counts = tl.zeros([BINS], tl.int32)
-    # Of the last bytes most programs have nothing to count.
+    # Most programs have nothing to count of the last bytes.
     if tl.max(candidates.to(tl.int32), axis=0) > 0:
         counts = tl.histogram((up_to_this & 0xFF).to(tl.int32), BINS, mask=candidates)
     return counts
@@ -61,7 +61,8 @@ def _count_byte(ordered, exists, known, byte):
 
 @triton.jit
 def _narrow(counts, known, remaining):
-    """One more byte of the last selected entry, and how many entries that agree with it in all of them are selected."""
+    """One more byte of the last selected entry. Then the number of selected entries that agree with it in all known
+    bytes."""
     values = tl.arange(0, BINS)
     at_least = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0) + counts
     byte = tl.max(tl.where(at_least >= remaining, values, 0), axis=0)
@@ -71,7 +72,7 @@ def _narrow(counts, known, remaining):
 
 @triton.jit
 def _places(above, equal):
-    """How many entries before each are above, and how many are equal."""
+    """For each entry, the number of entries before it that are above, and of those that are equal."""
     both = above.to(tl.int32) + (equal.to(tl.int32) << 16)
     before = tl.cumsum(both, axis=0) - both
     return before & 0xFFFF, before >> 16
@@ -115,8 +116,7 @@ def _row_kernel(
 
 @triton.jit
 def _known_so_far(counts_ptr, row, part, selected, byte):
-    """What the passes before that of a byte have found: the one before it by their counts, the others as they wrote
-    it."""
+    """Results of the passes before the one of a byte. The last pass left counts, the others wrote their results."""
     counts_ptr += row * ((BYTES + 1) * BINS)
     found_ptr = counts_ptr + BYTES * BINS + 2 * byte
     known = tl.load(found_ptr - 2, mask=byte > 1, other=0).to(tl.uint32, bitcast=True)
@@ -173,8 +173,8 @@ def _collect_kernel(
     BLOCK: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """What is selected of a part of a row. Where it stands among what is above depends on which program comes first,
-    and does not matter; which of the equal ones it is does."""
+    """The selected entries of a part of a row. The place of an entry among those above depends on which program comes
+    first, and does not matter; which of the equal ones it is does."""
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     columns = part * BLOCK + tl.arange(0, BLOCK)
@@ -204,7 +204,7 @@ def _rank_kernel(
     BLOCK: tl.constexpr,
     AGAINST: tl.constexpr,
 ):
-    """Indices of a block of the selected entries, each in the place that its key has among those of its row."""
+    """Indices of a block of the selected entries, each in the rank that its key has in its row."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     keys_ptr += row * selected
     own = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)

@@ -25,8 +25,8 @@ from reference._shared.arguments import check_k, check_positive, check_scores
 def solve_rows(
     scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, k: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The relaxed selection `rows n`, and the solution of each row: anchor, scale, and how often the row was read, the
-    output included."""
+    """The relaxed selection `rows n`, and the solution of each row: anchor, scale, and number of passes, the output
+    included."""
     y = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
     solution = torch.empty((scores.shape[0], 3), dtype=torch.float64, device=scores.device)
     if has_values(scores):

@@ -23,7 +23,7 @@ def forward(
     depth = n if k_rows is not None else min(math.ceil(k), n)
     ordered = s.topk(depth, dim=-1).values
     exponents, last = _exponents(ordered, eps), ordered[:, -1:]
-    # What is not among the largest; they themselves contribute exactly 1 each.
+    # Entries that are not among the largest; those themselves contribute exactly 1 each.
     rest = (s - last).div_(eps).clamp_(max=0.0).exp_().sum(dim=-1, keepdim=True, dtype=torch.float64) - depth
     rest = rest.masked_fill_(last == -torch.inf, 0.0).clamp_(min=0.0).log_()
     # log of the sum of exponentials over an entry and all below it
@@ -44,8 +44,8 @@ def forward(
 
 
 def _exponents(ordered: Tensor, eps: float) -> Tensor:
-    """(s - last) / eps in fp64 of scores in descending order, as a sum of distances, so that an outlier costs the
-    others no digits: none needs to be longer than that at which one exponential is nothing beside another."""
+    """(s - last) / eps in fp64 of scores in descending order, as a sum of distances. An outlier then costs the others
+    no digits. No distance needs to be longer than the one at which an exponential is nothing beside another."""
     wide, lowest = ordered.double(), ordered == -torch.inf
     distances = (wide[:, :-1] - wide[:, 1:]).div_(eps).clamp_(max=NOTHING_AT).masked_fill_(lowest[:, 1:], 0.0)
     return F.pad(distances, (0, 1)).flip(-1).cumsum(dim=-1).flip(-1).masked_fill_(lowest, -torch.inf)

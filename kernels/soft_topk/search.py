@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 UNIT: tl.constexpr = tl.constexpr(0.25)
-"""Of a score in that of a kernel, as of the temperature: the difference of no two scores overflows. A power of two
-rounds nothing."""
+"""Factor of scores, and of the temperature, in the kernel. With it the difference of no two scores overflows. A power
+of two rounds nothing."""
 
 LARGEST: tl.constexpr = tl.constexpr(8.6e37)
 """A bound on scores."""
@@ -60,14 +60,14 @@ def load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK: tl.constexpr):
 
 @triton.jit
 def sum_pair(x, y, WIDTH: tl.constexpr):
-    """Sums of two tiles as fp64, in one exchange between the threads; a thread adds up its own entries in fp32."""
+    """Sums of two tiles as fp64, in one exchange between the threads. A thread adds up its own entries in fp32."""
     pair = tl.reshape(tl.join(tl.sum(x, axis=0), tl.sum(y, axis=0)), [WIDTH // 4, 4, 2])
     return tl.split(tl.sum(tl.sum(pair, axis=1).to(tl.float64), axis=0))
 
 
 @triton.jit
 def _exp_over(difference, rate):
-    """exp(difference / eps) of an fp32 tile; the rate, log2(e) / eps, is fp64 and a bias if it were rounded to fp32."""
+    """exp(difference / eps) of an fp32 tile. The rate, log2(e) / eps, is fp64 and a bias if it were rounded to fp32."""
     high = rate.to(tl.float32)
     low = (rate - high.to(tl.float64)).to(tl.float32)
     return tl.exp2(difference * high + difference * low)
@@ -89,7 +89,7 @@ def _number(key):
 
 @triton.jit
 def survey(scores, WIDTH: tl.constexpr):
-    """Least and largest score, number, sum and sum of squares of a tile; the number is NaN where a score is NaN or
+    """Least and largest score, number, sum and sum of squares of a tile. The number is NaN where a score is NaN or
     +inf."""
     hidden = scores < -LARGEST
     least = tl.min(tl.min(tl.where(hidden, LARGEST, scores), axis=0), axis=0).to(tl.float64)
@@ -121,7 +121,7 @@ def open_bracket(least, largest, n_valid, total, squares, k, eps):
     center = mean + deviation * tl.where(share < 0.5, quantile, -quantile)
     center = tl.minimum(tl.maximum(center, low), high)
     reach = tl.where(deviation < high - low, 4.0 * deviation, 0.0)
-    # Until an end is evaluated, its sums say that F is k, or 0, there, which no estimate takes for a slope.
+    # Until an end is evaluated, its sums say that F is k, or 0, there. No estimate takes that for a slope.
     return (low, n_valid, k - n_valid, high, 0.0 * k, 0.0 * k), (center, reach, center)
 
 
@@ -144,7 +144,7 @@ def place_probes(bracket, aim, PROBES: tl.constexpr):
 
 @triton.jit
 def measure(scores, probes, rate, WIDTH: tl.constexpr, PROBES: tl.constexpr):
-    """How many scores of a tile are above each probe, and the sum of the others' exponentials: both PROBES."""
+    """Number of scores of a tile above each probe, and sum of the others' exponentials, both PROBES."""
     place = tl.arange(0, PROBES)
     counts = tl.zeros([PROBES], tl.float64)
     totals = tl.zeros([PROBES], tl.float64)
@@ -180,13 +180,14 @@ def refine(bracket, aim, probes, counts, totals, k, eps):
     high_count = tl.where(high < highest, tl.max(tl.where(probes == high, counts, 0.0), axis=0), high_count)
     high_total = tl.where(high < highest, tl.max(tl.where(probes == high, totals, 0.0), axis=0), high_total)
 
-    # With the entries above an end at 1, the solution is here: never too low, and exact if no score is in between.
+    # With the entries above an end at 1, the solution is here. It is never too low, and exact if no score is in
+    # between.
     from_low = low + eps * tl.log(ratio_of(low_total, k - low_count))
     from_high = high + eps * tl.log(ratio_of(high_total, k - high_count))
     newton = tl.minimum(tl.where(low_count < k, from_low, high), tl.where(high_total > 0, from_high, high))
     newton = tl.minimum(newton, high)
 
-    # log F between the ends, taken for a straight line; it falls no faster than with a slope of 1 / e.
+    # log F between the ends is taken for a straight line. It falls no faster than with a slope of 1 / e.
     above, below = _log_ratio(low_count + low_total, k), _log_ratio(high_count + high_total, k)
     known = (above > 0) & (high_count + high_total > 0)
     center = low + (high - low) * tl.where(known, above / (above - below), 0.5)
@@ -198,7 +199,7 @@ def refine(bracket, aim, probes, counts, totals, k, eps):
 
 @triton.jit
 def _settle(bracket, k, eps):
-    """Whether the bracket identifies the entries at 1; they are those above the anchor; and the scale of the others."""
+    """True if the bracket identifies the entries at 1, which are those above the anchor. Scale of the others."""
     low, low_count, low_total, high, high_count, high_total = bracket
     adjacent = _key(high) - _key(low) <= 1
     empty = low_count == high_count
@@ -211,7 +212,7 @@ def _settle(bracket, k, eps):
 
 @triton.jit
 def is_searching(bracket, n_valid, k, eps):
-    """Whether a row has an equation that is not solved yet; a NaN among its numbers leaves it without one."""
+    """True if a row has an equation that is not solved yet. A NaN among its numbers leaves it without one."""
     settled, _, _ = _settle(bracket, k, eps)
     return (k < n_valid) & (settled == 0)
 

@@ -32,8 +32,8 @@ from kernels.soft_topk.search import (
 )
 
 RESIDENT = 16384
-"""Longest row that one program keeps in registers; half as long if there is a mask and entries are loaded one by one,
-with addresses for each of them."""
+"""Longest row that one program keeps in registers. It is half as long if there is a mask and entries are loaded one by
+one, with addresses for each of them."""
 
 CHUNK = 8192
 """Entries of a longer row that one program handles."""
@@ -138,7 +138,7 @@ def _search_kernel(
     HAS_MASK: tl.constexpr,
     HAS_K: tl.constexpr,
 ):
-    """One more pass over rows of several chunks: every program of a row works out its state, then probes its chunk."""
+    """Run one more pass over rows of several chunks. A program computes the state of its row, then probes its chunk."""
     rate = wide(rate)
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
@@ -335,7 +335,7 @@ def _plan_slots(n_rows: int, n: int, simple: bool, aligned: bool) -> Plan:
 
 
 def _sizes_of(scores: Tensor, mask: Tensor | None) -> tuple[int, int, bool, bool]:
-    """What a plan depends on."""
+    """Sizes and options that a plan depends on."""
     n_rows, n = scores.shape
     stride = 0 if mask is None else mask.stride(0)
     return n_rows, n, mask is None, (n | scores.data_ptr() | scores.stride(0) | stride) % 16 == 0

@@ -63,7 +63,7 @@ def _backward(
     grad_values, grad_soft, grad_gates = (
         None if grad is None else grad.to(wide) for grad in (grad_values, grad_soft, grad_gates)
     )
-    # A value is its score, but 0 where nothing was selected: what that hands on, the gradient of descent leaves out.
+    # A value is its score, but 0 where nothing was selected. The gradient of descent leaves out what that hands on.
     through_value = None if grad_values is None else grad_values * values
     through_gate = _sum(grad_gates, through_value)
     grad = torch.zeros_like(x).scatter_(-1, indices, _sum(through_gate, grad_soft))
@@ -99,9 +99,9 @@ def topk(
     fused: bool = False,
     non_differentiable: bool = False,
 ) -> TopkReturn:
-    """`reference.topk` with kernels: `coor_descent` and `select`, or with `fused` a single one for rows of up to 4096
-    entries, of which up to 32 are selected. Of equal entries the first is selected. A CPU tensor, and one of fp64, is
-    selected from by torch.topk.
+    """`reference.topk` with kernels: `coor_descent` and `select`. With `fused` it is a single one for rows of up to
+    4096 entries, of which up to 32 are selected. Of equal entries the first is selected. A CPU tensor, and one of fp64,
+    is selected from by torch.topk.
 
     Arguments, results and errors are those of `reference.topk`.
     """

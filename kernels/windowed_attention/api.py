@@ -67,7 +67,7 @@ _operation = Operation("windowed_attention", _forward, _backward, outputs=("out"
 
 
 def pairs_in_reach(n: int, window_size: int, causal: bool) -> int:
-    """Pairs of a query and a key that it may attend to, in a sequence of n tokens without a mask."""
+    """Number of pairs of a query and a key in reach, in a sequence of n tokens without a mask."""
     if not causal:
         radius = min(window_size, max(n - 1, 0))
         return n * (2 * radius + 1) - radius * (radius + 1)
@@ -78,7 +78,8 @@ def pairs_in_reach(n: int, window_size: int, causal: bool) -> int:
 
 @register_flop_formula(torch.ops.colt5.windowed_attention)
 def _flops(shape: torch.Size, heads: int, window_size: int, causal: bool, *_: object, **__: object) -> int:
-    """Of a query and a key and of a weight and a value, for each pair in reach, as a flop counter counts them."""
+    """Operations of the products of query and key, and of weight and value, for each pair in reach. They are counted as
+    a flop counter counts them."""
     batch, n, width = shape
     return 2 * 2 * batch * pairs_in_reach(n, window_size, causal) * width // 3
 

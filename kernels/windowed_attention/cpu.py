@@ -14,7 +14,7 @@ from reference._shared.autocast import without_autocast
 def forward(
     qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, out: Tensor, log_sum: Tensor
 ) -> None:
-    """Fill in the output `b n (h d)` and the natural logarithms `b h n` of what each softmax divides by."""
+    """Fill in the output `b n (h d)` and the natural log-sum-exp `b h n` of the logits."""
     size = min(window_size, qkv.shape[1])
     with without_autocast(qkv):
         query, key, value = (_split(each, heads, size) for each in qkv.chunk(3, dim=-1))
@@ -91,7 +91,7 @@ def _allowed(qkv: Tensor, mask: Tensor | None, size: int, causal: bool) -> Tenso
 
 
 def _weights(query: Tensor, key: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights `b h w i j`, 0 where there is nothing to attend to, and the logarithms of what they are divided by."""
+    """Weights `b h w i j`, 0 where there is nothing to attend to, and the log-sum-exp of the logits."""
     similarity = (query @ key.mT * query.shape[-1] ** -0.5).masked_fill(~allowed, -torch.inf)
     largest = similarity.amax(dim=-1, keepdim=True)
     largest = largest.masked_fill(largest == -torch.inf, 0.0)

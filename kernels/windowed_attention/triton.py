@@ -39,13 +39,14 @@ def _queries_of(key, n, window_size, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _within(position, first, end):
-    """Whether a position is in an interval: one comparison, as what is before it is a large unsigned number."""
+    """True if a position is in an interval. One comparison is enough, since a position before it is a large unsigned
+    number."""
     return (position - first).to(tl.uint32) < (end - first).to(tl.uint32)
 
 
 @triton.jit
 def _are_present(mask_ptr, position, n, HAS_MASK: tl.constexpr):
-    """Which keys there are to attend to."""
+    """True for keys that are there to attend to."""
     present = position < n
     if HAS_MASK:
         present = tl.load(mask_ptr + position, mask=present, other=0) != 0
@@ -64,7 +65,7 @@ def _tile(ptr, start, n, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl
 
 @triton.jit
 def _place(program, n, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Start of the program's block, and how many rows, entries of a row and numbers a position are before its own.
+    """Start of the program's block, and the numbers of rows, entries of a row and positions before its own.
 
     The heads of one block run side by side, as they are in memory.
     """
@@ -265,7 +266,8 @@ def _backward_kernel(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """All gradients of a block by two programs side by side, so that one finds in the L2 cache what the other read."""
+    """Compute all gradients of a block by two programs side by side. One then finds in the L2 cache what the other
+    read."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     start, row, column, numbers = _place(tl.program_id(0) // 2, n, HEADS, HEAD_DIM, BLOCK)
     grad_ptr += row * WIDTH + column

@@ -99,7 +99,8 @@ def check_scores(scores: Tensor, mask: Tensor | None) -> None:
 
 
 def takes_no_part(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """bool, of the shape of the scores: what a mask leaves out, and scores of -inf, which are as if masked."""
+    """bool, of the shape of the scores. Entries are True for masked scores and for scores of -inf, which are as if
+    masked."""
     lowest = scores == -torch.inf
     return lowest if mask is None else lowest | ~mask
 
@@ -110,7 +111,7 @@ def without_infinities(scores: Tensor) -> Tensor:
 
 
 def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None, name: str = "x", mask_name: str = "mask") -> None:
-    """Tokens are a float tensor (b, n, dim); a mask is boolean and (b, n), on the device of the tokens."""
+    """Tokens are a float tensor (b, n, dim). A mask is boolean and (b, n), on the device of the tokens."""
     check_float(name, x)
     require(x.ndim == 3 and x.shape[-1] == dim, name, x.shape, "of shape (b, n, {})", dim)
     if mask is not None:
@@ -315,7 +316,7 @@ def check_route(
 
 
 def check_prefixes(scores: Tensor, window_size: int, num_selected: int, k: float) -> None:
-    """Scores are `b r n`; at least one and at most n of them are selected, from windows of at least one token."""
+    """Scores are `b r n`. At least one and at most n of them are selected, from windows of at least one token."""
     check_scores(scores, None)
     require(scores.ndim == 3, "scores", scores.shape, "of shape (b, r, n)")
     check_counts(window_size=window_size, num_selected=num_selected)

@@ -5,17 +5,17 @@ from torch import Tensor
 
 
 def ceil_div(n: int, size: int) -> int:
-    """How many blocks of a size there are room for n in."""
+    """Number of blocks of a size that hold n."""
     return (n + size - 1) // size
 
 
 def missing(n: int, size: int) -> int:
-    """How many more than n fill up the last block of a size."""
+    """Number of entries that fill up the last block of a size after n entries."""
     return ceil_div(n, size) * size - n
 
 
 def is_certain(holds: bool) -> bool:
-    """Whether something about sizes holds, and does whatever those are that a compiler leaves open."""
+    """True if a relation of sizes holds, and holds for all sizes that a compiler leaves open."""
     if not torch.compiler.is_compiling():
         return holds
     from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -28,7 +28,7 @@ def without_padding(x: Tensor, *sizes: int) -> Tensor:
     for dim, (filled_up, size) in enumerate(zip(x.shape[1:], sizes, strict=False), start=1):
         if is_certain(filled_up == size):
             continue
-        # Whether a slice is dense depends on both sizes, and PyTorch asks.
+        # PyTorch asks if a slice is dense, which depends on both sizes.
         is_open = not is_certain(filled_up != size)
         x = x.index_select(dim, torch.arange(size, device=x.device)) if is_open else x.narrow(dim, 0, size)
     return x
@@ -40,12 +40,12 @@ def window_for(n: int, window_size: int) -> int:
 
 
 def windows_with_a_prefix(n: int, window_size: int) -> int:
-    """How many windows of n tokens there are after the first."""
+    """Number of windows of n tokens after the first."""
     return max(ceil_div(n, window_size) - 1, 0)
 
 
 def mask_of_prefixes(scores: Tensor, window_size: int, num_selected: int) -> Tensor | None:
-    """A mask `b w r s` of the selected tokens that are before the window, as a view of `w s`; None if all are."""
+    """A mask `b w r s` of the selected tokens that are before the window, as a view of `w s`. None if all are."""
     if window_size >= num_selected:
         return None
     batch, routes, n = scores.shape

@@ -20,8 +20,8 @@ from reference.route import gather_tokens
 
 
 class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
-    """Windowed causal attention for all tokens; and routed queries of each window attend densely to what is routed of
-    all windows before it.
+    """Windowed causal attention for all tokens, and dense attention for routed ones. Routed queries of each window
+    attend to the tokens that are routed of all windows before it.
 
     By default the choice of the queries of a window looks at all its tokens, as published: a token that comes later may
     take the place of an earlier one, whose output then changes. With `causal_query_routing` nothing after a token has a
@@ -139,9 +139,9 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         return self._attend_windows(x, q, kv, light)
 
     def _attend_windows(self, x: Tensor, q: RouterReturn, kv: Selection, light: Tensor) -> Tensor:
-        """The heavy branch for tokens `b n d`, from the second window on, as the routers see these, added to the light
-        one: q is `b w i` of each window, kv are lists `b w r s` of tokens of the sequence. Keys and values are
-        projected once for all windows."""
+        """The heavy branch for tokens `b n d`, from the second window on, added to the light one. Tokens are as the
+        routers see them: q is `b w i` of each window, kv are lists `b w r s` of tokens of the sequence. Keys and values
+        are projected once for all windows."""
         attention, size = self.heavy_attn, self.heavy_window_size
         batch, n, _ = x.shape
         starts, indices = self._starts(n, x.device), q.indices

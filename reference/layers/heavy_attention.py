@@ -116,7 +116,7 @@ class Attention(nn.Module):
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether nobody can tell the product with its weight from a call: a linear layer as PyTorch has it."""
+    """True if nobody can tell the product with its weight from a call, as for a linear layer of PyTorch."""
     # Past `nn.Module.__getattr__`, which takes longer than all the rest.
     parameters = linear._parameters
     return (

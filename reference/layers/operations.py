@@ -36,7 +36,7 @@ class Operations:
     """
 
     use_triton: bool | None
-    """Whether these are kernels; None: for CUDA tensors alone."""
+    """True if these are kernels. None: for CUDA tensors alone."""
 
     attend_to_all: Operation
     combine: Operation
@@ -62,7 +62,7 @@ class Operations:
 
     @classmethod
     def of(cls, use_triton: "UseTriton") -> "Operations":
-        """Kernels if `use_triton`, plain PyTorch if not, and for None kernels for CUDA tensors alone; `Operations` are
+        """Kernels if `use_triton`, plain PyTorch if not, and for None kernels for CUDA tensors alone. `Operations` are
         taken as they are."""
         if isinstance(use_triton, Operations):
             return use_triton
@@ -75,7 +75,7 @@ class Operations:
         return cls(use_triton, **fused)
 
     def are_fused_for(self, x: Tensor) -> bool:
-        """Whether a tensor goes to the kernels."""
+        """True if a tensor goes to the kernels."""
         return x.is_cuda if self.use_triton is None else self.use_triton
 
     def path(self, name: str) -> str:

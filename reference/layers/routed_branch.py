@@ -15,7 +15,7 @@ from reference.layers.router import CoordinateDescentRouter, RouterReturn
 
 
 class RoutedBranch(nn.Module):
-    """Base of the routed attention layers: two routers, the dense attention between the tokens they route, and
+    """Base of the routed attention layers. It has two routers, the dense attention between the tokens they route, and
     an output for the tokens that are not routed.
 
     Args:
@@ -81,8 +81,8 @@ class RoutedBranch(nn.Module):
         light: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """The heavy branch for tokens `b n d`, of which q are routed, to kv as `route_context` makes them; with light
-        and residual, `b n d`, added if there are any: `b n d`."""
+        """The heavy branch for tokens `b n d`, of which q are routed, to kv as `route_context` makes them. Light and
+        residual, `b n d`, are added if there are any. The result is `b n d`."""
         out = self.heavy_attn(
             q.routed_tokens,
             key_value=kv.routed_tokens,

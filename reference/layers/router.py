@@ -274,7 +274,7 @@ class CoordinateDescentRouter(nn.Module):
         return Selection(indices, weights if selected is None else weights.masked_fill(~selected, 0.0), selected)
 
     def num_selected(self, num_tokens: int, n: int) -> int:
-        """How many of n are selected where `num_tokens` are asked for."""
+        """Number of selected entries of n where `num_tokens` are asked for."""
         return min(num_tokens if self.normalize_to == "fetched" else ceil(num_tokens * self.fetch_k_ratio), n)
 
     def relax(self, scores: Tensor, num_tokens: int, mask: Tensor | None = None) -> Tensor:
