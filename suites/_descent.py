@@ -1,4 +1,4 @@
-"""What the suites of coordinate descent share: the case, its inputs, its fp64 answer, its cost and its accuracy."""
+"""Parts that the suites of coordinate descent share: the case, its inputs, its fp64 answer, cost and accuracy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ HEAVY_SHARE = 16
 """k = n / 16: the share of tokens that CoLT5 routes to its heavy branch (2303.09752, section 3)."""
 
 FORWARD_BOUND, GRADIENT_BOUND = 2e-6, 1e-4
-"""What the project promises of its own kernels in fp32: the largest error of an output, and of a gradient."""
+"""Bounds for the project's own kernels in fp32: the largest error of an output, and of a gradient."""
 
 LONGEST_SEGMENTED = 131072
 """Entries of a row that the published algorithm takes, whole as it is in one program."""
@@ -66,7 +66,7 @@ class DescentCase(Case):
     """Standard deviation of the scores."""
 
     ties: bool
-    """Whether scores are rounded to multiples of 0.25, so that many are equal."""
+    """True if scores are rounded to multiples of 0.25, so that many are equal."""
 
     dtype: str
 
@@ -100,7 +100,7 @@ class DescentCase(Case):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What every implementation of coordinate descent is called with, beside the scores."""
+        """Arguments of every implementation of coordinate descent, beside the scores."""
         return {
             "n_iters": self.n_iters,
             "k": self.k,
@@ -151,7 +151,7 @@ def truth(case: DescentCase, problem: Problem, direction: str) -> Truth:
 
 
 def entries_at_kink(case: DescentCase, scores: Tensor, k: float | None = None) -> Tensor:
-    """Which entries of fp64 scores `... n` have no decided derivative, for the kink s = -a of some iteration: bool.
+    """bool: entries of fp64 scores `... n` without a decided derivative. They are at the kink s = -a of some iteration.
 
     relu(s + a) has no derivative at the kink. There are two kinds of such entries.
 

@@ -1,4 +1,5 @@
-"""What the suites of layers share: a layer as a function of its inputs and parameters, its fp64 answer and its cost.
+"""Parts that the suites of layers share. They are a layer as a function of its inputs and parameters, its fp64 answer
+and its cost.
 
 Parameters are inputs of a problem like tokens are, under their names in the module: so implementations that have the
 same ones get the same, and the gradient of each is asked for, compared with fp64 and timed. Masks are all True: every
@@ -48,11 +49,12 @@ class Layer:
     output: tuple[int, ...]
     masks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     dtype: str = "float32"
-    """Of inputs and parameters; `autocast`: these are float32, and the layer runs under autocast to bfloat16."""
+    """Dtype of inputs and parameters. With `autocast` these are float32, and the layer runs under autocast to bfloat16.
+    """
 
     sparing: Callable[[nn.Module], Callable[..., Tensor]] = in_pieces
-    """From the plain module to a function of the same inputs that computes the same with less memory at a time: for the
-    fp64 answer, and the accuracy budget, of any size."""
+    """From the plain module to a function of the same inputs that holds less memory at a time. It serves the fp64
+    answer, and the accuracy budget, of any size."""
 
     settle: Callable[["Layer", Problem], Problem] | None = None
     """From a problem to one in which no rounding changes what is routed, if that can happen within the layer."""
@@ -72,7 +74,7 @@ class Layer:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of inputs and parameters."""
+        """Dtype of inputs and parameters."""
         return torch.float32 if self.autocast else getattr(torch, self.dtype)
 
 
@@ -148,7 +150,7 @@ def seeded_problem(case: LayerCase, layer: Layer, make: Callable[[], nn.Module],
 
 
 def truth_of(function: Callable[..., Tensor], problem: Problem, direction: str) -> Truth:
-    """What a function gives in fp64 on the inputs of a problem, and the gradients by autograd."""
+    """Results of a function in fp64 on the inputs of a problem, and the gradients by autograd."""
     wanted = () if direction == FORWARD else problem.differentiable
     inputs = {
         name: tensor.detach().double().requires_grad_(name in wanted) if tensor.is_floating_point() else tensor
@@ -220,7 +222,7 @@ def _sizes(case: LayerCase) -> tuple[int, int, int]:
 
 
 def cost(case: LayerCase, direction: str) -> Cost:
-    """Inputs and parameters read and the output written; then these and the upstream gradient again, and a gradient
+    """Inputs and parameters read and the output written. Then these and the upstream gradient again, and a gradient
     written for each. Products are those of plain PyTorch, and of the windowed branch those of keys within reach."""
     layer, (elements, masks, flops) = case.layer, _sizes(case)
     size, output = layer.torch_dtype.itemsize, prod(layer.output)

@@ -1,6 +1,5 @@
-"""Plain layers in pieces, so that the fp64 answer for a long sequence fits into memory: the same mathematics, a few
-windows at a time, of which nothing but the result is kept for the backward pass.
-"""
+"""Plain layers in pieces, so that the fp64 answer for a long sequence fits into memory. The mathematics is the same, a
+few windows at a time. Nothing but the result is kept for the backward pass."""
 
 from collections.abc import Callable
 
@@ -69,7 +68,7 @@ class _EachWindow:
 
 
 def by_window(layer: nn.Module) -> Callable[..., Tensor]:
-    """`ConditionalRoutedAutoregressiveAttention` of sequences of whole windows, with its default options: plain PyTorch
+    """`ConditionalRoutedAutoregressiveAttention` of sequences of whole windows, with its default options. Plain PyTorch
     over rows of all windows at once keeps every iteration of every window's descent."""
     assert isinstance(layer, reference.ConditionalRoutedAutoregressiveAttention)
     in_pieces(layer)

@@ -19,7 +19,7 @@ from suites._ours import by_kernels
 
 @dataclass(frozen=True)
 class CombineCase(Case):
-    """Of each of `batch` sequences of n tokens of d features, k are routed."""
+    """Sequences of n tokens of d features; k tokens of each sequence are routed."""
 
     batch: int
     n: int
@@ -28,11 +28,11 @@ class CombineCase(Case):
     null: bool
     residual: bool
     dtype: str
-    """Of all; `autocast`: what comes out of the branches is bfloat16, the rest float32."""
+    """Dtype of all tensors. With `autocast`, results of the branches are bfloat16, the rest float32."""
 
     @property
     def wide(self) -> torch.dtype:
-        """Of the result."""
+        """Dtype of the result."""
         return torch.float32 if self.dtype == "autocast" else getattr(torch, self.dtype)
 
     @property
@@ -84,8 +84,8 @@ def plain(case: CombineCase) -> Callable[..., Tensor]:
 
 
 def cost(case: CombineCase, direction: str) -> Cost:
-    """What there is read and the result written; then the upstream gradient read, of which the one of the residual is
-    the same, and a gradient written for everything else."""
+    """All inputs read and the result written. Then the upstream gradient read, which is also the one of the residual,
+    and a gradient written for everything else."""
     result, branch = case.wide.itemsize, case.of_branches.itemsize
     entries, routed = case.batch * case.n * case.d, case.batch * case.k * (case.d * branch + result)
     light, null = entries * branch, case.null * case.d * result

@@ -147,7 +147,7 @@ def counted(case: FlopsCase, make: Callable[[FlopsCase], nn.Module]) -> tuple[Co
 
 @dataclass(frozen=True)
 class Accounting:
-    """How the multiply-adds of a layer are split into terms."""
+    """Split of the multiply-adds of a layer into terms."""
 
     make: Callable[[FlopsCase], nn.Module]
 
@@ -156,13 +156,13 @@ class Accounting:
     """From the counts of all products and of attention to those of the terms."""
 
     expected: Callable[[FlopsCase], Mapping[str, int]]
-    """What follows from the shapes."""
+    """Terms that follow from the shapes."""
 
     paper: Callable[[FlopsCase], Mapping[str, float]]
     """The formulas of the paper, for the terms that have one."""
 
     table: tuple[float, float]
-    """What n d^2 and n^2 d are multiplied with in the table."""
+    """Factors of n d^2 and n^2 d in the table."""
 
     def count(self, case: FlopsCase) -> dict[str, int]:
         of_all, of_attention = counted(case, self.make)
@@ -242,7 +242,7 @@ def _dense_terms(of_all: Counter[str], of_attention: Counter[str]) -> dict[str, 
 
 
 def _dense_expected(keys: Callable[[FlopsCase], int], sums: Callable[[FlopsCase], int]) -> Any:
-    """Of a layer in which each query has so many keys, and so many sums are projected to some of them."""
+    """Terms of a layer in which each query has so many keys. So many sums are projected to some of the keys."""
     return lambda case: {
         "feed_forward": 8 * case.n * case.dim**2,
         "projections": 4 * case.n * case.dim**2,
@@ -303,7 +303,7 @@ def implementation(name: str, accounting: Accounting, *, of_suite: bool = False)
 
 
 def cost(case: FlopsCase, direction: str) -> Cost:
-    """Of the layer, if it were computed in fp32: parameters and tokens; backward their gradients too."""
+    """Cost of the layer, if it were computed in fp32: parameters and tokens; backward their gradients too."""
     expected = sum(_colt5_expected(case).values())
     size = 4 * (44 * case.dim**2 + 2 * case.n * case.dim)
     return Cost(bytes=size, flops=2 * expected) if direction == FORWARD else Cost(bytes=3 * size, flops=6 * expected)

@@ -1,4 +1,4 @@
-"""How far gradients are from fp64, and when: by spread, temperature, iterations, length, dtype and ties."""
+"""Distance of gradients from fp64, by spread, temperature, iterations, length, dtype and ties."""
 
 from itertools import product
 

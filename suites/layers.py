@@ -1,4 +1,4 @@
-"""Every layer of the system: at the sizes of its document's examples, and at those of the models of the CoLT5 paper.
+"""Every layer of the system. Sizes are those of its document's examples, and of the models of the CoLT5 paper.
 
 Beside them are the dense layers in whose place they stand, as wide as the heavy branch. These compute something else,
 with weights of their own, and each is judged by its own fp64 answer.
@@ -80,11 +80,11 @@ ENCODERS = {
 
 
 class Example(NamedTuple):
-    """What the document's other examples are of, and by how much they are smaller here."""
+    """Sizes of the document's other examples, and by how much they are smaller here."""
 
     context: int
     side: int
-    """Of the feature map."""
+    """Side of the feature map."""
 
     vit_dim: int
     vit_depth: int
@@ -110,7 +110,7 @@ LONGEST_AT_ONCE = 8192
 """Tokens of an autoregressive layer whose windows can all be routed at once in fp64."""
 
 ONLY_FORWARD = {"document-1m"}
-"""What is too long to be trained with."""
+"""Models that are too long to be trained with."""
 
 
 def feed_forward(model: str) -> Layer:
@@ -153,21 +153,21 @@ def attention(model: str) -> Layer:
 
 
 GAP = 0.02
-"""How far the scores of what is routed are from those of what is not, at least, where rounding reaches them: some 80
-times what bf16 does to a score of standard deviation 0.25."""
+"""Least distance of the scores of routed tokens from the others, where rounding reaches them. It is some 80 times the
+error of bf16 for a score of standard deviation 0.25."""
 
 
 def _attended(block: nn.Module) -> Callable[..., Tensor]:
-    """What the feed-forward layer of a block is given."""
+    """Input of the feed-forward layer of a block."""
     in_pieces(block)
     attention = cast(reference.ConditionalRoutedTransformerBlock, block).conditional_attn
     return lambda x, mask: attention(x, mask=mask, residual=x)
 
 
 def _apart(layer: Layer, problem: Problem) -> Problem:
-    """Tokens that the feed-forward layer of a block routes, or just does not, moved along its routing token until their
-    scores are GAP from the edge. Its scores are of what attention gives, in bf16 under autocast: a token that is routed
-    here and not there differs by all that the heavy branch adds, and says nothing about rounding."""
+    """Move tokens near the edge of the selection of a feed-forward layer. Along its routing token, their scores get to
+    GAP from the edge. Its scores are of what attention gives, in bf16 under autocast: a token that is routed here and
+    not there differs by all that the heavy branch adds, and says nothing about rounding."""
     wide = {name: each.double() if each.is_floating_point() else each for name, each in problem.inputs.items()}
     token, x = wide["conditional_ff.router.routing_token"], wide["x"]
     block = without_memory(lambda: layer.make(reference, False))
@@ -333,10 +333,10 @@ class ModelLayerCase(LayerCase):
     """A layer of a model."""
 
     kind: str
-    """Of LAYERS."""
+    """Name of one of LAYERS."""
 
     model: str
-    """Of ENCODERS, or of AUTOREGRESSIVE."""
+    """Name of one of ENCODERS, or of AUTOREGRESSIVE."""
 
     dtype: str = "float32"
 

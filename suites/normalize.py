@@ -27,7 +27,7 @@ class NormalizeCase(Case):
     d: int
     center: bool
     dtype: str
-    """Of tokens, weight and bias."""
+    """Dtype of tokens, weight and bias."""
 
     result: str
     """The dtype of the result."""

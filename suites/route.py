@@ -25,7 +25,7 @@ FETCH_K_RATIO = 9 / 8
 """The default of the system's router: the relaxed selection sums to 9 / 8 of what is selected."""
 
 N_ITERS = 20
-"""That of its iterations."""
+"""The default number of iterations of the system's router."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class RouteCase(Case):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What every implementation is called with, beside the tokens."""
+        """Arguments of every implementation, beside the tokens."""
         each = self.k // (1 if self.block_size is None else self.n // self.block_size)
         return {
             "num_selected": each,
@@ -103,8 +103,8 @@ def truth(case: RouteCase, problem: Problem, direction: str) -> Truth:
 
 
 def cost(case: RouteCase, direction: str) -> Cost:
-    """Tokens read and the routed ones written, with an exponential for each score and temperature; then the same again
-    for the gradient, and that of the tokens written."""
+    """Tokens read and the routed ones written, with an exponential for each score and temperature. Then the same again
+    for the gradient, and the gradient of the tokens written."""
     size = case.torch_dtype.itemsize
     tokens, kept = case.n * case.dim * size, case.routes * case.k * (case.dim * size + 12)
     _, *later, _ = epsilon_schedule(N_ITERS, DECAYING.eps, DECAYING.eps_init, DECAYING.eps_decay)

@@ -18,7 +18,7 @@ from suites._descent import DECAYING, DescentCase, both_directions, implementati
 from suites._ours import by_kernels
 
 ROUTES, WINDOW, SELECTED = 2, 128, 1024
-"""Of the example of the system's document."""
+"""Sizes of the example of the system's document."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PrefixCase(DescentCase):
         return self.k * 8 // 9
 
     def lengths(self) -> range:
-        """Of the prefixes."""
+        """Lengths of the prefixes."""
         return range(self.window_size, self.n, self.window_size)
 
 
@@ -52,7 +52,8 @@ def cases(preset: str, device: torch.device) -> list[PrefixCase]:
 
 
 def directions(case: PrefixCase) -> tuple[str, ...]:
-    """Of a million tokens, the answer alone for the gradient would take hours."""
+    """Both directions, but only forward above 131072 tokens. For a million tokens, the answer alone for the gradient
+    would take hours."""
     return (FORWARD,) if case.n > 131072 else both_directions(case)
 
 
@@ -106,7 +107,7 @@ def truth(case: PrefixCase, problem: Problem, direction: str) -> Truth:
 
 
 def cost(case: PrefixCase, direction: str) -> Cost:
-    """Scores read, and an index and a weight written for each selected entry; then the gradient of the weights, indices
+    """Scores read, and an index and a weight written for each selected entry. Then the gradient of the weights, indices
     and scores read, and the gradient of the scores written.
 
     An exponential for each entry and temperature, which prefixes can share, and one for each weight; and as many again.

@@ -81,7 +81,7 @@ def plain(case: RoutedAttentionCase) -> Callable[..., Tensor]:
 
 
 def cost(case: RoutedAttentionCase, direction: str) -> Cost:
-    """Queries, keys and values read and the output written; then all of these and the upstream gradient read, and
+    """Queries, keys and values read and the output written. Then all of these and the upstream gradient read, and
     gradients written. A key is multiplied with a query, and a value with its weight."""
     width, size = case.heads * case.dim_head, case.torch_dtype.itemsize
     queries, keys = case.batch * case.n * width * size, 2 * case.batch * case.n * width * size

@@ -69,7 +69,7 @@ class RoutingCase(Case):
 
     @property
     def schedule(self) -> dict[str, Any]:
-        """Of coordinate descent."""
+        """Schedule of coordinate descent."""
         assert self.n_iters is not None
         return {"n_iters": self.n_iters, "eps": self.eps, "eps_init": EPS_INIT, "eps_decay": EPS_DECAY}
 
@@ -124,7 +124,7 @@ def colt5_missing(case: RoutingCase, device: torch.device) -> str | None:
 def health(
     case: RoutingCase, problem: Problem, router: nn.Module, relax: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
-    """What the module's docstring says, of a router and of its relaxed selection from scores `b 1 n`."""
+    """Figures that the module's docstring describes, of a router and of its relaxed selection from scores `b 1 n`."""
     x, token = problem.inputs["x"].detach(), problem.inputs["router.routing_token"].detach()
     with torch.no_grad():
         indices = functional_call(router, {"routing_token": token}, args=(x,), kwargs={"num_tokens": case.k}).indices

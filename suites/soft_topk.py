@@ -1,4 +1,4 @@
-"""The exact soft top-k by the spread of the scores and the temperature, which decide how hard it is to solve."""
+"""The exact soft top-k by the spread of the scores and the temperature. These decide how hard it is to solve."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
