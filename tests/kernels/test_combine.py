@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 import reference
 from kernels import combine
+from tests.kernels.devices import DEVICE, capture
 
 INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 ON_CPU_PATH = DEVICE == "cpu" and not INTERPRETED
 OPTIONAL = ("null", "light", "residual")
 AUTOCAST = {"routed": torch.bfloat16, "light": torch.bfloat16}
@@ -174,14 +174,7 @@ def test_captured_in_a_cuda_graph_and_equal_from_run_to_run():
         out = combine(**tensors, indices=indices, length=3000)
         return out.detach(), *torch.autograd.grad(out, list(tensors.values()), upstream)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     indices.copy_(indices.roll(1, dims=0))
     graph.replay()
     assert all(torch.equal(*pair) for pair in zip(captured, step(), strict=True))

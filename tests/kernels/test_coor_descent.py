@@ -16,9 +16,9 @@ from kernels import coor_descent
 from kernels._common.launch import triton_for_cpu_tensors
 from kernels.coor_descent import backward as descent_backward
 from kernels.coor_descent import forward as descent_forward
+from tests.kernels.devices import DEVICE, capture
 
 INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 # The interpreter takes its time for each iteration; in fewer of them the kernel does all that it does in more.
 CONSTANT = {"n_iters": 6 if INTERPRETED else 20, "eps": 0.1}
@@ -372,14 +372,7 @@ def test_captured_in_a_cuda_graph(shape):
         y = coor_descent(scores, k=8.0, **DECAYING)
         return y.detach(), torch.autograd.grad(y, scores, grad)[0]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y, ds = step()
+    graph, (y, ds) = capture(step)
     with torch.no_grad():
         scores.copy_(randn(*shape))
     graph.replay()

@@ -6,10 +6,10 @@ import triton
 
 import kernels
 from tests.calls import KERNELS
+from tests.kernels.devices import DEVICE
 from tests.reference import samples
 
 INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
 # The interpreter takes its time.

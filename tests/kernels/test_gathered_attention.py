@@ -12,9 +12,9 @@ from kernels.gathered_attention import backward as gathered_backward
 from kernels.gathered_attention import gathered_attention
 from kernels.gathered_attention.backward import invert
 from tests.correct import check_correct
+from tests.kernels.devices import DEVICES, capture
 
 INTERPRETED = triton.knobs.runtime.interpret
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 
@@ -275,14 +275,7 @@ def test_is_captured_in_a_cuda_graph(device):
         pytest.skip("graphs are CUDA's")
     tensors = make(device, dtype=torch.bfloat16, n=300, s=100, w=8)
     grad = torch.randn(tensors["query"].shape, device=device).bfloat16()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run(gathered_attention, tensors, grad)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(gathered_attention, tensors, grad)
+    graph, captured = capture(lambda: run(gathered_attention, tensors, grad))
     other = make(device, dtype=torch.bfloat16, n=300, s=100, w=8)
     for name, tensor in tensors.items():
         tensor.copy_(other[name])

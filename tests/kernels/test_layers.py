@@ -14,10 +14,10 @@ from tests.calls import LAYERS as NAMES
 from tests.calls import inputs_of
 from tests.calls import results as parts
 from tests.correct import check_correct
+from tests.kernels.devices import DEVICE
 from tests.reference.conftest import build
 
 INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 ROUTER = {"n_iters": 2, "eps": 0.3}
 """Few iterations, and so warm that no score is near a kink."""

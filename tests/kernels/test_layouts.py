@@ -5,11 +5,9 @@ import random
 
 import pytest
 import torch
-import triton
 
 from tests.calls import KERNELS, all_tensors_of, operation, results
-
-DEVICE = "cuda" if torch.cuda.is_available() and not triton.knobs.runtime.interpret else "cpu"
+from tests.kernels.devices import DEVICE
 
 
 def poisoned(x, shape):

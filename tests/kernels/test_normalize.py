@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 import reference
 from kernels import normalize
+from tests.kernels.devices import DEVICE, capture
 
 INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 ON_CPU_PATH = DEVICE == "cpu" and not INTERPRETED
 
 
@@ -156,14 +156,7 @@ def test_captured_in_a_cuda_graph_and_equal_from_run_to_run():
         out = normalize(x, weight, bias, center=True, eps=1e-5, dtype=torch.bfloat16)
         return out.detach(), *torch.autograd.grad(out, (x, weight, bias), upstream)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         x.copy_(tokens(5000, 96))
     graph.replay()

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels._common.operation import Operation
 from tests.calls import KERNELS, all_tensors_of, operation, results
+from tests.kernels.devices import DEVICE
 
 INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 IN_PYTORCH = {"combine", "normalize", "routed_attention", "topk"}
 """Operations that are not called where no kernel takes the tensors."""

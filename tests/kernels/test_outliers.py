@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 import kernels
 import reference
+from tests.kernels.devices import DEVICE
 from tests.reference.outliers import matrices
 
 INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 EXAMPLES = 2 if INTERPRETED else 15
 DTYPES = [torch.float32] if INTERPRETED else [torch.float16, torch.bfloat16, torch.float32]
 WITH_FP64 = DTYPES if INTERPRETED else [*DTYPES, torch.float64]

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 
 from kernels._common import primitives
+from tests.kernels.devices import DEVICE
 
 INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or Triton's interpreter")
 

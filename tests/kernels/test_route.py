@@ -10,9 +10,9 @@ from kernels.coor_descent import forward as descent_forward
 from kernels.route import route
 from kernels.routing_scores import routing_scores
 from kernels.select import triton as select_kernels
+from tests.kernels.devices import DEVICES, capture
 
 INTERPRETED = triton.knobs.runtime.interpret
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 OPTIONS = {"num_selected": 6, "k": 6.75, "n_iters": 4, "eps": 0.3, "eps_init": 2.0, "eps_decay": 0.7}
 
 # Where a branch is not taken, tensors hold what the interpreter's NumPy warns of.
@@ -237,14 +237,7 @@ def test_is_captured_in_a_cuda_graph(device, n):
         loss = weights.square().sum() + tokens.square().sum()
         return (indices, weights.detach(), tokens.detach(), *torch.autograd.grad(loss, (x, routing_tokens)))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         x.copy_(torch.randn_like(x))
     graph.replay()

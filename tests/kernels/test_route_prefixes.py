@@ -13,9 +13,9 @@ from kernels.route_prefixes import backward as prefix_backward
 from kernels.route_prefixes import forward as prefix_forward
 from kernels.route_prefixes import route_prefixes
 from tests.correct import check_correct
+from tests.kernels.devices import DEVICES, capture
 
 INTERPRETED = triton.knobs.runtime.interpret
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 ONCE = pytest.mark.skipif(INTERPRETED, reason="the operator is the same, and called too often for the interpreter")
 
@@ -256,11 +256,7 @@ def test_is_captured_in_a_cuda_graph(device):
         pytest.skip("graphs are CUDA's")
     scores, grad = torch.randn(1, 2, 5000, device=device), torch.randn(1, 39, 2, 300, device=device)
     arguments = {"window_size": 128, "num_selected": 300, "k": 337.5, **DECAYING}
-    differentiate(route_prefixes, scores, grad, **arguments)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured, captured_ds = differentiate(route_prefixes, scores, grad, **arguments)
+    graph, (captured, captured_ds) = capture(lambda: differentiate(route_prefixes, scores, grad, **arguments))
     scores.copy_(torch.randn_like(scores))
     graph.replay()
     eager, eager_ds = differentiate(route_prefixes, scores, grad, **arguments)

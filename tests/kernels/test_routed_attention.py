@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import reference
 from kernels import routed_attention
+from tests.kernels.devices import DEVICE, capture
 
 INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 ON_CPU_PATH = DEVICE == "cpu" and not INTERPRETED
 
 
@@ -189,14 +189,7 @@ def test_captured_in_a_cuda_graph_and_equal_from_run_to_run():
         out = routed_attention(**tensors, mask=mask)
         return out.detach(), *torch.autograd.grad(out, list(tensors.values()), upstream)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         tensors["query"].copy_(torch.randn_like(upstream))
     graph.replay()

@@ -4,8 +4,7 @@ import triton
 
 import reference
 from kernels.routing_scores import routing_scores
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+from tests.kernels.devices import DEVICES
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 

@@ -16,9 +16,9 @@ import reference
 from kernels import segmented_coor_descent
 from kernels.segmented_coor_descent import triton as segmented_kernels
 from reference._shared.arguments import epsilon_schedule
+from tests.kernels.devices import DEVICE, capture
 
 INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 CONSTANT = {"n_iters": 5, "eps": 0.1}
 DECAYING = {"n_iters": 5, "eps": 0.05, "eps_init": 1.0, "eps_decay": 0.4}
@@ -413,14 +413,7 @@ def test_captured_in_a_cuda_graph(n):
         y = segmented_coor_descent(scores, k=k, checkpoint_segments=3, **DECAYING)
         return y.detach(), *torch.autograd.grad(y, (scores, k), grad)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         scores.copy_(randn(16, n))
     graph.replay()

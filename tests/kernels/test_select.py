@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 import reference
 from kernels.select import select
 from kernels.select import triton as select_kernels
+from tests.kernels.devices import DEVICES, capture
 
 INTERPRETED = triton.knobs.runtime.interpret
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
@@ -119,9 +119,7 @@ def test_long_rows_and_graphs(device, n):
         pytest.skip("graphs are CUDA's")
     scores = torch.randn(2, n, device=device)
     check((scores * 1e3).round(), min(n, 5000))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = select(scores, num_selected=500)
+    graph, captured = capture(lambda: select(scores, num_selected=500))
     scores.copy_(torch.randn_like(scores))
     for _ in range(2):
         graph.replay()

@@ -10,9 +10,9 @@ from torch.autograd import gradcheck
 import reference
 from kernels.soft_topk import soft_topk
 from kernels.soft_topk import triton as soft_topk_kernels
+from tests.kernels.devices import DEVICES, capture
 
 INTERPRETED = triton.knobs.runtime.interpret
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 # Where a branch is not taken, tensors hold what the interpreter's NumPy warns of.
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.parametrize("device", DEVICES)]
@@ -211,14 +211,7 @@ def test_is_captured_in_a_cuda_graph(device, n):
         y = soft_topk(scores, k=n / 8, eps=0.1)
         return y.detach(), *torch.autograd.grad(y, scores, grad)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         scores.copy_(torch.randn_like(scores))
     graph.replay()

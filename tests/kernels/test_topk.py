@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 import reference
 from kernels import topk
 from kernels.topk import api
+from tests.kernels.devices import DEVICE, capture
 
 INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 N_ITERS = 5 if INTERPRETED else 20
 """The interpreter takes its time for each iteration."""
@@ -184,14 +184,7 @@ def test_captured_in_a_cuda_graph():
         result = topk(x, 10, fused=True)
         return result.indices, torch.autograd.grad(weighted(result, weights), x)[0]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        indices, gradient = step()
+    graph, (indices, gradient) = capture(step)
     with torch.no_grad():
         x.copy_(randn(64, 512))
     graph.replay()

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import kernels
 from tests.calls import KERNELS, LAYERS, all_tensors_of, inputs_of, layer_of, operation, results
+from tests.kernels.devices import DEVICE
 
 NOT_DIFFERENCES = {"select", "topk"}
 """What has no gradient, and one that is passed straight through."""
@@ -25,7 +26,6 @@ pytestmark = [
 ]
 
 INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 DTYPE = torch.float64 if DEVICE == "cpu" and not INTERPRETED else torch.float32
 """Not all kernels take fp64."""
 

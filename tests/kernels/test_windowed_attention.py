@@ -12,9 +12,9 @@ from kernels._common.launch import triton_for_cpu_tensors
 from kernels.windowed_attention import pairs_in_reach, windowed_attention
 from reference.layers.light_attention import WindowedAttention
 from tests.correct import check_correct
+from tests.kernels.devices import DEVICES, capture
 
 INTERPRETED = triton.knobs.runtime.interpret
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 # Where nothing has been within reach of a query yet, the interpreter's NumPy warns of infinities that are not used.
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.parametrize("device", DEVICES)]
@@ -270,14 +270,7 @@ def test_is_captured_in_a_cuda_graph(device, causal):
         out = windowed_attention(qkv, heads=4, window_size=64, causal=causal)
         return out.detach(), *torch.autograd.grad(out, qkv, grad)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         qkv.copy_(torch.randn_like(qkv))
     graph.replay()
