@@ -21,7 +21,7 @@ CHECK = OMP_NUM_THREADS=1 $(BIN)/python bench.py --suite coor_descent --suite to
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install bench baseline check baseline-cpu test test-gates test-plain test-compiled test-plans test-interpreted lint lint-style lint-types lint-imports docs format wheel hf-kernel clean
+.PHONY: help install bench baseline check baseline-cpu test test-gates test-alone test-plain test-compiled test-plans test-interpreted lint lint-style lint-types lint-imports docs format wheel hf-kernel clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -52,10 +52,12 @@ baseline-cpu: $(INSTALLED) ## record anew what `make check` compares with: from 
 	$(CHECK) --out reports/cpu
 	$(BIN)/python bench.py baseline reports/cpu reports/baselines/cpu.jsonl
 
-test: test-plain test-compiled test-interpreted ## all tests
+test: test-alone test-plain test-compiled test-interpreted ## all tests
 
-test-plain: $(INSTALLED) ## tests as they are: CPU paths, and the GPU if there is one; those that take times one after the other
+test-alone: $(INSTALLED) ## tests that take times or memory, one after the other
 	$(BIN)/python -m pytest tests -m "alone and not compiled" $(ARGS)
+
+test-plain: $(INSTALLED) ## the other tests as they are: CPU paths, and the GPU if there is one
 	$(BIN)/python -m pytest tests -m "not alone and not compiled" -n $(WORKERS) --benchmark-disable $(ARGS)
 
 test-compiled: $(INSTALLED) ## what the compiler makes of the kernels, for GPUs that need not be there
