@@ -1,4 +1,4 @@
-"""What is measured: a case, the inputs made from it, and the bytes and operations that it cannot do without."""
+"""A case, the inputs made from it, and the bytes and operations that it needs at least."""
 
 import dataclasses
 import hashlib
@@ -81,20 +81,20 @@ class Cost:
     """Floating-point operations of matrix products; 0 for what has none."""
 
     flops_dtype: str = "float32"
-    """What the factors of the products are: float32, bfloat16 or float16."""
+    """Dtype of the factors of the products: float32, bfloat16 or float16."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What a case should give, in fp64 from the same inputs."""
+    """Right results of a case, in fp64 from the same inputs."""
 
     output: Tensor
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """By input name; empty where only the forward direction is measured."""
 
     at_kink: dict[str, Tensor] = field(default_factory=dict)
-    """By input name, bool: elements of a gradient where the definition is not differentiable, so that any value
-    between the one-sided derivatives is right. They are reported apart and never gated."""
+    """By input name, bool: elements of a gradient where the definition is not differentiable. Any value between the
+    one-sided derivatives is right there. They are reported apart and never gated."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The output and, by the names of the inputs, the gradients."""

@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    # What follows `--` is passed on, and nothing of it is ours.
+    # Arguments after `--` are passed on, and none of them is ours.
     split = arguments.index("--") if "--" in arguments else len(arguments)
     arguments, passed_on = arguments[:split], arguments[split + 1 :]
     arguments = _with_command(arguments)
@@ -112,7 +112,7 @@ def _flush() -> None:
             if stream is not None:
                 stream.flush()
         except OSError:
-            # What is left in it cannot be written as Python ends either.
+            # Text that is left in it cannot be written as Python ends either.
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             raise

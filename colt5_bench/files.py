@@ -13,7 +13,8 @@ from colt5_bench.texts import printable
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A place to write what `path` is to hold: whatever happens, that is what it held before or all of this.
+    """A place to write the content of `path`. Whatever happens, the file has its content from before or all of the new
+    one.
 
     Directories on the way to it are made.
     """
@@ -55,7 +56,7 @@ def own(path: Path) -> FileIO:
 
 
 def trouble(error: OSError) -> str:
-    """What cannot be used, and why, in one line."""
+    """The path that cannot be used, and why, in one line."""
     what = "what is needed" if error.filename is None else error.filename
     return printable(f"cannot use {what}: {error.strerror or error}")
 

@@ -12,7 +12,7 @@ TARGETS = (80, 86, 89, 90, 100, 120)
 """GPUs that kernels can be compiled for, by compute capability times ten: Ampere, Ada, Hopper and Blackwell."""
 
 TIME_LIMIT = 1800.0
-"""Seconds that measuring a case in a direction may take in a process of its own, unless the user says otherwise:
+"""Most seconds for a case and direction in a process of its own, unless the user says otherwise.
 `torch.compile` unrolls iterations for minutes, and the fp64 truth of the largest cases takes as long."""
 
 
@@ -89,7 +89,7 @@ def declare(add: Callable[..., object], names: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """What a run is asked for; the help of each option explains it."""
+    """Options of a run; the help of each option explains it."""
 
     device: str = "auto"
     preset: str = "default"

@@ -18,7 +18,7 @@ from colt5_bench.texts import said
 T = TypeVar("T")
 
 PRESETS = ("smoke", "default", "full")
-"""How much of a suite is measured."""
+"""Part of a suite that is measured."""
 
 
 class SelectionError(ValueError):
@@ -73,7 +73,7 @@ _OF_EXPRESSIONS = (
 
 
 def case_filter(expression: str) -> Callable[[str], bool]:
-    """Whether a case id satisfies an expression of substrings joined by `and`, `or`, `not` and parentheses.
+    """True if a case id satisfies an expression of substrings joined by `and`, `or`, `not` and parentheses.
 
     An empty expression is satisfied by every id; `n=512` by that of `n=5120` too.
 

@@ -21,7 +21,7 @@ from colt5_bench.selection import WHOLE, SelectionError, case_filter
 from colt5_bench.suite import Suite
 
 MAX_SECONDS = {"smoke": 0.1, "default": 1.0, "full": 2.0}
-"""How long sampling a time column of a case may take, by preset. A smoke run shows that everything runs."""
+"""Longest time of sampling a time column of a case, by preset. A smoke run shows that everything runs."""
 
 
 class Session:
@@ -49,7 +49,7 @@ class Session:
         self._files: dict[str, Path] = {}
         """Where suites are, by name."""
         self.changed: list[str] = []
-        """How the code changed while it was measured, in lines."""
+        """Changes of the code while it was measured, in lines."""
 
     def points(self, suite: Suite, file: Path) -> Iterator[tuple[Group, str]]:
         """The group and the implementation of everything that the request asks for."""

@@ -1,4 +1,4 @@
-"""What has to hold before anything is measured; each check raises a sentence that says what to do."""
+"""Checks before anything is measured. Each raises a sentence that says what to do."""
 
 import os
 import signal
@@ -35,8 +35,8 @@ class StartupError(Exception):
 
 
 def find_checkout(directory: Path) -> Path:
-    """The place of suites and operations: the directory itself if it is a checkout, else where this harness is from,
-    which may be a checkout, too, or an installation.
+    """The place of suites and operations. It is the directory itself if that is a checkout. Else it is the place of
+    this harness, which may be a checkout, too, or an installation.
 
     Raises:
         StartupError: there are no suites to run.

@@ -1,4 +1,4 @@
-"""What a file in suites/ provides, and how the harness finds it."""
+"""Content of a file in suites/, and how the harness finds it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,7 +26,7 @@ def _no_metrics(case: Case, problem: Problem) -> Mapping[str, float]:
 
 @dataclass(frozen=True)
 class Operation(Generic[C]):
-    """What is computed, and what it is judged by."""
+    """A computation, and the truth that it is judged by."""
 
     problem: Callable[[C, torch.device], Problem]
     truth: Callable[[C, Problem, str], Truth]
@@ -53,22 +53,22 @@ class Implementation(Generic[C]):
     """The directions that this implementation has; it is skipped in the others."""
 
     partial: bool = False
-    """Whether it does less than the operation, as a lower bound: the cost of the operation is not its own then."""
+    """True if it does less than the operation, as a lower bound. The cost of the operation is not its own then."""
 
     bound: Callable[[C, str, Tensor, Tolerance], Tolerance] = _as_it_is
-    """What a tensor may be off by: from the case, the name of the tensor (`output` or an input, for its gradient), its
-    fp64 truth and the tolerance that plain PyTorch sets on the same inputs."""
+    """Allowed error of a tensor. Arguments are the case, the name of the tensor (`output` or an input, for its
+    gradient), its fp64 truth and the tolerance that plain PyTorch sets on the same inputs."""
 
     operation: Operation[C] | None = None
-    """What it computes, if that is something else than the suite's operation, in whose place it could stand: as a dense
-    layer does beside a routed one. It is judged by this one's truth, and the cost of the suite's is not its own."""
+    """The operation that it computes, if that is not the suite's, in whose place it could stand. A dense layer does so
+    beside a routed one. It is judged by this one's truth, and the cost of the suite's is not its own."""
 
     metrics: Callable[[C, Problem], Mapping[str, float]] = _no_metrics
     """Further figures of what it does with the problem of a case, by name."""
 
     launching: Callable[[], AbstractContextManager[None]] | None = None
-    """A context in which its calls launch their Triton kernels with tensors on a CPU, so that these can be compiled
-    where there is no GPU; None if it has no kernels that could."""
+    """A context in which its calls launch their Triton kernels with tensors on a CPU. These can then be compiled where
+    there is no GPU. None if it has no kernels that could."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Texts that come from elsewhere, as they can be shown: on a terminal, in a page and in a results file."""
+"""Texts that come from elsewhere, made printable: on a terminal, in a page and in a results file."""
 
 from shutil import get_terminal_size
 from textwrap import fill
@@ -7,11 +7,12 @@ NARROWEST = 40
 """Columns of a terminal below which nothing becomes narrower."""
 
 Plain = str | int | float | bool | None
-"""What JSON knows that is no list and has no fields."""
+"""Values of JSON that are no list and have no fields."""
 
 
 def printable(text: str) -> str:
-    r"""The text with `\x1b` for what moves a cursor, ends a line or is half a character, and all else as it is."""
+    r"""The text with escapes such as `\x1b` for control characters, ends of lines and half characters. All else is as
+    it is."""
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

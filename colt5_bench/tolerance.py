@@ -1,4 +1,4 @@
-"""How far a correct computation may be from the truth."""
+"""Allowed distance of a correct computation from the truth."""
 
 from dataclasses import dataclass, replace
 from math import inf
@@ -12,7 +12,7 @@ LEAST_POWER, MOST_POWER = -1073, 1024
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far each element of a tensor may be from its fp64 truth."""
+    """Allowed distance of each element of a tensor from its fp64 truth."""
 
     by_magnitude: Tensor
     """Allowed errors in fp64: that of truths in [2**(p - 1), 2**p) at p - LEAST_POWER + 1, that of 0 in front."""

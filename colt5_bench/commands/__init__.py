@@ -17,7 +17,8 @@ nobody reads any more with 141."""
 
 
 def attempt(what: str, make: Callable[[], T]) -> T | None:
-    """What is made of results, or None: they are worth more than it, and so is what else comes of them."""
+    """Make a product of results, or return None. The results, and their other products, are worth more than one that
+    fails."""
     try:
         return make()
     except Exception as error:

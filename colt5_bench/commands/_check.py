@@ -22,7 +22,8 @@ from colt5_bench.selection import WHOLE, SelectionError, Shard
 from colt5_bench.suite import Suite
 
 MOST_REPETITIONS = 2
-"""How often a case is measured again whose times are unclear. One that is worse is so by two runs or more."""
+"""Number of times that a case is measured again if its times are unclear. One that is worse is so by two runs or more.
+"""
 
 Measure = Callable[[Suite, str, Path], int]
 """Measures the cases of a suite that an expression selects, with results in a directory: an exit status."""
@@ -38,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Check:
-    """What a run is compared with."""
+    """The baseline and the comparer of a run."""
 
     options: argparse.Namespace
     baseline: Run

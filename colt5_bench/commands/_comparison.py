@@ -1,4 +1,4 @@
-"""What the commands share that compare with a baseline."""
+"""Parts of the commands that compare with a baseline."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -60,7 +60,7 @@ class Comparer:
 
 
 def in_scope(options: argparse.Namespace) -> Callable[[Record], bool]:
-    """Whether a record is of what `--suite`, `--impl` and `-k` select; each selects everything if it is not given."""
+    """True if `--suite`, `--impl` and `-k` select a record. Each selects everything if it is not given."""
     wanted = case_filter(options.cases)
     return lambda record: (
         (not options.suite or record.suite in options.suite)

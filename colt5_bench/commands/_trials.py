@@ -1,4 +1,4 @@
-"""Real comparisons of which it is known what they have to say: of a revision with itself, or with a slower copy."""
+"""Real comparisons with a known answer: of a revision with itself, or with a slower copy."""
 
 import argparse
 import os
@@ -62,7 +62,7 @@ def configure(parser: argparse.ArgumentParser, kinds: argparse._MutuallyExclusiv
 
 @dataclass(frozen=True)
 class Trial:
-    """What one comparison said, beside what it had to say."""
+    """Answer of one comparison, beside the right one."""
 
     outcome: Outcome
     alarms: int
@@ -73,7 +73,8 @@ class Trial:
 
     @classmethod
     def of(cls, comparison: Comparison, slowed: tuple[str, ...]) -> "Trial":
-        """
+        """Outcome of a comparison with a known answer.
+
         Args:
             comparison: of a revision with itself or a slower copy.
             slowed: time columns of the implementation that the copy slows down; none if it is no slower copy.
@@ -168,7 +169,7 @@ def _most_allowed(suite: str, device: torch.device, columns: tuple[str, ...], ru
 
 
 def summed_up(trials: list[Trial], planted: float | None) -> Iterator[str]:
-    """What all comparisons said together."""
+    """Summary of all comparisons."""
     outcomes = Counter(trial.outcome for trial in trials)
     verdicts: Counter[Verdict] = sum((trial.verdicts for trial in trials), Counter())
     expected: tuple[Outcome, ...] = ("quiet",) if planted is None else ("found", "missed")

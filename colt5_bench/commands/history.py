@@ -94,4 +94,4 @@ def _placed(runs: list[Run], chosen: Callable[[Record], bool]) -> Iterator[Recor
 
 
 PRECISIONS = (len("2026-11-23T22:05"), len("2026-11-23T22:05:36"), len("2026-11-23T22:05:36.123"))
-"""Of the time of a run, as far as it takes to tell runs apart."""
+"""Lengths of the time of a run, as far as it takes to tell runs apart."""

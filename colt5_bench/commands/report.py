@@ -70,7 +70,7 @@ def _compare(options: argparse.Namespace, run: Run) -> Sequence[Finding]:
 
 
 def load_views() -> dict[str, View]:
-    """How the suites of this checkout ask to be looked at."""
+    """Views of the suites of this checkout, by name."""
     checkout = find_checkout(Path.cwd().resolve())
     check(checkout)
     return {name: View.of(suite) for name, suite in load_suites(checkout).items()}

@@ -1,4 +1,4 @@
-"""What a baseline has to be before anything is compared with it."""
+"""Checks of a baseline before anything is compared with it."""
 
 from collections.abc import Iterator
 from math import isfinite
@@ -9,7 +9,7 @@ from colt5_bench.records.results import Record, Run, load
 from colt5_bench.selection import SelectionError
 
 HAS_NO_SAMPLES = ("not capturable", "throttled", "refused")
-"""How the reasons begin why a time column may be empty."""
+"""Beginnings of the reasons why a time column may be empty."""
 
 
 def read_baseline(path: Path) -> Run:
@@ -25,7 +25,7 @@ def read_baseline(path: Path) -> Run:
 
 
 def fault(record: Record) -> str:
-    """What of a record cannot have been measured, or nothing."""
+    """A part of a record that cannot have been measured, or nothing."""
     return next(_faults(record), "")
 
 

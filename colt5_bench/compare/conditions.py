@@ -9,7 +9,7 @@ from colt5_bench.records.results import Record, Run
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a record was measured under, as far as it decides what it can be compared with."""
+    """Conditions of a record, as far as they decide what it can be compared with."""
 
     kind: str
     """`cpu` or `cuda`."""
@@ -41,7 +41,7 @@ class Pairing:
     before: Conditions
     after: Conditions
     any_machine: bool = False
-    """Whether hardware of one name is taken for different machines."""
+    """True if hardware of one name is taken for different machines."""
 
     @property
     def kind(self) -> str:
@@ -57,7 +57,7 @@ class Pairing:
 
     @property
     def same_parallelism(self) -> bool:
-        """How fast calls are beside each other depends on the threads that they have."""
+        """The speed of calls beside each other depends on the threads that they have."""
         return self.same_kind and (self.kind == "cuda" or self.before.threads == self.after.threads)
 
     @property
@@ -79,7 +79,7 @@ class Pairing:
         return self.before.triton == self.after.triton
 
     def notes(self) -> Iterator[str]:
-        """What differs, and what follows from it."""
+        """Differences, and their consequences."""
         before, after = self.before, self.after
         if not self.same_parallelism:
             yield (
@@ -103,5 +103,5 @@ class Pairing:
 
 
 def notes_on(pairings: Iterable[Pairing]) -> list[str]:
-    """What differs anywhere, each once."""
+    """All differences, each once."""
     return list(dict.fromkeys(note for pairing in pairings for note in pairing.notes()))

@@ -64,7 +64,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Point:
-    """What findings of a record have in common."""
+    """Common part of the findings of a record."""
 
     record: Record
     label: str
@@ -183,7 +183,7 @@ def _inverse(ratio: float | None) -> float | None:
 def _of_number(
     point: Point, metric: str, before: float | None, after: float | None, relative: float, unit: Unit = ""
 ) -> Iterator[Draft]:
-    """Of what is better the lower it is."""
+    """Findings of a figure that is better the lower it is."""
     if before is None and after is None:
         return
     verdict = _without_a_number(before, after) or _by(before, after, relative)

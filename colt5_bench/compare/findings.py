@@ -1,4 +1,4 @@
-"""What a comparison says: a finding for each figure of each case."""
+"""Result of a comparison: a finding for each figure of each case."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,12 @@ Figure = float | str | None
 """A number, a status, or None where there is nothing."""
 
 Unit = Literal["s", "B", "x", "error", ""]
-"""How a figure is said: seconds, bytes, a speed-up, a distance from fp64, or a plain number."""
+"""Unit of a figure: seconds, bytes, a speed-up, a distance from fp64, or a plain number."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a comparison says of one figure of one case."""
+    """Result of a comparison for one figure of one case."""
 
     verdict: Verdict
     suite: str
@@ -37,22 +37,21 @@ class Finding:
     implementation: str
 
     metric: str
-    """`status`; a time column, or `speed-up` with one; `peak` and `saved` memory; the `error` of a tensor; a kernel,
-    its target and a fact; or a metric of the suite."""
+    """Name of the figure. It is `status`; a time column, or `speed-up` with one; `peak` and `saved` memory; the `error`
+    of a tensor; a kernel, its target and a fact; or a metric of the suite."""
 
     baseline: Figure
     now: Figure
     unit: Unit = ""
 
     interval: tuple[float, float] | None = None
-    """95 % interval of the later time over the earlier, or for a speed-up of the earlier over the later: above 1 it
-    became worse."""
+    """95 % interval of a ratio: later time over earlier, or earlier speed-up over later. Above 1 it became worse."""
 
     threshold: float | None = None
     """By how much a time may be longer and count as the same."""
 
     runs: int | None = None
-    """Of how many runs a time of now is."""
+    """Number of runs that a time of now is from."""
 
     note: str = ""
 
@@ -65,7 +64,7 @@ class Finding:
 
     @property
     def is_undecided(self) -> bool:
-        """Whether it may be a regression: the interval reaches beyond the threshold."""
+        """True if it may be a regression: the interval reaches beyond the threshold."""
         return self.verdict == "unclear" and self.interval is not None and self.interval[1] > 1 + (self.threshold or 0)
 
     @property
@@ -78,8 +77,8 @@ class Finding:
 
     @property
     def change(self) -> str:
-        """`+12.3 %` of the baseline, or its interval alone where no change was seen; empty without two numbers that
-        have a ratio."""
+        """`+12.3 %` of the baseline, or its interval alone where no change was seen. It is empty without two numbers
+        that have a ratio."""
         before, after = self.baseline, self.now
         if not isinstance(before, int | float) or not isinstance(after, int | float) or not before:
             return ""
@@ -89,7 +88,7 @@ class Finding:
 
     @property
     def change_interval(self) -> Interval | None:
-        """Of the figure of now over that of the baseline: of a speed-up it is the other way round."""
+        """Interval of the figure of now over the one of the baseline. For a speed-up it is the other way round."""
         if self.interval is None or self.unit != "x":
             return self.interval
         low, high = self.interval
@@ -110,7 +109,7 @@ class Comparison:
     findings: Sequence[Finding]
 
     notes: Sequence[str] = field(default_factory=tuple)
-    """What differs between the conditions of the two runs, and what is therefore not compared."""
+    """Differences between the conditions of the two runs, and the figures that are therefore not compared."""
 
     @property
     def regressions(self) -> list[Finding]:
@@ -122,7 +121,7 @@ class Comparison:
 
     @property
     def compared(self) -> bool:
-        """Whether there is a figure that both runs have a say in."""
+        """True if there is a figure that both runs have a say in."""
         return any(finding.verdict != "new" for finding in self.findings)
 
     @property
@@ -133,12 +132,12 @@ class Comparison:
         return ", ".join(named) or "nothing to compare"
 
     def telling(self) -> list[Finding]:
-        """What is neither the same nor new, the worst first."""
+        """Findings that are neither the same nor new, the worst first."""
         ordered = sorted(self.findings, key=lambda finding: VERDICTS.index(finding.verdict))
         return [finding for finding in ordered if finding.verdict not in ("same", "new")]
 
     def summed_up(self) -> list[str]:
-        """What has to be said in a line: how much is new, which is not listed, and what is undecided."""
+        """Summary in lines: how much is new, which is not listed, and what is undecided."""
         new = Counter(finding.suite for finding in self.findings if finding.verdict == "new")
         by_suite = ", ".join(f"{count:,} of {suite}" for suite, count in new.items())
         undecided = len(self.undecided)
@@ -149,8 +148,7 @@ class Comparison:
         ]
 
     def doubtful(self, runs: int) -> dict[str, list[str]]:
-        """The cases that have to be measured again, by suite: what is unclear, and what is worse by fewer runs than so
-        many."""
+        """The cases that have to be measured again, by suite. These are unclear, or worse by fewer runs."""
         cases: dict[str, list[str]] = {}
         for finding in self.findings:
             hasty = finding.verdict == "worse" and finding.runs is not None and finding.runs < runs
@@ -160,7 +158,7 @@ class Comparison:
 
     @property
     def times(self) -> int:
-        """How many were tested."""
+        """Number of times that were tested."""
         return sum(finding.runs is not None for finding in self.findings)
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1
-"""Of prctl(2)."""
+"""Option of prctl(2)."""
 
 _prctl = ctypes.CDLL(None).prctl
 
@@ -34,7 +34,7 @@ def unwinding_when_terminated() -> Iterator[None]:
 
     def terminate(number: int, frame: FrameType | None) -> None:
         for each in caught:
-            # What is put away now is put away whole.
+            # Putting away is not interrupted.
             signal.signal(each, signal.SIG_IGN)
         raise Terminated(128 + number)
 

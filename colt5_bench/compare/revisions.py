@@ -22,13 +22,13 @@ from colt5_bench.selection import SelectionError
 SIDES = ("a", "b")
 
 TURNS, MOST_TURNS = 3, 15
-"""Of each revision: at first, and at most of the cases that are unclear or not confirmed by then."""
+"""Turns of each revision: at first, and at most of the cases that are unclear or not confirmed by then."""
 
 PREFIX, OWNER = "colt5-bench-", "owner"
-"""How the temporary directory of a comparison begins, and a file in it that the comparison has open."""
+"""Beginning of the name of a comparison's temporary directory, and a file in it that the comparison has open."""
 
 AUTHOR = "colt5-bench"
-"""Of commits that a comparison makes."""
+"""Author of commits that a comparison makes."""
 
 PATHS = ("PYTHONPATH", "PYTHONSAFEPATH")
 """Variables that keep Python from looking at first beside the file that it starts."""
@@ -103,7 +103,7 @@ class Alternating:
         self.places = [directory / side for side in SIDES]
         """Where the results of each are."""
         self.turns = 0
-        """How often each was measured."""
+        """Number of times that each was measured."""
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -172,7 +172,7 @@ def _refuse_other_code(run: Run, commit: str) -> None:
 
 
 def _put_away(checkout: Path) -> None:
-    """What comparisons left behind that were killed: worktrees of this checkout, and their directories."""
+    """Remove remains of comparisons that were killed: worktrees of this checkout, and their directories."""
     listed = git.run(checkout, "worktree", "list", "--porcelain").stdout.splitlines()
     worktrees = [Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")]
     directories = {each.parent for each in worktrees} | set(Path(tempfile.gettempdir()).glob(f"{PREFIX}*"))

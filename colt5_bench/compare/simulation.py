@@ -1,4 +1,4 @@
-"""What verdicts on times are worth: comparisons of simulated runs, of which it is known what changed.
+"""Trust in verdicts on times, by comparisons of simulated runs with a known change.
 
 Each comparison is of 77 equal times and of one each that takes 5, 10 and 25 % longer, at a threshold of 5 %. Every
 sample has 1 % of noise of its own (standard deviation), and each time in each run has that of a model besides.
@@ -35,8 +35,9 @@ MOST_FALSE_ALARMS = 0.01
 """Share of comparisons in which an equal time may be called worse."""
 
 AIMED_AT, FEWEST_FOUND, LOUDEST = SLOWDOWNS.index(0.10), 0.95, 0.03
-"""The slowdown of which so large a share has to be found in turns where runs differ by no more than this (standard
-deviation). Where they differ by more, and of saved runs of one process each, that share is found or left unclear."""
+"""The slowdown of which so large a share has to be found in turns. It holds where runs differ by no more than this
+(standard deviation). Where they differ by more, and of saved runs of one process each, that share is found or left
+unclear."""
 
 SAMPLES = (3, 10, 30, 100)
 
@@ -44,7 +45,7 @@ SPREAD = 0.01
 DRIFT, CORRELATION, CORRELATED, OFFSET, GAP = 0.08, 0.9, 0.03, 0.03, 0.2
 
 Noise = Callable[[np.random.Generator, tuple[int, ...]], Array]
-"""Of the logarithms of samples, by a shape whose last axis is the samples of a run."""
+"""Makes noise of the logarithms of samples, by a shape whose last axis is the samples of a run."""
 
 
 def _none(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
@@ -84,7 +85,7 @@ MODELS: Mapping[str, Noise] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of all comparisons under one model with one number of samples."""
+    """Counts of all comparisons under one model with one number of samples."""
 
     false_alarms: int
     """Comparisons in which an equal time is called worse."""
@@ -127,7 +128,7 @@ def simulate(comparisons: int = COMPARISONS, samples: tuple[int, ...] = SAMPLES,
 
 
 def meets_aim(row: Row, comparisons: int = COMPARISONS) -> bool:
-    """Whether false alarms are as rare, and slowdowns found as often, as they have to be."""
+    """True if false alarms are as rare, and slowdowns found as often, as they have to be."""
     outcomes = row.in_turns, row.saved
     decidable = round(row.between_runs, 2) <= LOUDEST
     return (
@@ -156,8 +157,8 @@ def _cells(outcome: Outcome, comparisons: int) -> list[str]:
 
 
 def _compare(noise: Noise, generator: np.random.Generator, comparisons: int, samples: int) -> tuple[Array, ...]:
-    """The meaning of each time of each comparison, when measured in turns and of the first run of either side alone,
-    and the variance of its medians from run to run."""
+    """The meaning of each time of each comparison, and the variance of its medians from run to run. Meanings are of
+    times measured in turns, and of the first run of either side alone."""
     shape = comparisons, EQUAL + len(SLOWDOWNS), MOST_TURNS, samples
     sides = [SPREAD * generator.standard_normal(shape, np.float32) + noise(generator, shape) for _ in range(2)]
     slower = np.concatenate([np.zeros(EQUAL), np.log1p(SLOWDOWNS)])

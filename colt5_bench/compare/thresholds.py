@@ -1,4 +1,4 @@
-"""How much of a change counts, as suites/thresholds.toml says: defaults, and rules for some suites and cases."""
+"""Thresholds of changes, as suites/thresholds.toml has them: defaults, and rules for some suites and cases."""
 
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ Direction = Literal["lower", "higher", "equal"]
 DIRECTIONS = get_args(Direction)
 
 SELECTORS = ("suite", "cases", "implementation", "device")
-"""What a rule may be restricted to: a name or a list of names; cases by expressions as of `-k`."""
+"""Restrictions of a rule: a name or a list of names; cases by expressions as of `-k`."""
 
 DEVICES = ("cpu", "cuda")
 
@@ -25,10 +25,10 @@ class ThresholdsError(SelectionError):
 
 @dataclass(frozen=True)
 class Bound:
-    """How much a metric of a suite may change."""
+    """Largest change of a metric of a suite."""
 
     better: Direction
-    """Whether a lower or a higher value is better; `equal`: any other value is worse."""
+    """Direction in which a value is better. With `equal` any other value is worse."""
 
     relative: float = 0.0
     absolute: float = 0.0
@@ -37,7 +37,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What one record is held to. All are relative: 0.05 allows 5 % more, 0 not a byte more."""
+    """Thresholds of one record. All are relative: 0.05 allows 5 % more, 0 not a byte more."""
 
     cold: float
     warm: float

@@ -110,7 +110,7 @@ def _together(same: Sequence[Record]) -> Measured:
 
 
 def _labels(records: Sequence[Record]) -> dict[Key, str]:
-    """What tells the case of each record from the others of its suite."""
+    """Labels that tell the case of each record from the others of its suite."""
     labels = {}
     for own in by(records, lambda record: record.suite):
         varying = varying_fields(own)
@@ -145,14 +145,14 @@ def _by_metric(drafts: Sequence[Draft]) -> list[list[Draft]]:
 
 
 def _changes(times: Sequence[Times]) -> tuple[Changes, Changes]:
-    """Of the times of a column, alone or beside the reference, and the other figure."""
+    """Changes of the times of a column, alone or beside the reference, and the other figure."""
     column = times[0].column
     alone = compared([(each.before, each.after) for each in times], column)
     return narrower(alone, compared([each.relative for each in times], column))
 
 
 def _of_status(old: Measured | None, new: Measured | None) -> Iterator[tuple[Any, ...]]:
-    """Of a point that has no values on one side, or on both."""
+    """Findings of a point that has no values on one side, or on both."""
     before, after = old.record.status if old else None, new.record.status if new else None
     why = new.record.reason if new else ""
     if after in FAILED and before not in (None, *FAILED):

@@ -1,4 +1,4 @@
-"""How far a tensor is from its fp64 truth, and how far it may be."""
+"""Distance of a tensor from its fp64 truth, and its bound."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +18,7 @@ DRAWS = 3
 """Computations with moved operands that set what others may be off by, beside plain PyTorch as it is."""
 
 MARGIN = 8
-"""How many times farther than the farthest of these another one may be: the farthest of a few is a matter of luck, and
+"""Allowed distance of another one, in units of the farthest of these. The farthest of a few is a matter of luck, and
 another formula has more roundings."""
 
 ROUNDINGS = 2
@@ -112,7 +112,7 @@ def tolerances(
 
 
 class Spread:
-    """How far results lie from the truth that are computed with moved operands.
+    """Distances from the truth of results that are computed with moved operands.
 
     Elements of like magnitude are taken together: a small element of a sum is off by as much as a large one, a small
     exponential is off by less, and either shows here.
@@ -145,7 +145,7 @@ class Spread:
 
     def tolerance(self) -> Tolerance:
         """The errors that another computation may have."""
-        # A larger element may be off by as much as a smaller one, and of few elements the least may be so by luck.
+        # A larger element may be off by as much as a smaller one. The least of few elements may be so by luck.
         errors = MARGIN * self._largest.cummax(0).values
         enough = int((self._counts[1:].cumsum(0) < FEWEST).sum()) + 1
         errors[1:] = errors[1:].clamp(min=errors[min(enough, len(errors) - 1)].item())
@@ -156,7 +156,7 @@ class Spread:
 
 
 def passes(actual: Divergence) -> bool:
-    """Whether each element is within what it may be off by. NaN never is; without a tolerance everything else is."""
+    """True if each element is within its allowed error. NaN never is; without a tolerance everything else is."""
     if isnan(actual.largest):
         return False
     return actual.worst is None or actual.allowed is None or actual.worst <= actual.allowed

@@ -1,15 +1,15 @@
-"""Whether a machine has the cores that a run wants."""
+"""Checks that a machine has the cores that a run wants."""
 
 import os
 
 
 def busy_cores() -> float | None:
-    """How many cores others keep busy, of the last minute; None where the machine cannot tell."""
+    """Number of cores that others keep busy, of the last minute. None where the machine cannot tell."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def warning(threads: int, cores: int | None, busy: float | None) -> str:
-    """What has to be known before times are taken, or nothing.
+    """A warning for the user before times are taken, or nothing.
 
     Args:
         threads: that a call runs in.

@@ -1,4 +1,4 @@
-"""What is timed: one call of an implementation."""
+"""One call of an implementation, which is timed."""
 
 from collections.abc import Callable
 from random import Random
@@ -27,9 +27,9 @@ class Call:
         self.renew()
 
     def renew(self) -> None:
-        """Forget the graphs of earlier calls: what they left behind belongs to the stream that they ran in, and would
-        keep a call in another stream from being captured. Here, which is not timed, the latest output may become the
-        `sample`: one in all, each with the same probability."""
+        """Forget the graphs of earlier calls. Their remains belong to the stream that they ran in, and would keep a
+        call in another stream from being captured. Here, which is not timed, the latest output may become the `sample`:
+        one in all, each with the same probability."""
         if self._latest is not None:
             self._calls += 1
             if self._random.random() * self._calls < 1:

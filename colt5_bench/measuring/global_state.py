@@ -11,7 +11,7 @@ import torch
 
 
 class Setting(NamedTuple):
-    """How a setting is read and put back."""
+    """Reads a setting and puts it back."""
 
     read: Callable[[], Any]
     write: Callable[[Any], None]

@@ -1,4 +1,4 @@
-"""Measuring in spite of what is measured: a process that dies or hangs, or a lost CUDA context, costs one record.
+"""Measuring in spite of the measured code. A process that dies or hangs, or a lost CUDA context, costs one record.
 
 Processes are forked from a server that has imported PyTorch and the like, and has never touched a GPU.
 """
@@ -30,10 +30,10 @@ from colt5_bench.suite import Suite
 from colt5_bench.texts import said
 
 STARTING_SECONDS, ENDING_SECONDS = 300.0, 10.0
-"""How long a process may take before it measures, and after it has answered."""
+"""Longest time of a process before it measures, and after it has answered."""
 
 PRELOADED = ["pandas", "pynvml", "scipy.stats", "torch", "triton"]
-"""What takes long to import, and is the same for every checkout."""
+"""Modules that take long to import, and are the same for every checkout."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Point:
 
 @dataclass(frozen=True)
 class _Address:
-    """What of a point goes to another process: a suite is made of functions without a name."""
+    """Part of a point that goes to another process, as a suite is made of functions without a name."""
 
     file: Path
     preset: str
@@ -64,19 +64,19 @@ class _Address:
 
 @dataclass
 class _Attempt:
-    """What came of measuring some implementations together."""
+    """Result of measuring some implementations together."""
 
     finished: list[Record]
     why: str = ""
-    """What kept it from finishing the others."""
+    """Reason why the others are not finished."""
 
     culprit: str = ""
     """The implementation that did, if that is known and it has no record."""
 
 
 class Measurer:
-    """Measures points in this process until that loses its CUDA context, then each in a process of its own; or so from
-    the beginning."""
+    """Measures points in this process until that loses its CUDA context. Then, or from the beginning, it measures each
+    in a process of its own."""
 
     def __init__(self, *, isolated: bool, time_limit: float = TIME_LIMIT) -> None:
         self.isolated = isolated

@@ -36,15 +36,15 @@ BREAKS_THE_CONTEXT = (
     "unspecified launch failure",
     "uncorrectable ECC error encountered",
 )
-"""Texts of the errors after which every call to CUDA fails in the process that had one: those of which the CUDA Runtime
-API's page on `cudaError_t` says that the process must be terminated and relaunched. PyTorch and Triton pass them on."""
+"""Texts of the errors after which every call to CUDA fails in the process that had one. The CUDA Runtime API's page on
+`cudaError_t` says of these that the process must be terminated and relaunched. PyTorch and Triton pass them on."""
 
 
 OUT_OF_MEMORY = re.compile(
     r"\w+: (\[enforce fail at alloc_cpu\.cpp:\d+\] .*)?DefaultCPUAllocator: (can't allocate|not enough) memory"
     r"|\w+: (CUDA error|Triton Error \[CUDA\]): out of memory"
 )
-"""How errors begin of which lack of memory is the reason, after their type."""
+"""Beginnings of errors, after their type, whose reason is lack of memory."""
 
 NOT_MEASURED = "not measured"
 """The reason of a record until something happens to it."""
@@ -61,7 +61,7 @@ class BrokenContextError(RuntimeError):
 
 @dataclass(frozen=True)
 class Conditions:
-    """What all records of a run are measured under."""
+    """Conditions of all records of a run."""
 
     device: torch.device
     device_name: str
@@ -357,7 +357,7 @@ def _free_memory() -> None:
         try:
             torch.cuda.empty_cache()
         except RuntimeError as error:
-            # Of a kernel that was still running when something else failed.
+            # The error is from a kernel that was still running when something else failed.
             raise BrokenContextError(str(error)) from None
 
 
@@ -366,8 +366,8 @@ def _breaks_context(said: str) -> bool:
 
 
 def _is_out_of_memory(error: BaseException, said: str) -> bool:
-    """PyTorch has a type of its own for a GPU's memory; for the host's, and where CUDA or Triton ask for more of a
-    GPU's, it is a RuntimeError that begins like this."""
+    """True if the reason is lack of memory. PyTorch has a type of its own for a GPU's memory. For the host's, and where
+    CUDA or Triton ask for more of a GPU's, it is a RuntimeError that begins like this."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and OUT_OF_MEMORY.match(said) is not None

@@ -1,4 +1,4 @@
-"""How much memory a call needs at its peak, and how much it keeps for the backward pass."""
+"""Memory that a call needs at its peak, and memory that it keeps for the backward pass."""
 
 import os
 from collections.abc import Callable, Iterable

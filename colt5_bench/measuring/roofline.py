@@ -36,16 +36,16 @@ SPIN_CYCLES = 500_000
 """A quarter of a millisecond, several times as long as a launch takes."""
 
 EXPONENTIALS_PER_CLOCK = 16
-"""Of a multiprocessor of every NVIDIA GPU since Volta: CUDA C++ Programming Guide, arithmetic instructions."""
+"""Rate of a multiprocessor of every NVIDIA GPU since Volta: CUDA C++ Programming Guide, arithmetic instructions."""
 
 
 READING_MARGIN = 1.15
-"""How much faster than copying a device may read: its memory has not to turn around to be written."""
+"""Largest rate of reading over that of copying. Memory that is only read has not to turn around to be written."""
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device can do at most."""
+    """Highest rates of a device."""
 
     copy_bandwidth: float
     """Bytes a second, those read plus those written."""
@@ -60,7 +60,7 @@ class Ceilings:
     """Model name of the device."""
 
     measured: bool
-    """Whether all were measured on this machine; False: the exponentials are from its data sheet."""
+    """True if all were measured on this machine. False: the exponentials are from its data sheet."""
 
 
 def limit_seconds(cost: Cost, ceilings: Ceilings) -> float:
@@ -70,7 +70,7 @@ def limit_seconds(cost: Cost, ceilings: Ceilings) -> float:
 
 
 def too_fast(seconds: float, *, size: int, ceilings: Ceilings) -> str | None:
-    """Why a time is not to be believed, or None: from a cold cache nothing is read faster than memory gives it.
+    """Reason why a time is not to be believed, or None. From a cold cache nothing is read faster than memory gives it.
 
     Args:
         seconds: of a call with a cold cache.
@@ -119,14 +119,14 @@ def _products(device: torch.device, size: int) -> dict[str, float]:
 
 
 def _product_rate(device: torch.device, size: int, dtype: torch.dtype) -> float:
-    """Of square matrices, with random numbers: zeros would take less power, and so less time."""
+    """Rate of products of square matrices with random numbers. Zeros would take less power, and so less time."""
     factor = torch.randn(size, size, device=device).to(dtype)
     product = torch.empty_like(factor)
     return 2 * size**3 / _shortest(lambda: torch.matmul(factor, factor, out=product), device)
 
 
 def _cpu_exponentials() -> float:
-    """Of one thread, times the threads: on a busy machine they hardly ever all run at the same time."""
+    """Rate of one thread, times the threads. On a busy machine they hardly ever all run at the same time."""
     x = torch.linspace(-1, 0, CPU_ELEMENTS)
     y = torch.empty_like(x)
     threads = torch.get_num_threads()

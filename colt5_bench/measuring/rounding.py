@@ -32,7 +32,8 @@ MASKS = ("attn_mask", "attn_bias")
 """Arguments that stay: they are of zeros and infinities, and kernels insist on their strides."""
 
 FACTORS = 1048573
-"""Random factors that are made, then used again and again from other places on: a prime, so that rows get others."""
+"""Random factors that are made, then used again and again from other places on. Their number is a prime, so that rows
+get others."""
 
 
 class MovedOperands(TorchDispatchMode):

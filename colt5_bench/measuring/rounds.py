@@ -1,4 +1,4 @@
-"""How each time column takes a sample of each call: a round.
+"""Rounds, in which each time column takes a sample of each call.
 
 A graph, too, is replayed after the L2 cache was flushed, and its inputs do not rotate over copies. Each copy would need
 a graph with memory of its own, which for a layer is gigabytes; small inputs would need thousands of them to fill the
@@ -21,20 +21,21 @@ Round = Callable[[Sequence[str]], list[float]]
 """Runs the named calls in the order given and returns the seconds of each."""
 
 GPU_COLUMNS, CPU_COLUMNS = ("cold", "warm", "graph", "wall"), ("wall",)
-"""What there is; the first is the one that the figure of a case is."""
+"""All columns. The first is the one that the figure of a case is."""
 
 WARM_UP_CALLS = 2
 """The first compiles and fills caches, the second may do so once more."""
 
 CALLS_IN_A_ROW, ROW_SECONDS = 10, 0.003
-"""Most calls, and about the longest that they take, for a sample of host time on a GPU: its queue of launches must not
+"""Most calls, and about the longest that they take, for a sample of host time on a GPU. Its queue of launches must not
 fill up, for then the host waits."""
 
 SPIN_MARGIN, SPIN_EXTRA, LONGEST_SPIN = 1.5, 20e-6, 0.05
-"""A spin lasts this many times the host time of the call and these seconds more, and at most so many seconds."""
+"""A spin lasts this many times the host time of the call and these seconds more. The last one is its limit in seconds.
+"""
 
 SPIN_GROWTH = 4
-"""A spin that turns out too short is doubled, until it is this many times as long as at first: no spin is long enough
+"""A spin that turns out too short is doubled, until it is this many times as long as at first. No spin is long enough
 for a call that waits for the GPU itself."""
 
 FLUSHED_CACHES = 2
@@ -45,7 +46,7 @@ FLUSHED_CACHES = 2
 def rounds(
     column: str, calls: Mapping[str, Call], before: Mapping[str, Call], device: torch.device
 ) -> Iterator[tuple[Round, dict[str, str]]]:
-    """How a column takes a round, and the calls that it cannot take, with the reason."""
+    """The round of a column, and the calls that it cannot take, with the reason."""
     if column == "wall":
         yield HostRound(calls, before, device), {}
     elif column in ("cold", "warm"):
@@ -75,7 +76,7 @@ class HostRound:
             self._in_a_row = {name: self._fitting(name) for name in calls}
 
     def _fitting(self, name: str) -> int:
-        """How many: a call on its own takes longer than one in a row, so that it is measured in a row."""
+        """Number of calls in a row. One call takes longer on its own than in a row, so that it is measured in a row."""
         self._in_a_row[name] = CALLS_IN_A_ROW
         count = int(ROW_SECONDS / min(self.seconds(name) for _ in range(3)))
         return min(max(count, 1), CALLS_IN_A_ROW)
@@ -139,7 +140,7 @@ class GpuRound:
         return [start.elapsed_time(end) * 1e-3 for start, end in events]
 
     def _host_seconds(self, name: str) -> float:
-        """Of a call on its own, as it is enqueued."""
+        """Host time of a call on its own, as it is enqueued."""
         self._before[name]()
         torch.cuda.synchronize(self._device)
         start = perf_counter()
@@ -231,9 +232,8 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
 
 
 def _recover(device: torch.device) -> None:
-    """Capture what can be captured: until then the default random number generator of PyTorch takes a capture that
-    failed for one that goes on, and refuses to work.
-    """
+    """Capture all calls that can be captured. Until then the default random number generator of PyTorch takes a capture
+    that failed for one that goes on, and refuses to work."""
     torch.cuda.synchronize(device)
     something = torch.zeros(1, device=device)
     graph = torch.cuda.CUDAGraph()

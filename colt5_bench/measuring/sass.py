@@ -1,4 +1,4 @@
-"""What NVIDIA's disassembler says of a compiled kernel: its registers, and its instructions by what they keep busy."""
+"""Facts of a compiled kernel by NVIDIA's disassembler: its registers, and its instructions by what they keep busy."""
 
 import re
 import subprocess
@@ -35,7 +35,7 @@ _WIDTH = re.compile(r"\.(?:U|S)?(8|16|64|128)\b")
 
 
 class Usage(NamedTuple):
-    """What one thread of a kernel takes."""
+    """Registers and memory of one thread of a kernel."""
 
     registers: int
     spilled_bytes: int
@@ -48,7 +48,7 @@ def usage(cubin: bytes) -> Usage:
 
 
 def instructions(cubin: bytes) -> dict[str, int]:
-    """How many instructions of each class a kernel has, each counted once however often it runs; classes with none are
+    """Number of instructions of each class in a kernel, each counted once however often it runs. Classes with none are
     left out."""
     counts = Counter(_class_of(mnemonic) for mnemonic in _INSTRUCTION.findall(_inspect(cubin, "--dump-sass")))
     return dict(sorted(counts.items()))

@@ -24,8 +24,8 @@ class Spin:
         self._took.append(now - start)
 
     def durations(self, count: int) -> list[float]:
-        """Of the last so many calls. On a CPU each takes as long as it was set to, and longer if another program had
-        its turn meanwhile, which it sees itself."""
+        """Durations of the last so many calls. On a CPU each takes as long as it was set to, and longer if another
+        program had its turn meanwhile, which it sees itself."""
         return [self._seconds] * count if self._on_gpu else self._took[-count:]
 
 

@@ -1,4 +1,4 @@
-"""What the compiler made of the Triton kernels that a call launches; with no GPU too, by compiling only."""
+"""Compiler's facts of the Triton kernels that a call launches. With no GPU too, by compiling only."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -106,7 +106,8 @@ def _driver_for(target: int | None) -> Iterator[None]:
 
 
 def _zeroed(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What no kernel has written is 0: an index that one was to write has to be one that PyTorch can go on with."""
+    """Fill memory with 0, as no kernel writes it. An index that a kernel was to write has to be one that PyTorch can go
+    on with."""
 
     @wraps(allocate)
     def zeros(*args: Any, **kwargs: Any) -> Tensor:

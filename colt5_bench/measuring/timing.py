@@ -1,4 +1,4 @@
-"""How long calls take: interleaved, until the median is certain enough, in four columns.
+"""Times of calls: interleaved, until the median is certain enough, in four columns.
 
 - `cold`: GPU time of the launches of one call, from event to event. The stream is kept busy by a spin kernel while the
   host launches, so that the GPU never waits for the host, and the L2 cache holds nothing of the call's data.
@@ -28,7 +28,7 @@ from colt5_bench.records.results import Timing
 CONFIDENCE = 0.95
 
 FEWEST_SAMPLES = 3
-"""Of a call that takes longer than all samples together should."""
+"""Least number of samples of a call that takes longer than all samples together should."""
 
 
 def time_interleaved(
@@ -42,7 +42,7 @@ def time_interleaved(
     max_samples: int = 200,
     max_seconds: float = 2.0,
 ) -> dict[str, dict[str, Timing]]:
-    """Time calls side by side: round after round, each call once a round, in an order shuffled anew for each round.
+    """Time calls side by side: each call once a round, in an order shuffled anew for each round.
 
     A call leaves when the 95 % confidence interval of its median, relative to the median, is at most `target`, and it
     has `min_samples`; or when it has `max_samples`; or when a column has taken `max_seconds` for all its calls, but
@@ -120,7 +120,7 @@ def relative_interval(samples: Sequence[float]) -> float:
 
 @cache
 def _rank(count: int) -> int:
-    """Which sample from either end bounds the interval, counted from 1; 0 if none does."""
+    """Rank from either end of the sample that bounds the interval, counted from 1. 0 if none does."""
     return int(binom.ppf((1 - CONFIDENCE) / 2, count, 0.5)) if count else 0
 
 
@@ -175,7 +175,7 @@ def _sample(
 
 
 class _Watch:
-    """What the GPU says of itself before, between and after the rounds of a column."""
+    """State of the GPU before, between and after the rounds of a column."""
 
     def __init__(self, read: Callable[[], GpuState | None]) -> None:
         self._read = read
@@ -184,7 +184,7 @@ class _Watch:
         self._reasons: Counter[str] = Counter()
 
     def throttled(self) -> bool:
-        """Whether the round that ended just now is void: the GPU was slowed down at its beginning or is at its end."""
+        """True if the round that ended just now is void. The GPU was slowed down at its beginning or is at its end."""
         now = self._read()
         states = [state for state in (self._last, now) if state is not None]
         self._last = now

@@ -1,4 +1,4 @@
-"""Nsight Compute and Nsight Systems: a profiled run is started under them, and what they saw is joined to the cases."""
+"""Nsight Compute and Nsight Systems. A profiled run starts under them, and their results are joined to the cases."""
 
 import re
 import subprocess
@@ -19,11 +19,11 @@ class NsightError(RuntimeError):
 
 @dataclass(frozen=True)
 class Seen:
-    """What a tool saw."""
+    """Results of a tool."""
 
     files: list[Path]
     complete: bool
-    """Whether every point was profiled or skipped; what failed is told of in the log, the last of the files."""
+    """True if every point was profiled or skipped. The log, the last of the files, names points that failed."""
 
 
 def ncu(selection: Sequence[str], wanted: Sequence[Point], directory: Path) -> Seen:
@@ -60,7 +60,7 @@ def nsys(selection: Sequence[str], wanted: Sequence[Point], directory: Path) -> 
 
 
 def read_ncu(text: str, wanted: Sequence[Point]) -> pd.DataFrame:
-    """The raw page of a report: a line of names, one of units, and one a kernel, among which stand messages."""
+    """The raw page of a report. It has a line of names, one of units, and one a kernel, among which stand messages."""
     csv = _from_header(text, '"ID"')
     if csv is None:
         return pd.DataFrame()
@@ -92,13 +92,13 @@ def _joined(kernels: pd.DataFrame, where: pd.Series, wanted: Sequence[Point]) ->
 
 
 def _from_header(text: str, first: str) -> str | None:
-    """What begins with the line that begins so, up to an empty one."""
+    """The text from the line that begins so, up to an empty line."""
     match = re.search(rf"^{re.escape(first)}.*?(?=^\s*$|\Z)", text, flags=re.MULTILINE | re.DOTALL)
     return match[0] if match else None
 
 
 def _start(tool: Sequence[str], selection: Sequence[str], report: Path, log: Path) -> bool:
-    """Run the selection under a tool, and say whether it ended well; if not, what it gave until then is kept."""
+    """Run the selection under a tool, and return True if it ended well. If not, its results until then are kept."""
     directory = report.parent
     directory.mkdir(parents=True, exist_ok=True)
     run = [sys.executable, "-m", "colt5_bench", "run", *selection, "--profile", "nvtx", "--out", str(directory)]

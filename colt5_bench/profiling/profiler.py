@@ -1,4 +1,4 @@
-"""What happens inside a call, under a profiler: for looking at, and never recorded as a time.
+"""Profiles of calls, for looking at. They are never recorded as a time.
 
 Each case, direction and implementation is run a few times in named ranges, the names of which every mode shows in its
 own way. `ncu` and `nsys` start such a run themselves: see `nsight`.
@@ -38,7 +38,7 @@ NEEDS_GPU = ("ncu", "nsys", "memory", "proton")
 TOOLS = {"ncu": "NVIDIA Nsight Compute", "nsys": "NVIDIA Nsight Systems"}
 
 DOMAIN = "colt5-bench"
-"""Of the NVTX ranges."""
+"""Domain of the NVTX ranges."""
 
 WARM_UP_CALLS, CALLS = 2, 3
 """Compiled and cached outside of the profile, then seen in it."""
@@ -55,7 +55,7 @@ Recorder = Callable[["Point", torch.device, Path], AbstractContextManager[list[P
 
 
 class Point(NamedTuple):
-    """What is profiled at a time."""
+    """A unit of profiling."""
 
     suite: str
     case: str
@@ -68,7 +68,7 @@ class Point(NamedTuple):
 
     @property
     def phases(self) -> tuple[str, ...]:
-        """What happens in a call: `forward`, and `backward`."""
+        """Phases of a call: `forward`, and `backward`."""
         return tuple(self.direction.split("+"))
 
     def file_name(self, number: int) -> str:
@@ -79,7 +79,7 @@ class Point(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What became of the points."""
+    """Results of the points."""
 
     files: list[Path] = field(default_factory=list)
     skipped: dict[Point, str] = field(default_factory=dict)
@@ -247,7 +247,7 @@ RECORDERS: dict[str, tuple[Recorder, Range]] = {
     "memory": (_memory, torch.profiler.record_function),
     "proton": (_proton, _proton_range),
 }
-"""How each mode that works in this process records a point, and names what it is doing."""
+"""For each mode that works in this process: functions that record a point, and name the work in it."""
 
 
 def _synchronize(device: torch.device) -> None:

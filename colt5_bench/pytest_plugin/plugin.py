@@ -84,7 +84,7 @@ def record(request: pytest.FixtureRequest, case: str, direction: str, implementa
     try:
         records = request.config.stash[_SESSION].measure(group)
     except OSError as error:
-        # What is measured from here on would be lost, too.
+        # Results from here on would be lost, too.
         pytest.exit(trouble(error), returncode=pytest.ExitCode.INTERNAL_ERROR)
     return next(record for record in records if record.implementation == implementation)
 

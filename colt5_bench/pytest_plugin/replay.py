@@ -1,4 +1,4 @@
-"""What was measured, told to pytest and to pytest-benchmark."""
+"""Reports of measured records to pytest and to pytest-benchmark."""
 
 from contextlib import suppress
 from dataclasses import asdict
@@ -49,7 +49,7 @@ def replay(record: Record, benchmark: BenchmarkFixture) -> None:
 
 
 def check(record: Record) -> None:
-    """Pass, fail or skip a test as its record did; all there is to do in a suite that is not timed."""
+    """Pass, fail or skip a test as its record did. In a suite that is not timed, nothing else is to be done."""
     if record.status == "skipped":
         pytest.skip(record.reason)
     if record.status != "ok":

@@ -56,7 +56,8 @@ def worst_gradient(record: Record) -> Divergence | None:
 
 
 def main_column(records: Iterable[Record]) -> str:
-    """The time column that the figures of records go by: GPU time with a cold L2 where there is any, else wall time."""
+    """The time column that the figures of records go by. It is GPU time with a cold L2 where there is any, else wall
+    time."""
     return "cold" if any(record.seconds("cold") is not None for record in records) else "wall"
 
 
@@ -73,21 +74,22 @@ def share_of_limit(record: Record, column: str) -> float | None:
 
 
 def time_intervals(records: Sequence[Record], column: str) -> list[Interval | None]:
-    """Of the medians of a time column, as far as the run can tell: all at once, which is faster than one by one."""
+    """Intervals of the medians of a time column, as far as the run can tell. All at once are faster than one by one."""
     samples = [timing.samples if (timing := record.timings.get(column)) else [] for record in records]
     known = iter(_intervals([each for each in samples if each]))
     return [next(known) if each else None for each in samples]
 
 
 def speed_ups(records: Sequence[Record], reference: str, column: str) -> list[float | None]:
-    """Of each record over the reference on the same case, in the same direction and run."""
+    """Speed-up of each record over the reference on the same case, in the same direction and run."""
     seconds = {id(record): record.seconds(column) or 0.0 for record in records}
     pairs = _beside_reference(records, reference, column)
     return [seconds[id(pair[1])] / seconds[id(pair[0])] if pair else None for pair in pairs]
 
 
 def speed_up_intervals(records: Sequence[Record], reference: str, column: str) -> list[Interval | None]:
-    """Of the same speed-ups, by rounds: what slows both in a round is no noise. None for the reference itself."""
+    """Intervals of the same speed-ups, by rounds: a slowdown of both in a round is no noise. None for the reference
+    itself."""
     pairs = _beside_reference(records, reference, column)
     ratios = [
         beside(pair[1].timings[column].samples, pair[0].timings[column].samples)
@@ -99,14 +101,14 @@ def speed_up_intervals(records: Sequence[Record], reference: str, column: str) -
 
 
 def spans_one(interval: Interval | None) -> bool:
-    """Whether a ratio with this interval is no difference that was seen."""
+    """True if a ratio with this interval is no difference that was seen."""
     return interval is not None and interval[0] <= 1 <= interval[1]
 
 
 def mean_speed_up(ratios: Sequence[float], bounds: Sequence[Interval]) -> tuple[float, Interval]:
-    """The geometric mean of speed-ups with these intervals, and its own interval: noise of one pair has nothing to do
+    """The geometric mean of speed-ups with these intervals, and its own interval. Noise of one pair has nothing to do
     with that of another."""
-    with np.errstate(all="ignore"):  # Of a pair with too few samples, of which nothing is known.
+    with np.errstate(all="ignore"):  # Interval of a pair with too few samples, of which nothing is known.
         logarithms = np.log(bounds)
         mean, reaches = logarithms.mean(), np.diff(logarithms)[:, 0] / 2
         error = np.sqrt((reaches**2).sum()) / len(bounds)

@@ -1,4 +1,4 @@
-"""What a run was measured under: the machine and the versions. Nothing that names its owner or its paths."""
+"""Environment of a run: the machine and the versions. Nothing that names its owner or its paths."""
 
 import os
 import platform
@@ -42,7 +42,7 @@ class GpuState:
 
     @property
     def throttled(self) -> bool:
-        """Whether times taken now are void. At its power limit a busy GPU runs as it is meant to: that is no reason."""
+        """True if times taken now are void. At its power limit a busy GPU runs as it is meant to: that is no reason."""
         return any(reason != "sw_power_cap" for reason in self.reasons)
 
 
@@ -72,7 +72,7 @@ def device_name(device: torch.device) -> str:
 
 
 def describe(device: torch.device) -> dict[str, object]:
-    """The environment of a run on a device, ready for JSON; what does not apply or cannot be found out is None.
+    """The environment of a run on a device, ready for JSON. Entries that do not apply or cannot be found out are None.
 
     Clocks are in MHz, memory and cache in bytes, power in watts. The command line is given without directories.
     """
@@ -127,7 +127,7 @@ def _settings(handle: Any) -> dict[str, Any]:
 
 
 def _ask(wanted: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-    """What NVML answers, by name; None where it does not."""
+    """Answers of NVML, by name; None where it does not answer."""
     told: dict[str, Any] = dict.fromkeys(wanted)
     for name, ask in wanted.items():
         try:

@@ -5,8 +5,8 @@ import subprocess
 from pathlib import Path
 
 KEPT = ("GIT_CONFIG", "GIT_EXEC_PATH")
-"""How variables begin that say how git works, among them which repositories it trusts. All other ones of git may lead
-it to another repository, another index or another answer."""
+"""Beginning of variables that say how git works, among them which repositories it trusts. All other ones of git may
+lead it to another repository, another index or another answer."""
 
 
 def environment() -> dict[str, str]:

@@ -25,7 +25,7 @@ def encode(content: Any) -> bytes:
 
 
 def decode(line: bytes) -> Any:
-    """What a line holds, which may be of a program that escapes less.
+    """The content of a line, which may be from a program that escapes less.
 
     Raises:
         ValueError: it is not JSON.
@@ -38,7 +38,8 @@ def decode(line: bytes) -> Any:
 
 
 def figures(value: Any, texts: Collection[str] = ()) -> Any:
-    """The value with numbers in place of the words for those that are none, but in what has a name of `texts`."""
+    """The value with numbers in place of the words for those that are none. Fields with a name of `texts` are left as
+    they are."""
     if isinstance(value, str):
         return _NUMBERS.get(value, value)
     if isinstance(value, dict):
@@ -50,7 +51,7 @@ def figures(value: Any, texts: Collection[str] = ()) -> Any:
 
 
 def is_simple(line: bytes) -> bool:
-    """Whether any parser reads from it what `decode` and `figures` do."""
+    """True if any parser reads from it what `decode` and `figures` do."""
     return _all_is_printable(line) and not any(word in line for word in _WORDS)
 
 

@@ -12,13 +12,14 @@ from colt5_bench.records.results import Group, Record, Run, Writer, load, write
 from colt5_bench.selection import SelectionError, Shard
 
 COMPARED = ("python", "threads", "torch", "triton", "cuda", "packages", "gpu", "git", "harness", "options")
-"""What has to be equal for records to stand in one table. The clock of a GPU at the start may differ."""
+"""Conditions that have to be equal for records to stand in one table. The clock of a GPU at the start may differ."""
 
 COMPARED_ON_CPU = (*COMPARED, "cpu", "cores")
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], *, but: Collection[str] = ()) -> str:
-    """What of two environments has to be equal and is not for certain, in words; empty if nothing."""
+    """Differences of two environments that have to be equal, in words, or that are not known to be. Empty if there is
+    none."""
     compared = COMPARED if one.get("gpu") and other.get("gpu") else COMPARED_ON_CPU
     ones, others = flat(dict(one)), flat(dict(other))
     unequal = [
@@ -42,7 +43,7 @@ def _doubts(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 def keep_finished(
     writer: Writer, environment: Mapping[str, Any], expected: Mapping[Group, Collection[str]]
 ) -> list[Record]:
-    """The records of an interrupted run that need not be measured again; they are all that is in the file then.
+    """The records of an interrupted run that need not be measured again. They are all that is in the file then.
 
     What is measured together is kept together: if every implementation was recorded, and none ended with an error,
     which may have been the machine's. A wrong result or a lack of memory is a result.
@@ -79,7 +80,7 @@ def read(path: Path) -> Run:
 
 
 def merge(paths: Sequence[Path], out: Path) -> Run:
-    """Join the shards of a run, each a results file or a directory with any, in the order of an undivided run.
+    """Join the shards of a run, in the order of an undivided run. Each is a results file or a directory with any.
 
     Raises:
         SelectionError: they are not of one run, overlap, or something is missing; nothing is written then.
@@ -113,7 +114,7 @@ def merge(paths: Sequence[Path], out: Path) -> Run:
 
 
 def missing(run: Run) -> int:
-    """How many records a run was to have and has not."""
+    """Number of records that a run was to have and has not."""
     # By suite: a run that was completed has two environments, and each expects all.
     described: Iterable[Any] = filter(_is_described, run.environments.values())
     expected: dict[str, int] = {each["options"]["suite"]: each["expected"] for each in described}
@@ -122,7 +123,7 @@ def missing(run: Run) -> int:
 
 
 def _is_described(environment: Mapping[str, Any]) -> bool:
-    """Whether an environment says what the run was to measure, as those of old files do not."""
+    """True if an environment says what the run was to measure, as those of old files do not."""
     return "suite" in environment.get("options", {}) and "expected" in environment
 
 
@@ -137,7 +138,7 @@ def _refuse_twice(parts: Iterable[Run]) -> None:
 
 
 def _environment(part: Run) -> dict[str, Any]:
-    """What all of a part was measured under; a run that was completed has been checked."""
+    """Environment of all of a part. A run that was completed has been checked."""
     environment: dict[str, Any] = next(iter(part.environments.values()), {})
     if not _is_described(environment) or "shard" not in environment["options"]:
         raise SelectionError(f"{part.path} does not say which options it was measured with: measure it anew.")

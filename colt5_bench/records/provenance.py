@@ -16,10 +16,10 @@ from colt5_bench.startup import PACKAGES, prefix_of
 from colt5_bench.texts import printable
 
 LONGEST_SECONDS = 30.0
-"""How long git may take for an answer."""
+"""Longest time for an answer of git."""
 
 RESULTS, BESIDE_RESULTS = ".jsonl", (".html", ".png", ".svg")
-"""How files end that runs write: results, and the page and the plots in the same directory."""
+"""Endings of files that runs write: results, and the page and the plots in the same directory."""
 
 BEGINNING_OF_RESULTS = b'{"kind": "environment"'
 
@@ -30,7 +30,7 @@ LINK, REPOSITORY = "120000", "160000"
 """Modes of entries of a tree that are no files."""
 
 GONE, EMPTY = "gone", "a directory"
-"""What is there in place of a file. Files in a directory count by themselves."""
+"""States in place of a file. Files in a directory count by themselves."""
 
 
 class UnknownRevisionError(Exception):
@@ -77,7 +77,7 @@ class Origin:
 
     @classmethod
     def of(cls, suite: Path) -> "Origin":
-        """Of the file of a suite, of the packages of operations as they were imported, and of the harness."""
+        """Origin of the file of a suite, of the packages of operations as they were imported, and of the harness."""
         measured, harness = Code.of(suite.resolve()), Code.of(Path(colt5_bench.__file__).resolve())
         prefix = prefix_of(suite.parents[1])
         for package in (prefix + name for name in PACKAGES):
@@ -113,7 +113,7 @@ def _above_packages(file: Path) -> Path:
 
 
 def named(described: Any) -> str | None:
-    """The revision as one word, with a plus and the hash of its changes if there are any; None if it is unknown."""
+    """The revision as one word, with a plus and the hash of its changes if there are any. None if it is unknown."""
     if not isinstance(described, Mapping) or "revision" not in described:
         return None
     changes = described.get("dirty")
@@ -129,7 +129,7 @@ def doubt(described: Any) -> str:
 
 
 def changed(before: Mapping[str, Any], now: Origin) -> dict[str, Any]:
-    """What the environment of a run has to say if its code is no longer that which it began with; empty if it is."""
+    """A note for the environment of a run whose code changed since it began. Empty if it did not."""
     return {
         field: {"unknown": "the code changed while it was measured", "began": before[field], "ended": described}
         for field, described in now.described.items()
@@ -138,7 +138,7 @@ def changed(before: Mapping[str, Any], now: Origin) -> dict[str, Any]:
 
 
 def change(environment: Mapping[str, Any]) -> str:
-    """How the code of a run changed while it was measured, in words; empty if it did not."""
+    """Changes of the code of a run while it was measured, in words; empty if there are none."""
     changes = [each for field in FIELDS if "ended" in (each := environment.get(field) or {})]
     return "; ".join(
         f"{each['unknown']}: from {named(each['began']) or 'unknown'} to {named(each['ended']) or 'unknown'}"
@@ -168,7 +168,8 @@ def _described(top: Path, file: str) -> dict[str, Any]:
 
 
 def _listed(top: Path) -> tuple[str, dict[str, tuple[str, str]], set[str]]:
-    """The commit of a repository, mode and object of each path in it, and the paths that are there and not ignored."""
+    """The commit of a repository, and mode and object of each path in it. Then the paths that are there and not
+    ignored."""
     revision = _git(top, "rev-parse", "--verify", "HEAD^{commit}").strip()
     committed = {}
     for entry in filter(None, _git(top, "ls-tree", "-r", "-z", "--full-tree", revision).split("\0")):
@@ -213,7 +214,7 @@ def _replacement(path: Path, mode: str, identity: str) -> str | None:
 
 
 def _blob(content: bytes, length: int) -> str:
-    """What git calls a content, in as many digits."""
+    """Name of a content in git, in as many digits."""
     algorithm = "sha256" if length == 2 * hashlib.sha256().digest_size else "sha1"
     return hashlib.new(algorithm, b"blob %d\0%b" % (len(content), content), usedforsecurity=False).hexdigest()
 
@@ -258,7 +259,7 @@ def _holds_results(path: Path) -> bool:
 
 
 def _git(directory: Path, *arguments: str) -> str:
-    """What git answers.
+    """Answer of git.
 
     Raises:
         UnknownRevisionError: it does not.

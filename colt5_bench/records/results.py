@@ -33,16 +33,16 @@ class Timing:
     """Samples of one time column of one implementation on one case and direction."""
 
     column: str
-    """`cold`: GPU time, L2 flushed before each sample; `warm`: GPU time right after another run of the call; `graph`:
-    GPU time of a CUDA-graph replay, L2 flushed; `wall`: host time."""
+    """Columns of times. `cold`: GPU time, L2 flushed before each sample; `warm`: GPU time right after another run of
+    the call; `graph`: GPU time of a CUDA-graph replay, L2 flushed; `wall`: host time."""
 
     samples: list[float]
     """Seconds, in the order taken."""
 
     stopped: str
-    """Why sampling ended: `confident` (interval under the target), `max_samples`, `max_seconds` or `throttled` (the
-    hardware was slowed down too often); or why it never began: `not capturable: ...`; or why the samples are not to be
-    believed: `refused: ...`."""
+    """Reason why sampling ended or never began. It ended as `confident` (interval under the target), `max_samples`,
+    `max_seconds` or `throttled` (the hardware was slowed down too often). It never began with `not capturable: ...`.
+    The samples are not to be believed with `refused: ...`."""
 
     relative_interval: float
     """Width of the 95 % confidence interval of the median over the median."""
@@ -89,18 +89,18 @@ class Divergence:
     """Largest absolute difference among these."""
 
     budget: float | None = None
-    """What the element that may be off the farthest may be off by: set from plain PyTorch on the same inputs; None: not
+    """Allowed error of the element with the largest one. It is set from plain PyTorch on the same inputs. None: not
     gated."""
 
     worst: float | None = None
     """The difference of the element that is off the farthest for what it may be off by; None as before."""
 
     allowed: float | None = None
-    """What that element may be off by."""
+    """Allowed error of that element."""
 
 
 class Group(NamedTuple):
-    """What is measured together, in each of its implementations."""
+    """A point, whose implementations are measured together."""
 
     suite: str
     case: str
@@ -173,7 +173,7 @@ class Record:
 
 
 class Writer:
-    """Appends lines to a results file, each whole and at once, so that an interrupted run keeps what it has measured.
+    """Appends lines to a results file, each whole and at once. An interrupted run keeps what it has measured.
 
     Raises:
         BlockingIOError: another process does.
@@ -221,11 +221,11 @@ class Writer:
 
 @dataclass
 class Run:
-    """What results files hold."""
+    """Content of results files."""
 
     path: Path
     environments: dict[str, dict[str, object]] = field(default_factory=dict)
-    """What records were measured under, by the key that they name: one, unless several runs were put together."""
+    """Environments of records, by the key that they name. There is one, unless several runs were put together."""
 
     records: list[Record] = field(default_factory=list)
 
@@ -273,7 +273,7 @@ class _Options(TypedDict, total=False):
 
 
 class _Environment(TypedDict, total=False):
-    """What is read of an environment line by its name; all else is shown as it is."""
+    """Entries of an environment line that are read by name; all others are shown as they are."""
 
     key: Required[str]
     utc: str
@@ -289,10 +289,10 @@ _FIGURES = ("fields", "timings", "accuracy", "metrics", "limit_seconds", "kernel
 """Where a line holds numbers."""
 
 _TEXTS = tuple(each.name for each in fields(Timing) if each.type is str)
-"""What is no number there, whatever it says."""
+"""Names of fields that hold no numbers, whatever they say."""
 
 _RECORD = b'{"kind": "record", '
-"""How a record begins that this module wrote."""
+"""Beginning of a record that this module wrote."""
 
 _records = msgspec.json.Decoder(Record)
 
@@ -361,7 +361,7 @@ _COLUMNS = [each.name for each in fields(Record) if each.name not in _OF_SEVERAL
 
 
 def to_frame(records: Iterable[Record]) -> pd.DataFrame:
-    """A row a record: the fields of the case as columns, `<column>_ms` for each time column with `<column>_ms_low` and
+    """A row a record. Columns are the fields of the case, `<column>_ms` for each time column with `<column>_ms_low` and
     `<column>_ms_high`, its 95 % interval, `<tensor>_error`, and the metrics under their names."""
     records = list(records)
     # All at once: each on its own would take longer than all the rest.

@@ -1,4 +1,4 @@
-"""Whether the runs of two sides are of calls that take equally long: noise, an interval, a test, a correction.
+"""Comparison of the times of two sides: noise, an interval, a test, a correction.
 
 Samples of one process are not independent: the machine drifts, the process has an offset of its own, and a call may
 have modes. So a run counts once, by the median of its samples. How far runs of equal code lie apart is known from
@@ -30,21 +30,21 @@ Runs = Sequence[Sequence[float]]
 """Samples of a time in seconds in the order taken, run by run."""
 
 SIGNIFICANCE = 0.005
-"""How probable one false alarm may be, of all times of a comparison together, each time that they are looked at. Times
-that are measured until they are settled are looked at several times, and 0.01 is what all looks may have."""
+"""Probability of one false alarm, of all times of a comparison together, each time that they are looked at. Times that
+are measured until they are settled are looked at several times, and 0.01 is what all looks may have."""
 
 CONFIDENCE = 0.95
-"""Of the interval of a ratio."""
+"""Confidence of the interval of a ratio."""
 
 BLOCKS = 5
 """Into which the samples of a run are divided: fewer say little about their spread, and shorter ones are alike."""
 
 FEWEST_SAMPLES = 3
-"""Of which a run's own interval is made."""
+"""Least number of samples for a run's own interval."""
 
 BETWEEN_RUNS = {"cold": 0.01, "warm": 0.01, "graph": 0.01, "wall": 0.03}
-"""What times of equal code differ by from run to run, by column: standard deviation of their logarithms, beyond what a
-side of one run shows."""
+"""Difference of times of equal code from run to run, by column. It is the standard deviation of their logarithms,
+beyond what a side of one run shows."""
 
 REPEATED = 0.003
 """The same beyond what sides of several runs show."""
@@ -60,17 +60,17 @@ class Level(NamedTuple):
     """Logarithm of seconds, or of a ratio: the mean of the medians of the runs."""
 
     variance: Array
-    """Of that mean, as far as runs or blocks show it."""
+    """Variance of that mean, as far as runs or blocks show it."""
 
     freedom: Array
-    """Of that variance."""
+    """Degrees of freedom of that variance."""
 
     runs: Array
-    """How many."""
+    """Number of runs."""
 
 
 NOTHING = Level(*map(np.array, (np.nan,) * 4))
-"""Of a time that a side does not have."""
+"""Level of a time that a side does not have."""
 
 
 class Changes(NamedTuple):
@@ -82,7 +82,7 @@ class Changes(NamedTuple):
     """The interval of the change."""
 
     p: Array
-    """How probable a change this large, either way, is if nothing changed."""
+    """Probability of a change this large, either way, if nothing changed."""
 
     @classmethod
     def joined(cls, parts: Sequence["Changes"]) -> "Changes":
@@ -117,7 +117,7 @@ def _level(value: Array, variance: Array, freedom: int, runs: int) -> Level:
 
 
 def beside(own: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """A run in units of what the reference took in the same rounds: a drift that both share is none then."""
+    """A run in units of the reference's times in the same rounds. A drift that both share is none then."""
     rounds = min(len(own), len(reference))
     return [mine / theirs for mine, theirs in zip(own[:rounds], reference[:rounds], strict=True)]
 
@@ -128,7 +128,7 @@ def middle(runs: Runs) -> float:
 
 
 def compared(times: Sequence[tuple[Runs, Runs]], column: str) -> Changes:
-    """Times of a column that are judged together, each as it was and as it is; without runs it is NaN."""
+    """Times of a column that are judged together, each as it was and as it is. Without runs it is NaN."""
     levels = [[level(runs) for runs in side] for side in zip(*times, strict=True)]
     before, after = (Level(*map(np.array, zip(*side, strict=True))) for side in levels)
     least_p = [_least_p(*pair, few=runs_that_confirm(len(times))) for pair in times]
@@ -136,15 +136,15 @@ def compared(times: Sequence[tuple[Runs, Runs]], column: str) -> Changes:
 
 
 def _least_p(before: Runs, after: Runs, few: int) -> float:
-    """What the p value of a time has to be, whatever its noise seems to be."""
+    """Largest p value of a time that counts, whatever its noise seems to be."""
     if min(len(before), len(after)) >= few:
         return float(rank_test(*([np.median(samples) for samples in runs] for runs in (before, after))))
     return float(reaching(np.concatenate(before), np.concatenate(after))) if before and after else 1.0
 
 
 def reaching(before: Array, after: Array) -> Array:
-    """1 where a sample of either side, along the last axis, is nearer to what is typical of the other: a call with two
-    modes may look like this, of which each run is mostly in one. Else 0."""
+    """1 where a sample of either side, along the last axis, is nearer to the typical value of the other. A call with
+    two modes may look like this, of which each run is mostly in one. Else 0."""
     earlier, later = (np.median(each, -1, keepdims=True) for each in (before, after))
     half, way = np.sqrt(earlier * later), np.sign(later - earlier)
     apart = (way * (half - before) > 0).all(-1) & (way * (after - half) > 0).all(-1)
@@ -185,26 +185,26 @@ def changes(before: Level, after: Level, least_p: Array, between_runs: float = B
 
 
 def changes_in_turns(before: Sequence[float], after: Sequence[float]) -> Changes:
-    """Of calls that took turns in one process: the ratios of their rounds, block by block."""
+    """Changes of calls that took turns in one process: the ratios of their rounds, block by block."""
     return _by_blocks(np.log(beside(after, before)))
 
 
 def intervals(several: Sequence[Sequence[float]]) -> Array:
-    """The interval of what is typical of each series of samples, as a row of two: what the run itself can tell. Fewer
-    than three samples tell nothing, and have one from 0 to infinity."""
+    """The interval of the typical value of each series of samples, as a row of two. The run itself can tell no more.
+    Fewer than three samples tell nothing, and have one from 0 to infinity."""
     bounds = np.tile([0.0, np.inf], (len(several), 1))
     lengths = np.fromiter(map(len, several), dtype=int)
     for length in np.unique(lengths):
         if length >= FEWEST_SAMPLES:
             indices = np.flatnonzero(lengths == length).tolist()
-            with np.errstate(all="ignore"):  # Of what is no time, and has no interval.
+            with np.errstate(all="ignore"):  # Logarithms warn where there is no time, and so no interval.
                 found = _by_blocks(np.log([several[index] for index in indices]))
             bounds[indices] = np.exp(np.stack([found.low, found.high], axis=-1))
     return bounds
 
 
 def _by_blocks(logarithms: Array) -> Changes:
-    """Of samples of one run along the last axis, whose blocks are taken for independent."""
+    """Changes from samples of one run along the last axis, whose blocks are taken for independent."""
     count = min(BLOCKS, logarithms.shape[-1])
     blocks = [np.median(block, -1) for block in np.array_split(logarithms, count, axis=-1)]
     level = of_runs(np.stack(blocks, axis=-1))
@@ -226,15 +226,16 @@ def _noise(beyond: Array, way: Array, experience: Array) -> tuple[Array, Array]:
 
 
 def narrower(alone: Changes, relative: Changes) -> tuple[Changes, Changes]:
-    """Of a change and of that beside the reference the one that is known better, and the other one."""
+    """The better known of two changes, alone and beside the reference, and the other one."""
     better = relative.high - relative.low < alone.high - alone.low
     both = list(zip(relative, alone, strict=True))
     return tuple(Changes(*(np.where(where, *pair) for pair in both)) for where in (better, ~better))  # type: ignore[return-value]
 
 
 def holm(p: Array) -> Array:
-    """The p values of tests that are made together, corrected so that one false alarm of all is as probable as each
-    says: the smallest times their number, the next times one less, and none smaller than the one before (Holm 1979)."""
+    """The p values of tests that are made together, corrected for their number. One false alarm of all is as probable
+    as each says. The smallest is multiplied by their number, the next by one less, and none is smaller than the one
+    before (Holm 1979)."""
     order = np.argsort(p, axis=-1)
     remaining = np.arange(p.shape[-1], 0, -1)
     corrected = np.maximum.accumulate(np.take_along_axis(p, order, -1) * remaining, axis=-1)
@@ -242,7 +243,7 @@ def holm(p: Array) -> Array:
 
 
 def judge(change: Changes, p: Array, bound: ArrayLike, other: Changes | None = None) -> Array:
-    """What each change means: 1 worse, -1 better, 0 the same, NaN unclear.
+    """Meaning of each change: 1 worse, -1 better, 0 the same, NaN unclear.
 
     It is worse or better if the test says that something changed, and the whole interval that it changed by more than
     the bound; it is the same if the whole interval lies within. All else is unclear, and more runs may tell. Alone and
@@ -265,7 +266,7 @@ def judge(change: Changes, p: Array, bound: ArrayLike, other: Changes | None = N
 
 
 def runs_that_confirm(times: int) -> int:
-    """How many runs either side needs before what is worse is reported, where more can be measured.
+    """Number of runs that either side needs before a worse time is reported, where more can be measured.
 
     With so many a rank test, which holds for any noise, finds a change among so many times if the sides are apart. The
     runs then show all noise that there is.

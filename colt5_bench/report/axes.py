@@ -10,7 +10,7 @@ WIDEST_LINEAR = 1e2
 """Largest over smallest metric other than 0 that a linear axis shows."""
 
 MARGIN = 0.04
-"""Of a logarithmic axis on either side, as a share of its length: a marker on its end is seen whole."""
+"""Margin of a logarithmic axis on either side, as a share of its length. A marker on its end is seen whole."""
 
 MOST_TICKS = 8
 """Values of x that are each given a tick."""
@@ -20,7 +20,7 @@ def across(x: str, values: Sequence[Any]) -> dict[str, Any]:
     """Logarithmic for numbers, with a tick for each if these are few; names stand in order."""
     distinct = sorted({plain(value) for value in values}, key=sortable)
     if not all(isinstance(value, int | float) and value > 0 for value in distinct):
-        # Of a run the revision is enough: what is under the pointer has its time, too.
+        # The revision of a run is enough, since the text under the pointer has its time, too.
         short = {"tickvals": distinct, "ticktext": [name.split()[-1] for name in distinct]} if x == RUN else {}
         return {"type": "category", "categoryorder": "array", "categoryarray": distinct, **short}
     if len(distinct) > MOST_TICKS or x == MEMORY:
@@ -29,7 +29,8 @@ def across(x: str, values: Sequence[Any]) -> dict[str, Any]:
 
 
 def logarithmic(values: Iterable[float]) -> dict[str, Any]:
-    """From decade to decade, so that noise looks like what it is; a figure a decade, and lines without one between."""
+    """A logarithmic axis from decade to decade, so that noise looks like what it is. There is a figure a decade, and
+    lines without one between."""
     lowest, highest = decades(values)
     margin = MARGIN * (highest - lowest)
     return {

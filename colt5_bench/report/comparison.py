@@ -28,7 +28,7 @@ COLUMNS = (
 )
 
 MOST_ROWS = 100
-"""Of the table for a pull request, which GitHub cuts off; regressions come first."""
+"""Most rows of the table for a pull request, which GitHub cuts off. Regressions come first."""
 
 
 def write(comparison: Comparison, form: str) -> None:
@@ -40,7 +40,7 @@ def write(comparison: Comparison, form: str) -> None:
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """A table of what is not the same for each suite, then what has to be known, then how many there are of each."""
+    """Print a table of changes for each suite, then notes, then the number of each verdict."""
     for own in by(comparison.telling(), lambda finding: finding.suite):
         groups = [Group(heading, list(rows)) for heading, rows in groupby(own, _about)]
         print_table(

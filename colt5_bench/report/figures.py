@@ -43,10 +43,10 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross
 """Tell implementations apart in grey."""
 
 GREY = "#888888"
-"""Of what belongs to no implementation: seen on light and on dark."""
+"""Colour of lines that belong to no implementation: seen on light and on dark."""
 
 HEIGHT, ROW_HEIGHT = 400, 36
-"""Of a plot, and of a row of a heat map, in pixels."""
+"""Height of a plot, and of a row of a heat map, in pixels."""
 
 HOVER_WIDTH = 44
 """Characters of a line of what is shown under the pointer."""
@@ -60,7 +60,7 @@ BEYOND = 1e6
 
 @dataclass(frozen=True)
 class Drawing:
-    """What plotly.js draws."""
+    """A drawing of plotly.js."""
 
     when: Mapping[str, str]
     """The choices that lead here, by what is chosen: `{"direction": "forward"}`."""
@@ -80,7 +80,7 @@ class Card:
 
 @dataclass(frozen=True)
 class _Plot:
-    """What drawings of one kind have in common."""
+    """Common part of drawings of one kind."""
 
     x: str
     y: str
@@ -92,7 +92,7 @@ class _Plot:
     """By combination of the fields that make lines."""
 
     limit: Drawn | None = None
-    """What no implementation can pass."""
+    """A limit that no implementation can pass."""
 
     axis: Mapping[str, Any] = field(default_factory=dict)
     """The vertical one, if it is not to be a logarithmic one of what is drawn."""
@@ -269,13 +269,13 @@ def _bars(points: Sequence[tuple[Record, float]], drawn: Drawn) -> dict[str, Any
 
 
 def _reach(value: float, interval: Interval | None) -> tuple[float, float]:
-    """How far an interval reaches below and above the value."""
+    """Distance of the ends of an interval below and above the value."""
     low, high = interval or (value, value)
     return max(value - low, 0.0), max(min(high, BEYOND * value) - value, 0.0)
 
 
 def _joined(x: str, values: Iterable[Any]) -> bool:
-    """Whether there is anything between neighbours for a line to say: not between the names of different things."""
+    """True if a line between neighbours has a meaning. It has none between the names of different things."""
     return x == RUN or not any(isinstance(value, str) for value in values)
 
 

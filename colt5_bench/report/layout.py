@@ -1,4 +1,4 @@
-"""How the records of a suite are laid out in plots, whatever draws them: axes, lines, panels and figures."""
+"""Layout of the records of a suite in plots, whatever draws them: axes, lines, panels and figures."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -35,7 +35,7 @@ ERROR_DECADES = (-8, 2)
 
 @dataclass(frozen=True)
 class View:
-    """How a suite asks its records to be looked at."""
+    """A suite's wishes for the plots of its records."""
 
     x: str = "n"
     """The case field that plots are drawn against."""
@@ -50,7 +50,7 @@ class View:
 
     @classmethod
     def of(cls, suite: Suite) -> "View":
-        """What a suite says of itself."""
+        """The view that a suite asks for."""
         return cls(suite.x_axis, suite.lines, suite.reference, suite.description)
 
 
@@ -110,18 +110,18 @@ def times(value: float | None, unit: float) -> float | None:
 
 
 def series(record: Record, lines: Sequence[str] = ()) -> str:
-    """Which line a record belongs to."""
+    """Name of the line that a record belongs to."""
     return " ".join(part for part in (record.implementation, label(record.fields, lines)) if part)
 
 
 def strokes(records: Iterable[Record], lines: Sequence[str], kinds: Sequence[T]) -> dict[str, T]:
-    """Which kind of stroke each line has: all of an implementation have its colour, and are told apart by this."""
+    """Kind of stroke of each line. All lines of an implementation have its colour, and are told apart by this."""
     several = dict.fromkeys(label(record.fields, lines) for record in records)
     return {name: kinds[place % len(kinds)] for place, name in enumerate(several)}
 
 
 def panel_fields(x: str, lines: Sequence[str], records: Sequence[Record]) -> list[str]:
-    """The fields each combination of which has a panel of its own: what varies, and neither is nor goes with x."""
+    """The fields each combination of which has a panel of its own. They vary, and none is x or goes with it."""
     along = (x, TRADED_FIELD) if x == MEMORY else (x,)
     return [
         name for name in varying_fields(records) if name not in (*along, *lines) and not _goes_with(x, name, records)
@@ -134,7 +134,7 @@ def combinations(fields: Sequence[str], records: Iterable[Record]) -> list[str]:
 
 
 def divergence_fields(x: str, records: Sequence[Record]) -> tuple[str, list[str], list[str]]:
-    """What divergence is drawn against, and the fields of its spread and of its schedule of temperatures.
+    """The field that divergence is drawn against, and the fields of its spread and of its schedule of temperatures.
 
     It is drawn against `n_iters`, if all records have one and it varies, unless it is a history.
     """
@@ -188,7 +188,7 @@ def tick(value: object) -> str:
 
 
 def _goes_with(x: str, name: str, records: Iterable[Record]) -> bool:
-    """Whether a field has a value of its own for each x, as the number of rows may have for each length.
+    """True if a field has a value of its own for each x, as the number of rows may have.
 
     That runs measured different cases makes these no line: what differs between runs never goes with them.
     """

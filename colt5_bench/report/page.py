@@ -39,10 +39,10 @@ from colt5_bench.report.layout import View
 from colt5_bench.report.rows import columns, command, details, rows
 
 PAGE = "report.html"
-"""What the page of a run is called, beside its results."""
+"""Name of the page of a run, beside its results."""
 
 PASSING = ("key", "utc", "command", "expected", "gpu.at_start.sm_clock_mhz", "gpu.at_start.reasons")
-"""What differs between runs under the same conditions."""
+"""Entries that differ between runs under the same conditions."""
 
 
 OURS = "ours"
@@ -51,13 +51,13 @@ OURS = "ours"
 
 @dataclass(frozen=True)
 class Standing:
-    """How an implementation does in a suite."""
+    """Results of an implementation in a suite."""
 
     implementation: str
     endings: str
 
     pairs: int
-    """How many cases both it and the reference were timed on."""
+    """Number of cases that both it and the reference were timed on."""
 
     speed_up: str
     """The geometric mean of these, over the reference, with its interval; empty without any."""
@@ -75,7 +75,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class SuiteSection:
-    """What the page shows of one suite."""
+    """Content of the page for one suite."""
 
     name: str
     description: str
@@ -83,10 +83,10 @@ class SuiteSection:
     device: str
     standings: Sequence[Standing]
     dtype: str
-    """What errors are given of, if there are several dtypes, as those of different ones have nothing in common."""
+    """The dtype whose errors are given, if there are several. Errors of different dtypes have nothing in common."""
 
     endings: Sequence[str]
-    """What did not end ok: each reason once."""
+    """Endings other than ok: each reason once."""
 
     cards: Sequence[Card]
 
@@ -143,7 +143,7 @@ def write_page(
 
 
 def _embedded(run: Run, sections: Iterable[SuiteSection], views: Mapping[str, View]) -> Markup:
-    """What the page's script works with, as JSON that no HTML parser mistakes for its own."""
+    """Input of the page's script, as JSON that no HTML parser mistakes for its own."""
     content = {
         "suites": {section.name: [asdict(card) for card in section.cards] for section in sections},
         "rows": rows(run.records, views, run.environments),
@@ -210,7 +210,7 @@ def _standings(records: Sequence[Record], reference: str, dtype: str) -> list[St
 
 
 def _mean(pairs: Sequence[tuple[float, Interval | None]]) -> str:
-    """Of speed-ups with their intervals; the reference has none over itself."""
+    """Mean of speed-ups with their intervals; the reference has none over itself."""
     noisy = [(ratio, bounds) for ratio, bounds in pairs if bounds]
     if not noisy:
         return said_ratio(1.0, None) if pairs else ""
@@ -241,7 +241,7 @@ def _fastest(records: Sequence[Record], reference: str) -> Headline | None:
 
 
 def _most_exact(section: SuiteSection) -> Headline | None:
-    """Of a suite without times, or without a difference in them, the smallest error."""
+    """The smallest error, for a suite without times, or without a difference in them."""
     errors = {standing.implementation: standing.error for standing in section.standings if standing.error is not None}
     theirs = errors.pop(section.reference, None)
     if not errors or theirs is None:
@@ -253,7 +253,7 @@ def _most_exact(section: SuiteSection) -> Headline | None:
 
 
 def _environments(run: Run) -> list[dict[str, Any]]:
-    """What records were measured under, each once, with the runs that had it."""
+    """Environments of records, each once, with the runs that had it."""
     distinct: dict[tuple, dict[str, Any]] = {}
     for environment in run.environments.values():
         values = flat(environment)
@@ -264,7 +264,7 @@ def _environments(run: Run) -> list[dict[str, Any]]:
 
 
 def _passes(name: str) -> bool:
-    """Whether a value is one of a run, and no condition."""
+    """True if a value is one of a run, and no condition."""
     return name in PASSING or name.startswith("options.")
 
 

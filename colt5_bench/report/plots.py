@@ -51,13 +51,13 @@ DASHES: Sequence[Any] = ("-", "--", "-.", (0, (6, 1)), (0, (4, 1, 1, 1, 1, 1)))
 """Tell apart the lines of one implementation."""
 
 GREY = "0.35"
-"""Of what belongs to no implementation."""
+"""Colour of lines that belong to no implementation."""
 
 PANELS_PER_ROW = 4
 """At most, and as even as rows can be."""
 
 MOST_PANELS = 8
-"""Of one direction; what combinations there are beyond that is said below the figure."""
+"""Most panels of one direction. Combinations beyond that are named below the figure."""
 
 PANEL_WIDTH, PANEL_HEIGHT, LEGEND_WIDTH, TITLE_HEIGHT = 2.9, 2.4, 1.7, 0.4
 """In inches."""
@@ -69,7 +69,7 @@ MOST_TICKS = 8
 """Values of x that are each given a tick, and powers of ten of a vertical axis."""
 
 MARGIN = 0.1
-"""Of a logarithmic axis on either side, in powers of ten: a marker on its end is seen whole."""
+"""Margin of a logarithmic axis on either side, in powers of ten. A marker on its end is seen whole."""
 
 PLAIN = FuncFormatter(lambda value, place: f"{value:g}")
 """Figures at ticks: what matplotlib writes at powers of ten is a formula."""
@@ -117,14 +117,14 @@ class _Row:
     panels: Sequence[_Panel]
 
     limit: Drawn | None = None
-    """What no implementation can pass, drawn in grey."""
+    """A limit that no implementation can pass, drawn in grey."""
 
     scale: Callable[[Axes, Sequence[float]], None] = _scale_logarithmic
     """Sets the vertical axis, given what is drawn."""
 
 
 def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n", lines: Sequence[str] = ()) -> list[Path]:
-    """Draw what the records of one suite hold: time, bandwidth, memory and metrics against a field of the case, time
+    """Draw the records of one suite. Plots are time, bandwidth, memory and metrics against a field of the case, time
     against memory where a field trades one for the other, and divergence.
 
     What did not end ok is not drawn but named below the figure; divergence that was found wrong is drawn all the same,
@@ -281,7 +281,8 @@ def _draw(
     dashes: Mapping[str, Any],
     lines: Sequence[str],
 ) -> None:
-    """A marker a record, hollow for one that is wrong, its interval, and a line through the largest at each x."""
+    """Draw a marker a record, hollow for one that is wrong, its interval, and a line. The line goes through the largest
+    at each x."""
     for own in by(records, lambda record: series(record, lines)):
         shade, marker = colour(own[0].implementation), _marker(own[0].implementation)
         for quantity in quantities:
@@ -378,7 +379,7 @@ def _legend(rows: Sequence[_Row], dashes: Mapping[str, Any], lines: Sequence[str
 
 
 def _missing(records: Sequence[Record]) -> str:
-    """What did not end ok, in one sentence."""
+    """Records that did not end ok, in one sentence."""
     counts = Counter((r.implementation, r.status) for r in records if r.status != "ok")
     parts = [f"{name} ({status.replace('_', ' ')}, {count})" for (name, status), count in counts.items()]
     return f"Not ok, with the number of cases: {', '.join(parts)}." if parts else ""
@@ -398,7 +399,7 @@ def _save(figure: Figure, directory: Path, name: str) -> list[Path]:
     paths = [directory / f"{name}.png", directory / f"{name}.svg"]
     with whole(paths[0]) as unfinished:
         figure.savefig(unfinished, format="png", metadata={"Software": None})
-    # What is laid out stays so; it takes as long as drawing does.
+    # The layout stays as it is; it takes as long as drawing does.
     figure.set_layout_engine("none")
     with whole(paths[1]) as unfinished:
         figure.savefig(unfinished, format="svg", metadata={"Date": None, "Creator": None})

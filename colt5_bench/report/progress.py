@@ -29,7 +29,7 @@ class Watcher:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            # Of a line that is too long, this is what is cut.
+            # This column is cut if a line is too long.
             TextColumn("{task.fields[point]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
             expand=True,
             console=console,

@@ -1,4 +1,4 @@
-"""The table of all records: its columns, a row a record, what a row opens, and the command that measures it anew."""
+"""The table of all records: columns, rows, details that a row opens, and commands that measure records anew."""
 
 import re
 import shlex
@@ -168,7 +168,7 @@ def _measured(record: Record, environment: Mapping[str, Any]) -> list[tuple[str,
 
 
 def command(record: Record, environments: Mapping[str, Mapping[str, Any]]) -> str:
-    """What measures a record anew, with the preset that it was measured with."""
+    """The command that measures a record anew, with the preset that it was measured with."""
     environment = environments.get(record.environment, {})
     preset = re.search(r"--preset[ =](\w+)", str(environment.get("command", "")))
     words = ["python", "bench.py", "--suite", record.suite]

@@ -45,7 +45,7 @@ from colt5_bench.report import terminal
 from colt5_bench.report.terminal import print_table
 
 MOST_CASES = 40
-"""Of a suite of divergence, which has hundreds: the worst are shown."""
+"""Most cases of a suite of divergence, which has hundreds. The worst are shown."""
 
 STEADY_CLOCK = 0.01
 """By how much the clock of a GPU may move and still be called locked."""
@@ -110,7 +110,7 @@ def _implementation() -> Column:
 
 
 def endings(records: Sequence[Record], console: Console) -> None:
-    """How many ended how, and each reason once."""
+    """Print the number of records of each ending, and each reason once."""
     counts = Counter(record.status for record in records)
     counted = ", ".join(f"{count} {_status(status)}" for status, count in counts.items())
     console.print(counted or "nothing was measured", highlight=False)

@@ -1,4 +1,4 @@
-"""Tables as wide as the terminal: columns that have no room are left out and named, and no row is wrapped or cut."""
+"""Tables as wide as the terminal. Columns that have no room are left out and named, and no row is wrapped or cut."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ GAP, INDENT = "  ", "  "
 REMARK_INDENT = 2 * INDENT
 
 SHORTEST, READABLE = 8, 24
-"""Columns that a name has at least, and that it keeps as long as there are figures to be left out."""
+"""Columns that a name has at least. It keeps them as long as there are figures to be left out."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Column(Generic[T]):
     cell: Callable[[T], str]
 
     rank: int = 0
-    """Which columns are left out first: those of the highest rank. One of rank 0 always stays."""
+    """Order in which columns are left out: those of the highest rank first. One of rank 0 always stays."""
 
     number: bool = True
     """Figures stand to the right and are never shortened; names stand to the left and may be."""
@@ -112,7 +112,7 @@ def print_table(
 
 
 def shortened(names: Iterable[str], width: int) -> dict[str, str]:
-    """Each name in at most so many columns, with an ellipsis for what is left out; no two become the same."""
+    """Each name in at most so many columns, with an ellipsis for the rest. No two become the same."""
     names = list(dict.fromkeys(names))
     known = {name: name for name in names if cell_len(name) <= width}
     for number, name in enumerate(names):

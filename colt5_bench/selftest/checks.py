@@ -1,4 +1,4 @@
-"""Whether the harness measures right on this machine: known durations, equal calls, a planted slowdown, a known rate.
+"""Checks of the harness on this machine: known durations, equal calls, a planted slowdown, a known rate.
 
 A machine on which other programs run is noisy. Each check measures that noise beside its figure: what it can explain is
 `unclear` and fails nothing, what it cannot is `failed`.
@@ -32,7 +32,7 @@ COMPARISONS, MOST_FALSE_ALARMS = 100, 1
 PLANTED, TRIALS, FEWEST_FOUND = 0.05, 20, 19
 
 COMPARED_SAMPLES = 40
-"""Of either call that is compared."""
+"""Samples of either call that is compared."""
 
 WORK = {"cpu": 2**16, "cuda": 2**22}
 """Numbers exponentiated by a call that is compared with itself."""
@@ -41,7 +41,7 @@ COPIES, COPY_LIMIT = 5, {"cpu": 0.10, "cuda": 0.05}
 AGREEMENT = 0.05
 
 WARM_GAIN = 0.1
-"""By how much a sum of numbers that come from memory takes longer, at least, than one of numbers in the L2."""
+"""Least extra time of a sum of numbers that come from memory over one of numbers in the L2."""
 
 LEAST_CHANGE = 0.02
 
@@ -76,7 +76,7 @@ class Report:
 
 
 def verdict(before: Sequence[float], after: Sequence[float]) -> Verdict:
-    """Whether the later samples are of another call than the earlier ones, as a comparison of runs would judge it."""
+    """Verdict on the later samples against the earlier ones, as a comparison of runs would judge them."""
     found = changes_in_turns(before, after)
     return verdict_on(judge(found, found.p, np.log1p(LEAST_CHANGE)))
 
@@ -97,7 +97,8 @@ def run(device: torch.device) -> Report:
 
 
 def check_durations(device: torch.device) -> list[Check]:
-    """Spins of known duration, in each column: of the GPU, and of the host for the column that is its time."""
+    """Check spins of known duration, in each column. Spins are of the GPU, and of the host for the column that is its
+    time."""
     columns = GPU_COLUMNS if device.type == "cuda" else CPU_COLUMNS
     return [_check_duration(seconds, column, device) for seconds in DURATIONS[device.type] for column in columns]
 
@@ -165,7 +166,7 @@ def check_copy(device: torch.device) -> Check:
 
 
 def _timed_copy_bandwidth(device: torch.device) -> float:
-    """Of the fastest sample, as the ceiling is that of the fastest try."""
+    """Bandwidth of the fastest sample, as the ceiling is that of the fastest try."""
     size = roofline.GPU_COPY_BYTES if device.type == "cuda" else roofline.CPU_COPY_BYTES
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     destination = torch.zeros_like(source)
@@ -181,7 +182,7 @@ def _timed_copy_bandwidth(device: torch.device) -> float:
 
 
 def check_cold(device: torch.device) -> Check:
-    """A sum of numbers for which there is room in the L2: cold they come from memory, warm they do not."""
+    """Check a sum of numbers for which there is room in the L2. Cold they come from memory, warm they do not."""
     name = "a cold cache"
     if device.type == "cpu":
         return Check(name, "skipped", note="only a GPU's cache is flushed")
@@ -233,7 +234,8 @@ def _main_column(device: torch.device) -> str:
 
 
 def _work(device: torch.device) -> Call:
-    """On a CPU by NumPy, in one thread: two that wait for each other would show how busy the machine is."""
+    """A call that exponentiates numbers. On a CPU NumPy does it in one thread: two that wait for each other would show
+    how busy the machine is."""
     if device.type == "cpu":
         numbers = np.linspace(-1, 0, WORK["cpu"], dtype=np.float32)
         powers = np.empty_like(numbers)

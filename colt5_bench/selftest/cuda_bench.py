@@ -23,7 +23,7 @@ COPIED_BYTES = 2**28
 FACTOR = 4096
 
 MEAN = "nv/cold/time/gpu/mean"
-"""How cuda-bench names GPU time with a flushed L2, behind a kernel that blocks the stream."""
+"""Name that cuda-bench has for GPU time with a flushed L2, behind a kernel that blocks the stream."""
 
 LONGEST_SECONDS = 300
 
