@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from colt5_bench.commands import CLOSED, INTERRUPTED, UNMEASURED, USAGE
-from colt5_bench.files import trouble
+from colt5_bench.files import describe_os_error
 from colt5_bench.selection import SelectionError, pick
 from colt5_bench.startup import StartupError, ending_at_once
-from colt5_bench.texts import printable, said
+from colt5_bench.texts import describe_error, printable
 
 COMMANDS = {
     "run": "measure suites; what is meant where no command is named",
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return CLOSED
     except OSError as error:
         of_the_user = error.filename is not None and error.errno in WRONG_PLACE
-        return _failed(trouble(error), USAGE if of_the_user else UNMEASURED)
+        return _failed(describe_os_error(error), USAGE if of_the_user else UNMEASURED)
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit as end:
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        return _failed(f"in {where.filename}:{where.lineno}: {said(error)}", UNMEASURED)
+        return _failed(f"in {where.filename}:{where.lineno}: {describe_error(error)}", UNMEASURED)
 
 
 def _main(arguments: list[str]) -> int:

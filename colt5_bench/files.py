@@ -55,7 +55,7 @@ def own(path: Path) -> FileIO:
         file.close()
 
 
-def trouble(error: OSError) -> str:
+def describe_os_error(error: OSError) -> str:
     """The path that cannot be used, and why, in one line."""
     what = "what is needed" if error.filename is None else error.filename
     return printable(f"cannot use {what}: {error.strerror or error}")

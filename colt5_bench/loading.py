@@ -11,7 +11,7 @@ import torch
 from colt5_bench.selection import SelectionError, pick, suite_files
 from colt5_bench.startup import prefix_of
 from colt5_bench.suite import Suite
-from colt5_bench.texts import said
+from colt5_bench.texts import describe_error
 
 
 def load_suites(checkout: Path) -> dict[str, Suite]:
@@ -28,7 +28,7 @@ def load_suites(checkout: Path) -> dict[str, Suite]:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            print(f"{file.relative_to(checkout)} is left out: {said(error)}", file=sys.stderr)
+            print(f"{file.relative_to(checkout)} is left out: {describe_error(error)}", file=sys.stderr)
     return suites
 
 

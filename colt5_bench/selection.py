@@ -13,7 +13,7 @@ from math import inf, nan
 from pathlib import Path
 from typing import TypeVar
 
-from colt5_bench.texts import said
+from colt5_bench.texts import describe_error
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ def outlines(checkout: Path) -> dict[str, str]:
         try:
             tree = ast.parse(file.read_bytes())
         except (SyntaxError, ValueError) as error:
-            print(f"{file.relative_to(checkout)} is left out: {said(error)}", file=sys.stderr)
+            print(f"{file.relative_to(checkout)} is left out: {describe_error(error)}", file=sys.stderr)
             continue
         for statement in tree.body:
             if isinstance(statement, ast.Assign) and "SUITE" in map(ast.unparse, statement.targets):

@@ -24,7 +24,7 @@ def folded(line: str) -> str:
     return fill(line, width, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False)
 
 
-def said(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """The type and the text of an exception, in one line."""
     return printable(" ".join(f"{type(error).__name__}: {_text(error)}".split()))
 

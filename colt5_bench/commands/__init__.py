@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from colt5_bench.texts import said
+from colt5_bench.texts import describe_error
 
 T = TypeVar("T")
 
@@ -22,5 +22,5 @@ def attempt(what: str, make: Callable[[], T]) -> T | None:
     try:
         return make()
     except Exception as error:
-        print(f"{what}: {said(error)}", file=sys.stderr)
+        print(f"{what}: {describe_error(error)}", file=sys.stderr)
         return None

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED, USAGE, _check, _profile, attempt
-from colt5_bench.files import trouble
+from colt5_bench.files import describe_os_error
 from colt5_bench.loading import choose_device, load_suites, pick_suites
 from colt5_bench.measuring import busy
 from colt5_bench.pytest_plugin import plugin
@@ -188,7 +188,7 @@ def _measure(options: argparse.Namespace, request: Request, suite: Suite, file: 
                         watcher.done(record)
                 except OSError as error:
                     # Whatever is measured from here on would be lost, too.
-                    print(trouble(error), file=sys.stderr)
+                    print(describe_os_error(error), file=sys.stderr)
                     return UNMEASURED
                 except Exception:
                     failed = True

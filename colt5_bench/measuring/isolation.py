@@ -27,7 +27,7 @@ from colt5_bench.measuring.measure import BrokenContextError, Conditions, measur
 from colt5_bench.records.results import Record
 from colt5_bench.request import TIME_LIMIT
 from colt5_bench.suite import Suite
-from colt5_bench.texts import said
+from colt5_bench.texts import describe_error
 
 STARTING_SECONDS, ENDING_SECONDS = 300.0, 10.0
 """Longest time of a process before it measures, and after it has answered."""
@@ -111,11 +111,11 @@ class Measurer:
         except BrokenContextError as error:
             self.isolated = True
             if conditions.device.type == "cuda":
-                _let_go_of(conditions.device, error)
+                _reset_context(conditions.device, error)
             return _Attempt(error.finished, str(error))
 
 
-def _let_go_of(device: torch.device, error: BrokenContextError) -> None:
+def _reset_context(device: torch.device, error: BrokenContextError) -> None:
     """Free the memory that a lost context holds on to: other processes are to measure with all of it.
 
     PyTorch has no call for that. Nor must it free a tensor or an event of that context any more: an error in a
@@ -194,7 +194,7 @@ def _answer(answers: Connection, address: _Address, names: list[str], conditions
     except BrokenContextError as error:
         attempt = _Attempt(error.finished, str(error))
     except BaseException as error:
-        attempt = _Attempt([], f"its process failed: {said(error)}")
+        attempt = _Attempt([], f"its process failed: {describe_error(error)}")
     answers.send(attempt)
 
 

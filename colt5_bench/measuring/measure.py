@@ -19,7 +19,7 @@ from colt5_bench.measuring.rounds import CPU_COLUMNS, GPU_COLUMNS
 from colt5_bench.records import environment
 from colt5_bench.records.results import Record, Status
 from colt5_bench.suite import Implementation, Suite
-from colt5_bench.texts import printable, said
+from colt5_bench.texts import describe_error, printable
 
 LONGEST_REASON = 300
 """Characters of an error message that go into a record."""
@@ -290,7 +290,7 @@ def _time(calls: dict[str, Call], records: dict[str, Record], conditions: Condit
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        if len(calls) == 1 or _breaks_context(said(error)):
+        if len(calls) == 1 or _breaks_context(describe_error(error)):
             raise
     if taken is None:
         _free_memory()
@@ -336,7 +336,7 @@ def _failing(records: Sequence[Record], where: str = "", *, out_of_memory: Statu
     except (BrokenContextError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        text = said(error)
+        text = describe_error(error)
         status: Status = out_of_memory if _is_out_of_memory(error, text) else "error"
         message = where + text[:LONGEST_REASON]
         broken = _breaks_context(text)
@@ -361,16 +361,16 @@ def _free_memory() -> None:
             raise BrokenContextError(str(error)) from None
 
 
-def _breaks_context(said: str) -> bool:
-    return any(text in said for text in BREAKS_THE_CONTEXT)
+def _breaks_context(message: str) -> bool:
+    return any(text in message for text in BREAKS_THE_CONTEXT)
 
 
-def _is_out_of_memory(error: BaseException, said: str) -> bool:
+def _is_out_of_memory(error: BaseException, message: str) -> bool:
     """True if the reason is lack of memory. PyTorch has a type of its own for a GPU's memory. For the host's, and where
     CUDA or Triton ask for more of a GPU's, it is a RuntimeError that begins like this."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.match(said) is not None
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.match(message) is not None
 
 
 @contextmanager

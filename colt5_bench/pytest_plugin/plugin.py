@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from colt5_bench.files import trouble
+from colt5_bench.files import describe_os_error
 from colt5_bench.pytest_plugin.replay import virtual_clock
 from colt5_bench.records.results import Group, Record
 from colt5_bench.request import MEASURING, Request, declare
@@ -74,7 +74,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     except SelectionError as error:
         raise pytest.UsageError(str(error)) from error
     except OSError as error:
-        raise pytest.UsageError(trouble(error)) from error
+        raise pytest.UsageError(describe_os_error(error)) from error
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def record(request: pytest.FixtureRequest, case: str, direction: str, implementa
         records = request.config.stash[_SESSION].measure(group)
     except OSError as error:
         # Results from here on would be lost, too.
-        pytest.exit(trouble(error), returncode=pytest.ExitCode.INTERNAL_ERROR)
+        pytest.exit(describe_os_error(error), returncode=pytest.ExitCode.INTERNAL_ERROR)
     return next(record for record in records if record.implementation == implementation)
 
 
@@ -115,7 +115,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     try:
         own.close()
     except OSError as error:
-        print(trouble(error), file=sys.stderr)
+        print(describe_os_error(error), file=sys.stderr)
         session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
         return
     if (own.missing() or own.changed) and exitstatus == pytest.ExitCode.OK:

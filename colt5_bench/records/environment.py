@@ -57,13 +57,13 @@ def gpu_state(device: torch.device) -> GpuState | None:
     except pynvml.NVMLError:
         return None
     reasons = tuple(name for name, bit in THROTTLE_REASONS.items() if active & bit)
-    told = _ask(
+    answers = _ask(
         {
             "power_w": lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
             "temperature_c": lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
         }
     )
-    return GpuState(clock, reasons, **told)
+    return GpuState(clock, reasons, **answers)
 
 
 def device_name(device: torch.device) -> str:
@@ -128,13 +128,13 @@ def _settings(handle: Any) -> dict[str, Any]:
 
 def _ask(wanted: dict[str, Callable[[], Any]]) -> dict[str, Any]:
     """Answers of NVML, by name; None where it does not answer."""
-    told: dict[str, Any] = dict.fromkeys(wanted)
+    answers: dict[str, Any] = dict.fromkeys(wanted)
     for name, ask in wanted.items():
         try:
-            told[name] = ask()
+            answers[name] = ask()
         except pynvml.NVMLError:
             continue
-    return told
+    return answers
 
 
 def _nvml_handle(device: torch.device) -> Any:

@@ -279,5 +279,5 @@ def _git(directory: Path, *arguments: str) -> str:
         raise UnknownRevisionError("it is in no git repository", "Measure in a clone")
     if "Needed a single revision" in done.stderr:
         raise UnknownRevisionError("its repository has no commit", "Commit what is there")
-    told = " ".join(done.stderr.split()) or f"status {done.returncode}"
-    raise UnknownRevisionError("git cannot read the repository", f"It says: {told}")
+    message = " ".join(done.stderr.split()) or f"status {done.returncode}"
+    raise UnknownRevisionError("git cannot read the repository", f"It says: {message}")

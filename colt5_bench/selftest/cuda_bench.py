@@ -76,8 +76,8 @@ def measure(device: torch.device) -> dict[str, float]:
         except subprocess.TimeoutExpired as error:
             raise RuntimeError(f"cuda-bench took longer than {LONGEST_SECONDS} s") from error
         if done.returncode != 0 or not results.is_file():
-            said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
-            raise RuntimeError(f"cuda-bench ended with status {done.returncode} and said: {said}")
+            message = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
+            raise RuntimeError(f"cuda-bench ended with status {done.returncode} and said: {message}")
         return read(json.loads(results.read_text(encoding="utf-8")))
 
 

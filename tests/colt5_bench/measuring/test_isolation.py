@@ -142,7 +142,7 @@ class TestABrokenContext:
         try:
             fail()
         except BrokenContextError as error:
-            isolation._let_go_of(torch.device("cuda", 1), error)
+            isolation._reset_context(torch.device("cuda", 1), error)
         gc.collect()
         gc.unfreeze()
         assert [each() is not None for each in seen] == [True, True]
