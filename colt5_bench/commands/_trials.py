@@ -90,14 +90,14 @@ class Trial:
         return cls(undecided, 0, verdicts)
 
     def __str__(self) -> str:
-        return f"{self.outcome:<11}  {_said(self.verdicts)}"
+        return f"{self.outcome:<11}  {_format_verdicts(self.verdicts)}"
 
 
 def _counts(finding: Finding, slowed: tuple[str, ...]) -> bool:
     return not slowed or (finding.implementation == OURS and finding.metric in slowed)
 
 
-def _said(verdicts: Mapping[Verdict, int]) -> str:
+def _format_verdicts(verdicts: Mapping[Verdict, int]) -> str:
     of: tuple[Verdict, ...] = ("worse", "unclear", "better", "same")
     return ", ".join(f"{verdicts.get(verdict, 0):,} {verdict}" for verdict in of)
 
@@ -176,7 +176,7 @@ def summed_up(trials: list[Trial], planted: float | None) -> Iterator[str]:
     shown: tuple[Outcome, ...] = (*expected, "undecided", "false alarm")
     what = "of HEAD with itself" if planted is None else f"with {planted:.0%} planted"
     yield f"{len(trials)} comparisons {what}: {', '.join(f'{outcomes[outcome]} {outcome}' for outcome in shown)}"
-    yield f"{sum(verdicts.values()):,} {'times' if planted is None else 'slowed times'}: {_said(verdicts)}"
+    yield f"{sum(verdicts.values()):,} {'times' if planted is None else 'slowed times'}: {_format_verdicts(verdicts)}"
 
 
 def status_of(trials: list[Trial], *, planted: bool) -> int:

@@ -68,12 +68,12 @@ class Finding:
         return self.verdict == "unclear" and self.interval is not None and self.interval[1] > 1 + (self.threshold or 0)
 
     @property
-    def said_baseline(self) -> str:
-        return _say(self.baseline, self.unit)
+    def baseline_text(self) -> str:
+        return _format_figure(self.baseline, self.unit)
 
     @property
-    def said_now(self) -> str:
-        return _say(self.now, self.unit)
+    def now_text(self) -> str:
+        return _format_figure(self.now, self.unit)
 
     @property
     def change(self) -> str:
@@ -83,7 +83,7 @@ class Finding:
         if not isinstance(before, int | float) or not isinstance(after, int | float) or not before:
             return ""
         if (interval := self.change_interval) and spans_one(interval):
-            return self.said_interval
+            return self.interval_text
         return f"{100 * (after / before - 1):+.1f} %"
 
     @property
@@ -95,7 +95,7 @@ class Finding:
         return 1 / high, 1 / low
 
     @property
-    def said_interval(self) -> str:
+    def interval_text(self) -> str:
         """`+8.0 to +16.2 %`; empty for what has no noise."""
         if (interval := self.change_interval) is None:
             return ""
@@ -167,7 +167,7 @@ def verdict_on(meaning: ArrayLike) -> Verdict:
     return ON_TIMES.get(float(np.asarray(meaning)), "unclear")
 
 
-def _say(figure: Figure, unit: Unit) -> str:
+def _format_figure(figure: Figure, unit: Unit) -> str:
     if figure is None:
         return "-"
     if isinstance(figure, str):

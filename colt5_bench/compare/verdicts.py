@@ -166,5 +166,5 @@ def _of_status(old: Measured | None, new: Measured | None) -> Iterator[tuple[Any
         return
     else:
         verdict = "same"
-    said = (status.replace("_", " ") if status else None for status in (before, after))
-    yield verdict, "status", *said, "", why
+    statuses = (status.replace("_", " ") if status else None for status in (before, after))
+    yield verdict, "status", *statuses, "", why

@@ -141,7 +141,7 @@ def plus_minus(interval: Interval | None) -> str:
     return f"±{100 * ((high / low) ** 0.5 - 1):.2g}%" if low > 0 and high < inf else "±?"
 
 
-def said_ratio(ratio: float, interval: Interval | None) -> str:
+def format_ratio(ratio: float, interval: Interval | None) -> str:
     """`4x±2%`, or `0.9-1.1x` where the interval spans 1: then no difference was seen."""
     if interval and spans_one(interval):
         return f"{short(interval[0])}-{short(interval[1])}x"

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from colt5_bench.compare.findings import Comparison, Finding
 from colt5_bench.records.derived import by
-from colt5_bench.report.rows import sayable
+from colt5_bench.report.rows import json_value
 from colt5_bench.report.terminal import Column, Group, print_table
 
 FORMATS = ("text", "json", "markdown", "junit")
@@ -22,8 +22,8 @@ STYLES = {"failed": "red", "missing": "red", "worse": "red", "unclear": "yellow"
 COLUMNS = (
     Column[Finding]("verdict", lambda finding: finding.verdict, number=False),
     Column[Finding]("metric", lambda finding: finding.metric, number=False),
-    Column[Finding]("baseline", lambda finding: finding.said_baseline, 3),
-    Column[Finding]("now", lambda finding: finding.said_now, 2),
+    Column[Finding]("baseline", lambda finding: finding.baseline_text, 3),
+    Column[Finding]("now", lambda finding: finding.now_text, 2),
     Column[Finding]("change", lambda finding: finding.change, 1),
 )
 
@@ -60,7 +60,7 @@ def show(comparison: Comparison, console: Console) -> None:
 def as_json(comparison: Comparison) -> str:
     """All findings. JSON has no NaN and no infinity: they are said by name."""
     findings = [
-        {**asdict(finding), "baseline": sayable(finding.baseline), "now": sayable(finding.now)}
+        {**asdict(finding), "baseline": json_value(finding.baseline), "now": json_value(finding.now)}
         for finding in comparison.findings
     ]
     counts = {"regressions": len(comparison.regressions), "undecided": len(comparison.undecided)}
@@ -102,11 +102,11 @@ def as_junit(comparison: Comparison) -> str:
                 classname=f"{finding.suite}.{finding.implementation}",
                 name=f"{finding.case} {finding.direction} {finding.metric}",
             )
-            said = f"{finding.verdict}: {finding.said_baseline} -> {finding.said_now} {finding.change}".rstrip()
+            line = f"{finding.verdict}: {finding.baseline_text} -> {finding.now_text} {finding.change}".rstrip()
             if finding.is_regression:
-                ElementTree.SubElement(test, "failure", message=said, type=finding.verdict).text = finding.note
+                ElementTree.SubElement(test, "failure", message=line, type=finding.verdict).text = finding.note
             elif finding.verdict != "same":
-                ElementTree.SubElement(test, "system-out").text = said
+                ElementTree.SubElement(test, "system-out").text = line
         if comparison.notes:
             ElementTree.SubElement(suite, "system-out").text = "\n".join(comparison.notes)
     ElementTree.indent(root)
@@ -128,7 +128,7 @@ def _about(finding: Finding) -> str:
 
 def _remark(finding: Finding) -> str:
     """The interval of a change that was seen, and the note."""
-    seen = finding.said_interval if finding.said_interval != finding.change else ""
+    seen = finding.interval_text if finding.interval_text != finding.change else ""
     return "; ".join(filter(None, (f"95 % interval {seen}" if seen else "", finding.note)))
 
 

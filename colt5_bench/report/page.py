@@ -18,10 +18,10 @@ from colt5_bench.records.columns import GRADIENT_ERROR, SHARE_OF_LIMIT, SPEED_UP
 from colt5_bench.records.derived import (
     Interval,
     by,
+    format_ratio,
     main_column,
     mean_speed_up,
     plus_minus,
-    said_ratio,
     severity,
     share_of_limit,
     short,
@@ -200,8 +200,8 @@ def _standings(records: Sequence[Record], reference: str, dtype: str) -> list[St
                 endings=_count_endings(own),
                 pairs=len(pairs),
                 speed_up=_mean(pairs),
-                slowest=said_ratio(*pairs[0]) if pairs else "",
-                fastest=said_ratio(*pairs[-1]) if pairs else "",
+                slowest=format_ratio(*pairs[0]) if pairs else "",
+                fastest=format_ratio(*pairs[-1]) if pairs else "",
                 share_of_limit=f"{short(100 * share)}{plus_minus(uncertain[id(nearest)])}" if share else "",
                 error=farthest.largest if farthest else None,
             )
@@ -213,8 +213,8 @@ def _mean(pairs: Sequence[tuple[float, Interval | None]]) -> str:
     """Mean of speed-ups with their intervals; the reference has none over itself."""
     noisy = [(ratio, bounds) for ratio, bounds in pairs if bounds]
     if not noisy:
-        return said_ratio(1.0, None) if pairs else ""
-    return said_ratio(*mean_speed_up(*zip(*noisy, strict=True)))
+        return format_ratio(1.0, None) if pairs else ""
+    return format_ratio(*mean_speed_up(*zip(*noisy, strict=True)))
 
 
 def _fastest(records: Sequence[Record], reference: str) -> Headline | None:
@@ -234,7 +234,7 @@ def _fastest(records: Sequence[Record], reference: str) -> Headline | None:
         return None
     count, unseen = len(found), sum(spans_one(bounds) for _, bounds in found)
     note = f"{OURS} over {reference}, {time(main).name}: geometric mean of {count} pair{'s' if count > 1 else ''}"
-    spread = f"{said_ratio(*found[0])} to {said_ratio(*found[-1])}"
+    spread = f"{format_ratio(*found[0])} to {format_ratio(*found[-1])}"
     spread = f"in {unseen} of them no difference was seen" if unseen else spread
     low, high = map(short, interval)
     return Headline(records[0].suite, f"{short(mean)}x", f"{note}, {spread}; 95 % interval {low}x to {high}x")

@@ -22,11 +22,11 @@ from colt5_bench.records.derived import (
     Interval,
     bandwidth,
     by,
+    format_ratio,
     label,
     main_column,
     measured_under,
     plus_minus,
-    said_ratio,
     share_of_limit,
     short,
     speed_up_intervals,
@@ -109,12 +109,12 @@ def rows(
                 record.direction,
                 record.status.replace("_", " "),
                 *(_noisy(record.seconds(name), 1e3, by_column[each][at]) for each, name in enumerate(times)),
-                None if ratio is None else (ratio, said_ratio(ratio, bounds[at])),
+                None if ratio is None else (ratio, format_ratio(ratio, bounds[at])),
                 _noisy(bandwidth(record, main), 1e-9, of_main[at]),
                 _noisy(share_of_limit(record, main), 100, of_main[at]),
                 _scaled(record.peak_bytes, 1e-6),
                 _scaled(record.saved_bytes, 1e-6),
-                sayable(divergence.largest if divergence else None),
+                json_value(divergence.largest if divergence else None),
                 " · ".join(filter(None, (measured_under(environment), record.device))),
             ]
     return [cells[id(record)] for record in records]
@@ -140,7 +140,7 @@ def details(record: Record, environment: Mapping[str, Any]) -> list[Section]:
         if by_name
     ]
     if record.metrics:
-        rows = [(name, sayable(value)) for name, value in record.metrics.items()]
+        rows = [(name, json_value(value)) for name, value in record.metrics.items()]
         sections.append(Section("Metrics", ("metric", "value"), rows))
     least = {
         "bytes": record.minimum_bytes,
@@ -178,8 +178,8 @@ def command(record: Record, environments: Mapping[str, Mapping[str, Any]]) -> st
     return shlex.join(words)
 
 
-def sayable(value: Cell) -> Cell:
-    """JSON has no NaN and no infinity: they are said by name."""
+def json_value(value: Cell) -> Cell:
+    """A value that JSON can hold. It has no NaN and no infinity, so these are given by name."""
     return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
@@ -217,7 +217,7 @@ def _cell(value: Any) -> Cell:
         return ", ".join(f"{name}: {each}" for name, each in value.items()) or None
     if isinstance(value, list | tuple):
         return ", ".join(map(text, value)) or None
-    return sayable(value) if isinstance(value, float | int | None) and not isinstance(value, bool) else str(value)
+    return json_value(value) if isinstance(value, float | int | None) and not isinstance(value, bool) else str(value)
 
 
 def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -230,4 +230,4 @@ def _noisy(value: float | None, unit: float, interval: Interval | None) -> Cell:
 
 
 def _scaled(value: float | None, unit: float) -> Cell:
-    return None if value is None else sayable(value * unit)
+    return None if value is None else json_value(value * unit)

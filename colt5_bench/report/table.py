@@ -26,10 +26,10 @@ from colt5_bench.records.columns import (
 from colt5_bench.records.derived import (
     bandwidth,
     by,
+    format_ratio,
     label,
     main_column,
     plus_minus,
-    said_ratio,
     severity,
     share_of_limit,
     short,
@@ -155,7 +155,7 @@ def _time_columns(records: Sequence[Record], reference: str) -> list[Column]:
 
     def speed_up(record: Record) -> str:
         ratio, interval = over[id(record)]
-        return NOTHING if ratio is None else said_ratio(ratio, interval)
+        return NOTHING if ratio is None else format_ratio(ratio, interval)
 
     def gigabytes_a_second(record: Record) -> str:
         return NOTHING if (rate := bandwidth(record, main)) is None else short(rate / 1e9)
@@ -209,11 +209,11 @@ def _status(status: str) -> str:
 def _milliseconds(records: Sequence[Record], column: str) -> Callable[[Record], str]:
     bounds = dict(zip(map(id, records), time_intervals(records, column), strict=True))
 
-    def said(record: Record) -> str:
+    def cell(record: Record) -> str:
         seconds = record.seconds(column)
         return NOTHING if seconds is None else f"{short(1e3 * seconds)}{plus_minus(bounds[id(record)])}"
 
-    return said
+    return cell
 
 
 def _megabytes(size: int | None) -> str:
