@@ -84,15 +84,15 @@ class Check:
         """
         comparison = self._compare(directories)
         for repetition in range(1, MOST_REPETITIONS + 1):
-            doubtful = comparison.doubtful(runs=2)
-            if not doubtful or status not in (DONE, FAILURE):
+            to_repeat = comparison.cases_to_repeat(runs=2)
+            if not to_repeat or status not in (DONE, FAILURE):
                 break
-            cases_doubtful = sum(map(len, doubtful.values()))
+            count = sum(map(len, to_repeat.values()))
             print(
-                f"{cases_doubtful} cases are unclear or seem to be worse: measuring them again "
+                f"{count} cases are unclear or seem to be worse: measuring them again "
                 f"({repetition} of {MOST_REPETITIONS})"
             )
-            for name, cases in doubtful.items():
+            for name, cases in to_repeat.items():
                 status = max(status, more(suites[name], expression(cases), _free(directories[name])))
                 if status not in (DONE, FAILURE):
                     break

@@ -83,11 +83,11 @@ def compare_in_turns(
         comparison = _compare(alternating, comparer, options)
         while alternating.turns < MOST_TURNS:
             # Every turn is a run more of what is unclear, or worse by few runs.
-            if not (doubtful := comparison.doubtful(runs_that_confirm(comparison.times))):
+            if not (to_repeat := comparison.cases_to_repeat(runs_that_confirm(comparison.times))):
                 break
-            cases = expression([case for cases in doubtful.values() for case in cases])
+            cases = expression([case for cases in to_repeat.values() for case in cases])
             for _ in range(options.rounds):
-                alternating.measure(list(doubtful), cases)
+                alternating.measure(list(to_repeat), cases)
             comparison = _compare(alternating, comparer, options)
     return comparison
 

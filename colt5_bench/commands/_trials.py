@@ -127,7 +127,7 @@ def run(options: argparse.Namespace, checkout: Path, suites: Mapping[str, Suite]
     except MeasuringError as error:
         print(f"selftest: {error}", file=sys.stderr)
         ended = UNMEASURED
-    for line in summed_up(trials, options.planted):
+    for line in summary_lines(trials, options.planted):
         print(line)
     print(f"results: {directory}", file=sys.stderr)
     return ended or status_of(trials, planted=bool(slowed))
@@ -168,7 +168,7 @@ def _most_allowed(suite: str, device: torch.device, columns: tuple[str, ...], ru
     return max(getattr(thresholds, column) for column in columns)
 
 
-def summed_up(trials: list[Trial], planted: float | None) -> Iterator[str]:
+def summary_lines(trials: list[Trial], planted: float | None) -> Iterator[str]:
     """Summary of all comparisons."""
     outcomes = Counter(trial.outcome for trial in trials)
     verdicts: Counter[Verdict] = sum((trial.verdicts for trial in trials), Counter())

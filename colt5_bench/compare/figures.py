@@ -99,7 +99,7 @@ def figures(
     before: Measured,
     after: Measured,
     pairing: Pairing,
-    held_to: Thresholds,
+    thresholds: Thresholds,
     references: tuple[Measured | None, Measured | None],
 ) -> Iterator[Draft]:
     """Findings on all that can be compared of two records of one point.
@@ -109,24 +109,24 @@ def figures(
         before: the point in the baseline, which ended ok.
         after: that of the run, which did so too.
         pairing: under what they were measured.
-        held_to: how much of a change counts.
+        thresholds: how much of a change counts.
         references: the reference beside either.
     """
     old, new = before.record, after.record
     yield point.draft("same", "status", "ok", "ok")
     if pairing.times:
         for column in before.columns:
-            yield from _of_times(point, column, before, after, references, getattr(held_to, column))
+            yield from _of_times(point, column, before, after, references, getattr(thresholds, column))
     elif pairing.speed_ups:
-        yield from _of_speed_ups(point, before, after, references, held_to.speed_up)
+        yield from _of_speed_ups(point, before, after, references, thresholds.speed_up)
     if pairing.memory:
-        yield from _of_number(point, PEAK.name, old.peak_bytes, new.peak_bytes, held_to.peak, "B")
-        yield from _of_number(point, SAVED.name, old.saved_bytes, new.saved_bytes, held_to.saved, "B")
+        yield from _of_number(point, PEAK.name, old.peak_bytes, new.peak_bytes, thresholds.peak, "B")
+        yield from _of_number(point, SAVED.name, old.saved_bytes, new.saved_bytes, thresholds.saved, "B")
     if pairing.same_kind:
-        yield from _of_errors(point, old, new, held_to)
-        yield from _of_metrics(point, old, new, held_to.metrics)
+        yield from _of_errors(point, old, new, thresholds)
+        yield from _of_metrics(point, old, new, thresholds.metrics)
     if pairing.kernels:
-        yield from _of_kernels(point, old.kernels, new.kernels, held_to)
+        yield from _of_kernels(point, old.kernels, new.kernels, thresholds)
 
 
 def _of_times(
@@ -208,7 +208,7 @@ def _without_a_number(before: float | None, after: float | None) -> Verdict | No
     return "new" if has else "same"
 
 
-def _of_errors(point: Point, old: Record, new: Record, held_to: Thresholds) -> Iterator[Draft]:
+def _of_errors(point: Point, old: Record, new: Record, thresholds: Thresholds) -> Iterator[Draft]:
     for tensor in dict.fromkeys([*old.accuracy, *new.accuracy]):
         of_old, of_new = old.accuracy.get(tensor), new.accuracy.get(tensor)
         before, after = of_old.largest if of_old else None, of_new.largest if of_new else None
@@ -216,9 +216,9 @@ def _of_errors(point: Point, old: Record, new: Record, held_to: Thresholds) -> I
             assert of_old
             assert before is not None
             assert after is not None
-            verdict = _by(before, after, held_to.error)
+            verdict = _by(before, after, thresholds.error)
             # By the budget of the baseline: one that grew with the error would excuse it.
-            if of_old.budget is not None and max(before, after) <= held_to.error_share * of_old.budget:
+            if of_old.budget is not None and max(before, after) <= thresholds.error_share * of_old.budget:
                 verdict = "same"
         yield point.draft(verdict, error_of(tensor).name, before, after, "error")
 
@@ -246,7 +246,7 @@ def _within(bound: Bound, before: float, after: float) -> Verdict:
 
 
 def _of_kernels(
-    point: Point, old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], held_to: Thresholds
+    point: Point, old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], thresholds: Thresholds
 ) -> Iterator[Draft]:
     """Kernels of one name and target are taken in the order of their launch."""
     before, after = _numbered(old), _numbered(new)
@@ -258,12 +258,11 @@ def _of_kernels(
             continue
         constants = "" if was["constants"] == now["constants"] else "compiled for other settings than in the baseline"
         for fact in ("registers", "spilled_bytes", "shared_bytes"):
-            yield point.draft(
-                _by(was[fact], now[fact], getattr(held_to, fact)), f"{name} {fact}", was[fact], now[fact], "", constants
-            )
+            verdict = _by(was[fact], now[fact], getattr(thresholds, fact))
+            yield point.draft(verdict, f"{name} {fact}", was[fact], now[fact], "", constants)
         for kind in sorted({*was["instructions"], *now["instructions"]}):
             counts = was["instructions"].get(kind, 0), now["instructions"].get(kind, 0)
-            verdict = _by(*counts, held_to.instructions)
+            verdict = _by(*counts, thresholds.instructions)
             yield point.draft(verdict, f"{name} {kind} instructions", *counts, "", constants)
 
 

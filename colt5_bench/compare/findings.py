@@ -131,12 +131,12 @@ class Comparison:
         named = [f"{counts[verdict]:,} {verdict}" for verdict in VERDICTS if counts[verdict]]
         return ", ".join(named) or "nothing to compare"
 
-    def telling(self) -> list[Finding]:
+    def notable(self) -> list[Finding]:
         """Findings that are neither the same nor new, the worst first."""
         ordered = sorted(self.findings, key=lambda finding: VERDICTS.index(finding.verdict))
         return [finding for finding in ordered if finding.verdict not in ("same", "new")]
 
-    def summed_up(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """Summary in lines: how much is new, which is not listed, and what is undecided."""
         new = Counter(finding.suite for finding in self.findings if finding.verdict == "new")
         by_suite = ", ".join(f"{count:,} of {suite}" for suite, count in new.items())
@@ -147,7 +147,7 @@ class Comparison:
             *([f"{times} may have become worse: too noisy to tell, more runs may"] if undecided else []),
         ]
 
-    def doubtful(self, runs: int) -> dict[str, list[str]]:
+    def cases_to_repeat(self, runs: int) -> dict[str, list[str]]:
         """The cases that have to be measured again, by suite. These are unclear, or worse by fewer runs."""
         cases: dict[str, list[str]] = {}
         for finding in self.findings:

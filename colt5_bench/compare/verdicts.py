@@ -69,9 +69,9 @@ def compare(
             continue
         pairing = Pairing(before.conditions[key], after.conditions[key], any_machine)
         pairings.append(pairing)
-        held_to = rules.of(new.record, pairing.kind)
+        thresholds = rules.of(new.record, pairing.kind)
         beside = replace(point.record, implementation=references.get(point.record.suite, "")).key
-        drafts += figures(point, old, new, pairing, held_to, (before.points.get(beside), after.points.get(beside)))
+        drafts += figures(point, old, new, pairing, thresholds, (before.points.get(beside), after.points.get(beside)))
     notes = notes_on(pairings)
     if left_out:
         devices = ", ".join(dict.fromkeys(before.conditions[key].device for key in before.points if key in left_out))

@@ -41,7 +41,7 @@ def write(comparison: Comparison, form: str) -> None:
 
 def show(comparison: Comparison, console: Console) -> None:
     """Print a table of changes for each suite, then notes, then the number of each verdict."""
-    for own in by(comparison.telling(), lambda finding: finding.suite):
+    for own in by(comparison.notable(), lambda finding: finding.suite):
         groups = [Group(heading, list(rows)) for heading, rows in groupby(own, _about)]
         print_table(
             own[0].suite,
@@ -52,7 +52,7 @@ def show(comparison: Comparison, console: Console) -> None:
             remark=_remark,
             elsewhere=", and so does --format json",
         )
-    for note in (*comparison.notes, *comparison.summed_up()):
+    for note in (*comparison.notes, *comparison.summary_lines()):
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"against the baseline: {comparison.counts}", highlight=False, soft_wrap=True)
 
@@ -74,8 +74,8 @@ def as_markdown(comparison: Comparison) -> str:
     verdict = f"{count} regression{'s' if count > 1 else ''}" if count else "No regression"
     verdict = "Undecided" if comparison.undecided and not count else verdict
     lines = [f"### {verdict} against the baseline", "", comparison.counts, ""]
-    lines += [f"- {_escaped(note)}" for note in (*comparison.notes, *comparison.summed_up())]
-    shown = comparison.telling()
+    lines += [f"- {_escaped(note)}" for note in (*comparison.notes, *comparison.summary_lines())]
+    shown = comparison.notable()
     if shown:
         verdict, *titles = (column.title for column in COLUMNS)
         headers = (verdict, "suite", "case", *titles, "note")

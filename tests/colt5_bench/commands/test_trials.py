@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from colt5_bench import cli
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNDECIDED, UNMEASURED, USAGE, _trials
-from colt5_bench.commands._trials import Trial, status_of, summed_up
+from colt5_bench.commands._trials import Trial, status_of, summary_lines
 from colt5_bench.compare import Comparison, Finding
 from colt5_bench.compare.findings import VERDICTS
 from colt5_bench.compare.revisions import MeasuringError
@@ -98,7 +98,7 @@ def test_the_status_is_what_was_found(made, planted, status):
 
 @given(st.lists(st.sampled_from(("quiet", "undecided", "false alarm")), max_size=30))
 def test_the_summary_counts_each(outcomes):
-    first, _ = summed_up([Trial(outcome, 0, Counter()) for outcome in outcomes], None)
+    first, _ = summary_lines([Trial(outcome, 0, Counter()) for outcome in outcomes], None)
     assert first.startswith(f"{len(outcomes)} comparisons of HEAD with itself")
     for outcome in ("quiet", "undecided", "false alarm"):
         assert f"{outcomes.count(outcome)} {outcome}" in first

@@ -150,7 +150,7 @@ class TestTimes:
         noisy = ours()
         noisy.timings["cold"].samples = samples(1, spread=1.0)
         comparison = compare(run_of(ours()), run_of(noisy), rules(), {})
-        assert comparison.doubtful(runs=1) == {"toy": [noisy.case]}
+        assert comparison.cases_to_repeat(runs=1) == {"toy": [noisy.case]}
         assert comparison.undecided
         assert not comparison.regressions
 
@@ -185,8 +185,8 @@ class TestTimes:
     def test_worse_by_few_runs_is_doubtful(self, rules):
         comparison = compare(run_of(ours(1.0)), run_of(ours(1.2)), rules(), {})
         assert verdicts(comparison) == {"cold": "worse"}
-        assert comparison.doubtful(runs=1) == {}
-        assert comparison.doubtful(runs=2) == {"toy": [ours().case]}
+        assert comparison.cases_to_repeat(runs=1) == {}
+        assert comparison.cases_to_repeat(runs=2) == {"toy": [ours().case]}
 
     @pytest.mark.parametrize(("factor", "expected"), [(1.0, {}), (1.3, {"cold": "worse"})])
     def test_what_the_reference_shares_is_no_change(self, rules, factor, expected):
@@ -237,8 +237,8 @@ class TestEndings:
     def test_what_is_new_is_summed_up(self, rules, status):
         new = [ours(case=f"n={n}", fields={"n": n}, status=status) for n in range(2000)]
         comparison = compare(run_of(ours()), run_of(ours(), *new), rules(), {})
-        assert comparison.telling() == []
-        assert comparison.summed_up() == ["the baseline has nothing of these, which are not listed: 2,000 of toy"]
+        assert comparison.notable() == []
+        assert comparison.summary_lines() == ["the baseline has nothing of these, which are not listed: 2,000 of toy"]
         assert as_markdown(comparison).count("\n") < 10
 
     @pytest.mark.parametrize("before", [None, *STATUSES])
