@@ -28,6 +28,11 @@ def add_thresholds(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def thresholds_file(options: argparse.Namespace) -> Path:
+    """The file of `--thresholds`, or by default the one of the checkout."""
+    return options.thresholds or find_checkout(Path.cwd().resolve()) / "suites" / "thresholds.toml"
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_thresholds(parser)
     parser.add_argument(
@@ -49,8 +54,7 @@ class Comparer:
     def of(cls, options: argparse.Namespace, suites: Mapping[str, Suite]) -> "Comparer":
         """Whatever is wrong with the options is found before anything is measured."""
         references = {name: suite.reference for name, suite in suites.items()}
-        thresholds = options.thresholds or find_checkout(Path.cwd().resolve()) / "suites" / "thresholds.toml"
-        return cls(load_rules(thresholds), references, options.any_machine)
+        return cls(load_rules(thresholds_file(options)), references, options.any_machine)
 
     def __call__(self, baseline: Run, run: Run, scope: Callable[[Record], bool]) -> Comparison:
         try:

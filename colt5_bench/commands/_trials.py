@@ -14,7 +14,7 @@ import torch
 
 from colt5_bench.case import FORWARD
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNDECIDED, UNMEASURED
-from colt5_bench.commands._comparison import Comparer, add_thresholds
+from colt5_bench.commands._comparison import Comparer, add_thresholds, thresholds_file
 from colt5_bench.commands._in_turns import add_measuring, check_measuring, compare_in_turns, place
 from colt5_bench.compare import Comparison, Finding, Rules, load_rules
 from colt5_bench.compare.findings import Verdict
@@ -104,7 +104,7 @@ def _format_verdicts(verdicts: Mapping[Verdict, int]) -> str:
 
 def run(options: argparse.Namespace, checkout: Path, suites: Mapping[str, Suite]) -> int:
     """All comparisons, a line each and then a summary, which has what is known if it is interrupted."""
-    rules = load_rules(options.thresholds)
+    rules = load_rules(thresholds_file(options))
     slowed = _slowed_columns(options, suites, rules)
     comparer = Comparer(rules, {name: suite.reference for name, suite in suites.items()}, any_machine=False)
     directory = place(options, checkout, "selftest")
@@ -156,7 +156,7 @@ def _slowed_columns(options: argparse.Namespace, suites: Mapping[str, Suite], ru
         allowed = _most_allowed(name, device, columns, rules)
         if not allowed < options.planted < inf:
             raise SelectionError(
-                f"--planted has to be above what {options.thresholds} allows for a time of {OURS} in {name}, "
+                f"--planted has to be above what {thresholds_file(options)} allows for a time of {OURS} in {name}, "
                 f"{allowed:g}; got {options.planted:g}. Name other --thresholds, or a larger share."
             )
     return columns
