@@ -12,7 +12,7 @@ from colt5_bench.texts import printable
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A place to write the content of `path`. Whatever happens, the file has its content from before or all of the new
     one.
 

@@ -8,7 +8,7 @@ from colt5_bench.commands import DONE
 from colt5_bench.commands._comparison import Comparer, add_options
 from colt5_bench.compare import Finding, read_baseline
 from colt5_bench.loading import load_suites
-from colt5_bench.records.derived import by
+from colt5_bench.records.derived import group_by
 from colt5_bench.records.parts import read
 from colt5_bench.records.results import Run
 from colt5_bench.report.export import write_csv, write_parquet
@@ -78,7 +78,7 @@ def load_views() -> dict[str, View]:
 
 def write_all_plots(run: Run, views: dict[str, View], directory: Path) -> list[Path]:
     """The plots of each suite; where there are several, each has a directory of its own."""
-    suites = by(run.records, lambda record: record.suite)
+    suites = group_by(run.records, lambda record: record.suite)
     paths = []
     for records in suites:
         name = records[0].suite

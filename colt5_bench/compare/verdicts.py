@@ -15,7 +15,7 @@ from colt5_bench.compare.conditions import Conditions, Pairing, notes_on
 from colt5_bench.compare.figures import Draft, Measured, Point, Times, figures
 from colt5_bench.compare.findings import Comparison, Finding, Verdict, verdict_on
 from colt5_bench.compare.thresholds import Rules
-from colt5_bench.records.derived import by, label, varying_fields
+from colt5_bench.records.derived import group_by, label, varying_fields
 from colt5_bench.records.results import FAILED, Record, Run
 from colt5_bench.records.samples import Changes, compared, holm, judge, narrower
 
@@ -90,7 +90,7 @@ class _Side:
     @classmethod
     def of(cls, run: Run, scope: Callable[[Record], bool]) -> "_Side":
         points, conditions = {}, {}
-        for same in by(filter(scope, run.records), lambda record: record.key):
+        for same in group_by(filter(scope, run.records), lambda record: record.key):
             key, under = same[0].key, {Conditions.of(record, run) for record in same}
             for what in ("device", "revision"):
                 if len({getattr(each, what) for each in under}) > 1:
@@ -112,7 +112,7 @@ def _together(same: Sequence[Record]) -> Measured:
 def _labels(records: Sequence[Record]) -> dict[Key, str]:
     """Labels that tell the case of each record from the others of its suite."""
     labels = {}
-    for own in by(records, lambda record: record.suite):
+    for own in group_by(records, lambda record: record.suite):
         varying = varying_fields(own)
         labels.update({record.key: label(record.fields, varying) for record in own})
     return labels
@@ -141,7 +141,7 @@ def _settle(drafts: Sequence[Draft]) -> list[Finding]:
 
 
 def _by_metric(drafts: Sequence[Draft]) -> list[list[Draft]]:
-    return by(drafts, lambda draft: draft.finding.metric)
+    return group_by(drafts, lambda draft: draft.finding.metric)
 
 
 def _changes(times: Sequence[Times]) -> tuple[Changes, Changes]:

@@ -15,7 +15,7 @@ Interval = tuple[float, float]
 T = TypeVar("T")
 
 
-def by(records: Iterable[T], key: Callable[[T], object]) -> list[list[T]]:
+def group_by(records: Iterable[T], key: Callable[[T], object]) -> list[list[T]]:
     """Records with the same key, or findings on them, in the order of the first of each."""
     groups: dict[object, list[T]] = {}
     for record in records:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict
 import msgspec
 import pandas as pd
 
-from colt5_bench.files import append, own, whole
+from colt5_bench.files import append, atomic_write, own
 from colt5_bench.records.columns import error_in_csv, time_in_csv
 from colt5_bench.records.lines import decode, encode, figures, is_simple, lines
 from colt5_bench.records.samples import intervals
@@ -193,7 +193,7 @@ class Writer:
 
     def rewrite(self, environments: Iterable[dict[str, object]], records: Iterable[Record]) -> None:
         """Let the file hold these in place of what it holds, and go on."""
-        with whole(self.path) as unfinished:
+        with atomic_write(self.path) as unfinished:
             successor = Writer.of(unfinished, environments, records)
         self.close()
         self._file = successor._file
@@ -235,7 +235,7 @@ class Run:
 
 def write(path: Path, environments: Iterable[dict[str, object]], records: Iterable[Record]) -> None:
     """A results file in one go: whatever happens, `path` holds what it held before or all of this."""
-    with whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         Writer.of(unfinished, environments, records)._file.close()
 
 

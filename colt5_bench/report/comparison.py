@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 from rich.console import Console
 
 from colt5_bench.compare.findings import Comparison, Finding
-from colt5_bench.records.derived import by
+from colt5_bench.records.derived import group_by
 from colt5_bench.report.rows import json_value
 from colt5_bench.report.terminal import Column, Group, print_table
 
@@ -41,7 +41,7 @@ def write(comparison: Comparison, form: str) -> None:
 
 def show(comparison: Comparison, console: Console) -> None:
     """Print a table of changes for each suite, then notes, then the number of each verdict."""
-    for own in by(comparison.notable(), lambda finding: finding.suite):
+    for own in group_by(comparison.notable(), lambda finding: finding.suite):
         groups = [Group(heading, list(rows)) for heading, rows in groupby(own, _about)]
         print_table(
             own[0].suite,
@@ -93,7 +93,7 @@ def as_markdown(comparison: Comparison) -> str:
 def as_junit(comparison: Comparison) -> str:
     """A test for each finding, which fails if it is a regression."""
     root = ElementTree.Element("testsuites", {"name": "colt5-bench", **_counted(comparison.findings)})
-    for own in by(comparison.findings, lambda finding: finding.suite):
+    for own in group_by(comparison.findings, lambda finding: finding.suite):
         suite = ElementTree.SubElement(root, "testsuite", {"name": own[0].suite, **_counted(own)})
         for finding in own:
             test = ElementTree.SubElement(

@@ -11,7 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from colt5_bench.records.columns import BANDWIDTH, GRADIENT_ERROR, time
-from colt5_bench.records.derived import Interval, by, label, plus_minus, text, varying_fields, worst_gradient
+from colt5_bench.records.derived import Interval, group_by, label, plus_minus, text, varying_fields, worst_gradient
 from colt5_bench.records.results import Record
 from colt5_bench.report import axes
 from colt5_bench.report.colours import colour, place
@@ -227,7 +227,7 @@ def _directions(records: Iterable[Record]) -> list[str]:
 def _lines(plot: _Plot, records: Sequence[Record], drawn: Drawn) -> list[dict[str, Any]]:
     """A line an implementation, and each combination of the fields that make lines."""
     traces = []
-    for own in by(records, lambda record: series(record, plot.lines)):
+    for own in group_by(records, lambda record: series(record, plot.lines)):
         points = [(record, value) for record in own if (value := drawn.of(record)) is not None]
         points.sort(key=lambda point: axes.sortable(point[0].fields[plot.x]))
         if not points:
@@ -305,7 +305,7 @@ def _divergence(x: str, records: Sequence[Record]) -> list[Drawing]:
     implementations = list(dict.fromkeys(record.implementation for record in compared))
     drawings = []
     for group in by_fields(compared, ["dtype"]):
-        rows = by(group, lambda record: (record.implementation, label(record.fields, [*spread, *schedule])))
+        rows = group_by(group, lambda record: (record.implementation, label(record.fields, [*spread, *schedule])))
         rows.sort(key=lambda row: implementations.index(row[0].implementation))
         when = {"dtype": str(group[0].fields.get("dtype"))} if several else {}
         drawings.append(_heat_map(when, x, [*spread, *schedule], rows))

@@ -7,7 +7,15 @@ from math import ceil, floor, inf, log10
 from typing import TypeVar
 
 from colt5_bench.records.columns import PEAK
-from colt5_bench.records.derived import Interval, bandwidth, by, label, time_intervals, varying_fields, worst_gradient
+from colt5_bench.records.derived import (
+    Interval,
+    bandwidth,
+    group_by,
+    label,
+    time_intervals,
+    varying_fields,
+    worst_gradient,
+)
 from colt5_bench.records.results import Record
 from colt5_bench.suite import Suite
 
@@ -174,7 +182,7 @@ def decades(values: Iterable[float]) -> tuple[int, int]:
 
 def by_fields(records: Iterable[Record], names: Sequence[str]) -> list[list[Record]]:
     """Records that agree in the named fields."""
-    return by(records, lambda record: label(record.fields, names))
+    return group_by(records, lambda record: label(record.fields, names))
 
 
 def tick(value: object) -> str:

@@ -13,12 +13,12 @@ from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
 from colt5_bench.compare.findings import Comparison, Finding
-from colt5_bench.files import whole
+from colt5_bench.files import atomic_write
 from colt5_bench.records.columns import GRADIENT_ERROR, SHARE_OF_LIMIT, SPEED_UP, time
 from colt5_bench.records.derived import (
     Interval,
-    by,
     format_ratio,
+    group_by,
     main_column,
     mean_speed_up,
     plus_minus,
@@ -116,7 +116,7 @@ def write_page(
         loader=PackageLoader("colt5_bench.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     templates.filters["short"] = short
-    suites = by(run.records, lambda record: record.suite)
+    suites = group_by(run.records, lambda record: record.suite)
     sections = [_section(own, views.get(own[0].suite, View())) for own in suites]
     page = templates.get_template("page.html").render(
         title=title or ", ".join(section.name for section in sections) or "No records",
@@ -137,7 +137,7 @@ def write_page(
         data=_embedded(run, sections, views),
         plotly=Markup(get_plotlyjs()),
     )
-    with whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
     return path
 
@@ -187,7 +187,7 @@ def _standings(records: Sequence[Record], reference: str, dtype: str) -> list[St
     over = {key: (ratio, interval) for key, ratio, interval in known if ratio is not None}
     uncertain = dict(zip(map(id, records), time_intervals(records, main), strict=True))
     standings = []
-    for own in by(records, lambda record: record.implementation):
+    for own in group_by(records, lambda record: record.implementation):
         pairs = sorted((over[id(record)] for record in own if id(record) in over), key=lambda pair: pair[0])
         shares = [(share, record) for record in own if (share := share_of_limit(record, main)) is not None]
         share, nearest = max(shares, key=lambda each: each[0], default=(None, None))

@@ -16,9 +16,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from colt5_bench.files import whole
+from colt5_bench.files import atomic_write
 from colt5_bench.records.columns import BANDWIDTH, GRADIENT_ERROR, time
-from colt5_bench.records.derived import by, label, main_column, varying_fields, worst_gradient
+from colt5_bench.records.derived import group_by, label, main_column, varying_fields, worst_gradient
 from colt5_bench.records.results import Record
 from colt5_bench.report.colours import colour, place
 from colt5_bench.report.layout import (
@@ -283,7 +283,7 @@ def _draw(
 ) -> None:
     """Draw a marker a record, hollow for one that is wrong, its interval, and a line. The line goes through the largest
     at each x."""
-    for own in by(records, lambda record: series(record, lines)):
+    for own in group_by(records, lambda record: series(record, lines)):
         shade, marker = colour(own[0].implementation), _marker(own[0].implementation)
         for quantity in quantities:
             dash = ":" if quantity is SAVED_MEGABYTES else dashes[label(own[0].fields, lines)]
@@ -397,10 +397,10 @@ def _by_dtype(records: Sequence[Record]) -> dict[str, list[Record]]:
 def _save(figure: Figure, directory: Path, name: str) -> list[Path]:
     """Without the date and the version that would make each file new."""
     paths = [directory / f"{name}.png", directory / f"{name}.svg"]
-    with whole(paths[0]) as unfinished:
+    with atomic_write(paths[0]) as unfinished:
         figure.savefig(unfinished, format="png", metadata={"Software": None})
     # The layout stays as it is; it takes as long as drawing does.
     figure.set_layout_engine("none")
-    with whole(paths[1]) as unfinished:
+    with atomic_write(paths[1]) as unfinished:
         figure.savefig(unfinished, format="svg", metadata={"Date": None, "Creator": None})
     return paths

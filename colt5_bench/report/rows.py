@@ -21,8 +21,8 @@ from colt5_bench.records.columns import (
 from colt5_bench.records.derived import (
     Interval,
     bandwidth,
-    by,
     format_ratio,
+    group_by,
     label,
     main_column,
     measured_under,
@@ -93,7 +93,7 @@ def rows(
     """
     times = _time_columns(records)
     cells: dict[int, list[Cell]] = {}
-    for own in by(records, lambda record: record.suite):
+    for own in group_by(records, lambda record: record.suite):
         varying, main = varying_fields(own), main_column(own)
         reference = views.get(own[0].suite, View()).reference
         ratios, bounds = speed_ups(own, reference, main), speed_up_intervals(own, reference, main)

@@ -25,8 +25,8 @@ from colt5_bench.records.columns import (
 )
 from colt5_bench.records.derived import (
     bandwidth,
-    by,
     format_ratio,
+    group_by,
     label,
     main_column,
     plus_minus,
@@ -76,7 +76,7 @@ def summary(records: Sequence[Record], reference: str, console: Console) -> None
     if not records:
         endings(records, console)
         return
-    groups, metrics = by(records, lambda record: (record.case, record.direction)), _metric_columns(records)
+    groups, metrics = group_by(records, lambda record: (record.case, record.direction)), _metric_columns(records)
     if any(record.timings for record in records):
         _print(records, groups, [*_time_columns(records, reference), *metrics], console)
         main = time(main_column(records))
