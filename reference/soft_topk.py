@@ -65,8 +65,8 @@ def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | N
     others = ~saturated & ~hidden | full
     # Relative to the kink, exponents are exact where they matter. The shift cancels, so that it needs no gradient.
     exponent = (s - torch.where(full, 0.0, largest_below_one)) / eps
-    log_sum = exponent.masked_fill(~others, -torch.inf).logsumexp(dim=-1, keepdim=True)
-    log_y = exponent + torch.log(torch.where(full, 1.0, k - n_at_one)) - log_sum
+    lse = exponent.masked_fill(~others, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    log_y = exponent + torch.log(torch.where(full, 1.0, k - n_at_one)) - lse
     return torch.exp(log_y.masked_fill(saturated | full | hidden, 0.0)).masked_fill(hidden, 0.0)
 
 

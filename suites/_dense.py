@@ -19,7 +19,7 @@ CHUNK_SIMILARITIES = 2**26
 
 
 def attend_plainly(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-    """Softmax attention by its definition, for a few queries at a time: the similarities of all may not fit."""
+    """Softmax attention by its definition, for a few queries at a time: the logits of all may not fit."""
     rows = max(1, CHUNK_SIMILARITIES // (query.shape[0] * query.shape[1] * key.shape[2]))
     starts = range(0, query.shape[2], rows)
     parts = zip(query.split(rows, dim=2), starts, strict=True)
@@ -27,11 +27,11 @@ def attend_plainly(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> T
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, start: int, causal: bool) -> Tensor:
-    similarity = query * query.shape[-1] ** -0.5 @ key.mT
+    logits = query * query.shape[-1] ** -0.5 @ key.mT
     if causal:
-        later = torch.ones(similarity.shape[-2:], dtype=torch.bool, device=query.device).triu(start + 1)
-        similarity = similarity.masked_fill(later, -torch.inf)
-    return similarity.softmax(dim=-1) @ value
+        later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).triu(start + 1)
+        logits = logits.masked_fill(later, -torch.inf)
+    return logits.softmax(dim=-1) @ value
 
 
 def attend_with_sdpa(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:

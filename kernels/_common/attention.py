@@ -85,13 +85,13 @@ def load_rows(ptr, rows, present, columns, stride, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(logits, scale, largest, total):
-    """One tile of logits `queries keys` in an online softmax to the base 2, whose largest is finite.
+def softmax_step(logits, scale, max_logit, total):
+    """One tile of logits `queries keys` in an online softmax to the base 2, whose maximum is finite.
 
-    Returns p before it is divided by the total, the factor by which everything before is rescaled, and the new largest
-    and total.
+    Returns p before it is divided by the total, the factor by which everything before is rescaled, the new maximum
+    and the new total.
     """
-    new_largest = tl.maximum(largest, tl.max(logits, axis=1) * scale)
-    p = tl.exp2(logits * scale - new_largest[:, None])
-    rescale = tl.exp2(largest - new_largest)
-    return p, rescale, new_largest, total * rescale + tl.sum(p, axis=1)
+    new_max = tl.maximum(max_logit, tl.max(logits, axis=1) * scale)
+    p = tl.exp2(logits * scale - new_max[:, None])
+    rescale = tl.exp2(max_logit - new_max)
+    return p, rescale, new_max, total * rescale + tl.sum(p, axis=1)

@@ -18,7 +18,7 @@ from reference._shared.arguments import check_gathered
 def _forward(
     query: Tensor, key_value: Tensor, lists: Tensor, weights: Tensor, null_kv: Tensor, multiply_keys: bool
 ) -> tuple[Tensor, Tensor]:
-    """The output, and the logarithm of what its softmax divides by, to the base 2 if a kernel writes it.
+    """The output, and the lse of each query, to the base 2 if a kernel writes it.
 
     In memory the heads of a query are side by side, as a projection makes and takes them.
     """

@@ -96,7 +96,7 @@ def _forward_kernel(
     listed = (row * n_routes + route) * n_slots
 
     null_key, null_value = load_null(null_ptr, n_heads, head, dims, DIM, query.dtype)
-    largest = tl.sum(query.to(tl.float32) * null_key[None, :], axis=1) * scale
+    max_logit = tl.sum(query.to(tl.float32) * null_key[None, :], axis=1) * scale
     total = tl.full([BLOCK_I], 1.0, tl.float32)
     out = tl.zeros([BLOCK_I, BLOCK_D], tl.float32) + null_value[None, :]
     for start in range(0, n_slots, BLOCK_S):
@@ -108,11 +108,11 @@ def _forward_kernel(
         if WEIGH_KEYS:
             logits *= weights[None, :]
         logits = tl.where(valid[None, :], logits, -float("inf"))
-        p, rescale, largest, total = softmax_step(logits, scale, largest, total)
+        p, rescale, max_logit, total = softmax_step(logits, scale, max_logit, total)
         weighted = (p * weights[None, :]).to(value.dtype)
         out = dot(weighted, value, out * rescale[:, None], PRECISION)
 
-    tl.store(lse_ptr + (row * n_heads + head) * n_queries + queries, largest + tl.log2(total), mask=there)
+    tl.store(lse_ptr + (row * n_heads + head) * n_queries + queries, max_logit + tl.log2(total), mask=there)
     out_ptr += row * n_queries * n_heads * DIM + head * DIM
     places = queries[:, None] * (n_heads * DIM) + dims[None, :]
     out = (out / total[:, None]).to(out_ptr.dtype.element_ty)

@@ -25,7 +25,7 @@ def _forward(
     multiply_keys: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the same before it is rounded, if that is to be saved, and the log-sum-exp to the base 2."""
+    """The output, the same before it is rounded, if that is to be saved, and the lse to the base 2."""
     batch, n_queries, _ = query.shape
     rounds = query.dtype != torch.float32
     out = query.new_empty(query.shape)

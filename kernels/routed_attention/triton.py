@@ -114,7 +114,7 @@ def _forward_kernel(
 
     query = load_rows(query_ptr + own, queries, queries < n_queries, columns, HEADS * HEAD_DIM, HEAD_DIM)
     null_key, null_value = _load_null(null_ptr, head, columns, HEADS, HEAD_DIM)
-    largest = tl.sum(query.to(tl.float32) * null_key[None, :], axis=1) * scale
+    max_logit = tl.sum(query.to(tl.float32) * null_key[None, :], axis=1) * scale
     total = tl.full([BLOCK], 1.0, tl.float32)
     out = tl.zeros([BLOCK, BLOCK_D], tl.float32) + null_value[None, :]
     for start in range(0, n_keys, TILE):
@@ -122,10 +122,10 @@ def _forward_kernel(
         key, value, weight, present = _load_keys(
             kv_ptr, weight_ptr, mask_ptr, keys, columns, kv_stride, n_keys, HEAD_DIM, HAS_MASK, WEIGH_KEYS
         )
-        s = dot(query, tl.trans(key), None, PRECISION) * scale
-        s = tl.where(present[None, :], s, float("-inf"))
-        # The learned key is always there, so that the largest is finite.
-        p, rescale, largest, total = softmax_step(s, 1.0, largest, total)
+        logits = dot(query, tl.trans(key), None, PRECISION) * scale
+        logits = tl.where(present[None, :], logits, float("-inf"))
+        # The learned key is always there, so that the maximum is finite.
+        p, rescale, max_logit, total = softmax_step(logits, 1.0, max_logit, total)
         weighted = (p * weight[None, :]).to(value.dtype)
         out = out * rescale[:, None] + dot(weighted, value, None, PRECISION)
 
@@ -135,7 +135,7 @@ def _forward_kernel(
     tl.store(out_ptr + places, out.to(out_ptr.dtype.element_ty), mask=inside)
     if WIDE:
         tl.store(wide_ptr + places, out, mask=inside)
-    tl.store(lse_ptr + numbers + queries, largest + tl.log2(total), mask=queries < n_queries)
+    tl.store(lse_ptr + numbers + queries, max_logit + tl.log2(total), mask=queries < n_queries)
 
 
 @triton.jit
@@ -204,11 +204,11 @@ def _query_kernel(
         key, value, weight, present = _load_keys(
             kv_ptr, weight_ptr, mask_ptr, keys, columns, kv_stride, n_keys, HEAD_DIM, HAS_MASK, WEIGH_KEYS
         )
-        s = dot(query, tl.trans(key), None, PRECISION) * scale
-        p = tl.where(present[None, :], tl.exp2(s - lse[:, None]), 0.0)
+        logits = dot(query, tl.trans(key), None, PRECISION) * scale
+        p = tl.where(present[None, :], tl.exp2(logits - lse[:, None]), 0.0)
         dp = dot(grad, tl.trans(value), None, PRECISION) * weight[None, :]
-        ds = p * (dp - delta[:, None]) * dim_scale
-        dquery += dot(ds.to(key.dtype), key, None, PRECISION)
+        dlogits = p * (dp - delta[:, None]) * dim_scale
+        dquery += dot(dlogits.to(key.dtype), key, None, PRECISION)
 
     inside = (queries < n_queries)[:, None] & (columns < HEAD_DIM)[None, :]
     dquery_ptrs = dquery_ptr + own + queries.to(tl.int64)[:, None] * (HEADS * HEAD_DIM) + columns[None, :]
@@ -262,12 +262,12 @@ def _key_value_kernel(
         grad = load_rows(grad_ptr + own, queries, queries < n_queries, columns, HEADS * HEAD_DIM, HEAD_DIM)
         lse = tl.load(lse_ptr + numbers + queries, mask=queries < n_queries, other=0.0)
         delta = tl.load(delta_ptr + numbers + queries, mask=queries < n_queries, other=0.0)
-        s = dot(key, tl.trans(query), None, PRECISION) * scale
-        p = tl.where(present[:, None], tl.exp2(s - lse[None, :]), 0.0)
+        logits = dot(key, tl.trans(query), None, PRECISION) * scale
+        p = tl.where(present[:, None], tl.exp2(logits - lse[None, :]), 0.0)
         attended += dot(p.to(grad.dtype), grad, None, PRECISION)
         dp = dot(value, tl.trans(grad), None, PRECISION) * weight[:, None]
-        ds = p * (dp - delta[None, :]) * dim_scale
-        dkey += dot(ds.to(query.dtype), query, None, PRECISION)
+        dlogits = p * (dp - delta[None, :]) * dim_scale
+        dkey += dot(dlogits.to(query.dtype), query, None, PRECISION)
 
     dweight = tl.sum(attended * value.to(tl.float32), axis=1)
     if WEIGH_KEYS:

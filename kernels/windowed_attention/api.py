@@ -1,9 +1,9 @@
 """Windowed attention in one pass over tiles: no window of keys is ever copied, and no weight leaves the chip.
 
 The forward pass is that of FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14135), over the tiles in reach
-of a block of queries. It keeps one number a query and head beside the output, the logarithm l of what its softmax
-divides by, from which the backward pass has the weights again. With p = exp(s - l), g the gradient of the output o
-and delta = sum g o,
+of a block of queries. It keeps one number a query and head beside the output, the log-sum-exp (lse) l of its
+logits s, from which the backward pass computes the weights p again. With p = exp(s - l), g the gradient of the output
+o and delta = sum g o,
 
     ds = p (g v - delta),    dq = scale ds k,    dk = scale ds' q,    dv = p' g
 
@@ -26,14 +26,14 @@ from reference._shared.autocast import autocast_dtype
 
 
 def _forward(qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The output, and the logarithm of what each softmax divides by, to the base that the path computes with."""
+    """The output, and the lse of each query, to the base that the path computes with."""
     batch, n, width = qkv.shape
     out = qkv.new_empty(batch, n, width // 3)
-    log_sum = qkv.new_empty(batch, heads, n, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    lse = qkv.new_empty(batch, heads, n, dtype=torch.promote_types(qkv.dtype, torch.float32))
     if has_values(qkv):
         attend = launch_forward if _runs_kernel(qkv, heads) else cpu.forward
-        attend(qkv.contiguous(), heads, window_size, causal, _contiguous(mask), out, log_sum)
-    return out, log_sum
+        attend(qkv.contiguous(), heads, window_size, causal, _contiguous(mask), out, lse)
+    return out, lse
 
 
 def _backward(
@@ -41,7 +41,7 @@ def _backward(
     qkv: Tensor,
     mask: Tensor | None,
     out: Tensor,
-    log_sum: Tensor,
+    lse: Tensor,
     heads: int,
     window_size: int,
     causal: bool,
@@ -50,7 +50,7 @@ def _backward(
     if has_values(qkv):
         differentiate = launch_backward if _runs_kernel(qkv, heads) else cpu.backward
         inputs = (grad_out.contiguous(), qkv.contiguous(), heads, window_size, causal, _contiguous(mask))
-        differentiate(*inputs, out, log_sum, dqkv)
+        differentiate(*inputs, out, lse, dqkv)
     return dqkv
 
 
@@ -63,7 +63,7 @@ def _runs_kernel(qkv: Tensor, heads: int) -> bool:
     return qkv.dtype != torch.float64 and qkv.shape[-1] <= 3 * heads * LARGEST_HEAD and runs_triton(qkv)
 
 
-_operation = Operation("windowed_attention", _forward, _backward, outputs=("out", "log_sum"), gradients=("qkv",))
+_operation = Operation("windowed_attention", _forward, _backward, outputs=("out", "lse"), gradients=("qkv",))
 
 
 def pairs_in_reach(n: int, window_size: int, causal: bool) -> int:

@@ -12,15 +12,15 @@ from reference._shared.autocast import without_autocast
 
 
 def forward(
-    qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, out: Tensor, log_sum: Tensor
+    qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, out: Tensor, lse: Tensor
 ) -> None:
-    """Fill in the output `b n (h d)` and the natural log-sum-exp `b h n` of the logits."""
+    """Fill in the output `b n (h d)` and the natural lse `b h n`."""
     size = min(window_size, qkv.shape[1])
     with without_autocast(qkv):
         query, key, value = (_split(each, heads, size) for each in qkv.chunk(3, dim=-1))
-        weight, log = _weights(query, _with_neighbours(key, causal), _allowed(qkv, mask, size, causal))
-        out.copy_(_join(weight @ _with_neighbours(value, causal), qkv.shape[1]))
-        log_sum.copy_(rearrange(log, "b h w i 1 -> b h (w i)")[..., : qkv.shape[1]])
+        p, lse_of_windows = _weights(query, _with_neighbours(key, causal), _allowed(qkv, mask, size, causal))
+        out.copy_(_join(p @ _with_neighbours(value, causal), qkv.shape[1]))
+        lse.copy_(rearrange(lse_of_windows, "b h w i 1 -> b h (w i)")[..., : qkv.shape[1]])
 
 
 def backward(
@@ -31,7 +31,7 @@ def backward(
     causal: bool,
     mask: Tensor | None,
     out: Tensor,
-    log_sum: Tensor,
+    lse: Tensor,
     dqkv: Tensor,
 ) -> None:
     """Fill in the gradient `b n (3 h d)`."""
@@ -42,13 +42,13 @@ def backward(
         key, value = _with_neighbours(key, causal), _with_neighbours(value, causal)
         grad, out = _split(grad, heads, size), _split(out, heads, size)
         # Not from the logarithms: where they are large, their rounding is.
-        weight, _ = _weights(query, key, _allowed(qkv, mask, size, causal))
+        p, _ = _weights(query, key, _allowed(qkv, mask, size, causal))
         delta = (grad * out).sum(dim=-1, keepdim=True)
-        dsimilarity = weight * (grad @ value.mT - delta) * query.shape[-1] ** -0.5
+        dlogits = p * (grad @ value.mT - delta) * query.shape[-1] ** -0.5
         gradients = (
-            dsimilarity @ key,
-            _from_neighbours(dsimilarity.mT @ query, size),
-            _from_neighbours(weight.mT @ grad, size),
+            dlogits @ key,
+            _from_neighbours(dlogits.mT @ query, size),
+            _from_neighbours(p.mT @ grad, size),
         )
         for into, gradient in zip(dqkv.chunk(3, dim=-1), gradients, strict=True):
             into.copy_(_join(gradient, n))
@@ -91,10 +91,10 @@ def _allowed(qkv: Tensor, mask: Tensor | None, size: int, causal: bool) -> Tenso
 
 
 def _weights(query: Tensor, key: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights `b h w i j`, 0 where there is nothing to attend to, and the log-sum-exp of the logits."""
-    similarity = (query @ key.mT * query.shape[-1] ** -0.5).masked_fill(~allowed, -torch.inf)
-    largest = similarity.amax(dim=-1, keepdim=True)
-    largest = largest.masked_fill(largest == -torch.inf, 0.0)
-    weight = (similarity - largest).exp()
-    total = weight.sum(dim=-1, keepdim=True)
-    return weight / total.masked_fill(total == 0, 1.0), largest + total.log()
+    """Weights `b h w i j`, 0 where there is nothing to attend to, and the lse of each query."""
+    logits = (query @ key.mT * query.shape[-1] ** -0.5).masked_fill(~allowed, -torch.inf)
+    max_logit = logits.amax(dim=-1, keepdim=True)
+    max_logit = max_logit.masked_fill(max_logit == -torch.inf, 0.0)
+    p = (logits - max_logit).exp()
+    total = p.sum(dim=-1, keepdim=True)
+    return p / total.masked_fill(total == 0, 1.0), max_logit + total.log()

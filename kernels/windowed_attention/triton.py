@@ -81,7 +81,7 @@ def _forward_kernel(
     qkv_ptr,  # b n 3 h d
     mask_ptr,  # b n
     out_ptr,  # b n h d
-    log_sum_ptr,  # b h n, fp32, to the base 2
+    lse_ptr,  # b h n, fp32, to the base 2
     n,
     window_size,
     scale,
@@ -93,7 +93,7 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The output of a block of queries, and the logarithm of what its softmax divides by."""
+    """The output of a block of queries, and the lse of each query."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     start, row, column, numbers = _place(tl.program_id(0), n, HEADS, HEAD_DIM, BLOCK)
     qkv_ptr += row * (3 * WIDTH) + column
@@ -105,7 +105,7 @@ def _forward_kernel(
 
     own, owned = _tile(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
     q = tl.load(own, mask=owned, other=0.0)
-    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    max_logit = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     out = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for tile in range(tl.cdiv(end_key - first_key, TILE)):
@@ -115,24 +115,24 @@ def _forward_kernel(
         v = tl.load(at + 2 * WIDTH, mask=inside, other=0.0)
         key = start_n + tl.arange(0, TILE)
         key = tl.where(_are_present(mask_ptr + row, key, n, HAS_MASK), key, NOWHERE)
-        similarity = dot(q, k.T, None, PRECISION)
-        similarity = tl.where(_within(key[None, :], first[:, None], end[:, None]), similarity, float("-inf"))
-        larger = tl.maximum(largest, tl.max(similarity, axis=1))
-        # Nothing has been within reach of a query whose largest is -inf. A difference of near numbers is exact.
-        shift = tl.where(larger == float("-inf"), 0.0, larger)
-        weight = tl.exp2((similarity - shift[:, None]) * scale)
-        shrink = tl.exp2((largest - shift) * scale)
-        total = total * shrink + tl.sum(weight, axis=1)
-        out = dot(weight.to(v.dtype), v, out * shrink[:, None], PRECISION)
-        largest = larger
+        logits = dot(q, k.T, None, PRECISION)
+        logits = tl.where(_within(key[None, :], first[:, None], end[:, None]), logits, float("-inf"))
+        new_max = tl.maximum(max_logit, tl.max(logits, axis=1))
+        # Nothing has been within reach of a query whose maximum is -inf. A difference of near numbers is exact.
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.exp2((logits - shift[:, None]) * scale)
+        rescale = tl.exp2((max_logit - shift) * scale)
+        total = total * rescale + tl.sum(p, axis=1)
+        out = dot(p.to(v.dtype), v, out * rescale[:, None], PRECISION)
+        max_logit = new_max
 
     nothing = total == 0
     out = out / tl.where(nothing, 1.0, total)[:, None]
     own, owned = _tile(out_ptr + row * WIDTH + column, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
     tl.store(own, out.to(out_ptr.dtype.element_ty), mask=owned)
-    # A weight is exp2(similarity * scale - log_sum): 0 where there is nothing to attend to.
-    log_sum = tl.where(nothing, float("inf"), largest * scale + tl.log2(total))
-    tl.store(log_sum_ptr + numbers + query, log_sum, mask=query < n)
+    # p is exp2(logits * scale - lse): 0 where there is nothing to attend to.
+    lse = tl.where(nothing, float("inf"), max_logit * scale + tl.log2(total))
+    tl.store(lse_ptr + numbers + query, lse, mask=query < n)
 
 
 @triton.jit
@@ -141,7 +141,7 @@ def _query_gradient(
     qkv_ptr,
     mask_ptr,
     out_ptr,
-    log_sum_ptr,
+    lse_ptr,
     dqkv_ptr,
     start,
     n,
@@ -168,7 +168,7 @@ def _query_gradient(
     own, owned = _tile(out_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
     out = tl.load(own, mask=owned, other=0.0)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
-    log_sum = tl.load(log_sum_ptr + query, mask=query < n, other=float("inf"))
+    lse = tl.load(lse_ptr + query, mask=query < n, other=float("inf"))
     own, owned = _tile(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
     q = tl.load(own, mask=owned, other=0.0)
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
@@ -179,12 +179,12 @@ def _query_gradient(
         at, inside = _tile(qkv_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
         k = tl.load(at + WIDTH, mask=inside, other=0.0)
         v = tl.load(at + 2 * WIDTH, mask=inside, other=0.0)
-        similarity = dot(q, k.T, None, PRECISION)
-        weight = tl.exp2(similarity * scale - log_sum[:, None])
-        weight = tl.where(_within(key[None, :], first[:, None], end[:, None]), weight, 0.0)
-        dweight = dot(grad, v.T, None, PRECISION)
-        dsimilarity = weight * (dweight - delta[:, None])
-        dq = dot(dsimilarity.to(k.dtype), k, dq, PRECISION)
+        logits = dot(q, k.T, None, PRECISION)
+        p = tl.exp2(logits * scale - lse[:, None])
+        p = tl.where(_within(key[None, :], first[:, None], end[:, None]), p, 0.0)
+        dp = dot(grad, v.T, None, PRECISION)
+        dlogits = p * (dp - delta[:, None])
+        dq = dot(dlogits.to(k.dtype), k, dq, PRECISION)
     own, owned = _tile(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
     tl.store(own, (dq * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=owned)
 
@@ -195,7 +195,7 @@ def _key_value_gradient(
     qkv_ptr,
     mask_ptr,
     out_ptr,
-    log_sum_ptr,
+    lse_ptr,
     dqkv_ptr,
     start,
     n,
@@ -233,14 +233,14 @@ def _key_value_gradient(
         at, inside = _tile(out_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, WIDTH)
         out = tl.load(at, mask=inside, other=0.0)
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
-        log_sum = tl.load(log_sum_ptr + query, mask=query < n, other=float("inf"))
-        similarity = dot(k, q.T, None, PRECISION)
-        weight = tl.exp2(similarity * scale - log_sum[None, :])
-        weight = tl.where(_within(query[None, :], first[:, None], end[:, None]), weight, 0.0)
-        dv = dot(weight.to(grad.dtype), grad, dv, PRECISION)
-        dweight = dot(v, grad.T, None, PRECISION)
-        dsimilarity = weight * (dweight - delta[None, :])
-        dk = dot(dsimilarity.to(q.dtype), q, dk, PRECISION)
+        lse = tl.load(lse_ptr + query, mask=query < n, other=float("inf"))
+        logits = dot(k, q.T, None, PRECISION)
+        p = tl.exp2(logits * scale - lse[None, :])
+        p = tl.where(_within(query[None, :], first[:, None], end[:, None]), p, 0.0)
+        dv = dot(p.to(grad.dtype), grad, dv, PRECISION)
+        dp = dot(v, grad.T, None, PRECISION)
+        dlogits = p * (dp - delta[None, :])
+        dk = dot(dlogits.to(q.dtype), q, dk, PRECISION)
     own, owned = _tile(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
     tl.store(own + WIDTH, (dk * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=owned)
     tl.store(own + 2 * WIDTH, dv.to(dqkv_ptr.dtype.element_ty), mask=owned)
@@ -252,7 +252,7 @@ def _backward_kernel(
     qkv_ptr,  # b n 3 h d
     mask_ptr,  # b n
     out_ptr,  # b n h d
-    log_sum_ptr,  # b h n, fp32, to the base 2
+    lse_ptr,  # b h n, fp32, to the base 2
     dqkv_ptr,  # b n 3 h d
     n,
     window_size,
@@ -274,7 +274,7 @@ def _backward_kernel(
     qkv_ptr += row * (3 * WIDTH) + column
     mask_ptr += row
     out_ptr += row * WIDTH + column
-    log_sum_ptr += numbers
+    lse_ptr += numbers
     dqkv_ptr += row * (3 * WIDTH) + column
     if tl.program_id(0) % 2 == 0:
         _query_gradient(
@@ -282,7 +282,7 @@ def _backward_kernel(
             qkv_ptr,
             mask_ptr,
             out_ptr,
-            log_sum_ptr,
+            lse_ptr,
             dqkv_ptr,
             start,
             n,
@@ -303,7 +303,7 @@ def _backward_kernel(
             qkv_ptr,
             mask_ptr,
             out_ptr,
-            log_sum_ptr,
+            lse_ptr,
             dqkv_ptr,
             start,
             n,
@@ -364,7 +364,7 @@ def _plan_backward(batch: int, n: int, heads: int, head_dim: int, itemsize: int)
 
 
 def launch_forward(
-    qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, out: Tensor, log_sum: Tensor
+    qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, out: Tensor, lse: Tensor
 ) -> None:
     """Fill in the output `b n (h d)` and the logarithms `b h n`, from contiguous tensors."""
     batch, n, width = out.shape
@@ -374,7 +374,7 @@ def launch_forward(
         qkv,
         qkv if mask is None else mask,
         out,
-        log_sum,
+        lse,
         n,
         min(window_size, n),
         LOG2_E.value * head_dim**-0.5,
@@ -390,7 +390,7 @@ def launch_backward(
     causal: bool,
     mask: Tensor | None,
     out: Tensor,
-    log_sum: Tensor,
+    lse: Tensor,
     dqkv: Tensor,
 ) -> None:
     """Fill in the gradient `b n (3 h d)`, from contiguous tensors."""
@@ -402,7 +402,7 @@ def launch_backward(
         qkv,
         qkv if mask is None else mask,
         out,
-        log_sum,
+        lse,
         dqkv,
         n,
         min(window_size, n),

@@ -29,9 +29,9 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask
 
 def attend_by_formula(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """The same, as it is written."""
-    similarity = einsum(query * query.shape[-1] ** -0.5, key, "b h i d, b h j d -> b h i j")
-    similarity = similarity if mask is None else similarity.masked_fill(~mask, -torch.inf)
-    return einsum(similarity.softmax(dim=-1).to(value.dtype), value, "b h i j, b h j d -> b h i d")
+    logits = einsum(query * query.shape[-1] ** -0.5, key, "b h i d, b h j d -> b h i j")
+    logits = logits if mask is None else logits.masked_fill(~mask, -torch.inf)
+    return einsum(logits.softmax(dim=-1).to(value.dtype), value, "b h i j, b h j d -> b h i d")
 
 
 def _are_dual(tensors: tuple[Tensor, ...]) -> bool:
