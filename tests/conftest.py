@@ -1,6 +1,7 @@
 """What all tests share: reproducible numbers, and which tests run where."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,11 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+# A runner in the background may ignore signals, as nohup does: the commands that tests start would inherit that.
+for ignored in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, signal.default_int_handler if ignored is signal.SIGINT else signal.SIG_DFL)
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)

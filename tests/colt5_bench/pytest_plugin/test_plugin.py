@@ -170,7 +170,14 @@ def test_a_killed_run_loses_the_case_under_way_and_is_completed(run, pytester, m
     temporary.mkdir()
     killed = subprocess.Popen(
         [sys.executable, "-m", "pytest", *options, "--isolate", "test_toy.py"],
-        env={**environment, "PYTHONPATH": str(ROOT), "TOY": "good,hanging", "TMPDIR": str(temporary)},
+        env={
+            **environment,
+            "PYTHONPATH": str(ROOT),
+            "TOY": "good,hanging",
+            "TMPDIR": str(temporary),
+            # As in this process, which completes the run.
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        },
         stdout=subprocess.DEVNULL,
     )
     hanging = pytester.path / "hanging"

@@ -1,6 +1,7 @@
 """A planted slowdown: it is a real one, of the share asked for, in one implementation, and in a copy alone."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from statistics import median
@@ -21,6 +22,8 @@ from colt5_bench.selftest import planted
 from colt5_bench.selftest.planted import slowed
 from tests.colt5_bench import toy
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 SHARES = st.floats(0.01, 10)
@@ -38,17 +41,6 @@ def ours(scores):
 SUITE = suite(ours)
 """
 """An implementation that takes 0.2 ms."""
-
-BENCH = f"""
-import sys
-
-sys.path.insert(1, {str(ROOT)!r})
-from colt5_bench.cli import main
-
-pytestmark = pytest.mark.alone
-
-sys.exit(main())
-"""
 
 
 def ours(scores):
@@ -109,13 +101,15 @@ def test_a_call_takes_longer_by_the_share(share):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A repository with a checkout of the toy suite."""
+    """A repository of the harness and the toy suite."""
     root = tmp_path / "checkout"
     for package in ("reference", "kernels", "suites"):
         (root / package).mkdir(parents=True)
         (root / package / "__init__.py").touch()
     (root / "suites" / "toy.py").write_text(Path(toy.__file__).read_text() + TIMED)
-    (root / "bench.py").write_text(BENCH)
+    # Its own harness: a comparison refuses another one.
+    shutil.copytree(ROOT / "colt5_bench", root / "colt5_bench", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "bench.py", root)
     for name in [name for name in os.environ if name.startswith("PYTEST_")]:
         monkeypatch.delenv(name)
     for arguments in (
