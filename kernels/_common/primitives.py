@@ -374,12 +374,12 @@ def exchange_sum(mailbox_ptr, step, part, total, count, PROGRAMS: tl.constexpr, 
 
 
 @triton.jit
-def exchange_highest(mailbox_ptr, step, part, highest, count, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr):
+def exchange_highest(mailbox_ptr, step, part, max_score, count, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr):
     """Reduce over the programs of a row. The results are the largest fp32 number, NaN if there is one, and the sum of a
     count."""
-    numbers = exchange(mailbox_ptr, step, part, highest, highest, count.to(tl.float32), PROGRAMS, SLOTS)
+    numbers = exchange(mailbox_ptr, step, part, max_score, max_score, count.to(tl.float32), PROGRAMS, SLOTS)
     word = tl.arange(0, 4)[None, :]
     sent = (tl.arange(0, SLOTS) < PROGRAMS)[:, None]
-    highest = max_or_nan(max_or_nan(tl.where(sent & (word == 0), numbers, -float("inf")), 1), 0)
+    max_score = max_or_nan(max_or_nan(tl.where(sent & (word == 0), numbers, -float("inf")), 1), 0)
     count = tl.sum(tl.sum(tl.where(word == 2, numbers, 0.0).to(tl.float64), axis=1), axis=0)
-    return highest + tl.zeros([1], tl.float32), count + tl.zeros([1], tl.float64)
+    return max_score + tl.zeros([1], tl.float32), count + tl.zeros([1], tl.float64)

@@ -37,23 +37,23 @@ def forward(
     # NumPy for what is computed once a row: on few numbers, a call of PyTorch takes several times as long.
     with np.errstate(all="ignore"):
         # Entries that take no part come first in the order, NaN last.
-        highest = ordered[:, -1].double().numpy()
+        max_score = ordered[:, -1].double().numpy()
         hidden = torch.searchsorted(ordered, ordered.new_full((rows, 1), -torch.inf), right=True).numpy()[:, 0]
-        n_valid = np.where(highest < np.inf, n - hidden, np.nan)
+        n_valid = np.where(max_score < np.inf, n - hidden, np.nan)
         empty = n_valid == 0
-        highest = np.where(empty, 0.0, highest)
-        origin = np.where(highest < -FAR * last_temperature, highest, 0.0)
-        highest = highest - origin
+        max_score = np.where(empty, 0.0, max_score)
+        origin = np.where(max_score < -FAR * last_temperature, max_score, 0.0)
+        max_score = max_score - origin
         origins = torch.from_numpy(origin[:, None])
         _move(ordered, origins)
         log_k = np.log(np.where(k.numpy() > 0, k.numpy(), np.nan))
-        base, base_temperature = highest, None
+        base, base_temperature = max_score, None
         a = np.where(empty, 0.0, temperatures[0] * (log_k - np.log(n_valid)) + origin)
         trace, ratios = [a], [np.zeros_like(a)]
         for temperature in temperatures[1:]:
             threshold = -a
             # The largest of min(s, -a), which keeps the sum below from under- and overflowing.
-            anchor = np.minimum(highest, threshold)
+            anchor = np.minimum(max_score, threshold)
             shift = (anchor - base) / temperature
             if temperature != base_temperature or (np.abs(shift) > MAX_SHIFT).any():
                 base, base_temperature, shift = anchor, temperature, np.zeros(rows)

@@ -58,18 +58,18 @@ FAR: tl.constexpr = tl.constexpr(constants.FAR)
 
 
 @triton.jit
-def first_step(log_k, highest, n_valid, temperature):
+def first_step(log_k, max_score, n_valid, temperature):
     """a after the first iteration, and the highest score as fp64; finite for a row without a valid entry. Where the
-    highest is NaN or +inf, a is NaN."""
+    highest score is NaN or +inf, a is NaN."""
     a = temperature * (log_k - tl.log(n_valid))
-    a = tl.where(highest < float("inf"), a, float("nan"))
-    return tl.where(n_valid == 0, 0.0, a), tl.where(n_valid == 0, 0.0, highest.to(tl.float64))
+    a = tl.where(max_score < float("inf"), a, float("nan"))
+    return tl.where(n_valid == 0, 0.0, a), tl.where(n_valid == 0, 0.0, max_score.to(tl.float64))
 
 
 @triton.jit
-def origin_of(highest, eps):
+def origin_of(max_score, eps):
     """Origin of scores and a of a row, fp32: 0, or the highest score where all are far below 0."""
-    return tl.where((highest < -FAR * eps) & (highest > -float("inf")), highest, 0.0).to(tl.float32)
+    return tl.where((max_score < -FAR * eps) & (max_score > -float("inf")), max_score, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -137,19 +137,19 @@ def descend(
     w = exp((s - base) / e): with r = exp((a + base) / e), an iteration is r <- k r / sum min(w r, 1), without a
     logarithm. Where the threshold, -a, gets far from the base, scores are read again for new weights.
     """
-    highest = max_or_nan(highest_in_thread(scores, ROWS, WIDTH), 1)
+    max_score = max_or_nan(highest_in_thread(scores, ROWS, WIDTH), 1)
     n_valid = tl.sum(count_in_thread(is_above(scores, -float("inf")), ROWS, WIDTH), axis=1).to(tl.float64)
     if PROGRAMS > 1:
         step += 1
-        highest, n_valid = exchange_highest(mailbox_ptr, step, part, highest, n_valid, PROGRAMS, SLOTS)
+        max_score, n_valid = exchange_highest(mailbox_ptr, step, part, max_score, n_valid, PROGRAMS, SLOTS)
 
     k_of_row = load_k(k_ptr, rows, k, n_rows, HAS_K)
     log_k = tl.log(k_of_row)
     temperature = first + tl.zeros((), tl.float64)
     factor = log2_e_over(temperature)
-    a, highest = first_step(log_k, highest, n_valid, temperature)
-    origin = origin_of(highest, eps)
-    a, highest = a + origin, highest - origin
+    a, max_score = first_step(log_k, max_score, n_valid, temperature)
+    origin = origin_of(max_score, eps)
+    a, max_score = a + origin, max_score - origin
     scores = from_origin(scores, origin)
     if SAVE:
         save_step(state_ptr, rows, part, n_rows, n_iters, 0, a, tl.zeros([ROWS], tl.float64), temperature, factor)
@@ -158,7 +158,7 @@ def descend(
     for t in range(1, cooling):
         temperature, factor = cool(temperature, eps_decay, eps)
         threshold = -a
-        anchor = tl.where(highest < threshold, highest, threshold)
+        anchor = tl.where(max_score < threshold, max_score, threshold)
         slope, offset, rest = exponent_line(anchor, factor)
         clipped = clip_enlarged(exp2_line(scores, slope, offset), per_row(exp2_minus_1(rest) + EXP2_LACKS))
         above_threshold = is_above(scores, per_row(round_down(threshold)))
@@ -174,10 +174,10 @@ def descend(
             save_step(state_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature, factor)
 
     temperature, factor = cool(temperature, eps_decay, eps)
-    weights, slope, offset, base, r, r_highest = _weigh(scores, a, highest, temperature)
+    weights, slope, offset, base, r, r_max = _weigh(scores, a, max_score, temperature)
     below = round_down(-a)
     for t in range(tl.maximum(cooling, 1), n_iters):
-        scale = tl.where(r > r_highest, r, r_highest)
+        scale = tl.where(r > r_max, r, r_max)
         clipped = clip_scaled(weights, per_row(scale.to(tl.float32)))
         # An exponential grows with its score, so that comparing with that of the threshold is comparing scores.
         limit = exp2_line(per_row(below), slope, offset)
@@ -192,30 +192,30 @@ def descend(
         if SAVE:
             ratio = above * inverse(total)
             save_step(state_ptr, rows, part, n_rows, n_iters, t, a, ratio, temperature, factor)
-        near = tl.where(r > r_highest, r, r_highest).to(tl.float32)
+        near = tl.where(r > r_max, r, r_max).to(tl.float32)
         if tl.max(((near > MAX_SCALE) | (near < 1.0 / MAX_SCALE)).to(tl.int32), axis=0) > 0:
             again = load_tile(
                 scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK, True
             )
             again = from_origin(again, origin)
-            weights, slope, offset, base, r, r_highest = _weigh(again, a, highest, temperature)
+            weights, slope, offset, base, r, r_max = _weigh(again, a, max_score, temperature)
     if SAVE:
         save_temperature(state_ptr, n_rows, n_iters, n_iters, temperature, factor)
     return weights, r, a, factor, step
 
 
 @triton.jit
-def _weigh(scores, a, highest, temperature):
+def _weigh(scores, a, max_score, temperature):
     """Weights of the scores at a base near the threshold -a. With slope and offset of their exponents, and a row's
     base. Then exp((a + base) / e), and the same for the threshold at the highest score, as fp64."""
     factor = log2_e_over(temperature)
     threshold = -a
-    anchor = tl.where(highest < threshold, highest, threshold)
+    anchor = tl.where(max_score < threshold, max_score, threshold)
     slope, offset, rest = exponent_line(anchor, factor)
     base = anchor + rest * inverse(slope.to(tl.float64))
     r = exp2_wide((a + base) * factor).to(tl.float64)
-    r_highest = exp2_wide((base - highest) * factor).to(tl.float64)
-    return exp2_line(scores, slope, offset), slope, offset, base, r, r_highest
+    r_max = exp2_wide((base - max_score) * factor).to(tl.float64)
+    return exp2_line(scores, slope, offset), slope, offset, base, r, r_max
 
 
 @triton.jit
@@ -326,23 +326,23 @@ def _streaming_kernel(
     step = 0
     for row in range(n_rows):
         rows = row + tl.arange(0, 1).to(tl.int64)
-        highest_of_thread = tl.full([1, WIDTH // 4], -float("inf"), tl.float32)
+        max_of_thread = tl.full([1, WIDTH // 4], -float("inf"), tl.float32)
         n_valid_in_thread = tl.zeros([1, WIDTH // 4], tl.int32)
         for tile in range(tiles):
             tile_cols = columns + tile * (REPEATS * WIDTH)
             scores = load_tile(scores_ptr, mask_ptr, rows, tile_cols, scores_stride, mask_stride, n_rows, n, HAS_MASK)
-            highest_of_thread = larger_or_nan(highest_of_thread, highest_in_thread(scores, 1, WIDTH))
+            max_of_thread = larger_or_nan(max_of_thread, highest_in_thread(scores, 1, WIDTH))
             n_valid_in_thread += count_in_thread(is_above(scores, -float("inf")), 1, WIDTH)
-        highest = max_or_nan(highest_of_thread, 1)
+        max_score = max_or_nan(max_of_thread, 1)
         n_valid = tl.sum(n_valid_in_thread, axis=1).to(tl.float64)
         step += 1
-        highest, n_valid = exchange_highest(mailbox_ptr, step, part, highest, n_valid, PROGRAMS, SLOTS)
+        max_score, n_valid = exchange_highest(mailbox_ptr, step, part, max_score, n_valid, PROGRAMS, SLOTS)
         log_k = tl.log(load_k(k_ptr, rows, k, n_rows, HAS_K))
         temperature = first + tl.zeros((), tl.float64)
         factor = log2_e_over(temperature)
-        a, highest = first_step(log_k, highest, n_valid, temperature)
-        origin = origin_of(highest, eps)
-        a, highest = a + origin, highest - origin
+        a, max_score = first_step(log_k, max_score, n_valid, temperature)
+        origin = origin_of(max_score, eps)
+        a, max_score = a + origin, max_score - origin
         move = per_row(origin)
         if SAVE:
             save_step(state_ptr, rows, part, n_rows, n_iters, 0, a, tl.zeros([1], tl.float64), temperature, factor)
@@ -350,7 +350,7 @@ def _streaming_kernel(
 
         for t in range(1, n_iters):
             temperature, factor = cool(temperature, eps_decay, eps)
-            anchor = tl.where(highest < -a, highest, -a)
+            anchor = tl.where(max_score < -a, max_score, -a)
             threshold = per_row(round_down(-a))
             slope, offset, rest = exponent_line(anchor, factor)
             more = per_row(exp2_minus_1(rest) + EXP2_LACKS)

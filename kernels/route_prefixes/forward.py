@@ -126,30 +126,30 @@ def _descend_kernel(
     common = (tl.maximum(last - GROUP, 0) + 1) * window_size
     longest = last * window_size
 
-    highest_of_thread = tl.full([1, WIDTH // 4], -float("inf"), tl.float32)
+    max_of_thread = tl.full([1, WIDTH // 4], -float("inf"), tl.float32)
     n_valid_of_thread = tl.zeros([1, WIDTH // 4], tl.int32)
     for start in range(0, common, REPEATS * WIDTH):
         scores = _load_common(scores_ptr, row, start, common, scores_stride, n_rows, REPEATS, WIDTH)
-        highest_of_thread = larger_or_nan(highest_of_thread, highest_in_thread(scores, 1, WIDTH))
+        max_of_thread = larger_or_nan(max_of_thread, highest_in_thread(scores, 1, WIDTH))
         n_valid_of_thread += count_in_thread(is_above(scores, -float("inf")), 1, WIDTH)
-    highest = max_or_nan(highest_of_thread, 1) + tl.zeros([GROUP], tl.float32)
+    max_score = max_or_nan(max_of_thread, 1) + tl.zeros([GROUP], tl.float32)
     n_valid = tl.sum(n_valid_of_thread, axis=1) + tl.zeros([GROUP], tl.int32)
     for start in range(common, longest, WIDTH):
         own = _load_own(scores_ptr, row, start, longest, lengths, scores_stride, n_rows, WIDTH)
-        highest = larger_or_nan(highest, max_or_nan(highest_in_thread(own, GROUP, WIDTH), 1))
+        max_score = larger_or_nan(max_score, max_or_nan(highest_in_thread(own, GROUP, WIDTH), 1))
         n_valid += tl.sum(count_in_thread(is_above(own, -float("inf")), GROUP, WIDTH), axis=1)
 
     log_k = tl.log(k + tl.zeros([GROUP], tl.float64))
     temperature = first + tl.zeros((), tl.float64)
     factor = log2_e_over(temperature)
-    a, highest = first_step(log_k, highest, n_valid.to(tl.float64), temperature)
+    a, max_score = first_step(log_k, max_score, n_valid.to(tl.float64), temperature)
     nothing = tl.zeros([GROUP], tl.float64)
     save_step(state_ptr, prefixes, 0, n_prefixes, n_iters, 0, a, nothing, temperature, factor)
 
     for t in range(1, n_iters):
         temperature, factor = cool(temperature, eps_decay, eps)
         threshold = round_down(-a)
-        anchor = tl.where(highest < -a, highest, -a)
+        anchor = tl.where(max_score < -a, max_score, -a)
         base = tl.sum(tl.where(tl.arange(0, GROUP) == GROUP - 1, anchor, 0.0), axis=0) + tl.zeros([1], tl.float64)
         shift = (base - anchor) * factor
         is_far = tl.max(tl.where(tl.abs(shift) <= MAX_SHIFT * LOG2_E, 0, 1), axis=0)

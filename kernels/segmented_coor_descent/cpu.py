@@ -13,10 +13,10 @@ def _prepare(
     k are each `rows 1`."""
     s = scores.to(dtype)
     s = s if mask is None else s.masked_fill(~mask, -torch.inf)
-    highest = s.amax(dim=-1, keepdim=True)
+    max_score = s.amax(dim=-1, keepdim=True)
     k_column = scores.new_full((scores.shape[0], 1), k, dtype=dtype) if k_rows is None else k_rows.to(dtype)[:, None]
     k_column = torch.where(k_column > 0, k_column, torch.nan)
-    return s, highest.masked_fill(highest == -torch.inf, 0.0), k_column, k_column.log()
+    return s, max_score.masked_fill(max_score == -torch.inf, 0.0), k_column, k_column.log()
 
 
 def _exponentials(s: Tensor, b: Tensor, largest: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -27,12 +27,12 @@ def _exponentials(s: Tensor, b: Tensor, largest: Tensor, temperature: float) -> 
 
 
 def _iterate(
-    s: Tensor, highest: Tensor, log_k: Tensor, b: Tensor, largest: Tensor, temperature: float
+    s: Tensor, max_score: Tensor, log_k: Tensor, b: Tensor, largest: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One iteration: the next a `rows 1`, b `rows n` and the largest s + b `rows 1`."""
     _, total = _exponentials(s, b, largest, temperature)
     a = temperature * (log_k - total.log()) - largest
-    return a, (s + a).relu_().neg_(), torch.minimum(highest, -a)
+    return a, (s + a).relu_().neg_(), torch.minimum(max_score, -a)
 
 
 def forward(
@@ -46,17 +46,17 @@ def forward(
     checkpoint_b: Tensor,  # segments rows n; both without entries where no gradient is wanted
 ) -> Tensor:
     """The relaxed selection `rows n`, as the forward kernels compute it."""
-    s, highest, _, log_k = _prepare(scores, mask, k_rows, k, checkpoint_b.dtype)
+    s, max_score, _, log_k = _prepare(scores, mask, k_rows, k, checkpoint_b.dtype)
     save = checkpoint_b.numel() > 0
     *temperatures, last_temperature = steps
     b = torch.where(s == -torch.inf, 0.0, -s)
-    largest = torch.zeros_like(highest)
+    largest = torch.zeros_like(max_score)
     for segment in range(segments):
         if save:
             checkpoint_b[segment] = b
         start, stop = borders_of.fn(segment, len(temperatures), segments)
         for temperature in temperatures[start:stop]:
-            a, b, largest = _iterate(s, highest, log_k, b, largest, temperature)
+            a, b, largest = _iterate(s, max_score, log_k, b, largest, temperature)
         if save:
             checkpoint_a[segment] = a[:, 0]
     y = (s + a).add_(b).div_(last_temperature).exp_()
@@ -74,7 +74,7 @@ def backward(
     checkpoint_b: Tensor,  # segments rows n
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the scores `rows n` and of k `rows`, as the backward kernels compute them."""
-    s, highest, k_column, log_k = _prepare(scores, mask, k_rows, k, checkpoint_b.dtype)
+    s, max_score, k_column, log_k = _prepare(scores, mask, k_rows, k, checkpoint_b.dtype)
     segments = len(checkpoint_b)
     *temperatures, last_temperature = steps
     hidden = s == -torch.inf
@@ -90,9 +90,9 @@ def backward(
         for t in reversed(range(max(start, 1), stop)):
             b = checkpoint_b[segment]
             # The largest s + b; in the first segment b = -s.
-            largest = torch.minimum(highest, -checkpoint_a[segment - 1][:, None]) if segment else 0.0 * highest
+            largest = torch.minimum(max_score, -checkpoint_a[segment - 1][:, None]) if segment else 0.0 * max_score
             for temperature in temperatures[start:t]:
-                _, b, largest = _iterate(s, highest, log_k, b, largest, temperature)
+                _, b, largest = _iterate(s, max_score, log_k, b, largest, temperature)
             exponentials, total = _exponentials(s, b, largest, temperatures[t])
             clipped = b < 0
             dk += grad_a * temperatures[t]

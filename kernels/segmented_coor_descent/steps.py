@@ -38,9 +38,9 @@ def load_log_k(k_ptr, row, k, dtype: tl.constexpr, HAS_K: tl.constexpr):
 
 
 @triton.jit
-def finite(highest):
+def finite(max_score):
     """The highest score, or 0 in a row without a valid one."""
-    return tl.where(highest == -float("inf"), 0.0, highest)
+    return tl.where(max_score == -float("inf"), 0.0, max_score)
 
 
 @triton.jit
@@ -54,9 +54,9 @@ def next_b(s, a):
 
 
 @triton.jit
-def largest_of(highest, a):
+def largest_of(max_score, a):
     """The largest s + b, without a reduction: s - relu(s + a) = min(s, -a)."""
-    return tl.minimum(highest, -a)
+    return tl.minimum(max_score, -a)
 
 
 @triton.jit

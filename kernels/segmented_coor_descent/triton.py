@@ -64,7 +64,7 @@ def _resident_forward_kernel(
     eps_decay += tl.zeros((), tl.float64)
     eps += tl.zeros((), tl.float64)
 
-    highest = finite(tl.max(s, axis=0))
+    max_score = finite(tl.max(s, axis=0))
     b = first_b(s)
     a = tl.zeros((), dtype)
     largest = tl.zeros((), dtype)
@@ -78,7 +78,7 @@ def _resident_forward_kernel(
             total = tl.sum(exponentials_of(s, b, largest, temperature), axis=0)
             a = next_a(total, largest, log_k, temperature)
             b = next_b(s, a)
-            largest = largest_of(highest, a)
+            largest = largest_of(max_score, a)
             temperature = cool(temperature, eps_decay, eps)
         if SAVE:
             tl.store(a_ptr + slot_of(segment, row, n_rows), a)
@@ -126,7 +126,7 @@ def _streaming_forward_kernel(
     for tile in range(0, n, BLOCK_N):
         s = load_scores(scores_ptr, mask_ptr, tile + tl.arange(0, BLOCK_N), n, dtype, HAS_MASK)
         in_lane = tl.maximum(in_lane, s)
-    highest = finite(tl.max(in_lane, axis=0))
+    max_score = finite(tl.max(in_lane, axis=0))
 
     a = tl.zeros((), dtype)
     largest = tl.zeros((), dtype)
@@ -144,7 +144,7 @@ def _streaming_forward_kernel(
                     tl.store(b_ptr + slot_of(segment, row, n_rows) * n + columns, b, mask=columns < n)
                 in_lane += exponentials_of(s, b, largest, temperature)
             a = next_a(tl.sum(in_lane, axis=0), largest, log_k, temperature)
-            largest = largest_of(highest, a)
+            largest = largest_of(max_score, a)
             temperature = cool(temperature, eps_decay, eps)
         if SAVE:
             tl.store(a_ptr + slot_of(segment, row, n_rows), a)
@@ -158,10 +158,10 @@ def _streaming_forward_kernel(
 
 
 @triton.jit
-def _resume(a_ptr, row, segment, n_rows, highest):
+def _resume(a_ptr, row, segment, n_rows, max_score):
     """a that a segment starts from, and the largest s + b there. Both are 0 for the first, which starts from b = -s."""
     a = tl.load(a_ptr + slot_of(segment - 1, row, n_rows), mask=segment > 0, other=0.0)
-    return a, tl.where(segment > 0, largest_of(highest, a), 0.0)
+    return a, tl.where(segment > 0, largest_of(max_score, a), 0.0)
 
 
 @triton.jit
@@ -194,7 +194,7 @@ def _resident_backward_kernel(
     s = load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, dtype, HAS_MASK)
     grad = tl.load(grad_ptr + row * grad_stride + columns, mask=columns < n, other=0.0)
     log_k, k = load_log_k(k_ptr, row, k, dtype, HAS_K)
-    highest = finite(tl.max(s, axis=0))
+    max_score = finite(tl.max(s, axis=0))
 
     a = tl.load(a_ptr + slot_of(segments - 1, row, n_rows))
     ds = gradient_through_output(s, grad, a, tl.load(temperature_ptr + n_iters))
@@ -207,13 +207,13 @@ def _resident_backward_kernel(
         for steps_back in range(stop - tl.maximum(start, 1)):
             t = stop - 1 - steps_back
             b = tl.load(b_ptr + slot_of(segment, row, n_rows) * n + columns, mask=columns < n, other=0.0)
-            _, largest = _resume(a_ptr, row, segment, n_rows, highest)
+            _, largest = _resume(a_ptr, row, segment, n_rows, max_score)
             for recomputed in range(start, t):
                 temperature = tl.load(temperature_ptr + recomputed)
                 total = tl.sum(exponentials_of(s, b, largest, temperature), axis=0)
                 a = next_a(total, largest, log_k, temperature)
                 b = next_b(s, a)
-                largest = largest_of(highest, a)
+                largest = largest_of(max_score, a)
 
             temperature = tl.load(temperature_ptr + t)
             exponentials = exponentials_of(s, b, largest, temperature)
@@ -274,16 +274,16 @@ def _streaming_backward_kernel(
     a = tl.load(a_ptr + slot_of(segments - 1, row, n_rows))
     temperature = tl.load(temperature_ptr + n_iters)
     in_lane = tl.zeros([BLOCK_N], dtype)
-    highest_in_lane = tl.full([BLOCK_N], -float("inf"), dtype)
+    max_in_lane = tl.full([BLOCK_N], -float("inf"), dtype)
     for tile in range(0, n, BLOCK_N):
         columns = tile + tl.arange(0, BLOCK_N)
         s = load_scores(scores_ptr, mask_ptr, columns, n, dtype, HAS_MASK)
         ds = gradient_through_output(s, tl.load(grad_ptr + columns, mask=columns < n, other=0.0), a, temperature)
         tl.store(ds_ptr + columns, ds, mask=columns < n)
         in_lane += ds
-        highest_in_lane = tl.maximum(highest_in_lane, s)
+        max_in_lane = tl.maximum(max_in_lane, s)
     grad_a = tl.sum(in_lane, axis=0)
-    highest = finite(tl.max(highest_in_lane, axis=0))
+    max_score = finite(tl.max(max_in_lane, axis=0))
 
     dk = tl.zeros((), dtype)
     for reverse in range(segments):
@@ -293,7 +293,7 @@ def _streaming_backward_kernel(
         # The first iteration of all hands nothing back to the scores.
         for steps_back in range(stop - tl.maximum(start, 1)):
             t = stop - 1 - steps_back
-            a, largest = _resume(a_ptr, row, segment, n_rows, highest)
+            a, largest = _resume(a_ptr, row, segment, n_rows, max_score)
             for recomputed in range(start, t):
                 temperature = tl.load(temperature_ptr + recomputed)
                 in_lane = tl.zeros([BLOCK_N], dtype)
@@ -303,7 +303,7 @@ def _streaming_backward_kernel(
                     b = _load_b(start_ptr, s, a, columns, n, recomputed == start)
                     in_lane += exponentials_of(s, b, largest, temperature)
                 a = next_a(tl.sum(in_lane, axis=0), largest, log_k, temperature)
-                largest = largest_of(highest, a)
+                largest = largest_of(max_score, a)
 
             temperature = tl.load(temperature_ptr + t)
             in_lane = tl.zeros([BLOCK_N], dtype)
