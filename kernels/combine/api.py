@@ -36,7 +36,7 @@ def _forward(
 
 
 def _backward(
-    grad_out: Tensor,
+    grad_output: Tensor,
     routed: Tensor,
     scores: Tensor,
     indices: Tensor,
@@ -46,31 +46,31 @@ def _backward(
     """Gradients of routed tokens and scores. The null token has one if there is the map, and the light branch if it has
     a dtype of its own."""
     drouted, dscores = routed.new_empty(routed.shape), scores.new_empty(scores.shape)
-    dnull = None if null_slots is None else grad_out.new_zeros(routed.shape[1], dtype=torch.float32)
-    dlight = None if light_dtype is None else grad_out.new_empty(grad_out.shape, dtype=light_dtype)
-    if not has_values(grad_out):
+    dnull = None if null_slots is None else grad_output.new_zeros(routed.shape[1], dtype=torch.float32)
+    dlight = None if light_dtype is None else grad_output.new_empty(grad_output.shape, dtype=light_dtype)
+    if not has_values(grad_output):
         return drouted, dscores.zero_(), dnull, dlight
-    grad_out = as_rows(grad_out)
+    grad_output = as_rows(grad_output)
     if has_values(routed):
-        launch_routed_backward(grad_out, routed, scores, indices, drouted, dscores)
+        launch_routed_backward(grad_output, routed, scores, indices, drouted, dscores)
     if null_slots is not None or dlight is not None:
-        dnull = launch_sweep(grad_out, null_slots, dlight)
+        dnull = launch_sweep(grad_output, null_slots, dlight)
     return drouted, dscores, dnull, dlight
 
 
 def _hand_back(
-    grad_out: Tensor, drouted: Tensor, dscores: Tensor, dnull: Tensor | None, dlight: Tensor | None
+    grad_output: Tensor, drouted: Tensor, dscores: Tensor, dnull: Tensor | None, dlight: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The gradients of all inputs: light branch and residual have that of the sum."""
-    has_own = dlight is not None and dlight.shape == grad_out.shape
-    return drouted, dscores, dnull, dlight if has_own else grad_out, grad_out
+    has_own = dlight is not None and dlight.shape == grad_output.shape
+    return drouted, dscores, dnull, dlight if has_own else grad_output, grad_output
 
 
 _operation = Operation(
     "combine",
     _forward,
     _backward,
-    outputs=("out", "slots"),
+    outputs=("output", "slots"),
     gradients=("routed", "scores", "null", "light", "residual"),
     chosen={
         "null_slots": lambda null, slots: None if null is None else slots,

@@ -72,13 +72,13 @@ def _forward_kernel(
 
 @triton.jit
 def _routed_backward_kernel(
-    grad_ptr,  # b n d
+    grad_output_ptr,  # b n d
     routed_ptr,  # b k d
     scores_ptr,  # b k
     indices_ptr,  # b k
     drouted_ptr,  # b k d
     dscores_ptr,  # b k
-    grad_stride,
+    grad_output_stride,
     routed_stride,
     n_routed,
     k,
@@ -92,25 +92,27 @@ def _routed_backward_kernel(
     columns = tl.arange(0, BLOCK_D)[None, :]
     there = (slots < n_routed)[:, None] & (columns < d)
     places = tl.load(indices_ptr + slots, mask=slots < n_routed, other=n).to(tl.int64)
-    grad_ptrs = grad_ptr + ((slots // k).to(tl.int64) * n + places)[:, None] * grad_stride + columns
-    grad = tl.load(grad_ptrs, mask=there & (places < n)[:, None], other=0.0).to(tl.float32)
+    grad_output_ptrs = (
+        grad_output_ptr + ((slots // k).to(tl.int64) * n + places)[:, None] * grad_output_stride + columns
+    )
+    grad_output = tl.load(grad_output_ptrs, mask=there & (places < n)[:, None], other=0.0).to(tl.float32)
 
     rows = slots.to(tl.int64)
     routed = tl.load(routed_ptr + rows[:, None] * routed_stride + columns, mask=there, other=0.0).to(tl.float32)
     score = tl.load(scores_ptr + slots, mask=slots < n_routed, other=0.0).to(tl.float32)
-    dscores = tl.sum(grad * routed, axis=1)
+    dscores = tl.sum(grad_output * routed, axis=1)
     tl.store(dscores_ptr + slots, dscores.to(dscores_ptr.dtype.element_ty), mask=slots < n_routed)
-    drouted = grad * score[:, None]
+    drouted = grad_output * score[:, None]
     tl.store(drouted_ptr + rows[:, None] * d + columns, drouted.to(drouted_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr,  # b n d
+    grad_output_ptr,  # b n d
     slots_ptr,  # b n, int32
     dlight_ptr,  # b n d
     dnull_ptr,  # programs d, fp32
-    grad_stride,
+    grad_output_stride,
     n_rows,
     d,
     ROWS: tl.constexpr,
@@ -124,12 +126,12 @@ def _backward_kernel(
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
         rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         there = (rows < n_rows)[:, None] & (columns < d)
-        grad = tl.load(grad_ptr + rows[:, None] * grad_stride + columns, mask=there, other=0.0)
+        grad_output = tl.load(grad_output_ptr + rows[:, None] * grad_output_stride + columns, mask=there, other=0.0)
         if CASTS_LIGHT:
-            tl.store(dlight_ptr + rows[:, None] * d + columns, grad.to(dlight_ptr.dtype.element_ty), mask=there)
+            tl.store(dlight_ptr + rows[:, None] * d + columns, grad_output.to(dlight_ptr.dtype.element_ty), mask=there)
         if HAS_NULL:
             slots = tl.load(slots_ptr + rows, mask=rows < n_rows, other=0)
-            dnull += tl.where((slots < 0)[:, None], grad.to(tl.float32), 0.0)
+            dnull += tl.where((slots < 0)[:, None], grad_output.to(tl.float32), 0.0)
     if HAS_NULL:
         share = tl.sum(dnull, axis=0)[None, :]
         tl.store(dnull_ptr + tl.program_id(0) * d + columns, share, mask=columns < d)
@@ -183,19 +185,19 @@ def launch_forward(
 
 
 def launch_routed_backward(
-    grad: Tensor, routed: Tensor, scores: Tensor, indices: Tensor, drouted: Tensor, dscores: Tensor
+    grad_output: Tensor, routed: Tensor, scores: Tensor, indices: Tensor, drouted: Tensor, dscores: Tensor
 ) -> None:
     """Write the gradients of routed tokens and of their scores."""
-    (n_rows, d), (batch, k) = grad.shape, indices.shape
+    (n_rows, d), (batch, k) = grad_output.shape, indices.shape
     plan = plan_rows(batch * k, d)
     _routed_backward_kernel[plan.grid](
-        grad,
+        grad_output,
         routed,
         scores,
         indices,
         drouted,
         dscores,
-        grad.stride(0),
+        grad_output.stride(0),
         routed.stride(0),
         batch * k,
         k,
@@ -205,18 +207,18 @@ def launch_routed_backward(
     )
 
 
-def launch_sweep(grad: Tensor, slots: Tensor | None, dlight: Tensor | None) -> Tensor | None:
+def launch_sweep(grad_output: Tensor, slots: Tensor | None, dlight: Tensor | None) -> Tensor | None:
     """Write the gradient of the light branch in its dtype, if that is wanted. Return the gradient of the null token, if
     there is the map."""
-    n_rows, d = grad.shape
-    plan = plan_sweep(n_rows, d, multiprocessors(grad.device))
-    shares = torch.empty((0 if slots is None else plan.programs, d), dtype=torch.float32, device=grad.device)
+    n_rows, d = grad_output.shape
+    plan = plan_sweep(n_rows, d, multiprocessors(grad_output.device))
+    shares = torch.empty((0 if slots is None else plan.programs, d), dtype=torch.float32, device=grad_output.device)
     _backward_kernel[plan.grid](
-        grad,
-        grad if slots is None else slots,
-        grad if dlight is None else dlight,
+        grad_output,
+        grad_output if slots is None else slots,
+        grad_output if dlight is None else dlight,
         shares,
-        grad.stride(0),
+        grad_output.stride(0),
         n_rows,
         d,
         **plan.settings,

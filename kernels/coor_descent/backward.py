@@ -40,24 +40,24 @@ LARGEST: tl.constexpr = tl.constexpr(constants.LARGEST)
 
 
 @triton.jit
-def direct_gradient(scores, grad, a, temperature, factor):
+def direct_gradient(scores, grad_output, a, temperature, factor):
     """The gradient of the scores through the output alone, at constant a. It is g y / temperature where y < 1, and 0
     for a score of -inf, however large g is there."""
     slope, offset, rest = exponent_line(-a, factor)
     scale = exp2(tl.minimum(rest, 1.0).to(tl.float32)) * inverse(temperature).to(tl.float32)
     power = exp2_line(scores, slope, offset)
     # By the exponential and not by the score: the compiler would keep the outcome for each entry over all iterations.
-    return tl.where((scores > per_row(round_down(-a))) | (power == 0), 0.0, grad * power * per_row(scale))
+    return tl.where((scores > per_row(round_down(-a))) | (power == 0), 0.0, grad_output * power * per_row(scale))
 
 
 @triton.jit
 def _grad_a_kernel(
-    grad_ptr,  # rows n
+    grad_output_ptr,  # rows n
     scores_ptr,  # rows n
     mask_ptr,  # rows n
     state_ptr,  # rows+1 2 n_iters+1, fp64
     grad_a_ptr,  # rows chunks, fp64
-    grad_stride,
+    grad_output_stride,
     scores_stride,
     mask_stride,
     n_rows,
@@ -73,21 +73,21 @@ def _grad_a_kernel(
     rows = tl.program_id(0) // chunks + tl.arange(0, ROWS).to(tl.int64)
     columns = (tl.program_id(0) % chunks) * (REPEATS * WIDTH) + tile_columns(REPEATS, WIDTH)
     scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
-    grad_ptrs = tile_pointers(grad_ptr, rows, columns, grad_stride)
-    grad = tl.load(grad_ptrs, mask=columns < n, other=0.0).to(tl.float32)
+    grad_output_ptrs = tile_pointers(grad_output_ptr, rows, columns, grad_output_stride)
+    grad_output = tl.load(grad_output_ptrs, mask=columns < n, other=0.0).to(tl.float32)
     a_ptrs = row_state(state_ptr, rows, n_iters) + n_iters - 1
     a = tl.load(a_ptrs)
     origin = tl.load(a_ptrs + 1).to(tl.float32)
     schedule_ptr = row_state(state_ptr, n_rows + tl.zeros((), tl.int64), n_iters) + n_iters
     temperature, factor = tl.load(schedule_ptr), tl.load(schedule_ptr + n_iters + 1)
-    direct = direct_gradient(from_origin(scores, origin), grad, a, temperature, factor)
+    direct = direct_gradient(from_origin(scores, origin), grad_output, a, temperature, factor)
     grad_a = tl.sum(sum_in_thread(direct, REPEATS, ROWS, WIDTH), axis=1)
     tl.store(grad_a_ptr + tl.program_id(0) + tl.arange(0, ROWS), grad_a)
 
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr,  # rows n
+    grad_output_ptr,  # rows n
     scores_ptr,  # rows n
     mask_ptr,  # rows n
     k_ptr,  # rows
@@ -95,7 +95,7 @@ def _backward_kernel(
     grad_a_ptr,  # rows chunks, fp64
     ds_ptr,  # rows n
     dk_ptr,  # rows, fp64
-    grad_stride,
+    grad_output_stride,
     scores_stride,
     mask_stride,
     n_rows,
@@ -117,7 +117,7 @@ def _backward_kernel(
     columns = chunk * (REPEATS * WIDTH) + tile_columns(REPEATS, WIDTH)
     row_exists = rows < n_rows
     exists = per_row(row_exists) & (columns < n)
-    grad_ptrs = tile_pointers(grad_ptr, rows, columns, grad_stride)
+    grad_output_ptrs = tile_pointers(grad_output_ptr, rows, columns, grad_output_stride)
 
     a_ptrs = row_state(state_ptr, rows, n_iters) + n_iters - 1
     temperature_ptr = row_state(state_ptr, n_rows + tl.zeros((), tl.int64), n_iters) + n_iters
@@ -133,9 +133,9 @@ def _backward_kernel(
     # Loads come before the branch on the origin, which they would wait for. Without that branch, which is seldom taken,
     # the compiler would subtract the origin anew in each iteration.
     if SLOTS == 1:
-        grad = tl.load(grad_ptrs, mask=exists, other=0.0).to(tl.float32)
+        grad_output = tl.load(grad_output_ptrs, mask=exists, other=0.0).to(tl.float32)
         scores = from_origin(scores, origin)
-        direct = direct_gradient(scores, grad, last_a, last_temperature, last_factor)
+        direct = direct_gradient(scores, grad_output, last_a, last_temperature, last_factor)
         grad_a = tl.sum(sum_in_thread(direct, REPEATS, ROWS, WIDTH), axis=1)
     else:
         in_slot = tl.zeros([SLOTS], tl.float64)
@@ -191,8 +191,10 @@ def _backward_kernel(
     # Read and computed again, and not kept: registers decide how many rows are under way.
     again = opaque(rows)
     last_a = tl.load(row_state(state_ptr, again, n_iters) + n_iters - 1, mask=row_exists, other=0.0)
-    grad = tl.load(tile_pointers(grad_ptr, again, columns, grad_stride), mask=exists, other=0.0).to(tl.float32)
-    ds = direct_gradient(scores, grad, last_a, last_temperature, last_factor) - through_a
+    grad_output = tl.load(
+        tile_pointers(grad_output_ptr, again, columns, grad_output_stride), mask=exists, other=0.0
+    ).to(tl.float32)
+    ds = direct_gradient(scores, grad_output, last_a, last_temperature, last_factor) - through_a
     if HAS_MASK:
         ds = tl.where(scores == -float("inf"), 0.0, ds)
     tl.store(tile_pointers(ds_ptr, rows, columns, n), ds.to(ds_ptr.dtype.element_ty), mask=exists)
@@ -217,7 +219,7 @@ def _plan(n_rows: int, n: int, aligned: bool) -> Plan:
 
 
 def launch_backward(
-    grad: Tensor,
+    grad_output: Tensor,
     scores: Tensor,
     mask: Tensor | None,
     k_rows: Tensor | None,
@@ -230,7 +232,7 @@ def launch_backward(
     """Write the gradient of the scores to `ds`, and that of a k with one entry a row to `dk`."""
     n_rows, n = scores.shape
     n_iters = iterations_of(state)
-    strides = (grad.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
+    strides = (grad_output.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
     aligned = (n | scores.data_ptr() | strides[0] | strides[1] | strides[2]) % 16 == 0
     plan = _plan(n_rows, n, aligned)
     mask_or_any = scores if mask is None else mask
@@ -240,7 +242,7 @@ def launch_backward(
         sums = _plan_sums(n_rows, n, aligned)
         grad_a = torch.empty(sums.programs, dtype=torch.float64, device=scores.device)
         _grad_a_kernel[sums.grid](
-            grad,
+            grad_output,
             scores,
             mask_or_any,
             state,
@@ -254,7 +256,7 @@ def launch_backward(
             **sums.settings,
         )
     _backward_kernel[plan.grid](
-        grad,
+        grad_output,
         scores,
         mask_or_any,
         scores if k_rows is None else k_rows,

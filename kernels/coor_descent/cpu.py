@@ -78,7 +78,7 @@ def forward(
 
 
 def backward(
-    grad: Tensor,  # rows n
+    grad_output: Tensor,  # rows n
     scores: Tensor,  # rows n
     mask: Tensor | None,  # rows n
     k: Tensor,  # rows, fp64
@@ -94,7 +94,7 @@ def backward(
 
     work = torch.empty_like(s)
     ds = _exp_above(s, -trace[:, -1], last_temperature, out=torch.empty_like(s)).clamp_(max=1.0)
-    ds.mul_(grad).mul_(1.0 / last_temperature).mul_(torch.le(s, thresholds[:, -1:], out=work))
+    ds.mul_(grad_output).mul_(1.0 / last_temperature).mul_(torch.le(s, thresholds[:, -1:], out=work))
     # However large the gradient from above is there.
     ds.masked_fill_(s == -torch.inf, 0.0)
 

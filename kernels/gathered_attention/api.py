@@ -32,28 +32,28 @@ def _forward(
 
 
 def _backward(
-    grad_out: Tensor,
+    grad_output: Tensor,
     query: Tensor,
     key_value: Tensor,
     lists: Tensor,
     weights: Tensor,
     null_kv: Tensor,
-    out: Tensor,
+    output: Tensor,
     lse: Tensor,
     multiply_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, weights, and the learned pair."""
     # In memory as `_forward` makes it, by which kernels read it; a function transform hands back a copy.
-    as_made = out.transpose(2, 3)
+    as_made = output.transpose(2, 3)
     if not as_made.is_contiguous():
-        out = as_made.contiguous().transpose(2, 3)
-    dquery = torch.empty_like(out)
+        output = as_made.contiguous().transpose(2, 3)
+    dquery = torch.empty_like(output)
     dkey_value, dweights, dnull = (x.new_empty(x.shape) for x in (key_value, weights, null_kv))
     if not has_values(query):
         return dquery, dkey_value.zero_(), dweights.zero_(), dnull.zero_()
     differentiate = launch_backward if _runs_kernel(query) else cpu.backward
-    inputs = (query, key_value, lists, weights, null_kv, multiply_keys, out, lse)
-    for_weights, for_null = differentiate(_dense_rows(grad_out), *inputs, dquery, dkey_value)
+    inputs = (query, key_value, lists, weights, null_kv, multiply_keys, output, lse)
+    for_weights, for_null = differentiate(_dense_rows(grad_output), *inputs, dquery, dkey_value)
     return dquery, dkey_value, dweights.copy_(for_weights), dnull.copy_(for_null)
 
 
@@ -70,7 +70,7 @@ _operation = Operation(
     "gathered_attention",
     _forward,
     _backward,
-    outputs=("out", "lse"),
+    outputs=("output", "lse"),
     gradients=("query", "key_value", "weights", "null_kv"),
 )
 

@@ -68,7 +68,7 @@ def _query_kernel(
     weights_ptr,  # b w r s
     null_ptr,  # 2 h d
     out_ptr,  # b w i h d
-    grad_ptr,  # b w h i d
+    grad_output_ptr,  # b w h i d
     lse_ptr,  # b w h i, log2
     delta_ptr,  # b w h i
     dquery_ptr,  # b w i h d
@@ -81,10 +81,10 @@ def _query_kernel(
     key_value_batch,
     key_value_route,
     key_value_stride,
-    grad_batch,
-    grad_window,
-    grad_head,
-    grad_stride,
+    grad_output_batch,
+    grad_output_window,
+    grad_output_head,
+    grad_output_stride,
     n_slots,
     n_windows,
     n_blocks,
@@ -110,11 +110,11 @@ def _query_kernel(
     there = queries < n_queries
     query_ptr += batch * query_batch + window * query_window + head.to(tl.int64) * query_head
     query = load_rows(query_ptr, queries, there, dims, query_stride, DIM)
-    grad_ptr += batch * grad_batch + window * grad_window + head.to(tl.int64) * grad_head
-    grad = load_rows(grad_ptr, queries, there, dims, grad_stride, DIM)
+    grad_output_ptr += batch * grad_output_batch + window * grad_output_window + head.to(tl.int64) * grad_output_head
+    grad_output = load_rows(grad_output_ptr, queries, there, dims, grad_output_stride, DIM)
     flat = row * n_queries * n_heads * DIM + head * DIM
     out = load_rows(out_ptr + flat, queries, there, dims, n_heads * DIM, DIM)
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)
+    delta = tl.sum(out.to(tl.float32) * grad_output.to(tl.float32), axis=1)
     of_head = (row * n_heads + head) * n_queries + queries
     tl.store(delta_ptr + of_head, delta, mask=there)
     lse = tl.load(lse_ptr + of_head, mask=there, other=float("inf"))
@@ -124,7 +124,7 @@ def _query_kernel(
     dweights_ptr += program * n_slots
 
     null_key, null_value = load_null(null_ptr, n_heads, head, dims, DIM, query.dtype)
-    wide_query, wide_grad = query.to(tl.float32), grad.to(tl.float32)
+    wide_query, wide_grad = query.to(tl.float32), grad_output.to(tl.float32)
     null_shares = tl.exp2(tl.sum(wide_query * null_key[None, :], axis=1) * scale - lse)
     null_dlogits = null_shares * (tl.sum(wide_grad * null_value[None, :], axis=1) - delta)
     natural = scale * LN2
@@ -141,7 +141,7 @@ def _query_kernel(
         logits = dot(query, key.T, None, PRECISION) * scale
         factor = weights[None, :] if WEIGH_KEYS else 1.0
         shares = tl.where(valid[None, :], tl.exp2(logits * factor - lse[:, None]), 0.0)
-        dshares = dot(grad, value.T, None, PRECISION)
+        dshares = dot(grad_output, value.T, None, PRECISION)
         dlogits = shares * (dshares * weights[None, :] - delta[:, None])
         dweights = shares * dshares
         if WEIGH_KEYS:
@@ -169,7 +169,7 @@ def _key_value_kernel(
     weights_ptr,  # and their weights
     ends_ptr,  # b r n+1: where the entries of each token begin, and so those of the one before end
     order_ptr,  # b r n: tokens by their last windows
-    grad_ptr,  # b w h i d
+    grad_output_ptr,  # b w h i d
     lse_ptr,  # b w h i, log2
     delta_ptr,  # b w h i
     dkey_value_ptr,  # b r n (h kv d)
@@ -180,10 +180,10 @@ def _key_value_kernel(
     key_value_batch,
     key_value_route,
     key_value_stride,
-    grad_batch,
-    grad_window,
-    grad_head,
-    grad_stride,
+    grad_output_batch,
+    grad_output_window,
+    grad_output_head,
+    grad_output_stride,
     n_batches,
     n_tokens,
     n_windows,
@@ -226,7 +226,7 @@ def _key_value_kernel(
     last_window = tl.max(tl.load(windows_ptr + end - 1, mask=following < end, other=-1))
 
     query_ptr += batch * query_batch + head.to(tl.int64) * query_head
-    grad_ptr += batch * grad_batch + head.to(tl.int64) * grad_head
+    grad_output_ptr += batch * grad_output_batch + head.to(tl.int64) * grad_output_head
     dkey = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dvalue = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     columns = tl.arange(0, WINDOWS * BLOCK_I)
@@ -240,7 +240,9 @@ def _key_value_kernel(
             queries = queries.to(tl.int64)
         there = (queries < n_queries) & (windows < n_windows)
         query = load_rows(query_ptr, windows * query_window + queries * query_stride, there, dims, 1, DIM)
-        grad = load_rows(grad_ptr, windows * grad_window + queries * grad_stride, there, dims, 1, DIM)
+        grad_output = load_rows(
+            grad_output_ptr, windows * grad_output_window + queries * grad_output_stride, there, dims, 1, DIM
+        )
         of_head = ((batch * n_windows + windows) * n_heads + head) * n_queries + queries
         lse = tl.load(lse_ptr + of_head, mask=there, other=float("inf"))
         delta = tl.load(delta_ptr + of_head, mask=there, other=0.0)
@@ -265,8 +267,8 @@ def _key_value_kernel(
         factor = weight if WEIGH_KEYS else 1.0
         logits = dot(key, query.T, None, PRECISION) * (scale * factor)
         shares = tl.where(attended, tl.exp2(logits - lse[None, :]), 0.0)
-        dvalue = dot((shares * weight).to(grad.dtype), grad, dvalue, PRECISION)
-        dshares = dot(value, grad.T, None, PRECISION)
+        dvalue = dot((shares * weight).to(grad_output.dtype), grad_output, dvalue, PRECISION)
+        dshares = dot(value, grad_output.T, None, PRECISION)
         dlogits = shares * (dshares * weight - delta[None, :]) * factor
         dkey = dot(dlogits.to(query.dtype), query, dkey, PRECISION)
 
@@ -318,7 +320,7 @@ def _narrow(keys: Tensor, most: int) -> Tensor:
 
 
 def launch_backward(
-    grad: Tensor,
+    grad_output: Tensor,
     query: Tensor,
     key_value: Tensor,
     lists: Tensor,
@@ -333,18 +335,18 @@ def launch_backward(
     """Gradients of weights and learned pair are returned, those of queries, keys and values are written."""
     delta = torch.empty_like(lse)
     dweights, dnull = _launch_queries(
-        grad, query, key_value, lists, weights, null_kv, multiply_keys, out, lse, delta, dquery
+        grad_output, query, key_value, lists, weights, null_kv, multiply_keys, out, lse, delta, dquery
     )
     if lists.numel():
         inverse = invert(lists, weights, key_value.shape[2])
-        _launch_keys(grad, query, key_value, inverse, multiply_keys, lse, delta, dkey_value)
+        _launch_keys(grad_output, query, key_value, inverse, multiply_keys, lse, delta, dkey_value)
     else:
         dkey_value.zero_()
     return dweights, dnull
 
 
 def _launch_queries(
-    grad: Tensor,
+    grad_output: Tensor,
     query: Tensor,
     key_value: Tensor,
     lists: Tensor,
@@ -368,7 +370,7 @@ def _launch_queries(
         weights,
         null_kv,
         out,
-        grad,
+        grad_output,
         lse,
         delta,
         dquery,
@@ -376,7 +378,7 @@ def _launch_queries(
         dnull,
         *query.stride()[:4],
         *key_value.stride()[:3],
-        *grad.stride()[:4],
+        *grad_output.stride()[:4],
         slots,
         **arguments(query, key_value, plan),
         WEIGH_KEYS=multiply_keys,
@@ -387,7 +389,7 @@ def _launch_queries(
 
 
 def _launch_keys(
-    grad: Tensor,
+    grad_output: Tensor,
     query: Tensor,
     key_value: Tensor,
     inverse: Inverse,
@@ -399,20 +401,20 @@ def _launch_keys(
     batch, _, n_tokens, _ = key_value.shape
     _, windows, heads, queries, dim = query.shape
     # There are no registers left for weights of keys, nor for offsets of 64 bits.
-    reach = max(windows * tensor.stride(1) + queries * tensor.stride(3) for tensor in (query, grad))
+    reach = max(windows * tensor.stride(1) + queries * tensor.stride(3) for tensor in (query, grad_output))
     pairs = reach < 2**31 and not multiply_keys
     plan = _plan_keys(batch, n_tokens, heads, queries, dim, query.itemsize, pairs)
     _key_value_kernel[plan.grid](
         query,
         key_value,
         *inverse,
-        grad,
+        grad_output,
         lse,
         delta,
         dkey_value,
         *query.stride()[:4],
         *key_value.stride()[:3],
-        *grad.stride()[:4],
+        *grad_output.stride()[:4],
         batch,
         n_tokens,
         **arguments(query, key_value, plan),

@@ -66,7 +66,7 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
+    grad_output: Tensor,
     query: Tensor,
     key_value: Tensor,
     lists: Tensor,
@@ -85,7 +85,7 @@ def backward(
     with without_autocast(query):
         for window in range(query.shape[1]):
             at = _Window(window, query, key_value, lists, weights, null_kv, multiply_keys)
-            dout, total = grad[:, window].to(lse.dtype), lse[:, window]
+            dout, total = grad_output[:, window].to(lse.dtype), lse[:, window]
             delta = (dout * out[:, window]).sum(dim=-1, keepdim=True)
             shares = (at.logits - total.unsqueeze(-1)).exp()
             dshares = dout @ at.value.mT

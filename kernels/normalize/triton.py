@@ -54,7 +54,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr,  # rows d
+    grad_output_ptr,  # rows d
     x_ptr,  # rows d
     weight_ptr,  # d
     mean_ptr,  # rows, fp32
@@ -62,7 +62,7 @@ def _backward_kernel(
     dx_ptr,  # rows d
     dweight_ptr,  # programs d, fp32
     dbias_ptr,  # programs d, fp32
-    grad_stride,
+    grad_output_stride,
     x_stride,
     n_rows,
     d,
@@ -80,23 +80,25 @@ def _backward_kernel(
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
         rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         there = (rows < n_rows)[:, None] & (columns < d)[None, :]
-        grad = tl.load(grad_ptr + rows[:, None] * grad_stride + columns[None, :], mask=there, other=0.0).to(tl.float32)
+        grad_output = tl.load(
+            grad_output_ptr + rows[:, None] * grad_output_stride + columns[None, :], mask=there, other=0.0
+        ).to(tl.float32)
         x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=there, other=0.0).to(tl.float32)
         scale = tl.load(scale_ptr + rows, mask=rows < n_rows, other=0.0)
         if CENTER:
             mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
             x = tl.where(there, x - mean[:, None], 0.0)
         x = x * scale[:, None]
-        dweight += grad * x
+        dweight += grad_output * x
         if HAS_BIAS:
-            dbias += grad
-        grad = grad * weight[None, :]
-        along = tl.sum(grad * x, axis=1) / d
+            dbias += grad_output
+        grad_output = grad_output * weight[None, :]
+        along = tl.sum(grad_output * x, axis=1) / d
         if CENTER:
-            dx = grad - x * along[:, None] - (tl.sum(grad, axis=1) / d)[:, None]
+            dx = grad_output - x * along[:, None] - (tl.sum(grad_output, axis=1) / d)[:, None]
         else:
             # A row with less than the least norm was divided by a constant.
-            dx = grad - x * tl.where(scale == most, 0.0, along)[:, None]
+            dx = grad_output - x * tl.where(scale == most, 0.0, along)[:, None]
         tl.store(
             dx_ptr + rows[:, None] * d + columns[None, :],
             (dx * scale[:, None]).to(dx_ptr.dtype.element_ty),
@@ -131,7 +133,7 @@ def launch_forward(
 
 
 def launch_backward(
-    grad: Tensor,
+    grad_output: Tensor,
     x: Tensor,
     weight: Tensor,
     mean: Tensor,
@@ -145,7 +147,7 @@ def launch_backward(
     plan = plan_sweep(n_rows, d, multiprocessors(x.device))
     shares = torch.empty((1 + has_bias, plan.programs, d), dtype=torch.float32, device=x.device)
     _backward_kernel[plan.grid](
-        grad,
+        grad_output,
         x,
         weight,
         mean,
@@ -153,7 +155,7 @@ def launch_backward(
         dx,
         shares[0],
         shares[-1],
-        grad.stride(0),
+        grad_output.stride(0),
         x.stride(0),
         n_rows,
         d,

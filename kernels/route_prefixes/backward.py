@@ -41,7 +41,7 @@ NUM_WARPS = 4
 
 @triton.jit
 def _thresholds_kernel(
-    grad_ptr,  # prefixes selected
+    grad_output_ptr,  # prefixes selected
     indices_ptr,  # prefixes selected, int64
     scores_ptr,  # rows n
     state_ptr,  # prefixes+1 2 n_iters+1, fp64
@@ -78,8 +78,8 @@ def _thresholds_kernel(
         exists = slot < wanted
         position = tl.load(indices_ptr + prefix * selected + slot, mask=exists, other=0)
         score = tl.load(scores_ptr + row * scores_stride + position, mask=exists, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + prefix * selected + slot, mask=exists, other=0.0).to(tl.float32)
-        direct = direct_gradient(score[None, None, :], grad[None, None, :], last_a, temperature, factor)
+        grad_output = tl.load(grad_output_ptr + prefix * selected + slot, mask=exists, other=0.0).to(tl.float32)
+        direct = direct_gradient(score[None, None, :], grad_output[None, None, :], last_a, temperature, factor)
         direct = tl.reshape(direct, [SLOTS])
         total += direct.to(tl.float64)
         # The windows that selected a token begin with the one after its own.
@@ -220,7 +220,7 @@ def _plan_tokens(n_rows: int, n: int) -> Plan:
 
 
 def launch_backward(
-    grad: Tensor,
+    grad_output: Tensor,
     scores: Tensor,
     window_size: int,
     k: float,
@@ -241,7 +241,7 @@ def launch_backward(
     steps = torch.empty(n_rows, n_iters, 3, n_windows, dtype=torch.float32, device=ds.device)
     plan = _plan_thresholds(n_rows, n_windows, n_iters)
     _thresholds_kernel[plan.grid](
-        grad,
+        grad_output,
         indices,
         scores,
         state,

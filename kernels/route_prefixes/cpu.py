@@ -36,7 +36,7 @@ def forward(
 
 
 def backward(
-    grad: Tensor,  # b w r s
+    grad_output: Tensor,  # b w r s
     scores: Tensor,  # b r n
     window_size: int,
     k: float,
@@ -54,8 +54,8 @@ def backward(
         length = (window + 1) * window_size
         prefix = rows[:, :length]
         kept = [_of_window(numbers, indices, window).flatten(0, 1) for numbers in views_of(state)]
-        of_selected, position = (x[:, window].flatten(0, 1)[:, :length] for x in (grad, indices))
-        of_prefix = torch.zeros_like(prefix, dtype=grad.dtype).scatter_(-1, position, of_selected)
+        of_selected, position = (x[:, window].flatten(0, 1)[:, :length] for x in (grad_output, indices))
+        of_prefix = torch.zeros_like(prefix, dtype=grad_output.dtype).scatter_(-1, position, of_selected)
         of_scores, _ = backward_in_pytorch(of_prefix, prefix, None, wide_k(prefix, None, k), temperatures, *kept)
         total[:, :length] += of_scores
     ds.copy_(total.view(ds.shape))

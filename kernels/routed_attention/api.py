@@ -37,7 +37,7 @@ def _forward(
 
 
 def _backward(
-    grad_out: Tensor,
+    grad_output: Tensor,
     query: Tensor,
     key_value: Tensor,
     weights: Tensor,
@@ -53,16 +53,16 @@ def _backward(
         dweights, dnull = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (weights, null_kv))
         return dquery, dkey_value.zero_(), dweights, dnull
     inputs = (query, key_value, weights, null_kv, mask, multiply_keys, exact_out, lse)
-    return dquery, dkey_value, *launch_backward(grad_out.contiguous(), *inputs, dquery, dkey_value)
+    return dquery, dkey_value, *launch_backward(grad_output.contiguous(), *inputs, dquery, dkey_value)
 
 
 _operation = Operation(
     "routed_attention",
     _forward,
     _backward,
-    outputs=("out", "wide", "lse"),
+    outputs=("output", "wide", "lse"),
     gradients=("query", "key_value", "weights", "null_kv"),
-    chosen={"exact_out": lambda out, wide: out if out.dtype == torch.float32 else wide},
+    chosen={"exact_out": lambda output, wide: output if output.dtype == torch.float32 else wide},
 )
 
 

@@ -140,7 +140,7 @@ def _forward_kernel(
 
 @triton.jit
 def _query_kernel(
-    grad_ptr,  # b i h d
+    grad_output_ptr,  # b i h d
     query_ptr,  # b i h d
     kv_ptr,  # b r j (h/r kv d)
     weight_ptr,  # b r j
@@ -180,11 +180,11 @@ def _query_kernel(
     numbers += queries
 
     query = load_rows(query_ptr + own, queries, queries < n_queries, columns, HEADS * HEAD_DIM, HEAD_DIM)
-    grad = load_rows(grad_ptr + own, queries, queries < n_queries, columns, HEADS * HEAD_DIM, HEAD_DIM)
+    grad_output = load_rows(grad_output_ptr + own, queries, queries < n_queries, columns, HEADS * HEAD_DIM, HEAD_DIM)
     # Not as it was rounded to half precision: that would leave its rounding where dp and delta should cancel.
     out = load_rows(out_ptr + own, queries, queries < n_queries, columns, HEADS * HEAD_DIM, HEAD_DIM)
     lse = tl.load(lse_ptr + numbers, mask=queries < n_queries, other=0.0)
-    wide_grad, wide_query = grad.to(tl.float32), query.to(tl.float32)
+    wide_grad, wide_query = grad_output.to(tl.float32), query.to(tl.float32)
     delta = tl.sum(wide_grad * out, axis=1)
     tl.store(delta_ptr + numbers, delta, mask=queries < n_queries)
 
@@ -206,7 +206,7 @@ def _query_kernel(
         )
         logits = dot(query, tl.trans(key), None, PRECISION) * scale
         p = tl.where(present[None, :], tl.exp2(logits - lse[:, None]), 0.0)
-        dp = dot(grad, tl.trans(value), None, PRECISION) * weight[None, :]
+        dp = dot(grad_output, tl.trans(value), None, PRECISION) * weight[None, :]
         dlogits = p * (dp - delta[:, None]) * dim_scale
         dquery += dot(dlogits.to(key.dtype), key, None, PRECISION)
 
@@ -217,7 +217,7 @@ def _query_kernel(
 
 @triton.jit
 def _key_value_kernel(
-    grad_ptr,  # b i h d
+    grad_output_ptr,  # b i h d
     query_ptr,  # b i h d
     kv_ptr,  # b r j (h/r kv d)
     weight_ptr,  # b r j
@@ -259,13 +259,15 @@ def _key_value_kernel(
     for start in range(0, n_queries, TILE):
         queries = start + tl.arange(0, TILE)
         query = load_rows(query_ptr + own, queries, queries < n_queries, columns, HEADS * HEAD_DIM, HEAD_DIM)
-        grad = load_rows(grad_ptr + own, queries, queries < n_queries, columns, HEADS * HEAD_DIM, HEAD_DIM)
+        grad_output = load_rows(
+            grad_output_ptr + own, queries, queries < n_queries, columns, HEADS * HEAD_DIM, HEAD_DIM
+        )
         lse = tl.load(lse_ptr + numbers + queries, mask=queries < n_queries, other=0.0)
         delta = tl.load(delta_ptr + numbers + queries, mask=queries < n_queries, other=0.0)
         logits = dot(key, tl.trans(query), None, PRECISION) * scale
         p = tl.where(present[:, None], tl.exp2(logits - lse[None, :]), 0.0)
-        attended += dot(p.to(grad.dtype), grad, None, PRECISION)
-        dp = dot(value, tl.trans(grad), None, PRECISION) * weight[:, None]
+        attended += dot(p.to(grad_output.dtype), grad_output, None, PRECISION)
+        dp = dot(value, tl.trans(grad_output), None, PRECISION) * weight[:, None]
         dlogits = p * (dp - delta[None, :]) * dim_scale
         dkey += dot(dlogits.to(query.dtype), query, None, PRECISION)
 
@@ -361,7 +363,7 @@ def launch_forward(
 
 
 def launch_backward(
-    grad: Tensor,
+    grad_output: Tensor,
     query: Tensor,
     key_value: Tensor,
     weights: Tensor,
@@ -382,7 +384,7 @@ def launch_backward(
     dnull = torch.empty((batch * plan.pieces, 2, heads, head_dim), dtype=torch.float32, device=query.device)
     delta = torch.empty_like(lse)
     _query_kernel[plan.grid](
-        grad,
+        grad_output,
         *given,
         null_kv,
         out,
@@ -397,7 +399,7 @@ def launch_backward(
     if n_keys:
         plan = _plan_keys(batch, n_keys, heads, head_dim, query.itemsize)
         _key_value_kernel[plan.grid](
-            grad,
+            grad_output,
             *given,
             lse,
             delta,

@@ -64,7 +64,7 @@ def forward(
 
 
 def backward(
-    grad: Tensor,  # rows n
+    grad_output: Tensor,  # rows n
     scores: Tensor,  # rows n
     mask: Tensor | None,  # rows n
     k_rows: Tensor | None,  # rows
@@ -81,7 +81,7 @@ def backward(
 
     slack = s + checkpoint_a[-1][:, None]
     y = slack.clamp(max=0.0).div_(last_temperature).exp_()
-    ds = (y * grad / last_temperature).masked_fill_((slack > 0) | hidden, 0.0)
+    ds = (y * grad_output / last_temperature).masked_fill_((slack > 0) | hidden, 0.0)
     grad_a = ds.sum(dim=-1, keepdim=True)
     dk = torch.zeros_like(grad_a)
     for segment in reversed(range(segments)):

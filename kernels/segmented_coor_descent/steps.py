@@ -97,9 +97,9 @@ def output_of(s, a, temperature):
 
 
 @triton.jit
-def gradient_through_output(s, grad, a, temperature):
-    """Gradient of s through the output alone, at constant a: grad y / temperature where y is not clipped."""
-    direct = grad.to(s.dtype) * output_of(s, a, temperature) / temperature.to(s.dtype)
+def gradient_through_output(s, grad_output, a, temperature):
+    """Gradient of s through the output alone, at constant a: grad_output y / temperature where y is not clipped."""
+    direct = grad_output.to(s.dtype) * output_of(s, a, temperature) / temperature.to(s.dtype)
     return tl.where((s + a > 0) | (s == -float("inf")), 0.0, direct)
 
 

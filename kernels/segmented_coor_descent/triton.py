@@ -166,7 +166,7 @@ def _resume(a_ptr, row, segment, n_rows, max_score):
 
 @triton.jit
 def _resident_backward_kernel(
-    grad_ptr,  # rows n
+    grad_output_ptr,  # rows n
     scores_ptr,  # rows n
     mask_ptr,  # rows n
     k_ptr,  # rows
@@ -175,7 +175,7 @@ def _resident_backward_kernel(
     temperature_ptr,  # n_iters + 1, fp64
     ds_ptr,  # rows n
     dk_ptr,  # rows
-    grad_stride,
+    grad_output_stride,
     scores_stride,
     mask_stride,
     n_rows,
@@ -192,12 +192,12 @@ def _resident_backward_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_N)
     s = load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, dtype, HAS_MASK)
-    grad = tl.load(grad_ptr + row * grad_stride + columns, mask=columns < n, other=0.0)
+    grad_output = tl.load(grad_output_ptr + row * grad_output_stride + columns, mask=columns < n, other=0.0)
     log_k, k = load_log_k(k_ptr, row, k, dtype, HAS_K)
     max_score = finite(tl.max(s, axis=0))
 
     a = tl.load(a_ptr + slot_of(segments - 1, row, n_rows))
-    ds = gradient_through_output(s, grad, a, tl.load(temperature_ptr + n_iters))
+    ds = gradient_through_output(s, grad_output, a, tl.load(temperature_ptr + n_iters))
     grad_a = tl.sum(ds, axis=0)
     dk = tl.zeros((), dtype)
     for reverse in range(segments):
@@ -241,7 +241,7 @@ def _load_b(b_ptr, s, a, columns, n, saved):
 
 @triton.jit
 def _streaming_backward_kernel(
-    grad_ptr,  # rows n
+    grad_output_ptr,  # rows n
     scores_ptr,  # rows n
     mask_ptr,  # rows n
     k_ptr,  # rows
@@ -250,7 +250,7 @@ def _streaming_backward_kernel(
     temperature_ptr,  # n_iters + 1, fp64
     ds_ptr,  # rows n, of the dtype of b: sums up the gradient of the scores
     dk_ptr,  # rows
-    grad_stride,
+    grad_output_stride,
     scores_stride,
     mask_stride,
     n_rows,
@@ -265,7 +265,7 @@ def _streaming_backward_kernel(
     """The gradient of a longer row, tile by tile, from the last segment to the first."""
     dtype: tl.constexpr = b_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
-    grad_ptr += row * grad_stride
+    grad_output_ptr += row * grad_output_stride
     scores_ptr += row * scores_stride
     mask_ptr += row * mask_stride
     ds_ptr += row * n
@@ -278,7 +278,7 @@ def _streaming_backward_kernel(
     for tile in range(0, n, BLOCK_N):
         columns = tile + tl.arange(0, BLOCK_N)
         s = load_scores(scores_ptr, mask_ptr, columns, n, dtype, HAS_MASK)
-        ds = gradient_through_output(s, tl.load(grad_ptr + columns, mask=columns < n, other=0.0), a, temperature)
+        ds = gradient_through_output(s, tl.load(grad_output_ptr + columns, mask=columns < n, other=0.0), a, temperature)
         tl.store(ds_ptr + columns, ds, mask=columns < n)
         in_lane += ds
         max_in_lane = tl.maximum(max_in_lane, s)
@@ -389,7 +389,7 @@ def launch_forward(
 
 
 def launch_backward(
-    grad: Tensor,
+    grad_output: Tensor,
     scores: Tensor,
     mask: Tensor | None,
     k_rows: Tensor | None,
@@ -405,7 +405,7 @@ def launch_backward(
     kernel = _streaming_backward_kernel if plan.pieces else _resident_backward_kernel
     total = torch.empty_like(ds, dtype=b.dtype) if plan.pieces and ds.dtype != b.dtype else ds
     kernel[plan.grid](
-        grad,
+        grad_output,
         scores,
         scores if mask is None else mask,
         scores if k_rows is None else k_rows,
@@ -414,7 +414,7 @@ def launch_backward(
         temperatures,
         total,
         dk,
-        grad.stride(0),
+        grad_output.stride(0),
         scores.stride(0),
         0 if mask is None else mask.stride(0),
         n_rows,

@@ -52,17 +52,17 @@ def _exponents(ordered: Tensor, eps: float) -> Tensor:
 
 
 def backward(
-    grad: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float, ds: Tensor, dk: Tensor
+    grad_output: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float, ds: Tensor, dk: Tensor
 ) -> None:
     s = _working_copy(scores, mask)
     y, at_one = _select_in_pytorch(s, solution, eps)
     idle = at_one | (s == -torch.inf)
     y.masked_fill_(idle, 0.0)
-    grad = grad.to(y.dtype).masked_fill(idle, 0.0)
-    weighted = (grad * y).sum(dim=-1, dtype=torch.float64)
+    grad_output = grad_output.to(y.dtype).masked_fill(idle, 0.0)
+    weighted = (grad_output * y).sum(dim=-1, dtype=torch.float64)
     total = y.sum(dim=-1, dtype=torch.float64)
     torch.div(weighted, total, out=dk).masked_fill_(total == 0, 0.0)
-    ds.copy_(grad.sub_(dk[:, None].to(y.dtype)).mul_(y).div_(eps))
+    ds.copy_(grad_output.sub_(dk[:, None].to(y.dtype)).mul_(y).div_(eps))
 
 
 def _working_copy(scores: Tensor, mask: Tensor | None) -> Tensor:

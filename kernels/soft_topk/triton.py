@@ -219,22 +219,22 @@ def _finish_kernel(
 
 
 @triton.jit
-def _load_for_gradient(grad_ptr, scores_ptr, mask_ptr, solution_ptr, columns, n, rate, HAS_MASK: tl.constexpr):
+def _load_for_gradient(grad_output_ptr, scores_ptr, mask_ptr, solution_ptr, columns, n, rate, HAS_MASK: tl.constexpr):
     """Upstream gradient and y, both 0 at entries that pass no gradient on."""
     scores = load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK)
     y, free = select(scores, tl.load(solution_ptr), tl.load(solution_ptr + 1).to(tl.float32), rate)
-    grad = tl.load(grad_ptr + columns, mask=free & (columns < n), other=0.0).to(tl.float32)
-    return grad, tl.where(free, y, 0.0)
+    grad_output = tl.load(grad_output_ptr + columns, mask=free & (columns < n), other=0.0).to(tl.float32)
+    return grad_output, tl.where(free, y, 0.0)
 
 
 @triton.jit
 def _gradient_sums_kernel(
-    grad_ptr,  # rows n
+    grad_output_ptr,  # rows n
     scores_ptr,  # rows n
     mask_ptr,  # rows n
     solution_ptr,  # rows 3, fp64
     sums_ptr,  # rows chunks 2, fp64
-    grad_stride,
+    grad_output_stride,
     scores_stride,
     mask_stride,
     n,
@@ -248,11 +248,11 @@ def _gradient_sums_kernel(
     rate = wide(rate)
     row = (tl.program_id(0) // chunks).to(tl.int64)
     columns = (tl.program_id(0) % chunks) * (REPEATS * WIDTH) + columns_of(REPEATS, WIDTH)
-    grad, y = _load_for_gradient(
-        grad_ptr + row * grad_stride, scores_ptr + row * scores_stride, mask_ptr + row * mask_stride,
+    grad_output, y = _load_for_gradient(
+        grad_output_ptr + row * grad_output_stride, scores_ptr + row * scores_stride, mask_ptr + row * mask_stride,
         solution_ptr + row * 3, columns, n, rate, HAS_MASK,
     )  # fmt: skip
-    weighted, total = sum_pair(grad * y, y, WIDTH)
+    weighted, total = sum_pair(grad_output * y, y, WIDTH)
     sums_ptr += tl.program_id(0).to(tl.int64) * 2
     tl.store(sums_ptr, weighted)
     tl.store(sums_ptr + 1, total)
@@ -260,14 +260,14 @@ def _gradient_sums_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    grad_ptr,  # rows n
+    grad_output_ptr,  # rows n
     scores_ptr,  # rows n
     mask_ptr,  # rows n
     solution_ptr,  # rows 3, fp64
     sums_ptr,  # rows chunks 2, fp64
     ds_ptr,  # rows n
     dk_ptr,  # rows, fp64
-    grad_stride,
+    grad_output_stride,
     scores_stride,
     mask_stride,
     n,
@@ -284,12 +284,12 @@ def _gradient_kernel(
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
     columns = chunk * (REPEATS * WIDTH) + columns_of(REPEATS, WIDTH)
-    grad, y = _load_for_gradient(
-        grad_ptr + row * grad_stride, scores_ptr + row * scores_stride, mask_ptr + row * mask_stride,
+    grad_output, y = _load_for_gradient(
+        grad_output_ptr + row * grad_output_stride, scores_ptr + row * scores_stride, mask_ptr + row * mask_stride,
         solution_ptr + row * 3, columns, n, rate, HAS_MASK,
     )  # fmt: skip
     if SLOTS == 1:
-        weighted, total = sum_pair(grad * y, y, WIDTH)
+        weighted, total = sum_pair(grad_output * y, y, WIDTH)
     else:
         weighted_in_slot = tl.zeros([SLOTS], tl.float64)
         total_in_slot = tl.zeros([SLOTS], tl.float64)
@@ -303,7 +303,7 @@ def _gradient_kernel(
 
     # Without an entry below 1 nothing depends on the scores or on k.
     mean = tl.where(total == 0, 0.0, ratio_of(weighted, total))
-    ds = (grad - mean) * y * inverse_eps.to(tl.float32)
+    ds = (grad_output - mean) * y * inverse_eps.to(tl.float32)
     tl.store(ds_ptr + row * n + columns, ds.to(ds_ptr.dtype.element_ty), mask=columns < n)
     tl.store(dk_ptr + row, mean, mask=chunk == 0)
 
@@ -373,14 +373,14 @@ def launch_forward(
 
 
 def launch_backward(
-    grad: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float, ds: Tensor, dk: Tensor
+    grad_output: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float, ds: Tensor, dk: Tensor
 ) -> None:
     n_rows, n = scores.shape
     sizes = _sizes_of(scores, mask)
     plan = _plan(*sizes)
     chunks, grid = plan.pieces, plan.grid
-    inputs = (grad, scores, scores if mask is None else mask, solution)
-    strides = (grad.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
+    inputs = (grad_output, scores, scores if mask is None else mask, solution)
+    strides = (grad_output.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
     rate = math.log2(math.e) / (UNIT.value * eps)
     variant = {"HAS_MASK": mask is not None}
 

@@ -37,10 +37,10 @@ def _forward(qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tens
 
 
 def _backward(
-    grad_out: Tensor,
+    grad_output: Tensor,
     qkv: Tensor,
     mask: Tensor | None,
-    out: Tensor,
+    output: Tensor,
     lse: Tensor,
     heads: int,
     window_size: int,
@@ -49,8 +49,8 @@ def _backward(
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if has_values(qkv):
         differentiate = launch_backward if _runs_kernel(qkv, heads) else cpu.backward
-        inputs = (grad_out.contiguous(), qkv.contiguous(), heads, window_size, causal, _contiguous(mask))
-        differentiate(*inputs, out, lse, dqkv)
+        inputs = (grad_output.contiguous(), qkv.contiguous(), heads, window_size, causal, _contiguous(mask))
+        differentiate(*inputs, output, lse, dqkv)
     return dqkv
 
 
@@ -63,7 +63,7 @@ def _runs_kernel(qkv: Tensor, heads: int) -> bool:
     return qkv.dtype != torch.float64 and qkv.shape[-1] <= 3 * heads * LARGEST_HEAD and runs_triton(qkv)
 
 
-_operation = Operation("windowed_attention", _forward, _backward, outputs=("out", "lse"), gradients=("qkv",))
+_operation = Operation("windowed_attention", _forward, _backward, outputs=("output", "lse"), gradients=("qkv",))
 
 
 def pairs_in_reach(n: int, window_size: int, causal: bool) -> int:
@@ -85,7 +85,7 @@ def _flops(shape: torch.Size, heads: int, window_size: int, causal: bool, *_: ob
 
 
 @register_flop_formula(torch.ops.colt5.windowed_attention_backward)
-def _backward_flops(grad: torch.Size, shape: torch.Size, *arguments: Any, **_: object) -> int:
+def _backward_flops(grad_output: torch.Size, shape: torch.Size, *arguments: Any, **_: object) -> int:
     """A gradient for either factor of both products, and the weights again: as PyTorch counts its own kernels."""
     return _flops(shape, *arguments[-3:]) * 5 // 2
 

@@ -24,7 +24,7 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
+    grad_output: Tensor,
     qkv: Tensor,
     heads: int,
     window_size: int,
@@ -40,15 +40,15 @@ def backward(
     with without_autocast(qkv):
         query, key, value = (_split(each, heads, size) for each in qkv.chunk(3, dim=-1))
         key, value = _with_neighbours(key, causal), _with_neighbours(value, causal)
-        grad, out = _split(grad, heads, size), _split(out, heads, size)
+        grad_output, out = _split(grad_output, heads, size), _split(out, heads, size)
         # Not from the logarithms: where they are large, their rounding is.
         p, _ = _weights(query, key, _allowed(qkv, mask, size, causal))
-        delta = (grad * out).sum(dim=-1, keepdim=True)
-        dlogits = p * (grad @ value.mT - delta) * query.shape[-1] ** -0.5
+        delta = (grad_output * out).sum(dim=-1, keepdim=True)
+        dlogits = p * (grad_output @ value.mT - delta) * query.shape[-1] ** -0.5
         gradients = (
             dlogits @ key,
             _from_neighbours(dlogits.mT @ query, size),
-            _from_neighbours(p.mT @ grad, size),
+            _from_neighbours(p.mT @ grad_output, size),
         )
         for into, gradient in zip(dqkv.chunk(3, dim=-1), gradients, strict=True):
             into.copy_(_join(gradient, n))

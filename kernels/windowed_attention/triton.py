@@ -137,7 +137,7 @@ def _forward_kernel(
 
 @triton.jit
 def _query_gradient(
-    grad_ptr,
+    grad_output_ptr,
     qkv_ptr,
     mask_ptr,
     out_ptr,
@@ -163,11 +163,11 @@ def _query_gradient(
     first_key, _ = _keys_of(start, n, window_size, CAUSAL)
     _, end_key = _keys_of(tl.minimum(start + BLOCK, n) - 1, n, window_size, CAUSAL)
 
-    own, owned = _tile(grad_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
-    grad = tl.load(own, mask=owned, other=0.0)
+    own, owned = _tile(grad_output_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
+    grad_output = tl.load(own, mask=owned, other=0.0)
     own, owned = _tile(out_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
     out = tl.load(own, mask=owned, other=0.0)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
+    delta = tl.sum(grad_output.to(tl.float32) * out.to(tl.float32), axis=1)
     lse = tl.load(lse_ptr + query, mask=query < n, other=float("inf"))
     own, owned = _tile(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
     q = tl.load(own, mask=owned, other=0.0)
@@ -182,7 +182,7 @@ def _query_gradient(
         logits = dot(q, k.T, None, PRECISION)
         p = tl.exp2(logits * scale - lse[:, None])
         p = tl.where(_within(key[None, :], first[:, None], end[:, None]), p, 0.0)
-        dp = dot(grad, v.T, None, PRECISION)
+        dp = dot(grad_output, v.T, None, PRECISION)
         dlogits = p * (dp - delta[:, None])
         dq = dot(dlogits.to(k.dtype), k, dq, PRECISION)
     own, owned = _tile(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
@@ -191,7 +191,7 @@ def _query_gradient(
 
 @triton.jit
 def _key_value_gradient(
-    grad_ptr,
+    grad_output_ptr,
     qkv_ptr,
     mask_ptr,
     out_ptr,
@@ -228,17 +228,17 @@ def _key_value_gradient(
         query = start_m + tl.arange(0, TILE)
         at, inside = _tile(qkv_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
         q = tl.load(at, mask=inside, other=0.0)
-        at, inside = _tile(grad_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, WIDTH)
-        grad = tl.load(at, mask=inside, other=0.0)
+        at, inside = _tile(grad_output_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, WIDTH)
+        grad_output = tl.load(at, mask=inside, other=0.0)
         at, inside = _tile(out_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, WIDTH)
         out = tl.load(at, mask=inside, other=0.0)
-        delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
+        delta = tl.sum(grad_output.to(tl.float32) * out.to(tl.float32), axis=1)
         lse = tl.load(lse_ptr + query, mask=query < n, other=float("inf"))
         logits = dot(k, q.T, None, PRECISION)
         p = tl.exp2(logits * scale - lse[None, :])
         p = tl.where(_within(query[None, :], first[:, None], end[:, None]), p, 0.0)
-        dv = dot(p.to(grad.dtype), grad, dv, PRECISION)
-        dp = dot(v, grad.T, None, PRECISION)
+        dv = dot(p.to(grad_output.dtype), grad_output, dv, PRECISION)
+        dp = dot(v, grad_output.T, None, PRECISION)
         dlogits = p * (dp - delta[None, :])
         dk = dot(dlogits.to(q.dtype), q, dk, PRECISION)
     own, owned = _tile(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
@@ -248,7 +248,7 @@ def _key_value_gradient(
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr,  # b n h d
+    grad_output_ptr,  # b n h d
     qkv_ptr,  # b n 3 h d
     mask_ptr,  # b n
     out_ptr,  # b n h d
@@ -270,7 +270,7 @@ def _backward_kernel(
     read."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     start, row, column, numbers = _place(tl.program_id(0) // 2, n, HEADS, HEAD_DIM, BLOCK)
-    grad_ptr += row * WIDTH + column
+    grad_output_ptr += row * WIDTH + column
     qkv_ptr += row * (3 * WIDTH) + column
     mask_ptr += row
     out_ptr += row * WIDTH + column
@@ -278,7 +278,7 @@ def _backward_kernel(
     dqkv_ptr += row * (3 * WIDTH) + column
     if tl.program_id(0) % 2 == 0:
         _query_gradient(
-            grad_ptr,
+            grad_output_ptr,
             qkv_ptr,
             mask_ptr,
             out_ptr,
@@ -299,7 +299,7 @@ def _backward_kernel(
         )
     else:
         _key_value_gradient(
-            grad_ptr,
+            grad_output_ptr,
             qkv_ptr,
             mask_ptr,
             out_ptr,
@@ -383,7 +383,7 @@ def launch_forward(
 
 
 def launch_backward(
-    grad: Tensor,
+    grad_output: Tensor,
     qkv: Tensor,
     heads: int,
     window_size: int,
@@ -398,7 +398,7 @@ def launch_backward(
     head_dim = width // heads
     plan = _plan_backward(batch, n, heads, head_dim, out.itemsize)
     _backward_kernel[plan.grid](
-        grad,
+        grad_output,
         qkv,
         qkv if mask is None else mask,
         out,
