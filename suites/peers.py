@@ -15,14 +15,14 @@ from suites._descent import LONGEST_SEGMENTED, DescentCase, in_segments, lenient
 from suites._layers import Layer, LayerCase, as_function, seeded_problem, truth_of, without_memory
 
 
-def colt5_missing(case: Case, device: torch.device) -> str | None:
+def colt5_not_installed(case: Case, device: torch.device) -> str | None:
     return None if find_spec("colt5_attention") else "colt5-attention is not installed (pip install '.[peers]')"
 
 
 def in_triton_missing(case: DescentCase, device: torch.device) -> str | None:
     if device.type != "cuda":
         return "its Triton kernel runs on a GPU only"
-    return colt5_missing(case, device) or in_segments(case, device)
+    return colt5_not_installed(case, device) or in_segments(case, device)
 
 
 def _plain(case: DescentCase) -> Callable[..., Tensor]:
@@ -43,7 +43,7 @@ def colt5_topk() -> Callable[..., tuple[Tensor, ...]]:
     return topk
 
 
-COLT5_PLAIN = Implementation("colt5_plain", _plain, colt5_missing, bound=lenient)
+COLT5_PLAIN = Implementation("colt5_plain", _plain, colt5_not_installed, bound=lenient)
 
 COLT5_TRITON = Implementation[DescentCase](
     "colt5_triton", lambda case: in_triton(case, 1), in_triton_missing, bound=lenient
@@ -65,7 +65,7 @@ def _layer_missing(case: LayerCase, device: torch.device) -> str | None:
         return "each of its layers raises under autocast, where it multiplies factors of two dtypes"
     if case.layer.torch_dtype.itemsize < 4:
         return "routes in half precision, by which too many scores are equal"
-    return case.layer.colt5_raises or colt5_missing(case, device)
+    return case.layer.colt5_raises or colt5_not_installed(case, device)
 
 
 def _layer_in_triton_missing(case: LayerCase, device: torch.device) -> str | None:

@@ -33,7 +33,7 @@ from colt5_bench.suite import Implementation, Suite
 from suites._descent import HEAVY_SHARE, implementations, lenient
 from suites._layers import as_function, truth_of, without_memory
 from suites._ours import by_kernels
-from suites.peers import colt5_missing
+from suites.peers import colt5_not_installed
 
 FETCH_K_RATIO = 9 / 8
 EPS_INIT, EPS_DECAY = 4.0, 0.7
@@ -118,7 +118,7 @@ def their_relaxation(case: RoutingCase) -> Callable[[Tensor], Tensor]:
 def colt5_missing(case: RoutingCase, device: torch.device) -> str | None:
     if case.solver == "exact" or case.normalize_to == "selected":
         return "has neither the exact solver nor another normalisation"
-    return colt5_missing(case, device)
+    return colt5_not_installed(case, device)
 
 
 def health(
@@ -211,7 +211,7 @@ SUITE = Suite(
         Implementation[RoutingCase](
             "colt5_plain",
             lambda case: as_function(without_memory(lambda: Weights(their_router(case), case.k))),
-            colt5_missing,
+            colt5_not_installed,
             bound=lambda case, tensor, expected, tolerance: tolerance.at_least(inf),
             metrics=their_health,
         ),

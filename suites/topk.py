@@ -15,7 +15,7 @@ from colt5_bench.suite import Implementation, Suite
 from suites import _descent
 from suites._descent import CONSTANT, DescentCase, both_directions, implementations, lenient, problem
 from suites._ours import by_kernels
-from suites.peers import colt5_topk, in_triton_missing, colt5_missing
+from suites.peers import colt5_not_installed, colt5_topk, in_triton_missing
 
 COOR_DESCENT_K_RATIO = 9 / 8
 """The default of the system's document: coordinate descent sums to 9 / 8 of what is selected."""
@@ -80,7 +80,10 @@ SUITE = Suite(
         Implementation("reference", plain),
         by_kernels(lambda case: selected_values(kernels.topk, case, fused=True), bound=_descent.promised),
         Implementation[DescentCase](
-            "colt5_plain", lambda case: selected_values(colt5_topk(), case, fused=False), colt5_missing, bound=lenient
+            "colt5_plain",
+            lambda case: selected_values(colt5_topk(), case, fused=False),
+            colt5_not_installed,
+            bound=lenient,
         ),
         Implementation[DescentCase](
             "colt5_triton",
