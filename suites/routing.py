@@ -211,7 +211,7 @@ SUITE = Suite(
         Implementation[RoutingCase](
             "colt5_plain",
             lambda case: as_function(without_memory(lambda: Weights(their_router(case), case.k))),
-            colt5_not_installed,
+            colt5_missing,
             bound=lambda case, tensor, expected, tolerance: tolerance.at_least(inf),
             metrics=their_health,
         ),
