@@ -25,11 +25,16 @@ def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
+def _set_default_device(device: torch.device) -> None:
+    """Set the device. The CPU is the default without a mode of its own, which compilers cannot trace."""
+    torch.set_default_device(None if device == torch.device("cpu") else device)
+
+
 SETTINGS: Mapping[str, Setting] = {
     "current directory": Setting(os.getcwd, os.chdir),
     "threads": Setting(torch.get_num_threads, torch.set_num_threads),
     "default dtype": Setting(torch.get_default_dtype, torch.set_default_dtype),
-    "default device": Setting(torch.get_default_device, torch.set_default_device),
+    "default device": Setting(torch.get_default_device, _set_default_device),
     "grad mode": Setting(torch.is_grad_enabled, torch._C._set_grad_enabled),
     "deterministic algorithms": Setting(
         _deterministic, lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1])

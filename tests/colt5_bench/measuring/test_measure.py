@@ -449,6 +449,7 @@ def test_a_setting_that_an_implementation_changes_is_put_back_and_recorded(condi
     assert records["good"].changed_settings == []
     after = {name: setting.read() for name, setting in SETTINGS.items()}
     assert all(_same(after[name], before[name]) for name in SETTINGS)
+    assert not torch.overrides._get_current_function_mode_stack()
 
 
 @pytest.mark.parametrize("status", ["ok", "wrong"])
