@@ -116,7 +116,7 @@ class Operation(NamedTuple):
     """Of sizes, other than for all."""
 
     key: Callable[[Plan], object] = lambda plan: tuple(sorted(plan.settings.items()))
-    """What plans that are launched alike have in common."""
+    """The key of a plan: plans with one key are launched alike."""
 
 
 def _variants(**choices: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:

@@ -77,7 +77,7 @@ def test_without_a_gpu_kernels_are_compiled_for_those_that_are_named(conditions,
         return [{"name": "kernel", "target": target, "launched": bool(launching)}]
 
     def unwritten_unless_run(scores):
-        """What is only compiled leaves in its output whatever the memory held."""
+        """An output holds whatever the memory held if kernels were only compiled."""
         return 7 * scores if launching else toy.good(scores)
 
     monkeypatch.setattr(measuring.static_facts, "compiled_kernels", compiled_kernels)

@@ -45,7 +45,7 @@ class TestTooFast:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 class TestMeasured:
     def test_are_of_a_plausible_size_and_measured_in_a_second_or_two(self, device):
-        """Of each thread, however busy the machine is."""
+        """The time is CPU time of each thread, so a busy machine makes no difference."""
         roofline._measure_ceilings.cache_clear()
         started = process_time()
         ceilings = measure_ceilings(torch.device(device))

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 RECORDS, FILE_BYTES = 200_000, 277e6
 
 COLUMN, SAMPLES = "cold", 15
-"""Of a record: so many make the file as large."""
+"""Samples of a record: with so many, the file is as large."""
 
 MEASURING = """
 import json, sys
@@ -50,7 +50,7 @@ with open(sys.argv[2]) as table:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a process took for all records, its start included where the start is the command's own."""
+    """Time and memory of a process for all records. The start counts where it is the command's own."""
 
     wall: float
     """Seconds."""

@@ -1,4 +1,4 @@
-"""Of which code a record says that it is: ways of changing, hiding and starting it."""
+"""Records name the code that was measured, however it was changed, hidden or started."""
 
 import json
 import os

@@ -73,7 +73,7 @@ def url(tmp_path_factory):
 
 
 def findings():
-    """Of names and figures of any length."""
+    """Names and figures have any length."""
     texts = (
         "n=512",
         "a_rather_long_name_of_an_implementation_or_kernel",

@@ -17,7 +17,7 @@ CASE = OK.case
 
 @pytest.fixture
 def watched(monkeypatch, capfd):
-    """What a watcher shows of two measurements, on a terminal of this width or on none."""
+    """Output of a watcher for two measurements, on a terminal of this width or on none."""
 
     def watched(width=None, **options):
         if width:
