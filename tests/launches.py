@@ -1,0 +1,129 @@
+"""Kernels and copies that a step of a layer would launch on a GPU, counted without one.
+
+`python -m tests.launches attention` lists them. Kernels of Triton are counted where they would be launched, and nothing
+is compiled; operators of PyTorch as they run on the CPU, below autocast and autograd. Both see the path of an eager
+call. A matrix product may take one kernel more on a GPU, where cuBLAS divides a long sum.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
+
+import kernels
+from kernels._common import operation
+from kernels._common.launch import triton_for_cpu_tensors
+
+BATCH, LENGTH, DIM = 2, 8192, 64
+"""As many tokens as make kernels divide a row; features are few, as PyTorch computes with them."""
+
+ROUTED = LENGTH // 32
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "attention": lambda: kernels.ConditionalRoutedAttention(
+        DIM, num_heavy_tokens_q=ROUTED, num_heavy_tokens_kv=ROUTED, use_triton=True
+    ),
+    "feed_forward": lambda: kernels.ConditionalRoutedFeedForward(DIM, num_heavy_tokens=ROUTED, use_triton=True),
+    "block": lambda: kernels.ConditionalRoutedTransformerBlock(
+        DIM,
+        num_heavy_attn_tokens_q=ROUTED,
+        num_heavy_attn_tokens_kv=ROUTED,
+        num_heavy_ff_tokens=ROUTED,
+        use_triton=True,
+    ),
+    "autoregressive": lambda: kernels.ConditionalRoutedAutoregressiveAttention(
+        DIM, num_heavy_tokens_q=32, num_heavy_tokens_kv=1024, num_routed_kv=2, use_triton=True, use_flash_attn=True
+    ),
+}
+"""Layers with as many routed tokens as in the examples of the system's document."""
+
+FREE = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach"),
+    *("promote_types", "result_type", "resize_", "lift_fresh"),
+}
+"""Operators that launch nothing, beside views."""
+
+SEVERAL = {
+    # A radix sort: a histogram and its sum, a pass for each byte of 32 bits, and the numbers from 0 that it sorts too.
+    "sort": 8,
+    # A scan in two kernels.
+    "cumsum": 2,
+    # Room is made by filling or copying it, and written to by another kernel.
+    "constant_pad_nd": 2,
+    "index_put": 8,
+    "masked_fill": 2,
+    "scatter": 2,
+    "scatter_add": 2,
+    "select_backward": 2,
+    "slice_backward": 2,
+}
+"""Operators that launch more than one kernel on a GPU, and how many."""
+
+
+class _Operators(TorchDispatchMode):
+    """Count operators, and fill new memory with 0: no kernel writes it, and PyTorch may go on with it as indices."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if "empty" in name:
+            result.zero_()
+        elif not (name in FREE or func.is_view):
+            self.counts[name] += SEVERAL.get(name, 1)
+        return result
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Count launches by the names of kernels and operators. CPU tensors go to the kernels, which write nothing."""
+    counts: Counter[str] = Counter()
+
+    def launch(self: JITFunction, *_: Any, **__: Any) -> None:
+        counts[f"{self.__module__.removeprefix('kernels.')}.{self.__name__}"] += 1
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(JITFunction, "run", launch))
+        # What counts here must not send a call to its operator, which is not the path of an eager call.
+        stack.enter_context(patch.object(operation, "is_in_torch_dispatch_mode", lambda: False))
+        stack.enter_context(triton_for_cpu_tensors())
+        stack.enter_context(_Operators(counts))
+        yield counts
+
+
+def training_step(layer: nn.Module, x: Tensor, **options: Tensor) -> None:
+    """Forward and backward pass under autocast, with gradients of tokens and parameters."""
+    with torch.autocast(x.device.type, torch.bfloat16):
+        output = layer(x, **options)
+    output.backward(torch.ones_like(output))
+
+
+def launches(name: str, *, masked: bool = False) -> Counter[str]:
+    """How often a training step of a layer launches each kernel, and operators of PyTorch theirs."""
+    layer, x = LAYERS[name](), torch.randn(BATCH, LENGTH, DIM, requires_grad=True)
+    options = {"mask": torch.ones(BATCH, LENGTH, dtype=torch.bool)} if masked else {}
+    with counted() as counts:
+        training_step(layer, x, **options)
+    # The gradient that the step begins with.
+    counts["ones_like"] -= 1
+    return +counts
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="count the kernels that a training step of a layer would launch")
+    parser.add_argument("name", choices=LAYERS)
+    parser.add_argument("--masked", action="store_true", help="with a mask")
+    found = launches(**vars(parser.parse_args()))
+    for kernel, count in found.most_common():
+        print(f"{count:4}  {kernel}")
+    print(f"{found.total():4}  in all")

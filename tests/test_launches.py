@@ -1,0 +1,45 @@
+"""A training step launches no more kernels than it has to."""
+
+import pytest
+import torch
+
+import kernels
+from kernels._common.launch import INTERPRETED
+from tests.launches import counted, launches
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter takes what kernels are launched by")
+
+MOST = {"attention": 97, "feed_forward": 71, "block": 170, "autoregressive": 195}
+"""Launches of a training step, of layers without a mask."""
+
+MOST_MASKED = {"attention": 113, "feed_forward": 79, "block": 194}
+
+
+def test_kernels_and_operators_are_counted_and_views_are_not():
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.ones(4, requires_grad=True)
+    with counted() as counts:
+        y = kernels.normalize(x, weight).view(4, 3)
+        torch.autograd.backward(y.sort().values.clone(), x.new_empty(4, 3))
+    assert counts.pop("sort") > 1
+    assert counts == {
+        "normalize.triton._forward_kernel": 1,
+        "normalize.triton._backward_kernel": 1,
+        # Of the shares in the gradient of the weight.
+        "sum": 1,
+        "clone": 1,
+        # The last two are the gradient of a sort.
+        "new_zeros": 1,
+        "scatter": 2,
+    }
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_of_a_training_step(name):
+    found = launches(name)
+    assert found.total() <= MOST[name], found.most_common()
+
+
+@pytest.mark.parametrize("name", MOST_MASKED)
+def test_with_a_mask(name):
+    found = launches(name, masked=True)
+    assert found.total() <= MOST_MASKED[name], found.most_common()
