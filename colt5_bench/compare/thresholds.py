@@ -43,6 +43,7 @@ class Thresholds:
     warm: float
     graph: float
     wall: float
+    eager: float
     """The time columns."""
 
     speed_up: float

@@ -20,7 +20,7 @@ Call = Callable[[], object]
 Round = Callable[[Sequence[str]], list[float]]
 """Runs the named calls in the order given and returns the seconds of each."""
 
-GPU_COLUMNS, CPU_COLUMNS = ("cold", "warm", "graph", "wall"), ("wall",)
+GPU_COLUMNS, CPU_COLUMNS = ("cold", "warm", "graph", "wall", "eager"), ("wall",)
 """All columns. The first is the one that the figure of a case is."""
 
 WARM_UP_CALLS = 2
@@ -29,6 +29,10 @@ WARM_UP_CALLS = 2
 CALLS_IN_A_ROW, ROW_SECONDS = 10, 0.003
 """Most calls, and about the longest that they take, for a sample of host time on a GPU. Its queue of launches must not
 fill up, for then the host waits."""
+
+CALLS_IN_A_TRAIN, TRAIN_SECONDS = 50, 0.02
+"""Most calls, and about the longest that they take, for a sample of what a caller waits for. The GPU is idle at the
+start and at the end of a train; that part is small beside the whole."""
 
 SPIN_MARGIN, SPIN_EXTRA, LONGEST_SPIN = 1.5, 20e-6, 0.05
 """A spin lasts this many times the host time of the call and these seconds more. The last one is its limit in seconds.
@@ -49,6 +53,8 @@ def rounds(
     """The round of a column, and the calls that it cannot take, with the reason."""
     if column == "wall":
         yield HostRound(calls, before, device), {}
+    elif column == "eager":
+        yield EagerRound(calls, before, device), {}
     elif column in ("cold", "warm"):
         yield GpuRound(calls, before, device, cold=column == "cold"), {}
     else:
@@ -99,6 +105,32 @@ class HostRound:
         # Only now: what it takes to free the last result is not the call's.
         del result
         return seconds
+
+
+class EagerRound:
+    """Time that a caller waits for a call, of one in a train of calls. The train ends when the GPU has done them all.
+    Host and GPU work side by side, and PyTorch runs backward passes in a thread of its own, as for any caller."""
+
+    def __init__(self, calls: Mapping[str, Call], before: Mapping[str, Call], device: torch.device) -> None:
+        self._calls, self._before, self._device = calls, before, device
+        self._in_train = dict.fromkeys(calls, 2)
+        for name in calls:
+            count = int(TRAIN_SECONDS / min(self.seconds(name) for _ in range(3)))
+            self._in_train[name] = min(max(count, 1), CALLS_IN_A_TRAIN)
+
+    def __call__(self, order: Sequence[str]) -> list[float]:
+        return [self.seconds(name) for name in order]
+
+    def seconds(self, name: str) -> float:
+        call, in_train = self._calls[name], self._in_train[name]
+        self._before[name]()
+        _synchronize(self._device)
+        with _no_garbage_collection():
+            start = perf_counter()
+            for _ in range(in_train):
+                call()
+            _synchronize(self._device)
+            return (perf_counter() - start) / in_train
 
 
 @contextmanager

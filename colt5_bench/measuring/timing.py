@@ -1,4 +1,4 @@
-"""Times of calls: interleaved, until the median is certain enough, in four columns.
+"""Times of calls: interleaved, until the median is certain enough, in five columns.
 
 - `cold`: GPU time of the launches of one call, from event to event. The stream is kept busy by a spin kernel while the
   host launches, so that the GPU never waits for the host, and the L2 cache holds nothing of the call's data.
@@ -6,6 +6,7 @@
 - `graph`: as `cold`, for the replay of a CUDA graph that the call was captured into.
 - `wall`: host time. Of a call on a CPU that is all of it; of a call on a GPU it is what the host needs to launch it,
   among others of its kind and in one thread.
+- `eager`: time that a caller waits for a call on a GPU, of one in a train of calls, host and GPU side by side.
 """
 
 import random
@@ -55,7 +56,7 @@ def time_interleaved(
     Args:
         calls: what is timed, by name. Each is run a few times beforehand, untimed.
         device: where the calls run.
-        columns: `cold`, `warm`, `graph` and `wall` on a GPU, `wall` on a CPU.
+        columns: `cold`, `warm`, `graph`, `wall` and `eager` on a GPU, `wall` on a CPU.
         before: by name, what runs untimed before each sample, and before a call is captured.
         target: relative width of the interval at which a call is known well enough.
         min_samples: fewest samples of a call. An interval exists from six.

@@ -29,6 +29,7 @@ TIMES = {
         Quantity("warm", "ms", "GPU time of a call right after another one"),
         Quantity("graph", "ms", "GPU time of the call replayed from a CUDA graph, L2 cache flushed before it"),
         Quantity("wall", "ms", "time on the clock of the host until a call returns"),
+        Quantity("eager", "ms", "time that a caller waits for a call, one in a train of calls, host and GPU together"),
     )
 }
 """By the names that records have them under, in the order of tables."""

@@ -34,7 +34,8 @@ class Timing:
 
     column: str
     """Columns of times. `cold`: GPU time, L2 flushed before each sample; `warm`: GPU time right after another run of
-    the call; `graph`: GPU time of a CUDA-graph replay, L2 flushed; `wall`: host time."""
+    the call; `graph`: GPU time of a CUDA-graph replay, L2 flushed; `wall`: host time; `eager`:
+    time of one in a train of eager calls, until the GPU has done them."""
 
     samples: list[float]
     """Seconds, in the order taken."""

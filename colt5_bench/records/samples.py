@@ -42,7 +42,7 @@ BLOCKS = 5
 FEWEST_SAMPLES = 3
 """Least number of samples for a run's own interval."""
 
-BETWEEN_RUNS = {"cold": 0.01, "warm": 0.01, "graph": 0.01, "wall": 0.03}
+BETWEEN_RUNS = {"cold": 0.01, "warm": 0.01, "graph": 0.01, "wall": 0.03, "eager": 0.03}
 """Difference of times of equal code from run to run, by column. It is the standard deviation of their logarithms,
 beyond what a side of one run shows."""
 

@@ -33,6 +33,7 @@ cold = 0.05
 warm = 0.05
 graph = 0.05
 wall = 0.05
+eager = 0.05
 speed_up = 0.25
 peak = 0
 saved = 0
@@ -162,7 +163,7 @@ class TestTimes:
     @pytest.mark.parametrize("factor", [4, 1000])
     @pytest.mark.parametrize("counts", [(10, 10), (3, 9), (3, 3), (100, 3)])
     @pytest.mark.parametrize("others", [0, 1, 76])
-    @pytest.mark.parametrize("column", ["cold", "wall"])
+    @pytest.mark.parametrize("column", ["cold", "wall", "eager"])
     def test_a_certain_slowdown_is_found_by_few_samples(self, rules, factor, counts, others, column):
         """However many other times are compared, and if they all became slower."""
         sides = []

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from colt5_bench.measuring import rounds, timing
+from colt5_bench.measuring.spin import Spin
 from colt5_bench.records.environment import GpuState
 
 pytestmark = pytest.mark.alone
@@ -345,6 +346,24 @@ def test_a_real_call_takes_about_the_time_it_takes():
     assert 4 < ratio < 16
 
 
+@pytest.mark.parametrize("seconds", [1e-4, 3e-3, 3e-2])
+def test_a_train_takes_as_long_as_its_calls(seconds):
+    spin, started = Spin(seconds, CPU), []
+
+    def call():
+        started.append(None)
+        spin()
+
+    train = rounds.EagerRound({"call": call}, {"call": lambda: None}, CPU)
+    started.clear()
+    (measured,) = train(["call"])
+    durations = spin.durations(len(started))
+    # Another program may have its turn between two calls.
+    assert sum(durations) / len(durations) <= measured < 2 * sum(durations) / len(durations)
+    most = min(max(rounds.TRAIN_SECONDS / seconds, 1), rounds.CALLS_IN_A_TRAIN)
+    assert most / 4 < len(durations) <= most
+
+
 @pytest.mark.gpu
 class TestOnGpu:
     def test_columns_agree_with_what_the_gpu_is_known_to_do(self):
@@ -366,6 +385,19 @@ class TestOnGpu:
         results = timing.time_interleaved({"many": many}, device=GPU, columns=("cold", "graph", "wall"))["many"]
         # The host needs longer to launch these than the GPU to run them.
         assert median(results["cold"].samples) < median(results["wall"].samples)
+
+    @pytest.mark.parametrize(("launches", "elements"), [(200, 1), (1, 2**28)])
+    def test_a_caller_waits_for_the_slower_of_host_and_gpu(self, launches, elements):
+        x = torch.zeros(elements, device=GPU)
+
+        def call():
+            for _ in range(launches):
+                x.add_(1)
+
+        columns = ("cold", "wall", "eager")
+        results = timing.time_interleaved({"call": call}, device=GPU, columns=columns)["call"]
+        cold, wall, eager = (median(results[column].samples) for column in columns)
+        assert 0.8 * max(cold, wall) < eager < 1.5 * max(cold, wall)
 
     def test_nothing_of_the_data_is_in_the_cache(self):
         x = torch.zeros(2**23, device=GPU)

@@ -33,7 +33,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "measuring.md"
 SECONDS = st.floats(1e-7, 1e2)
 SAMPLES = st.lists(SECONDS, min_size=1, max_size=25)
 RUNS = st.lists(SAMPLES, min_size=1, max_size=4)
-COLUMNS = st.sampled_from(["cold", "warm", "graph", "wall"])
+COLUMNS = st.sampled_from(["cold", "warm", "graph", "wall", "eager"])
 OPPOSITE = {"worse": "better", "better": "worse", "same": "same", "unclear": "unclear"}
 
 
