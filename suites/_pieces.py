@@ -82,7 +82,7 @@ def by_window(layer: nn.Module) -> Callable[..., Tensor]:
         scores_q = rearrange(layer.q_router.score(x), "b 1 (w i) -> b w i", i=size)
         q = layer.q_router.select(scores_q, layer.num_heavy_tokens_q)
         scores_kv = layer.kv_router.score(x)
-        key_value = layer.heavy_attn.project(rearrange(x, "b n d -> b 1 n d"), routes)
+        key_value = layer.heavy_attn.project(rearrange(x, "b n d -> b 1 n d"), routes, rounded={})
         heavy = [
             _checkpoint(_window, layer, x, q.indices[:, w], q.weights[:, w], scores_kv, key_value, w * size)
             for w in range(1, n // size)
@@ -113,7 +113,7 @@ def _window(
     kv = layer.kv_router.select(scores[..., :length], num_tokens, before)
     route = torch.arange(scores.shape[1], device=x.device)[:, None]
     routed = key_value[batch[..., None], route, kv.indices]
-    return layer.attend_routed(tokens, q, RouterReturn(kv.indices, kv.weights.to(x.dtype), routed, kv.mask))
+    return layer.attend_routed(tokens, q, RouterReturn(kv.indices, kv.weights.to(x.dtype), routed, kv.mask), rounded={})
 
 
 def _checkpoint(function: Callable[..., Tensor], *arguments: object) -> Tensor:

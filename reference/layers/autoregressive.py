@@ -146,7 +146,8 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         batch, n, _ = x.shape
         starts, indices = self._starts(n, x.device), q.indices
         windows = starts.shape[0]
-        key_value = attention.project(rearrange(x, "b n d -> b 1 n d"), self.kv_router.num_routing_tokens)
+        rounded = attention.round_weights(x)
+        key_value = attention.project(rearrange(x, "b n d -> b 1 n d"), self.kv_router.num_routing_tokens, rounded)
         rotations = None
         if self.rotary_emb is not None:
             positions = starts + torch.arange(size, device=x.device) if indices is None else starts + indices
@@ -156,6 +157,7 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             q.routed_tokens,
             key_value=key_value,
             scores_kv=kv.weights,
+            rounded=rounded,
             mask=kv.mask,
             scores_q=q.scores if self.multiply_queries_by_score else None,
             rotations=rotations,

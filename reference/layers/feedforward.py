@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from reference._shared.arguments import check_counts, check_positive
 from reference.layers.join import join
+from reference.layers.linear import Rounded, is_plain, linear, round_weights
 from reference.layers.norms import RMSNorm
 from reference.layers.operations import Operations, UseTriton
 from reference.layers.router import CoordinateDescentRouter
@@ -71,11 +72,21 @@ class ConditionalRoutedFeedForward(nn.Module):
         num_heavy_tokens = self.num_heavy_tokens if num_heavy_tokens is None else num_heavy_tokens
         check_counts(num_heavy_tokens=num_heavy_tokens)
         routed = self.router(x, num_tokens=num_heavy_tokens, mask=mask, routing_tokens=routing_tokens)
-        heavy = self.heavy_ff(routed.routed_tokens)
-        branches = {"light": self.light_ff(x), "residual": residual}
+        rounded = round_weights(x, *self.light_ff.children(), *self.heavy_ff.children())
+        heavy = _run(self.heavy_ff, routed.routed_tokens, rounded)
+        branches = {"light": _run(self.light_ff, x, rounded), "residual": residual}
         return join(self.operations.combine, heavy, routed.scores, routed.indices, x, **branches)
 
 
 def _feed_forward(dim: int, mult: float, operations: Operations) -> nn.Sequential:
     hidden = int(dim * mult)
     return nn.Sequential(RMSNorm(dim, operations), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+
+def _run(layers: nn.Sequential, x: Tensor, rounded: Rounded) -> Tensor:
+    if not rounded or not is_plain(layers, nn.Sequential):
+        result: Tensor = layers(x)
+        return result
+    for layer in layers:
+        x = linear(layer, x, rounded)
+    return x

@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from reference.layers.linear import Rounded, is_plain, linear, round_weights
 from reference.layers.norms import RMSNorm
 from reference.layers.operations import Operations, UseTriton
 from reference.layers.rotary import Rotations, rotate
@@ -40,15 +39,20 @@ class Attention(nn.Module):
         plain = "scaled_dot_product_attention" if self.use_flash else "einsum"
         return f"{self.operations.path('routed_attention')}, plain: {plain}"
 
-    def project(self, context: Tensor, routes: int) -> Tensor:
+    def round_weights(self, x: Tensor) -> Rounded:
+        """All weights, for tokens on the device of x."""
+        return round_weights(x, self.to_q, self.to_kv, self.to_out)
+
+    def project(self, context: Tensor, routes: int, rounded: Rounded) -> Tensor:
         """Keys and values `b r j (h kv d)` of tokens `b r j d`, or of `b 1 j d` for all routes."""
         context = self.norm(context)
         if context.shape[1] == 1:
             # One product for all routes, and no copy of the tokens for each.
-            return rearrange(self.to_kv(context), "b 1 j (r hd) -> b r j hd", r=routes)
-        if _is_plain(self.to_kv):
-            return context @ rearrange(self.to_kv.weight, "(r hd) d -> r d hd", r=routes)
-        # An adapter, a quantiser or a hook has to see the layer called. Each token then takes the part of its route.
+            return rearrange(linear(self.to_kv, context, rounded), "b 1 j (r hd) -> b r j hd", r=routes)
+        if is_plain(self.to_kv, nn.Linear) and self.to_kv._parameters["bias"] is None:
+            weight, _ = rounded.get(self.to_kv, (self.to_kv.weight, None))
+            return context @ rearrange(weight, "(r hd) d -> r d hd", r=routes)
+        # Each token takes the part of its route.
         of_all = rearrange(self.to_kv(context), "b r j (s hd) -> s b r j hd", s=routes)
         return torch.stack([of_all[route, :, route] for route in range(routes)], dim=1)
 
@@ -57,6 +61,7 @@ class Attention(nn.Module):
         x: Tensor,
         key_value: Tensor,
         scores_kv: Tensor,
+        rounded: Rounded,
         mask: Tensor | None = None,
         scores_q: Tensor | None = None,
         rotations: Rotations | None = None,
@@ -70,11 +75,12 @@ class Attention(nn.Module):
             key_value: `b r j (h kv d)`, as `project` makes them.
             scores_kv: `b r j`, or `b w r s` with windows; multiplied with values, and with keys if
                 `multiply_keys_by_score`.
+            rounded: as `round_weights` makes them.
             mask: as scores_kv, False for keys that are not attended to.
             scores_q: as x without features, multiplied with queries.
             indices: `b w r s` with windows: the list of each, as places of j.
         """
-        query = self.to_q(self.norm(x))
+        query = linear(self.to_q, self.norm(x), rounded)
         if scores_q is not None:
             query = query * scores_q.unsqueeze(-1).to(query.dtype)
         if rotations is not None:
@@ -88,8 +94,10 @@ class Attention(nn.Module):
         }
         angles = None if rotations is None else rotations.query
         if indices is None:
-            return self.to_out(self._attend_to_routed(query, angles, options))
-        return self.to_out(self._attend_to_lists(query, angles, {**options, "indices": indices}))
+            out = self._attend_to_routed(query, angles, options)
+        else:
+            out = self._attend_to_lists(query, angles, {**options, "indices": indices})
+        return linear(self.to_out, out, rounded)
 
     def _attend_to_routed(self, query: Tensor, angles: Tensor | None, options: dict[str, Any]) -> Tensor:
         if angles is not None:
@@ -113,20 +121,3 @@ class Attention(nn.Module):
         """Keys, beside values, at their positions."""
         key, value = rearrange(key_value, "b r j (h kv d) -> kv b r h j d", kv=2, d=self.null_kv.shape[-1])
         return rearrange(torch.stack((rotate(key, angles), value)), "kv b r h j d -> b r j (h kv d)")
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    """True if nobody can tell the product with its weight from a call, as for a linear layer of PyTorch."""
-    # Past `nn.Module.__getattr__`, which takes longer than all the rest.
-    parameters = linear._parameters
-    return (
-        type(linear) is nn.Linear
-        and parameters["bias"] is None
-        and "forward" not in vars(linear)
-        and not linear._forward_hooks
-        and not linear._forward_pre_hooks
-        and not linear._backward_hooks
-        and not linear._backward_pre_hooks
-        and not _has_any_global_hook()
-        and not is_traceable_wrapper_subclass(parameters.get("weight"))
-    )

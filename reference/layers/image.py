@@ -115,10 +115,11 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         num_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
         check_counts(num_heavy_tokens_q=num_q, num_heavy_tokens_kv=num_kv)
         q = self.q_router(tokens, num_tokens=num_q, mask=token_mask, routing_tokens=routing_tokens_q)
-        kv = self.route_context(tokens, num_kv, token_mask, routing_tokens_kv)
+        rounded = self.heavy_attn.round_weights(x)
+        kv = self.route_context(tokens, num_kv, token_mask, routing_tokens_kv, rounded)
         light = rearrange(self._within_windows(x, mask), "b h w d -> b (h w) d")
         residual = None if residual is None else rearrange(residual, "b h w d -> b (h w) d")
-        out = self.attend_routed(tokens, q, kv, light=light, residual=residual).view(x.shape)
+        out = self.attend_routed(tokens, q, kv, rounded, light=light, residual=residual).view(x.shape)
         return rearrange(out, "b h w d -> b d h w") if self.channel_first else out
 
     def _within_windows(self, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from reference._shared.arguments import check_counts
+from reference.layers.linear import linear, round_weights
 from reference.layers.norms import LayerNorm, RMSNorm
 from reference.layers.operations import Operations, UseTriton
 
@@ -41,9 +42,10 @@ class WindowedAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to."""
-        qkv = self.to_qkv(self.norm(x))
+        rounded = round_weights(x, self.to_qkv, self.to_out)
+        qkv = linear(self.to_qkv, self.norm(x), rounded)
         options = {"heads": self.heads, "window_size": self.window_size, "causal": self.causal}
-        return self.to_out(self.operations.windowed_attention(qkv, mask=mask, **options))
+        return linear(self.to_out, self.operations.windowed_attention(qkv, mask=mask, **options), rounded)
 
 
 class SelfAttention(nn.Module):
@@ -63,5 +65,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to."""
-        qkv, room_for_all = self.to_qkv(self.norm(x)), max(x.shape[1], 1)
-        return self.to_out(self.operations.attend_to_all(qkv, heads=self.heads, window_size=room_for_all, mask=mask))
+        rounded = round_weights(x, self.to_qkv, self.to_out)
+        qkv = linear(self.to_qkv, self.norm(x), rounded)
+        options = {"heads": self.heads, "window_size": max(x.shape[1], 1)}
+        return linear(self.to_out, self.operations.attend_to_all(qkv, mask=mask, **options), rounded)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from reference._shared.arguments import check_counts, require
 from reference.layers.heavy_attention import Attention
 from reference.layers.join import join
+from reference.layers.linear import Rounded
 from reference.layers.operations import Operations, UseTriton
 from reference.layers.rotary import Rotations
 from reference.layers.router import CoordinateDescentRouter, RouterReturn
@@ -63,13 +64,13 @@ class RoutedBranch(nn.Module):
         return self.operations.path("combine")
 
     def route_context(
-        self, context: Tensor, num_tokens: int, mask: Tensor | None, routing_tokens: Tensor | None
+        self, context: Tensor, num_tokens: int, mask: Tensor | None, routing_tokens: Tensor | None, rounded: Rounded
     ) -> RouterReturn:
         """Route a context `b m d` to keys and values, with a dimension of routes even if there is one."""
         routed = self.kv_router(
             context, num_tokens=num_tokens, mask=mask, routing_tokens=routing_tokens, keep_one_route_dim=True
         )
-        key_value = self.heavy_attn.project(routed.routed_tokens, self.kv_router.num_routing_tokens)
+        key_value = self.heavy_attn.project(routed.routed_tokens, self.kv_router.num_routing_tokens, rounded)
         return routed._replace(routed_tokens=key_value)
 
     def attend_routed(
@@ -77,16 +78,19 @@ class RoutedBranch(nn.Module):
         x: Tensor,
         q: RouterReturn,
         kv: RouterReturn,
+        rounded: Rounded,
         rotations: Rotations | None = None,
         light: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
         """The heavy branch for tokens `b n d`, of which q are routed, to kv as `route_context` makes them. Light and
-        residual, `b n d`, are added if there are any. The result is `b n d`."""
+        residual, `b n d`, are added if there are any. The result is `b n d`; weights are as `heavy_attn.round_weights`
+        rounds them."""
         out = self.heavy_attn(
             q.routed_tokens,
             key_value=kv.routed_tokens,
             scores_kv=kv.scores,
+            rounded=rounded,
             mask=kv.routed_mask,
             scores_q=q.scores if self.multiply_queries_by_score else None,
             rotations=rotations,
