@@ -5,11 +5,13 @@ computations show how far apart results may lie of which every operation is righ
 https://doi.org/10.1016/0378-4754(93)90003-D).
 """
 
+from contextlib import nullcontext
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import get_decompositions
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -28,16 +30,23 @@ CARRYING = (
 EXACT = frozenset(f"{COMPARING} {CHOOSING} {CARRYING}".split())
 """Operations that round nothing. Their operands stay: the operations that these came from have moved them."""
 
+IN_PIECES = get_decompositions([torch.ops.aten.native_layer_norm_backward.default])
+"""Operations of one kernel, and functions that compute them in pieces, whose operands are moved too. Terms may cancel
+in the kernel, and do so exactly by luck alone: a GPU makes a multiplication and an addition one rounding."""
+
 MASKS = ("attn_mask", "attn_bias")
 """Arguments that stay: they are of zeros and infinities, and kernels insist on their strides."""
 
-FACTORS = 1048573
-"""Random factors that are made, then used again and again from other places on. Their number is a prime, so that rows
-get others."""
+NUMBERS = 1048573
+"""Random numbers that are made, then used again and again from other places on. How many is a prime, so that rows get
+others."""
 
 
 class MovedOperands(TorchDispatchMode):
     """Within this context, operands x of all operations that round are x (1 + r eps), r uniform in [-1, 1].
+
+    In fp16 they are x (1 + r eps) + r' s, with s its smallest number, 6e-8: results of that size are rounded to its
+    multiples, and vanish or not. The smallest numbers of other dtypes are too small to matter.
 
     Operands of fp64 stay: within a computation of less precision they stand for what is exact.
 
@@ -48,9 +57,9 @@ class MovedOperands(TorchDispatchMode):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self._random = Random(seed)
-        self._uniform = torch.empty(FACTORS, dtype=torch.float64, device="cpu")
+        self._uniform = torch.empty(NUMBERS, dtype=torch.float64, device="cpu")
         self._uniform.uniform_(-1.0, 1.0, generator=torch.Generator("cpu").manual_seed(seed))
-        self._factors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._drawn: dict[tuple[torch.device, torch.dtype, float], Tensor] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -64,26 +73,37 @@ class MovedOperands(TorchDispatchMode):
             each if _is_written(declared) or declared.name in MASKS else tree_map(self._move, each)
             for each, declared in zip(args, arguments, strict=True)
         ]
-        result = func(*operands, **kwargs)
+        with self if func in IN_PIECES else nullcontext():
+            result = IN_PIECES.get(func, func)(*operands, **kwargs)
         for each, declared in zip(operands, arguments, strict=True):
             if _is_written(declared) and _moves(each):
                 each.copy_(self._move(each))
         return result
 
     def _move(self, x: Any) -> Any:
-        return x * self._factors_for(x) if _moves(x) else x
+        if not _moves(x):
+            return x
+        moved = x * self._factors_for(x)
+        return moved.add_(self._offsets_for(x)) if x.dtype == torch.float16 else moved
 
     def _factors_for(self, x: Tensor) -> Tensor:
-        """Factors of the shape of x, from a random place on."""
-        key = x.device, x.dtype
-        if key not in self._factors:
-            self._factors[key] = (1.0 + torch.finfo(x.dtype).eps * self._uniform).to(*key)
-        factors, size = self._factors[key], x.numel()
-        start = self._random.randrange(FACTORS)
-        if start + size > FACTORS:
-            times = -(-(start + size) // FACTORS)
-            factors = factors.repeat(times)
-        return factors[start : start + size].view(x.shape)
+        return self._draw(x, 1.0, torch.finfo(x.dtype).eps)
+
+    def _offsets_for(self, x: Tensor) -> Tensor:
+        information = torch.finfo(x.dtype)
+        return self._draw(x, 0.0, information.smallest_normal * information.eps)
+
+    def _draw(self, x: Tensor, middle: float, most: float) -> Tensor:
+        """Numbers in `middle` +- `most`, of the shape of x: those that were once made, from a random place on."""
+        key = x.device, x.dtype, middle
+        if key not in self._drawn:
+            self._drawn[key] = (middle + most * self._uniform).to(*key[:2])
+        numbers, size = self._drawn[key], x.numel()
+        start = self._random.randrange(NUMBERS)
+        if start + size > NUMBERS:
+            times = -(-(start + size) // NUMBERS)
+            numbers = numbers.repeat(times)
+        return numbers[start : start + size].view(x.shape)
 
 
 def _is_written(declared: torch.Argument) -> bool:

@@ -7,18 +7,24 @@ import inspect
 import os
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from itertools import islice
 
 import pytest
 import torch
 import triton
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import kernels
 import reference
+from reference._shared.arguments import result_dtype
 from tests.calls import KERNELS
+from tests.kernels.devices import DEVICES
 from tests.kernels.fuzz import run
 from tests.kernels.fuzz.cases import EXCLUDED, LAYERS, NAMES, OPERATIONS, SCALES, Case, build, cases, draw_case
-from tests.kernels.fuzz.check import Verdict, examine
+from tests.kernels.fuzz.check import Verdict, examine, execute
+from tests.kernels.fuzz.definition import Watched, definition, ours
 
 INTERPRETED = triton.knobs.runtime.interpret
 CPU = torch.device("cpu")
@@ -150,6 +156,77 @@ def test_sizes_reach_what_kernels_do():
     assert any(case.data.get("b", 0) * case.data.get("h", 0) > 65535 for case in drawn)
 
 
+# Correct computations that it lets pass ------------------------------------------------------------------------------
+
+
+class _Contracted(torch.autograd.Function):
+    """LayerNorm in fp32, in whose gradient a multiplication and an addition are one rounding, as a GPU has them."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        centered = x - x.mean(-1, keepdim=True)
+        scale = (centered.square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(centered * scale, scale, weight)
+        y = centered * scale * weight
+        return y if bias is None else y + bias
+
+    @staticmethod
+    def backward(ctx, grad):
+        normalized, scale, weight = ctx.saved_tensors
+        product = grad * weight
+        others = normalized * (product * normalized).mean(-1, keepdim=True) + product.mean(-1, keepdim=True)
+        dx = (grad.double() * weight.double() - others.double()).float() * scale
+        dbias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return dx, (grad * normalized).flatten(0, -2).sum(0), dbias, None
+
+
+def _contracted(right, x, weight, bias=None, *, center, eps, dtype=None):
+    if not center or x.dtype == torch.float64:
+        return right(x, weight, bias, center=center, eps=eps, dtype=dtype)
+    wide = (each if each is None else each.float() for each in (x, weight, bias))
+    return _Contracted.apply(*wide, eps).to(result_dtype(dtype, x, weight, bias))
+
+
+def _rounded_once(right, *args, dtype=None, **options):
+    """All in fp64, but for the result."""
+    floats = [each for each in (*args, *options.values()) if isinstance(each, Tensor) and each.is_floating_point()]
+    args, options = tree_map(lambda each: each.double() if any(each is x for x in floats) else each, (args, options))
+    return right(*args, **options, dtype=torch.float64).to(result_dtype(dtype, *floats))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is not about kernels")
+@pytest.mark.parametrize(
+    ("name", "correct", "of_the_kind"),
+    [("normalize", _contracted, {"data": {"x": [3, 40, d]}, "options": {"center": True}}) for d in (1, 2, 3, 64)]
+    + [
+        (name, _rounded_once, {"options": {"dtype": dtype}})
+        for name in ("combine", "normalize")
+        for dtype in ("float32", "float16", "bfloat16")
+    ],
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_lets_another_correct_computation_pass(monkeypatch, device, name, correct, of_the_kind):
+    _planted(monkeypatch, name, correct)
+    for index in range(12):
+        case = draw_case(2, index, SCALES["cpu"], name)
+        changed = {field: getattr(case, field) | values for field, values in of_the_kind.items()}
+        verdict = examine(replace(case, grad=True, **changed), torch.device(device))
+        assert verdict.status == "ok", verdict
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is not about kernels")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_truth_is_of_fp64_whatever_a_case_asks_for(name):
+    for index in range(4):
+        case = draw_case(4, index, SCALES["cpu"], name)
+        watched = Watched()
+        function, parameters = ours(case, CPU, watched)
+        tensors = build(case, CPU).tensors | parameters
+        execute(function, tensors, case)
+        truth = execute(definition(case, CPU, watched, torch.float64), tensors, case, torch.float64)
+        assert {x.dtype for x in truth.values() if x.is_floating_point()} <= {torch.float64}, case
+
+
 # Faults that it finds -------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +300,8 @@ def _gradient_halved(right, *args, **options):
         ("select", _written_to, "written to"),
         ("gathered_attention", _gradient_halved, "gradient"),
         ("coor_descent", _gradient_halved, "gradient"),
+        ("combine", _gradient_halved, "gradient"),
+        ("normalize", _gradient_halved, "gradient"),
     ],
 )
 def test_finds_a_planted_fault(monkeypatch, name, fault, expected_message):

@@ -133,6 +133,23 @@ class TestTolerances:
                 other = sums(x[:, torch.randperm(300, generator=torch.Generator().manual_seed(order))])["output"]
                 assert passes(diverge(other, expected["output"], tolerance=allowed["output"]))
 
+    @pytest.mark.parametrize("factor", [1.0, 0.1, 0.02, 0.004])
+    @pytest.mark.parametrize("terms", [1, 16, 512])
+    def test_it_does_not_matter_where_numbers_vanish_in_fp16(self, terms, factor):
+        """As in a gradient whose terms cancel, of which roundings are left."""
+        for seed in range(5):
+            u = torch.randn(64, terms, 30, generator=torch.Generator().manual_seed(seed))
+
+            def plain(u=u):
+                return {"output": ((u.sum(-1) - u.flip(-1).sum(-1)).half() * factor).sum(-1).float()}
+
+            expected = torch.zeros(64, dtype=torch.float64)
+            allowed = tolerances(plain, {"output": expected})["output"]
+            left = u.sum(-1) - u.flip(-1).sum(-1)
+            for other in ((left * factor).sum(-1).half(), (left.half() * factor).sum(-1), left.sum(-1).half() * factor):
+                assert passes(diverge(other.float(), expected, tolerance=allowed))
+            assert not passes(diverge(expected + 1e-3, expected, tolerance=allowed))
+
     def test_a_term_that_is_missing_is_not(self):
         x = torch.randn(64, 300)
         expected = sums(x.double())

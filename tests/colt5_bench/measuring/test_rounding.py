@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from colt5_bench.measuring.rounding import FACTORS, MovedOperands
+from colt5_bench.measuring.rounding import NUMBERS, MovedOperands
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -58,10 +58,38 @@ def test_what_rounds_nothing_stays(function):
         assert torch.equal(function(x), expected)
 
 
-def test_zeros_and_infinities_and_nan_stay():
-    x = torch.tensor([0.0, torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinities_and_nan_stay(dtype):
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype)
     with MovedOperands(0):
         assert torch.equal((x * 1.0).nan_to_num(7.0), x.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("multiple", [0, 1, 3, 50])
+def test_a_number_that_is_rounded_to_multiples_of_the_least_one_is_moved_by_it(dtype, multiple):
+    """Zeros too in fp16, where it is no small number. They stay in other dtypes."""
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps if dtype == torch.float16 else 0.0
+    x = torch.full((1000,), multiple * least, dtype=dtype)
+    with MovedOperands(0):
+        moved = (x * 1.0).double()
+    assert (moved - x).abs().max() == least
+    assert abs((moved - x).mean()) <= least / 10
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_of_layer_norm_is_moved_where_terms_cancel(dtype, d):
+    x = torch.randn(300, d, dtype=dtype).requires_grad_()
+    weight, grad = torch.randn(d, dtype=dtype), torch.randn(300, d, dtype=dtype)
+    y = torch.layer_norm(x, (d,), weight, eps=1.0)
+    (expected,) = torch.autograd.grad(y, x, grad, retain_graph=True)
+    with MovedOperands(0):
+        (moved,) = torch.autograd.grad(y, x, grad)
+    away, products = (moved - expected).double(), (grad * weight).double()
+    # It computes in fp32 at least, and rounds to a multiple of the least number.
+    assert (away != 0).sum() > 100
+    assert away.norm() <= 8 * torch.finfo(dtype).eps * products.norm()
 
 
 def test_fp64_and_integers_stay():
@@ -121,9 +149,9 @@ def test_the_backward_pass_is_moved_too():
     torch.testing.assert_close(gradient, 2 * x)
 
 
-@pytest.mark.parametrize("size", [FACTORS - 1, FACTORS, FACTORS + 1, 2 * FACTORS + 1])
+@pytest.mark.parametrize("size", [NUMBERS - 1, NUMBERS, NUMBERS + 1, 2 * NUMBERS + 1])
 def test_tensors_longer_than_the_factors_are_moved_everywhere(size):
     x = torch.ones(size)
     with MovedOperands(0):
         moved = x * 1.0
-    assert all((piece != 1).float().mean() > 0.2 for piece in moved.split(FACTORS // 2))
+    assert all((piece != 1).float().mean() > 0.2 for piece in moved.split(NUMBERS // 2))

@@ -285,6 +285,7 @@ def _combine(draw: Draw) -> Drawn:
         batch, length = draw.scale.many, draw.pick(1, 2, 3)
     k = 0 if draw.chance(0.03) else draw.size(length)
     data = {"routed": [batch, k, d], "length": length, "past": draw.chance(0.3), "index": draw.pick("int64", "int32")}
+    data["power"] = draw.pick(1, 1, 8)
     data |= {name: draw.pick(None, "same", "float32") for name in ("null", "light", "residual", "scores")}
     return data, {"length": length, "dtype": draw.pick(None, None, *draw.scale.dtypes[:3])}
 
@@ -715,7 +716,8 @@ def _combined(make: Maker, data: dict[str, Any]) -> None:
     (batch, k, d), length = data["routed"], data["length"]
     wide = {"float32": torch.promote_types(make.dtype, torch.float32)}
     make.add("routed", make.normal(batch, k, d))
-    make.add("scores", make.rand(batch, k), wide.get(data["scores"]))
+    # To the eighth power, some of them vanish in fp16.
+    make.add("scores", make.rand(batch, k) ** data["power"], wide.get(data["scores"]))
     indices = make.places(batch, k, n=length + 2 if data["past"] else length)
     make.add("indices", indices.to(getattr(torch, data["index"])))
     for name, shape in (("null", [d]), ("light", [batch, length, d]), ("residual", [batch, length, d])):

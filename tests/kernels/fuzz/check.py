@@ -181,7 +181,7 @@ def _tolerances(
     for context in (nullcontext(), *(moving(case.seed + draw) for draw in range(DRAWS))):
         seen.append(Watched(of_truth.selections))
         with context:
-            results = execute(definition(case, device, seen[-1], dtype), tensors, case)
+            results = execute(definition(case, device, seen[-1]), tensors, case)
         for name, spread in spreads.items():
             spread.add(results[name])
             dtypes[name] = results[name].dtype

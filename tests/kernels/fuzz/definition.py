@@ -76,20 +76,27 @@ def ours(case: Case, device: torch.device, watched: Watched) -> tuple[Function, 
     return function, {}
 
 
-def definition(case: Case, device: torch.device, watched: Watched, dtype: torch.dtype) -> Function:
-    """The reference, which selects what is in `watched`, and notes there what it computes."""
+def definition(case: Case, device: torch.device, watched: Watched, dtype: torch.dtype | None = None) -> Function:
+    """The reference, which selects what is in `watched`, and notes there what it computes.
+
+    Parameters and results are in the dtypes that the case asks for; all of them in `dtype`, if that is given.
+    """
+    own = dtype or getattr(torch, case.dtype)
 
     def function(tensors: Tensors) -> Tensors:
         with _replaying(watched) as operations:
             if case.name not in OPERATIONS:
-                module = layer(case, device, use_triton=False).to(dtype)
+                module = layer(case, device, use_triton=False).to(own)
                 _watch_causal(module, watched)
                 return _call(module, case, tensors)
+            options = case.arguments()
+            if dtype is not None and "dtype" in options:
+                options["dtype"] = dtype
             if case.name not in WIDE:
-                return named(operations[case.name](**tensors, **case.arguments()))
+                return named(operations[case.name](**tensors, **options))
             wide = {name: _widened(x) for name, x in tensors.items()}
-            results = named(operations[case.name](**wide, **case.arguments()))
-            return {name: x.to(dtype) if x.is_floating_point() else x for name, x in results.items()}
+            results = named(operations[case.name](**wide, **options))
+            return {name: x.to(own) if x.is_floating_point() else x for name, x in results.items()}
 
     return function
 
