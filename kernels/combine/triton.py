@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import Plan, has_values, multiprocessors, plan_rows, plan_sweep, planner
+from kernels._common.launch import COUNTS, Plan, has_values, multiprocessors, plan_rows, plan_sweep, planner
 
 LONGEST = 8192
 """Most features that the kernel takes; more are left to PyTorch."""
@@ -15,7 +15,7 @@ PLACES = 1024
 """Routed tokens that a program of the map writes."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "n"])
 def _places_kernel(
     indices_ptr,  # b k
     slots_ptr,  # b n, int32, filled with -1
@@ -30,7 +30,7 @@ def _places_kernel(
     tl.store(slots_ptr + (slots // k).to(tl.int64) * n + places, slots, mask=places < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _forward_kernel(
     routed_ptr,  # b k d
     scores_ptr,  # b k
@@ -70,7 +70,7 @@ def _forward_kernel(
     tl.store(out_ptr + rows[:, None] * d + columns, out.to(out_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "n"])
 def _routed_backward_kernel(
     grad_output_ptr,  # b n d
     routed_ptr,  # b k d
@@ -106,7 +106,7 @@ def _routed_backward_kernel(
     tl.store(drouted_ptr + rows[:, None] * d + columns, drouted.to(drouted_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _backward_kernel(
     grad_output_ptr,  # b n d
     slots_ptr,  # b n, int32

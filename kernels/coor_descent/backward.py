@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import Plan, planner, registers_of_addresses, tile_settings
+from kernels._common.launch import COUNTS, Plan, planner, registers_of_addresses, tile_settings
 from kernels._common.primitives import (
     exp2,
     exp2_line,
@@ -50,7 +50,7 @@ def direct_gradient(scores, grad_output, a, temperature, factor):
     return tl.where((scores > per_row(round_down(-a))) | (power == 0), 0.0, grad_output * power * per_row(scale))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _grad_a_kernel(
     grad_output_ptr,  # rows n
     scores_ptr,  # rows n
@@ -85,7 +85,7 @@ def _grad_a_kernel(
     tl.store(grad_a_ptr + tl.program_id(0) + tl.arange(0, ROWS), grad_a)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _backward_kernel(
     grad_output_ptr,  # rows n
     scores_ptr,  # rows n

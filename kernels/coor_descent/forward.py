@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import Plan, most_registers, multiprocessors, planner, registers_of_addresses, tile_settings
+from kernels._common.launch import (
+    COUNTS,
+    Plan,
+    most_registers,
+    multiprocessors,
+    planner,
+    registers_of_addresses,
+    tile_settings,
+)
 from kernels._common.primitives import (
     EXP2_LACKS,
     clip_enlarged,
@@ -241,7 +249,7 @@ def _relax_rows(
     return step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _resident_kernel(
     scores_ptr,  # rows n
     mask_ptr,  # rows n
@@ -292,7 +300,7 @@ def _resident_kernel(
             rows += groups
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _streaming_kernel(
     scores_ptr,  # rows n
     mask_ptr,  # rows n

@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import multiprocessors, plan_rows, plan_sweep
+from kernels._common.launch import COUNTS, multiprocessors, plan_rows, plan_sweep
 
 LONGEST = 8192
 """Most features that the kernel takes; more are left to PyTorch."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _forward_kernel(
     x_ptr,  # rows d
     weight_ptr,  # d
@@ -52,7 +52,7 @@ def _forward_kernel(
     tl.store(y_ptr + rows[:, None] * d + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _backward_kernel(
     grad_output_ptr,  # rows d
     x_ptr,  # rows d

@@ -4,13 +4,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import Plan, planner
+from kernels._common.launch import COUNTS, Plan, planner
 
 SLOTS = 4
 """Selected tokens that one program copies."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "n", "width"])
 def _gather_kernel(
     x_ptr,  # b n d
     selected_ptr,  # b r blocks selected, int64: in the block

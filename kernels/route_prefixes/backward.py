@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import Plan, planner
+from kernels._common.launch import COUNTS, Plan, planner
 from kernels._common.primitives import (
     exp2,
     exp2_line,
@@ -39,7 +39,7 @@ PREFIXES = 1024
 NUM_WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "n"])
 def _thresholds_kernel(
     grad_output_ptr,  # prefixes selected
     indices_ptr,  # prefixes selected, int64
@@ -104,7 +104,7 @@ def _follow(decay, share, next_decay, next_share):
     return decay * next_decay, next_share + next_decay * share
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _sums_kernel(
     shares_ptr,  # rows n_iters windows, fp64
     state_ptr,  # prefixes+1 2 n_iters+1, fp64
@@ -147,7 +147,7 @@ def _sums_kernel(
         tl.store(steps_ptr + 2 * n_windows + window, offset, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "n"])
 def _tokens_kernel(
     scores_ptr,  # rows n
     state_ptr,  # prefixes+1 2 n_iters+1, fp64

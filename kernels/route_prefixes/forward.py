@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import Plan, multiprocessors, planner
+from kernels._common.launch import COUNTS, Plan, multiprocessors, planner
 from kernels._common.primitives import (
     EXP2_LACKS,
     INTERPRETED,
@@ -96,7 +96,7 @@ def _load_own(scores_ptr, row, start, end, lengths, stride, n_rows, WIDTH: tl.co
     return tl.where(start + tile_columns(1, WIDTH) < per_row(lengths), scores, -float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _descend_kernel(
     scores_ptr,  # rows n
     state_ptr,  # prefixes+1 2 n_iters+1, fp64
@@ -192,7 +192,7 @@ def _descend_kernel(
     save_step(state_ptr, prefixes, 0, n_prefixes, n_iters, n_iters, nothing, nothing, temperature, factor)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "n"])
 def _select_kernel(
     ordered_ptr,  # rows n
     order_ptr,  # rows n, int64

@@ -25,7 +25,7 @@ from kernels._common.attention import (
     settings_for,
     softmax_step,
 )
-from kernels._common.launch import Plan, planner
+from kernels._common.launch import COUNTS, Plan, planner
 from kernels._common.primitives import LOG2_E
 
 
@@ -75,7 +75,7 @@ def _kv_offset(
     return offset, batch * ROUTES + route
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _forward_kernel(
     query_ptr,  # b i h d
     kv_ptr,  # b r j (h/r kv d)
@@ -138,7 +138,7 @@ def _forward_kernel(
     tl.store(lse_ptr + numbers + queries, max_logit + tl.log2(total), mask=queries < n_queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _query_kernel(
     grad_output_ptr,  # b i h d
     query_ptr,  # b i h d
@@ -215,7 +215,7 @@ def _query_kernel(
     tl.store(dquery_ptrs, dquery.to(dquery_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _key_value_kernel(
     grad_output_ptr,  # b i h d
     query_ptr,  # b i h d

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import Plan, multiprocessors, planner
+from kernels._common.launch import COUNTS, Plan, multiprocessors, planner
 from kernels.routing_scores import constants
 
 MOST_ROUTES = 8
@@ -60,7 +60,7 @@ def _load_routing(routing_ptr, slots, routes, columns, no_stride, n_routes, d):
     return tl.load(routing_ptrs, mask=(routes < n_routes) & (columns < d), other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "n", "padded"])
 def _score_kernel(
     x_ptr,  # b n d
     routing_ptr,  # b r d, or 1 r d with a stride of 0
@@ -142,7 +142,7 @@ def _through_scores(
     return dx, grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "n", "padded"])
 def _gradient_kernel(
     x_ptr,  # b n d
     routing_ptr,  # b r d, or 1 r d with a stride of 0
@@ -199,7 +199,7 @@ def _gradient_kernel(
     tl.store(partial_ptrs, partial, mask=is_route & is_column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "n", "padded"])
 def _gathered_kernel(
     x_ptr,  # b n d
     routing_ptr,  # b r d, or 1 r d with a stride of 0

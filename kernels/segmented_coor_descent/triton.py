@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import Plan, most_registers, planner
+from kernels._common.launch import COUNTS, Plan, most_registers, planner
 from kernels.segmented_coor_descent.steps import (
     borders_of,
     cool,
@@ -30,7 +30,7 @@ STREAMED = 8192
 """Entries of a longer row that a program reads at a time; a quarter of it in fp64."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _resident_forward_kernel(
     scores_ptr,  # rows n
     mask_ptr,  # rows n
@@ -88,7 +88,7 @@ def _resident_forward_kernel(
     tl.store(y_ptr + row * n + columns, output_of(s, a, temperature).to(y_ptr.dtype.element_ty), mask=columns < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _streaming_forward_kernel(
     scores_ptr,  # rows n
     mask_ptr,  # rows n
@@ -164,7 +164,7 @@ def _resume(a_ptr, row, segment, n_rows, max_score):
     return a, tl.where(segment > 0, largest_of(max_score, a), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _resident_backward_kernel(
     grad_output_ptr,  # rows n
     scores_ptr,  # rows n
@@ -239,7 +239,7 @@ def _load_b(b_ptr, s, a, columns, n, saved):
     return b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _streaming_backward_kernel(
     grad_output_ptr,  # rows n
     scores_ptr,  # rows n

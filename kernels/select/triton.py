@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import Plan, planner
+from kernels._common.launch import COUNTS, Plan, planner
 from kernels.select import constants
 
 CHUNK = 4096
@@ -129,7 +129,7 @@ def _known_so_far(counts_ptr, row, part, selected, byte):
     return known, remaining
 
 
-@triton.jit(do_not_specialize=["byte"])
+@triton.jit(do_not_specialize=[*COUNTS, "byte"])
 def _count_kernel(
     scores_ptr,  # rows n
     mask_ptr,  # rows n
@@ -158,7 +158,7 @@ def _count_kernel(
     tl.store(own_counts_ptr + (row * parts + part) * BINS + values, counts, mask=is_last & (values < BINS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _collect_kernel(
     scores_ptr,  # rows n
     mask_ptr,  # rows n
@@ -195,7 +195,7 @@ def _collect_kernel(
     _collect(row_keys_ptr, ordered, columns, above, equal, first_above, first_equal, remaining, selected)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _rank_kernel(
     keys_ptr,  # rows selected, int64
     indices_ptr,  # rows selected, int64

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._common.launch import (
+    COUNTS,
     Plan,
     most_registers,
     planner,
@@ -33,7 +34,7 @@ def _sortable(scores, columns):
     return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - columns).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _topk_kernel(
     x_ptr,  # rows n
     mask_ptr,  # rows n
