@@ -331,14 +331,14 @@ SENT_FOR_NAN: tl.constexpr = tl.constexpr(2.0**100)
 
 
 def slots_for(programs: int, num_warps: int) -> int:
-    """Slots of `exchange`: so many that no two threads of a program read the same word."""
+    """Slots of an exchange: so many that no two threads of a program read the same word."""
     return max(triton.next_power_of_2(programs), 32 * num_warps // 4)
 
 
 @triton.jit
-def send(mailbox_ptr, step, part, first, second, third, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr):
-    """Hand three fp32 numbers to all PROGRAMS programs of a row. The results are where theirs arrive, SLOTS x 4 words
-    of which 3 are used, and which of these exist. `receive` reads them until all are there.
+def send(mailbox_ptr, step, part, first, second, third, programs, SLOTS: tl.constexpr):
+    """Hand three fp32 numbers to all programs of a row. The results are where theirs arrive, SLOTS x 4 words of
+    which 3 are used, and which of these exist. `receive` reads them until all are there.
 
     Every word travels with the number of the step in its upper half, in one 64-bit store, so that a reader knows a
     word is there by looking at it: no counter, no fence, one trip to the L2 cache each way. Steps alternate between
@@ -353,10 +353,10 @@ def send(mailbox_ptr, step, part, first, second, third, PROGRAMS: tl.constexpr, 
     slot = tl.arange(0, SLOTS)
     number = tl.where(word == 0, first, tl.where(word == 1, second, third))
     stamp = tl.cast(step, tl.int64) << 32
-    mailbox_ptr += (step % 2) * (4 * PROGRAMS)
+    mailbox_ptr += (step % 2) * (4 * programs)
     letter = stamp | (number.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
     tl.atomic_xchg(mailbox_ptr + part * 4 + word, letter, sem="relaxed")
-    return mailbox_ptr + slot[:, None] * 4 + word[None, :], (slot < PROGRAMS)[:, None] & (word < 4)[None, :]
+    return mailbox_ptr + slot[:, None] * 4 + word[None, :], (slot < programs)[:, None] & (word < 4)[None, :]
 
 
 @triton.jit
@@ -385,14 +385,14 @@ def _sums_so_far(letter_ptrs, present, step):
 
 
 @triton.jit
-def exchange_sum(mailbox_ptr, step, part, total, count, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr):
+def exchange_sum(mailbox_ptr, step, part, total, count, programs, SLOTS: tl.constexpr):
     """Sum an fp64 total and a count over the programs of a row, in order. The count is exact below 2**24.
 
     The sums themselves say whether a word is missing. So warps wait for each other once a look, and not for the least
     step and then for sums. NaN would hide a missing word, and travels as a number.
     """
     high, low = split(tl.where(total == total, total, -2 * SENT_FOR_NAN))
-    letter_ptrs, present = send(mailbox_ptr, step, part, high, low, count.to(tl.float32), PROGRAMS, SLOTS)
+    letter_ptrs, present = send(mailbox_ptr, step, part, high, low, count.to(tl.float32), programs, SLOTS)
     sums = _sums_so_far(letter_ptrs, present, step)
     while tl.max(sums, axis=0) > MISSING:
         sums = _sums_so_far(letter_ptrs, present, step)
@@ -404,10 +404,10 @@ def exchange_sum(mailbox_ptr, step, part, total, count, PROGRAMS: tl.constexpr, 
 
 
 @triton.jit
-def exchange_highest(mailbox_ptr, step, part, max_score, count, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr):
+def exchange_highest(mailbox_ptr, step, part, max_score, count, programs, SLOTS: tl.constexpr):
     """Reduce over the programs of a row. The results are the largest fp32 number, NaN if there is one, and the sum of a
     count."""
-    letter_ptrs, present = send(mailbox_ptr, step, part, max_score, max_score, count.to(tl.float32), PROGRAMS, SLOTS)
+    letter_ptrs, present = send(mailbox_ptr, step, part, max_score, max_score, count.to(tl.float32), programs, SLOTS)
     letters = receive(letter_ptrs, present, step)
     while tl.min(step_of(letters)) < step:
         letters = receive(letter_ptrs, present, step)

@@ -213,9 +213,10 @@ def _plan_sums(n_rows: int, n: int, aligned: bool) -> Plan:
 
 @planner
 def _plan(n_rows: int, n: int, aligned: bool) -> Plan:
-    """The same, and how many chunks a program looks at at a time."""
+    """The same, and how many chunks a program looks at at a time. Few sizes of that serve all lengths."""
     plan = _plan_sums(n_rows, n, aligned)
-    return plan._replace(settings={**plan.settings, "SLOTS": min(triton.next_power_of_2(plan.pieces), 1024)})
+    slots = next(size for size in (1, 128, 1024) if plan.pieces <= size or size == 1024)
+    return plan._replace(settings={**plan.settings, "SLOTS": slots})
 
 
 def launch_backward(

@@ -33,8 +33,8 @@ TOKENS = 128
 WINDOWS = 4
 """Windows that are read at a time, of those that selected a token."""
 
-PREFIXES = 1024
-"""Prefixes that are added up at a time."""
+PREFIXES, FEW_PREFIXES = 1024, 256
+"""Prefixes that are added up at a time, of many windows and of few. Few sizes serve all lengths."""
 
 NUM_WARPS = 4
 
@@ -210,7 +210,7 @@ def _plan_thresholds(n_rows: int, n_windows: int, n_iters: int) -> Plan:
 
 @planner
 def _plan_sums(n_rows: int, n_windows: int, n_iters: int) -> Plan:
-    settings = {"PREFIXES": min(PREFIXES, triton.next_power_of_2(n_windows)), "num_warps": NUM_WARPS}
+    settings = {"PREFIXES": PREFIXES if n_windows > FEW_PREFIXES else FEW_PREFIXES, "num_warps": NUM_WARPS}
     return Plan(n_rows * (n_iters - 1), settings)
 
 
