@@ -4,7 +4,7 @@ Scores become unsigned integers of the same order. Four passes over a row, one f
 to the lowest, count the entries that agree with what is known of the last selected one by the value of the next byte;
 after them it is known whole. Where programs share a row, counts meet in integers, which add up to the same in any
 order. What lies above goes into a list as it comes; of what is equal, the first by index. The list is put in order by
-counting, for each of its entries, those that go before it.
+counting, for each of its entries, those that go before it; where there are many rows, by a sorting network.
 """
 
 import torch
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Plan, planner
+from kernels._common.launch import COUNTS, Plan, multiprocessors, planner
 from kernels.select import constants
 
 CHUNK = 4096
@@ -25,7 +25,11 @@ RANKED, RANKED_AGAINST = 16, 256
 """Selected entries that one program ranks, and how many others it looks at in one go."""
 
 MOST_RANKED = 16384
-"""Selected entries of a row up to which ranking, whose work is their square, takes less time than sorting."""
+"""Selected entries of a row up to which ranking, whose work is their square, takes less time than PyTorch's sort."""
+
+MOST_SORTED, LEAST_COMPARED = 4096, 2**20
+"""Most selected entries of a row that one program sorts, where ranking would take a multiprocessor so many comparisons.
+"""
 
 BYTES: tl.constexpr = tl.constexpr(4)
 BINS: tl.constexpr = tl.constexpr(256)
@@ -218,6 +222,20 @@ def _rank_kernel(
     tl.store(indices_ptr + row * selected + place, (keys & LAST_INDEX) ^ LAST_INDEX, mask=own < selected)
 
 
+@triton.jit
+def _sort_kernel(
+    keys_ptr,  # rows selected, int64
+    indices_ptr,  # rows selected, int64
+    selected,
+    BLOCK: tl.constexpr,
+):
+    """Indices of all selected entries of a row, in the order of their keys."""
+    place = tl.program_id(0).to(tl.int64) * selected + tl.arange(0, BLOCK)
+    exists = tl.arange(0, BLOCK) < selected
+    keys = tl.sort(tl.load(keys_ptr + place, mask=exists, other=-1), descending=True)
+    tl.store(indices_ptr + place, (keys & LAST_INDEX) ^ LAST_INDEX, mask=exists)
+
+
 @planner
 def _plan(n_rows: int, n: int) -> Plan:
     """Pieces are parts, each of which has a program."""
@@ -240,8 +258,12 @@ def _plan_counts(n_rows: int, n: int) -> Plan:
 
 
 @planner
-def _plan_ranks(n_rows: int, selected: int) -> Plan:
-    """Pieces are blocks of selected entries."""
+def _plan_order(n_rows: int, selected: int, available: int) -> Plan:
+    """Pieces are blocks of selected entries, each of which has a program that ranks it. None: a program sorts a row."""
+    if selected <= MOST_SORTED and n_rows * selected**2 > LEAST_COMPARED * available:
+        block = max(triton.next_power_of_2(selected), 256)
+        # Without a limit, ptxas aims at fewer and spills some.
+        return Plan(n_rows, {"BLOCK": block, "num_warps": block // 256, "maxnreg": 96}, 0)
     blocks = triton.cdiv(selected, RANKED)
     return Plan(n_rows * blocks, {"BLOCK": RANKED, "AGAINST": RANKED_AGAINST}, blocks)
 
@@ -268,5 +290,8 @@ def launch_select(scores: Tensor, mask: Tensor | None, indices: Tensor) -> None:
     if selected > MOST_RANKED:
         indices.copy_((keys.sort(dim=1, descending=True).values & constants.LAST_INDEX) ^ constants.LAST_INDEX)
         return
-    plan = _plan_ranks(n_rows, selected)
-    _rank_kernel[plan.grid](keys, indices, selected, plan.pieces, **plan.settings)
+    plan = _plan_order(n_rows, selected, multiprocessors(scores.device))
+    if plan.pieces:
+        _rank_kernel[plan.grid](keys, indices, selected, plan.pieces, **plan.settings)
+    else:
+        _sort_kernel[plan.grid](keys, indices, selected, **plan.settings)

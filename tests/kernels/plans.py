@@ -289,7 +289,7 @@ OPERATIONS = {
         _variants(per_row=BOOL, itemsize=(2, 4)),
     ),
     "select": Operation(
-        (select_kernels._plan, select_kernels._plan_counts, select_kernels._plan_ranks),
+        (select_kernels._plan, select_kernels._plan_counts, select_kernels._plan_order),
         select,
         _variants(masked=BOOL, itemsize=(2, 4)),
     ),

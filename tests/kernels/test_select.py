@@ -43,6 +43,17 @@ def test_more_than_are_ranked(device, monkeypatch):
     check((torch.randn(2, 50, device=device) * 4).round(), 30)
 
 
+@pytest.mark.parametrize("k", [3, 257])
+def test_rows_that_a_program_sorts(device, set_sizes, k):
+    set_sizes(select_kernels, LEAST_COMPARED=0)
+    check((torch.randn(3, 300, device=device) * 8).round(), k)
+
+
+@pytest.mark.gpu
+def test_many_rows(device):
+    check((torch.randn(1000, 5000, device=device) * 1e3).round(), 2048)
+
+
 @pytest.mark.usefixtures("path")
 def test_ties(device):
     levels = torch.randint(-2, 3, (2, 140), device=device) / 2
