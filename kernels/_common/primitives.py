@@ -326,19 +326,15 @@ def round_down(x):
     return tl.where(nearest.to(tl.float64) > x, below, nearest)
 
 
-MISSING: tl.constexpr = tl.constexpr(2.0**600)
-SENT_FOR_NAN: tl.constexpr = tl.constexpr(2.0**100)
-
-
 def slots_for(programs: int, num_warps: int) -> int:
     """Slots of an exchange: so many that no two threads of a program read the same word."""
     return max(triton.next_power_of_2(programs), 32 * num_warps // 4)
 
 
 @triton.jit
-def send(mailbox_ptr, step, part, first, second, third, programs, SLOTS: tl.constexpr):
-    """Hand three fp32 numbers to all programs of a row. The results are where theirs arrive, SLOTS x 4 words of
-    which 3 are used, and which of these exist. `receive` reads them until all are there.
+def exchange(mailbox_ptr, step, part, first, second, third, programs, SLOTS: tl.constexpr):
+    """Hand three fp32 numbers to all programs of a row, and receive theirs. The result is SLOTS x 4, of which
+    3 are used.
 
     Every word travels with the number of the step in its upper half, in one 64-bit store, so that a reader knows a
     word is there by looking at it: no counter, no fence, one trip to the L2 cache each way. Steps alternate between
@@ -356,49 +352,23 @@ def send(mailbox_ptr, step, part, first, second, third, programs, SLOTS: tl.cons
     mailbox_ptr += (step % 2) * (4 * programs)
     letter = stamp | (number.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
     tl.atomic_xchg(mailbox_ptr + part * 4 + word, letter, sem="relaxed")
-    return mailbox_ptr + slot[:, None] * 4 + word[None, :], (slot < programs)[:, None] & (word < 4)[None, :]
 
-
-@triton.jit
-def receive(letter_ptrs, present, step):
-    """Words of a mailbox as they are now; this step and 0 where there is none."""
-    return tl.load(letter_ptrs, mask=present, other=tl.cast(step, tl.int64) << 32, volatile=True)
-
-
-@triton.jit
-def step_of(letters):
-    """The step in which a word was sent."""
-    return (letters >> 32).to(tl.int32)
-
-
-@triton.jit
-def number_in(letters):
-    """The fp32 number of a word."""
+    letter_ptrs = mailbox_ptr + slot[:, None] * 4 + word[None, :]
+    present = (slot < programs)[:, None] & (word < 4)[None, :]
+    letters = tl.load(letter_ptrs, mask=present, other=stamp, volatile=True)
+    while tl.min((letters >> 32).to(tl.int32)) < step:
+        letters = tl.load(letter_ptrs, mask=present, other=stamp, volatile=True)
     return (letters & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _sums_so_far(letter_ptrs, present, step):
-    """Sums of the words over programs, as fp64, or at least MISSING where one is not there yet."""
-    letters = receive(letter_ptrs, present, step)
-    return tl.sum(tl.where(step_of(letters) < step, 2 * MISSING, number_in(letters).to(tl.float64)), axis=0)
-
-
-@triton.jit
 def exchange_sum(mailbox_ptr, step, part, total, count, programs, SLOTS: tl.constexpr):
-    """Sum an fp64 total and a count over the programs of a row, in order. The count is exact below 2**24.
-
-    The sums themselves say whether a word is missing. So warps wait for each other once a look, and not for the least
-    step and then for sums. NaN would hide a missing word, and travels as a number.
-    """
-    high, low = split(tl.where(total == total, total, -2 * SENT_FOR_NAN))
-    letter_ptrs, present = send(mailbox_ptr, step, part, high, low, count.to(tl.float32), programs, SLOTS)
-    sums = _sums_so_far(letter_ptrs, present, step)
-    while tl.max(sums, axis=0) > MISSING:
-        sums = _sums_so_far(letter_ptrs, present, step)
+    """Sum an fp64 total and a count over the programs of a row, in order. The count is exact below 2**24."""
+    high, low = split(total)
+    numbers = exchange(mailbox_ptr, step, part, high, low, count.to(tl.float32), programs, SLOTS).to(tl.float64)
     word = tl.arange(0, 4)
+    sums = tl.sum(numbers, axis=0)
     total = tl.sum(tl.where(word < 2, sums, 0.0), axis=0)
-    total = tl.where(total > -SENT_FOR_NAN, total, float("nan"))
     count = tl.sum(tl.where(word == 2, sums, 0.0), axis=0)
     return total + tl.zeros([1], tl.float64), count + tl.zeros([1], tl.float64)
 
@@ -407,12 +377,9 @@ def exchange_sum(mailbox_ptr, step, part, total, count, programs, SLOTS: tl.cons
 def exchange_highest(mailbox_ptr, step, part, max_score, count, programs, SLOTS: tl.constexpr):
     """Reduce over the programs of a row. The results are the largest fp32 number, NaN if there is one, and the sum of a
     count."""
-    letter_ptrs, present = send(mailbox_ptr, step, part, max_score, max_score, count.to(tl.float32), programs, SLOTS)
-    letters = receive(letter_ptrs, present, step)
-    while tl.min(step_of(letters)) < step:
-        letters = receive(letter_ptrs, present, step)
-    numbers = number_in(letters)
+    numbers = exchange(mailbox_ptr, step, part, max_score, max_score, count.to(tl.float32), programs, SLOTS)
     word = tl.arange(0, 4)[None, :]
-    max_score = max_or_nan(max_or_nan(tl.where(present & (word == 0), numbers, -float("inf")), 1), 0)
+    sent = (tl.arange(0, SLOTS) < programs)[:, None]
+    max_score = max_or_nan(max_or_nan(tl.where(sent & (word == 0), numbers, -float("inf")), 1), 0)
     count = tl.sum(tl.sum(tl.where(word == 2, numbers, 0.0).to(tl.float64), axis=1), axis=0)
     return max_score + tl.zeros([1], tl.float32), count + tl.zeros([1], tl.float64)

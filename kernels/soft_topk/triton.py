@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Plan, most_registers, planner
+from kernels._common.launch import Plan, most_registers, planner
 from kernels.soft_topk.search import (
     STATE,
     UNIT,
@@ -87,7 +87,7 @@ def _resident_kernel(
     tl.store(y_ptr + row * n + columns, y.to(y_ptr.dtype.element_ty), mask=columns < n)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def _survey_kernel(
     scores_ptr,  # rows n
     mask_ptr,  # rows n
@@ -114,7 +114,7 @@ def _survey_kernel(
     tl.store(partials_ptr + 4, squares)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "search"])
+@triton.jit(do_not_specialize=["search"])
 def _search_kernel(
     scores_ptr,  # rows n
     mask_ptr,  # rows n
@@ -163,7 +163,7 @@ def _search_kernel(
         tl.store(partial_ptrs + PROBES, totals)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def _finish_kernel(
     scores_ptr,  # rows n
     mask_ptr,  # rows n
@@ -227,7 +227,7 @@ def _load_for_gradient(grad_output_ptr, scores_ptr, mask_ptr, solution_ptr, colu
     return grad_output, tl.where(free, y, 0.0)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def _gradient_sums_kernel(
     grad_output_ptr,  # rows n
     scores_ptr,  # rows n
@@ -258,7 +258,7 @@ def _gradient_sums_kernel(
     tl.store(sums_ptr + 1, total)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def _gradient_kernel(
     grad_output_ptr,  # rows n
     scores_ptr,  # rows n
