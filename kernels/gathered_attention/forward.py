@@ -17,7 +17,7 @@ from kernels._common.attention import (
     settings_for,
     softmax_step,
 )
-from kernels._common.launch import COUNTS, Plan, planner
+from kernels._common.launch import Plan, planner
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -52,7 +52,7 @@ def load_null(null_ptr, n_heads, head, dims, DIM: tl.constexpr, kind: tl.constex
     return key.to(tl.float32), value.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def _forward_kernel(
     query_ptr,  # b w h i d
     key_value_ptr,  # b r n (h kv d)
