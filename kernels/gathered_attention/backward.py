@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._common.attention import Settings, SettingsBySize, dot, load_rows, options_for, settings_for
-from kernels._common.launch import COUNTS, Plan, planner
+from kernels._common.launch import Plan, planner
 from kernels.gathered_attention.forward import (
     LN2,
     arguments,
@@ -60,7 +60,7 @@ def _plan_keys(batch: int, n_tokens: int, heads: int, n_queries: int, dim: int, 
     return Plan(batch * triton.cdiv(n_tokens, settings.block) * heads, {**tile, **options}, blocks)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def _query_kernel(
     query_ptr,  # b w h i d
     key_value_ptr,  # b r n (h kv d)
@@ -161,7 +161,7 @@ def load_entry(windows_ptr, weights_ptr, entry, end, n_windows):
     return windows, tl.load(weights_ptr + entry, mask=entry < end, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def _key_value_kernel(
     query_ptr,  # b w h i d
     key_value_ptr,  # b r n (h kv d)
