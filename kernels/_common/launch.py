@@ -37,8 +37,8 @@ COUNTS = [
     "n_rows", "n_tokens", "n_windows", "n_queries", "n_keys", "n_slots", "n_batches", "n_routed", "n_blocks",
     "blocks", "parts", "chunks", "tiles", "groups",
 ]  # fmt: skip
-"""Arguments of kernels that Triton is not to compile anew for a multiple of 16, or 1: bounds, which change with the
-length of sequences and make no address any better aligned. Strides and lengths of rows do, and are specialized on."""
+"""Arguments that Triton is not to specialize on. They are bounds, which change with the length of sequences and make no
+address any better aligned. Strides and lengths of rows do that, and stay as they are."""
 
 P = ParamSpec("P")
 
