@@ -21,7 +21,7 @@ CHECK = OMP_NUM_THREADS=1 $(BIN)/python bench.py --suite coor_descent --suite to
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install bench baseline check baseline-cpu test test-gates test-alone test-plain test-compiled test-plans test-interpreted lint lint-style lint-types lint-imports docs format wheel hf-kernel clean
+.PHONY: help install bench baseline check baseline-cpu test test-gates test-alone test-plain test-compiled test-plans test-interpreted test-gpu lint lint-style lint-types lint-imports docs format wheel hf-kernel clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +68,10 @@ test-plans: $(INSTALLED) ## kernels of every plan that a launch may follow, in a
 
 test-interpreted: $(INSTALLED) ## tests of the kernels with Triton's interpreter in place of a GPU
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -m "not compiled and not gpu" -n $(WORKERS) --benchmark-disable $(ARGS)
+
+test-gpu: $(INSTALLED) ## tests that need a GPU: those of times and memory one after the other, then the others
+	$(BIN)/python -m pytest tests -m "gpu and alone" $(ARGS)
+	$(BIN)/python -m pytest tests -m "gpu and not alone" -n $(WORKERS) --benchmark-disable $(ARGS)
 
 test-gates: $(INSTALLED) ## accuracy gates on 20 problems of each case, by PyTorch's instruction sets and threads
 	for isa in default avx2 avx512; do for threads in 1 2; do \

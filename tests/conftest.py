@@ -9,6 +9,9 @@ from hypothesis import settings
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+"""Processes that run tests side by side, by `-n`."""
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
@@ -24,15 +27,18 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out compile checks under the interpreter, which has no compiler, and skip GPU tests without a GPU."""
+    """Leave out compile checks under the interpreter, which has no compiler, and skip tests whose conditions are not
+    met."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         left_out = [item for item in items if item.get_closest_marker("compiled")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        # The compiler takes no times.
+        if item.get_closest_marker("alone") and not item.get_closest_marker("compiled") and WORKERS > 1:
+            item.add_marker(pytest.mark.skip(reason="runs alone, without -n"))
 
 
 @pytest.fixture(autouse=True)

@@ -275,7 +275,9 @@ class TestCommand:
         assert "--profile nsys: saw nothing" in said.err
 
 
+# CUPTI, which profilers ask, serves one process of a GPU at a time.
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.parametrize("mode", ["nvtx", "torch", "memory", "proton"])
 def test_every_mode_works_on_a_gpu(mode, tmp_path):
     suite = toy.suite()

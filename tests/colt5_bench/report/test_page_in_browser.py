@@ -6,7 +6,6 @@ from math import nan
 from time import perf_counter
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 from colt5_bench.compare import Finding
 from colt5_bench.records.results import Run
@@ -14,6 +13,8 @@ from colt5_bench.report.colours import colour
 from colt5_bench.report.layout import View
 from colt5_bench.report.page import write_page
 from tests.colt5_bench.made import BOTH, FORWARD, diverging, record, timed
+
+sync_api = pytest.importorskip("playwright.sync_api")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -40,7 +41,7 @@ def browser():
     if path is None:
         missing = f"there is none of {', '.join(BROWSERS)} here: apt-get install chromium"
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
-    with sync_playwright() as playwright:
+    with sync_api.sync_playwright() as playwright:
         # Root, as in a container, has no sandbox; nothing but our own page is opened.
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
