@@ -17,6 +17,7 @@ def combine(
     null: Tensor | None = None,
     light: Tensor | None = None,
     residual: Tensor | None = None,
+    start: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The output of a routed layer: `light + heavy + residual`. In the places of routed tokens, heavy is routed token
@@ -29,6 +30,7 @@ def combine(
         length: n, of the sequence.
         null: `d`; None stands for 0.
         light, residual: `b n d`; None stands for 0.
+        start: the first token that null stands for.
         dtype: of the result; by default the one that all of these promote to.
 
     Returns:
@@ -37,14 +39,14 @@ def combine(
     Raises:
         ValueError: shapes, dtypes or devices do not match.
     """
-    check_combine(routed, scores, indices, length, null, light, residual, dtype)
+    check_combine(routed, scores, indices, length, null, light, residual, start, dtype)
     result = result_dtype(dtype, routed, scores, null, light, residual)
     (batch, _, d), device = routed.shape, routed.device
     heavy = routed.to(result) * scores.unsqueeze(-1).to(result)
     empty = torch.zeros(d, dtype=result, device=device) if null is None else null.to(result)
     places = repeat(indices.long().clamp(max=length), "b k -> b k d", d=d)
     # Those without a place end in a row of their own.
-    rows = F.pad(empty.expand(batch, length, d), (0, 0, 0, 1))
+    rows = F.pad(empty.expand(batch, length - start, d), (0, 0, start, 1))
     out = rows.scatter(1, places, heavy)[:, :length]
     if light is not None:
         out = light.to(result) + out

@@ -28,6 +28,7 @@ def route(
     solver: Solver = "coor_descent",
     cosine_sim_scale: float | None = None,
     block_size: int | None = None,
+    straight_through: bool = False,
     mask: Tensor | None = None,
 ) -> RouteReturn:
     """Select tokens by score, with a gradient for the scores of all (CoLT5, 2303.09752, section 3.1).
@@ -43,6 +44,7 @@ def route(
         solver: `coor_descent`, or `exact`: `reference.soft_topk` at temperature eps.
         cosine_sim_scale: score by the cosine times this, instead of by the product.
         block_size: select from blocks of so many tokens. A last one that is shorter is filled up with masked tokens.
+        straight_through: weights are 1, with the gradient of the relaxed selection.
         mask: bool `b n`, False for tokens that take part in nothing, as tokens of a score of -inf do.
 
     Raises:
@@ -61,9 +63,18 @@ def route(
             )
     indices = select(scores, num_selected=num_selected, mask=per_route)
     weights = relaxed.gather(-1, indices)
+    if straight_through:
+        weights = pass_through(weights)
+        if per_route is not None:
+            weights = weights.masked_fill(~per_route.expand(scores.shape).gather(-1, indices), 0.0)
     if block_size is not None:
         indices, weights = positions(indices, block_size), weights.flatten(-2)
     return RouteReturn(indices, weights, gather_tokens(x, indices))
+
+
+def pass_through(weights: Tensor) -> Tensor:
+    """1 with the gradient of the weights."""
+    return weights + (1.0 - weights).detach()
 
 
 def in_blocks(scores: Tensor, mask: Tensor | None, size: int | None) -> tuple[Tensor, Tensor | None]:

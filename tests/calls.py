@@ -109,6 +109,7 @@ def _route(rng):
         "solver": rng.choice(["coor_descent", "exact"]),
         "cosine_sim_scale": rng.choice([None, 8.0]),
         "block_size": rng.choice([None, 6]),
+        "straight_through": rng.random() < 0.5,
         "mask": _mask(rng, b, n),
         **_schedule(rng),
     }
@@ -163,6 +164,7 @@ def _combine(rng):
         "null": _maybe(rng, torch.randn(d)),
         "light": _maybe(rng, torch.randn(b, n, d)),
         "residual": _maybe(rng, torch.randn(b, n, d)),
+        "start": rng.randint(0, n),
         "dtype": rng.choice([None, torch.bfloat16]),
     }
 

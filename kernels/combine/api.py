@@ -24,6 +24,7 @@ def _forward(
     light: Tensor | None,
     residual: Tensor | None,
     n: int,
+    start: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The sum `(b n) d` of routed tokens `(b k) d` and the optional terms, and the map `b n`."""
@@ -31,7 +32,7 @@ def _forward(
     out = routed.new_empty((batch * n, routed.shape[1]), dtype=dtype)
     slots = map_slots(indices, n)
     if has_values(out):
-        launch_forward(routed, scores, slots, null, light, residual, out)
+        launch_forward(routed, scores, slots, null, light, residual, start, out)
     return out, slots
 
 
@@ -42,19 +43,21 @@ def _backward(
     indices: Tensor,
     null_slots: Tensor | None,
     light_dtype: torch.dtype | None,
+    start: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of routed tokens and scores. The null token has one if there is the map, and the light branch if it has
     a dtype of its own."""
     drouted, dscores = routed.new_empty(routed.shape), scores.new_empty(scores.shape)
-    dnull = None if null_slots is None else grad_output.new_zeros(routed.shape[1], dtype=torch.float32)
     dlight = None if light_dtype is None else grad_output.new_empty(grad_output.shape, dtype=light_dtype)
     if not has_values(grad_output):
+        dnull = None if null_slots is None else grad_output.new_zeros(routed.shape[1], dtype=torch.float32)
         return drouted, dscores.zero_(), dnull, dlight
     grad_output = as_rows(grad_output)
     if has_values(routed):
         launch_routed_backward(grad_output, routed, scores, indices, drouted, dscores)
+    dnull = None
     if null_slots is not None or dlight is not None:
-        dnull = launch_sweep(grad_output, null_slots, dlight)
+        dnull = launch_sweep(grad_output, null_slots, start, dlight)
     return drouted, dscores, dnull, dlight
 
 
@@ -89,6 +92,7 @@ def combine(
     null: Tensor | None = None,
     light: Tensor | None = None,
     residual: Tensor | None = None,
+    start: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`reference.combine` in one pass, in fp32 and rounded once.
@@ -103,6 +107,7 @@ def combine(
         length: n, of the sequence.
         null: `d`; None stands for 0.
         light, residual: `b n d`; None stands for 0. Any strides.
+        start: the first token that null stands for.
         dtype: of the result; by default the one that all of these promote to.
 
     Returns:
@@ -112,12 +117,12 @@ def combine(
         ValueError: shapes, dtypes or devices do not match.
         NotImplementedError: a second derivative or forward mode is asked for, but on the CPU.
     """
-    check_combine(routed, scores, indices, length, null, light, residual, dtype)
+    check_combine(routed, scores, indices, length, null, light, residual, start, dtype)
     tensors = (routed, scores, null, light, residual)
     result = result_dtype(dtype, *tensors)
     batch, _, d = routed.shape
     if not runs_triton(routed) or d > LONGEST or any(t is not None and t.dtype == torch.float64 for t in tensors):
-        return cpu.combine(routed, scores, indices, length, null, light, residual, result)
+        return cpu.combine(routed, scores, indices, length, null, light, residual, start, result)
     out, _ = _operation(
         as_rows(routed),
         scores.contiguous(),
@@ -126,6 +131,7 @@ def combine(
         None if light is None else as_rows(light),
         None if residual is None else as_rows(residual),
         length,
+        start,
         result,
     )
     return out.view(batch, length, d)

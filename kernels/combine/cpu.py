@@ -12,6 +12,7 @@ def combine(
     null: Tensor | None,
     light: Tensor | None,
     residual: Tensor | None,
+    start: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """The sum of what is there for all tokens, to which routed ones are added."""
@@ -21,7 +22,8 @@ def combine(
     if null is not None:
         is_routed = torch.zeros(batch, n + 1, dtype=torch.bool, device=device)
         is_routed = is_routed.scatter(1, indices.long().clamp(max=n), True)[:, :n]
-        out = null.to(wide) * ~is_routed.unsqueeze(-1)
+        is_null = ~is_routed & (torch.arange(n, device=device) >= start)
+        out = null.to(wide) * is_null.unsqueeze(-1)
     for each in (light, residual):
         out = out if each is None else out + each.to(wide)
     heavy = (routed.to(wide) * scores.unsqueeze(-1).to(wide)).masked_fill((indices >= n).unsqueeze(-1), 0.0)

@@ -44,9 +44,12 @@ def _forward_kernel(
     residual_stride,
     n_rows,
     d,
+    n,
+    start,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_NULL: tl.constexpr,
+    HAS_START: tl.constexpr,
     HAS_LIGHT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
@@ -62,6 +65,8 @@ def _forward_kernel(
     out = tl.load(routed_ptrs, mask=there & is_routed, other=0.0).to(tl.float32) * score
     if HAS_NULL:
         null = tl.load(null_ptr + columns, mask=columns < d, other=0.0).to(tl.float32)
+        if HAS_START:
+            is_routed = is_routed | (rows % n < start)[:, None]
         out = tl.where(is_routed, out, null)
     if HAS_LIGHT:
         out += tl.load(light_ptr + rows[:, None] * light_stride + columns, mask=there, other=0.0).to(tl.float32)
@@ -115,9 +120,12 @@ def _backward_kernel(
     grad_output_stride,
     n_rows,
     d,
+    n,
+    start,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_NULL: tl.constexpr,
+    HAS_START: tl.constexpr,
     CASTS_LIGHT: tl.constexpr,
 ):
     """Every so many-th tile of ROWS tokens."""
@@ -131,6 +139,8 @@ def _backward_kernel(
             tl.store(dlight_ptr + rows[:, None] * d + columns, grad_output.to(dlight_ptr.dtype.element_ty), mask=there)
         if HAS_NULL:
             slots = tl.load(slots_ptr + rows, mask=rows < n_rows, other=0)
+            if HAS_START:
+                slots = tl.where(rows % n < start, 0, slots)
             dnull += tl.where((slots < 0)[:, None], grad_output.to(tl.float32), 0.0)
     if HAS_NULL:
         share = tl.sum(dnull, axis=0)[None, :]
@@ -159,9 +169,11 @@ def launch_forward(
     null: Tensor | None,
     light: Tensor | None,
     residual: Tensor | None,
+    start: int,
     out: Tensor,
 ) -> None:
-    """Write the sum `(b n) d` of routed tokens `(b k) d` and the optional terms, by the map of `map_slots`."""
+    """Write the sum `(b n) d` of routed tokens `(b k) d` and the optional terms, by the map of `map_slots`. Null stands
+    for tokens from start on."""
     n_rows, d = out.shape
     plan = plan_rows(n_rows, d)
     _forward_kernel[plan.grid](
@@ -177,8 +189,11 @@ def launch_forward(
         0 if residual is None else residual.stride(0),
         n_rows,
         d,
+        slots.shape[1],
+        start,
         **plan.settings,
         HAS_NULL=null is not None,
+        HAS_START=start > 0,
         HAS_LIGHT=light is not None,
         HAS_RESIDUAL=residual is not None,
     )
@@ -207,7 +222,7 @@ def launch_routed_backward(
     )
 
 
-def launch_sweep(grad_output: Tensor, slots: Tensor | None, dlight: Tensor | None) -> Tensor | None:
+def launch_sweep(grad_output: Tensor, slots: Tensor | None, start: int, dlight: Tensor | None) -> Tensor | None:
     """Write the gradient of the light branch in its dtype, if that is wanted. Return the gradient of the null token, if
     there is the map."""
     n_rows, d = grad_output.shape
@@ -221,8 +236,11 @@ def launch_sweep(grad_output: Tensor, slots: Tensor | None, dlight: Tensor | Non
         grad_output.stride(0),
         n_rows,
         d,
+        n_rows if slots is None else slots.shape[1],
+        start,
         **plan.settings,
         HAS_NULL=slots is not None,
+        HAS_START=start > 0,
         CASTS_LIGHT=dlight is not None,
     )
     return None if slots is None else shares.sum(0)

@@ -17,7 +17,7 @@ from kernels._common.launch import as_rows, has_values, runs_triton
 from kernels._common.operation import Operation
 from kernels.coor_descent import descend_rows, descend_rows_backward
 from kernels.route import cpu
-from kernels.route.triton import launch_gather
+from kernels.route.triton import launch_gather, launch_spread
 from kernels.routing_scores import as_kernels_take, count_flops, score_tokens, score_tokens_backward
 from kernels.select import select_rows
 from kernels.soft_topk import solve_rows, solve_rows_backward
@@ -55,12 +55,16 @@ def _forward(
     exact: bool,
     cosine: bool,
     block_size: int | None,
+    straight_through: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Weights, tokens and indices, then what the backward pass needs: scores, inverse norms, and a state a row."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Weights, tokens and indices, then what the backward pass needs. It is scores, inverse norms, a state a row, and
+    slots, of the shape of scores: which of the selected tokens of its route a token is, or -1."""
     blocks, width = _blocks(x.shape[1], block_size)
-    scores, inverse_norms = score_tokens(x, routing_tokens, cosine, blocks * width)
-    (batch, _, d), routes = x.shape, scores.shape[1]
+    (batch, _, d), routes = x.shape, routing_tokens.shape[1]
+    slots = x.new_empty((batch, routes, blocks * width) if save else (0,), dtype=torch.int32)
+    kept = slots if save else None
+    scores, inverse_norms = score_tokens(x, routing_tokens, cosine, blocks * width, kept)
     rows, row_mask = scores.view(-1, width), _row_mask(x, mask, routes, blocks, width)
     if exact:
         relaxed, state = solve_rows(rows, row_mask, None, k, eps)
@@ -71,9 +75,14 @@ def _forward(
     weights, tokens = scores.new_empty(shape), x.new_empty((*shape, d))
     indices = x.new_empty(shape, dtype=torch.int64)
     if has_values(selected):
-        gather = launch_gather if x.dtype != torch.float64 and runs_triton(x) else cpu.gather
-        gather(x, selected, relaxed, blocks, weights, tokens, indices)
-    return weights, tokens, indices, scores, inverse_norms, state
+        gather = launch_gather if _runs_kernel(x) else cpu.gather
+        gather(x, selected, relaxed, row_mask, blocks, straight_through, weights, tokens, indices, kept)
+    return weights, tokens, indices, scores, inverse_norms, state, slots
+
+
+def _runs_kernel(x: Tensor) -> bool:
+    """fp64 stays fp64, which the kernels are not."""
+    return x.dtype != torch.float64 and runs_triton(x)
 
 
 def _backward(
@@ -86,6 +95,7 @@ def _backward(
     scores: Tensor,
     inverse_norms: Tensor,
     state: Tensor,
+    slots: Tensor,
     num_selected: int,
     k: float,
     n_iters: int,
@@ -98,10 +108,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of tokens, of size 0 if they need none, and of routing tokens."""
     blocks, width = _blocks(x.shape[1], block_size)
-    grad_scores = torch.zeros_like(scores)
-    if grad_weights is not None and has_values(scores):
-        grad_scores.scatter_(2, indices, grad_weights.to(scores.dtype))
-        rows, grad_rows = scores.view(-1, width), grad_scores.view(-1, width)
+    if grad_weights is None or not has_values(scores):
+        grad_scores = torch.zeros_like(scores)
+    else:
+        of_relaxed = torch.empty_like(scores)
+        spread = launch_spread if _runs_kernel(x) else cpu.spread
+        spread(grad_weights.contiguous(), slots, of_relaxed)
+        rows, grad_rows = scores.view(-1, width), of_relaxed.view(-1, width)
         row_mask = _row_mask(x, mask, scores.shape[1], blocks, width)
         if exact:
             ds, _ = solve_rows_backward(grad_rows, rows, row_mask, state, eps)
@@ -116,7 +129,7 @@ def _backward(
         missing = blocks * width - x.shape[1]
         kept = indices.shape[2] - max(num_selected - (width - missing), 0)
         past_the_end = grad_tokens[:, :, kept:] if kept < indices.shape[2] else None
-        gathered = indices[:, :, :kept], grad_tokens[:, :, :kept].contiguous()
+        gathered = indices[:, :, :kept], slots, grad_tokens[:, :, :kept].contiguous()
     dx, dr = score_tokens_backward(x, routing_tokens, scores, inverse_norms, grad_scores, gathered, needs_x)
     if past_the_end is not None:
         dx[:, -1] += past_the_end.sum(dim=(1, 2), dtype=scores.dtype)
@@ -127,7 +140,7 @@ _operation = Operation(
     "route",
     _forward,
     _backward,
-    outputs=("weights", "tokens", "indices", "scores", "inverse_norms", "state"),
+    outputs=("weights", "tokens", "indices", "scores", "inverse_norms", "state", "slots"),
     gradients=("x", "routing_tokens"),
 )
 
@@ -154,6 +167,7 @@ def route(
     solver: Solver = "coor_descent",
     cosine_sim_scale: float | None = None,
     block_size: int | None = None,
+    straight_through: bool = False,
     mask: Tensor | None = None,
 ) -> RouteReturn:
     """`reference.route` with each token read once, and once more for the gradients of tokens and routing tokens.
@@ -170,6 +184,7 @@ def route(
         solver: `coor_descent`, or `exact`: `kernels.soft_topk` at temperature eps.
         cosine_sim_scale: score by the cosine times this, instead of by the product.
         block_size: select from blocks of so many tokens. A last one that is shorter is filled up with masked tokens.
+        straight_through: weights are 1, with the gradient of the relaxed selection.
         mask: bool `b n`, False for tokens that take part in nothing.
 
     Returns:
@@ -193,5 +208,6 @@ def route(
         solver == "exact",
         cosine_sim_scale is not None,
         block_size,
+        straight_through,
     )
     return RouteReturn(indices, weights, tokens)

@@ -1,4 +1,5 @@
-"""The end of `kernels.route`: weights and tokens at what is selected, and where that is."""
+"""The end of `kernels.route`: weights and tokens at what is selected, and where that is. Its backward pass begins with
+the gradients of these weights in their places."""
 
 import triton
 import triton.language as tl
@@ -9,17 +10,23 @@ from kernels._common.launch import COUNTS, Plan, planner
 SLOTS = 4
 """Selected tokens that one program copies."""
 
+SPREAD = 1024
+"""Places that one program writes."""
+
 
 @triton.jit(do_not_specialize=[*COUNTS, "n", "width"])
 def _gather_kernel(
     x_ptr,  # b n d
     selected_ptr,  # b r blocks selected, int64: in the block
     relaxed_ptr,  # b r blocks width
+    mask_ptr,  # b r blocks width
     weights_ptr,  # b r blocks selected
     tokens_ptr,  # b r blocks selected d
     indices_ptr,  # b r blocks selected, int64: in the sequence
+    slots_ptr,  # b r blocks width, int32
     x_stride,
     token_stride,
+    mask_stride,
     n,
     d,
     routes,
@@ -29,8 +36,11 @@ def _gather_kernel(
     groups,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STRAIGHT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
 ):
-    """Some of the tokens selected from one block."""
+    """Some of the tokens selected from one block. If weights are passed STRAIGHT through, they are 1."""
     row = (tl.program_id(0) // groups).to(tl.int64)
     batch, block = row // (routes * blocks), row % blocks
     slot = (tl.program_id(0) % groups) * SLOTS + tl.arange(0, SLOTS)
@@ -39,7 +49,16 @@ def _gather_kernel(
     in_block = tl.load(selected_ptr + place, mask=exists, other=0)
     index = block * width + in_block
     tl.store(indices_ptr + place, index, mask=exists)
-    tl.store(weights_ptr + place, tl.load(relaxed_ptr + row * width + in_block, mask=exists, other=0.0), mask=exists)
+    weight = tl.load(relaxed_ptr + row * width + in_block, mask=exists, other=0.0)
+    if STRAIGHT:
+        # NaN stays, and what should not have been selected is 0.
+        weight = tl.where(weight == weight, 1.0, weight)
+        if HAS_MASK:
+            is_there = tl.load(mask_ptr + row * mask_stride + in_block, mask=exists, other=0) != 0
+            weight = tl.where(is_there, weight, 0.0)
+    tl.store(weights_ptr + place, weight, mask=exists)
+    if HAS_SLOTS:
+        tl.store(slots_ptr + row * width + in_block, (block * selected + slot).to(tl.int32), mask=exists)
     # A block that fills up the sequence may select past its end.
     source = batch * x_stride + tl.minimum(index, n - 1) * token_stride
     for first in range(0, d, COLUMNS):
@@ -49,6 +68,24 @@ def _gather_kernel(
         tl.store(tokens_ptr + place[:, None] * d + columns[None, :], token, mask=copied)
 
 
+@triton.jit
+def _spread_kernel(
+    grad_weights_ptr,  # rows selected
+    slots_ptr,  # rows n, int32
+    grad_scores_ptr,  # rows n
+    selected,
+    n,
+    parts,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of weights in the places of what is selected, and 0 in all others."""
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    place = tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(slots_ptr + row * n + place, mask=place < n, other=-1)
+    grad = tl.load(grad_weights_ptr + row * selected + slot, mask=slot >= 0, other=0.0)
+    tl.store(grad_scores_ptr + row * n + place, grad.to(grad_scores_ptr.dtype.element_ty), mask=place < n)
+
+
 @planner
 def _plan(n_rows: int, selected: int, d: int) -> Plan:
     """Pieces are groups of selected tokens."""
@@ -56,22 +93,42 @@ def _plan(n_rows: int, selected: int, d: int) -> Plan:
     return Plan(n_rows * groups, {"SLOTS": SLOTS, "COLUMNS": min(triton.next_power_of_2(d), 512)}, groups)
 
 
+@planner
+def _plan_spread(n_rows: int, n: int) -> Plan:
+    """Pieces are parts of a row."""
+    parts = triton.cdiv(n, SPREAD)
+    return Plan(n_rows * parts, {"BLOCK": SPREAD}, parts)
+
+
 def launch_gather(
-    x: Tensor, selected: Tensor, relaxed: Tensor, blocks: int, weights: Tensor, tokens: Tensor, indices: Tensor
+    x: Tensor,
+    selected: Tensor,
+    relaxed: Tensor,
+    mask: Tensor | None,
+    blocks: int,
+    straight_through: bool,
+    weights: Tensor,
+    tokens: Tensor,
+    indices: Tensor,
+    slots: Tensor | None,
 ) -> None:
     """Write weights and indices `b r blocks*selected` and tokens `b r blocks*selected d` of x `b n d`, whose last
-    stride is 1. Rows of `b r blocks` have the selection and the relaxed selection."""
+    stride is 1. Rows of `b r blocks` have the selection, the relaxed selection, and the mask. If there is room for
+    slots `b r blocks*width`, write into the places of selected tokens which of these they are."""
     (n, d), (n_rows, n_selected) = x.shape[1:], selected.shape
     plan = _plan(n_rows, n_selected, d)
     _gather_kernel[plan.grid](
         x,
         selected,
         relaxed,
+        relaxed if mask is None else mask,
         weights,
         tokens,
         indices,
+        indices if slots is None else slots,
         x.stride(0),
         x.stride(1),
+        0 if mask is None else mask.stride(0),
         n,
         d,
         indices.shape[1],
@@ -79,5 +136,15 @@ def launch_gather(
         relaxed.shape[1],
         n_selected,
         plan.pieces,
+        STRAIGHT=straight_through,
+        HAS_MASK=mask is not None,
+        HAS_SLOTS=slots is not None,
         **plan.settings,
     )
+
+
+def launch_spread(grad_weights: Tensor, slots: Tensor, grad_scores: Tensor) -> None:
+    """Write the gradient of the relaxed selection `b r n` from that of the weights `b r selected`, contiguous."""
+    (batch, routes, n), selected = slots.shape, grad_weights.shape[2]
+    plan = _plan_spread(batch * routes, n)
+    _spread_kernel[plan.grid](grad_weights, slots, grad_scores, selected, n, plan.pieces, **plan.settings)

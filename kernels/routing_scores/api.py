@@ -14,15 +14,17 @@ from kernels.routing_scores.triton import MOST_ROUTES, launch_gradients, launch_
 from reference._shared.arguments import check_routing_tokens, check_scale
 
 
-def score_tokens(x: Tensor, routing_tokens: Tensor, cosine: bool, padded: int) -> tuple[Tensor, Tensor]:
+def score_tokens(
+    x: Tensor, routing_tokens: Tensor, cosine: bool, padded: int, slots: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Scores `b r padded` of tokens `b n d`, and inverse norms `b padded` where scores are cosines. Padding has a score
-    of 0. The last stride of both inputs is 1."""
+    of 0. The last stride of both inputs is 1. Slots, int32 of the shape of scores, are filled with -1."""
     wide = torch.promote_types(x.dtype, torch.float32)
     scores = x.new_empty((x.shape[0], routing_tokens.shape[1], padded), dtype=wide)
     inverse_norms = x.new_empty((x.shape[0], padded) if cosine else (0,), dtype=wide)
     if has_values(scores):
         write = launch_scores if _runs_kernel(x, routing_tokens) else cpu.scores
-        write(x, routing_tokens, scores, inverse_norms if cosine else None)
+        write(x, routing_tokens, scores, inverse_norms if cosine else None, slots)
     return scores, inverse_norms
 
 
@@ -32,7 +34,7 @@ def score_tokens_backward(
     scores: Tensor,
     inverse_norms: Tensor,
     grad_scores: Tensor,
-    gathered: tuple[Tensor, Tensor] | None,
+    gathered: tuple[Tensor, Tensor, Tensor] | None,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of tokens, of size 0 if they need none, and of routing tokens; see `launch_gradients`."""
@@ -42,7 +44,6 @@ def score_tokens_backward(
     differentiate = launch_gradients if _runs_kernel(x, routing_tokens) else cpu.gradients
     norms = inverse_norms if inverse_norms.numel() else None
     dr = differentiate(x, routing_tokens, scores, norms, grad_scores, gathered, dx if needs_x else None)
-    dr = dr if routing_tokens.shape[0] == dr.shape[0] else dr.sum(dim=0, keepdim=True)
     return dx, dr.to(routing_tokens.dtype)
 
 

@@ -7,9 +7,13 @@ from kernels.routing_scores.constants import SMALLEST_NORM
 from reference._shared.autocast import without_autocast
 
 
-def scores(x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_norms: Tensor | None) -> None:
+def scores(
+    x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_norms: Tensor | None, slots: Tensor | None
+) -> None:
     """As `launch_scores`."""
     n = x.shape[1]
+    if slots is not None:
+        slots.fill_(-1)
     x = x.to(scores.dtype)
     with without_autocast(x):
         products = routing_tokens.to(scores.dtype) @ x.mT
@@ -28,7 +32,7 @@ def gradients(
     scores: Tensor,
     inverse_norms: Tensor | None,
     grad_scores: Tensor,
-    gathered: tuple[Tensor, Tensor] | None,
+    gathered: tuple[Tensor, Tensor, Tensor] | None,
     dx: Tensor | None,
 ) -> Tensor:
     """As `launch_gradients`."""
@@ -45,9 +49,11 @@ def gradients(
             if inverse_norms is not None:
                 grad_x.addcmul_(along[..., None], x, value=-1.0)
             if gathered is not None:
-                _add_gathered(grad_x, *gathered)
+                indices, _, grad_tokens = gathered
+                _add_gathered(grad_x, indices, grad_tokens)
             dx.copy_(grad_x)
-        return grad @ x
+        dr = grad @ x
+    return dr.sum(dim=0, keepdim=True) if routing_tokens.shape[0] == 1 else dr
 
 
 def _add_gathered(grad_x: Tensor, indices: Tensor, grad_tokens: Tensor) -> None:

@@ -66,6 +66,7 @@ def _score_kernel(
     routing_ptr,  # b r d, or 1 r d with a stride of 0
     scores_ptr,  # b r padded, fp32
     inverse_norms_ptr,  # b padded, fp32
+    slots_ptr,  # b r padded, int32
     x_stride,
     token_stride,
     routing_stride,
@@ -81,8 +82,9 @@ def _score_kernel(
     COLUMNS: tl.constexpr,
     WHOLE: tl.constexpr,
     COSINE: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
 ):
-    """Scores of every so many blocks of tokens for all routes; of what pads the tokens, 0.
+    """Scores of every so many blocks of tokens for all routes; of what pads the tokens, 0. No token has a slot yet.
 
     Where a tile has a WHOLE token, the routing tokens stay in registers.
     """
@@ -112,8 +114,10 @@ def _score_kernel(
             inverse_norm = 1.0 / tl.maximum(norm, SMALLEST_NORM)
             scores *= inverse_norm
             tl.store(inverse_norms_ptr + batch * padded + token, inverse_norm, mask=token < padded)
-        score_ptrs = scores_ptr + (batch * routes + route) * padded + token
-        tl.store(score_ptrs, scores, mask=(route < routes) & (token < padded))
+        places = (batch * routes + route) * padded + token
+        tl.store(scores_ptr + places, scores, mask=(route < routes) & (token < padded))
+        if HAS_SLOTS:
+            tl.store(slots_ptr + places, -1, mask=(route < routes) & (token < padded))
 
 
 @triton.jit
@@ -302,10 +306,12 @@ def _strides(x: Tensor, routing_tokens: Tensor) -> tuple[int, int, int, int]:
     return x.stride(0), x.stride(1), routing_tokens.stride(0) if routing_tokens.shape[0] > 1 else 0, 0
 
 
-def launch_scores(x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_norms: Tensor | None) -> None:
+def launch_scores(
+    x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_norms: Tensor | None, slots: Tensor | None
+) -> None:
     """Write scores `b r padded` of tokens `b n d`, whose last stride is 1, with contiguous routing tokens `b|1 r d`.
     Where there is room for inverse norms `b padded`, write these, and as scores cosines times the norm of the routing
-    token."""
+    token; where there is room for slots, int32 `b r padded`, fill it with -1."""
     batch, n, d = x.shape
     routes, padded = scores.shape[1:]
     plan = _plan_scores(batch, padded, d, routes, x.itemsize, multiprocessors(x.device))
@@ -314,6 +320,7 @@ def launch_scores(x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_nor
         routing_tokens,
         scores,
         scores if inverse_norms is None else inverse_norms,
+        scores if slots is None else slots,
         *_strides(x, routing_tokens),
         n,
         padded,
@@ -322,6 +329,7 @@ def launch_scores(x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_nor
         triton.cdiv(padded, plan.settings["TOKENS"]),
         plan.pieces,
         COSINE=inverse_norms is not None,
+        HAS_SLOTS=slots is not None,
         **plan.settings,
     )
 
@@ -332,16 +340,16 @@ def launch_gradients(
     scores: Tensor,
     inverse_norms: Tensor | None,
     grad_scores: Tensor,
-    gathered: tuple[Tensor, Tensor] | None,
+    gathered: tuple[Tensor, Tensor, Tensor] | None,
     dx: Tensor | None,
 ) -> Tensor:
-    """Write the gradient of the tokens to `dx` (contiguous), and return the gradient of the routing tokens. It is `b r
-    d` in fp32, for each batch element; arguments are as for `launch_scores`.
+    """Write the gradient of the tokens to `dx` (contiguous), and return that of the routing tokens. It is fp32 and of
+    their shape; arguments are as for `launch_scores`.
 
     Args:
         grad_scores: `b r padded`, contiguous.
-        gathered: indices below n `b r selected`, each once in a route, and the gradient of these tokens
-            `b r selected d`, contiguous.
+        gathered: indices below n `b r selected`, each once in a route; slots `b r padded`, which of these a token is,
+            or -1; and the gradient of these tokens `b r selected d`, contiguous.
         dx: None if the tokens need no gradient.
     """
     batch, n, d = x.shape
@@ -366,10 +374,8 @@ def launch_gradients(
         **plan.settings,
     )
     if dx is not None and gathered is not None:
-        indices, grad_tokens = gathered
+        indices, slots, grad_tokens = gathered
         selected = indices.shape[2]
-        slot = torch.arange(selected, dtype=torch.int32, device=x.device).expand(indices.shape)
-        slots = torch.full_like(scores, -1, dtype=torch.int32).scatter_(2, indices, slot)
         plan = _plan_gathered(batch, selected, d, routes)
         _gathered_kernel[plan.grid](
             *inputs,
@@ -387,4 +393,4 @@ def launch_gradients(
             COSINE=inverse_norms is not None,
             **plan.settings,
         )
-    return partials.sum(dim=1)
+    return partials.sum(dim=(0, 1)).unsqueeze(0) if routing_tokens.shape[0] == 1 else partials.sum(dim=1)

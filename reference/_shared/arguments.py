@@ -234,6 +234,7 @@ def check_combine(
     null: Tensor | None,
     light: Tensor | None,
     residual: Tensor | None,
+    start: int,
     dtype: torch.dtype | None,
 ) -> None:
     """Shapes match, indices are integers, and everything is on one device."""
@@ -241,6 +242,8 @@ def check_combine(
     check_float("scores", scores)
     require(routed.ndim == 3, "routed", routed.shape, "of shape (b, k, d)")
     check_counts(length=length)
+    check_integers(start=start)
+    require(0 <= start <= length, "start", start, "from 0 to length = {}", length)
     batch, k, d = routed.shape
     shapes = {
         "scores": (scores, (batch, k)),

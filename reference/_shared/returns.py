@@ -25,7 +25,8 @@ class RouteReturn(NamedTuple):
     """int64 `b r s`. From n on where a block that fills up the tokens has none left to select."""
 
     weights: Tensor
-    """`b r s`: the relaxed selection at what is selected, in the dtype of the scores; 0 for what should not be."""
+    """`b r s`: the relaxed selection at what is selected, or 1 with its gradient. It is in the dtype of the scores, and
+    0 for what should not be selected."""
 
     tokens: Tensor
     """`b r s d`; of an index past the end, the last token."""

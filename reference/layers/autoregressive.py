@@ -140,19 +140,15 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
 
     def _attend_windows(self, x: Tensor, q: RouterReturn, kv: Selection, light: Tensor) -> Tensor:
         """The heavy branch for tokens `b n d`, from the second window on, added to the light one. Tokens are as the
-        routers see them: q is `b w i` of each window, kv are lists `b w r s` of tokens of the sequence. Keys and values
-        are projected once for all windows."""
-        attention, size = self.heavy_attn, self.heavy_window_size
-        batch, n, _ = x.shape
-        starts, indices = self._starts(n, x.device), q.indices
-        windows = starts.shape[0]
+        routers see them: q is `b w i` of each window, with its places in the sequence; kv are lists `b w r s` of tokens
+        of the sequence. Keys and values are projected once for all windows."""
+        attention, size, n = self.heavy_attn, self.heavy_window_size, x.shape[1]
         rounded = attention.round_weights(x)
         key_value = attention.project(rearrange(x, "b n d -> b 1 n d"), self.kv_router.num_routing_tokens, rounded)
         rotations = None
         if self.rotary_emb is not None:
-            positions = starts + torch.arange(size, device=x.device) if indices is None else starts + indices
-            angles = self.rotary_emb(size + windows * size)
-            rotations = Rotations(angles_at(angles, positions), angles[:n])
+            angles = self.rotary_emb(n)
+            rotations = Rotations(angles_at(angles, q.indices), angles)
         out = attention(
             q.routed_tokens,
             key_value=key_value,
@@ -163,32 +159,38 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             rotations=rotations,
             indices=kv.indices,
         )
-        # Past the end of a window is no place, not one of the next window.
-        within = torch.arange(size, device=x.device) if indices is None else indices
-        places = torch.where(within < size, within + starts, n).expand(batch, windows, -1).flatten(1)
-        # The first window has no heavy branch: zeros take the places of its tokens.
-        places = torch.cat((torch.arange(size, device=x.device).expand(batch, size), places), dim=1)
-        out, scores = F.pad(out.flatten(1, 2), (0, 0, size, 0)), F.pad(q.scores.flatten(1), (size, 0))
-        return join(self.operations.combine, out, scores, places, x, null=self.null_q_token, light=light)
+        assert q.indices is not None
+        branches: dict[str, Any] = {"null": self.null_q_token, "light": light, "start": size}
+        out = out.flatten(1, 2)
+        return join(self.operations.combine, out, q.scores.flatten(1), q.indices.flatten(1), x, **branches)
 
     def _route_queries(
         self, padded: Tensor, n: int, num_tokens: int, routing_tokens: Tensor | None, random_route: bool
     ) -> RouterReturn:
-        """Queries of each window but the first, of the first n tokens: `b w i`, indices within a window."""
-        size = self.heavy_window_size
+        """Queries of each window but the first, of the first n tokens: `b w i`. Indices are places in the sequence,
+        from n on for what has none."""
+        size, router = self.heavy_window_size, self.q_router
         if size <= num_tokens:
             tokens = rearrange(padded[:, size:], "b (w i) d -> b w i d", i=size)
-            return RouterReturn(None, tokens.new_ones(tokens.shape[:3]), tokens, None)
+            places = torch.arange(size, padded.shape[1], device=padded.device).view(-1, size)
+            return RouterReturn(places.expand(tokens.shape[:3]), tokens.new_ones(tokens.shape[:3]), tokens, None)
 
-        scores = rearrange(self.q_router.score(padded, routing_tokens), "b 1 (w i) -> b w i", i=size)
+        if not self.causal_query_routing and not random_route and router.takes_windows(size):
+            routed = router.route_windows(padded[:, size:n], size, num_tokens, routing_tokens)
+            windows = padded.shape[1] // size - 1
+            indices, weights, tokens = (rearrange(each, "b 1 (w i) ... -> b w i ...", w=windows) for each in routed)
+            return RouterReturn(indices + size, weights.to(padded.dtype), tokens, None)
+
+        scores = rearrange(router.score(padded, routing_tokens), "b 1 (w i) -> b w i", i=size)
         starts = self._starts(n, padded.device)
         exists = starts + torch.arange(size, device=padded.device) < n
         if self.causal_query_routing:
             selection = self._select_causally(scores[:, :-1], scores[:, 1:], exists, num_tokens, random_route)
         else:
-            selection = self.q_router.select(scores[:, 1:], num_tokens, exists, random_route)
-        tokens = gather_tokens(padded, selection.indices + starts)
-        return RouterReturn(selection.indices, selection.weights.to(padded.dtype), tokens, None)
+            selection = router.select(scores[:, 1:], num_tokens, exists, random_route)
+        # Past the end of a window is no place, not one of the next window.
+        places = (selection.indices + starts).masked_fill(selection.indices >= size, n)
+        return RouterReturn(places, selection.weights.to(padded.dtype), gather_tokens(padded, places), None)
 
     def _select_causally(
         self, before: Tensor, scores: Tensor, exists: Tensor, num_tokens: int, random_route: bool
@@ -205,8 +207,8 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         order = accepted.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., :count]
         chosen = accepted.gather(-1, order)
         among = torch.cat((repeat(before, "b w j -> b w k j", k=count), scores.gather(-1, order).unsqueeze(-1)), dim=-1)
-        weights = self.q_router.weigh(self.q_router.relax(among, num_tokens)[..., -1])
-        return Selection(order.masked_fill(~chosen, scores.shape[-1]), weights.masked_fill(~chosen, 0.0), chosen)
+        weights = self.q_router.relax(among, num_tokens)[..., -1]
+        return self.q_router.weighed(order.masked_fill(~chosen, scores.shape[-1]), weights, chosen)
 
     def _route_windows(
         self, padded: Tensor, num_tokens: int, routing_tokens: Tensor | None, random_route: bool

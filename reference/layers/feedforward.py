@@ -74,7 +74,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         routed = self.router(x, num_tokens=num_heavy_tokens, mask=mask, routing_tokens=routing_tokens)
         rounded = round_weights(x, *self.light_ff.children(), *self.heavy_ff.children())
         heavy = _run(self.heavy_ff, routed.routed_tokens, rounded)
-        branches = {"light": _run(self.light_ff, x, rounded), "residual": residual}
+        branches: dict[str, Any] = {"light": _run(self.light_ff, x, rounded), "residual": residual}
         return join(self.operations.combine, heavy, routed.scores, routed.indices, x, **branches)
 
 

@@ -16,12 +16,13 @@ def join(
     null: Tensor | None = None,
     light: Tensor | None = None,
     residual: Tensor | None = None,
+    start: int = 0,
 ) -> Tensor:
     """`combine` for a layer of tokens x `b n d`; without indices all of them are routed,
     in their order."""
     if indices is not None:
         dtype = result_dtype(None, x, light, residual)
-        more = {"null": null, "light": light, "residual": residual}
+        more = {"null": null, "light": light, "residual": residual, "start": start}
         return combine(routed, scores=scores, indices=indices, length=x.shape[1], dtype=dtype, **more)
     out = routed * scores.unsqueeze(-1).to(routed.dtype)
     out = out if light is None else light + out

@@ -95,5 +95,5 @@ class RoutedBranch(nn.Module):
             scores_q=q.scores if self.multiply_queries_by_score else None,
             rotations=rotations,
         )
-        branches = {"null": self.null_q_token, "light": light, "residual": residual}
+        branches: dict[str, Any] = {"null": self.null_q_token, "light": light, "residual": residual}
         return join(self.operations.combine, out, q.scores, q.indices, x, **branches)

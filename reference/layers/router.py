@@ -20,9 +20,10 @@ from reference._shared.arguments import (
     require,
 )
 from reference._shared.autocast import without_autocast
+from reference._shared.returns import RouteReturn
 from reference._shared.sizes import ceil_div, is_certain, missing
 from reference.layers.operations import Operations, UseTriton
-from reference.route import gather_tokens, in_blocks, positions
+from reference.route import gather_tokens, in_blocks, pass_through, positions
 
 
 class Selection(NamedTuple):
@@ -199,25 +200,42 @@ class CoordinateDescentRouter(nn.Module):
             return RouterReturn(selection.indices, selection.weights.to(x.dtype), tokens, selection.mask)
 
         n, size = x.shape[1], self._block_size(x.shape[1])
-        each, width = (num_tokens, n) if size is None else (ceil_div(num_tokens, ceil_div(n, size)), size)
-        indices, weights, tokens = self.operations.route(
-            x,
-            routing_tokens,
-            num_selected=self.num_selected(each, width),
-            **self.relaxation(each, width),
-            n_iters=self.n_iters,
-            solver=self.solver,
-            cosine_sim_scale=self._cosine_sim_scale,
-            block_size=size,
-            mask=mask,
-        )
+        each = num_tokens if size is None else ceil_div(num_tokens, ceil_div(n, size))
+        indices, weights, tokens = self._route(x, routing_tokens, each, size, mask)
         selected = None
         if mask is not None or (size is not None and not is_certain(n % size == 0)):
             there = x.new_ones((1, n), dtype=torch.bool) if mask is None else mask
-            filled_up = F.pad(there, (0, missing(n, width)))[:, None]
-            selected = filled_up.expand(*indices.shape[:2], -1).gather(-1, indices)
-        selection = self.weighed(indices, weights, selected)
-        return RouterReturn(indices, selection.weights.to(x.dtype), tokens, selected)
+            more = 0 if size is None else missing(n, size)
+            filled_up = there if is_certain(more == 0) else F.pad(there, (0, more))
+            selected = filled_up[:, None].expand(*indices.shape[:2], -1).gather(-1, indices)
+        return RouterReturn(indices, weights.to(x.dtype), tokens, selected)
+
+    def _route(
+        self, x: Tensor, routing_tokens: Tensor, num_tokens: int, block_size: int | None, mask: Tensor | None = None
+    ) -> RouteReturn:
+        """So many tokens, of each block if there are blocks, in one operation."""
+        width = x.shape[1] if block_size is None else block_size
+        routed: RouteReturn = self.operations.route(
+            x,
+            routing_tokens,
+            num_selected=self.num_selected(num_tokens, width),
+            **self.relaxation(num_tokens, width),
+            n_iters=self.n_iters,
+            solver=self.solver,
+            cosine_sim_scale=self._cosine_sim_scale,
+            block_size=block_size,
+            straight_through=self.straight_through,
+            mask=mask,
+        )
+        return routed
+
+    def route_windows(self, x: Tensor, window_size: int, num_tokens: int, routing_tokens: Tensor | None) -> RouteReturn:
+        """As many tokens of each window of `b n d`, in one operation; `takes_windows` says whether there is one."""
+        return self._route(x, self._routing_tokens(x, routing_tokens), num_tokens, window_size)
+
+    def takes_windows(self, window_size: int) -> bool:
+        """True if one operation routes from windows of that size, and they are not divided into blocks."""
+        return self.checkpoint_segments is None and self._block_size(window_size) is None
 
     def _routing_tokens(self, x: Tensor, routing_tokens: Tensor | None) -> Tensor:
         """The router's own as `1 r d`, or those that are passed as `b r d`."""
@@ -270,7 +288,7 @@ class CoordinateDescentRouter(nn.Module):
 
     def weighed(self, indices: Tensor, weights: Tensor, selected: Tensor | None) -> Selection:
         """A selection with the weights that it is to have; 0 where nothing should have been selected."""
-        weights = self.weigh(weights)
+        weights = pass_through(weights) if self.straight_through else weights
         return Selection(indices, weights if selected is None else weights.masked_fill(~selected, 0.0), selected)
 
     def num_selected(self, num_tokens: int, n: int) -> int:
@@ -298,10 +316,6 @@ class CoordinateDescentRouter(nn.Module):
         """Arguments of coordinate descent over rows of n: the sum that a row is to have, and the temperatures."""
         fetched = num_tokens * (self.fetch_k_ratio if self.normalize_to == "fetched" else 1.0)
         return {"k": min(fetched, n), "eps": self.eps, "eps_init": self.eps_init, "eps_decay": self.eps_decay}
-
-    def weigh(self, weights: Tensor) -> Tensor:
-        """1 with the gradient of the relaxed selection, if it is passed straight through."""
-        return weights + (1.0 - weights).detach() if self.straight_through else weights
 
     def route_back(self, src: Tensor, routed_tokens: Tensor, indices: Tensor) -> Tensor:
         """src `b n d` with routed tokens `b k d` in their places `b k`; those past the end have none."""

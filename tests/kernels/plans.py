@@ -192,17 +192,25 @@ def gathered_gradients(batch, selected, d, routes, cosine, itemsize, **_):
     x = torch.zeros(batch, selected, d, dtype=DTYPES[itemsize])
     scores = torch.zeros(batch, routes, selected)
     inverse_norms = torch.zeros(batch, selected) if cosine else None
-    gathered = torch.zeros(batch, routes, selected, dtype=torch.int64), x.new_zeros(batch, routes, selected, d)
+    indices, slots = (torch.zeros(batch, routes, selected, dtype=dtype) for dtype in (torch.int64, torch.int32))
+    gathered = indices, slots, x.new_zeros(batch, routes, selected, d)
     inputs = (x, torch.zeros(1, routes, d), scores, inverse_norms, scores, gathered)
     score_kernels.launch_gradients(*inputs, torch.zeros_like(x))
 
 
-def gather(n_rows, selected, d, itemsize, **_):
+def gather(n_rows, selected, d, itemsize, straight=False, masked=False, kept=True, **_):
     """From as many sequences, of one block each."""
     x = torch.zeros(n_rows, selected, d, dtype=DTYPES[itemsize])
     indices, weights = torch.zeros(n_rows, selected, dtype=torch.int64), torch.zeros(n_rows, selected)
-    outputs = (weights[:, None], x[:, None].clone(), indices[:, None])
-    gather_kernel.launch_gather(x, indices, weights, 1, *outputs)
+    mask = torch.zeros(n_rows, selected, dtype=torch.bool) if masked else None
+    slots = torch.zeros(n_rows, 1, selected, dtype=torch.int32) if kept else None
+    outputs = (weights[:, None], x[:, None].clone(), indices[:, None], slots)
+    gather_kernel.launch_gather(x, indices, weights, mask, 1, straight, *outputs)
+
+
+def spread(n_rows, n, selected=1, **_):
+    weights, scores = torch.zeros(n_rows, 1, selected), torch.zeros(n_rows, 1, n)
+    gather_kernel.launch_spread(weights, scores.to(torch.int32), scores)
 
 
 def normalize(n_rows, d, center, biased, itemsize, **_):
@@ -212,7 +220,7 @@ def normalize(n_rows, d, center, biased, itemsize, **_):
     _call_and_differentiate(True, lambda: kernels.normalize(x, weight, bias, center=center))
 
 
-def combine(d=8, n_rows=1, n_routed=None, nulled=True, lit=True, residual=True, itemsize=4, **_):
+def combine(d=8, n_rows=1, n_routed=None, nulled=True, lit=True, residual=True, started=False, itemsize=4, **_):
     """`n_rows` sequences of one token, which is routed."""
     batch, n = n_routed or n_rows, 1
     dtype = DTYPES[itemsize]
@@ -220,6 +228,7 @@ def combine(d=8, n_rows=1, n_routed=None, nulled=True, lit=True, residual=True, 
         "null": torch.zeros(d, requires_grad=True) if nulled else None,
         "light": torch.zeros(batch, n, d, dtype=dtype, requires_grad=True) if lit else None,
         "residual": torch.zeros(batch, n, d, requires_grad=True) if residual else None,
+        "start": int(started),
     }
     routed = torch.zeros(batch, 1, d, dtype=dtype, requires_grad=True)
     scores, indices = torch.zeros(batch, 1), torch.zeros(batch, 1, dtype=torch.int64)
@@ -307,7 +316,10 @@ OPERATIONS = {
     "gathered_gradients": Operation(
         (score_kernels._plan_gathered,), gathered_gradients, _variants(cosine=BOOL, itemsize=(2, 4))
     ),
-    "gather": Operation((gather_kernel._plan,), gather, _variants(itemsize=(2, 4))),
+    "gather": Operation(
+        (gather_kernel._plan,), gather, _variants(itemsize=(2, 4), straight=BOOL, masked=BOOL, kept=BOOL)
+    ),
+    "spread": Operation((gather_kernel._plan_spread,), spread, _variants()),
     "normalize": Operation(
         (launch.plan_rows, launch.plan_sweep),
         normalize,
@@ -316,7 +328,7 @@ OPERATIONS = {
     "combine": Operation(
         (launch.plan_rows, launch.plan_sweep, combine_kernels._plan_places),
         combine,
-        _variants(nulled=BOOL, lit=BOOL, residual=BOOL, itemsize=(2, 4)),
+        _variants(nulled=BOOL, lit=BOOL, residual=BOOL, started=BOOL, itemsize=(2, 4)),
     ),
     "route_prefixes": Operation(
         (

@@ -36,7 +36,8 @@ def check(tensors, indices, n, **options):
         for dtype in (None, torch.float64)
     )
     out = combine(**fused, indices=indices, length=n, **options)
-    expected = reference.combine(**plain, indices=indices, length=n)
+    start = options.get("start", 0)
+    expected = reference.combine(**plain, indices=indices, length=n, start=start)
     assert out.shape == expected.shape
     upstream = torch.randn_like(out)
     gradients = torch.autograd.grad(out, list(fused.values()), upstream)
@@ -54,6 +55,12 @@ def check(tensors, indices, n, **options):
 def test_matches_plain_pytorch(names, past):
     out = check(*problem(2, 5, 23, 12, names=names, past=past), 23)
     assert out.dtype == torch.float32
+
+
+@pytest.mark.parametrize("start", [1, 7, 23])
+@pytest.mark.parametrize("names", [("null",), OPTIONAL], ids=str)
+def test_null_from_a_start_on(names, start):
+    check(*problem(2, 5, 23, 12, names=names), 23, start=start)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 7, 7, 33), (3, 1, 9, 2100), (0, 2, 4, 8), (2, 0, 4, 8)], ids=str)

@@ -93,6 +93,7 @@ MANY = {
     "routing_scores": [{"batch": 70001, "n": 2, "d": 2, "routes": 2, "itemsize": 4}],
     "gathered_gradients": [{"batch": 70001, "selected": 1, "d": 2, "routes": 1}],
     "gather": [{"n_rows": 70001, "selected": 1, "d": 2}],
+    "spread": [{"n_rows": 70001, "n": 2}],
     "normalize": [{"n_rows": 70001, "d": 2}],
     "combine": [{"n_rows": 70001, "d": 2}],
     "route_prefixes": [{"n_rows": 70001, "n_windows": 2, "window_size": 1}],

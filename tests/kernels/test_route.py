@@ -66,6 +66,31 @@ def test_blocks(device, block_size, masked):
     check(*inputs(device), block_size=block_size, mask=mask)
 
 
+@pytest.mark.parametrize("solver", ["coor_descent", "exact"])
+@pytest.mark.parametrize("block_size", [None, 12])
+@pytest.mark.parametrize("masked", [False, True])
+def test_straight_through(device, masked, block_size, solver):
+    """A mask leaves less than is selected, and so does the last block."""
+    mask = torch.rand(2, 37, device=device) > 0.5 if masked else None
+    if masked:
+        mask[1, 4:] = False
+    options = {"mask": mask, "block_size": block_size, "solver": solver, "straight_through": True}
+    x, routing_tokens = inputs(device, b=2)
+    check(x, routing_tokens, **options)
+    found = route(x, routing_tokens, **OPTIONS | options).weights
+    assert set(found.unique().tolist()) == ({0, 1} if masked or block_size else {1})
+
+
+def test_nan_passes_through(device):
+    x, routing_tokens = inputs(device, b=2)
+    with torch.no_grad():
+        x[0, 3] = torch.nan
+    for package_route in (route, reference.route):
+        weights = package_route(x, routing_tokens, **OPTIONS, straight_through=True).weights
+        assert weights[0].isnan().all()
+        assert (weights[1] == 1).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(device, dtype):
     check(*inputs(device, dtype=dtype))
@@ -196,7 +221,7 @@ def test_wrong_arguments(device, arguments, named):
 def test_is_an_operator(device, exact):
     x, routing_tokens = inputs(device, n=9, d=4)
     mask = torch.rand(1, 9, device=device) > 0.2
-    arguments = (x, routing_tokens, mask, 2, 2.5, 3, 0.3, 1.0, 0.7, exact, True, 4, True)
+    arguments = (x, routing_tokens, mask, 2, 2.5, 3, 0.3, 1.0, 0.7, exact, True, 4, True, True)
     torch.library.opcheck(torch.ops.colt5.route, arguments)
 
 

@@ -16,11 +16,12 @@ INDICES = torch.tensor([[5, 0, 2], [1, 6, 9]])
 @pytest.mark.parametrize("null", [None, NULL])
 @pytest.mark.parametrize("light", [None, LIGHT])
 @pytest.mark.parametrize("residual", [None, RESIDUAL])
-def test_one_token_at_a_time(null, light, residual):
-    out = combine(ROUTED, SCORES, INDICES, length=6, null=null, light=light, residual=residual)
+@pytest.mark.parametrize("start", [0, 2, 6])
+def test_one_token_at_a_time(null, light, residual, start):
+    out = combine(ROUTED, SCORES, INDICES, length=6, null=null, light=light, residual=residual, start=start)
     for b in range(2):
         for i in range(6):
-            expected = torch.zeros(4, dtype=torch.float64) if null is None else null.clone()
+            expected = torch.zeros(4, dtype=torch.float64) if null is None or i < start else null.clone()
             for j in range(3):
                 if INDICES[b, j] == i:
                     expected = SCORES[b, j] * ROUTED[b, j]

@@ -248,6 +248,7 @@ def _route(draw: Draw) -> Drawn:
         "solver": draw.pick("coor_descent", "coor_descent", "exact"),
         "cosine_sim_scale": draw.pick(None, None, 8),
         "block_size": block,
+        "straight_through": draw.chance(0.3),
     }
     options["k"] = draw.pick(options["num_selected"], min(options["num_selected"] * 9 / 8, width))
     return data, options
@@ -287,7 +288,8 @@ def _combine(draw: Draw) -> Drawn:
     data = {"routed": [batch, k, d], "length": length, "past": draw.chance(0.3), "index": draw.pick("int64", "int32")}
     data["power"] = draw.pick(1, 1, 8)
     data |= {name: draw.pick(None, "same", "float32") for name in ("null", "light", "residual", "scores")}
-    return data, {"length": length, "dtype": draw.pick(None, None, *draw.scale.dtypes[:3])}
+    start = draw.pick(0, 0, draw.size(length))
+    return data, {"length": length, "start": start, "dtype": draw.pick(None, None, *draw.scale.dtypes[:3])}
 
 
 def _heads(draw: Draw) -> tuple[int, int, int]:
