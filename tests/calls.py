@@ -109,7 +109,6 @@ def _route(rng):
         "solver": rng.choice(["coor_descent", "exact"]),
         "cosine_sim_scale": rng.choice([None, 8.0]),
         "block_size": rng.choice([None, 6]),
-        "straight_through": rng.random() < 0.5,
         "mask": _mask(rng, b, n),
         **_schedule(rng),
     }

@@ -125,7 +125,7 @@ def planner(function: Callable[P, Plan]) -> Callable[P, Plan]:
 def check_sizes(sizes: Mapping[str, Any]) -> None:
     """Raise a NotImplementedError that names a size that kernels cannot count."""
     for name, size in sizes.items():
-        if name not in ("n_rows", "batch") and size > LARGEST:
+        if name not in ("n_rows", "batch", "n_entries", "total") and size > LARGEST:
             raise NotImplementedError(f"{name} = {size}: kernels take up to {LARGEST}")
 
 

@@ -47,14 +47,17 @@ def _backward(
     as_made = output.transpose(2, 3)
     if not as_made.is_contiguous():
         output = as_made.contiguous().transpose(2, 3)
-    dquery = torch.empty_like(output)
-    dkey_value, dweights, dnull = (x.new_empty(x.shape) for x in (key_value, weights, null_kv))
+    dquery, dkey_value = torch.empty_like(output), torch.empty_like(key_value)
+    if dkey_value.stride() != key_value.stride():
+        # Kernels know the strides of one of the two.
+        key_value = key_value.contiguous()
+        dkey_value = torch.empty_like(key_value)
     if not has_values(query):
-        return dquery, dkey_value.zero_(), dweights.zero_(), dnull.zero_()
+        return dquery, dkey_value.zero_(), torch.zeros_like(weights), torch.zeros_like(null_kv)
     differentiate = launch_backward if _runs_kernel(query) else cpu.backward
     inputs = (query, key_value, lists, weights, null_kv, multiply_keys, output, lse)
     for_weights, for_null = differentiate(_dense_rows(grad_output), *inputs, dquery, dkey_value)
-    return dquery, dkey_value, dweights.copy_(for_weights), dnull.copy_(for_null)
+    return dquery, dkey_value, for_weights.to(weights.dtype), for_null.to(null_kv.dtype)
 
 
 def _runs_kernel(query: Tensor) -> bool:

@@ -8,8 +8,6 @@ its tokens together. Tokens with the same last window share a block, in the orde
 selects stays selected for some windows on end, and then some 1.5 times the windows are gone through that need be.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +24,7 @@ from kernels.gathered_attention.forward import (
     plan_windows,
     queries_at_a_time,
 )
+from kernels.gathered_attention.inverse import Inverse, invert
 
 QUERIES: SettingsBySize = {
     (2, 64): Settings(32, 32, 1, 3),
@@ -73,7 +72,7 @@ def _query_kernel(
     delta_ptr,  # b w h i
     dquery_ptr,  # b w i h d
     dweights_ptr,  # b w blocks h s, fp32
-    dnull_ptr,  # b w blocks h 2 d, fp32
+    dnull_ptr,  # b w blocks 2 h d, fp32
     query_batch,
     query_window,
     query_head,
@@ -128,9 +127,9 @@ def _query_kernel(
     null_shares = tl.exp2(tl.sum(wide_query * null_key[None, :], axis=1) * scale - lse)
     null_dlogits = null_shares * (tl.sum(wide_grad * null_value[None, :], axis=1) - delta)
     natural = scale * LN2
-    dnull_ptr += program * (2 * DIM) + dims
+    dnull_ptr += ((row * n_blocks + block) * (2 * n_heads) + head) * DIM + dims
     tl.store(dnull_ptr, tl.sum(null_dlogits[:, None] * wide_query, axis=0) * natural, mask=dims < DIM)
-    tl.store(dnull_ptr + DIM, tl.sum(null_shares[:, None] * wide_grad, axis=0), mask=dims < DIM)
+    tl.store(dnull_ptr + n_heads * DIM, tl.sum(null_shares[:, None] * wide_grad, axis=0), mask=dims < DIM)
     dquery = null_dlogits[:, None] * null_key[None, :]
 
     for start in range(0, n_slots, BLOCK_S):
@@ -172,7 +171,7 @@ def _key_value_kernel(
     grad_output_ptr,  # b w h i d
     lse_ptr,  # b w h i, log2
     delta_ptr,  # b w h i
-    dkey_value_ptr,  # b r n (h kv d)
+    dkey_value_ptr,  # b r n (h kv d), with strides of key_value
     query_batch,
     query_window,
     query_head,
@@ -272,51 +271,12 @@ def _key_value_kernel(
         dlogits = shares * (dshares * weight - delta[None, :]) * factor
         dkey = dot(dlogits.to(query.dtype), query, dkey, PRECISION)
 
-    width = 2 * DIM * share
-    places = (sequence * n_tokens + tokens)[:, None] * width + head % share * (2 * DIM) + dims[None, :]
+    dkey_value_ptr += batch * key_value_batch + route.to(tl.int64) * key_value_route + head % share * (2 * DIM)
+    places = tokens.to(tl.int64)[:, None] * key_value_stride + dims[None, :]
     written = present[:, None] & (dims < DIM)[None, :]
     kind = dkey_value_ptr.dtype.element_ty
     tl.store(dkey_value_ptr + places, (dkey * (scale * LN2)).to(kind), mask=written)
     tl.store(dkey_value_ptr + places + DIM, dvalue.to(kind), mask=written)
-
-
-class Inverse(NamedTuple):
-    """Lists `b w r s` of tokens of sequences `b r n`, by token."""
-
-    windows: Tensor
-    """int32: the windows of the entries of all lists in the order of their tokens, then of windows."""
-
-    weights: Tensor
-    """Weights of the same entries."""
-
-    ends: Tensor
-    """`b r n+1` flat: where the entries of each token begin, and so those of the one before end."""
-
-    order: Tensor
-    """`b r n` flat: all tokens by their last window, later ones first and those without a window last."""
-
-
-def invert(lists: Tensor, weights: Tensor, n_tokens: int) -> Inverse:
-    batch, windows, routes, slots = lists.shape
-    total = batch * routes * n_tokens
-    sequences = torch.arange(batch * routes, device=lists.device).view(batch, 1, routes, 1)
-    keys = torch.where(lists >= 0, lists + sequences * n_tokens, total)
-    keys, entries = _narrow(keys, total).flatten().sort(stable=True)
-    tokens = torch.arange(total + 1, device=lists.device, dtype=keys.dtype)
-    ends = torch.searchsorted(keys, tokens, out_int32=keys.numel() < 2**31)
-    windows_of = (entries // (routes * slots) % windows).to(torch.int32)
-
-    begin, end = ends[:-1], ends[1:]
-    missed = torch.where(begin < end, windows - 1 - windows_of[(end - 1).clamp(min=0)], windows)
-    missed += tokens[:-1] // n_tokens * (windows + 1)
-    order = _narrow(missed, batch * routes * (windows + 1)).sort(stable=True).indices
-    return Inverse(windows_of, weights.flatten()[entries], ends, order)
-
-
-def _narrow(keys: Tensor, most: int) -> Tensor:
-    """Keys up to `most` in a narrow type: a sort takes its time by the bits of it."""
-    types = (torch.int16, torch.int32, torch.int64)
-    return keys.to(next(dtype for dtype in types if most <= torch.iinfo(dtype).max))
 
 
 def launch_backward(
@@ -360,9 +320,8 @@ def _launch_queries(
 ) -> tuple[Tensor, Tensor]:
     (batch, windows, heads, queries, dim), (_, _, routes, slots) = query.shape, lists.shape
     plan = _plan_queries(batch, windows, heads, queries, dim, query.itemsize)
-    programs = (batch, windows, plan.pieces, heads)
-    dweights = lse.new_empty((*programs, slots))
-    dnull = lse.new_empty((*programs, 2, dim))
+    dweights = lse.new_empty((batch, windows, plan.pieces, heads, slots))
+    dnull = lse.new_empty((batch * windows * plan.pieces, 2, heads, dim))
     _query_kernel[plan.grid](
         query,
         key_value,
@@ -385,7 +344,7 @@ def _launch_queries(
     )
     # Over the blocks of a window and the heads of a route; over all but heads.
     dweights = dweights.unflatten(3, (routes, heads // routes)).sum(dim=(2, 4))
-    return dweights, dnull.sum(dim=(0, 1, 2)).transpose(0, 1)
+    return dweights, dnull.sum(dim=0)
 
 
 def _launch_keys(

@@ -20,6 +20,7 @@ from kernels.coor_descent import backward as descent_backward
 from kernels.coor_descent import forward as descent_forward
 from kernels.gathered_attention import backward as gathered_backward
 from kernels.gathered_attention import forward as gathered_forward
+from kernels.gathered_attention import inverse
 from kernels.route import triton as gather_kernel
 from kernels.route_prefixes import backward as prefix_backward
 from kernels.route_prefixes import forward as prefix_forward
@@ -57,6 +58,7 @@ COUNTS = {
     "heads": (1, 2, 3, 8, 16),
     "itemsize": (2, 4),
     "n": around(descent_forward.RESIDENT, 12000, 108 * descent_forward.RESIDENT, 132 * descent_forward.RESIDENT),
+    "n_entries": (1, 2, 1023, 1024, 1025, 2**20, 2**31, 2**33),
     "n_iters": (1, 2, 3, 20, 64, 65, 500),
     "n_queries": around(most=4096),
     "n_routed": around(combine_kernels.PLACES),
@@ -67,6 +69,7 @@ COUNTS = {
     "routes": tuple(range(1, score_kernels.MOST_ROUTES + 1)),
     "selected": around(select_kernels.MOST_RANKED, most=2**17),
     "simple": BOOL,
+    "total": (1, 2, 1023, 1024, 1025, 2**20, 2**31, 2**33),
     "window_size": around(prefix_forward.LONGEST_END, most=8192),
 }
 """What sizes of a name are tried; a launcher whose sizes go by other names has to say here what they may be."""
@@ -258,6 +261,12 @@ def gathered_attention(
     _call_and_differentiate(True, lambda: kernels.gathered_attention(*arguments, multiply_keys_by_score=weighed))
 
 
+def invert(n_entries, total=None, **_):
+    """One list, of any of so many tokens."""
+    lists = torch.zeros(1, 1, 1, n_entries, dtype=torch.int32)
+    inverse.invert(lists, torch.zeros(lists.shape), n_entries if total is None else total)
+
+
 def routed_attention(batch, n, heads, head_dim, itemsize, masked=False, weighed=False, kept=True, **_):
     dtype = DTYPES[itemsize]
     arguments = (
@@ -346,6 +355,7 @@ OPERATIONS = {
         gathered_attention,
         _variants(weighed=BOOL),
     ),
+    "inverse": Operation((inverse._plan_keys, inverse._plan_sorted), invert, _variants()),
     "routed_attention": Operation(
         (
             routed_attention_kernels._plan_forward,

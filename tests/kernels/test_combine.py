@@ -147,7 +147,7 @@ def test_opcheck():
     for name in ("routed", "light", "residual"):
         tensors[name] = tensors[name].flatten(0, 1)
     routed, scores, null, light, residual = (tensor.requires_grad_() for tensor in tensors.values())
-    arguments = (routed, scores, indices, null, light, residual, 7, torch.float32)
+    arguments = (routed, scores, indices, null, light, residual, 7, 2, torch.float32)
     torch.library.opcheck(torch.ops.colt5.combine.default, arguments)
 
 

@@ -10,7 +10,7 @@ from colt5_bench.measuring.static_facts import compiled_kernels
 from kernels._common.launch import triton_for_cpu_tensors
 from kernels.gathered_attention import backward as gathered_backward
 from kernels.gathered_attention import gathered_attention
-from kernels.gathered_attention.backward import invert
+from kernels.gathered_attention.inverse import invert
 from tests.correct import check_correct
 from tests.kernels.devices import DEVICES, capture
 
@@ -296,10 +296,11 @@ def test_nothing_is_copied_for_a_window(device):
     assert torch.cuda.max_memory_allocated() - before < copies / 10
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is not about kernels")
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_lists_are_inverted(device, data):
+    if device == "cpu" and not INTERPRETED:
+        pytest.skip("a CPU has no kernels")
     b, w, r, n = (data.draw(st.integers(1, most)) for most in (2, 4, 2, 9))
     s = data.draw(st.integers(1, n))
     lists = [data.draw(st.permutations(range(n)))[:s] for _ in range(b * w * r)]
@@ -333,6 +334,6 @@ def test_no_register_spills(device, dtype, dim, target):
             gathered_attention(**tensors, multiply_keys_by_score=dtype == torch.float32).sum().backward()
 
     kernels = compiled_kernels(launch, target=target)
-    assert len(kernels) == 3
     assert {kernel["spilled_bytes"] for kernel in kernels} == {0}
-    assert all(kernel["instructions"]["matrix"] for kernel in kernels)
+    multiplying = [kernel["name"] for kernel in kernels if kernel["instructions"]["matrix"]]
+    assert sorted(multiplying) == ["_forward_kernel", "_key_value_kernel", "_query_kernel"]

@@ -1,0 +1,158 @@
+"""Lists of tokens by their tokens: entries of all lists sorted by token, and tokens by their last window.
+
+PyTorch sorts. A kernel before the first sort writes its keys, and one after it what it says of each entry and token.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._common.launch import Plan, planner
+
+BLOCK = 1024
+"""Entries, or tokens, of a program."""
+
+
+class Inverse(NamedTuple):
+    """Lists `b w r s` of tokens of sequences `b r n`, by token."""
+
+    windows: Tensor
+    """int32: the windows of the entries of all lists in the order of their tokens, then of windows."""
+
+    weights: Tensor
+    """Weights of the same entries."""
+
+    ends: Tensor
+    """`b r n+1` flat: where the entries of each token begin, and so those of the one before end."""
+
+    order: Tensor
+    """`b r n` flat: all tokens by their last window, later ones first and those without a window last."""
+
+
+@triton.jit
+def _keys_kernel(
+    lists_ptr,  # b w r s, int32
+    keys_ptr,  # b w r s
+    n_entries,
+    of_batch,
+    slots,
+    routes,
+    n_tokens,
+    total,
+    BLOCK: tl.constexpr,
+):
+    """The number of an entry's token among those of all sequences; after all of them where there is none."""
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(lists_ptr + entry, mask=entry < n_entries, other=-1)
+    sequence = entry // of_batch * routes + entry // slots % routes
+    key = tl.where(token >= 0, sequence * n_tokens + token, total)
+    tl.store(keys_ptr + entry, key.to(keys_ptr.dtype.element_ty), mask=entry < n_entries)
+
+
+@triton.jit
+def _first_at_least(keys_ptr, key, low, high, halvings):
+    """The place from low to high, all of a shape, of the first of sorted keys that is not less than a key."""
+    for _ in range(halvings):
+        middle = (low + high) // 2
+        is_less = tl.load(keys_ptr + middle, mask=low < high, other=0).to(tl.int64) < key
+        low, high = tl.where((low < high) & is_less, middle + 1, low), tl.where(is_less, high, middle)
+    return low
+
+
+@triton.jit
+def _sorted_kernel(
+    keys_ptr,  # entries, sorted
+    entries_ptr,  # entries, int64: which these are
+    weights_ptr,  # b w r s
+    windows_ptr,  # entries, int32
+    sorted_weights_ptr,  # entries
+    ends_ptr,  # tokens+1
+    missed_ptr,  # tokens
+    n_entries,
+    total,
+    n_tokens,
+    of_window,
+    n_windows,
+    halvings,
+    halvings_of_token,
+    of_entries,
+    BLOCK: tl.constexpr,
+):
+    """Windows and weights of sorted entries by the first programs. Others find, of each token, where its entries begin,
+    and how many windows there are after its last."""
+    program = tl.program_id(0).to(tl.int64)
+    if program < of_entries:
+        place = program * BLOCK + tl.arange(0, BLOCK)
+        exists = place < n_entries
+        entry = tl.load(entries_ptr + place, mask=exists, other=0)
+        tl.store(windows_ptr + place, (entry // of_window % n_windows).to(tl.int32), mask=exists)
+        weight = tl.load(weights_ptr + entry, mask=exists, other=0.0)
+        tl.store(sorted_weights_ptr + place, weight, mask=exists)
+    else:
+        token = (program - of_entries) * BLOCK + tl.arange(0, BLOCK)
+        all_entries = tl.zeros_like(token) + n_entries
+        begin = _first_at_least(keys_ptr, token, tl.zeros_like(token), all_entries, halvings)
+        # A token is in the list of a window once.
+        end = _first_at_least(keys_ptr, token + 1, begin, tl.minimum(begin + n_windows, all_entries), halvings_of_token)
+        last = tl.load(entries_ptr + end - 1, mask=(token < total) & (begin < end), other=0)
+        missed = tl.where(begin < end, n_windows - 1 - last // of_window % n_windows, n_windows)
+        missed += token // n_tokens * (n_windows + 1)
+        tl.store(ends_ptr + token, begin.to(ends_ptr.dtype.element_ty), mask=token <= total)
+        tl.store(missed_ptr + token, missed.to(missed_ptr.dtype.element_ty), mask=token < total)
+
+
+@planner
+def _plan_keys(n_entries: int) -> Plan:
+    return Plan(triton.cdiv(n_entries, BLOCK), {"BLOCK": BLOCK})
+
+
+@planner
+def _plan_sorted(n_entries: int, total: int) -> Plan:
+    """Programs for entries, which are the pieces, then for tokens and the end of the last."""
+    of_entries = triton.cdiv(n_entries, BLOCK)
+    return Plan(of_entries + triton.cdiv(total + 1, BLOCK), {"BLOCK": BLOCK}, of_entries)
+
+
+def invert(lists: Tensor, weights: Tensor, n_tokens: int) -> Inverse:
+    """The inverse of lists `b w r s`, int32 and -1 where there is nothing, with their weights; both contiguous."""
+    (batch, windows, routes, slots), device = lists.shape, lists.device
+    n_entries, total = lists.numel(), batch * routes * n_tokens
+    keys = torch.empty(n_entries, dtype=_narrow(total), device=device)
+    sizes = (windows * routes * slots, slots, routes, n_tokens, total)
+    plan = _plan_keys(n_entries)
+    _keys_kernel[plan.grid](lists, keys, n_entries, *sizes, **plan.settings)
+    keys, entries = keys.sort(stable=True)
+
+    windows_of = torch.empty(n_entries, dtype=torch.int32, device=device)
+    sorted_weights = weights.new_empty(n_entries)
+    ends = torch.empty(total + 1, dtype=torch.int32 if n_entries < 2**31 else torch.int64, device=device)
+    missed = torch.empty(total, dtype=_narrow(batch * routes * (windows + 1)), device=device)
+    plan = _plan_sorted(n_entries, total)
+    _sorted_kernel[plan.grid](
+        keys,
+        entries,
+        weights,
+        windows_of,
+        sorted_weights,
+        ends,
+        missed,
+        n_entries,
+        total,
+        n_tokens,
+        routes * slots,
+        windows,
+        n_entries.bit_length(),
+        windows.bit_length(),
+        plan.pieces,
+        **plan.settings,
+    )
+    return Inverse(windows_of, sorted_weights, ends, missed.sort(stable=True).indices)
+
+
+def _narrow(most: int) -> torch.dtype:
+    """A type for keys up to `most`: a sort takes its time by the bits of it."""
+    types = (torch.int16, torch.int32, torch.int64)
+    return next(dtype for dtype in types if most <= torch.iinfo(dtype).max)
