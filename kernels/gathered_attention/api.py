@@ -47,11 +47,9 @@ def _backward(
     as_made = output.transpose(2, 3)
     if not as_made.is_contiguous():
         output = as_made.contiguous().transpose(2, 3)
-    dquery, dkey_value = torch.empty_like(output), torch.empty_like(key_value)
-    if dkey_value.stride() != key_value.stride():
-        # Kernels know the strides of one of the two.
-        key_value = key_value.contiguous()
-        dkey_value = torch.empty_like(key_value)
+    dquery = torch.empty_like(output)
+    # The routes of a token are side by side, as the projection that made them takes them.
+    dkey_value = key_value.new_empty(key_value.transpose(1, 2).shape).transpose(1, 2)
     if not has_values(query):
         return dquery, dkey_value.zero_(), torch.zeros_like(weights), torch.zeros_like(null_kv)
     differentiate = launch_backward if _runs_kernel(query) else cpu.backward

@@ -171,7 +171,7 @@ def _key_value_kernel(
     grad_output_ptr,  # b w h i d
     lse_ptr,  # b w h i, log2
     delta_ptr,  # b w h i
-    dkey_value_ptr,  # b r n (h kv d), with strides of key_value
+    dkey_value_ptr,  # b n r (h kv d)
     query_batch,
     query_window,
     query_head,
@@ -271,8 +271,7 @@ def _key_value_kernel(
         dlogits = shares * (dshares * weight - delta[None, :]) * factor
         dkey = dot(dlogits.to(query.dtype), query, dkey, PRECISION)
 
-    dkey_value_ptr += batch * key_value_batch + route.to(tl.int64) * key_value_route + head % share * (2 * DIM)
-    places = tokens.to(tl.int64)[:, None] * key_value_stride + dims[None, :]
+    places = ((batch * n_tokens + tokens) * n_heads + head)[:, None] * (2 * DIM) + dims[None, :]
     written = present[:, None] & (dims < DIM)[None, :]
     kind = dkey_value_ptr.dtype.element_ty
     tl.store(dkey_value_ptr + places, (dkey * (scale * LN2)).to(kind), mask=written)

@@ -54,7 +54,7 @@ def _keys_kernel(
 
 @triton.jit
 def _first_at_least(keys_ptr, key, low, high, halvings):
-    """The place from low to high, all of a shape, of the first of sorted keys that is not less than a key."""
+    """The place of the first of sorted keys, from low to high, that is not less than a key."""
     for _ in range(halvings):
         middle = (low + high) // 2
         is_less = tl.load(keys_ptr + middle, mask=low < high, other=0).to(tl.int64) < key
@@ -81,8 +81,8 @@ def _sorted_kernel(
     of_entries,
     BLOCK: tl.constexpr,
 ):
-    """Windows and weights of sorted entries by the first programs. Others find, of each token, where its entries begin,
-    and how many windows there are after its last."""
+    """The first programs write windows and weights of sorted entries. Others find where the entries of each token
+    begin, and how many windows there are after its last."""
     program = tl.program_id(0).to(tl.int64)
     if program < of_entries:
         place = program * BLOCK + tl.arange(0, BLOCK)
