@@ -30,7 +30,7 @@ def _places_kernel(
     tl.store(slots_ptr + (slots // k).to(tl.int64) * n + places, slots, mask=places < n)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "n", "start"])
 def _forward_kernel(
     routed_ptr,  # b k d
     scores_ptr,  # b k
@@ -111,7 +111,7 @@ def _routed_backward_kernel(
     tl.store(drouted_ptr + rows[:, None] * d + columns, drouted.to(drouted_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "n", "start"])
 def _backward_kernel(
     grad_output_ptr,  # b n d
     slots_ptr,  # b n, int32

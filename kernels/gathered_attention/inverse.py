@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import Plan, planner
+from kernels._common.launch import COUNTS, Plan, planner
 
 BLOCK = 1024
 """Entries, or tokens, of a program."""
@@ -32,7 +32,7 @@ class Inverse(NamedTuple):
     """`b r n` flat: all tokens by their last window, later ones first and those without a window last."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "n_entries", "of_batch", "slots", "routes", "total"])
 def _keys_kernel(
     lists_ptr,  # b w r s, int32
     keys_ptr,  # b w r s
@@ -62,7 +62,9 @@ def _first_at_least(keys_ptr, key, low, high, halvings):
     return low
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[*COUNTS, "n_entries", "total", "of_window", "halvings", "halvings_of_token", "of_entries"]
+)
 def _sorted_kernel(
     keys_ptr,  # entries, sorted
     entries_ptr,  # entries, int64: which these are

@@ -68,7 +68,7 @@ def _gather_kernel(
         tl.store(tokens_ptr + place[:, None] * d + columns[None, :], token, mask=copied)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "n", "selected"])
 def _spread_kernel(
     grad_weights_ptr,  # rows selected
     slots_ptr,  # rows n, int32
