@@ -1,15 +1,19 @@
-"""Launchers share this: tensors as rows, which path and how much of a machine a tensor gets, and plans."""
+"""Launchers share this: tensors as rows, which path and how much of a machine a tensor gets, plans and launches."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, lru_cache, wraps
-from inspect import signature
+from functools import cache, lru_cache, partial, wraps
+from inspect import getsource, signature
+from operator import itemgetter
 from typing import Any, NamedTuple, ParamSpec
 
 import torch
 import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """True if kernels run in Triton's interpreter, which is settled when they are defined."""
@@ -209,3 +213,234 @@ def triton_for_cpu_tensors(multiprocessors: int = 132) -> Iterator[None]:
         yield
     finally:
         _compiling_for = 0
+
+
+class Scratch:
+    """Memory that the kernels of a launcher share. Each call allocates its own: zeros at first, or anything."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype, zeros: bool = False) -> None:
+        self._allocate = partial(torch.zeros if zeros else torch.empty, shape, dtype=dtype)
+
+    def on(self, device: torch.device) -> Callable[[], Tensor]:
+        return partial(self._allocate, device=device)
+
+
+class Part(NamedTuple):
+    """A pointer to an entry of contiguous memory that is not its first."""
+
+    whole: Tensor | Scratch
+    first: int
+
+
+class Launch:
+    """A launch of a kernel.
+
+    Args:
+        plan: its grid, constants and options.
+        arguments: in the order of parameters, pointers first: each a Tensor, Scratch or Part.
+        named: other numbers and constants.
+    """
+
+    def __init__(self, kernel: Any, plan: Plan, *arguments: Any, **named: Any) -> None:
+        self.kernel, self.grid, self.named = kernel, plan.grid, {**named, **plan.settings}
+        self.pointers = [each for each in arguments if isinstance(each, (Tensor, Scratch, Part))]
+        self.numbers = arguments[len(self.pointers) :]
+
+    def all_but_pointers(self) -> tuple[Any, ...]:
+        """The other arguments, in the order of the kernel's parameters."""
+        named = {name: value for name, value in self.named.items() if name in self.kernel.arg_names}
+        bound = self.kernel.signature.bind(*self.pointers, *self.numbers, **named)
+        bound.apply_defaults()
+        return tuple(bound.arguments.values())[len(self.pointers) :]
+
+
+class _Memory:
+    """All memory of a call: tensors among its arguments, then scratch in the order of its first use."""
+
+    def __init__(self, tensors: list[Tensor], device: torch.device) -> None:
+        self._owners: list[Tensor | Scratch] = [*tensors]
+        self._device = device
+        self.tensors = tensors
+        self.allocators: list[Callable[[], Tensor]] = []
+
+    def place_of(self, pointer: Tensor | Scratch | Part) -> tuple[int, int]:
+        """The number of a tensor, and the first entry."""
+        whole, first = pointer if isinstance(pointer, Part) else (pointer, 0)
+        if isinstance(whole, Scratch) and not any(each is whole for each in self._owners):
+            self._owners.append(whole)
+            self.allocators.append(whole.on(self._device))
+            self.tensors.append(self.allocators[-1]())
+        for number, owner in enumerate(self._owners):
+            if owner is whole:
+                return number, first
+        raise TypeError("a launch takes a tensor that is no argument of its launcher")
+
+    def tensor_at(self, number: int, first: int) -> Tensor:
+        tensor = self.tensors[number]
+        return tensor.view(-1)[first:] if first else tensor
+
+
+class _Launched(NamedTuple):
+    """A launch that went Triton's own way, and the compiled kernel that it came to."""
+
+    launch: Launch
+    places: list[tuple[int, int]]
+    compiled: Any
+
+
+class _Ready(NamedTuple):
+    """A launch of which all is known but addresses and stream."""
+
+    run: Callable[..., None]
+    programs: int
+    function: int
+    metadata: Any
+
+    take: Callable[[list[int]], tuple[int, ...]]
+    """Chooses the addresses that the kernel takes from all of the call."""
+
+    rest: tuple[Any, ...]
+
+    compiled: CompiledKernel
+    """The owner of the function."""
+
+
+class _Call(NamedTuple):
+    """A call whose launches are known."""
+
+    scratch: list[Callable[[], Tensor]]
+
+    parts: list[tuple[int, int]]
+    """Other addresses that kernels take: the number of a tensor, and an offset in bytes."""
+
+    launches: list[_Ready]
+
+
+def _runs_as_known() -> bool:
+    """True if this Triton runs a compiled kernel as launchers do. Triton 3.6 to 3.8 does."""
+    call = (
+        "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata,"
+        " knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values())"
+    )
+    return not INTERPRETED and call in " ".join(getsource(JITFunction.run).split())
+
+
+_run = JITFunction.run if _runs_as_known() else None
+"""Triton's own way to a launch, if a shorter one is known."""
+
+
+def _is_watched() -> bool:
+    """True if all launches have to go Triton's own way: for hooks, a replacement of it, or kernels that debug."""
+    runtime = triton.knobs.runtime
+    return (
+        JITFunction.run is not _run
+        or _does_something(runtime.launch_enter_hook)
+        or _does_something(runtime.launch_exit_hook)
+        or runtime.debug
+        or runtime.add_stages_inspection_hook is not None
+        or triton.knobs.compilation.instrumentation_mode != ""
+    )
+
+
+def _does_something(hook: Any) -> bool:
+    """True for a chain of hooks that has any, and for a function that somebody has put in its place."""
+    return hook is not None and getattr(hook, "calls", True)
+
+
+_VALUES = frozenset({int, float, bool, type(None), torch.dtype})
+"""Types of arguments of a launcher that are no tensors."""
+
+MOST_KEPT = 4096
+"""Calls that a launcher keeps. It begins anew when there are more."""
+
+
+class Launcher:
+    """A function that launches kernels, and keeps what it launched for later calls.
+
+    For each launch, Triton chooses a compiled kernel by the dtypes of tensors, by which addresses are multiples of 16,
+    and by numbers; before that, we choose kernels and plans. All of this follows from a key: the device, type, shape,
+    strides, dtype and alignment of tensors, and type and value of all else. The first call of a key goes Triton's own
+    way, and its compiled kernels are kept. A later one allocates scratch memory and hands addresses to these, on the
+    stream that is current then. Launches that somebody watches all go Triton's own way; see `_is_watched`.
+
+    Args:
+        choose: yields launches. It is a pure function of positional arguments, the first of which is a tensor. Instead
+            of tensors it gets others of the same memory; it does not compute with them.
+
+    Raises:
+        TypeError: a launch takes a tensor that is no argument.
+    """
+
+    def __init__(self, choose: Callable[..., Iterator[Launch]]) -> None:
+        self._choose = choose
+        self._kept: dict[tuple[Any, ...], _Call] = {}
+        self.__doc__ = choose.__doc__
+
+    def __call__(self, *arguments: Any) -> None:
+        index = arguments[0].get_device()
+        if index >= 0 and index != torch._C._cuda_getDevice():
+            with torch.cuda.device(index):
+                self(*arguments)
+            return
+        if _is_watched():
+            self._launch_by_triton(arguments)
+            return
+        active = driver.active
+        # A test may have a driver that takes CPU tensors.
+        device = index if index >= 0 else active.get_current_device()
+        key: list[Any] = [device]
+        addresses: list[int] = []
+        for each in arguments:
+            kind = type(each)
+            if kind in _VALUES:
+                key += (kind, each)
+            else:
+                address = each.data_ptr()
+                addresses.append(address)
+                key += (kind, each.shape, each.stride(), each.dtype, each.get_device(), address % 16 == 0)
+        known = self._kept.get(tuple(key))
+        if known is None:
+            self._keep(tuple(key), *self._launch_by_triton(arguments))
+            return
+        # Scratch memory lives until the kernels are in their stream, which its next owner comes after.
+        scratch = [allocate() for allocate in known.scratch]
+        addresses += [each.data_ptr() for each in scratch]
+        addresses += [addresses[number] + offset for number, offset in known.parts]
+        stream = active.get_current_stream(device)
+        for run, programs, function, metadata, take, rest, _ in known.launches:
+            run(programs, 1, 1, stream, function, metadata, None, None, None, *take(addresses), *rest)
+
+    def _launch_by_triton(self, arguments: tuple[Any, ...]) -> tuple[_Memory, list[_Launched]]:
+        """Launch Triton's own way."""
+        # Each a tensor of its own, so that it tells which argument it stands for.
+        stand_ins = [each.detach() if isinstance(each, Tensor) else each for each in arguments]
+        memory = _Memory([each for each in stand_ins if isinstance(each, Tensor)], arguments[0].device)
+        launched = []
+        for launch in self._choose(*stand_ins):
+            places = [memory.place_of(each) for each in launch.pointers]
+            tensors = [memory.tensor_at(*place) for place in places]
+            compiled = launch.kernel[launch.grid](*tensors, *launch.numbers, **launch.named)
+            launched.append(_Launched(launch, places, compiled))
+        return memory, launched
+
+    def _keep(self, key: tuple[Any, ...], memory: _Memory, launched: list[_Launched]) -> None:
+        if not all(isinstance(each.compiled, CompiledKernel) for each in launched):
+            return
+        parts = list(dict.fromkeys(place for each in launched for place in each.places if place[1]))
+        numbered = [*((number, 0) for number in range(len(memory.tensors))), *parts]
+        ready = []
+        for launch, places, compiled in launched:
+            take = taker([numbered.index(place) for place in places])
+            how = (compiled.run, *launch.grid, compiled.function, compiled.packed_metadata)
+            ready.append(_Ready(*how, take, launch.all_but_pointers(), compiled))
+        if len(self._kept) >= MOST_KEPT:
+            self._kept.clear()
+        offsets = [(number, first * memory.tensors[number].itemsize) for number, first in parts]
+        self._kept[key] = _Call(memory.allocators, offsets, ready)
+
+
+def taker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that takes what stands at some places, in the time of one that is written out."""
+    if len(places) == 1:
+        return lambda given: (given[places[0]],)
+    return itemgetter(*places) if places else lambda given: ()

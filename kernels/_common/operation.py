@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import signature
-from operator import itemgetter
 from typing import Any, NoReturn, get_args, get_origin
 
 import torch
@@ -16,6 +15,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from kernels._common.launch import taker
 from reference._shared.arguments import require
 
 _library = torch.library.Library("colt5", "FRAGMENT")
@@ -80,7 +80,7 @@ class Operation:
         # The operator saves wherever it is to have a gradient.
         self._save_nothing = (False,) if self._saves else ()
         places = [place for place, each in enumerate(parameters.values()) if _is_tensor(each.annotation)]
-        self._take_tensors = _taker(places)
+        self._take_tensors = taker(places)
         self._differentiable = forward
         if backward is not None:
             refuse = partial(_refuse, name, reference or name)
@@ -128,7 +128,7 @@ class _Gradient:
         place_of = {name: place for place, name in enumerate(known)}
         self._chosen = []
         for name, choose in (chosen or {}).items():
-            self._chosen.append((choose, _taker([place_of[each] for each in signature(choose).parameters])))
+            self._chosen.append((choose, taker([place_of[each] for each in signature(choose).parameters])))
             place_of[name] = len(place_of)
 
         grads: list[int] = []
@@ -144,9 +144,9 @@ class _Gradient:
                 if name not in place_of:
                     raise TypeError(f"{backward.__qualname__} takes {name!r}, which is none of {', '.join(place_of)}")
                 (kept if _is_tensor(parameter.annotation) else numbers).append(place_of[name])
-        self._take_kept, self._take_numbers = _taker(kept), _taker(numbers)
-        self._take_constants = _taker(sorted({*range(n_inputs, len(known))} - {*grads}))
-        self._take_grads = _taker([place - n_inputs for place in grads])
+        self._take_kept, self._take_numbers = taker(kept), taker(numbers)
+        self._take_constants = taker(sorted({*range(n_inputs, len(known))} - {*grads}))
+        self._take_grads = taker([place - n_inputs for place in grads])
 
     def keep(self, ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
         """Save what `differentiate` takes beside the gradients of outputs."""
@@ -202,13 +202,6 @@ def _all_none(grads: tuple[Tensor | None, ...]) -> bool:
         if each is not None:
             return False
     return True
-
-
-def _taker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """A function that takes what stands at some places, in the time of one that is written out."""
-    if len(places) == 1:
-        return lambda given: (given[places[0]],)
-    return itemgetter(*places) if places else lambda given: ()
 
 
 def _is_tensor(annotation: Any) -> bool:

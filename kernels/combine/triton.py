@@ -1,11 +1,23 @@
 """Kernels of `kernels.combine`: the map of routed tokens, their sum with what else there is, and the gradients."""
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Plan, has_values, multiprocessors, plan_rows, plan_sweep, planner
+from kernels._common.launch import (
+    COUNTS,
+    Launch,
+    Launcher,
+    Plan,
+    has_values,
+    multiprocessors,
+    plan_rows,
+    plan_sweep,
+    planner,
+)
 
 LONGEST = 8192
 """Most features that the kernel takes; more are left to PyTorch."""
@@ -154,14 +166,19 @@ def _plan_places(n_routed: int) -> Plan:
 
 def map_slots(indices: Tensor, n: int) -> Tensor:
     """`b n`, int32: the index, among all `b k`, of the routed token in the place of a token. -1 where there is none."""
-    batch, k = indices.shape
-    slots = torch.full((batch, n), -1, dtype=torch.int32, device=indices.device)
+    slots = torch.full((indices.shape[0], n), -1, dtype=torch.int32, device=indices.device)
     if has_values(indices):
-        plan = _plan_places(batch * k)
-        _places_kernel[plan.grid](indices, slots, batch * k, k, n, **plan.settings)
+        _launch_places(indices, slots)
     return slots
 
 
+@Launcher
+def _launch_places(indices: Tensor, slots: Tensor) -> Iterator[Launch]:
+    (batch, k), n = indices.shape, slots.shape[1]
+    yield Launch(_places_kernel, _plan_places(batch * k), indices, slots, batch * k, k, n)
+
+
+@Launcher
 def launch_forward(
     routed: Tensor,
     scores: Tensor,
@@ -171,12 +188,13 @@ def launch_forward(
     residual: Tensor | None,
     start: int,
     out: Tensor,
-) -> None:
+) -> Iterator[Launch]:
     """Write the sum `(b n) d` of routed tokens `(b k) d` and the optional terms, by the map of `map_slots`. Null stands
     for tokens from start on."""
     n_rows, d = out.shape
-    plan = plan_rows(n_rows, d)
-    _forward_kernel[plan.grid](
+    yield Launch(
+        _forward_kernel,
+        plan_rows(n_rows, d),
         routed,
         scores,
         slots,
@@ -191,7 +209,6 @@ def launch_forward(
         d,
         slots.shape[1],
         start,
-        **plan.settings,
         HAS_NULL=null is not None,
         HAS_START=start > 0,
         HAS_LIGHT=light is not None,
@@ -199,13 +216,15 @@ def launch_forward(
     )
 
 
+@Launcher
 def launch_routed_backward(
     grad_output: Tensor, routed: Tensor, scores: Tensor, indices: Tensor, drouted: Tensor, dscores: Tensor
-) -> None:
+) -> Iterator[Launch]:
     """Write the gradients of routed tokens and of their scores."""
     (n_rows, d), (batch, k) = grad_output.shape, indices.shape
-    plan = plan_rows(batch * k, d)
-    _routed_backward_kernel[plan.grid](
+    yield Launch(
+        _routed_backward_kernel,
+        plan_rows(batch * k, d),
         grad_output,
         routed,
         scores,
@@ -218,7 +237,6 @@ def launch_routed_backward(
         k,
         n_rows // batch,
         d,
-        **plan.settings,
     )
 
 
@@ -226,9 +244,20 @@ def launch_sweep(grad_output: Tensor, slots: Tensor | None, start: int, dlight: 
     """Write the gradient of the light branch in its dtype, if that is wanted. Return the gradient of the null token, if
     there is the map."""
     n_rows, d = grad_output.shape
-    plan = plan_sweep(n_rows, d, multiprocessors(grad_output.device))
-    shares = torch.empty((0 if slots is None else plan.programs, d), dtype=torch.float32, device=grad_output.device)
-    _backward_kernel[plan.grid](
+    programs = 0 if slots is None else plan_sweep(n_rows, d, multiprocessors(grad_output.device)).programs
+    shares = torch.empty((programs, d), dtype=torch.float32, device=grad_output.device)
+    _launch_sweep(grad_output, slots, start, dlight, shares)
+    return None if slots is None else shares.sum(0)
+
+
+@Launcher
+def _launch_sweep(
+    grad_output: Tensor, slots: Tensor | None, start: int, dlight: Tensor | None, shares: Tensor
+) -> Iterator[Launch]:
+    n_rows, d = grad_output.shape
+    yield Launch(
+        _backward_kernel,
+        plan_sweep(n_rows, d, multiprocessors(grad_output.device)),
         grad_output,
         grad_output if slots is None else slots,
         grad_output if dlight is None else dlight,
@@ -238,9 +267,7 @@ def launch_sweep(grad_output: Tensor, slots: Tensor | None, start: int, dlight: 
         d,
         n_rows if slots is None else slots.shape[1],
         start,
-        **plan.settings,
         HAS_NULL=slots is not None,
         HAS_START=start > 0,
         CASTS_LIGHT=dlight is not None,
     )
-    return None if slots is None else shares.sum(0)

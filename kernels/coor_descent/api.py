@@ -34,14 +34,13 @@ def descend_rows(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """The relaxed selection `rows n`, and the state that its gradient needs beside the scores: nothing of size n."""
-    schedule = (n_iters, eps, first, eps_decay)
     state = allocate_state(scores, n_iters, save)
     if not runs_triton(scores) and has_values(scores):
-        wide_k, steps = cpu.wide_k(scores, k_rows, k), list(epsilon_schedule(*schedule))
+        wide_k, steps = cpu.wide_k(scores, k_rows, k), list(epsilon_schedule(n_iters, eps, first, eps_decay))
         return cpu.forward(scores, mask, wide_k, steps, views_of(state.zero_()) if save else None), state
     y = torch.empty_like(scores, memory_format=torch.contiguous_format)
     if has_values(scores):
-        launch_forward(scores, mask, k_rows, k, schedule, y, state)
+        launch_forward(scores, mask, k_rows, k, n_iters, eps, first, eps_decay, y, state)
     return y, state
 
 
@@ -58,16 +57,16 @@ def descend_rows_backward(
     eps_decay: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the scores and, if it has one entry a row, of k."""
-    schedule = (n_iters, eps, first, eps_decay)
     if not runs_triton(scores) and has_values(scores):
-        wide_k, steps = cpu.wide_k(scores, k_rows, k), list(epsilon_schedule(*schedule))
+        wide_k, steps = cpu.wide_k(scores, k_rows, k), list(epsilon_schedule(n_iters, eps, first, eps_decay))
         ds, wide_dk = cpu.backward(grad_y, scores, mask, wide_k, steps, *views_of(state))
         return ds, None if k_rows is None else wide_dk
     ds = torch.empty_like(scores, memory_format=torch.contiguous_format)
     # Each allocation takes its share of a short call.
     dk = None if k_rows is None else scores.new_empty(scores.shape[0], dtype=torch.float64)
     if has_values(scores):
-        launch_backward(as_rows(grad_y), scores, mask, k_rows, k, schedule, state, ds, state if dk is None else dk)
+        given = (as_rows(grad_y), scores, mask, k_rows, k, n_iters, eps, first, eps_decay)
+        launch_backward(*given, state, ds, state if dk is None else dk)
     return ds, dk
 
 

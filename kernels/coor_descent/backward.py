@@ -1,11 +1,22 @@
 """Backward pass of `kernels.coor_descent`: one reduction, then every chunk of a row on its own."""
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Plan, planner, registers_of_addresses, tile_settings
+from kernels._common.launch import (
+    COUNTS,
+    Launch,
+    Launcher,
+    Plan,
+    Scratch,
+    planner,
+    registers_of_addresses,
+    tile_settings,
+)
 from kernels._common.primitives import (
     exp2,
     exp2_line,
@@ -24,7 +35,7 @@ from kernels._common.primitives import (
 )
 from kernels.coor_descent import constants
 from kernels.coor_descent.forward import cooling_iterations, from_origin
-from kernels.coor_descent.state import iterations_of, row_state
+from kernels.coor_descent.state import row_state
 
 CHUNK = 4096
 """Entries of a row that one program of the backward pass handles."""
@@ -219,30 +230,35 @@ def _plan(n_rows: int, n: int, aligned: bool) -> Plan:
     return plan._replace(settings={**plan.settings, "SLOTS": slots})
 
 
+@Launcher
 def launch_backward(
     grad_output: Tensor,
     scores: Tensor,
     mask: Tensor | None,
     k_rows: Tensor | None,
     k: float,
-    schedule: tuple[int, float, float, float],
+    n_iters: int,
+    eps: float,
+    first: float,
+    eps_decay: float,
     state: Tensor,
     ds: Tensor,
     dk: Tensor,
-) -> None:
+) -> Iterator[Launch]:
     """Write the gradient of the scores to `ds`, and that of a k with one entry a row to `dk`."""
     n_rows, n = scores.shape
-    n_iters = iterations_of(state)
     strides = (grad_output.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
     aligned = (n | scores.data_ptr() | strides[0] | strides[1] | strides[2]) % 16 == 0
     plan = _plan(n_rows, n, aligned)
     mask_or_any = scores if mask is None else mask
 
-    grad_a = state
+    grad_a: Tensor | Scratch = state
     if plan.pieces > 1:
         sums = _plan_sums(n_rows, n, aligned)
-        grad_a = torch.empty(sums.programs, dtype=torch.float64, device=scores.device)
-        _grad_a_kernel[sums.grid](
+        grad_a = Scratch(sums.programs, dtype=torch.float64)
+        yield Launch(
+            _grad_a_kernel,
+            sums,
             grad_output,
             scores,
             mask_or_any,
@@ -254,9 +270,10 @@ def launch_backward(
             n_iters,
             sums.pieces,
             HAS_MASK=mask is not None,
-            **sums.settings,
         )
-    _backward_kernel[plan.grid](
+    yield Launch(
+        _backward_kernel,
+        plan,
         grad_output,
         scores,
         mask_or_any,
@@ -269,10 +286,9 @@ def launch_backward(
         n_rows,
         n,
         n_iters,
-        cooling_iterations(*schedule),
+        cooling_iterations(n_iters, eps, first, eps_decay),
         plan.pieces,
         k,
         HAS_MASK=mask is not None,
         HAS_K=k_rows is not None,
-        **plan.settings,
     )

@@ -1,5 +1,6 @@
 """Forward pass of `kernels.coor_descent`: one program for several rows, several for one row, or rows streamed."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 from math import exp
 from typing import Any
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from kernels._common.launch import (
     COUNTS,
+    Launch,
+    Launcher,
     Plan,
+    Scratch,
     most_registers,
     multiprocessors,
     planner,
@@ -449,30 +453,35 @@ def cooling_iterations(n_iters: int, eps: float, first: float, eps_decay: float)
     return temperatures.index(temperatures[-1])
 
 
+@Launcher
 def launch_forward(
     scores: Tensor,
     mask: Tensor | None,
     k_rows: Tensor | None,
     k: float,
-    schedule: tuple[int, float, float, float],
+    n_iters: int,
+    eps: float,
+    first: float,
+    eps_decay: float,
     y: Tensor,
     state: Tensor,
-) -> None:
+) -> Iterator[Launch]:
     n_rows, n = scores.shape
-    n_iters, eps, first, eps_decay = schedule
     simple = mask is None and scores.dtype == torch.float32
     strides = (scores.stride(0), 0 if mask is None else mask.stride(0))
     aligned = (n | scores.data_ptr() | strides[0] | strides[1]) % 16 == 0
     plan = _plan(n_rows, n, simple, aligned, multiprocessors(scores.device))
     mailbox = 8 * plan.programs if "launch_cooperative_grid" in plan.settings else 0
     kernel = _streaming_kernel if plan.pieces else _resident_kernel
-    kernel[plan.grid](
+    yield Launch(
+        kernel,
+        plan,
         scores,
         scores if mask is None else mask,
         scores if k_rows is None else k_rows,
         y,
         state,
-        torch.zeros(mailbox, dtype=torch.int64, device=y.device) if mailbox else y,
+        Scratch(mailbox, dtype=torch.int64, zeros=True) if mailbox else y,
         *strides,
         n_rows,
         n,
@@ -481,9 +490,8 @@ def launch_forward(
         first,
         eps_decay,
         eps,
-        plan.pieces or cooling_iterations(*schedule),
+        plan.pieces or cooling_iterations(n_iters, eps, first, eps_decay),
         HAS_MASK=mask is not None,
         HAS_K=k_rows is not None,
         SAVE=state.numel() > 0,
-        **plan.settings,
     )

@@ -8,13 +8,15 @@ its tokens together. Tokens with the same last window share a block, in the orde
 selects stays selected for some windows on end, and then some 1.5 times the windows are gone through that need be.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels._common.attention import Settings, SettingsBySize, dot, load_rows, options_for, settings_for
-from kernels._common.launch import Plan, planner
+from kernels._common.launch import Launch, Launcher, Plan, planner
 from kernels.gathered_attention.forward import (
     LN2,
     arguments,
@@ -24,7 +26,7 @@ from kernels.gathered_attention.forward import (
     plan_windows,
     queries_at_a_time,
 )
-from kernels.gathered_attention.inverse import Inverse, invert
+from kernels.gathered_attention.inverse import invert
 
 QUERIES: SettingsBySize = {
     (2, 64): Settings(32, 32, 1, 3),
@@ -298,7 +300,7 @@ def launch_backward(
     )
     if lists.numel():
         inverse = invert(lists, weights, key_value.shape[2])
-        _launch_keys(grad_output, query, key_value, inverse, multiply_keys, lse, delta, dkey_value)
+        _launch_keys(grad_output, query, key_value, *inverse, multiply_keys, lse, delta, dkey_value)
     else:
         dkey_value.zero_()
     return dweights, dnull
@@ -318,10 +320,37 @@ def _launch_queries(
     dquery: Tensor,
 ) -> tuple[Tensor, Tensor]:
     (batch, windows, heads, queries, dim), (_, _, routes, slots) = query.shape, lists.shape
+    blocks = _plan_queries(batch, windows, heads, queries, dim, query.itemsize).pieces
+    dweights = lse.new_empty((batch, windows, blocks, heads, slots))
+    dnull = lse.new_empty((batch * windows * blocks, 2, heads, dim))
+    inputs = (query, key_value, lists, weights, null_kv, out, grad_output, lse)
+    _launch_query_kernel(*inputs, delta, dquery, dweights, dnull, multiply_keys)
+    # Over the blocks of a window and the heads of a route; over all but heads.
+    dweights = dweights.unflatten(3, (routes, heads // routes)).sum(dim=(2, 4))
+    return dweights, dnull.sum(dim=0)
+
+
+@Launcher
+def _launch_query_kernel(
+    query: Tensor,
+    key_value: Tensor,
+    lists: Tensor,
+    weights: Tensor,
+    null_kv: Tensor,
+    out: Tensor,
+    grad_output: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dquery: Tensor,
+    dweights: Tensor,
+    dnull: Tensor,
+    multiply_keys: bool,
+) -> Iterator[Launch]:
+    batch, windows, heads, queries, dim = query.shape
     plan = _plan_queries(batch, windows, heads, queries, dim, query.itemsize)
-    dweights = lse.new_empty((batch, windows, plan.pieces, heads, slots))
-    dnull = lse.new_empty((batch * windows * plan.pieces, 2, heads, dim))
-    _query_kernel[plan.grid](
+    yield Launch(
+        _query_kernel,
+        plan,
         query,
         key_value,
         lists,
@@ -337,35 +366,42 @@ def _launch_queries(
         *query.stride()[:4],
         *key_value.stride()[:3],
         *grad_output.stride()[:4],
-        slots,
+        lists.shape[-1],
         **arguments(query, key_value, plan),
         WEIGH_KEYS=multiply_keys,
     )
-    # Over the blocks of a window and the heads of a route; over all but heads.
-    dweights = dweights.unflatten(3, (routes, heads // routes)).sum(dim=(2, 4))
-    return dweights, dnull.sum(dim=0)
 
 
+@Launcher
 def _launch_keys(
     grad_output: Tensor,
     query: Tensor,
     key_value: Tensor,
-    inverse: Inverse,
+    windows_of: Tensor,
+    weights: Tensor,
+    ends: Tensor,
+    order: Tensor,
     multiply_keys: bool,
     lse: Tensor,
     delta: Tensor,
     dkey_value: Tensor,
-) -> None:
+) -> Iterator[Launch]:
+    """The gradient of keys and values; see `Inverse`."""
     batch, _, n_tokens, _ = key_value.shape
     _, windows, heads, queries, dim = query.shape
     # There are no registers left for weights of keys, nor for offsets of 64 bits.
     reach = max(windows * tensor.stride(1) + queries * tensor.stride(3) for tensor in (query, grad_output))
     pairs = reach < 2**31 and not multiply_keys
     plan = _plan_keys(batch, n_tokens, heads, queries, dim, query.itemsize, pairs)
-    _key_value_kernel[plan.grid](
+    yield Launch(
+        _key_value_kernel,
+        plan,
         query,
         key_value,
-        *inverse,
+        windows_of,
+        weights,
+        ends,
+        order,
         grad_output,
         lse,
         delta,

@@ -1,5 +1,6 @@
 """Attention of a window's queries to the tokens of its list: the forward kernel, and what the backward ones share."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from kernels._common.attention import (
     settings_for,
     softmax_step,
 )
-from kernels._common.launch import Plan, planner
+from kernels._common.launch import Launch, Launcher, Plan, planner
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -160,10 +161,10 @@ def arguments(query: Tensor, key_value: Tensor, plan: Plan) -> dict[str, Any]:
         "scale": dim**-0.5 / LN2.value,
         "DIM": dim,
         "PRECISION": precision_for_heads(dim) if query.dtype == torch.float32 else "tf32",
-        **plan.settings,
     }
 
 
+@Launcher
 def launch_forward(
     query: Tensor,
     key_value: Tensor,
@@ -173,10 +174,12 @@ def launch_forward(
     multiply_keys: bool,
     out: Tensor,
     lse: Tensor,
-) -> None:
+) -> Iterator[Launch]:
     batch, windows, heads, queries, dim = query.shape
     plan = _plan(batch, windows, heads, queries, dim, query.itemsize)
-    _forward_kernel[plan.grid](
+    yield Launch(
+        _forward_kernel,
+        plan,
         query,
         key_value,
         lists,

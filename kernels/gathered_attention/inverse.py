@@ -3,6 +3,7 @@
 PyTorch sorts. A kernel before the first sort writes its keys, and one after it what it says of each entry and token.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Plan, planner
+from kernels._common.launch import COUNTS, Launch, Launcher, Plan, planner
 
 BLOCK = 1024
 """Entries, or tokens, of a program."""
@@ -124,16 +125,41 @@ def invert(lists: Tensor, weights: Tensor, n_tokens: int) -> Inverse:
     n_entries, total = lists.numel(), batch * routes * n_tokens
     keys = torch.empty(n_entries, dtype=_narrow(total), device=device)
     sizes = (windows * routes * slots, slots, routes, n_tokens, total)
-    plan = _plan_keys(n_entries)
-    _keys_kernel[plan.grid](lists, keys, n_entries, *sizes, **plan.settings)
+    _launch_keys(lists, keys, *sizes)
     keys, entries = keys.sort(stable=True)
 
     windows_of = torch.empty(n_entries, dtype=torch.int32, device=device)
     sorted_weights = weights.new_empty(n_entries)
     ends = torch.empty(total + 1, dtype=torch.int32 if n_entries < 2**31 else torch.int64, device=device)
     missed = torch.empty(total, dtype=_narrow(batch * routes * (windows + 1)), device=device)
+    _launch_sorted(keys, entries, weights, windows_of, sorted_weights, ends, missed, n_tokens, routes * slots, windows)
+    return Inverse(windows_of, sorted_weights, ends, missed.sort(stable=True).indices)
+
+
+@Launcher
+def _launch_keys(lists: Tensor, keys: Tensor, *sizes: int) -> Iterator[Launch]:
+    n_entries = keys.shape[0]
+    yield Launch(_keys_kernel, _plan_keys(n_entries), lists, keys, n_entries, *sizes)
+
+
+@Launcher
+def _launch_sorted(
+    keys: Tensor,
+    entries: Tensor,
+    weights: Tensor,
+    windows_of: Tensor,
+    sorted_weights: Tensor,
+    ends: Tensor,
+    missed: Tensor,
+    n_tokens: int,
+    in_window: int,
+    windows: int,
+) -> Iterator[Launch]:
+    n_entries, total = keys.shape[0], missed.shape[0]
     plan = _plan_sorted(n_entries, total)
-    _sorted_kernel[plan.grid](
+    yield Launch(
+        _sorted_kernel,
+        plan,
         keys,
         entries,
         weights,
@@ -144,14 +170,12 @@ def invert(lists: Tensor, weights: Tensor, n_tokens: int) -> Inverse:
         n_entries,
         total,
         n_tokens,
-        routes * slots,
+        in_window,
         windows,
         n_entries.bit_length(),
         windows.bit_length(),
         plan.pieces,
-        **plan.settings,
     )
-    return Inverse(windows_of, sorted_weights, ends, missed.sort(stable=True).indices)
 
 
 def _narrow(most: int) -> torch.dtype:

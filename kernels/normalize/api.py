@@ -24,7 +24,7 @@ def _forward(
     mean = x.new_empty(n_rows if center else 0, dtype=torch.float32)
     scale = x.new_empty(n_rows, dtype=torch.float32)
     if has_values(x):
-        launch_forward(x, weight, bias, center, eps, (y, mean, scale))
+        launch_forward(x, weight, bias, center, eps, y, mean, scale)
     return y, mean, scale
 
 

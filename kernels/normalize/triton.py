@@ -1,5 +1,6 @@
 """Kernels of `kernels.normalize`: one program for some rows forward, a sweep over all of them backward."""
 
+from collections.abc import Iterator
 from math import sqrt
 
 import torch
@@ -7,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, multiprocessors, plan_rows, plan_sweep
+from kernels._common.launch import COUNTS, Launch, Launcher, Part, multiprocessors, plan_rows, plan_sweep
 
 LONGEST = 8192
 """Most features that the kernel takes; more are left to PyTorch."""
@@ -111,12 +112,14 @@ def _backward_kernel(
         tl.store(dbias_ptr + share, tl.sum(dbias, axis=0), mask=columns < d)
 
 
+@Launcher
 def launch_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, center: bool, eps: float, outputs: tuple[Tensor, ...]
-) -> None:
+    x: Tensor, weight: Tensor, bias: Tensor | None, center: bool, eps: float, *outputs: Tensor
+) -> Iterator[Launch]:
     n_rows, d = x.shape
-    plan = plan_rows(n_rows, d)
-    _forward_kernel[plan.grid](
+    yield Launch(
+        _forward_kernel,
+        plan_rows(n_rows, d),
         x,
         weight,
         weight if bias is None else bias,
@@ -126,7 +129,6 @@ def launch_forward(
         d,
         eps,
         sqrt(d) / eps,
-        **plan.settings,
         CENTER=center,
         HAS_BIAS=bias is not None,
     )
@@ -143,25 +145,44 @@ def launch_backward(
     eps: float,
     dx: Tensor,
 ) -> Tensor:
+    """Write the gradient of x. Return those of weight and, if there is one, bias, one below the other."""
     n_rows, d = x.shape
-    plan = plan_sweep(n_rows, d, multiprocessors(x.device))
-    shares = torch.empty((1 + has_bias, plan.programs, d), dtype=torch.float32, device=x.device)
-    _backward_kernel[plan.grid](
+    programs = plan_sweep(n_rows, d, multiprocessors(x.device)).programs
+    shares = torch.empty((1 + has_bias, programs, d), dtype=torch.float32, device=x.device)
+    _launch_sweep(grad_output, x, weight, mean, scale, center, eps, dx, shares)
+    return shares.sum(1)
+
+
+@Launcher
+def _launch_sweep(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    center: bool,
+    eps: float,
+    dx: Tensor,
+    shares: Tensor,
+) -> Iterator[Launch]:
+    n_rows, d = x.shape
+    sums, programs, _ = shares.shape
+    yield Launch(
+        _backward_kernel,
+        plan_sweep(n_rows, d, multiprocessors(x.device)),
         grad_output,
         x,
         weight,
         mean,
         scale,
         dx,
-        shares[0],
-        shares[-1],
+        shares,
+        Part(shares, (sums - 1) * programs * d),
         grad_output.stride(0),
         x.stride(0),
         n_rows,
         d,
         sqrt(d) / eps,
-        **plan.settings,
         CENTER=center,
-        HAS_BIAS=has_bias,
+        HAS_BIAS=sums > 1,
     )
-    return shares.sum(1)

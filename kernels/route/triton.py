@@ -1,11 +1,13 @@
 """The end of `kernels.route`: weights and tokens at what is selected, and where that is. Its backward pass begins with
 the gradients of these weights in their places."""
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Plan, planner
+from kernels._common.launch import COUNTS, Launch, Launcher, Plan, planner
 
 SLOTS = 4
 """Selected tokens that one program copies."""
@@ -100,6 +102,7 @@ def _plan_spread(n_rows: int, n: int) -> Plan:
     return Plan(n_rows * parts, {"BLOCK": SPREAD}, parts)
 
 
+@Launcher
 def launch_gather(
     x: Tensor,
     selected: Tensor,
@@ -111,13 +114,15 @@ def launch_gather(
     tokens: Tensor,
     indices: Tensor,
     slots: Tensor | None,
-) -> None:
+) -> Iterator[Launch]:
     """Write weights and indices `b r blocks*selected` and tokens `b r blocks*selected d` of x `b n d`, whose last
     stride is 1. Rows of `b r blocks` have the selection, the relaxed selection, and the mask. If there is room for
     slots `b r blocks*width`, write into the places of selected tokens which of these they are."""
     (n, d), (n_rows, n_selected) = x.shape[1:], selected.shape
     plan = _plan(n_rows, n_selected, d)
-    _gather_kernel[plan.grid](
+    yield Launch(
+        _gather_kernel,
+        plan,
         x,
         selected,
         relaxed,
@@ -139,12 +144,12 @@ def launch_gather(
         STRAIGHT=straight_through,
         HAS_MASK=mask is not None,
         HAS_SLOTS=slots is not None,
-        **plan.settings,
     )
 
 
-def launch_spread(grad_weights: Tensor, slots: Tensor, grad_scores: Tensor) -> None:
+@Launcher
+def launch_spread(grad_weights: Tensor, slots: Tensor, grad_scores: Tensor) -> Iterator[Launch]:
     """Write the gradient of the relaxed selection `b r n` from that of the weights `b r selected`, contiguous."""
     (batch, routes, n), selected = slots.shape, grad_weights.shape[2]
     plan = _plan_spread(batch * routes, n)
-    _spread_kernel[plan.grid](grad_weights, slots, grad_scores, selected, n, plan.pieces, **plan.settings)
+    yield Launch(_spread_kernel, plan, grad_weights, slots, grad_scores, selected, n, plan.pieces)

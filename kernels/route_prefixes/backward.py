@@ -8,12 +8,14 @@ does not depend on the token: it has to find w, and computes one exponential for
 that was selected lies side by side for all the windows that selected it, which follow each other.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Plan, planner
+from kernels._common.launch import COUNTS, Launch, Launcher, Plan, Scratch, planner
 from kernels._common.primitives import (
     exp2,
     exp2_line,
@@ -230,17 +232,34 @@ def launch_backward(
     ds: Tensor,
 ) -> None:
     """Write the gradient of scores `rows n` to `ds`, from that of the weights `b w r s`."""
-    n_rows, n = scores.shape
-    _, n_windows, routes, selected = indices.shape
-    n_iters = iterations_of(state)
+    n = scores.shape[1]
     # Where the entries of a token begin, whose number is how many windows selected it.
     counts = (leaves - torch.arange(n, dtype=torch.int32, device=ds.device) // window_size).clamp_(min=0).view(-1)
     starts = counts.cumsum(dim=0) - counts
-    direct = torch.empty(indices.numel(), dtype=torch.float32, device=ds.device)
-    shares = torch.empty(n_rows, n_iters, n_windows, dtype=torch.float64, device=ds.device)
-    steps = torch.empty(n_rows, n_iters, 3, n_windows, dtype=torch.float32, device=ds.device)
-    plan = _plan_thresholds(n_rows, n_windows, n_iters)
-    _thresholds_kernel[plan.grid](
+    _launch_gradients(grad_output, scores, window_size, k, indices, leaves, starts, state, ds)
+
+
+@Launcher
+def _launch_gradients(
+    grad_output: Tensor,
+    scores: Tensor,
+    window_size: int,
+    k: float,
+    indices: Tensor,
+    leaves: Tensor,
+    starts: Tensor,
+    state: Tensor,
+    ds: Tensor,
+) -> Iterator[Launch]:
+    n_rows, n = scores.shape
+    _, n_windows, routes, selected = indices.shape
+    n_iters = iterations_of(state)
+    direct = Scratch(indices.numel(), dtype=torch.float32)
+    shares = Scratch(n_rows, n_iters, n_windows, dtype=torch.float64)
+    steps = Scratch(n_rows, n_iters, 3, n_windows, dtype=torch.float32)
+    yield Launch(
+        _thresholds_kernel,
+        _plan_thresholds(n_rows, n_windows, n_iters),
         grad_output,
         indices,
         scores,
@@ -258,22 +277,13 @@ def launch_backward(
         n_iters,
         selected,
         1.0 / k,
-        **plan.settings,
     )
     if n_iters > 1:
         plan = _plan_sums(n_rows, n_windows, n_iters)
-        _sums_kernel[plan.grid](
-            shares,
-            state,
-            steps,
-            n_rows,
-            routes,
-            n_windows,
-            n_iters,
-            **plan.settings,
-        )
-    plan = _plan_tokens(n_rows, n)
-    _tokens_kernel[plan.grid](
+        yield Launch(_sums_kernel, plan, shares, state, steps, n_rows, routes, n_windows, n_iters)
+    yield Launch(
+        _tokens_kernel,
+        _plan_tokens(n_rows, n),
         scores,
         state,
         leaves,
@@ -288,5 +298,4 @@ def launch_backward(
         window_size,
         n_iters,
         n_windows.bit_length(),
-        **plan.settings,
     )

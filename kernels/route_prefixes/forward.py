@@ -5,11 +5,13 @@ have nearly equal thresholds. So a program has GROUP of them, for which it reads
 w = exp((s - base) / e) once: for each, an iteration adds up min(w c, 1) with its own c = exp((base - h) / e).
 """
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Plan, multiprocessors, planner
+from kernels._common.launch import COUNTS, Launch, Launcher, Plan, multiprocessors, planner
 from kernels._common.primitives import (
     EXP2_LACKS,
     INTERPRETED,
@@ -281,13 +283,34 @@ def launch_forward(
 ) -> None:
     """Select from scores `rows n`. Write indices and weights `b w r s`, the state and, where it has entries, `leaves`
     `b r n`, which are zeros before."""
+    # Among equal scores the first comes first. Each prefix selects from the one order by position.
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    _launch_descent_and_selection(scores, window_size, k, *schedule, ordered, order, indices, weights, leaves, state)
+
+
+@Launcher
+def _launch_descent_and_selection(
+    scores: Tensor,
+    window_size: int,
+    k: float,
+    n_iters: int,
+    eps: float,
+    first: float,
+    eps_decay: float,
+    ordered: Tensor,
+    order: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    leaves: Tensor,
+    state: Tensor,
+) -> Iterator[Launch]:
     n_rows, n = scores.shape
     _, n_windows, routes, selected = indices.shape
-    n_iters, eps, first, eps_decay = schedule
     save = leaves.numel() > 0
     aligned = (scores.data_ptr() | scores.stride(0)) % 16 == 0
-    plan = _plan_descent(n_rows, n_windows, window_size, aligned, multiprocessors(scores.device))
-    _descend_kernel[plan.grid](
+    yield Launch(
+        _descend_kernel,
+        _plan_descent(n_rows, n_windows, window_size, aligned, multiprocessors(scores.device)),
         scores,
         state,
         scores.stride(0),
@@ -301,12 +324,10 @@ def launch_forward(
         eps_decay,
         eps,
         COUNT=save,
-        **plan.settings,
     )
-    # Among equal scores the first comes first. Each prefix selects from the one order by position.
-    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-    plan = _plan_selection(n_rows, n_windows)
-    _select_kernel[plan.grid](
+    yield Launch(
+        _select_kernel,
+        _plan_selection(n_rows, n_windows),
         ordered,
         order,
         state,
@@ -321,5 +342,4 @@ def launch_forward(
         n_iters,
         selected,
         SAVE=save,
-        **plan.settings,
     )

@@ -8,6 +8,7 @@ values are multiplied with the softmax, and not with the values: with p = exp(s 
 and one kernel adds up over keys for the gradient of queries, another over queries for that of keys and values.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from kernels._common.attention import (
     settings_for,
     softmax_step,
 )
-from kernels._common.launch import COUNTS, Plan, planner
+from kernels._common.launch import COUNTS, Launch, Launcher, Plan, Scratch, planner
 from kernels._common.primitives import LOG2_E
 
 
@@ -330,6 +331,7 @@ def _plan_keys(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> 
     return _plan_blocks(KEY_VALUE, batch, n, heads, head_dim, itemsize)
 
 
+@Launcher
 def launch_forward(
     query: Tensor,
     key_value: Tensor,
@@ -340,11 +342,12 @@ def launch_forward(
     out: Tensor,
     wide: Tensor,
     lse: Tensor,
-) -> None:
+) -> Iterator[Launch]:
     batch, n_queries, _ = query.shape
     _, heads, head_dim = null_kv.shape
-    plan = _plan_forward(batch, n_queries, heads, head_dim, query.itemsize)
-    _forward_kernel[plan.grid](
+    yield Launch(
+        _forward_kernel,
+        _plan_forward(batch, n_queries, heads, head_dim, query.itemsize),
         query,
         key_value,
         weights,
@@ -357,7 +360,7 @@ def launch_forward(
         key_value.shape[2],
         *key_value.stride()[:3],
         LOG2_E.value * head_dim**-0.5,
-        **_constants(query, key_value, null_kv, mask, multiply_keys, plan),
+        **_constants(query, key_value, null_kv, mask, multiply_keys),
         WIDE=wide.numel() > 0,
     )
 
@@ -378,41 +381,47 @@ def launch_backward(
     """Writes the gradients of queries, keys and values, and returns those of weights `b r j` and the learned pair."""
     (batch, n_queries, _), (_, routes, n_keys, _) = query.shape, key_value.shape
     _, heads, head_dim = null_kv.shape
-    plan = _plan_queries(batch, n_queries, heads, head_dim, query.itemsize)
-    given = (query, key_value, weights, weights if mask is None else mask)
-    sizes = (n_queries, n_keys, *key_value.stride()[:3], LOG2_E.value * head_dim**-0.5, head_dim**-0.5)
-    dnull = torch.empty((batch * plan.pieces, 2, heads, head_dim), dtype=torch.float32, device=query.device)
-    delta = torch.empty_like(lse)
-    _query_kernel[plan.grid](
-        grad_output,
-        *given,
-        null_kv,
-        out,
-        lse,
-        dquery,
-        dnull,
-        delta,
-        *sizes,
-        **_constants(query, key_value, null_kv, mask, multiply_keys, plan),
-    )
+    blocks = _plan_queries(batch, n_queries, heads, head_dim, query.itemsize).pieces
+    dnull = torch.empty((batch * blocks, 2, heads, head_dim), dtype=torch.float32, device=query.device)
     dweights = torch.empty((batch, routes, heads // routes, n_keys), dtype=torch.float32, device=query.device)
-    if n_keys:
-        plan = _plan_keys(batch, n_keys, heads, head_dim, query.itemsize)
-        _key_value_kernel[plan.grid](
-            grad_output,
-            *given,
-            lse,
-            delta,
-            dkey_value,
-            dweights,
-            *sizes,
-            **_constants(query, key_value, null_kv, mask, multiply_keys, plan),
-        )
+    inputs = (grad_output, query, key_value, weights, null_kv, mask, multiply_keys, out, lse)
+    _launch_gradients(*inputs, dquery, dkey_value, dweights, dnull)
     return dweights.sum(2), dnull.sum(0)
 
 
+@Launcher
+def _launch_gradients(
+    grad_output: Tensor,
+    query: Tensor,
+    key_value: Tensor,
+    weights: Tensor,
+    null_kv: Tensor,
+    mask: Tensor | None,
+    multiply_keys: bool,
+    out: Tensor,
+    lse: Tensor,
+    dquery: Tensor,
+    dkey_value: Tensor,
+    dweights: Tensor,
+    dnull: Tensor,
+) -> Iterator[Launch]:
+    (batch, n_queries, _), n_keys = query.shape, key_value.shape[2]
+    _, heads, head_dim = null_kv.shape
+    given = (query, key_value, weights, weights if mask is None else mask)
+    sizes = (n_queries, n_keys, *key_value.stride()[:3], LOG2_E.value * head_dim**-0.5, head_dim**-0.5)
+    constants = _constants(query, key_value, null_kv, mask, multiply_keys)
+    delta = Scratch(*lse.shape, dtype=lse.dtype)
+    plan = _plan_queries(batch, n_queries, heads, head_dim, query.itemsize)
+    made = (null_kv, out, lse)
+    yield Launch(_query_kernel, plan, grad_output, *given, *made, dquery, dnull, delta, *sizes, **constants)
+    if n_keys:
+        plan = _plan_keys(batch, n_keys, heads, head_dim, query.itemsize)
+        outputs = (dkey_value, dweights)
+        yield Launch(_key_value_kernel, plan, grad_output, *given, lse, delta, *outputs, *sizes, **constants)
+
+
 def _constants(
-    query: Tensor, key_value: Tensor, null_kv: Tensor, mask: Tensor | None, multiply_keys: bool, plan: Plan
+    query: Tensor, key_value: Tensor, null_kv: Tensor, mask: Tensor | None, multiply_keys: bool
 ) -> dict[str, Any]:
     _, heads, head_dim = null_kv.shape
     return {
@@ -422,5 +431,4 @@ def _constants(
         "HAS_MASK": mask is not None,
         "WEIGH_KEYS": multiply_keys,
         "PRECISION": precision_for_heads(head_dim) if query.dtype == torch.float32 else "ieee",
-        **plan.settings,
     }

@@ -5,6 +5,7 @@ are tokens x routes x columns, of which a thread has all routes: what is read of
 reads a token's columns side by side.
 """
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Plan, multiprocessors, planner
+from kernels._common.launch import COUNTS, Launch, Launcher, Plan, multiprocessors, planner
 from kernels.routing_scores import constants
 
 MOST_ROUTES = 8
@@ -306,16 +307,19 @@ def _strides(x: Tensor, routing_tokens: Tensor) -> tuple[int, int, int, int]:
     return x.stride(0), x.stride(1), routing_tokens.stride(0) if routing_tokens.shape[0] > 1 else 0, 0
 
 
+@Launcher
 def launch_scores(
     x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_norms: Tensor | None, slots: Tensor | None
-) -> None:
+) -> Iterator[Launch]:
     """Write scores `b r padded` of tokens `b n d`, whose last stride is 1, with contiguous routing tokens `b|1 r d`.
     Where there is room for inverse norms `b padded`, write these, and as scores cosines times the norm of the routing
     token; where there is room for slots, int32 `b r padded`, fill it with -1."""
     batch, n, d = x.shape
     routes, padded = scores.shape[1:]
     plan = _plan_scores(batch, padded, d, routes, x.itemsize, multiprocessors(x.device))
-    _score_kernel[plan.grid](
+    yield Launch(
+        _score_kernel,
+        plan,
         x,
         routing_tokens,
         scores,
@@ -330,7 +334,6 @@ def launch_scores(
         plan.pieces,
         COSINE=inverse_norms is not None,
         HAS_SLOTS=slots is not None,
-        **plan.settings,
     )
 
 
@@ -353,44 +356,50 @@ def launch_gradients(
         dx: None if the tokens need no gradient.
     """
     batch, n, d = x.shape
+    routes = scores.shape[1]
+    parts = _plan_gradients(batch, n, d, routes, x.itemsize, multiprocessors(x.device)).pieces
+    partials = torch.empty((batch, parts, routes, d), dtype=torch.float32, device=x.device)
+    indices, slots, grad_tokens = (None, None, None) if dx is None or gathered is None else gathered
+    if indices is not None:
+        indices = indices.contiguous()
+    _launch_gradients(x, routing_tokens, scores, inverse_norms, grad_scores, indices, slots, grad_tokens, dx, partials)
+    return partials.sum(dim=(0, 1)).unsqueeze(0) if routing_tokens.shape[0] == 1 else partials.sum(dim=1)
+
+
+@Launcher
+def _launch_gradients(
+    x: Tensor,
+    routing_tokens: Tensor,
+    scores: Tensor,
+    inverse_norms: Tensor | None,
+    grad_scores: Tensor,
+    indices: Tensor | None,
+    slots: Tensor | None,
+    grad_tokens: Tensor | None,
+    dx: Tensor | None,
+    partials: Tensor,
+) -> Iterator[Launch]:
+    """Gradients through scores, then the whole gradient of selected tokens, if there are any."""
+    batch, n, d = x.shape
     routes, padded = scores.shape[1:]
     plan = _plan_gradients(batch, n, d, routes, x.itemsize, multiprocessors(x.device))
-    partials = torch.empty((batch, plan.pieces, routes, d), dtype=torch.float32, device=x.device)
     inputs = (x, routing_tokens, scores, scores if inverse_norms is None else inverse_norms, grad_scores)
-    strides = _strides(x, routing_tokens)
-    _gradient_kernel[plan.grid](
+    sizes = (*_strides(x, routing_tokens), n, padded, d, routes)
+    cosine = inverse_norms is not None
+    yield Launch(
+        _gradient_kernel,
+        plan,
         *inputs,
         x if dx is None else dx,
         partials,
-        *strides,
-        n,
-        padded,
-        d,
-        routes,
+        *sizes,
         triton.cdiv(n, plan.settings["TOKENS"]),
         plan.pieces,
-        COSINE=inverse_norms is not None,
+        COSINE=cosine,
         NEEDS_X=dx is not None,
-        **plan.settings,
     )
-    if dx is not None and gathered is not None:
-        indices, slots, grad_tokens = gathered
+    if indices is not None:
         selected = indices.shape[2]
         plan = _plan_gathered(batch, selected, d, routes)
-        _gathered_kernel[plan.grid](
-            *inputs,
-            indices.contiguous(),
-            slots,
-            grad_tokens,
-            dx,
-            *strides,
-            n,
-            padded,
-            d,
-            routes,
-            selected,
-            plan.pieces,
-            COSINE=inverse_norms is not None,
-            **plan.settings,
-        )
-    return partials.sum(dim=(0, 1)).unsqueeze(0) if routing_tokens.shape[0] == 1 else partials.sum(dim=1)
+        given = (*inputs, indices, slots, grad_tokens, dx)
+        yield Launch(_gathered_kernel, plan, *given, *sizes, selected, plan.pieces, COSINE=cosine)

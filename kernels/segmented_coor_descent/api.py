@@ -63,7 +63,7 @@ def _forward(
         return y, a, b, temperatures
     if runs_triton(scores):
         schedule = (n_iters, first, eps_decay, eps)
-        launch_forward(scores, mask, k_rows, k, schedule, segments, y, a, b, temperatures)
+        launch_forward(scores, mask, k_rows, k, *schedule, segments, y, a, b, temperatures)
     else:
         steps = list(epsilon_schedule(n_iters, eps, first, eps_decay))
         y.copy_(cpu.forward(scores, mask, k_rows, k, steps, segments, a, b))

@@ -1,11 +1,13 @@
 """Kernels of `kernels.segmented_coor_descent`, one program a row: in registers, or read again in each iteration."""
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Plan, most_registers, planner
+from kernels._common.launch import COUNTS, Launch, Launcher, Plan, most_registers, planner
 from kernels.segmented_coor_descent.steps import (
     borders_of,
     cool,
@@ -347,23 +349,27 @@ def _plan(n_rows: int, n: int, itemsize: int) -> Plan:
     return Plan(n_rows, settings, 0 if resident else triton.cdiv(n, block_n))
 
 
+@Launcher
 def launch_forward(
     scores: Tensor,
     mask: Tensor | None,
     k_rows: Tensor | None,
     k: float,
-    schedule: tuple[int, float, float, float],
+    n_iters: int,
+    first: float,
+    eps_decay: float,
+    eps: float,
     segments: int,
     y: Tensor,
     a: Tensor,
     b: Tensor,
     temperatures: Tensor,
-) -> None:
+) -> Iterator[Launch]:
     n_rows, n = scores.shape
-    n_iters, first, eps_decay, eps = schedule
     plan = _plan(n_rows, n, b.itemsize)
-    kernel = _streaming_forward_kernel if plan.pieces else _resident_forward_kernel
-    kernel[plan.grid](
+    yield Launch(
+        _streaming_forward_kernel if plan.pieces else _resident_forward_kernel,
+        plan,
         scores,
         scores if mask is None else mask,
         scores if k_rows is None else k_rows,
@@ -384,7 +390,6 @@ def launch_forward(
         HAS_MASK=mask is not None,
         HAS_K=k_rows is not None,
         SAVE=b.numel() > 0,
-        **plan.settings,
     )
 
 
@@ -400,11 +405,32 @@ def launch_backward(
     ds: Tensor,
     dk: Tensor,
 ) -> None:
+    _, n_rows, n = b.shape
+    adds_up = _plan(n_rows, n, b.itemsize).pieces > 0
+    total = torch.empty_like(ds, dtype=b.dtype) if adds_up and ds.dtype != b.dtype else ds
+    _launch_gradients(grad_output, scores, mask, k_rows, k, a, b, temperatures, total, dk)
+    if total is not ds:
+        ds.copy_(total)
+
+
+@Launcher
+def _launch_gradients(
+    grad_output: Tensor,
+    scores: Tensor,
+    mask: Tensor | None,
+    k_rows: Tensor | None,
+    k: float,
+    a: Tensor,
+    b: Tensor,
+    temperatures: Tensor,
+    ds: Tensor,
+    dk: Tensor,
+) -> Iterator[Launch]:
     segments, n_rows, n = b.shape
     plan = _plan(n_rows, n, b.itemsize)
-    kernel = _streaming_backward_kernel if plan.pieces else _resident_backward_kernel
-    total = torch.empty_like(ds, dtype=b.dtype) if plan.pieces and ds.dtype != b.dtype else ds
-    kernel[plan.grid](
+    yield Launch(
+        _streaming_backward_kernel if plan.pieces else _resident_backward_kernel,
+        plan,
         grad_output,
         scores,
         scores if mask is None else mask,
@@ -412,7 +438,7 @@ def launch_backward(
         a,
         b,
         temperatures,
-        total,
+        ds,
         dk,
         grad_output.stride(0),
         scores.stride(0),
@@ -424,7 +450,4 @@ def launch_backward(
         k,
         HAS_MASK=mask is not None,
         HAS_K=k_rows is not None,
-        **plan.settings,
     )
-    if total is not ds:
-        ds.copy_(total)

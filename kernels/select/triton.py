@@ -7,12 +7,14 @@ order. What lies above goes into a list as it comes; of what is equal, the first
 counting, for each of its entries, those that go before it; where there are many rows, by a sorting network.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Plan, multiprocessors, planner
+from kernels._common.launch import COUNTS, Launch, Launcher, Plan, Scratch, multiprocessors, planner
 from kernels.select import constants
 
 CHUNK = 4096
@@ -270,28 +272,45 @@ def _plan_order(n_rows: int, selected: int, available: int) -> Plan:
 
 def launch_select(scores: Tensor, mask: Tensor | None, indices: Tensor) -> None:
     """Write to `indices` (rows selected, int64) which of the scores (rows n) are the largest, the largest first."""
-    (n_rows, n), selected = scores.shape, indices.shape[1]
+    if indices.shape[1] <= MOST_RANKED:
+        _launch_search_in_order(scores, mask, indices)
+        return
     keys = torch.empty_like(indices)
+    _launch_search(scores, mask, keys)
+    indices.copy_((keys.sort(dim=1, descending=True).values & constants.LAST_INDEX) ^ constants.LAST_INDEX)
+
+
+@Launcher
+def _launch_search_in_order(scores: Tensor, mask: Tensor | None, indices: Tensor) -> Iterator[Launch]:
+    n_rows, selected = indices.shape
+    keys = Scratch(n_rows, selected, dtype=torch.int64)
+    yield from _search(scores, mask, keys, selected)
+    plan = _plan_order(n_rows, selected, multiprocessors(scores.device))
+    if plan.pieces:
+        yield Launch(_rank_kernel, plan, keys, indices, selected, plan.pieces)
+    else:
+        yield Launch(_sort_kernel, plan, keys, indices, selected)
+
+
+@Launcher
+def _launch_search(scores: Tensor, mask: Tensor | None, keys: Tensor) -> Iterator[Launch]:
+    yield from _search(scores, mask, keys, keys.shape[1])
+
+
+def _search(scores: Tensor, mask: Tensor | None, keys: Tensor | Scratch, selected: int) -> Iterator[Launch]:
+    """Write keys (rows selected, int64) of what is selected, in any order."""
+    n_rows, n = scores.shape
     inputs = (scores, scores if mask is None else mask)
     numbers = (scores.stride(0), 0 if mask is None else mask.stride(0), n, selected)
     plan = _plan(n_rows, n)
-    settings = {**plan.settings, "HAS_MASK": mask is not None}
-    if plan.pieces == 1:
-        _row_kernel[plan.grid](*inputs, keys, *numbers, **settings)
-    else:
-        parts = plan.pieces
-        counts = torch.zeros((n_rows, BYTES.value + 1, BINS.value), dtype=torch.int32, device=scores.device)
-        own_counts = torch.empty((n_rows, parts, BINS.value), dtype=torch.int32, device=scores.device)
-        counting = {**settings, **_plan_counts(n_rows, n).settings}
-        for byte in range(BYTES.value):
-            _count_kernel[plan.grid](*inputs, counts, own_counts, *numbers, parts, byte, **counting)
-        _collect_kernel[plan.grid](*inputs, counts, own_counts, keys, *numbers, parts, **settings)
-
-    if selected > MOST_RANKED:
-        indices.copy_((keys.sort(dim=1, descending=True).values & constants.LAST_INDEX) ^ constants.LAST_INDEX)
+    parts, variant = plan.pieces, {"HAS_MASK": mask is not None}
+    if parts == 1:
+        yield Launch(_row_kernel, plan, *inputs, keys, *numbers, **variant)
         return
-    plan = _plan_order(n_rows, selected, multiprocessors(scores.device))
-    if plan.pieces:
-        _rank_kernel[plan.grid](keys, indices, selected, plan.pieces, **plan.settings)
-    else:
-        _sort_kernel[plan.grid](keys, indices, selected, **plan.settings)
+    counts = Scratch(n_rows, BYTES.value + 1, BINS.value, dtype=torch.int32, zeros=True)
+    own_counts = Scratch(n_rows, parts, BINS.value, dtype=torch.int32)
+    for byte in range(BYTES.value):
+        yield Launch(
+            _count_kernel, _plan_counts(n_rows, n), *inputs, counts, own_counts, *numbers, parts, byte, **variant
+        )
+    yield Launch(_collect_kernel, plan, *inputs, counts, own_counts, keys, *numbers, parts, **variant)

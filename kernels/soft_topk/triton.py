@@ -1,13 +1,14 @@
 """Kernels of `kernels.soft_topk`: a row in registers, or in chunks that several launches search, and its gradient."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import Plan, most_registers, planner
+from kernels._common.launch import Launch, Launcher, Part, Plan, Scratch, most_registers, planner
 from kernels.soft_topk.search import (
     STATE,
     UNIT,
@@ -341,9 +342,10 @@ def _sizes_of(scores: Tensor, mask: Tensor | None) -> tuple[int, int, bool, bool
     return n_rows, n, mask is None, (n | scores.data_ptr() | scores.stride(0) | stride) % 16 == 0
 
 
+@Launcher
 def launch_forward(
     scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, k: float, eps: float, y: Tensor, solution: Tensor
-) -> None:
+) -> Iterator[Launch]:
     n_rows, n = scores.shape
     inputs = (scores, scores if mask is None else mask, scores if k_rows is None else k_rows)
     strides = (scores.stride(0), 0 if mask is None else mask.stride(0))
@@ -351,42 +353,45 @@ def launch_forward(
     variant = {"HAS_MASK": mask is not None, "HAS_K": k_rows is not None}
     sizes = _sizes_of(scores, mask)
     plan = _plan(*sizes)
-    chunks, grid = plan.pieces, plan.grid
+    chunks = plan.pieces
     if chunks == 1:
-        _resident_kernel[grid](
-            *inputs, y, solution, *strides, n, *numbers, PROBES=RESIDENT_PROBES, **variant, **plan.settings
+        yield Launch(
+            _resident_kernel, plan, *inputs, y, solution, *strides, n, *numbers, PROBES=RESIDENT_PROBES, **variant
         )
         return
 
-    partials = scores.new_empty((SEARCHES + 1, n_rows, chunks, 2 * CHUNK_PROBES), dtype=torch.float64)
-    states = scores.new_empty((SEARCHES + 1, n_rows, STATE.value), dtype=torch.float64)
-    settings = {"PROBES": CHUNK_PROBES, **variant, **_plan_slots(*sizes).settings}
+    # One for each search, and one for the survey before.
+    of_partials, of_states = n_rows * chunks * 2 * CHUNK_PROBES, n_rows * STATE.value
+    partials = Scratch(SEARCHES + 1, of_partials, dtype=torch.float64)
+    states = Scratch(SEARCHES + 1, of_states, dtype=torch.float64)
+    last = (Part(partials, SEARCHES * of_partials), Part(states, SEARCHES * of_states))
+    slots, settings = _plan_slots(*sizes), {"PROBES": CHUNK_PROBES, **variant}
 
-    _survey_kernel[grid](
-        *inputs[:2], partials, *strides, n, chunks, PROBES=CHUNK_PROBES, HAS_MASK=mask is not None, **plan.settings
+    yield Launch(
+        _survey_kernel, plan, *inputs[:2], partials, *strides, n, chunks, PROBES=CHUNK_PROBES, HAS_MASK=mask is not None
     )
     for search in range(1, SEARCHES + 1):
-        _search_kernel[grid](
-            *inputs, partials, states, *strides, n_rows, n, chunks, *numbers, search, FIRST=search == 1, **settings
-        )
-    _finish_kernel[grid](*inputs, partials[-1], states[-1], y, solution, *strides, n, chunks, *numbers, **settings)
+        searched = (*strides, n_rows, n, chunks, *numbers, search)
+        yield Launch(_search_kernel, slots, *inputs, partials, states, *searched, FIRST=search == 1, **settings)
+    yield Launch(_finish_kernel, slots, *inputs, *last, y, solution, *strides, n, chunks, *numbers, **settings)
 
 
+@Launcher
 def launch_backward(
     grad_output: Tensor, scores: Tensor, mask: Tensor | None, solution: Tensor, eps: float, ds: Tensor, dk: Tensor
-) -> None:
+) -> Iterator[Launch]:
     n_rows, n = scores.shape
     sizes = _sizes_of(scores, mask)
     plan = _plan(*sizes)
-    chunks, grid = plan.pieces, plan.grid
+    chunks = plan.pieces
     inputs = (grad_output, scores, scores if mask is None else mask, solution)
     strides = (grad_output.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
     rate = math.log2(math.e) / (UNIT.value * eps)
     variant = {"HAS_MASK": mask is not None}
 
-    sums = dk
+    sums: Tensor | Scratch = dk
     if chunks > 1:
-        sums = scores.new_empty((n_rows, chunks, 2), dtype=torch.float64)
-        _gradient_sums_kernel[grid](*inputs, sums, *strides, n, chunks, rate, **variant, **plan.settings)
-    settings = {**variant, **_plan_slots(*sizes).settings}
-    _gradient_kernel[grid](*inputs, sums, ds, dk, *strides, n, chunks, rate, 1.0 / eps, **settings)
+        sums = Scratch(n_rows, chunks, 2, dtype=torch.float64)
+        yield Launch(_gradient_sums_kernel, plan, *inputs, sums, *strides, n, chunks, rate, **variant)
+    numbers = (*strides, n, chunks, rate, 1.0 / eps)
+    yield Launch(_gradient_kernel, _plan_slots(*sizes), *inputs, sums, ds, dk, *numbers, **variant)

@@ -35,7 +35,7 @@ def _forward(
     values, soft, gates = x.new_empty(shape), x.new_empty(shape), x.new_empty(shape)
     outputs = values, x.new_empty(shape, dtype=torch.int64), soft, gates, allocate_state(x, n_iters, save)
     if has_values(x):
-        launch_topk(x, mask, selected, k, (n_iters, eps, first, eps_decay), outputs)
+        launch_topk(x, mask, selected, k, n_iters, eps, first, eps_decay, *outputs)
     return outputs
 
 

@@ -1,16 +1,12 @@
 """The kernel of `kernels.topk`: descent, selection and gates of a row while it is in registers."""
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import (
-    COUNTS,
-    Plan,
-    most_registers,
-    planner,
-    tile_settings,
-)
+from kernels._common.launch import COUNTS, Launch, Launcher, Plan, most_registers, planner, tile_settings
 from kernels._common.primitives import highest_in_thread, load_tile, max_or_nan, per_row, tile_columns
 from kernels.coor_descent import cooling_iterations, descend, origin_of, soft_selection
 
@@ -103,18 +99,22 @@ def _plan(n_rows: int, n: int, selected: int) -> Plan:
     return Plan(triton.cdiv(n_rows, tile["ROWS"]), {**tile, **limit, "SELECTED": triton.next_power_of_2(selected)})
 
 
+@Launcher
 def launch_topk(
     x: Tensor,
     mask: Tensor | None,
     selected: int,
     k: float,
-    schedule: tuple[int, float, float, float],
-    outputs: tuple[Tensor, ...],
-) -> None:
+    n_iters: int,
+    eps: float,
+    first: float,
+    eps_decay: float,
+    *outputs: Tensor,
+) -> Iterator[Launch]:
     n_rows, n = x.shape
-    n_iters, eps, first, eps_decay = schedule
-    plan = _plan(n_rows, n, selected)
-    _topk_kernel[plan.grid](
+    yield Launch(
+        _topk_kernel,
+        _plan(n_rows, n, selected),
         x,
         x if mask is None else mask,
         *outputs,
@@ -128,8 +128,7 @@ def launch_topk(
         first,
         eps_decay,
         eps,
-        cooling_iterations(*schedule),
-        **plan.settings,
+        cooling_iterations(n_iters, eps, first, eps_decay),
         HAS_MASK=mask is not None,
         SAVE=outputs[4].numel() > 0,
     )

@@ -4,6 +4,7 @@ What queries may attend to is an interval of positions, and so is what attends t
 a program looks at and which entries of a tile count.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import triton
@@ -11,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._common.attention import Settings, dot, options_for, settings_for
-from kernels._common.launch import COUNTS, Plan, planner
+from kernels._common.launch import COUNTS, Launch, Launcher, Plan, planner
 from kernels._common.primitives import LOG2_E
 
 PRECISION = tl.constexpr("tf32x3")
@@ -363,14 +364,16 @@ def _plan_backward(batch: int, n: int, heads: int, head_dim: int, itemsize: int)
     return _plan_blocks(settings, 2 * batch * heads, n, head_dim, itemsize)
 
 
+@Launcher
 def launch_forward(
     qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, out: Tensor, lse: Tensor
-) -> None:
+) -> Iterator[Launch]:
     """Fill in the output `b n (h d)` and the logarithms `b h n`, from contiguous tensors."""
     batch, n, width = out.shape
     head_dim = width // heads
-    plan = _plan_forward(batch, n, heads, head_dim, out.itemsize)
-    _forward_kernel[plan.grid](
+    yield Launch(
+        _forward_kernel,
+        _plan_forward(batch, n, heads, head_dim, out.itemsize),
         qkv,
         qkv if mask is None else mask,
         out,
@@ -378,10 +381,11 @@ def launch_forward(
         n,
         min(window_size, n),
         LOG2_E.value * head_dim**-0.5,
-        **_constants(heads, head_dim, causal, mask, plan),
+        **_constants(heads, head_dim, causal, mask),
     )
 
 
+@Launcher
 def launch_backward(
     grad_output: Tensor,
     qkv: Tensor,
@@ -392,12 +396,13 @@ def launch_backward(
     out: Tensor,
     lse: Tensor,
     dqkv: Tensor,
-) -> None:
+) -> Iterator[Launch]:
     """Fill in the gradient `b n (3 h d)`, from contiguous tensors."""
     batch, n, width = out.shape
     head_dim = width // heads
-    plan = _plan_backward(batch, n, heads, head_dim, out.itemsize)
-    _backward_kernel[plan.grid](
+    yield Launch(
+        _backward_kernel,
+        _plan_backward(batch, n, heads, head_dim, out.itemsize),
         grad_output,
         qkv,
         qkv if mask is None else mask,
@@ -408,10 +413,9 @@ def launch_backward(
         min(window_size, n),
         LOG2_E.value * head_dim**-0.5,
         head_dim**-0.5,
-        **_constants(heads, head_dim, causal, mask, plan),
+        **_constants(heads, head_dim, causal, mask),
     )
 
 
-def _constants(heads: int, head_dim: int, causal: bool, mask: Tensor | None, plan: Plan) -> dict[str, Any]:
-    """All constants of a launch."""
-    return {"HEADS": heads, "HEAD_DIM": head_dim, "CAUSAL": causal, "HAS_MASK": mask is not None, **plan.settings}
+def _constants(heads: int, head_dim: int, causal: bool, mask: Tensor | None) -> dict[str, Any]:
+    return {"HEADS": heads, "HEAD_DIM": head_dim, "CAUSAL": causal, "HAS_MASK": mask is not None}
