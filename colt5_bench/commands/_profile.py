@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from colt5_bench.commands import DONE, FAILURE
-from colt5_bench.profiling import nsight, profiler
+from colt5_bench.profiling import profiler
 from colt5_bench.profiling.profiler import Outcome, Point
 from colt5_bench.request import Request
 from colt5_bench.selection import WHOLE, SelectionError
@@ -54,6 +54,8 @@ def main(
 
 
 def _under_a_tool(mode: str, suites: list[str], request: Request, points: list[Point], directory: Path) -> int:
+    from colt5_bench.profiling import nsight  # Needs pandas, which takes long to import.
+
     start = {"ncu": nsight.ncu, "nsys": nsight.nsys}[mode]
     try:
         seen = start([*(f"--suite={name}" for name in suites), *request.arguments()], points, directory)

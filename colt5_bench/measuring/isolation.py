@@ -32,7 +32,7 @@ from colt5_bench.texts import describe_error
 STARTING_SECONDS, ENDING_SECONDS = 300.0, 10.0
 """Longest time of a process before it measures, and after it has answered."""
 
-PRELOADED = ["pandas", "pynvml", "scipy.stats", "torch", "triton"]
+PRELOADED = ["pynvml", "scipy.special", "torch", "triton"]
 """Modules that take long to import, and are the same for every checkout."""
 
 

@@ -61,6 +61,11 @@ class MovedOperands(TorchDispatchMode):
         self._uniform.uniform_(-1.0, 1.0, generator=torch.Generator("cpu").manual_seed(seed))
         self._drawn: dict[tuple[torch.device, torch.dtype, float], Tensor] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to skip its compiler, PyTorch imports that, which takes longer than PyTorch itself."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

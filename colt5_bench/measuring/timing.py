@@ -19,8 +19,9 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
-from scipy.stats import binom
+from scipy.special import bdtr
 
 from colt5_bench.measuring.rounds import CPU_COLUMNS, GPU_COLUMNS, WARM_UP_CALLS, Call, Round, rounds
 from colt5_bench.records.environment import GpuState, gpu_state
@@ -122,7 +123,8 @@ def relative_interval(samples: Sequence[float]) -> float:
 @cache
 def _rank(count: int) -> int:
     """Rank from either end of the sample that bounds the interval, counted from 1. 0 if none does."""
-    return int(binom.ppf((1 - CONFIDENCE) / 2, count, 0.5)) if count else 0
+    # A quantile of the binomial distribution, without `scipy.stats`, which takes long to import.
+    return int(np.searchsorted(bdtr(np.arange(count), count, 0.5), (1 - CONFIDENCE) / 2))
 
 
 def _sample(

@@ -4,18 +4,14 @@ import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
-from math import nan
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict
 
 import msgspec
-import pandas as pd
 
 from colt5_bench.files import append, atomic_write, own
-from colt5_bench.records.columns import error_in_csv, time_in_csv
 from colt5_bench.records.lines import decode, encode, figures, is_simple, lines
-from colt5_bench.records.samples import intervals
 from colt5_bench.texts import Plain
 
 SCHEMA_VERSION = 2
@@ -355,26 +351,3 @@ def _no_garbage() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-_OF_SEVERAL = ("fields", "timings", "accuracy", "metrics", "kernels", "changed_settings")
-_COLUMNS = [each.name for each in fields(Record) if each.name not in _OF_SEVERAL]
-
-
-def to_frame(records: Iterable[Record]) -> pd.DataFrame:
-    """A row a record. Columns are the fields of the case, `<column>_ms` for each time column with `<column>_ms_low` and
-    `<column>_ms_high`, its 95 % interval, `<tensor>_error`, and the metrics under their names."""
-    records = list(records)
-    # All at once: each on its own would take longer than all the rest.
-    bounds = iter(intervals([timing.samples for record in records for timing in record.timings.values()]).tolist())
-    return pd.DataFrame([_row(record, bounds) for record in records])
-
-
-def _row(record: Record, bounds: Iterator[list[float]]) -> dict[str, object]:
-    row = {**record.fields, **{name: getattr(record, name) for name in _COLUMNS}}
-    for column in record.timings:
-        name, (low, high) = time_in_csv(column), next(bounds)
-        row[name] = 1e3 * (record.seconds(column) or nan)
-        row[f"{name}_low"], row[f"{name}_high"] = 1e3 * low, 1e3 * high
-    row |= {error_in_csv(tensor): divergence.largest for tensor, divergence in record.accuracy.items()}
-    return row | record.metrics

@@ -8,7 +8,8 @@ import pytest
 from colt5_bench.compare import compare, load_rules
 from colt5_bench.records import columns as quantities
 from colt5_bench.records.columns import TIMES, Quantity
-from colt5_bench.records.results import Run, Timing, to_frame
+from colt5_bench.records.results import Run, Timing
+from colt5_bench.report.export import to_frame
 from colt5_bench.report.figures import cards
 from colt5_bench.report.layout import View
 from colt5_bench.report.plots import write_plots

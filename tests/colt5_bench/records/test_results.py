@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colt5_bench.records.results import _OF_SEVERAL, Divergence, Record, Run, Timing, Writer, load, to_frame, write
+from colt5_bench.records.results import Divergence, Record, Run, Timing, Writer, load, write
+from colt5_bench.report.export import _OF_SEVERAL, to_frame
 
 
 @pytest.fixture
