@@ -13,6 +13,9 @@ WORKERS ?= 2
 
 SUITES := $(filter-out conftest peers,$(patsubst suites/%.py,%,$(wildcard suites/[!_]*.py)))
 
+# What one process compiles, of tests with their assertions, the next one reads.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -58,16 +61,16 @@ test-alone: $(INSTALLED) ## tests that take times or memory, one after the other
 	$(BIN)/python -m pytest tests -m "alone and not compiled" $(ARGS)
 
 test-plain: $(INSTALLED) ## the other tests as they are: CPU paths, and the GPU if there is one
-	$(BIN)/python -m pytest tests -m "not alone and not compiled" -n $(WORKERS) --benchmark-disable $(ARGS)
+	$(BIN)/python -m pytest tests -m "not alone and not compiled" -n $(WORKERS) --dist worksteal --benchmark-disable $(ARGS)
 
 test-compiled: $(INSTALLED) ## what the compiler makes of the kernels, for GPUs that need not be there
-	$(BIN)/python -m pytest tests -m compiled -n $(WORKERS) --benchmark-disable $(ARGS)
+	$(BIN)/python -m pytest tests -m compiled -n $(WORKERS) --dist worksteal --benchmark-disable $(ARGS)
 
 test-plans: $(INSTALLED) ## kernels of every plan that a launch may follow, in all variants and for all GPUs: takes hours
-	EVERY_PLAN=1 $(BIN)/python -m pytest tests/kernels/test_launch_plans.py -m compiled -n $(WORKERS) --timeout 0 --benchmark-disable $(ARGS)
+	EVERY_PLAN=1 $(BIN)/python -m pytest tests/kernels/test_launch_plans.py -m compiled -n $(WORKERS) --dist worksteal --timeout 0 --benchmark-disable $(ARGS)
 
 test-interpreted: $(INSTALLED) ## tests of the kernels with Triton's interpreter in place of a GPU
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -m "not compiled and not gpu" -n $(WORKERS) --benchmark-disable $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -m "not compiled and not gpu" -n $(WORKERS) --dist worksteal --benchmark-disable $(ARGS)
 
 test-gpu: $(INSTALLED) ## tests that need a GPU: those of times and memory one after the other, then the others
 	$(BIN)/python -m pytest tests -m "gpu and alone" $(ARGS)

@@ -76,13 +76,15 @@ def wheel(tmp_path_factory):
 def python(wheel, tmp_path_factory):
     """The interpreter of an environment with the wheel and others beside it, which borrows what takes long to get."""
     directory = tmp_path_factory.mktemp("environment")
-    venv.create(directory, with_pip=True)
+    venv.create(directory)
     found = directory / "bin" / "python"
     purelib = run(found, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=directory).strip()
     # Not the packages that are installed as a link to a checkout: files that say so count in the first directory alone.
     (Path(purelib) / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
-    run(found, "-m", "pip", "install", "--quiet", "--no-deps", wheel, cwd=directory)
-    run(found, "-m", "pip", "install", "--quiet", *OTHERS, cwd=directory)
+    # Of thousands of modules few are imported, and compiled then.
+    install = (sys.executable, "-m", "pip", "--python", found, "install", "--quiet", "--no-compile")
+    run(*install, "--no-deps", wheel, cwd=directory)
+    run(*install, *OTHERS, cwd=directory)
     return found
 
 

@@ -8,6 +8,7 @@ import json
 import zlib
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Collection, Iterator
+from dataclasses import fields, is_dataclass
 from math import inf, isfinite, isnan, nan
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ _GZIP = b"\x1f\x8b"
 
 
 def encode(content: Any) -> bytes:
-    """The line of a dictionary. What JSON does not know is written as text, and what cannot be printed as an escape."""
+    """The line of a dictionary. A dataclass in it is one, too. What JSON does not know is written as text, and what
+    cannot be printed as an escape."""
     return json.dumps(_writable(content), allow_nan=False, default=str, ensure_ascii=False).encode() + b"\n"
 
 
@@ -35,6 +37,11 @@ def decode(line: bytes) -> Any:
         return content if _all_is_printable(line) else _shown(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"this is not JSON: {error}") from error
+
+
+def entries(content: Any) -> dict[str, Any]:
+    """The fields of a dataclass by name, as they are: `dataclasses.asdict` copies all that they hold, which is slow."""
+    return {each.name: getattr(content, each.name) for each in fields(content)}
 
 
 def figures(value: Any, texts: Collection[str] = ()) -> Any:
@@ -87,7 +94,7 @@ def _writable(value: Any) -> Any:
         return [_writable(each) for each in value]
     if isinstance(value, float) and not isfinite(value):
         return "NaN" if isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
+    return _writable(entries(value)) if is_dataclass(value) else value
 
 
 def _shown(value: Any) -> Any:

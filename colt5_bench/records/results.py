@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict
 import msgspec
 
 from colt5_bench.files import append, atomic_write, own
-from colt5_bench.records.lines import decode, encode, figures, is_simple, lines
+from colt5_bench.records.lines import decode, encode, entries, figures, is_simple, lines
 from colt5_bench.texts import Plain
 
 SCHEMA_VERSION = 2
@@ -186,7 +186,7 @@ class Writer:
         append(self._file, encode({"kind": "environment", **environment}))
 
     def record(self, record: Record) -> None:
-        append(self._file, encode({"kind": "record", **asdict(record)}))
+        append(self._file, encode({"kind": "record", **entries(record)}))
 
     def rewrite(self, environments: Iterable[dict[str, object]], records: Iterable[Record]) -> None:
         """Let the file hold these in place of what it holds, and go on."""

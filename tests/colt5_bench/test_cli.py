@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -27,40 +28,53 @@ ROOT = Path(__file__).parents[2]
 TOY = Path(__file__).with_name("toy.py")
 
 
-@pytest.fixture
-def checkout(tmp_path):
+def make_checkout(directory):
     """A checkout that holds the toy suite and nothing else."""
     for package in ("reference", "kernels", "suites"):
-        (tmp_path / package).mkdir()
-        (tmp_path / package / "__init__.py").touch()
-    (tmp_path / "suites" / "toy.py").write_text(TOY.read_text())
-    (tmp_path / "suites" / "_shared.py").write_text("raise AssertionError('a private module is no suite')")
-    return tmp_path
+        (directory / package).mkdir()
+        (directory / package / "__init__.py").touch()
+    (directory / "suites" / "toy.py").write_text(TOY.read_text())
+    (directory / "suites" / "_shared.py").write_text("raise AssertionError('a private module is no suite')")
+    return directory
+
+
+def start(checkout, implementations, *options, longest=resource.RLIM_INFINITY, **environment):
+    """Run bench.py in a checkout; its exit status and its output."""
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (longest, longest))
+
+    # The address of pytest's own worker turns pytest-benchmark off.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(
+        [sys.executable, ROOT / "bench.py", "--suite", "toy", "--device", "cpu", "--out", "out", *options],
+        cwd=checkout,
+        env={**inherited, "TOY": implementations, **environment},
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return make_checkout(tmp_path)
 
 
 @pytest.fixture
 def bench(checkout):
-    """Run bench.py in the checkout; its exit status, its output and the records by suite file."""
+    return partial(start, checkout)
 
-    def bench(implementations, *options, addopts="", longest=resource.RLIM_INFINITY):
-        def limit():
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (longest, longest))
 
-        # The address of pytest's own worker turns pytest-benchmark off.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-        return subprocess.run(
-            [sys.executable, ROOT / "bench.py", "--suite", "toy", "--device", "cpu", "--out", "out", *options],
-            cwd=checkout,
-            env={**environment, "TOY": implementations, "PYTEST_ADDOPTS": addopts},
-            preexec_fn=limit,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=240,
-        )
-
-    return bench
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A whole run with its results. It says what it imports, and options for other tests stand in its environment."""
+    checkout = make_checkout(tmp_path_factory.mktemp("whole"))
+    run = start(checkout, "good", "--quiet", PYTEST_ADDOPTS="--co -x --lf", PYTHONPROFILEIMPORTTIME="1")
+    return run, checkout / "out" / "toy.jsonl"
 
 
 def test_a_run_prints_a_table_and_says_where_results_are(bench, checkout):
@@ -495,7 +509,7 @@ def test_runs_that_begin_in_one_second_have_a_directory_each(tmp_path):
     assert all(each.is_dir() for each in directories)
 
 
-def test_less_than_all_records_is_no_success(bench, checkout):
+def test_less_than_all_records_is_no_success(bench, checkout, whole):
     """Whether options are named for pytest here, or stand in the environment for other tests."""
     partial = bench("wrong,good", "--", "-x")
     assert partial.returncode == commands.UNMEASURED, partial.stdout
@@ -503,15 +517,23 @@ def test_less_than_all_records_is_no_success(bench, checkout):
     assert len(load(checkout / "out" / "toy.jsonl").records) < 12
     none = bench("good", "--out", "none", "--", "--collect-only")
     assert none.returncode == commands.UNMEASURED
-    whole = bench("good", "--out", "whole", "--preset", "smoke", addopts="--co -x --lf")
-    assert whole.returncode == commands.DONE, whole.stderr
-    assert len(load(checkout / "whole" / "toy.jsonl").records) == 4
+    run, results = whole
+    assert run.returncode == commands.DONE, run.stderr
+    assert len(load(results).records) == 8
 
 
-def test_on_a_full_disk_a_run_says_so_in_a_line(bench, checkout):
-    """As long as that of half of the run the file may become, and a page is longer."""
-    bench("good", "--quiet", "-k", "n=8", "--out", "half")
-    full = bench("good", "--quiet", longest=(checkout / "half" / "toy.jsonl").stat().st_size)
+@pytest.mark.parametrize("module", ["pandas", "scipy.stats", "torch._dynamo", "torch._inductor"])
+def test_a_run_does_not_wait_for_imports_that_it_can_do_without(whole, module):
+    run, _ = whole
+    imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
+    assert {"torch", "matplotlib"} <= imported
+    assert module not in imported
+
+
+def test_on_a_full_disk_a_run_says_so_in_a_line(bench, checkout, whole):
+    """As long as half of the run the file may become, and a page is longer."""
+    _, results = whole
+    full = bench("good", "--quiet", longest=results.stat().st_size // 2)
     assert full.returncode == commands.UNMEASURED
     assert "Traceback" not in full.stderr
     assert [line for line in full.stderr.splitlines() if "out/toy.jsonl: File too large" in line]
