@@ -8,6 +8,7 @@ from reference._shared.arguments import check_prefixes, check_schedule
 from reference._shared.returns import PrefixSelection
 from reference._shared.sizes import mask_of_prefixes
 from reference.coor_descent import coor_descent
+from reference.route import pass_through
 
 
 def route_prefixes(
@@ -20,6 +21,7 @@ def route_prefixes(
     eps: float = 0.1,
     eps_init: float | None = None,
     eps_decay: float = 1.0,
+    straight_through: bool = False,
 ) -> PrefixSelection:
     """Select, for each window but the first, the largest scores before it, weighted by coordinate descent over these.
 
@@ -33,6 +35,7 @@ def route_prefixes(
         num_selected: s, how many are selected, from 1 to n.
         k: how many entries a row of coordinate descent should sum to, whatever its length.
         n_iters, eps, eps_init, eps_decay: of coordinate descent; `reference.coor_descent` explains them.
+        straight_through: weights are 1, with the gradient of the relaxed selection.
 
     Returns:
         Indices, weights and mask, `b w r s` for the w = ceil(n / window_size) - 1 windows after the first. Weights have
@@ -56,7 +59,9 @@ def route_prefixes(
         largest = prefix.detach().sort(dim=-1, descending=True, stable=True).indices[..., :num_selected]
         rest = following[length:].expand(*largest.shape[:-1], -1)
         indices.append(torch.cat((largest, rest), dim=-1)[:, None])
-        weights.append(F.pad(y.gather(-1, largest), (0, rest.shape[-1]))[:, None])
+        of_largest = y.gather(-1, largest)
+        of_largest = pass_through(of_largest) if straight_through else of_largest
+        weights.append(F.pad(of_largest, (0, rest.shape[-1]))[:, None])
     return PrefixSelection(
         torch.cat(indices, dim=1), torch.cat(weights, dim=1), mask_of_prefixes(scores, window_size, num_selected)
     )

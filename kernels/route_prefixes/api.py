@@ -28,33 +28,33 @@ def _forward(
     eps: float,
     first: float,
     eps_decay: float,
+    straight_through: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights and indices `b w r s`, leaves, and the state of the descents. For each token, its leaf is the first
-    window that does not select it any more, counted from the second, 0 if none does. Leaves are `b r n`, or empty where
-    nothing is to be saved."""
+    """Weights and indices `b w r s`, counts, and the state of the descents. Counts are `b r n`: how many windows select
+    a token; empty where nothing is to be saved."""
     schedule = (n_iters, eps, first, eps_decay)
     batch, routes, n = scores.shape
     windows = windows_with_a_prefix(n, window_size)
     shape = (batch, windows, routes, num_selected)
     weights = scores.new_empty(shape, dtype=torch.promote_types(scores.dtype, torch.float32))
     indices = scores.new_empty(shape, dtype=torch.int64)
-    leaves = scores.new_zeros(scores.shape if save else (0,), dtype=torch.int32)
+    counts = scores.new_zeros(scores.shape if save else (0,), dtype=torch.int32)
     state = scores.new_empty((batch * windows * routes + 1, 2, n_iters + 1), dtype=torch.float64)
     if not has_values(indices):
-        return weights, indices, leaves, state
+        return weights, indices, counts, state
     if runs_triton(scores):
-        launch_forward(as_rows(scores), window_size, k, schedule, indices, weights, leaves, state)
+        launch_forward(as_rows(scores), window_size, k, schedule, straight_through, indices, weights, counts, state)
     else:
-        cpu.forward(scores, window_size, k, schedule, indices, weights, state.zero_())
-    return weights, indices, leaves, state
+        cpu.forward(scores, window_size, k, schedule, straight_through, indices, weights, state.zero_())
+    return weights, indices, counts, state
 
 
 def _backward(
     grad_weights: Tensor,
     scores: Tensor,
     indices: Tensor,
-    leaves: Tensor,
+    counts: Tensor,
     state: Tensor,
     window_size: int,
     k: float,
@@ -67,7 +67,7 @@ def _backward(
         return torch.zeros_like(scores, memory_format=torch.contiguous_format)
     ds = torch.empty_like(scores, memory_format=torch.contiguous_format)
     if runs_triton(scores):
-        launch_backward(grad_weights.contiguous(), as_rows(scores), window_size, k, indices, leaves, state, ds)
+        launch_backward(grad_weights.contiguous(), as_rows(scores), window_size, k, indices, counts, state, ds)
     else:
         cpu.backward(grad_weights, scores, window_size, k, (n_iters, eps, first, eps_decay), indices, state, ds)
     return ds
@@ -77,7 +77,7 @@ _operation = Operation(
     "route_prefixes",
     _forward,
     _backward,
-    outputs=("weights", "indices", "leaves", "state"),
+    outputs=("weights", "indices", "counts", "state"),
     gradients=("scores",),
 )
 
@@ -92,6 +92,7 @@ def route_prefixes(
     eps: float = 0.1,
     eps_init: float | None = None,
     eps_decay: float = 1.0,
+    straight_through: bool = False,
 ) -> PrefixSelection:
     """`reference.route_prefixes` without a copy of the scores for each window, with a closed-form gradient.
 
@@ -105,6 +106,7 @@ def route_prefixes(
         num_selected: s, how many are selected, from 1 to n.
         k: how many entries a row of coordinate descent should sum to, whatever its length.
         n_iters, eps, eps_init, eps_decay: of coordinate descent; `reference.coor_descent` explains them.
+        straight_through: weights are 1, with the gradient of the relaxed selection.
 
     Returns:
         Indices, weights and mask, `b w r s` for the w = ceil(n / window_size) - 1 windows after the first. Weights have
@@ -126,5 +128,6 @@ def route_prefixes(
         eps,
         first_temperature(eps, eps_init),
         eps_decay,
+        straight_through,
     )
     return PrefixSelection(indices, weights, mask_of_prefixes(scores, window_size, num_selected))

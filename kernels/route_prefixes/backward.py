@@ -47,7 +47,7 @@ def _thresholds_kernel(
     indices_ptr,  # prefixes selected, int64
     scores_ptr,  # rows n
     state_ptr,  # prefixes+1 2 n_iters+1, fp64
-    starts_ptr,  # rows n, int64
+    ends_ptr,  # rows n, int64
     direct_ptr,  # prefixes*selected, fp32
     shares_ptr,  # rows n_iters windows, fp64
     steps_ptr,  # rows n_iters 3 windows, fp32
@@ -85,7 +85,9 @@ def _thresholds_kernel(
         direct = tl.reshape(direct, [SLOTS])
         total += direct.to(tl.float64)
         # The windows that selected a token begin with the one after its own.
-        place = tl.load(starts_ptr + row * n + position, mask=exists, other=0) + (window - position // window_size)
+        token = row * n + position
+        begin = tl.load(ends_ptr + token - 1, mask=exists & (token > 0), other=0)
+        place = begin + (window - position // window_size)
         tl.store(direct_ptr + place, direct, mask=exists)
     grad_a = tl.sum(total, axis=0)
 
@@ -153,8 +155,8 @@ def _sums_kernel(
 def _tokens_kernel(
     scores_ptr,  # rows n
     state_ptr,  # prefixes+1 2 n_iters+1, fp64
-    leaves_ptr,  # rows n, int32
-    starts_ptr,  # rows n, int64
+    counts_ptr,  # rows n, int32
+    ends_ptr,  # rows n, int64
     direct_ptr,  # prefixes*selected, fp32
     steps_ptr,  # rows n_iters 3 windows, fp32
     ds_ptr,  # rows n
@@ -191,9 +193,8 @@ def _tokens_kernel(
         # Where there is no prefix, the weight must not overflow.
         through_a += per_row(total) * tl.minimum(exp2_line(per_row(score), slope, offset), LARGEST)
 
-    leave = tl.load(leaves_ptr + row * n + column, mask=column < n, other=0)
-    begin = tl.load(starts_ptr + row * n + column, mask=column < n, other=0)
-    count = tl.maximum(leave - column // window_size, 0)
+    count = tl.load(counts_ptr + row * n + column, mask=column < n, other=0)
+    begin = tl.load(ends_ptr + row * n + column, mask=column < n, other=0) - count
     direct = tl.zeros([TOKENS], tl.float32)
     for passed in range(0, tl.max(count, axis=0), WINDOWS):
         place = passed + tl.arange(0, WINDOWS)[None, :]
@@ -227,16 +228,14 @@ def launch_backward(
     window_size: int,
     k: float,
     indices: Tensor,
-    leaves: Tensor,
+    counts: Tensor,
     state: Tensor,
     ds: Tensor,
 ) -> None:
     """Write the gradient of scores `rows n` to `ds`, from that of the weights `b w r s`."""
-    n = scores.shape[1]
-    # Where the entries of a token begin, whose number is how many windows selected it.
-    counts = (leaves - torch.arange(n, dtype=torch.int32, device=ds.device) // window_size).clamp_(min=0).view(-1)
-    starts = counts.cumsum(dim=0) - counts
-    _launch_gradients(grad_output, scores, window_size, k, indices, leaves, starts, state, ds)
+    # Where the entries of a token end, of which there is one for each window that selected it.
+    ends = counts.view(-1).cumsum(dim=0)
+    _launch_gradients(grad_output, scores, window_size, k, indices, counts, ends, state, ds)
 
 
 @Launcher
@@ -246,8 +245,8 @@ def _launch_gradients(
     window_size: int,
     k: float,
     indices: Tensor,
-    leaves: Tensor,
-    starts: Tensor,
+    counts: Tensor,
+    ends: Tensor,
     state: Tensor,
     ds: Tensor,
 ) -> Iterator[Launch]:
@@ -264,7 +263,7 @@ def _launch_gradients(
         indices,
         scores,
         state,
-        starts,
+        ends,
         direct,
         shares,
         steps,
@@ -286,8 +285,8 @@ def _launch_gradients(
         _plan_tokens(n_rows, n),
         scores,
         state,
-        leaves,
-        starts,
+        counts,
+        ends,
         direct,
         steps,
         ds,

@@ -12,6 +12,7 @@ def forward(
     window_size: int,
     k: float,
     schedule: tuple[int, float, float, float],
+    straight_through: bool,
     indices: Tensor,  # b w r s
     weights: Tensor,  # b w r s
     state: Tensor,  # b*w*r+1 2 n_iters+1, fp64
@@ -31,7 +32,10 @@ def forward(
         found = largest.shape[-1]
         indices[:, window, :, :found] = largest.view(batch, routes, -1)
         indices[:, window, :, found:] = torch.arange(found, selected, device=scores.device)
-        weights[:, window, :, :found] = y.gather(-1, largest).view(batch, routes, -1)
+        of_largest = y.gather(-1, largest)
+        if straight_through:
+            of_largest = torch.where(of_largest.isnan(), of_largest, 1.0)
+        weights[:, window, :, :found] = of_largest.view(batch, routes, -1)
         weights[:, window, :, found:] = 0.0
 
 

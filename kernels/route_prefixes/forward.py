@@ -201,7 +201,7 @@ def _select_kernel(
     state_ptr,  # prefixes+1 2 n_iters+1, fp64
     indices_ptr,  # prefixes selected, int64
     weights_ptr,  # prefixes selected
-    leaves_ptr,  # rows n, int32
+    counts_ptr,  # rows n, int32
     n_rows,
     n,
     routes,
@@ -210,10 +210,11 @@ def _select_kernel(
     n_iters,
     selected,
     RANKS: tl.constexpr,
+    STRAIGHT: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """The first of a row in the order of its scores that lie in a prefix, with their weights. For each token, the first
-    window that does not select it after one that did. The shortest prefixes, which take longest, come first."""
+    """The first of a row in the order of its scores that lie in a prefix, with their weights. For each token, one more
+    window that selects it. The shortest prefixes, which take longest, come first."""
     row = (tl.program_id(0) % n_rows).to(tl.int64)
     window = tl.program_id(0) // n_rows
     length = (window + 1) * window_size
@@ -235,10 +236,12 @@ def _select_kernel(
         chosen = (is_before > 0) & (slot < selected)
         score = tl.load(ordered_ptr + row * n + rank, mask=chosen, other=0.0).to(tl.float32)
         weight = tl.reshape(soft_selection(score[None, None, :], a, factor, False), [RANKS])
+        if STRAIGHT:
+            weight = tl.where(weight == weight, 1.0, weight)
         tl.store(indices_ptr + slot, position, mask=chosen)
         tl.store(weights_ptr + slot, weight.to(weights_ptr.dtype.element_ty), mask=chosen)
         if SAVE:
-            tl.atomic_max(leaves_ptr + row * n + position, window + 1, mask=chosen, sem="relaxed")
+            tl.atomic_add(counts_ptr + row * n + position, 1, mask=chosen, sem="relaxed")
         found += tl.sum(is_before, axis=0)
         start += RANKS
 
@@ -276,16 +279,18 @@ def launch_forward(
     window_size: int,
     k: float,
     schedule: tuple[int, float, float, float],
+    straight_through: bool,
     indices: Tensor,
     weights: Tensor,
-    leaves: Tensor,
+    counts: Tensor,
     state: Tensor,
 ) -> None:
-    """Select from scores `rows n`. Write indices and weights `b w r s`, the state and, where it has entries, `leaves`
+    """Select from scores `rows n`. Write indices and weights `b w r s`, the state and, where it has entries, `counts`
     `b r n`, which are zeros before."""
     # Among equal scores the first comes first. Each prefix selects from the one order by position.
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-    _launch_descent_and_selection(scores, window_size, k, *schedule, ordered, order, indices, weights, leaves, state)
+    sizes = (window_size, k, *schedule, straight_through)
+    _launch_descent_and_selection(scores, *sizes, ordered, order, indices, weights, counts, state)
 
 
 @Launcher
@@ -297,16 +302,17 @@ def _launch_descent_and_selection(
     eps: float,
     first: float,
     eps_decay: float,
+    straight_through: bool,
     ordered: Tensor,
     order: Tensor,
     indices: Tensor,
     weights: Tensor,
-    leaves: Tensor,
+    counts: Tensor,
     state: Tensor,
 ) -> Iterator[Launch]:
     n_rows, n = scores.shape
     _, n_windows, routes, selected = indices.shape
-    save = leaves.numel() > 0
+    save = counts.numel() > 0
     aligned = (scores.data_ptr() | scores.stride(0)) % 16 == 0
     yield Launch(
         _descend_kernel,
@@ -333,7 +339,7 @@ def _launch_descent_and_selection(
         state,
         indices,
         weights,
-        leaves,
+        counts,
         n_rows,
         n,
         routes,
@@ -341,5 +347,6 @@ def _launch_descent_and_selection(
         window_size,
         n_iters,
         selected,
+        STRAIGHT=straight_through,
         SAVE=save,
     )

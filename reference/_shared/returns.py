@@ -39,7 +39,7 @@ class PrefixSelection(NamedTuple):
     """int64. Where a window has fewer than s tokens before it, all of these, then the ones that follow."""
 
     weights: Tensor
-    """The relaxed selection, in fp32 at least; 0 for what is not before the window."""
+    """The relaxed selection, or 1 with its gradient, in fp32 at least; 0 for what is not before the window."""
 
     mask: Tensor | None
     """False for what is not before the window; None where every window has s tokens before it."""

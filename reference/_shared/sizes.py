@@ -49,6 +49,7 @@ def mask_of_prefixes(scores: Tensor, window_size: int, num_selected: int) -> Ten
     if window_size >= num_selected:
         return None
     batch, routes, n = scores.shape
-    lengths = torch.arange(1, windows_with_a_prefix(n, window_size) + 1, device=scores.device) * window_size
+    windows = windows_with_a_prefix(n, window_size)
+    lengths = torch.arange(window_size, (windows + 1) * window_size, window_size, device=scores.device)
     before = torch.arange(num_selected, device=scores.device) < lengths[:, None]
     return before[None, :, None].expand(batch, -1, routes, -1)

@@ -9,6 +9,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from reference._shared.arguments import check_counts, check_tokens
+from reference._shared.returns import PrefixSelection
 from reference._shared.sizes import ceil_div, is_certain, missing
 from reference.layers.join import join
 from reference.layers.light_attention import WindowedAttention
@@ -229,7 +230,8 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
     def _starts(self, n: int, device: torch.device) -> Tensor:
         """Where each window of n tokens but the first begins: `w 1`."""
         windows = ceil_div(n, self.heavy_window_size)
-        return (torch.arange(1, windows, device=device) * self.heavy_window_size)[:, None]
+        size = self.heavy_window_size
+        return torch.arange(size, windows * size, size, device=device)[:, None]
 
     def _before_windows(self, n: int, device: torch.device) -> Tensor:
         """A mask `w 1 n` of the tokens, of n, that are before each window but the first."""
@@ -242,11 +244,12 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             before = self._before_windows(n, scores.device)
             rows = repeat(scores, "b r n -> b w r n", w=before.shape[0])
             return router.select(rows, num_tokens, before, random_route)
-        indices, weights, mask = self._route_prefixes(
+        routed: PrefixSelection = self._route_prefixes(
             scores,
             window_size=self.heavy_window_size,
             num_selected=router.num_selected(num_tokens, n),
             n_iters=router.n_iters,
             **router.relaxation(num_tokens, n),
+            straight_through=router.straight_through,
         )
-        return router.weighed(indices, weights, mask)
+        return Selection(*routed)

@@ -238,11 +238,14 @@ def combine(d=8, n_rows=1, n_routed=None, nulled=True, lit=True, residual=True, 
     _call_and_differentiate(True, lambda: kernels.combine(routed, scores, indices, length=n, **branches))
 
 
-def route_prefixes(n_rows, n_windows=2, window_size=3, n_iters=4, n=None, aligned=True, itemsize=4, kept=True, **_):
+def route_prefixes(
+    n_rows, n_windows=2, window_size=3, n_iters=4, n=None, aligned=True, itemsize=4, kept=True, straight=False, **_
+):
     n = (n_windows + 1) * window_size if n is None else max(n, 2)
     wide = torch.zeros(n_rows, 1, n + (not aligned), dtype=DTYPES[itemsize])
     scores = wide[..., :n].requires_grad_()
-    options = {"window_size": min(window_size, n - 1), "num_selected": 2, "n_iters": n_iters}
+    sizes = {"window_size": min(window_size, n - 1), "num_selected": 2}
+    options = {**sizes, "n_iters": n_iters, "straight_through": straight}
     _call_and_differentiate(kept, lambda: kernels.route_prefixes(scores, k=1.0, **options).weights)
 
 
@@ -348,7 +351,7 @@ OPERATIONS = {
             prefix_backward._plan_tokens,
         ),
         route_prefixes,
-        _variants(itemsize=(2, 4), kept=BOOL),
+        _variants(itemsize=(2, 4), kept=BOOL, straight=BOOL),
     ),
     "gathered_attention": Operation(
         (gathered_forward._plan, gathered_backward._plan_queries, gathered_backward._plan_keys),

@@ -73,8 +73,10 @@ def check(scores, **arguments):
         ((1, 1, 9), 8, 9),
     ],
 )
-def test_follows_the_reference(device, shape, window_size, num_selected, schedule):
-    check(torch.randn(shape, device=device), window_size=window_size, num_selected=num_selected, **schedule)
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_follows_the_reference(device, straight_through, shape, window_size, num_selected, schedule):
+    options = {"window_size": window_size, "num_selected": num_selected, "straight_through": straight_through}
+    check(torch.randn(shape, device=device), **options, **schedule)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -170,7 +172,7 @@ def test_thresholds_ascend(device, numbers, window_size, k):
     """From window to window, in each iteration: the backward pass searches among them."""
     scores = torch.tensor(numbers, dtype=torch.float32, device=device).view(1, 1, -1)
     schedule = (DECAYING["n_iters"], DECAYING["eps"], DECAYING["eps_init"], DECAYING["eps_decay"])
-    *_, state = torch.ops.colt5.route_prefixes(scores, window_size, 1, k, *schedule, True)
+    *_, state = torch.ops.colt5.route_prefixes(scores, window_size, 1, k, *schedule, False, True)
     a = state[:-1, 0, :-1]
     assert len(a) == math.ceil(len(numbers) / window_size) - 1
     assert (a.diff(dim=0) <= 1e-6 * a[1:].abs().clamp(min=1)).all()
@@ -231,7 +233,7 @@ def test_is_bitwise_reproducible(device):
 @ONCE
 def test_is_an_operator(device):
     scores = torch.randn(1, 1, 9, device=device, requires_grad=True)
-    torch.library.opcheck(torch.ops.colt5.route_prefixes, (scores, 8, 2, 2.0, 2, 0.3, 0.3, 1.0, True))
+    torch.library.opcheck(torch.ops.colt5.route_prefixes, (scores, 8, 2, 2.0, 2, 0.3, 0.3, 1.0, True, True))
 
 
 @ONCE

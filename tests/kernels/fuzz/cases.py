@@ -261,7 +261,7 @@ def _route_prefixes(draw: Draw) -> Drawn:
     rows = max(draw.scale.cells // options["n_iters"] // 8 // (n * (n // window + 1)), 1)
     routes = draw.pick(1, 2) if rows > 1 else 1
     data = {"scores": [0 if draw.chance(0.03) else draw.size(max(rows // routes, 1)), routes, n], **draw.spread()}
-    options |= {"window_size": window, "num_selected": draw.size(n)}
+    options |= {"window_size": window, "num_selected": draw.size(n), "straight_through": draw.chance(0.3)}
     options["k"] = draw.pick(options["num_selected"], options["num_selected"] * 9 / 8)
     return data, options
 
