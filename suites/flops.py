@@ -19,7 +19,7 @@ table, `unlisted`, the share of the count that is in no formula, and `giga` mult
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from math import ceil
@@ -39,7 +39,9 @@ import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.pytest_plugin.replay import check
 from colt5_bench.suite import Implementation, Operation, Suite
-from kernels.windowed_attention import pairs_in_reach
+from kernels._common.launch import triton_for_cpu_tensors
+from kernels.windowed_attention import pairs_in_reach, windowed_attention
+from reference.layers.operations import Operations
 from suites._dense import DenseAttention, DenseBlock, DenseFeedForward, attend_with_sdpa
 from suites._descent import implementations
 
@@ -98,7 +100,7 @@ def colt5(case: FlopsCase, use_triton: bool) -> nn.Module:
         light_window_size=2 * RADIUS,
         light_ff_mult=2,
         heavy_ff_mult=16,
-        use_triton=use_triton,
+        use_triton=replace(Operations.of(True), windowed_attention=_on_a_gpu) if use_triton else False,
         use_flash_attn=True,
     )
 
@@ -110,6 +112,12 @@ def t5(case: FlopsCase) -> nn.Module:
 
 def longt5(case: FlopsCase) -> nn.Module:
     return DenseBlock(LongAttention(case.dim, case.heads), DenseFeedForward(case.dim, 4 * case.dim))
+
+
+def _on_a_gpu(qkv: Tensor, **options: Any) -> Tensor:
+    """The kernel, which counts pairs within reach; a CPU tensor would get the definition."""
+    with triton_for_cpu_tensors():
+        return windowed_attention(qkv, **options)
 
 
 class _AttentionFlops(TorchFunctionMode):

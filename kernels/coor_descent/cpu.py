@@ -5,13 +5,22 @@ the scores, or fp32 for half precision, in as few buffers of their size as will 
 takes longer than to compute what goes into it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.coor_descent.constants import FAR, LARGEST, MAX_SHIFT
+
+ENTRIES_OF_A_THREAD = 32768
+"""Entries that PyTorch gives a thread at least, in elementwise operations."""
+
+PASSES_OF_A_SORT = 8
+"""Iterations of one temperature from which on a sort pays in one thread. It takes as long as 2 where NumPy sorts with
+the widest instructions of a CPU, and several times that elsewhere."""
 
 
 def forward(
@@ -23,58 +32,97 @@ def forward(
 ) -> Tensor:
     """The relaxed selection `rows n`; see `kernels.coor_descent`.
 
-    With the scores of a row in ascending order, and the running sums of their exponentials, an iteration is to find
-    the threshold among them. Scores and a count from the origin of a row, which is 0 unless all scores are far below.
+    Scores and a count from the origin of a row, which is 0 unless all scores are far below.
     """
     rows, n = scores.shape
-    ordered = _working_copy(scores, mask)
-    ordered.numpy().sort(axis=-1)
-    weights = torch.empty_like(ordered)
-    sums = torch.empty(rows, n + 1, dtype=torch.float64, device=scores.device)
-    row = np.arange(rows)
+    s = _working_copy(scores, mask)
+    work = torch.empty_like(s)
     *temperatures, last_temperature = temperatures
+    is_ordered = False
 
-    # NumPy for what is computed once a row: on few numbers, a call of PyTorch takes several times as long.
+    # NumPy for numbers of rows: on few of them, a call of PyTorch takes several times as long.
     with np.errstate(all="ignore"):
-        # Entries that take no part come first in the order, NaN last.
-        max_score = ordered[:, -1].double().numpy()
-        hidden = torch.searchsorted(ordered, ordered.new_full((rows, 1), -torch.inf), right=True).numpy()[:, 0]
-        n_valid = np.where(max_score < np.inf, n - hidden, np.nan)
+        max_score = s.amax(dim=-1).double().numpy()
+        n_valid = np.where(max_score < np.inf, _count_above(s, -np.inf, work), np.nan)
         empty = n_valid == 0
         max_score = np.where(empty, 0.0, max_score)
         origin = np.where(max_score < -FAR * last_temperature, max_score, 0.0)
         max_score = max_score - origin
         origins = torch.from_numpy(origin[:, None])
-        _move(ordered, origins)
+        _move(s, origins)
         log_k = np.log(np.where(k.numpy() > 0, k.numpy(), np.nan))
-        base, base_temperature = max_score, None
         a = np.where(empty, 0.0, temperatures[0] * (log_k - np.log(n_valid)) + origin)
         trace, ratios = [a], [np.zeros_like(a)]
-        for temperature in temperatures[1:]:
-            threshold = -a
-            # The largest of min(s, -a), which keeps the sum below from under- and overflowing.
-            anchor = np.minimum(max_score, threshold)
-            shift = (anchor - base) / temperature
-            if temperature != base_temperature or (np.abs(shift) > MAX_SHIFT).any():
-                base, base_temperature, shift = anchor, temperature, np.zeros(rows)
-                _exp_above(ordered, torch.from_numpy(base), temperature, out=weights).clamp_(max=LARGEST)
-                sums[:, 0], sums[:, 1:] = 0.0, weights
-                sums.cumsum_(dim=-1)
-            floor = torch.from_numpy(_round_down(threshold, ordered.numpy().dtype))
-            below = torch.searchsorted(ordered, floor[:, None], right=True).numpy()[:, 0]
-            at_most_1 = sums.numpy()[row, below] * np.exp(-shift)
-            above = n - below
-            total = np.where(empty, 1.0, above + at_most_1)
-            a = temperature * (log_k - np.log(total)) - anchor
-            trace.append(a)
-            ratios.append(above / total)
+        for temperature, repeated in groupby(temperatures[1:]):
+            stretch = len(list(repeated))
+            if sorting_pays(stretch, rows * n):
+                if not is_ordered:
+                    s.numpy().sort(axis=-1)
+                    is_ordered = True
+                sums = _sums_of_ordered(s, work, temperature)
+            else:
+                sums = partial(_sums_of_all, s, work, temperature, kept is not None)
+            for _ in range(stretch):
+                # The largest of min(s, -a), which keeps the sum from under- and overflowing.
+                anchor = np.minimum(max_score, -a)
+                total, above = sums(-a, anchor)
+                total = np.where(empty, 1.0, total)
+                a = temperature * (log_k - np.log(total)) - anchor
+                trace.append(a)
+                ratios.append(above / total)
     if kept is not None:
         for state, numbers in zip(kept, (trace, ratios, [origin]), strict=True):
             state.copy_(torch.from_numpy(np.stack(numbers, axis=1)))
 
-    y = _move(_working_copy(scores, mask, out=weights), origins)
-    _exp_above(y, torch.from_numpy(-a), last_temperature, out=y).clamp_(max=1.0)
+    if is_ordered:
+        s = _move(_working_copy(scores, mask, out=work), origins)
+    y = _exp_above(s, torch.from_numpy(-a), last_temperature, out=work).clamp_(max=1.0)
     return _fill_hidden(y, mask).to(scores.dtype)
+
+
+def sorting_pays(stretch: int, entries: int) -> bool:
+    """True if iterations of one temperature take less time with the scores in order.
+
+    A sort and running sums take as long as some passes over the scores. PyTorch divides a pass among its threads, at
+    least `ENTRIES_OF_A_THREAD` for each of them; NumPy sorts in one.
+    """
+    threads = max(min(torch.get_num_threads(), entries // ENTRIES_OF_A_THREAD), 1)
+    return stretch >= PASSES_OF_A_SORT * threads
+
+
+def _sums_of_all(
+    s: Tensor, work: Tensor, temperature: float, counts: bool, threshold: np.ndarray, anchor: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | float]:
+    """The sum of exp((min(s, threshold) - anchor) / temperature) for each row, and, if asked for, its share of the
+    entries above the threshold. One pass over all entries."""
+    total = _exp_above(s, torch.from_numpy(anchor), temperature, out=work).clamp_(max=1.0)
+    total = total.sum(dim=-1, dtype=torch.float64).numpy()
+    return total, _count_above(s, threshold, work) if counts else 0.0
+
+
+def _sums_of_ordered(
+    ordered: Tensor, work: Tensor, temperature: float
+) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """The same sums of scores in ascending order, for one temperature. With running sums of their exponentials, a
+    threshold is to be found among them."""
+    rows, n = ordered.shape
+    running = torch.empty(rows, n + 1, dtype=torch.float64, device=ordered.device)
+    row, base = np.arange(rows), np.full(rows, np.inf)
+
+    def sums(threshold: np.ndarray, anchor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal base
+        shift = (anchor - base) / temperature
+        if (np.abs(shift) > MAX_SHIFT).any():
+            base, shift = anchor, np.zeros(rows)
+            _exp_above(ordered, torch.from_numpy(base), temperature, out=work).clamp_(max=LARGEST)
+            running[:, 0], running[:, 1:] = 0.0, work
+            running.cumsum_(dim=-1)
+        floor = torch.from_numpy(_round_down(threshold, ordered.numpy().dtype))
+        below = torch.searchsorted(ordered, floor[:, None], right=True).numpy()[:, 0]
+        above = n - below
+        return above + running.numpy()[row, below] * np.exp(-shift), above
+
+    return sums
 
 
 def backward(
@@ -160,6 +208,12 @@ def _round_down(threshold: np.ndarray, dtype: np.dtype) -> np.ndarray:
     compare with the threshold."""
     nearest = threshold.astype(dtype)
     return np.where(nearest > threshold, np.nextafter(nearest, nearest.dtype.type(-np.inf)), nearest)
+
+
+def _count_above(s: Tensor, threshold: np.ndarray | float, work: Tensor) -> np.ndarray:
+    """How many entries of each row are above an fp64 threshold."""
+    floor = torch.from_numpy(_round_down(np.reshape(threshold, (-1, 1)), s.numpy().dtype))
+    return torch.gt(s, floor, out=work).sum(dim=-1, dtype=torch.float64).numpy()
 
 
 def _exp_above(s: Tensor, threshold: Tensor, temperature: float, *, out: Tensor) -> Tensor:

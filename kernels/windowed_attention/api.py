@@ -26,13 +26,12 @@ from reference._shared.autocast import autocast_dtype
 
 
 def _forward(qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The output, and the lse of each query, to the base that the path computes with."""
+    """The output, and the lse of each query to the base 2."""
     batch, n, width = qkv.shape
     out = qkv.new_empty(batch, n, width // 3)
     lse = qkv.new_empty(batch, heads, n, dtype=torch.promote_types(qkv.dtype, torch.float32))
     if has_values(qkv):
-        attend = launch_forward if _runs_kernel(qkv, heads) else cpu.forward
-        attend(qkv.contiguous(), heads, window_size, causal, _contiguous(mask), out, lse)
+        launch_forward(qkv.contiguous(), heads, window_size, causal, _contiguous(mask), out, lse)
     return out, lse
 
 
@@ -48,9 +47,8 @@ def _backward(
 ) -> Tensor:
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if has_values(qkv):
-        differentiate = launch_backward if _runs_kernel(qkv, heads) else cpu.backward
         inputs = (grad_output.contiguous(), qkv.contiguous(), heads, window_size, causal, _contiguous(mask))
-        differentiate(*inputs, output, lse, dqkv)
+        launch_backward(*inputs, output, lse, dqkv)
     return dqkv
 
 
@@ -97,7 +95,7 @@ def windowed_attention(
 
     Products are of the dtype of qkv, sums and the softmax in fp32. Results are bitwise equal from run to run: the
     backward pass has no atomic additions. Autocast lowers qkv to its dtype. A CPU tensor, one of fp64, and heads of
-    more than 128 dimensions get the same mathematics in PyTorch, by windows and their neighbours.
+    more than 128 dimensions get the definition, which is a kernel of PyTorch.
 
     Args:
         qkv: `b n (3 h d)`, any float dtype: queries, keys and values, each with the heads one after the other.
@@ -112,10 +110,12 @@ def windowed_attention(
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
-        NotImplementedError: a second derivative or forward mode is asked for.
+        NotImplementedError: a second derivative or forward mode is asked for, but on the CPU.
     """
     check_windows(qkv, heads, window_size, mask)
     lowered = autocast_dtype(qkv)
     qkv = qkv if lowered is None else qkv.to(lowered)
+    if not _runs_kernel(qkv, heads):
+        return cpu.windowed_attention(qkv, heads, window_size, causal, mask)
     out, _ = _operation(qkv, heads, window_size, causal, mask)
     return out

@@ -16,7 +16,7 @@ from tests.kernels.devices import DEVICE
 
 INTERPRETED = triton.knobs.runtime.interpret
 
-IN_PYTORCH = {"combine", "normalize", "routed_attention", "topk"}
+IN_PYTORCH = {"combine", "normalize", "routed_attention", "topk", "windowed_attention"}
 """Operations that are not called where no kernel takes the tensors."""
 
 

@@ -3,6 +3,7 @@ import torch
 import triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +20,9 @@ INTERPRETED = triton.knobs.runtime.interpret
 # Where nothing has been within reach of a query yet, the interpreter's NumPy warns of infinities that are not used.
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.parametrize("device", DEVICES)]
 
+in_a_kernel = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="a CPU tensor gets the definition"
+)
 around_the_kernels = pytest.mark.skipif(INTERPRETED, reason="about what is around the kernels")
 
 
@@ -186,6 +190,7 @@ def test_wrong_arguments(device, arguments, message):
 
 
 @around_the_kernels
+@in_a_kernel
 def test_second_derivative_is_refused(device):
     qkv = tokens(1, 5, 1, 16, device).requires_grad_()
     out = windowed_attention(qkv, heads=1, window_size=2)
@@ -202,6 +207,7 @@ def test_is_bitwise_reproducible(device):
 
 
 @around_the_kernels
+@in_a_kernel
 def test_is_an_operator(device):
     qkv, mask = tokens(1, 9, 1, 16, device).requires_grad_(), torch.rand(1, 9, device=device) > 0.2
     torch.library.opcheck(torch.ops.colt5.windowed_attention, (qkv, 1, 3, False, mask))
@@ -303,8 +309,8 @@ def test_flops_are_those_of_the_pairs_in_reach(device, n, window_size, causal):
 
 @around_the_kernels
 def test_a_flop_counter_sees_it(device):
-    qkv = tokens(2, 50, 2, 16, device).requires_grad_()
-    with FlopCounterMode(display=False) as counter:
+    with triton_for_cpu_tensors(), FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        qkv = torch.randn(2, 50, 3 * 2 * 16, device=device, requires_grad=True)
         windowed_attention(qkv, heads=2, window_size=8).sum().backward()
     products_and_their_gradients = 2 + 5
     assert counter.get_total_flops() == products_and_their_gradients * 2 * 2 * 2 * pairs_in_reach(50, 8, False) * 16
