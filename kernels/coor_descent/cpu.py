@@ -222,9 +222,10 @@ def _exp_above(s: Tensor, threshold: Tensor, temperature: float, *, out: Tensor)
     The threshold is used as an unevaluated pair of the dtype of s: rounded, it would shift every exponent of a row the
     same way, and with them the next threshold.
     """
-    high = threshold.to(s.dtype)
-    low = (threshold - high).to(s.dtype)
-    return torch.sub(s, high[:, None], out=out).sub_(low[:, None]).mul_(1.0 / temperature).exp_()
+    wide = threshold.numpy()[:, None]
+    high = wide.astype(s.numpy().dtype)
+    low = (wide - high).astype(high.dtype)
+    return torch.sub(s, torch.from_numpy(high), out=out).sub_(torch.from_numpy(low)).mul_(1.0 / temperature).exp_()
 
 
 def _fill_hidden(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -15,15 +15,15 @@ def scores(
     if slots is not None:
         slots.fill_(-1)
     x = x.to(scores.dtype)
+    products = scores[..., :n]
     with without_autocast(x):
-        products = routing_tokens.to(scores.dtype) @ x.mT
+        torch.matmul(routing_tokens.to(scores.dtype), x.mT, out=products)
     scores[..., n:] = 0.0
     if inverse_norms is None:
-        scores[..., :n] = products
         return
     inverse_norms[:, n:] = 0.0
     inverse_norms[:, :n] = 1.0 / x.norm(dim=-1).clamp(min=SMALLEST_NORM)
-    torch.mul(products, inverse_norms[:, None, :n], out=scores[..., :n])
+    products.mul_(inverse_norms[:, None, :n])
 
 
 def gradients(
@@ -45,13 +45,16 @@ def gradients(
         grad = grad * inverse_norms[:, None]
     with without_autocast(x):
         if dx is not None:
-            grad_x = grad.mT @ routing_tokens.to(wide)
+            # To touch memory for the first time takes longer than the product.
+            grad_x = dx if dx.dtype == wide else dx.new_empty(dx.shape, dtype=wide)
+            torch.matmul(grad.mT, routing_tokens.to(wide), out=grad_x)
             if inverse_norms is not None:
                 grad_x.addcmul_(along[..., None], x, value=-1.0)
             if gathered is not None:
                 indices, _, grad_tokens = gathered
                 _add_gathered(grad_x, indices, grad_tokens)
-            dx.copy_(grad_x)
+            if grad_x is not dx:
+                dx.copy_(grad_x)
         dr = grad @ x
     return dr.sum(dim=0, keepdim=True) if routing_tokens.shape[0] == 1 else dr
 

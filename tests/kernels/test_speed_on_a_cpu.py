@@ -1,0 +1,87 @@
+"""A CPU tensor waits for no kernel longer than for its definition, whatever the sizes, iterations and direction."""
+
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+import triton
+
+import kernels
+import reference
+from colt5_bench.measuring.timing import time_interleaved
+from colt5_bench.records.samples import beside, intervals
+
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.slow,
+    pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter is not timed"),
+]
+
+SLOWER = 1.1
+"""From which ratio on an interval of ours over the definition, if it lies above as a whole, is a failure."""
+
+REPETITIONS = 3
+"""Measurements that all have to fail: other work on the machine makes one of them wrong."""
+
+CONSTANT, DECAYING = {"eps": 0.1}, {"eps": 0.03, "eps_init": 4.0, "eps_decay": 0.7}
+TWENTY = {"n_iters": 20, **DECAYING}
+
+
+def descents():
+    for (rows, n), n_iters, schedule in product(
+        [(512, 512), (64, 4096), (1, 131072)], (2, 5, 20), (CONSTANT, DECAYING)
+    ):
+        yield "coor_descent", (rows, n), {"k": n / 16, "n_iters": n_iters, **schedule}
+
+
+def prefixes():
+    for n, window_size in product((1024, 4096), (128,)):
+        yield "route_prefixes", (1, 2, n), {"window_size": window_size, "num_selected": 256, "k": 288.0, **TWENTY}
+
+
+def windows():
+    for n, window_size, causal in product((512, 2048), (32, 4096), (False, True)):
+        yield "windowed_attention", (1, n, 3 * 4 * 64), {"heads": 4, "window_size": window_size, "causal": causal}
+
+
+def described(value):
+    return value if isinstance(value, str) else None
+
+
+@pytest.fixture(params=[1, None], ids=["one thread", "all threads"], autouse=True)
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param or before)
+    yield
+    torch.set_num_threads(before)
+
+
+def interval_of_ratio(calls):
+    timings = time_interleaved(calls, device=torch.device("cpu"), columns=("wall",), target=0.03, max_seconds=0.25)
+    samples = {name: columns["wall"].samples for name, columns in timings.items()}
+    ((low, high),) = intervals([beside(samples["ours"], samples["definition"])])
+    return low, high
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize(("name", "shape", "options"), [*descents(), *prefixes(), *windows()], ids=described)
+def test_ours_takes_no_longer_than_the_definition(name, shape, options, direction):
+    x = torch.randn(shape, requires_grad=direction != "forward")
+
+    def call(module):
+        operation = partial(getattr(module, name), **options)
+
+        def run():
+            result = operation(x)
+            result = result if isinstance(result, torch.Tensor) else result.weights
+            if x.requires_grad:
+                torch.autograd.grad(result.sum(), x)
+
+        return run
+
+    calls = {"definition": call(reference), "ours": call(kernels)}
+    seen = []
+    while len(seen) < REPETITIONS and (not seen or seen[-1][0] > SLOWER):
+        seen.append(interval_of_ratio(calls))
+    assert seen[-1][0] <= SLOWER, f"ours over the definition, each time as an interval: {seen}"
