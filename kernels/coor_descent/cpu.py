@@ -15,6 +15,9 @@ from torch import Tensor
 
 from kernels.coor_descent.constants import FAR, LARGEST, MAX_SHIFT
 
+Sums = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray | float]]
+"""From a threshold and an anchor of each row to the sum of an iteration, and its share of the entries above."""
+
 ENTRIES_OF_A_THREAD = 32768
 """Entries that PyTorch gives a thread at least, in elementwise operations."""
 
@@ -55,6 +58,7 @@ def forward(
         trace, ratios = [a], [np.zeros_like(a)]
         for temperature, repeated in groupby(temperatures[1:]):
             stretch = len(list(repeated))
+            sums: Sums
             if sorting_pays(stretch, rows * n):
                 if not is_ordered:
                     s.numpy().sort(axis=-1)
@@ -95,14 +99,12 @@ def _sums_of_all(
 ) -> tuple[np.ndarray, np.ndarray | float]:
     """The sum of exp((min(s, threshold) - anchor) / temperature) for each row, and, if asked for, its share of the
     entries above the threshold. One pass over all entries."""
-    total = _exp_above(s, torch.from_numpy(anchor), temperature, out=work).clamp_(max=1.0)
-    total = total.sum(dim=-1, dtype=torch.float64).numpy()
+    terms = _exp_above(s, torch.from_numpy(anchor), temperature, out=work).clamp_(max=1.0)
+    total = terms.sum(dim=-1, dtype=torch.float64).numpy()
     return total, _count_above(s, threshold, work) if counts else 0.0
 
 
-def _sums_of_ordered(
-    ordered: Tensor, work: Tensor, temperature: float
-) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+def _sums_of_ordered(ordered: Tensor, work: Tensor, temperature: float) -> Sums:
     """The same sums of scores in ascending order, for one temperature. With running sums of their exponentials, a
     threshold is to be found among them."""
     rows, n = ordered.shape
