@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.coor_descent.constants import FAR, LARGEST, MAX_SHIFT
 
 Sums = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray | float]]
-"""From a threshold and an anchor of each row to the sum of an iteration, and its share of the entries above."""
+"""A function from thresholds and anchors of rows to the sums of an iteration, and the counts of entries above."""
 
 ENTRIES_OF_A_THREAD = 32768
 """Entries that PyTorch gives a thread at least, in elementwise operations."""
@@ -97,8 +97,9 @@ def sorting_pays(stretch: int, entries: int) -> bool:
 def _sums_of_all(
     s: Tensor, work: Tensor, temperature: float, counts: bool, threshold: np.ndarray, anchor: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray | float]:
-    """The sum of exp((min(s, threshold) - anchor) / temperature) for each row, and, if asked for, its share of the
-    entries above the threshold. One pass over all entries."""
+    """Sums of exp((min(s, threshold) - anchor) / temperature) by row, and, if asked for, counts above the threshold.
+
+    Each is a pass over all entries."""
     terms = _exp_above(s, torch.from_numpy(anchor), temperature, out=work).clamp_(max=1.0)
     total = terms.sum(dim=-1, dtype=torch.float64).numpy()
     return total, _count_above(s, threshold, work) if counts else 0.0
@@ -213,7 +214,7 @@ def _round_down(threshold: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _count_above(s: Tensor, threshold: np.ndarray | float, work: Tensor) -> np.ndarray:
-    """How many entries of each row are above an fp64 threshold."""
+    """The number of entries of each row above an fp64 threshold."""
     floor = torch.from_numpy(_round_down(np.reshape(threshold, (-1, 1)), s.numpy().dtype))
     return torch.gt(s, floor, out=work).sum(dim=-1, dtype=torch.float64).numpy()
 

@@ -70,8 +70,9 @@ def backward(
 
 
 def _side_by_side(scores: Tensor, window_size: int, windows: int) -> Iterator[tuple[slice, Tensor]]:
-    """Groups of windows, and the scores before each of them as rows `(b w r) length`, in the fp32 at least that weights
-    are in. Rows have the length of the longest, and -inf after their own."""
+    """Groups of windows, and the scores before each of them as rows `(b w r) length`.
+
+    They are in fp32 at least, as weights are. Rows have the length of the longest, and -inf after their own."""
     batch, routes, _ = scores.shape
     wide, start = scores.to(torch.promote_types(scores.dtype, torch.float32)), 0
     while start < windows:
