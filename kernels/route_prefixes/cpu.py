@@ -32,7 +32,7 @@ def forward(
         for of_all, numbers in zip(views_of(state), kept, strict=True):
             of_group = _of_windows(of_all, indices, windows)
             of_group.copy_(numbers.view(of_group.shape))
-        # What is not of a prefix comes last, in order.
+        # Entries after a prefix come last, in order.
         largest = prefixes.sort(dim=-1, descending=True, stable=True).indices[:, :selected]
         found = largest.shape[-1]
         of_largest = y.gather(-1, largest)
@@ -42,7 +42,6 @@ def forward(
         of_windows[..., :found] = largest.view(*of_windows.shape[:3], -1)
         of_windows[..., found:] = torch.arange(found, selected, device=scores.device)
         weights[:, windows, :, :found] = of_largest.view(*of_windows.shape[:3], -1)
-        weights[:, windows, :, found:] = 0.0
         weights[:, windows].masked_fill_(of_windows >= own, 0.0)
 
 
