@@ -3,8 +3,25 @@
 from types import ModuleType
 
 import pytest
+import triton.language as tl
+from triton.runtime import interpreter
 
 from kernels._common.launch import PLANNERS
+
+_patch_lang = interpreter._patch_lang
+
+
+def _patch_lang_once(fn):
+    """Patch the language modules that a function sees, unless all are patched already.
+
+    Triton's interpreter patches them again at each call of a function from a kernel, which takes most of its time.
+    """
+    seen = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+    patched = seen and not any(tl.core.is_builtin(lang.load) for lang in seen)
+    return interpreter._LangPatchScope() if patched else _patch_lang(fn)
+
+
+interpreter._patch_lang = _patch_lang_once
 
 
 @pytest.fixture
