@@ -90,6 +90,22 @@ FOUND = [
         '"power": 8, "null": null, "light": "float32", "residual": null, "scores": null}, '
         '"options": {"length": 3, "dtype": "float16"}}'
     ),
+    # A single route came with a dimension of its own from one of two ways, and without it from the other.
+    (
+        '{"name": "ConditionalRoutedAutoregressiveAttention", "seed": 395859943, "dtype": "float32", '
+        '"autocast": null, "grad": true, "layout": "transposed", "data": {"x": [2, 4, 64], "dim": 64, '
+        '"routes": 1, "std": 0.25, "given": {"num_heavy_tokens_q": 1, "num_heavy_tokens_kv": null, '
+        '"random_route": false, "routing_tokens_q": false, "routing_tokens_kv": false, '
+        '"routing_tokens": false}}, "options": {"dim": 64, "num_heavy_tokens_q": 1, '
+        '"num_heavy_tokens_kv": 1, "num_routed_kv": 1, "light_dim_head": 64, "light_heads": 2, '
+        '"light_window_size": 3, "heavy_window_size": null, "heavy_dim_head": 32, "heavy_heads": 2, '
+        '"router_straight_through": true, "router_kwargs": {"n_iters": 2, "fetch_k_ratio": 1.0, "eps": 0.3, '
+        '"eps_decay": 0.7, "eps_init": null, "cosine_sim_routing": false, "cosine_sim_scale": 1.5, '
+        '"route_block_size": null, "triton_checkpoint_segments": 2, "solver": "exact", '
+        '"normalize_to": "fetched"}, "multiply_keys_by_score": false, "multiply_queries_by_score": true, '
+        '"use_null_q_tokens": false, "use_flash_attn": true, "rotary_emb": true, '
+        '"causal_query_routing": false}}'
+    ),
 ]
 """Lines of cases that failed once, and why."""
 

@@ -20,7 +20,7 @@ from colt5_bench.measuring.rounding import MovedOperands
 from colt5_bench.tolerance import Tolerance
 from suites._descent import FORWARD_BOUND, GRADIENT_BOUND
 from tests.kernels.fuzz.cases import Case, Maker, build
-from tests.kernels.fuzz.definition import Function, Tensors, Watched, definition, ours
+from tests.kernels.fuzz.definition import Function, Tensors, Watched, as_rows_of, definition, ours
 from tests.kernels.fuzz.kinks import rows_at_kink
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -237,9 +237,10 @@ def _compare(name: str, found: Tensor, truth: Tensor, allowed: tuple[Tolerance, 
 def _check_selections(of_truth: Watched, spreads: list[float]) -> list[Fault]:
     """What was selected has the largest scores, in their order, within what roundings move these by."""
     messages = []
-    for (scores, mask), indices, spread in zip(of_truth.ranked, of_truth.selections, spreads, strict=False):
+    for (scores, mask), selected_of_rows, spread in zip(of_truth.ranked, of_truth.selections, spreads, strict=False):
         if not scores.numel():
             continue
+        indices = as_rows_of(scores, selected_of_rows)
         if indices.min() < 0 or indices.max() >= scores.shape[-1]:
             messages.append("an index is out of range")
             continue

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, prod
 from typing import Any
 from unittest import mock
 
@@ -187,6 +187,11 @@ def _within_blocks(indices: Tensor, options: dict[str, Any], n: int) -> Tensor:
     return indices.unflatten(-1, (blocks, -1)) - starts
 
 
+def as_rows_of(scores: Tensor, indices: Tensor) -> Tensor:
+    """Indices selected from rows of scores, in the shape of these. A single route may have a dimension or not."""
+    return indices.reshape(*scores.shape[:-1], -1)
+
+
 # What the definition does with it -------------------------------------------------------------------------------------
 
 
@@ -199,8 +204,9 @@ def _replaying(watched: Watched) -> Iterator[dict[str, Callable[..., Any]]]:
         watched.ranked.append((scores.detach(), mask))
         indices = next(given)
         expected = (*scores.shape[:-1], num_selected)
-        assert indices.shape == expected, f"selected are {tuple(indices.shape)}, by the definition {expected}"
-        return indices
+        fits = indices.shape[-1] == num_selected and indices.numel() == prod(expected)
+        assert fits, f"selected are {tuple(indices.shape)}, by the definition {expected}"
+        return as_rows_of(scores, indices)
 
     def relaxing(name: str) -> Callable[..., Tensor]:
         def relax(scores: Tensor, **options: Any) -> Tensor:
