@@ -402,10 +402,12 @@ class Launcher:
         if known is None:
             self._keep(tuple(key), *self._launch_by_triton(arguments))
             return
-        # Scratch memory lives until the kernels are in their stream, which its next owner comes after.
-        scratch = [allocate() for allocate in known.scratch]
-        addresses += [each.data_ptr() for each in scratch]
-        addresses += [addresses[number] + offset for number, offset in known.parts]
+        if known.scratch:
+            # It lives until the kernels are in their stream, which its next owner comes after.
+            scratch = [allocate() for allocate in known.scratch]
+            addresses += [each.data_ptr() for each in scratch]
+        if known.parts:
+            addresses += [addresses[number] + offset for number, offset in known.parts]
         stream = active.get_current_stream(device)
         for run, programs, function, metadata, take, rest, _ in known.launches:
             run(programs, 1, 1, stream, function, metadata, None, None, None, *take(addresses), *rest)

@@ -46,7 +46,8 @@ def check_float(name: str, tensor: Tensor) -> None:
         raise NotImplementedError(
             "torch.jit.trace makes constants of sizes and choices: use torch.export.export instead"
         )
-    require(tensor.dtype in FLOAT_DTYPES, name, tensor.dtype, "a tensor of a float dtype")
+    dtype = tensor.dtype
+    require(dtype in FLOAT_DTYPES, name, dtype, "a tensor of a float dtype")
 
 
 def check_integers(**integers: int) -> None:
@@ -57,8 +58,8 @@ def check_integers(**integers: int) -> None:
 
 def check_counts(**counts: int) -> None:
     """Numbers of tokens, heads and the like are integers of at least 1."""
-    check_integers(**counts)
     for name, count in counts.items():
+        require(_is_integer(count), name, count, "an integer")
         require(count >= 1, name, count, ">= 1")
 
 
@@ -82,7 +83,9 @@ def _is_integer(value: object) -> bool:
 
 def _is_number(value: Any) -> bool:
     """An integer, or a float that is not infinite. NaN is one here: who compares it with a bound refuses it."""
-    if type(value) is float or isinstance(value, Real):
+    if type(value) in (float, int):
+        return abs(value) != inf
+    if isinstance(value, Real):
         return not isinstance(value, bool) and abs(value) != inf
     return isinstance(value, (torch.SymInt, torch.SymFloat))
 
@@ -90,11 +93,12 @@ def _is_number(value: Any) -> bool:
 def check_scores(scores: Tensor, mask: Tensor | None) -> None:
     """Scores are a float tensor (..., n) with n >= 1; a mask is boolean and broadcasts to their shape."""
     check_float("scores", scores)
-    require(scores.ndim >= 1, "scores", "a tensor without dimensions", "of shape (..., n)")
-    require(scores.shape[-1] >= 1, "scores", scores.shape, "of shape (..., n) with n >= 1")
+    shape = scores.shape
+    require(len(shape) >= 1, "scores", "a tensor without dimensions", "of shape (..., n)")
+    require(shape[-1] >= 1, "scores", shape, "of shape (..., n) with n >= 1")
     if mask is not None:
         require(mask.dtype == torch.bool, "mask", mask.dtype, "a tensor of dtype torch.bool")
-        _check_broadcast("mask", mask, scores.shape, "the shape of scores")
+        _check_broadcast("mask", mask, shape, "the shape of scores")
         require(mask.device == scores.device, "mask", mask.device, "on {} as scores are", scores.device)
 
 
