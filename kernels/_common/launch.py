@@ -350,6 +350,9 @@ def _does_something(hook: Any) -> bool:
 _VALUES = frozenset({int, float, bool, type(None), torch.dtype})
 """Types of arguments of a launcher that are no tensors."""
 
+LAUNCHERS: list["Launcher"] = []
+"""All of them, for tests that change what they would launch."""
+
 MOST_KEPT = 4096
 """Calls that a launcher keeps. It begins anew when there are more."""
 
@@ -375,6 +378,11 @@ class Launcher:
         self._choose = choose
         self._kept: dict[tuple[Any, ...], _Call] = {}
         self.__doc__ = choose.__doc__
+        LAUNCHERS.append(self)
+
+    def forget(self) -> None:
+        """Choose anew from the next call on."""
+        self._kept.clear()
 
     def __call__(self, *arguments: Any) -> None:
         index = arguments[0].get_device()

@@ -3,7 +3,8 @@
 Scores become unsigned integers of the same order. Four passes over a row, one for each byte of these from the highest
 to the lowest, count the entries that agree with what is known of the last selected one by the value of the next byte;
 after them it is known whole. Where programs share a row, counts meet in integers, which add up to the same in any
-order. What lies above goes into a list as it comes; of what is equal, the first by index. The list is put in order by
+order. These programs wait for each other between passes if all can run at the same time; else each pass is a launch.
+What lies above goes into a list as it comes; of what is equal, the first by index. The list is put in order by
 counting, for each of its entries, those that go before it; where there are many rows, by a sorting network.
 """
 
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Launch, Launcher, Plan, Scratch, multiprocessors, planner
+from kernels._common.launch import COUNTS, Launch, Launcher, Plan, Scratch, most_registers, multiprocessors, planner
 from kernels.select import constants
 
 CHUNK = 4096
@@ -164,6 +165,73 @@ def _count_kernel(
     tl.store(own_counts_ptr + (row * parts + part) * BINS + values, counts, mask=is_last & (values < BINS))
 
 
+@triton.jit
+def _first_of_equal(own_counts_ptr, row, part, parts, known):
+    """The number of entries equal to the last selected one in the parts of a row before this."""
+    own_counts_ptr += row * parts * BINS + (known & 0xFF).to(tl.int64)
+    found = tl.zeros((), tl.int32)
+    for start in range(0, part, BINS):
+        earlier = start + tl.arange(0, BINS)
+        # From the L2 cache, where programs that still run have written them.
+        counts = tl.load(own_counts_ptr + earlier * BINS, mask=earlier < part, other=0, cache_modifier=".cg")
+        found += tl.sum(counts, axis=0)
+    return found
+
+
+@triton.jit
+def _wait_for_all(arrived_ptr, goal):
+    """Go on when so many have arrived. What each of them has written before can then be read from the L2 cache.
+
+    One thread counts and asks, so that all threads of a program find the same.
+    """
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") + 1
+    while arrived < goal:
+        arrived = tl.atomic_add(arrived_ptr, 0, sem="acquire")
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _search_kernel(
+    scores_ptr,  # rows n
+    mask_ptr,  # rows n
+    counts_ptr,  # rows BYTES+1 BINS, int32: counts of each byte, then two counters; zeros at first
+    own_counts_ptr,  # rows parts BINS, int32: of the last byte
+    keys_ptr,  # rows selected, int64
+    scores_stride,
+    mask_stride,
+    n,
+    selected,
+    parts,
+    BLOCK: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """Search and collection of rows whose programs all run at the same time, with the parts of rows in registers."""
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    columns = part * BLOCK + tl.arange(0, BLOCK)
+    exists = columns < n
+    ordered = _load_ordered(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
+    counts_ptr += row * ((BYTES + 1) * BINS)
+    taken_ptr = counts_ptr + BYTES * BINS
+    values = tl.arange(0, BINS)
+    known = tl.zeros((), tl.uint32)
+    remaining = selected + tl.zeros((), tl.int32)
+    for byte in tl.static_range(BYTES):
+        counts = _count_byte(ordered, exists, known, byte)
+        tl.atomic_add(counts_ptr + byte * BINS + values, counts, mask=counts > 0, sem="relaxed")
+        if byte == BYTES - 1:
+            tl.store(own_counts_ptr + (row * parts + part) * BINS + values, counts)
+        _wait_for_all(taken_ptr + 1, (byte + 1) * parts)
+        counts = tl.load(counts_ptr + byte * BINS + values, cache_modifier=".cg")
+        known, remaining = _narrow(counts, known, remaining)
+
+    first_equal = _first_of_equal(own_counts_ptr, row, part, parts, known)
+    above, equal = exists & (ordered > known), exists & (ordered == known)
+    first_above = tl.atomic_add(taken_ptr, tl.sum(above.to(tl.int32), axis=0), sem="relaxed")
+    _collect(keys_ptr + row * selected, ordered, columns, above, equal, first_above, first_equal, remaining, selected)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def _collect_kernel(
     scores_ptr,  # rows n
@@ -187,13 +255,7 @@ def _collect_kernel(
     exists = columns < n
     ordered = _load_ordered(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
     known, remaining = _known_so_far(counts_ptr, row, part, selected, BYTES)
-
-    own_counts_ptr += row * parts * BINS + (known & 0xFF).to(tl.int64)
-    first_equal = tl.zeros((), tl.int32)
-    for start in range(0, part, BINS):
-        earlier = start + tl.arange(0, BINS)
-        first_equal += tl.sum(tl.load(own_counts_ptr + earlier * BINS, mask=earlier < part, other=0), axis=0)
-
+    first_equal = _first_of_equal(own_counts_ptr, row, part, parts, known)
     above, equal = exists & (ordered > known), exists & (ordered == known)
     taken_ptr = counts_ptr + row * ((BYTES + 1) * BINS) + BYTES * BINS
     first_above = tl.atomic_add(taken_ptr, tl.sum(above.to(tl.int32), axis=0), sem="relaxed")
@@ -260,6 +322,16 @@ def _plan_counts(n_rows: int, n: int) -> Plan:
 
 
 @planner
+def _plan_search(n_rows: int, n: int, available: int) -> Plan:
+    """All passes in one launch, if programs share rows and can run at the same time. Else each is a launch."""
+    plan = _plan(n_rows, n)
+    if plan.pieces == 1 or plan.programs > available:
+        return _plan_counts(n_rows, n)
+    together = {"launch_cooperative_grid": True, "maxnreg": most_registers(plan.settings["num_warps"])}
+    return plan._replace(settings={**plan.settings, **together})
+
+
+@planner
 def _plan_order(n_rows: int, selected: int, available: int) -> Plan:
     """Pieces are blocks of selected entries, each of which has a program that ranks it. None: a program sorts a row."""
     if selected <= MOST_SORTED and n_rows * selected**2 > LEAST_COMPARED * available:
@@ -309,8 +381,10 @@ def _search(scores: Tensor, mask: Tensor | None, keys: Tensor | Scratch, selecte
         return
     counts = Scratch(n_rows, BYTES.value + 1, BINS.value, dtype=torch.int32, zeros=True)
     own_counts = Scratch(n_rows, parts, BINS.value, dtype=torch.int32)
+    search = _plan_search(n_rows, n, multiprocessors(scores.device))
+    if "launch_cooperative_grid" in search.settings:
+        yield Launch(_search_kernel, search, *inputs, counts, own_counts, keys, *numbers, parts, **variant)
+        return
     for byte in range(BYTES.value):
-        yield Launch(
-            _count_kernel, _plan_counts(n_rows, n), *inputs, counts, own_counts, *numbers, parts, byte, **variant
-        )
+        yield Launch(_count_kernel, search, *inputs, counts, own_counts, *numbers, parts, byte, **variant)
     yield Launch(_collect_kernel, plan, *inputs, counts, own_counts, keys, *numbers, parts, **variant)

@@ -6,7 +6,7 @@ import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 
-from kernels._common.launch import PLANNERS
+from kernels._common.launch import LAUNCHERS, PLANNERS
 
 _patch_lang = interpreter._patch_lang
 
@@ -31,6 +31,8 @@ def set_sizes(monkeypatch):
     def forget():
         for planner in PLANNERS:
             planner.cache_clear()
+        for launcher in LAUNCHERS:
+            launcher.forget()
 
     def set_sizes(module: ModuleType, **sizes: int) -> None:
         forget()

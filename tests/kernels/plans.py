@@ -310,7 +310,7 @@ OPERATIONS = {
         _variants(per_row=BOOL, itemsize=(2, 4)),
     ),
     "select": Operation(
-        (select_kernels._plan, select_kernels._plan_counts, select_kernels._plan_order),
+        (select_kernels._plan, select_kernels._plan_counts, select_kernels._plan_search, select_kernels._plan_order),
         select,
         _variants(masked=BOOL, itemsize=(2, 4)),
     ),

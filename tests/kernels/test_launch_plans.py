@@ -150,8 +150,8 @@ def test_a_multiprocessor_has_what_a_plan_asks_for(planner):
         assert 0 <= plan.programs <= MOST_PROGRAMS, sizes
         if plan.settings.get("launch_cooperative_grid"):
             assert plan.programs <= sizes["available"], sizes
-            # Each word of the mailbox is read by one thread: else not all find the same.
-            assert 4 * plan.settings["SLOTS"] >= threads, sizes
+            # Each word of a mailbox is read by one thread: else not all find the same.
+            assert 4 * plan.settings.get("SLOTS", threads) >= threads, sizes
 
 
 def faults_of(kernel, target, spared=0):

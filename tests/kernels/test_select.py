@@ -16,11 +16,13 @@ INTERPRETED = triton.knobs.runtime.interpret
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 
-@pytest.fixture(params=["one program a row", "parts"])
+@pytest.fixture(params=["one program a row", "parts", "a launch of each pass"])
 def path(request, set_sizes):
     """Each way in which a kernel goes through a row of these tests' length."""
-    if request.param == "parts":
+    if request.param != "one program a row":
         set_sizes(select_kernels, CHUNK=64)
+    if request.param == "a launch of each pass":
+        set_sizes(select_kernels, multiprocessors=lambda device: 1)
 
 
 def check(scores, k, mask=None):
