@@ -83,9 +83,7 @@ def _is_integer(value: object) -> bool:
 
 def _is_number(value: Any) -> bool:
     """An integer, or a float that is not infinite. NaN is one here: who compares it with a bound refuses it."""
-    if type(value) in (float, int):
-        return abs(value) != inf
-    if isinstance(value, Real):
+    if type(value) is float or type(value) is int or isinstance(value, Real):
         return not isinstance(value, bool) and abs(value) != inf
     return isinstance(value, (torch.SymInt, torch.SymFloat))
 
