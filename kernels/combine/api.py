@@ -27,12 +27,13 @@ def _forward(
     start: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The sum `(b n) d` of routed tokens `(b k) d` and the optional terms, and the map `b n`."""
-    batch = indices.shape[0]
-    out = routed.new_empty((batch * n, routed.shape[1]), dtype=dtype)
+    """The sum `b n d` of routed tokens `b k d` and the optional terms, and the map `b n`."""
+    batch, _, d = routed.shape
+    out = routed.new_empty((batch, n, d), dtype=dtype)
     slots = map_slots(indices, n)
     if has_values(out):
-        launch_forward(routed, scores, slots, null, light, residual, start, out)
+        terms = (None if each is None else as_rows(each) for each in (light, residual))
+        launch_forward(as_rows(routed), scores, slots, null, *terms, start, out)
     return out, slots
 
 
@@ -50,11 +51,11 @@ def _backward(
     drouted, dscores = routed.new_empty(routed.shape), scores.new_empty(scores.shape)
     dlight = None if light_dtype is None else grad_output.new_empty(grad_output.shape, dtype=light_dtype)
     if not has_values(grad_output):
-        dnull = None if null_slots is None else grad_output.new_zeros(routed.shape[1], dtype=torch.float32)
+        dnull = None if null_slots is None else grad_output.new_zeros(routed.shape[2], dtype=torch.float32)
         return drouted, dscores.zero_(), dnull, dlight
     grad_output = as_rows(grad_output)
     if has_values(routed):
-        launch_routed_backward(grad_output, routed, scores, indices, drouted, dscores)
+        launch_routed_backward(grad_output, as_rows(routed), scores, indices, drouted, dscores)
     dnull = None
     if null_slots is not None or dlight is not None:
         dnull = launch_sweep(grad_output, null_slots, start, dlight)
@@ -120,18 +121,21 @@ def combine(
     check_combine(routed, scores, indices, length, null, light, residual, start, dtype)
     tensors = (routed, scores, null, light, residual)
     result = result_dtype(dtype, *tensors)
-    batch, _, d = routed.shape
-    if not runs_triton(routed) or d > LONGEST or any(t is not None and t.dtype == torch.float64 for t in tensors):
+    if (
+        not runs_triton(routed)
+        or routed.shape[2] > LONGEST
+        or any(t is not None and t.dtype == torch.float64 for t in tensors)
+    ):
         return cpu.combine(routed, scores, indices, length, null, light, residual, start, result)
     out, _ = _operation(
-        as_rows(routed),
+        routed,
         scores.contiguous(),
         indices.contiguous(),
         null if null is None else null.contiguous(),
-        None if light is None else as_rows(light),
-        None if residual is None else as_rows(residual),
+        light,
+        residual,
         length,
         start,
         result,
     )
-    return out.view(batch, length, d)
+    return out

@@ -189,9 +189,9 @@ def launch_forward(
     start: int,
     out: Tensor,
 ) -> Iterator[Launch]:
-    """Write the sum `(b n) d` of routed tokens `(b k) d` and the optional terms, by the map of `map_slots`. Null stands
-    for tokens from start on."""
-    n_rows, d = out.shape
+    """Write the sum `b n d` of routed tokens `(b k) d` and the optional terms `(b n) d`, by the map of `map_slots`.
+    Null stands for tokens from start on."""
+    n_rows, d = slots.numel(), routed.shape[1]
     yield Launch(
         _forward_kernel,
         plan_rows(n_rows, d),

@@ -19,12 +19,12 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, center: bool, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, and of each row the mean, if that is subtracted, and what the rest is multiplied with."""
-    n_rows = x.shape[0]
+    n_rows = x.numel() // x.shape[-1]
     y = x.new_empty(x.shape, dtype=dtype)
     mean = x.new_empty(n_rows if center else 0, dtype=torch.float32)
     scale = x.new_empty(n_rows, dtype=torch.float32)
     if has_values(x):
-        launch_forward(x, weight, bias, center, eps, y, mean, scale)
+        launch_forward(as_rows(x), weight, bias, center, eps, y, mean, scale)
     return y, mean, scale
 
 
@@ -41,8 +41,8 @@ def _backward(
     """The gradient of x, and in fp32 those of weight and, if there is one, bias, one below the other."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if has_values(x):
-        return dx, launch_backward(as_rows(grad_y), x, weight, mean, scale, center, has_bias, eps, dx)
-    return dx, x.new_zeros((1 + has_bias, x.shape[1]), dtype=torch.float32)
+        return dx, launch_backward(as_rows(grad_y), as_rows(x), weight, mean, scale, center, has_bias, eps, dx)
+    return dx, x.new_zeros((1 + has_bias, x.shape[-1]), dtype=torch.float32)
 
 
 _operation = Operation(
@@ -89,5 +89,5 @@ def normalize(
     if x.dtype == torch.float64 or x.shape[-1] > LONGEST or not runs_triton(x):
         return cpu.normalize(x, weight, bias, center, eps).to(result)
     bias = None if bias is None else bias.contiguous()
-    y, *_ = _operation(as_rows(x), weight.contiguous(), bias, center, eps, result)
-    return y.view(x.shape)
+    y, *_ = _operation(x, weight.contiguous(), bias, center, eps, result)
+    return y

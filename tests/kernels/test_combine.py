@@ -144,8 +144,6 @@ def test_opcheck():
     if ON_CPU_PATH:
         pytest.skip("the CPU path composes PyTorch's operators")
     tensors, indices = problem(2, 3, 7, 6, dtypes=AUTOCAST, past=1)
-    for name in ("routed", "light", "residual"):
-        tensors[name] = tensors[name].flatten(0, 1)
     routed, scores, null, light, residual = (tensor.requires_grad_() for tensor in tensors.values())
     arguments = (routed, scores, indices, null, light, residual, 7, 2, torch.float32)
     torch.library.opcheck(torch.ops.colt5.combine.default, arguments)

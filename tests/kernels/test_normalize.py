@@ -126,7 +126,7 @@ def test_wrong_arguments_are_named(operation, wrong, message):
 def test_opcheck():
     if ON_CPU_PATH:
         pytest.skip("the CPU path composes PyTorch's operators")
-    x, weight, bias = tokens(3, 6).requires_grad_(), tokens(6).requires_grad_(), tokens(6).requires_grad_()
+    x, weight, bias = tokens(2, 3, 6).requires_grad_(), tokens(6).requires_grad_(), tokens(6).requires_grad_()
     torch.library.opcheck(torch.ops.colt5.normalize.default, (x, weight, bias, True, 1e-5, torch.bfloat16))
 
 
