@@ -53,6 +53,11 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
+def in_shape(rows: Tensor, shape: torch.Size) -> Tensor:
+    """A result of rows in the shape of its input. Where it has that shape, no view is made that autograd records."""
+    return rows if rows.shape == shape else rows.view(shape)
+
+
 def mask_as_rows(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
     """A mask that broadcasts to `shape` as `rows n`; rows that it repeats are not copied where strides allow that."""
     return None if mask is None else as_rows(mask.expand(shape))

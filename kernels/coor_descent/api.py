@@ -13,7 +13,7 @@ same, the weights are, and with r = exp((a + base) / e) it is `r = k max(r, exp(
 import torch
 from torch import Tensor
 
-from kernels._common.launch import as_rows, has_values, k_as_rows, mask_as_rows, runs_triton
+from kernels._common.launch import as_rows, has_values, in_shape, k_as_rows, mask_as_rows, runs_triton
 from kernels._common.operation import Operation
 from kernels.coor_descent import cpu
 from kernels.coor_descent.backward import launch_backward
@@ -127,4 +127,4 @@ def coor_descent(
         first_temperature(eps, eps_init),
         eps_decay,
     )
-    return y if y.shape == scores.shape else y.view(scores.shape)
+    return in_shape(y, scores.shape)

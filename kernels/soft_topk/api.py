@@ -15,7 +15,7 @@ The difference s - h of two fp32 numbers is exact where it matters, so that only
 import torch
 from torch import Tensor
 
-from kernels._common.launch import as_rows, has_values, k_as_rows, mask_as_rows, runs_triton
+from kernels._common.launch import as_rows, has_values, in_shape, k_as_rows, mask_as_rows, runs_triton
 from kernels._common.operation import Operation
 from kernels.soft_topk import cpu
 from kernels.soft_topk.triton import launch_backward, launch_forward
@@ -85,4 +85,4 @@ def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | N
     check_k(k, scores)
     check_positive(eps=eps)
     y, _ = _operation(as_rows(scores), mask_as_rows(mask, scores.shape), *k_as_rows(k, scores.shape), float(eps))
-    return y.view(scores.shape)
+    return in_shape(y, scores.shape)
