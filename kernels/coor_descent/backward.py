@@ -123,6 +123,8 @@ def _backward_kernel(
     HAS_K: tl.constexpr,
 ):
     """Gradient of ROWS whole rows, or of one chunk of a row, from the last iteration to the first."""
+    # Known to the compiler where a program has whole rows.
+    chunks = 1 if SLOTS == 1 else chunks
     rows = (tl.program_id(0) // chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     chunk = tl.program_id(0) % chunks
     columns = chunk * (REPEATS * WIDTH) + tile_columns(REPEATS, WIDTH)
