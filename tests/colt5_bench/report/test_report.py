@@ -44,8 +44,10 @@ class TestTable:
         ours.timings["warm"] = Timing("warm", [1.5e-3], "max_samples", inf)
         ours.timings["graph"] = Timing("graph", [1e-3], "max_samples", inf)
         ours.timings["wall"] = Timing("wall", [5e-5], "max_samples", inf)
+        ours.timings["eager"] = Timing("eager", [2.5e-3], "max_samples", inf)
         text = printed([ours])
         assert line_of("ours", text)[:7] == ["2±0.37%", "-", "2", "25", "1.5±?", "1±?", "0.05±?"]
+        assert line_of("ours", text)[7] == "2.5±?"
         assert [name for name in TIMES if name in text] == list(TIMES)
 
     def test_a_call_that_was_not_captured_has_no_graph_time(self):
