@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import reference
 from reference.layers.light_attention import SelfAttention, WindowedAttention
+from reference.layers.linear import Rounded
 from reference.layers.router import RouterReturn
 
 TOKENS = 2**16
@@ -34,8 +35,8 @@ class _Windowed:
         self.whole = type(attention).forward
         self.attention = attention
 
-    def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens `b n d`; mask `b n`."""
+    def __call__(self, x: Tensor, mask: Tensor | None = None, rounded: Rounded | None = None) -> Tensor:
+        """Tokens `b n d`; mask `b n`. Each piece rounds weights for itself."""
         n, size = x.shape[1], self.attention.window_size
         # Causal windows begin at multiples of their size.
         length = max(TOKENS // size, 1) * size
@@ -57,8 +58,8 @@ class _EachWindow:
         self.whole = type(attention).forward
         self.attention = attention
 
-    def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Windows `b n d`; mask `b n`."""
+    def __call__(self, x: Tensor, mask: Tensor | None = None, rounded: Rounded | None = None) -> Tensor:
+        """Windows `b n d`; mask `b n`. Each piece rounds weights for itself."""
         rows = max(TOKENS // 8 // x.shape[1], 1)
         if x.shape[0] <= rows:
             return self.whole(self.attention, x, mask)

@@ -99,11 +99,11 @@ class ConditionalRoutedAttention(RoutedBranch):
         num_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
         check_counts(num_heavy_tokens_q=num_q, num_heavy_tokens_kv=num_kv)
         q = self.q_router(x, num_tokens=num_q, mask=mask, routing_tokens=routing_tokens_q)
-        rounded = self.heavy_attn.round_weights(x)
+        rounded = self.round_weights(x, self.light_attn)
         kv = self.route_context(x, num_kv, mask, routing_tokens_kv, rounded)
         rotations = None
         if self.rotary_emb is not None:
             angles = self.rotary_emb(x.shape[1])
             rotations = Rotations(angles_at(angles, q.indices), angles_at(angles, kv.indices))
-        light = None if self.light_attn is None else self.light_attn(x, mask=mask)
+        light = None if self.light_attn is None else self.light_attn(x, mask=mask, rounded=rounded)
         return self.attend_routed(x, q, kv, rounded, rotations, light, residual)

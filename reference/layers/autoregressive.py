@@ -13,6 +13,7 @@ from reference._shared.returns import PrefixSelection
 from reference._shared.sizes import ceil_div, is_certain, missing
 from reference.layers.join import join
 from reference.layers.light_attention import WindowedAttention
+from reference.layers.linear import Rounded
 from reference.layers.operations import UseTriton
 from reference.layers.rotary import RotaryEmbedding, Rotations, angles_at
 from reference.layers.routed_branch import RoutedBranch
@@ -128,23 +129,23 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         num_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
         num_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
         check_counts(num_heavy_tokens_q=num_q, num_heavy_tokens_kv=num_kv)
-        light = self.light_attn(x)
         n, size = x.shape[1], self.heavy_window_size
         if n <= size:
-            return light
+            return self.light_attn(x)
 
+        rounded = self.round_weights(x, self.light_attn)
+        light = self.light_attn(x, rounded=rounded)
         more = missing(n, size)
         padded = x if is_certain(more == 0) else F.pad(x, (0, 0, 0, more))
         q = self._route_queries(padded, n, num_q, routing_tokens_q, random_route)
         kv = self._route_windows(padded, num_kv, routing_tokens_kv, random_route)
-        return self._attend_windows(x, q, kv, light)
+        return self._attend_windows(x, q, kv, rounded, light)
 
-    def _attend_windows(self, x: Tensor, q: RouterReturn, kv: Selection, light: Tensor) -> Tensor:
+    def _attend_windows(self, x: Tensor, q: RouterReturn, kv: Selection, rounded: Rounded, light: Tensor) -> Tensor:
         """The heavy branch for tokens `b n d`, from the second window on, added to the light one. Tokens are as the
         routers see them: q is `b w i` of each window, with its places in the sequence; kv are lists `b w r s` of tokens
         of the sequence. Keys and values are projected once for all windows."""
         attention, size, n = self.heavy_attn, self.heavy_window_size, x.shape[1]
-        rounded = attention.round_weights(x)
         key_value = attention.project(rearrange(x, "b n d -> b 1 n d"), self.kv_router.num_routing_tokens, rounded)
         rotations = None
         if self.rotary_emb is not None:

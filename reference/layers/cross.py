@@ -90,6 +90,6 @@ class ConditionalRoutedCrossAttention(RoutedBranch):
         num_kv = self.num_tokens_kv if num_tokens_kv is None else num_tokens_kv
         check_counts(num_tokens_q=num_q, num_tokens_kv=num_kv)
         q = self.q_router(x, num_tokens=num_q, mask=mask, routing_tokens=routing_tokens_q)
-        rounded = self.heavy_attn.round_weights(x)
+        rounded = self.round_weights(x)
         kv = self.route_context(context, num_kv, context_mask, routing_tokens_kv, rounded)
         return self.attend_routed(x, q, kv, rounded)

@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from reference.layers.linear import Rounded, is_plain, linear, round_weights
+from reference.layers.linear import Rounded, is_plain, linear
 from reference.layers.norms import RMSNorm
 from reference.layers.operations import Operations, UseTriton
 from reference.layers.rotary import Rotations, rotate
@@ -38,10 +38,6 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         plain = "scaled_dot_product_attention" if self.use_flash else "einsum"
         return f"{self.operations.path('routed_attention')}, plain: {plain}"
-
-    def round_weights(self, x: Tensor) -> Rounded:
-        """All weights, for tokens on the device of x."""
-        return round_weights(x, self.to_q, self.to_kv, self.to_out)
 
     def project(self, context: Tensor, routes: int, rounded: Rounded) -> Tensor:
         """Keys and values `b r j (h kv d)` of tokens `b r j d`, or of `b 1 j d` for all routes."""

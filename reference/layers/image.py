@@ -11,6 +11,7 @@ from torch import Tensor
 from reference._shared.arguments import check_counts, require
 from reference._shared.sizes import is_certain, missing, window_for, without_padding
 from reference.layers.light_attention import SelfAttention
+from reference.layers.linear import Rounded
 from reference.layers.operations import UseTriton
 from reference.layers.routed_branch import RoutedBranch
 
@@ -115,14 +116,14 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         num_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
         check_counts(num_heavy_tokens_q=num_q, num_heavy_tokens_kv=num_kv)
         q = self.q_router(tokens, num_tokens=num_q, mask=token_mask, routing_tokens=routing_tokens_q)
-        rounded = self.heavy_attn.round_weights(x)
+        rounded = self.round_weights(x, self.light_attn)
         kv = self.route_context(tokens, num_kv, token_mask, routing_tokens_kv, rounded)
-        light = rearrange(self._within_windows(x, mask), "b h w d -> b (h w) d")
+        light = rearrange(self._within_windows(x, mask, rounded), "b h w d -> b (h w) d")
         residual = None if residual is None else rearrange(residual, "b h w d -> b (h w) d")
         out = self.attend_routed(tokens, q, kv, rounded, light=light, residual=residual).view(x.shape)
         return rearrange(out, "b h w d -> b d h w") if self.channel_first else out
 
-    def _within_windows(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _within_windows(self, x: Tensor, mask: Tensor | None, rounded: Rounded) -> Tensor:
         """The light branch of a map `b h w d`, padded to whole windows."""
         batch, height, width, _ = x.shape
         p, q = (window_for(each, self.light_window_size) for each in (height, width))
@@ -133,7 +134,7 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         windows = rearrange(x, "b (h p) (w q) d -> (b h w) (p q) d", p=p, q=q)
         if mask is not None:
             mask = rearrange(mask, "b (h p) (w q) -> (b h w) (p q)", p=p, q=q)
-        out = self.light_attn(windows, mask)
+        out = self.light_attn(windows, mask, rounded)
         rows, columns = (height + down) // p, (width + right) // q
         out = rearrange(out, "(b h w) (p q) d -> b (h p) (w q) d", b=batch, h=rows, w=columns, p=p)
         return without_padding(out, height, width)

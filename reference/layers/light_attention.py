@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from reference._shared.arguments import check_counts
-from reference.layers.linear import linear, round_weights
+from reference.layers.linear import Rounded, linear, round_weights
 from reference.layers.norms import LayerNorm, RMSNorm
 from reference.layers.operations import Operations, UseTriton
 
@@ -40,9 +40,9 @@ class WindowedAttention(nn.Module):
         way = self.operations.path("windowed_attention")
         return f"window_size={self.window_size}, causal={self.causal}, {way}"
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to."""
-        rounded = round_weights(x, self.to_qkv, self.to_out)
+    def forward(self, x: Tensor, mask: Tensor | None = None, rounded: Rounded | None = None) -> Tensor:
+        """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to; weights that are rounded already."""
+        rounded = round_weights(x, *self.children()) if rounded is None else rounded
         qkv = linear(self.to_qkv, self.norm(x), rounded)
         options = {"heads": self.heads, "window_size": self.window_size, "causal": self.causal}
         return linear(self.to_out, self.operations.windowed_attention(qkv, mask=mask, **options), rounded)
@@ -63,9 +63,9 @@ class SelfAttention(nn.Module):
     def extra_repr(self) -> str:
         return self.operations.path("windowed_attention")
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to."""
-        rounded = round_weights(x, self.to_qkv, self.to_out)
+    def forward(self, x: Tensor, mask: Tensor | None = None, rounded: Rounded | None = None) -> Tensor:
+        """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to; weights that are rounded already."""
+        rounded = round_weights(x, *self.children()) if rounded is None else rounded
         qkv = linear(self.to_qkv, self.norm(x), rounded)
         options = {"heads": self.heads, "window_size": max(x.shape[1], 1)}
         return linear(self.to_out, self.operations.attend_to_all(qkv, mask=mask, **options), rounded)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from reference._shared.arguments import check_counts, require
 from reference.layers.heavy_attention import Attention
 from reference.layers.join import join
-from reference.layers.linear import Rounded
+from reference.layers.linear import Rounded, round_weights
 from reference.layers.operations import Operations, UseTriton
 from reference.layers.rotary import Rotations
 from reference.layers.router import CoordinateDescentRouter, RouterReturn
@@ -63,6 +63,10 @@ class RoutedBranch(nn.Module):
     def extra_repr(self) -> str:
         return self.operations.path("combine")
 
+    def round_weights(self, x: Tensor, light: nn.Module | None = None) -> Rounded:
+        """Weights of the dense attention and of a light branch, for tokens on the device of x."""
+        return round_weights(x, *self.heavy_attn.children(), *([] if light is None else light.children()))
+
     def route_context(
         self, context: Tensor, num_tokens: int, mask: Tensor | None, routing_tokens: Tensor | None, rounded: Rounded
     ) -> RouterReturn:
@@ -84,8 +88,8 @@ class RoutedBranch(nn.Module):
         residual: Tensor | None = None,
     ) -> Tensor:
         """The heavy branch for tokens `b n d`, of which q are routed, to kv as `route_context` makes them. Light and
-        residual, `b n d`, are added if there are any. The result is `b n d`; weights are as `heavy_attn.round_weights`
-        rounds them."""
+        residual, `b n d`, are added if there are any. The result is `b n d`; weights are as `round_weights` rounds
+        them."""
         out = self.heavy_attn(
             q.routed_tokens,
             key_value=kv.routed_tokens,
