@@ -14,6 +14,8 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
@@ -101,22 +103,35 @@ def counted() -> Iterator[Counter[str]]:
         yield counts
 
 
-def training_step(layer: nn.Module, x: Tensor, **options: Tensor) -> None:
+def training_step(layer: nn.Module, x: Tensor, grad_output: Tensor, **options: Tensor) -> None:
     """Forward and backward pass under autocast, with gradients of tokens and parameters."""
     with torch.autocast(x.device.type, torch.bfloat16):
         output = layer(x, **options)
-    output.backward(torch.ones_like(output))
+    output.backward(grad_output)
 
 
 def launches(name: str, *, masked: bool = False) -> Counter[str]:
     """How often a training step of a layer launches each kernel, and operators of PyTorch theirs."""
     layer, x = LAYERS[name](), torch.randn(BATCH, LENGTH, DIM, requires_grad=True)
+    grad_output = torch.ones(x.shape)
     options = {"mask": torch.ones(BATCH, LENGTH, dtype=torch.bool)} if masked else {}
     with counted() as counts:
-        training_step(layer, x, **options)
-    # The gradient that the step begins with.
-    counts["ones_like"] -= 1
-    return +counts
+        training_step(layer, x, grad_output, **options)
+    return counts
+
+
+def launches_on_a_gpu(name: str) -> Counter[str]:
+    """The same, without a mask, as PyTorch's profiler sees it: kernels and copies of a step by their names."""
+    layer, x = LAYERS[name]().cuda(), torch.randn(BATCH, LENGTH, DIM, device="cuda", requires_grad=True)
+    grad_output = torch.ones(x.shape, device="cuda")
+    for _ in range(2):
+        # The first step compiles kernels.
+        layer.zero_grad()
+        x.grad = None
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            training_step(layer, x, grad_output)
+            torch.cuda.synchronize()
+    return Counter(event.name for event in profiler.events() if event.device_type == DeviceType.CUDA)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import torch
 
 import kernels
 from kernels._common.launch import INTERPRETED
-from tests.launches import counted, launches
+from tests.launches import counted, launches, launches_on_a_gpu
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter takes what kernels are launched by")
 
@@ -43,3 +43,12 @@ def test_of_a_training_step(name):
 def test_with_a_mask(name):
     found = launches(name, masked=True)
     assert found.total() <= MOST_MASKED[name], found.most_common()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MOST)
+def test_on_a_gpu(name):
+    """As many as are counted without one, but that cuBLAS may add up a product's parts in a kernel of its own."""
+    expected = launches(name)
+    found = launches_on_a_gpu(name)
+    assert found.total() <= expected.total() + expected["mm"] + expected["addmm"], found.most_common()
