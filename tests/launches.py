@@ -128,7 +128,7 @@ def launches_on_a_gpu(name: str) -> Counter[str]:
         # The first step compiles kernels.
         layer.zero_grad()
         x.grad = None
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
             training_step(layer, x, grad_output)
             torch.cuda.synchronize()
     return Counter(event.name for event in profiler.events() if event.device_type == DeviceType.CUDA)

@@ -327,13 +327,13 @@ def round_down(x):
 
 
 def slots_for(programs: int, num_warps: int) -> int:
-    """Slots of an exchange: so many that no two threads of a program read the same word."""
+    """Slots of `exchange`: so many that no two threads of a program read the same word."""
     return max(triton.next_power_of_2(programs), 32 * num_warps // 4)
 
 
 @triton.jit
-def exchange(mailbox_ptr, step, part, first, second, third, programs, SLOTS: tl.constexpr):
-    """Hand three fp32 numbers to all programs of a row, and receive theirs. The result is SLOTS x 4, of which
+def exchange(mailbox_ptr, step, part, first, second, third, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr):
+    """Hand three fp32 numbers to all PROGRAMS programs of a row, and receive theirs. The result is SLOTS x 4, of which
     3 are used.
 
     Every word travels with the number of the step in its upper half, in one 64-bit store, so that a reader knows a
@@ -349,12 +349,12 @@ def exchange(mailbox_ptr, step, part, first, second, third, programs, SLOTS: tl.
     slot = tl.arange(0, SLOTS)
     number = tl.where(word == 0, first, tl.where(word == 1, second, third))
     stamp = tl.cast(step, tl.int64) << 32
-    mailbox_ptr += (step % 2) * (4 * programs)
+    mailbox_ptr += (step % 2) * (4 * PROGRAMS)
     letter = stamp | (number.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
     tl.atomic_xchg(mailbox_ptr + part * 4 + word, letter, sem="relaxed")
 
     letter_ptrs = mailbox_ptr + slot[:, None] * 4 + word[None, :]
-    present = (slot < programs)[:, None] & (word < 4)[None, :]
+    present = (slot < PROGRAMS)[:, None] & (word < 4)[None, :]
     letters = tl.load(letter_ptrs, mask=present, other=stamp, volatile=True)
     while tl.min((letters >> 32).to(tl.int32)) < step:
         letters = tl.load(letter_ptrs, mask=present, other=stamp, volatile=True)
@@ -362,10 +362,10 @@ def exchange(mailbox_ptr, step, part, first, second, third, programs, SLOTS: tl.
 
 
 @triton.jit
-def exchange_sum(mailbox_ptr, step, part, total, count, programs, SLOTS: tl.constexpr):
+def exchange_sum(mailbox_ptr, step, part, total, count, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr):
     """Sum an fp64 total and a count over the programs of a row, in order. The count is exact below 2**24."""
     high, low = split(total)
-    numbers = exchange(mailbox_ptr, step, part, high, low, count.to(tl.float32), programs, SLOTS).to(tl.float64)
+    numbers = exchange(mailbox_ptr, step, part, high, low, count.to(tl.float32), PROGRAMS, SLOTS).to(tl.float64)
     word = tl.arange(0, 4)
     sums = tl.sum(numbers, axis=0)
     total = tl.sum(tl.where(word < 2, sums, 0.0), axis=0)
@@ -374,12 +374,12 @@ def exchange_sum(mailbox_ptr, step, part, total, count, programs, SLOTS: tl.cons
 
 
 @triton.jit
-def exchange_highest(mailbox_ptr, step, part, max_score, count, programs, SLOTS: tl.constexpr):
+def exchange_highest(mailbox_ptr, step, part, max_score, count, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr):
     """Reduce over the programs of a row. The results are the largest fp32 number, NaN if there is one, and the sum of a
     count."""
-    numbers = exchange(mailbox_ptr, step, part, max_score, max_score, count.to(tl.float32), programs, SLOTS)
+    numbers = exchange(mailbox_ptr, step, part, max_score, max_score, count.to(tl.float32), PROGRAMS, SLOTS)
     word = tl.arange(0, 4)[None, :]
-    sent = (tl.arange(0, SLOTS) < programs)[:, None]
+    sent = (tl.arange(0, SLOTS) < PROGRAMS)[:, None]
     max_score = max_or_nan(max_or_nan(tl.where(sent & (word == 0), numbers, -float("inf")), 1), 0)
     count = tl.sum(tl.sum(tl.where(word == 2, numbers, 0.0).to(tl.float64), axis=1), axis=0)
     return max_score + tl.zeros([1], tl.float32), count + tl.zeros([1], tl.float64)

@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._common.launch import (
-    COUNTS,
     Launch,
     Launcher,
     Plan,
@@ -61,7 +60,7 @@ def direct_gradient(scores, grad_output, a, temperature, factor):
     return tl.where((scores > per_row(round_down(-a))) | (power == 0), 0.0, grad_output * power * per_row(scale))
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=["chunks"])
 def _grad_a_kernel(
     grad_output_ptr,  # rows n
     scores_ptr,  # rows n
@@ -96,7 +95,7 @@ def _grad_a_kernel(
     tl.store(grad_a_ptr + tl.program_id(0) + tl.arange(0, ROWS), grad_a)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=["chunks"])
 def _backward_kernel(
     grad_output_ptr,  # rows n
     scores_ptr,  # rows n

@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._common.launch import (
-    COUNTS,
     Launch,
     Launcher,
     Plan,
@@ -136,7 +135,7 @@ def descend(
     REPEATS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-    programs,
+    PROGRAMS: tl.constexpr,
     SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_K: tl.constexpr,
@@ -151,9 +150,9 @@ def descend(
     """
     max_score = max_or_nan(highest_in_thread(scores, ROWS, WIDTH), 1)
     n_valid = tl.sum(count_in_thread(is_above(scores, -float("inf")), ROWS, WIDTH), axis=1).to(tl.float64)
-    if SLOTS > 1:
+    if PROGRAMS > 1:
         step += 1
-        max_score, n_valid = exchange_highest(mailbox_ptr, step, part, max_score, n_valid, programs, SLOTS)
+        max_score, n_valid = exchange_highest(mailbox_ptr, step, part, max_score, n_valid, PROGRAMS, SLOTS)
 
     k_of_row = load_k(k_ptr, rows, k, n_rows, HAS_K)
     log_k = tl.log(k_of_row)
@@ -175,9 +174,9 @@ def descend(
         clipped = clip_enlarged(exp2_line(scores, slope, offset), per_row(exp2_minus_1(rest) + EXP2_LACKS))
         above_threshold = is_above(scores, per_row(round_down(threshold)))
         total, above = sum_and_count(clipped, above_threshold, REPEATS, ROWS, WIDTH, SAVE)
-        if SLOTS > 1:
+        if PROGRAMS > 1:
             step += 1
-            total, above = exchange_sum(mailbox_ptr, step, part, total, above, programs, SLOTS)
+            total, above = exchange_sum(mailbox_ptr, step, part, total, above, PROGRAMS, SLOTS)
         # The largest entry counts 1. Only a row without a valid one has a sum of 0, and no logarithm.
         total = tl.maximum(total, 0.5)
         a = temperature * (log_k - log_normal(total)) - anchor
@@ -194,9 +193,9 @@ def descend(
         # An exponential grows with its score, so that comparing with that of the threshold is comparing scores.
         limit = exp2_line(per_row(below), slope, offset)
         total, above = sum_and_count(clipped, is_above(weights, limit), REPEATS, ROWS, WIDTH, SAVE)
-        if SLOTS > 1:
+        if PROGRAMS > 1:
             step += 1
-            total, above = exchange_sum(mailbox_ptr, step, part, total, above, programs, SLOTS)
+            total, above = exchange_sum(mailbox_ptr, step, part, total, above, PROGRAMS, SLOTS)
         total = tl.maximum(total, 0.5)
         r = k_of_row * scale * inverse(total)
         a = temperature * log_normal(r) - base
@@ -234,14 +233,14 @@ def _weigh(scores, a, max_score, temperature):
 def _relax_rows(
     rows, columns, part, step, scores_ptr, mask_ptr, k_ptr, y_ptr, state_ptr, mailbox_ptr, scores_stride, mask_stride,
     n_rows, n, n_iters, k, first, eps_decay, eps, cooling, REPEATS: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, programs, SLOTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_K: tl.constexpr,
+    WIDTH: tl.constexpr, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_K: tl.constexpr,
     SAVE: tl.constexpr,
 ):  # fmt: skip
     """Rows, or one program's part of a row, from scores to output; the next step."""
     scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
     weights, r, _, _, step = descend(
         scores, rows, columns, part, step, scores_ptr, mask_ptr, k_ptr, state_ptr, mailbox_ptr, scores_stride,
-        mask_stride, n_rows, n, n_iters, k, first, eps_decay, eps, cooling, REPEATS, ROWS, WIDTH, programs, SLOTS,
+        mask_stride, n_rows, n, n_iters, k, first, eps_decay, eps, cooling, REPEATS, ROWS, WIDTH, PROGRAMS, SLOTS,
         HAS_MASK, HAS_K, SAVE,
     )  # fmt: skip
     y = tl.minimum(weights * per_row(r.to(tl.float32)), 1.0, propagate_nan=tl.PropagateNan.ALL)
@@ -253,14 +252,14 @@ def _relax_rows(
     return step
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def _resident_kernel(
     scores_ptr,  # rows n
     mask_ptr,  # rows n
     k_ptr,  # rows
     y_ptr,  # rows n
     state_ptr,  # rows+1 2 n_iters+1, fp64
-    mailbox_ptr,  # groups 2 programs 4, int64
+    mailbox_ptr,  # groups 2 PROGRAMS 4, int64
     scores_stride,
     mask_stride,
     n_rows,
@@ -274,44 +273,44 @@ def _resident_kernel(
     REPEATS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_K: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """Rows that fit into registers: ROWS of them in one program, or one in several programs with a tile each."""
-    programs = tl.cdiv(n, REPEATS * WIDTH) if SLOTS > 1 else 1
-    group = tl.program_id(0) // programs
-    part = tl.program_id(0) % programs
+    """Rows that fit into registers: ROWS of them in one program, or one in PROGRAMS of them."""
+    group = tl.program_id(0) // PROGRAMS
+    part = tl.program_id(0) % PROGRAMS
     columns = part * (REPEATS * WIDTH) + tile_columns(REPEATS, WIDTH)
     rows = group.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     step = 0
-    if SLOTS == 1:
+    if PROGRAMS == 1:
         _relax_rows(
             rows, columns, part, step, scores_ptr, mask_ptr, k_ptr, y_ptr, state_ptr, mailbox_ptr, scores_stride,
-            mask_stride, n_rows, n, n_iters, k, first, eps_decay, eps, cooling, REPEATS, ROWS, WIDTH, programs, SLOTS,
+            mask_stride, n_rows, n, n_iters, k, first, eps_decay, eps, cooling, REPEATS, ROWS, WIDTH, PROGRAMS, SLOTS,
             HAS_MASK, HAS_K, SAVE,
         )  # fmt: skip
     else:
-        mailbox_ptr += group * (8 * programs)
-        groups = tl.num_programs(0) // programs
+        mailbox_ptr += group * (8 * PROGRAMS)
+        groups = tl.num_programs(0) // PROGRAMS
         for _ in range(group, n_rows, groups):
             step = _relax_rows(
                 rows, columns, part, step, scores_ptr, mask_ptr, k_ptr, y_ptr, state_ptr, mailbox_ptr, scores_stride,
-                mask_stride, n_rows, n, n_iters, k, first, eps_decay, eps, cooling, REPEATS, ROWS, WIDTH, programs,
+                mask_stride, n_rows, n, n_iters, k, first, eps_decay, eps, cooling, REPEATS, ROWS, WIDTH, PROGRAMS,
                 SLOTS, HAS_MASK, HAS_K, SAVE,
             )  # fmt: skip
             rows += groups
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def _streaming_kernel(
     scores_ptr,  # rows n
     mask_ptr,  # rows n
     k_ptr,  # rows
     y_ptr,  # rows n
     state_ptr,  # rows+1 2 n_iters+1, fp64
-    mailbox_ptr,  # 2 programs 4, int64
+    mailbox_ptr,  # 2 PROGRAMS 4, int64
     scores_stride,
     mask_stride,
     n_rows,
@@ -325,13 +324,14 @@ def _streaming_kernel(
     REPEATS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_K: tl.constexpr,
     SAVE: tl.constexpr,
 ):
     """Compute longer rows, one after the other. One row at a time then lives in the L2 cache and is read from there."""
-    part, programs = tl.program_id(0), tl.num_programs(0)
+    part = tl.program_id(0)
     start = tl.cast(part, tl.int64) * tiles * (REPEATS * WIDTH)
     columns = start + tile_columns(REPEATS, WIDTH)
     step = 0
@@ -347,7 +347,7 @@ def _streaming_kernel(
         max_score = max_or_nan(max_of_thread, 1)
         n_valid = tl.sum(n_valid_in_thread, axis=1).to(tl.float64)
         step += 1
-        max_score, n_valid = exchange_highest(mailbox_ptr, step, part, max_score, n_valid, programs, SLOTS)
+        max_score, n_valid = exchange_highest(mailbox_ptr, step, part, max_score, n_valid, PROGRAMS, SLOTS)
         log_k = tl.log(load_k(k_ptr, rows, k, n_rows, HAS_K))
         temperature = first + tl.zeros((), tl.float64)
         factor = log2_e_over(temperature)
@@ -380,7 +380,7 @@ def _streaming_kernel(
             total = tl.sum(total_in_thread, axis=1)
             above = tl.sum(above_in_thread, axis=1).to(tl.float64)
             step += 1
-            total, above = exchange_sum(mailbox_ptr, step, part, total, above, programs, SLOTS)
+            total, above = exchange_sum(mailbox_ptr, step, part, total, above, PROGRAMS, SLOTS)
             total = tl.maximum(total, 0.5)
             a = temperature * (log_k - log_normal(total)) - anchor
             if SAVE:
@@ -421,7 +421,7 @@ def _plan(n_rows: int, n: int, simple: bool, aligned: bool, available: int) -> P
         registers = most_registers(tile["num_warps"])
         if simple:
             registers = min(registers, 128 + registers_of_addresses(tile, aligned))
-        alone = {"SLOTS": 1, "maxnreg": registers}
+        alone = {"PROGRAMS": 1, "SLOTS": 1, "maxnreg": registers}
         return Plan(triton.cdiv(n_rows, tile["ROWS"]), {**tile, **alone}, 0)
     # As few entries a program as there are programs to share them, but no fewer than are worth an exchange.
     halve = n_rows * triton.cdiv(n, resident // 2) <= available
@@ -439,6 +439,7 @@ def _shared(piece: int, in_thread: int, programs: int) -> dict[str, Any]:
     tile = tile_settings(piece, in_thread)
     return {
         **tile,
+        "PROGRAMS": programs,
         "SLOTS": slots_for(programs, tile["num_warps"]),
         "launch_cooperative_grid": True,
         # All that a multiprocessor has: left to itself, an assembler may spill to make room for a second program.

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._common.attention import Settings, dot, options_for, settings_for
-from kernels._common.launch import COUNTS, Launch, Launcher, Plan, planner
+from kernels._common.launch import Launch, Launcher, Plan, planner
 from kernels._common.primitives import LOG2_E
 
 PRECISION = tl.constexpr("tf32x3")
@@ -77,7 +77,7 @@ def _place(program, n, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.co
     return block % blocks * BLOCK, batch * n, head * HEAD_DIM, (batch * HEADS + head) * n
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "n"])
+@triton.jit
 def _forward_kernel(
     qkv_ptr,  # b n 3 h d
     mask_ptr,  # b n
@@ -247,7 +247,7 @@ def _key_value_gradient(
     tl.store(own + 2 * WIDTH, dv.to(dqkv_ptr.dtype.element_ty), mask=owned)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "n"])
+@triton.jit
 def _backward_kernel(
     grad_output_ptr,  # b n h d
     qkv_ptr,  # b n 3 h d

@@ -292,11 +292,17 @@ def windowed_attention(batch, n, heads, head_dim, itemsize, masked=False, causal
     _call_and_differentiate(True, lambda: kernels.windowed_attention(qkv, **options))
 
 
+def _but_for_programs(plan: Plan) -> object:
+    """A row is shared by any number of programs, which only moves addresses."""
+    return tuple(sorted((name, value) for name, value in plan.settings.items() if name != "PROGRAMS"))
+
+
 OPERATIONS = {
     "coor_descent": Operation(
         (descent_forward._plan, descent_backward._plan_sums, descent_backward._plan),
         coor_descent,
         _variants(per_row=BOOL, kept=BOOL, masked=BOOL, half=BOOL),
+        key=_but_for_programs,
     ),
     "topk": Operation(
         (topk_kernels._plan,),
@@ -405,7 +411,7 @@ def _with_largest_tile(plans: list[tuple[dict[str, Any], Plan]]) -> list[tuple[d
     """One plan for each set of options, which has the least to spare of what these give it."""
     largest: dict[object, tuple[int, dict[str, Any], Plan]] = {}
     for sizes, plan in plans:
-        tile = math.prod(size for name, size in plan.settings.items() if name not in OPTIONS)
+        tile = math.prod(size for name, size in plan.settings.items() if name not in (*OPTIONS, "PROGRAMS"))
         key = *(plan.settings.get(name) for name in OPTIONS), *_kind_of(sizes).items()
         largest[key] = max(largest.get(key, (tile, sizes, plan)), (tile, sizes, plan), key=lambda x: x[0])
     return [(sizes, plan) for _, sizes, plan in largest.values()]
