@@ -9,6 +9,7 @@ import torch
 
 from colt5_bench import cli, commands
 from colt5_bench.measuring import roofline
+from colt5_bench.measuring.rounds import GPU_COLUMNS
 from colt5_bench.measuring.spin import Spin
 from colt5_bench.measuring.static_facts import compiled_kernels
 from colt5_bench.records.results import Timing
@@ -71,11 +72,12 @@ class TestDurations:
         assert {check.outcome for check in checks.check_durations(CPU)} == {"failed"}
 
     def test_every_column_of_a_gpu_is_checked(self, monkeypatch):
-        seconds = iter(each for each in checks.DURATIONS["cuda"] for _ in range(4))
+        seconds = iter(each for each in checks.DURATIONS["cuda"] for _ in GPU_COLUMNS)
         monkeypatch.setattr(Spin, "durations", lambda spin, count: [spin._seconds] * count)
         said(monkeypatch, lambda name, column: [next(seconds) * (1.05 if column == "graph" else 1.0)])
         found = checks.check_durations(GPU)
-        assert [check.outcome for check in found] == ["passed", "passed", "failed", "passed"] * 2
+        outcomes = ["failed" if column == "graph" else "passed" for column in GPU_COLUMNS]
+        assert [check.outcome for check in found] == outcomes * 2
         assert found[2].name == "a spin of 2 ms, graph"
 
     def test_a_column_without_samples_fails_and_says_why(self, monkeypatch):
