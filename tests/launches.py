@@ -96,7 +96,7 @@ def counted() -> Iterator[Counter[str]]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(JITFunction, "run", launch))
-        # What counts here must not send a call to its operator, which is not the path of an eager call.
+        # The mode that counts must not send a call to its operator, which is not the path of an eager call.
         stack.enter_context(patch.object(operation, "is_in_torch_dispatch_mode", lambda: False))
         stack.enter_context(triton_for_cpu_tensors())
         stack.enter_context(_Operators(counts))

@@ -24,7 +24,7 @@ def test_kernels_and_operators_are_counted_and_views_are_not():
     assert counts == {
         "normalize.triton._forward_kernel": 1,
         "normalize.triton._backward_kernel": 1,
-        # Of the shares in the gradient of the weight.
+        # It adds up the shares in the gradient of the weight.
         "sum": 1,
         "clone": 1,
         # The last two are the gradient of a sort.

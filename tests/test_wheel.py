@@ -81,7 +81,7 @@ def python(wheel, tmp_path_factory):
     purelib = run(found, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=directory).strip()
     # Not the packages that are installed as a link to a checkout: files that say so count in the first directory alone.
     (Path(purelib) / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
-    # Of thousands of modules few are imported, and compiled then.
+    # Few of thousands of modules are imported, and compiled then.
     install = (sys.executable, "-m", "pip", "--python", found, "install", "--quiet", "--no-compile")
     run(*install, "--no-deps", wheel, cwd=directory)
     run(*install, *OTHERS, cwd=directory)

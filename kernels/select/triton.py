@@ -4,7 +4,7 @@ Scores become unsigned integers of the same order. Four passes over a row, one f
 to the lowest, count the entries that agree with what is known of the last selected one by the value of the next byte;
 after them it is known whole. Where programs share a row, counts meet in integers, which add up to the same in any
 order. These programs wait for each other between passes if all can run at the same time; else each pass is a launch.
-What lies above goes into a list as it comes; of what is equal, the first by index. The list is put in order by
+Entries above it go into a list as they come, and the first by index of those equal to it. The list is put in order by
 counting, for each of its entries, those that go before it; where there are many rows, by a sorting network.
 """
 

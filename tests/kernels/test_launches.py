@@ -84,7 +84,7 @@ class Recorder:
         return run
 
     def taken(self, known):
-        """What was launched since, with scratch memory by the order of its use: a number is known, or small."""
+        """Launches since then, with scratch memory by the order of its use: a number is known, or small."""
         names: dict[int, str] = {}
 
         def plain(x):
@@ -323,7 +323,7 @@ def test_a_launch_that_is_watched_goes_tritons_own_way(launch_mix, monkeypatch, 
         launcher(*call.arguments())
         assert len(by_triton) == 3
     assert len(seen) == (4 if watch in (enter_hook, exit_hook, replaced_run) else 0)
-    # What was kept before is there again.
+    # The launches that were kept before are there again.
     launcher(*call.arguments())
     assert len(by_triton) == 3
     assert len(recorder.launches) == 10
