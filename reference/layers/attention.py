@@ -10,6 +10,7 @@ from reference.layers.light_attention import WindowedAttention
 from reference.layers.operations import UseTriton
 from reference.layers.rotary import RotaryEmbedding, Rotations, angles_at
 from reference.layers.routed_branch import RoutedBranch
+from reference.layers.start import Start
 
 
 class ConditionalRoutedAttention(RoutedBranch):
@@ -25,7 +26,7 @@ class ConditionalRoutedAttention(RoutedBranch):
         rotary_emb: rotary position embedding in the dense attention.
         num_routed_kv, router_straight_through, router_kwargs: as in `RoutedBranch`.
         multiply_keys_by_score, multiply_queries_by_score: as in `RoutedBranch`.
-        use_triton, use_null_q_tokens, use_flash_attn: as in `RoutedBranch`.
+        use_triton, use_null_q_tokens, use_flash_attn, init: as in `RoutedBranch`.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class ConditionalRoutedAttention(RoutedBranch):
         use_triton: UseTriton = False,
         use_null_q_tokens: bool = True,
         use_flash_attn: bool = False,
+        init: Start = "published",
         rotary_emb: bool = False,
     ) -> None:
         super().__init__(
@@ -62,6 +64,7 @@ class ConditionalRoutedAttention(RoutedBranch):
             use_triton=use_triton,
             use_null_q_tokens=use_null_q_tokens,
             use_flash_attn=use_flash_attn,
+            init=init,
         )
         check_counts(num_heavy_tokens_q=num_heavy_tokens_q, num_heavy_tokens_kv=num_heavy_tokens_kv)
         self.num_heavy_tokens_q, self.num_heavy_tokens_kv = num_heavy_tokens_q, num_heavy_tokens_kv

@@ -18,6 +18,7 @@ from reference.layers.operations import UseTriton
 from reference.layers.rotary import RotaryEmbedding, Rotations, angles_at
 from reference.layers.routed_branch import RoutedBranch
 from reference.layers.router import RouterReturn, Selection
+from reference.layers.start import Start
 from reference.route import gather_tokens
 
 
@@ -44,7 +45,7 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         causal_query_routing: whether a query is chosen by nothing that comes after it.
         num_routed_kv, router_straight_through, router_kwargs: as in `RoutedBranch`.
         multiply_keys_by_score, multiply_queries_by_score: as in `RoutedBranch`.
-        use_triton, use_null_q_tokens, use_flash_attn: as in `RoutedBranch`.
+        use_triton, use_null_q_tokens, use_flash_attn, init: as in `RoutedBranch`.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         use_triton: UseTriton = False,
         use_null_q_tokens: bool = True,
         use_flash_attn: bool = False,
+        init: Start = "published",
         rotary_emb: bool = False,
         causal_query_routing: bool = False,
     ) -> None:
@@ -82,6 +84,7 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             use_triton=use_triton,
             use_null_q_tokens=use_null_q_tokens,
             use_flash_attn=use_flash_attn,
+            init=init,
         )
         self.num_heavy_tokens_q, self.num_heavy_tokens_kv = num_heavy_tokens_q, num_heavy_tokens_kv
         self.heavy_window_size = light_window_size if heavy_window_size is None else heavy_window_size

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from reference.layers.attention import ConditionalRoutedAttention
 from reference.layers.feedforward import ConditionalRoutedFeedForward
 from reference.layers.operations import Operations, UseTriton
+from reference.layers.start import Start
 
 
 class ConditionalRoutedTransformerBlock(nn.Module):
@@ -35,6 +36,7 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         use_triton: UseTriton = False,
         use_null_q_tokens: bool = True,
         use_flash_attn: bool = False,
+        init: Start = "published",
     ) -> None:
         super().__init__()
         operations = Operations.of(use_triton)
@@ -46,6 +48,7 @@ class ConditionalRoutedTransformerBlock(nn.Module):
             router_straight_through=router_straight_through,
             router_kwargs=router_kwargs,
             use_triton=operations,
+            init=init,
         )
         self.conditional_attn = ConditionalRoutedAttention(
             dim,
@@ -64,6 +67,7 @@ class ConditionalRoutedTransformerBlock(nn.Module):
             use_triton=operations,
             use_null_q_tokens=use_null_q_tokens,
             use_flash_attn=use_flash_attn,
+            init=init,
         )
 
     def forward(

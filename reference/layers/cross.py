@@ -8,6 +8,7 @@ from torch import Tensor
 from reference._shared.arguments import check_counts, check_tokens, require
 from reference.layers.operations import UseTriton
 from reference.layers.routed_branch import RoutedBranch
+from reference.layers.start import Start
 
 
 class ConditionalRoutedCrossAttention(RoutedBranch):
@@ -20,8 +21,8 @@ class ConditionalRoutedCrossAttention(RoutedBranch):
         dim_head, heads: of the attention.
         kv_routing_tokens: sets of keys and values, each with a routing token and its share of the heads.
         route_block_size: select keys and values from blocks of so many tokens.
-        router_straight_through, router_kwargs, multiply_keys_by_score, use_triton, use_null_q_tokens, use_flash_attn:
-            as in `RoutedBranch`.
+        router_straight_through, router_kwargs, multiply_keys_by_score, use_triton, use_null_q_tokens, use_flash_attn,
+            init: as in `RoutedBranch`.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class ConditionalRoutedCrossAttention(RoutedBranch):
         use_triton: UseTriton = False,
         use_null_q_tokens: bool = True,
         use_flash_attn: bool = False,
+        init: Start = "published",
         route_block_size: int | None = None,
     ) -> None:
         check_counts(num_sets_kv=num_sets_kv, kv_routing_tokens=kv_routing_tokens)
@@ -57,6 +59,7 @@ class ConditionalRoutedCrossAttention(RoutedBranch):
             use_triton=use_triton,
             use_null_q_tokens=use_null_q_tokens,
             use_flash_attn=use_flash_attn,
+            init=init,
             kv_router_kwargs={"route_block_size": route_block_size} if route_block_size is not None else None,
         )
         check_counts(num_tokens_q=num_tokens_q, num_tokens_kv=num_tokens_kv)

@@ -11,6 +11,7 @@ from reference.layers.linear import Rounded, is_plain, linear, round_weights
 from reference.layers.norms import RMSNorm
 from reference.layers.operations import Operations, UseTriton
 from reference.layers.router import CoordinateDescentRouter
+from reference.layers.start import Start, start
 
 
 class ConditionalRoutedFeedForward(nn.Module):
@@ -23,6 +24,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         router_straight_through: weights of routed tokens are 1 in value and keep their gradient.
         router_kwargs: further arguments of `CoordinateDescentRouter`.
         use_triton: as in `CoordinateDescentRouter`, for all operations that there are kernels for.
+        init: `published`, or `zero`: the output of the wide layer starts at 0.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         router_straight_through: bool = True,
         router_kwargs: Mapping[str, Any] | None = None,
         use_triton: UseTriton = False,
+        init: Start = "published",
     ) -> None:
         super().__init__()
         check_counts(dim=dim, num_heavy_tokens=num_heavy_tokens)
@@ -46,6 +49,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         self.router = CoordinateDescentRouter(dim, num_routing_tokens=1, **options)
         self.light_ff = _feed_forward(dim, light_ff_mult, self.operations)
         self.heavy_ff = _feed_forward(dim, heavy_ff_mult, self.operations)
+        start(init, self.heavy_ff[-1])
 
     def extra_repr(self) -> str:
         return self.operations.path("combine")

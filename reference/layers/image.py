@@ -14,6 +14,7 @@ from reference.layers.light_attention import SelfAttention
 from reference.layers.linear import Rounded
 from reference.layers.operations import UseTriton
 from reference.layers.routed_branch import RoutedBranch
+from reference.layers.start import Start
 
 
 class ConditionalRoutedImageAttention(RoutedBranch):
@@ -28,7 +29,7 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         channel_first: maps are `b d h w` instead of `b h w d`.
         num_routed_kv, router_straight_through, router_kwargs: as in `RoutedBranch`.
         multiply_keys_by_score, multiply_queries_by_score: as in `RoutedBranch`.
-        use_triton, use_null_q_tokens, use_flash_attn: as in `RoutedBranch`.
+        use_triton, use_null_q_tokens, use_flash_attn, init: as in `RoutedBranch`.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         use_triton: UseTriton = False,
         use_null_q_tokens: bool = True,
         use_flash_attn: bool = False,
+        init: Start = "published",
         channel_first: bool = False,
     ) -> None:
         super().__init__(
@@ -64,6 +66,7 @@ class ConditionalRoutedImageAttention(RoutedBranch):
             use_triton=use_triton,
             use_null_q_tokens=use_null_q_tokens,
             use_flash_attn=use_flash_attn,
+            init=init,
         )
         check_counts(
             num_heavy_tokens_q=num_heavy_tokens_q,

@@ -13,6 +13,7 @@ from reference.layers.linear import Rounded, round_weights
 from reference.layers.operations import Operations, UseTriton
 from reference.layers.rotary import Rotations
 from reference.layers.router import CoordinateDescentRouter, RouterReturn
+from reference.layers.start import Start, start
 
 
 class RoutedBranch(nn.Module):
@@ -29,6 +30,8 @@ class RoutedBranch(nn.Module):
         use_triton: as in `CoordinateDescentRouter`, for all operations that there are kernels for.
         use_null_q_tokens: tokens that are not routed get a learned output, else 0.
         use_flash_attn: PyTorch's scaled_dot_product_attention, where there is no kernel.
+        init: `published`, or `zero`: null token and output of the dense attention start at 0, so that a layer starts as
+            its light branch alone. With `published` the null token, as wide as randn, is added to most tokens.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class RoutedBranch(nn.Module):
         use_triton: UseTriton,
         use_null_q_tokens: bool,
         use_flash_attn: bool,
+        init: Start,
         kv_router_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -59,6 +63,7 @@ class RoutedBranch(nn.Module):
         kv_options = {**options, **(kv_router_kwargs or {})}
         self.kv_router = CoordinateDescentRouter(dim, num_routing_tokens=num_routed_kv, **kv_options)
         self.heavy_attn = Attention(dim, dim_head, heads, multiply_keys_by_score, use_flash_attn, self.operations)
+        start(init, self.heavy_attn.to_out, self.null_q_token)
 
     def extra_repr(self) -> str:
         return self.operations.path("combine")

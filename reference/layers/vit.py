@@ -12,6 +12,7 @@ from reference._shared.arguments import check_counts, require
 from reference.layers.feedforward import ConditionalRoutedFeedForward
 from reference.layers.image import ConditionalRoutedImageAttention
 from reference.layers.operations import Operations, UseTriton
+from reference.layers.start import Start
 
 
 class ConditionalRoutedViT(nn.Module):
@@ -24,7 +25,7 @@ class ConditionalRoutedViT(nn.Module):
         depth: pairs of layers.
         channels: of images.
         default_coor_descent_eps: temperature of the routers, if `router_kwargs` have none.
-        attn_*, ff_*, router_*, flash_attn: arguments of the two layers.
+        attn_*, ff_*, router_*, flash_attn, init: arguments of the two layers.
 
     Raises:
         ValueError: patches do not divide images, or dim is no multiple of 4.
@@ -55,6 +56,7 @@ class ConditionalRoutedViT(nn.Module):
         flash_attn: bool = True,
         attn_num_routed_kv: int = 1,
         default_coor_descent_eps: float = 1.0,
+        init: Start = "published",
     ) -> None:
         super().__init__()
         check_counts(num_classes=num_classes, dim=dim, depth=depth, channels=channels)
@@ -79,6 +81,7 @@ class ConditionalRoutedViT(nn.Module):
             "router_straight_through": router_straight_through,
             "router_kwargs": {"eps": default_coor_descent_eps, **(router_kwargs or {})},
             "use_triton": Operations.of(router_use_triton),
+            "init": init,
         }
         self.transformer = _Transformer(
             nn.ModuleList(

@@ -27,7 +27,7 @@ PEERS = {
         peer,
     ),
 }
-OURS_ALONE = {"causal_query_routing", "solver", "normalize_to", "self"}
+OURS_ALONE = {"causal_query_routing", "init", "normalize_to", "self", "solver"}
 DEFAULT = {"router_kwargs": None}
 """Where the peer's default is a dictionary that all layers share."""
 

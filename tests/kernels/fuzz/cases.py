@@ -467,6 +467,7 @@ CONSTRUCTOR: dict[str, Callable[[Draw, _Sizes], Any]] = {
     "multiply_queries_by_score": _flag,
     "use_null_q_tokens": lambda draw, sizes: not draw.chance(0.3),
     "use_flash_attn": _flag,
+    "init": lambda draw, sizes: "zero" if draw.chance(0.2) else "published",
     "rotary_emb": _flag,
     "causal_query_routing": _flag,
     "channel_first": _flag,
