@@ -21,7 +21,7 @@ from colt5_bench.compare.findings import Verdict
 from colt5_bench.compare.revisions import MeasuringError, revision, with_appended
 from colt5_bench.compare.simulation import FEWEST_FOUND, MOST_FALSE_ALARMS
 from colt5_bench.loading import choose_device
-from colt5_bench.measuring.rounds import CPU_COLUMNS, GPU_COLUMNS
+from colt5_bench.measuring.rounds import CPU_COLUMNS, GPU_TIME_COLUMNS
 from colt5_bench.records.results import Record
 from colt5_bench.report.comparison import as_json
 from colt5_bench.report.page import OURS
@@ -144,10 +144,8 @@ def _slowed_columns(options: argparse.Namespace, suites: Mapping[str, Suite], ru
         raise SelectionError(f"--comparisons has to be at least 1, got {options.comparisons}.")
     if options.planted is None:
         return ()
-    columns: tuple[str, ...] = CPU_COLUMNS
     device = choose_device(options.device)
-    if device.type == "cuda":
-        columns = tuple(column for column in GPU_COLUMNS if column not in CPU_COLUMNS)
+    columns = GPU_TIME_COLUMNS if device.type == "cuda" else CPU_COLUMNS
     if options.impl and OURS not in options.impl:
         raise SelectionError(f"--planted slows {OURS} down, which --impl leaves out.")
     for name in options.suite:

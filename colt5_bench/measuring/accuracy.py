@@ -148,7 +148,10 @@ class Spread:
         # A larger element may be off by as much as a smaller one. The least of few elements may be so by luck.
         errors = MARGIN * self._largest.cummax(0).values
         enough = int((self._counts[1:].cumsum(0) < FEWEST).sum()) + 1
-        errors[1:] = errors[1:].clamp(min=errors[min(enough, len(errors) - 1)].item())
+        small = errors[min(enough, len(errors) - 1)].item()
+        errors[1:] = errors[1:].clamp(min=small)
+        # A zero that is not exact either is a sum whose terms cancel, and small by luck as well.
+        errors[0] = errors[0].clamp(min=small if errors[0] > 0 else 0.0)
         information = torch.finfo(self._dtype)
         # A rounding of a rounding of the largest element is nothing beside it.
         least = max(information.eps**2 * self._scale, information.tiny)

@@ -20,7 +20,10 @@ Call = Callable[[], object]
 Round = Callable[[Sequence[str]], list[float]]
 """Runs the named calls in the order given and returns the seconds of each."""
 
-GPU_COLUMNS, CPU_COLUMNS = ("cold", "warm", "graph", "wall", "eager"), ("wall",)
+GPU_TIME_COLUMNS = ("cold", "warm", "graph")
+"""Columns that the GPU's clock alone makes."""
+
+GPU_COLUMNS, CPU_COLUMNS = (*GPU_TIME_COLUMNS, "wall", "eager"), ("wall",)
 """All columns. The first is the one that the figure of a case is."""
 
 WARM_UP_CALLS = 2

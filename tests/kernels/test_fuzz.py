@@ -18,13 +18,14 @@ from torch.utils._pytree import tree_map
 
 import kernels
 import reference
-from reference._shared.arguments import result_dtype
+from reference._shared.arguments import epsilon_schedule, result_dtype
 from tests.calls import KERNELS
 from tests.kernels.devices import DEVICE, DEVICES
 from tests.kernels.fuzz import run
 from tests.kernels.fuzz.cases import EXCLUDED, LAYERS, NAMES, OPERATIONS, SCALES, Case, build, cases, draw_case
 from tests.kernels.fuzz.check import Verdict, examine, execute
 from tests.kernels.fuzz.definition import Watched, definition, ours
+from tests.kernels.fuzz.kinks import rows_at_kink
 
 INTERPRETED = triton.knobs.runtime.interpret
 CPU = torch.device("cpu")
@@ -105,6 +106,26 @@ FOUND = [
         '"normalize_to": "fetched"}, "multiply_keys_by_score": false, "multiply_queries_by_score": true, '
         '"use_null_q_tokens": false, "use_flash_attn": true, "rotary_emb": true, '
         '"causal_query_routing": false}}'
+    ),
+    # No row: the gate made a shape of -1 out of nothing.
+    (
+        '{"name": "route", "seed": 419173495, "dtype": "float32", "autocast": null, "grad": true, '
+        '"layout": "transposed", "data": {"x": [0, 6, 20], "routing_tokens": [1, 1, 20], "std": 0.05, "mask": null}, '
+        '"options": {"n_iters": 3, "eps": 1.0, "eps_init": null, "eps_decay": 0.7, "num_selected": 1, '
+        '"solver": "exact", "cosine_sim_scale": null, "block_size": null, "straight_through": false, "k": 1.125}}'
+    ),
+    # The first token sees itself alone: terms of its query's gradient cancel, and the gate had nearly found 0.
+    (
+        '{"name": "windowed_attention", "seed": 2122722642, "dtype": "float32", "autocast": null, "grad": true, '
+        '"layout": "transposed", "data": {"qkv": [2, 73, 384], "mask": "all"}, '
+        '"options": {"heads": 2, "window_size": 8192, "causal": true}}'
+    ),
+    # An entry 1e-6 from a kink, in the last of 50 iterations: roundings of all of them add up.
+    (
+        '{"name": "segmented_coor_descent", "seed": 460242498, "dtype": "bfloat16", "autocast": null, "grad": true, '
+        '"layout": "strided", "data": {"scores": [513, 511], "mask": null, "std": 5.0, "ties": false, "k": [1], '
+        '"k_of": 304.46}, "options": {"n_iters": 50, "eps": 0.3, "eps_init": null, "eps_decay": 0.9, '
+        '"checkpoint_segments": 36}}'
     ),
 ]
 """Lines of cases that failed once, and why."""
@@ -268,6 +289,47 @@ def test_the_truth_is_of_fp64_whatever_a_case_asks_for(name):
         execute(function, tensors, case)
         truth = execute(definition(case, CPU, watched, torch.float64), tensors, case, torch.float64)
         assert {x.dtype for x in truth.values() if x.is_floating_point()} <= {torch.float64}, case
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is not about kernels")
+@pytest.mark.parametrize(("eps", "eps_init", "eps_decay"), [(0.3, None, 1.0), (0.03, 4.0, 0.7), (1.0, None, 1.0)])
+@pytest.mark.parametrize("n_iters", [5, 50])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_kink_is_wherever_fp32_may_be_on_the_other_side(eps, eps_init, eps_decay, n_iters, masked):
+    generator = torch.Generator().manual_seed(0)
+    s = 3 * torch.randn(400, 509, generator=generator)
+    mask = torch.rand(s.shape, generator=generator) < 0.7 if masked else torch.ones_like(s, dtype=torch.bool)
+    mask[:, 0] = True
+    k = 1 + 300 * torch.rand(len(s), 1, generator=generator)
+    options = {"n_iters": n_iters, "eps": eps, "eps_init": eps_init, "eps_decay": eps_decay}
+
+    def descend(s, k, order):
+        """-a before each iteration and at the end, with sums in an order."""
+        *temperatures, _ = epsilon_schedule(*options.values())
+        a = temperatures[0] * (k.log() - mask.sum(-1, keepdim=True).to(s).log())
+        for temperature in temperatures[1:]:
+            yield -a
+            exponent = (torch.minimum(s, -a) / temperature).masked_fill(~mask, -torch.inf)[:, order]
+            a = temperature * (k.log() - exponent.logsumexp(dim=-1, keepdim=True))
+        yield -a
+
+    def kinks():
+        return rows_at_kink("coor_descent", s.double(), {**options, "k": k.squeeze(-1).double(), "mask": mask}, 0.0)
+
+    everything = torch.arange(509)
+    assert kinks().float().mean() < 0.2
+    # An entry of each row comes as near to one as fp32 may be off. It moves the kink as well.
+    for _ in range(4):
+        *_, kink = descend(s.double(), k.double(), everything)
+        s[:, :1] = kink
+    s[:, :1] += 1e-6 * torch.randn(len(s), 1, generator=generator)
+    right = [s > kink for kink in descend(s.double(), k.double(), everything)]
+    flipped = torch.zeros(len(s), dtype=torch.bool)
+    for order in (everything, everything.flip(0), torch.randperm(509, generator=generator)):
+        for kink, expected in zip(descend(s, k, order), right, strict=True):
+            flipped |= (((s > kink) != expected) & mask).any(-1)
+    assert flipped.any()
+    assert not (flipped & ~kinks()).any()
 
 
 # Faults that it finds -------------------------------------------------------------------------------------------------

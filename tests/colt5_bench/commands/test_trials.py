@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from colt5_bench.commands._trials import Trial, status_of, summary_lines
 from colt5_bench.compare import Comparison, Finding
 from colt5_bench.compare.findings import VERDICTS
 from colt5_bench.compare.revisions import MeasuringError
-from colt5_bench.measuring.rounds import CPU_COLUMNS, GPU_COLUMNS
+from colt5_bench.measuring.rounds import CPU_COLUMNS, GPU_COLUMNS, GPU_TIME_COLUMNS
 
 ROOT = Path(__file__).parents[3]
 ON_TIMES = ("worse", "unclear", "better", "same")
@@ -55,7 +56,7 @@ class TestTrial:
         if not trial.alarms:
             assert trial.outcome == ("undecided" if comparison.undecided else "quiet")
 
-    @given(FINDINGS, st.sampled_from((CPU_COLUMNS, ("cold", "warm", "graph"))))
+    @given(FINDINGS, st.sampled_from((CPU_COLUMNS, GPU_TIME_COLUMNS)))
     def test_a_slower_copy_is_found_by_its_own_times(self, findings, columns):
         trial = Trial.of(Comparison(findings), columns)
         innocent = [each for each in findings if each.implementation != "ours" and each.is_regression]
@@ -150,6 +151,14 @@ class TestCommand:
         assert after.startswith(before)
         assert "slowed(SUITE, 'ours', 0.5)" in after
         assert "suites/combine.py" in after
+
+    def test_on_a_gpu_its_own_times_have_to_show_it(self, bench, monkeypatch):
+        """The host's clock has a wider threshold, and a longer kernel need not reach it."""
+        monkeypatch.setattr(_trials, "choose_device", lambda name: torch.device("cuda"))
+        said = [Comparison([*(time("worse", metric=column) for column in GPU_TIME_COLUMNS), time("same")])]
+        status, printed, _ = bench(said, "--comparisons", "1", "--planted", "0.1")
+        assert status == DONE
+        assert "3 slowed times: 3 worse" in printed.out
 
     @pytest.mark.parametrize(
         ("raised", "status"), [(KeyboardInterrupt(), INTERRUPTED), (MeasuringError("no"), UNMEASURED)]

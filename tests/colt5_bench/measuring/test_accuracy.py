@@ -176,6 +176,19 @@ class TestTolerances:
         allowed = tolerances(lambda: {"output": x.sum(dim=-1)}, {"output": expected})["output"].of(expected)
         assert allowed.max() <= 4 * allowed.min()
 
+    def test_a_zero_of_terms_that_cancel_is_judged_like_small_elements(self):
+        expected = torch.cat((torch.zeros(3), torch.ones(100))).double()
+        spread = Spread(expected)
+        spread.add(expected + 1e-6)
+        spread.add(expected + torch.cat((torch.full((3,), 1e-9), torch.zeros(100))))
+        assert spread.tolerance().of(expected).unique().tolist() == pytest.approx([8e-6], rel=1e-6)
+
+    def test_a_zero_that_is_exact_in_all_computations_has_to_be_exact(self):
+        expected = torch.cat((torch.zeros(3), torch.ones(100))).double()
+        spread = Spread(expected)
+        spread.add(expected + 1e-6 * expected)
+        assert spread.tolerance().of(expected)[:3].max() < 1e-30
+
     def test_few_small_elements_are_judged_like_the_others(self):
         expected = torch.cat([fp64(1e-9), torch.ones(200, dtype=torch.float64)])
         spread = Spread(expected)

@@ -1,5 +1,7 @@
 import gzip
 import json
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -275,13 +277,13 @@ class TestCommand:
         assert "--profile nsys: saw nothing" in said.err
 
 
-# CUPTI, which profilers ask, serves one process of a GPU at a time.
+# CUPTI, which profilers ask, serves one process of a GPU at a time, and in a process the first profiler alone.
 @pytest.mark.gpu
 @pytest.mark.alone
 @pytest.mark.parametrize("mode", ["nvtx", "torch", "memory", "proton"])
 def test_every_mode_works_on_a_gpu(mode, tmp_path):
-    suite = toy.suite()
-    wanted = profiler.points([suite], "smoke", GPU, implementations=[], cases="")
-    outcome = profiler.profile(mode, wanted, {"toy": suite}, "smoke", GPU, tmp_path)
-    assert not outcome.failed
-    assert bool(outcome.files) is (mode != "nvtx")
+    options = ["--suite", "combine", "--preset", "smoke", "--device", "cuda", "--profile", mode, "--out", "out"]
+    command = [sys.executable, str(ROOT / "bench.py"), *options]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=250)
+    assert run.returncode == commands.DONE, run.stdout + run.stderr
+    assert any(each.is_file() for each in tmp_path.rglob("*")) is (mode != "nvtx")

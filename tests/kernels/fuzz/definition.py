@@ -189,7 +189,9 @@ def _within_blocks(indices: Tensor, options: dict[str, Any], n: int) -> Tensor:
 
 def as_rows_of(scores: Tensor, indices: Tensor) -> Tensor:
     """Indices selected from rows of scores, in the shape of these. A single route may have a dimension or not."""
-    return indices.reshape(*scores.shape[:-1], -1)
+    rows = scores.shape[:-1]
+    # Not by -1, which stands for no one number where there are no rows.
+    return indices.reshape(*rows, indices.shape[-1])
 
 
 # What the definition does with it -------------------------------------------------------------------------------------

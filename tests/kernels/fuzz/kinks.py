@@ -1,5 +1,6 @@
 """Where the relaxed selection has no single derivative: rows with an entry that a rounding puts on either side."""
 
+from math import log2
 from typing import Any
 
 import torch
@@ -22,30 +23,47 @@ def rows_at_kink(name: str, scores: Tensor, options: dict[str, Any], spread: flo
     mask = options.get("mask")
     valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand(scores.shape)
     s = scores.masked_fill(~valid, 0.0)
-    distance = (_from_saturation if name == "soft_topk" else _from_kinks)(s, valid, options)
-    return ((distance <= 4 * UNIT * s.abs() + 4 * spread + 1e-13) & valid).any(-1)
+    near = (_near_saturation if name == "soft_topk" else _near_kinks)(s, valid, options, spread)
+    return (near & valid).any(-1)
 
 
-def _from_kinks(s: Tensor, valid: Tensor, options: dict[str, Any]) -> Tensor:
-    """How far entries are from s = -a, in the nearest iteration of coordinate descent."""
+def _near_kinks(s: Tensor, valid: Tensor, options: dict[str, Any], spread: float) -> Tensor:
+    """Which entries are near s = -a in an iteration of coordinate descent.
+
+    Roundings add up in a: each iteration adds its own, and hands on those before in the share that the entries with
+    s > -a have in the sum, whose exponent is -a.
+    """
     *temperatures, _ = epsilon_schedule(
         options["n_iters"], options["eps"], options.get("eps_init"), options.get("eps_decay", 1.0)
     )
-    log_k = torch.as_tensor(options["k"], dtype=torch.float64, device=s.device).unsqueeze(-1).log()
-    a = temperatures[0] * (log_k - valid.sum(-1, keepdim=True).double().log())
-    nearest = torch.full_like(s, torch.inf)
+    log_k = torch.as_tensor(options["k"], dtype=torch.float64, device=s.device).detach().unsqueeze(-1).log()
+    sums = log2(max(s.shape[-1], 2))
+    log_sum = valid.sum(-1, keepdim=True).double().log()
+    a = temperatures[0] * (log_k - log_sum)
+    off = UNIT * temperatures[0] * (log_k.abs() + log_sum)
+    near = torch.zeros_like(valid)
     for temperature in temperatures[1:]:
-        nearest = torch.minimum(nearest, (s + a).abs())
-        exponent = (torch.minimum(s, -a) / temperature).masked_fill(~valid, -torch.inf)
-        a = temperature * (log_k - exponent.logsumexp(dim=-1, keepdim=True))
-    return torch.minimum(nearest, (s + a).abs())
+        near |= _is_near(s, (s + a).abs(), off + spread)
+        at_most = torch.minimum(s, -a)
+        exponent = (at_most / temperature).masked_fill(~valid, -torch.inf)
+        log_sum = exponent.logsumexp(dim=-1, keepdim=True)
+        p = (exponent - log_sum).exp().nan_to_num()
+        handed_on = (p * (s > -a)).sum(-1, keepdim=True)
+        own = (p * at_most.abs()).sum(-1, keepdim=True) + temperature * (log_k.abs() + log_sum.abs() + sums)
+        a = temperature * (log_k - log_sum)
+        off = handed_on * off + (1 - handed_on) * spread + UNIT * own
+    return near | _is_near(s, (s + a).abs(), off + spread)
 
 
-def _from_saturation(s: Tensor, valid: Tensor, options: dict[str, Any]) -> Tensor:
-    """How far entries are from where the exact solution reaches 1; all that round to 1 are there."""
+def _near_saturation(s: Tensor, valid: Tensor, options: dict[str, Any], spread: float) -> Tensor:
+    """Which entries are near to where the exact solution reaches 1; all that round to 1 are there."""
     eps = options["eps"]
     y = reference.soft_topk(s, **{**options, "mask": valid})
     below = s.masked_fill(~valid | (y == 1), -torch.inf).amax(-1, keepdim=True)
     largest = y.masked_fill(y == 1, 0.0).amax(-1, keepdim=True)
     distance = (s - below + eps * largest.log()).abs() - 1e-6 * eps
-    return distance.nan_to_num(torch.inf).masked_fill(~below.isfinite(), torch.inf)
+    return _is_near(s, distance.nan_to_num(torch.inf).masked_fill(~below.isfinite(), torch.inf), spread)
+
+
+def _is_near(s: Tensor, distance: Tensor, off: Tensor | float) -> Tensor:
+    return distance <= 4 * UNIT * s.abs() + 4 * off + 1e-13
