@@ -17,7 +17,6 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 import reference
@@ -106,14 +105,28 @@ class RoutedTokens(nn.Module):
         return weighted.gather(-2, order.expand_as(weighted))
 
 
-def as_function(module: nn.Module, *, autocast: bool = False) -> Callable[..., Tensor]:
-    """The module as a function of the tensors that it is called with and, by their names, of its parameters."""
-    names = [name for name, _ in module.named_parameters()]
+def as_function(
+    module: nn.Module, call: Callable[..., Tensor] | None = None, *, autocast: bool = False
+) -> Callable[..., Tensor]:
+    """The module as a function of the tensors that it is called with and, by their names, of its parameters.
+
+    Args:
+        call: computes with the module, if that is not the module's own call.
+    """
+    call = module if call is None else call
+    owners = {}
+    for name, _ in module.named_parameters():
+        owner, _, own_name = name.rpartition(".")
+        owners[name] = module.get_submodule(owner)._parameters, own_name
 
     def function(**tensors: Tensor) -> Tensor:
-        parameters = {name: tensors.pop(name) for name in names}
-        with torch.autocast(next(iter(parameters.values())).device.type, torch.bfloat16, enabled=autocast):
-            return functional_call(module, parameters, kwargs=tensors)
+        # For good: the backward pass may need them again, and a call with the same ones costs no more than of a layer.
+        for name, (parameters, own_name) in owners.items():
+            given = tensors.pop(name)
+            if parameters[own_name] is not given:
+                parameters[own_name] = given  # type: ignore[assignment]
+        with torch.autocast(given.device.type, torch.bfloat16, enabled=autocast):
+            return call(**tensors)
 
     return function
 
@@ -174,21 +187,7 @@ def sparingly(
 ) -> Callable[..., Tensor]:
     """The plain layer as `sparing` computes it, as a function like those of `as_function`."""
     module = without_memory(lambda: layer.make(reference, False))
-    names = [name for name, _ in module.named_parameters()]
-    call = sparing(module)
-
-    def function(**tensors: Tensor) -> Tensor:
-        device = tensors[names[0]].device.type
-        for name in names:
-            # For good, as they are needed in the backward pass again.
-            owner, _, own_name = name.rpartition(".")
-            part = module.get_submodule(owner)
-            part._parameters.pop(own_name, None)
-            setattr(part, own_name, tensors.pop(name))
-        with torch.autocast(device, torch.bfloat16, enabled=autocast):
-            return call(**tensors)
-
-    return function
+    return as_function(module, sparing(module), autocast=autocast)
 
 
 def plain(case: LayerCase) -> Callable[..., Tensor]:
