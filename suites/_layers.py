@@ -108,7 +108,7 @@ class RoutedTokens(nn.Module):
 def as_function(
     module: nn.Module, call: Callable[..., Tensor] | None = None, *, autocast: bool = False
 ) -> Callable[..., Tensor]:
-    """The module as a function of the tensors that it is called with and, by their names, of its parameters.
+    """The module as a function of its inputs and, by their names, of its parameters.
 
     Args:
         call: computes with the module, if that is not the module's own call.

@@ -75,6 +75,8 @@ ENCODERS = {
     "tiny": of_document(1, 128, 64),
     "document-2k": of_document(2, 2048, 512),
     "document": of_document(2, 32768, 512),
+    "document-16k": of_document(1, 16384, 512),
+    "document-8x4k": of_document(8, 4096, 512),
     **{f"{size}-{n // 1024}k": of_paper(n, *sizes) for (size, sizes), n in product(PAPER_SIZES.items(), (4096, 16384))},
 }
 
@@ -161,7 +163,7 @@ def _attended(block: nn.Module) -> Callable[..., Tensor]:
     """Input of the feed-forward layer of a block."""
     in_pieces(block)
     attention = cast(reference.ConditionalRoutedTransformerBlock, block).conditional_attn
-    return lambda x, mask: attention(x, mask=mask, residual=x)
+    return lambda x, mask=None: attention(x, mask=mask, residual=x)
 
 
 def _apart(layer: Layer, problem: Problem) -> Problem:

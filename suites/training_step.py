@@ -1,0 +1,167 @@
+"""A training step as a caller gets it, of single layers and of eight blocks, under autocast to bfloat16.
+
+The `eager` column is what a caller waits for. `ours_graphed` and `ours_reduce_overhead` are the two ways by which
+PyTorch launches a whole step at once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+import reference
+from colt5_bench.case import FORWARD_BACKWARD
+from colt5_bench.pytest_plugin.replay import replay
+from colt5_bench.suite import Implementation, Suite
+from suites._descent import implementations, lenient
+from suites._layers import OURS, REFERENCE, Layer, LayerCase, as_function, cost, plain, problem, truth, without_memory
+from suites.layers import LAYERS
+from suites.peers import DENSE_FLASH
+
+DEPTH = 8
+"""Blocks of the model."""
+
+
+class InTurn(nn.Module):
+    """Several layers, one after the other."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens `b n d` to `b n d`."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def eight_blocks(model: str) -> Layer:
+    block = LAYERS["block"](model)
+
+    def make(package: ModuleType, use_triton: bool) -> nn.Module:
+        return InTurn([block.make(package, use_triton) for _ in range(DEPTH)])
+
+    def dense(attend: Callable[..., Tensor]) -> nn.Module:
+        assert block.dense is not None
+        return InTurn([block.dense(attend) for _ in range(DEPTH)])
+
+    # Not moved apart: of the second block on, scores depend on all that was routed before.
+    return replace(block, make=make, dense=dense, settle=None)
+
+
+KINDS: dict[str, Callable[[str], Layer]] = {
+    **{kind: LAYERS[kind] for kind in ("attention", "feed_forward", "block", "autoregressive")},
+    "eight_blocks": eight_blocks,
+}
+
+
+@dataclass(frozen=True)
+class StepCase(LayerCase):
+    """A step of a layer or model."""
+
+    kind: str
+    """Name of one of KINDS."""
+
+    model: str
+    """Name of one of the models of suite layers."""
+
+    dtype: str = "autocast"
+
+    @property
+    def layer(self) -> Layer:
+        return replace(KINDS[self.kind](self.model), dtype=self.dtype, masks={})
+
+
+def cases(preset: str, device: torch.device) -> list[StepCase]:
+    if preset == "smoke":
+        return [StepCase(kind, "tiny") for kind in KINDS]
+    if device.type != "cuda":
+        return [StepCase(kind, "document-2k") for kind in KINDS if kind != "eight_blocks"]
+    longer = [("attention", "document-16k"), ("attention", "document-8x4k"), ("autoregressive", "document-32k")]
+    of_document = [(kind, "document") for kind in KINDS if kind != "eight_blocks"]
+    return [StepCase(*each) for each in (*of_document, *longer, ("eight_blocks", "document-16k"))]
+
+
+def _needs_a_gpu(case: StepCase, device: torch.device) -> str | None:
+    return None if device.type == "cuda" else "CUDA graphs need a GPU"
+
+
+def _captured(
+    case: StepCase, capture: Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
+) -> Callable[..., Tensor]:
+    """The layer as `capture` makes it, which keeps where its parameters are: once for all calls with the same ones."""
+    kept: list[Tensor] = []
+    call: Callable[..., Tensor] | None = None
+
+    def function(**tensors: Tensor) -> Tensor:
+        nonlocal call
+        given = list(tensors.values())
+        if call is None or any(one is not other for one, other in zip(given, kept, strict=True)):
+            kept[:] = given
+            module = without_memory(lambda: case.layer.make(reference, True))
+            captured: list[Callable[[Tensor], Tensor]] = []
+
+            def first_or_later(x: Tensor) -> Tensor:
+                # Here parameters are in their places.
+                if not captured:
+                    captured.append(capture(module, x))
+                return captured[0](x)
+
+            call = as_function(module, first_or_later, autocast=case.layer.autocast)
+        return call(**tensors)
+
+    return function
+
+
+def _graphed(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    # Weights that autocast keeps for a whole step would be those of the capture.
+    torch.set_autocast_cache_enabled(False)
+    try:
+        torch.cuda.make_graphed_callables(module, (x,))
+    finally:
+        torch.set_autocast_cache_enabled(True)
+    # Its calls replay the graphs from here on.
+    return module
+
+
+def _reduce_overhead(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    compiled = torch.compile(module, mode="reduce-overhead")
+
+    def call(x: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        out: Tensor = compiled(x)
+        return out
+
+    return call
+
+
+OURS_GRAPHED = Implementation[StepCase](
+    "ours_graphed", lambda case: _captured(case, _graphed), _needs_a_gpu, bound=lenient
+)
+"""By `torch.cuda.make_graphed_callables`: a graph of the forward and one of the backward pass."""
+
+OURS_REDUCE_OVERHEAD = Implementation[StepCase](
+    "ours_reduce_overhead", lambda case: _captured(case, _reduce_overhead), _needs_a_gpu, bound=lenient
+)
+"""By `torch.compile(mode="reduce-overhead")`."""
+
+SUITE = Suite(
+    name="training_step",
+    description="a training step as called, eager and by CUDA graphs, beside dense attention",
+    cases=cases,
+    directions=lambda case: (FORWARD_BACKWARD,),
+    implementations=implementations(REFERENCE, OURS, OURS_GRAPHED, OURS_REDUCE_OVERHEAD, DENSE_FLASH),
+    reference="reference",
+    problem=problem,
+    truth=truth,
+    plain=plain,
+    cost=cost,
+    x_axis="kind",
+)
+
+
+def test_training_step(record, benchmark):
+    replay(record, benchmark)
