@@ -120,7 +120,7 @@ def as_function(
         owners[name] = module.get_submodule(owner)._parameters, own_name
 
     def function(**tensors: Tensor) -> Tensor:
-        # For good: the backward pass may need them again, and a call with the same ones costs no more than of a layer.
+        # For good: the backward pass may need them again. A call with the same ones costs no more.
         for name, (parameters, own_name) in owners.items():
             given = tensors.pop(name)
             if parameters[own_name] is not given:
@@ -185,7 +185,7 @@ def ours(case: LayerCase, *, use_triton: bool) -> Callable[..., Tensor]:
 def sparingly(
     layer: Layer, sparing: Callable[[nn.Module], Callable[..., Tensor]], *, autocast: bool
 ) -> Callable[..., Tensor]:
-    """The plain layer as `sparing` computes it, as a function like those of `as_function`."""
+    """The plain layer as `sparing` computes it, as `as_function` makes it a function."""
     module = without_memory(lambda: layer.make(reference, False))
     return as_function(module, sparing(module), autocast=autocast)
 
