@@ -89,29 +89,46 @@ def _needs_a_gpu(case: StepCase, device: torch.device) -> str | None:
     return None if device.type == "cuda" else "CUDA graphs need a GPU"
 
 
+class _Relayed(torch.autograd.Function):
+    """A call on tensors of its own, which share the memory of those given and hand over their gradients."""
+
+    @staticmethod
+    def forward(ctx, call, own, *_):
+        with torch.enable_grad():
+            ctx.output = call(**own)
+        ctx.own = [*own.values()]
+        return ctx.output.detach()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return None, None, *torch.autograd.grad(ctx.output, ctx.own, grad_output)
+
+
 def _captured(
     case: StepCase, capture: Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
 ) -> Callable[..., Tensor]:
-    """The layer as `capture` makes it, which keeps where its parameters are: once for all calls with the same ones."""
-    kept: list[Tensor] = []
-    call: Callable[..., Tensor] | None = None
+    """The layer as `capture` makes it. A graph has addresses, so it is made once for all tensors in the same memory."""
+    kept: dict[tuple[int, ...], tuple[Callable[..., Tensor], dict[str, Tensor]]] = {}
+
+    def made() -> Callable[..., Tensor]:
+        module = without_memory(lambda: case.layer.make(reference, True))
+        # Captured in the first call, when parameters are in their places.
+        captured: list[Callable[[Tensor], Tensor]] = []
+
+        def call(x: Tensor) -> Tensor:
+            if not captured:
+                captured.append(capture(module, x))
+            return captured[0](x)
+
+        return as_function(module, call, autocast=case.layer.autocast)
 
     def function(**tensors: Tensor) -> Tensor:
-        nonlocal call
-        given = list(tensors.values())
-        if call is None or any(one is not other for one, other in zip(given, kept, strict=True)):
-            kept[:] = given
-            module = without_memory(lambda: case.layer.make(reference, True))
-            captured: list[Callable[[Tensor], Tensor]] = []
-
-            def first_or_later(x: Tensor) -> Tensor:
-                # Here parameters are in their places.
-                if not captured:
-                    captured.append(capture(module, x))
-                return captured[0](x)
-
-            call = as_function(module, first_or_later, autocast=case.layer.autocast)
-        return call(**tensors)
+        addresses = tuple(each.data_ptr() for each in tensors.values())
+        if addresses not in kept:
+            kept.clear()
+            kept[addresses] = made(), {name: each.detach().requires_grad_() for name, each in tensors.items()}
+        out: Tensor = _Relayed.apply(*kept[addresses], *tensors.values())
+        return out
 
     return function
 

@@ -1,0 +1,35 @@
+import pytest
+import torch
+from torch import nn
+
+from colt5_bench.measuring.call import Call
+from suites import training_step
+from suites.training_step import KINDS, StepCase
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_captured_step_has_the_results_of_the_layer(kind):
+    case = StepCase(kind, "tiny", "float32")
+    problem = training_step.problem(case, CPU)
+    modules: list[nn.Module] = []
+
+    def capture(module, x):
+        modules.append(module)
+        return module
+
+    captured, plain = training_step._captured(case, capture), training_step.SUITE.implementations["ours"].build(case)
+    call = Call(captured, problem, "forward+backward")
+    expected = Call(plain, problem, "forward+backward").results()
+    for _ in range(2):
+        for name, result in call.results().items():
+            assert torch.equal(result, expected[name]), name
+        # As before each sample: other tensors in the same memory.
+        call.renew()
+    assert len(modules) == 1
+    for name, tensor in problem.inputs.items():
+        problem.inputs[name] = tensor.clone()
+    call.renew()
+    call()
+    assert len(modules) == 2
