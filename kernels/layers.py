@@ -9,14 +9,16 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.compiler import is_compiling
 
 import reference
+from kernels._common.dry_run import announced
 
 Layer = TypeVar("Layer", bound=type[nn.Module])
 
 
 def _with_kernels(layer: Layer) -> Layer:
-    """The layer, with None as the default of its `use_triton`."""
+    """The layer, with None as the default of its `use_triton`, and all kernels of a call compiled side by side."""
     init: Callable[..., None] = layer.__init__
     signature = inspect.signature(init)
     (option,) = (name for name in signature.parameters if name.endswith("use_triton"))
@@ -29,6 +31,17 @@ def _with_kernels(layer: Layer) -> Layer:
     parameters = [each.replace(default=None) if each.name == option else each for each in signature.parameters.values()]
     switched_on.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     layer.__init__ = switched_on  # type: ignore[method-assign]
+
+    forward: Callable[..., Any] = layer.forward
+
+    @wraps(forward)
+    def announcing(self: nn.Module, *args: Any, **options: Any) -> Any:
+        if is_compiling():
+            return forward(self, *args, **options)
+        with announced(self, forward, *args, **options):
+            return forward(self, *args, **options)
+
+    layer.forward = announcing
     return layer
 
 

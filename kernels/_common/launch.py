@@ -1,19 +1,24 @@
 """Launchers share this: tensors as rows, which path and how much of a machine a tensor gets, plans and launches."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from contextvars import Context
 from functools import cache, lru_cache, partial, wraps
 from inspect import getsource, signature
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, ParamSpec
 
 import torch
 import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from triton import AsyncCompileMode
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from kernels._common.dry_run import dry_run_of, launches_of_layer
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """True if kernels run in Triton's interpreter, which is settled when they are defined."""
@@ -77,8 +82,14 @@ def runs_triton(x: Tensor) -> bool:
 
 def has_values(x: Tensor) -> bool:
     """True if there is something to compute with. An empty tensor has nothing, and one of a compiler or of the meta
-    device has a shape alone."""
-    return type(x) is not FakeTensor and not x.is_meta and x.numel() > 0
+    device has a shape alone. A dry run goes on as with values, to the launches."""
+    is_shape = type(x) is FakeTensor and dry_run_of(x) is None
+    return not is_shape and not x.is_meta and x.numel() > 0
+
+
+def address(x: Tensor) -> int:
+    """Where the memory of a tensor begins. New memory is aligned, as 0 is, and a dry run has no other."""
+    return 0 if type(x) is FakeTensor else x.data_ptr()
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -225,6 +236,7 @@ class Scratch:
 
     def __init__(self, *shape: int, dtype: torch.dtype, zeros: bool = False) -> None:
         self._allocate = partial(torch.zeros if zeros else torch.empty, shape, dtype=dtype)
+        self.dtype = dtype
 
     def on(self, device: torch.device) -> Callable[[], Tensor]:
         return partial(self._allocate, device=device)
@@ -235,6 +247,21 @@ class Part(NamedTuple):
 
     whole: Tensor | Scratch
     first: int
+
+
+class _Pointer:
+    """As much of a pointer as Triton compiles for.
+
+    This is the dtype of its entries, and whether its address is aligned. Scratch memory is new, and so it is aligned.
+    """
+
+    def __init__(self, pointer: Tensor | Scratch | Part) -> None:
+        whole, first = pointer if isinstance(pointer, Part) else (pointer, 0)
+        self.dtype = whole.dtype
+        self._address = (0 if isinstance(whole, Scratch) else address(whole)) + first * self.dtype.itemsize
+
+    def data_ptr(self) -> int:
+        return self._address
 
 
 class Launch:
@@ -251,12 +278,54 @@ class Launch:
         self.pointers = [each for each in arguments if isinstance(each, (Tensor, Scratch, Part))]
         self.numbers = arguments[len(self.pointers) :]
 
+    def compile(self) -> None:
+        """Have the kernel compiled, and launch nothing."""
+        self.kernel.warmup(*map(_Pointer, self.pointers), *self.numbers, grid=self.grid, **self.named)
+
     def all_but_pointers(self) -> tuple[Any, ...]:
         """The other arguments, in the order of the kernel's parameters."""
         named = {name: value for name, value in self.named.items() if name in self.kernel.arg_names}
         bound = self.kernel.signature.bind(*self.pointers, *self.numbers, **named)
         bound.apply_defaults()
         return tuple(bound.arguments.values())[len(self.pointers) :]
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that compile kernels side by side: Triton's passes and the programs it calls leave Python to others.
+
+    Args:
+        device: number of the GPU that kernels are loaded to; negative: they are compiled alone.
+    """
+
+    def __init__(self, device: int) -> None:
+        set_device = () if device < 0 else (torch.cuda.set_device, (device,))
+        super().__init__(None, "colt5-compile", *set_device)
+        self._is_loading = device >= 0
+
+    def submit(  # type: ignore[override]
+        self, compile_kernel: Callable[[], CompiledKernel]
+    ) -> Future[CompiledKernel | None]:
+        return super().submit(self._compile, compile_kernel)
+
+    def _compile(self, compile_kernel: Callable[[], CompiledKernel]) -> CompiledKernel | None:
+        """None where there is an error, as if nothing had been compiled: the launch meets it again, and raises it."""
+        kernel = None
+        with suppress(Exception):
+            kernel = compile_kernel()
+            if self._is_loading:
+                # Triton loads a kernel, and builds its launcher, when it is asked for the latter.
+                attrgetter("run")(kernel)
+        return kernel
+
+
+def _compile_side_by_side(launches: Iterable[Launch], later: Callable[[], list[Launch]], device: int) -> None:
+    """Compile what launches lack, and where they lack anything, what later ones lack."""
+    with _Compilers(device) as compilers, AsyncCompileMode(compilers) as compiling:
+        for each in launches:
+            each.compile()
+        if compiling.raw_futures:
+            for each in later():
+                each.compile()
 
 
 class _Memory:
@@ -390,6 +459,10 @@ class Launcher:
         self._kept.clear()
 
     def __call__(self, *arguments: Any) -> None:
+        dry_run = dry_run_of(arguments[0])
+        if dry_run is not None:
+            dry_run.launches += self._choose(*arguments)
+            return
         index = arguments[0].get_device()
         if index >= 0 and index != torch._C._cuda_getDevice():
             with torch.cuda.device(index):
@@ -413,6 +486,8 @@ class Launcher:
                 key += (kind, each.shape, each.stride(), each.dtype, each.get_device(), address % 16 == 0)
         known = self._kept.get(tuple(key))
         if known is None:
+            # In a context of its own, where nobody else's mode of compiling is.
+            Context().run(_compile_side_by_side, self._choose(*arguments), launches_of_layer(), index)
             self._keep(tuple(key), *self._launch_by_triton(arguments))
             return
         if known.scratch:

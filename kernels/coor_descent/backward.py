@@ -12,6 +12,7 @@ from kernels._common.launch import (
     Launcher,
     Plan,
     Scratch,
+    address,
     planner,
     registers_of_addresses,
     tile_settings,
@@ -249,7 +250,7 @@ def launch_backward(
     """Write the gradient of the scores to `ds`, and that of a k with one entry a row to `dk`."""
     n_rows, n = scores.shape
     strides = (grad_output.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
-    aligned = (n | scores.data_ptr() | strides[0] | strides[1] | strides[2]) % 16 == 0
+    aligned = (n | address(scores) | strides[0] | strides[1] | strides[2]) % 16 == 0
     plan = _plan(n_rows, n, aligned)
     mask_or_any = scores if mask is None else mask
 

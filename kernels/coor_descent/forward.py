@@ -15,6 +15,7 @@ from kernels._common.launch import (
     Launcher,
     Plan,
     Scratch,
+    address,
     most_registers,
     multiprocessors,
     planner,
@@ -470,7 +471,7 @@ def launch_forward(
     n_rows, n = scores.shape
     simple = mask is None and scores.dtype == torch.float32
     strides = (scores.stride(0), 0 if mask is None else mask.stride(0))
-    aligned = (n | scores.data_ptr() | strides[0] | strides[1]) % 16 == 0
+    aligned = (n | address(scores) | strides[0] | strides[1]) % 16 == 0
     plan = _plan(n_rows, n, simple, aligned, multiprocessors(scores.device))
     mailbox = 8 * plan.programs if "launch_cooperative_grid" in plan.settings else 0
     kernel = _streaming_kernel if plan.pieces else _resident_kernel

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Launch, Launcher, Plan, multiprocessors, planner
+from kernels._common.launch import COUNTS, Launch, Launcher, Plan, address, multiprocessors, planner
 from kernels._common.primitives import (
     EXP2_LACKS,
     INTERPRETED,
@@ -313,7 +313,7 @@ def _launch_descent_and_selection(
     n_rows, n = scores.shape
     _, n_windows, routes, selected = indices.shape
     save = counts.numel() > 0
-    aligned = (scores.data_ptr() | scores.stride(0)) % 16 == 0
+    aligned = (address(scores) | scores.stride(0)) % 16 == 0
     yield Launch(
         _descend_kernel,
         _plan_descent(n_rows, n_windows, window_size, aligned, multiprocessors(scores.device)),

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import Launch, Launcher, Part, Plan, Scratch, most_registers, planner
+from kernels._common.launch import Launch, Launcher, Part, Plan, Scratch, address, most_registers, planner
 from kernels.soft_topk.search import (
     STATE,
     UNIT,
@@ -339,7 +339,7 @@ def _sizes_of(scores: Tensor, mask: Tensor | None) -> tuple[int, int, bool, bool
     """Sizes and options that a plan depends on."""
     n_rows, n = scores.shape
     stride = 0 if mask is None else mask.stride(0)
-    return n_rows, n, mask is None, (n | scores.data_ptr() | scores.stride(0) | stride) % 16 == 0
+    return n_rows, n, mask is None, (n | address(scores) | scores.stride(0) | stride) % 16 == 0
 
 
 @Launcher
