@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED, attempt
-from colt5_bench.commands._comparison import Comparer, add_options, expression, in_scope, status_of
-from colt5_bench.compare import Comparison, read_baseline
+from colt5_bench.commands._comparison import Comparer, add_options, expression, in_scope, status_of, thresholds_file
+from colt5_bench.compare import Comparison, load_rules, read_baseline
 from colt5_bench.compare.conditions import Conditions
 from colt5_bench.records.results import Run, load
 from colt5_bench.report.comparison import append_summary, show
@@ -35,6 +35,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--check", action="store_true", help="fail if anything is worse than in the baseline, and for nothing else"
     )
     add_options(parser)
+
+
+def checked(options: argparse.Namespace, suites: Mapping[str, Suite]) -> list[str]:
+    """The implementations of a run: those of `--impl`, or all; with `--check` all but the `unchecked` ones."""
+    if options.impl or not options.check:
+        return list(options.impl)
+    unchecked = load_rules(thresholds_file(options)).unchecked
+    names = dict.fromkeys(name for suite in suites.values() for name in suite.implementations)
+    if left_out := [name for name in names if name in unchecked]:
+        print(f"--check leaves out {', '.join(left_out)}; --impl measures them, too", file=sys.stderr)
+    return [name for name in names if name not in unchecked]
 
 
 @dataclass(frozen=True)

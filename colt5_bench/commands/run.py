@@ -84,6 +84,8 @@ def main(options: argparse.Namespace) -> int:
     chosen = {name: suites[name] for name in options.suite}
     if options.profile:
         return _profile.main(options, request, list(chosen.values()), device, checkout)
+    options.impl = _check.checked(options, chosen)
+    request = replace(request, implementations=tuple(options.impl))
     check_against = _check.Check.of(options, suites, device)
     measure = partial(_run_suite, options, suite_files(checkout))
     return _run(options, request, chosen, checkout, check_against, measure)

@@ -84,6 +84,8 @@ class Rules:
 
     default: Thresholds
     rules: Sequence[_Rule] = ()
+    unchecked: Sequence[str] = ()
+    """Implementations that `--check` measures by name alone."""
 
     def of(self, record: Record, device: str) -> Thresholds:
         """The defaults, changed by each rule that applies, in the order of the file.
@@ -101,7 +103,7 @@ class Rules:
 
 
 def load_rules(path: Path) -> Rules:
-    """Read thresholds: a table `default` with all of them, then tables `rule` with those that differ.
+    """Read thresholds: a table `default` with all of them, then tables `rule` with those that differ; `unchecked`.
 
     Raises:
         ThresholdsError: there is no such file, or it says what cannot be.
@@ -112,7 +114,7 @@ def load_rules(path: Path) -> Rules:
         raise ThresholdsError(f"cannot read the thresholds {path}: {error.strerror}.") from error
     except tomllib.TOMLDecodeError as error:
         raise ThresholdsError(f"{path} is not TOML: {error}") from error
-    _only(content, ("default", "rule"), str(path))
+    _only(content, ("default", "rule", "unchecked"), str(path))
     default = content.get("default", {})
     where = f"{path}, [default]"
     _only(default, (*NUMBERS, "metrics"), where)
@@ -121,6 +123,7 @@ def load_rules(path: Path) -> Rules:
     return Rules(
         Thresholds(**_numbers(default, where), metrics=_metrics(default, where)),
         [_rule(rule, f"{path}, [[rule]] {number}") for number, rule in enumerate(content.get("rule", []), start=1)],
+        _names(content["unchecked"], f"{path}: unchecked") if "unchecked" in content else (),
     )
 
 

@@ -15,14 +15,14 @@ import torch
 from colt5_bench import cli
 from colt5_bench.case import DIRECTIONS
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNDECIDED, UNMEASURED, USAGE
-from colt5_bench.commands._check import Check
+from colt5_bench.commands._check import Check, checked
 from colt5_bench.compare.revisions import MOST_TURNS, TURNS
 from colt5_bench.records import environment
 from colt5_bench.records.results import load, write
 from colt5_bench.records.samples import runs_that_confirm
 from colt5_bench.selection import SelectionError
 from tests.colt5_bench import toy
-from tests.colt5_bench.compare.test_compare import ENVIRONMENT, ours, reference
+from tests.colt5_bench.compare.test_compare import ENVIRONMENT, THRESHOLDS, ours, reference
 from tests.colt5_bench.made import record
 
 ROOT = Path(__file__).parents[3]
@@ -480,6 +480,19 @@ class TestCheck:
     def test_what_cannot_be_checked(self, check, selected, message):
         with pytest.raises(SelectionError, match=message):
             check(**selected)
+
+
+@pytest.mark.parametrize("names", [["good"], ["good", "slowed"], []])
+@pytest.mark.parametrize("checks", [True, False])
+@pytest.mark.parametrize("unchecked", [["slowed", "lost", "other"], []])
+def test_a_check_leaves_out_what_others_make_unless_it_is_named(tmp_path, capsys, names, checks, unchecked):
+    thresholds = tmp_path / "thresholds.toml"
+    thresholds.write_text(f"unchecked = {unchecked}\n" * bool(unchecked) + THRESHOLDS)
+    suite = toy.suite()
+    found = checked(argparse.Namespace(impl=names, check=checks, thresholds=thresholds), {"toy": suite})
+    left_out = set(unchecked) & set(suite.implementations) if checks and not names else set()
+    assert set(found or suite.implementations) == set(names or suite.implementations) - left_out
+    assert all(name in capsys.readouterr().err for name in list(left_out)[:1])
 
 
 @pytest.mark.alone

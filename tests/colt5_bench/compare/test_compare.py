@@ -455,7 +455,7 @@ class TestThresholds:
             ('[[rule]]\ndevice = "tpu"', r"device has to be cpu or cuda, got 'tpu'"),
             ("[[rule]]\nsuite = 1", r"suite has to be text or a list of texts, got 1"),
             ('[[rule]]\ncases = "(n"', r"cannot read the case expression"),
-            ("[metrics]\nlost = 1", r"there is no 'metrics'; there is default, rule"),
+            ("[metrics]\nlost = 1", r"there is no 'metrics'; there is default, rule, unchecked"),
             ("[[rule]]\nmetrics.lost = 1", r"metrics.lost needs `better`, which is lower, higher, equal"),
             ('[[rule]]\nmetrics.lost = { better = "lower", most = 1 }', r"there is no 'most'"),
             ("[[rule", r"is not TOML"),
