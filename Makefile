@@ -11,7 +11,7 @@ VENV ?= .venv
 ARGS ?=
 WORKERS ?= 2
 
-SUITES := $(filter-out conftest peers,$(patsubst suites/%.py,%,$(wildcard suites/[!_]*.py)))
+SUITES := $(filter-out conftest peers quality,$(patsubst suites/%.py,%,$(wildcard suites/[!_]*.py)))
 
 # What one process compiles, of tests with their assertions, the next one reads.
 unexport PYTHONDONTWRITEBYTECODE
@@ -41,7 +41,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 bench: $(INSTALLED) ## measure coordinate descent, on the GPU if there is one
 	$(BIN)/python bench.py --suite coor_descent $(ARGS)
 
-baseline: $(INSTALLED) ## measure all suites, for others to compare with: on an idle GPU, from a clean commit
+baseline: $(INSTALLED) ## measure all suites that take times or errors, for others to compare with: on an idle GPU, from a clean commit
 	@test -n "$(NAME)" || { echo "make: name the device, e.g. make baseline NAME=nvidia-h200" >&2; exit 1; }
 	$(BIN)/python bench.py $(patsubst %,--suite %,$(SUITES)) --out reports/$(NAME) $(ARGS)
 	$(BIN)/python bench.py baseline reports/$(NAME) reports/baselines/$(NAME).jsonl

@@ -16,6 +16,9 @@ FORWARD = "forward"
 FORWARD_BACKWARD = "forward+backward"
 DIRECTIONS = (FORWARD, FORWARD_BACKWARD)
 
+TRAINING = "training"
+"""In place of a direction, where a model is trained."""
+
 
 _salt = ContextVar("salt", default="")
 

@@ -10,11 +10,11 @@ import torch
 
 from colt5_bench.selection import SelectionError, pick, suite_files
 from colt5_bench.startup import prefix_of
-from colt5_bench.suite import Suite
+from colt5_bench.suite import Grid
 from colt5_bench.texts import describe_error
 
 
-def load_suites(checkout: Path) -> dict[str, Suite]:
+def load_suites(checkout: Path) -> dict[str, Grid]:
     """Every suite of the checkout. There is no registry: a suite is a file in suites/ with a `SUITE`.
 
     A file that is broken costs no other suite; what is wrong with it is said on the error stream.
@@ -32,7 +32,7 @@ def load_suites(checkout: Path) -> dict[str, Suite]:
     return suites
 
 
-def pick_suites(names: Sequence[str], suites: Mapping[str, Suite]) -> list[str]:
+def pick_suites(names: Sequence[str], suites: Mapping[str, Grid]) -> list[str]:
     """The names of suites that were asked for, each once; `all` is every suite.
 
     Raises:
@@ -59,9 +59,9 @@ def load_suite(file: Path) -> Any:
     return getattr(module, "SUITE", None)
 
 
-def _checked(suite: object, name: str) -> Suite:
-    if not isinstance(suite, Suite):
-        raise TypeError(f"SUITE is a {type(suite).__name__} and no Suite")
+def _checked(suite: object, name: str) -> Grid:
+    if not isinstance(suite, Grid):
+        raise TypeError(f"SUITE is a {type(suite).__name__} and no Suite or TrainingSuite")
     if suite.name != name:
         raise ValueError(f"SUITE is called {suite.name!r}, and has to be called as its file")
     return suite

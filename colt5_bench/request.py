@@ -61,6 +61,12 @@ _OPTIONS = {
         metavar="SECONDS",
         help=f"end the process of a case after this, and record an error (default: {TIME_LIMIT:g}); implies --isolate",
     ),
+    "corpus": _option(
+        "--corpus",
+        type=Path,
+        metavar="PATH",
+        help="file or folder whose bytes suites that train learn (default: the Python source of installed packages)",
+    ),
     "compile_for": _option(
         "--compile-for",
         action="append",
@@ -76,7 +82,10 @@ _OPTIONS = {
 SELECTING = ("suite", "impl", "cases")
 """Options that select from results."""
 
-MEASURING = ("preset", "impl", "cases", "device", "out", "resume", "shard", "isolate", "time_limit", "compile_for")
+MEASURING = (
+    *("preset", "impl", "cases", "device", "out", "resume", "shard", "isolate", "time_limit", "corpus"),
+    "compile_for",
+)
 """Options of a run, but for the suites."""
 
 
@@ -100,6 +109,9 @@ class Request:
     resume: bool = False
     isolate: bool = False
     time_limit: float | None = None
+    corpus: Path | None = None
+    """Data of suites that train, instead of their own."""
+
     targets: tuple[int, ...] = ()
     """GPUs that kernels are compiled for where there is none."""
 
@@ -125,6 +137,7 @@ class Request:
             resume=options.resume,
             isolate=options.isolate,
             time_limit=None if options.time_limit is None else parse_seconds(options.time_limit),
+            corpus=None if options.corpus is None else options.corpus.absolute(),
             targets=tuple(options.compile_for),
         )
 
@@ -137,6 +150,7 @@ class Request:
             *(["--shard", str(self.shard)] if self.shard != WHOLE else []),
             *(["--isolate"] if self.isolate else []),
             *(["--time-limit", f"{self.time_limit:g}"] if self.time_limit is not None else []),
+            *(["--corpus", str(self.corpus)] if self.corpus is not None else []),
             *(f"--compile-for={target}" for target in self.targets),
         ]
 

@@ -11,17 +11,21 @@ from pathlib import Path
 
 from colt5_bench.loading import choose_device
 from colt5_bench.measuring.isolation import Measurer, Point
-from colt5_bench.measuring.measure import Conditions
+from colt5_bench.measuring.measure import Conditions, Tell, silent
 from colt5_bench.records import environment, provenance
 from colt5_bench.records.parts import keep_finished
 from colt5_bench.records.provenance import Origin
 from colt5_bench.records.results import Group, Record, Writer
 from colt5_bench.request import TIME_LIMIT, Request
 from colt5_bench.selection import WHOLE, SelectionError, case_filter
-from colt5_bench.suite import Suite
+from colt5_bench.suite import Grid, TrainingSuite
 
 MAX_SECONDS = {"smoke": 0.1, "default": 1.0, "full": 2.0}
 """Longest time of sampling a time column of a case, by preset. A smoke run shows that everything runs."""
+
+
+CHECKPOINTS = "checkpoints"
+"""Directory, beside the results, of the states of training runs that are not finished."""
 
 
 class Session:
@@ -48,12 +52,16 @@ class Session:
         self._conditions: Conditions | None = None
         self._files: dict[str, Path] = {}
         """Where suites are, by name."""
+        self._data: dict[str, str] = {}
+        """Hash of the data of suites that train."""
         self.changed: list[str] = []
         """Changes of the code while it was measured, in lines."""
 
-    def points(self, suite: Suite, file: Path) -> Iterator[tuple[Group, str]]:
+    def points(self, suite: Grid, file: Path) -> Iterator[tuple[Group, str]]:
         """The group and the implementation of everything that the request asks for."""
         self._files[suite.name] = file
+        if isinstance(suite, TrainingSuite):
+            self._data[suite.name] = _hash_of_data(suite, self._request.corpus)
         wanted = self._request.implementations
         names = [name for name in suite.implementations if not wanted or name in wanted]
         cases = [case for case in suite.cases(self._request.preset, self._device) if self._wanted(case.id)]
@@ -81,6 +89,8 @@ class Session:
                 _tell_once(note)
             described = {**environment.describe(self._device), **origin.described}
             described["options"] = self._request.of_results(suite)
+            if suite in self._data:
+                described["data"] = self._data[suite]
             described["expected"] = sum(len(names) for group, names in self._expected.items() if group.suite == suite)
             digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
             self._environments[suite] = {"key": digest, **described}
@@ -91,7 +101,7 @@ class Session:
         """The implementations to be recorded of each group: these are measured together."""
         return self._expected
 
-    def measure(self, group: Group) -> list[Record]:
+    def measure(self, group: Group, tell: Tell = silent) -> list[Record]:
         """The records of all implementations of a group, measured together if they are not there yet.
 
         Raises:
@@ -103,11 +113,13 @@ class Session:
             with warnings.catch_warnings():
                 # A warning of a measured implementation is no failure, whatever filter this runs under.
                 warnings.simplefilter("default")
-                records = self._measurer.measure(self._points[group], names, conditions)
+                records = self._measurer.measure(self._points[group], names, conditions, tell)
             for record in records:
                 self._records[group, record.implementation] = record
                 if group.suite in self._writers:
                     self._writer(group.suite).record(record)
+                if conditions.checkpoints is not None:
+                    (conditions.checkpoints / f"{record.digest}.pt").unlink(missing_ok=True)
         return [self._records[group, name] for name in names]
 
     def missing(self) -> list[str]:
@@ -154,7 +166,12 @@ class Session:
                 max_seconds=MAX_SECONDS[self._request.preset],
                 targets=self._request.targets,
             )
-        return replace(self._conditions, environment=str(self._environments[suite]["key"]))
+        return replace(
+            self._conditions,
+            environment=str(self._environments[suite]["key"]),
+            corpus=self._request.corpus,
+            checkpoints=None if self._request.out is None else self._request.out / CHECKPOINTS,
+        )
 
     def _writer(self, suite: str) -> Writer:
         if suite not in self._begun:
@@ -162,6 +179,13 @@ class Session:
             self._writers[suite].environment(self._environments[suite])
             self._begun.add(suite)
         return self._writers[suite]
+
+
+def _hash_of_data(suite: TrainingSuite, corpus: Path | None) -> str:
+    try:
+        return suite.data(corpus)
+    except (ValueError, OSError) as error:
+        raise SelectionError(str(error)) from error
 
 
 @cache

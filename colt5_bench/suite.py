@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from colt5_bench.case import DIRECTIONS, Case, Cost, Problem, Truth
+from colt5_bench.case import DIRECTIONS, TRAINING, Case, Cost, Problem, Truth
 from colt5_bench.tolerance import Tolerance
 
 C = TypeVar("C", bound=Case)
@@ -71,9 +72,9 @@ class Implementation(Generic[C]):
     there is no GPU. None if it has no kernels that could."""
 
 
-@dataclass(frozen=True)
-class Suite(Operation[C]):
-    """An operation, and everything needed to measure it; each file in suites/ holds one as `SUITE`."""
+@dataclass(frozen=True, kw_only=True)
+class Grid(Generic[C]):
+    """Cases and implementations. Each pair of these gives a record; each file in suites/ holds a grid as `SUITE`."""
 
     name: str
     description: str
@@ -82,12 +83,10 @@ class Suite(Operation[C]):
     """From a preset and a device to the cases that it runs there."""
 
     directions: Callable[[C], Sequence[str]]
-    implementations: Mapping[str, Implementation[C]]
+    implementations: Mapping[str, Any]
 
     reference: str
-    """The implementation that speed-ups are given over."""
-
-    cost: Callable[[C, str], Cost]
+    """The implementation that others are compared with."""
 
     x_axis: str = "n"
     """The case field that plots are drawn against."""
@@ -96,4 +95,81 @@ class Suite(Operation[C]):
     """Case fields each combination of which is a line in plots of metrics, and no panel."""
 
     timed: bool = True
-    """False for a suite that measures divergence only."""
+    """False for a suite without time columns: it measures divergence, or trains."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite(Operation[C], Grid[C]):
+    """An operation, and everything needed to measure it."""
+
+    implementations: Mapping[str, Implementation[C]]
+    cost: Callable[[C, str], Cost]
+
+
+@dataclass(frozen=True)
+class Trainee(Generic[C]):
+    """One kind of model that a suite trains."""
+
+    name: str
+
+    build: Callable[[C], nn.Module]
+    """The model of a case, on the CPU. Random numbers have been seeded."""
+
+    unavailable: Callable[[C, torch.device], str | None] = lambda case, device: None
+    """Why it cannot be trained on the case and device, or None. The reason goes into the record."""
+
+    directions: Sequence[str] = (TRAINING,)
+
+
+@dataclass
+class Course:
+    """A training run as the harness drives it: a model, its data, and what is asked of it."""
+
+    model: nn.Module
+    """On the device, in training mode."""
+
+    optimizer: torch.optim.Optimizer
+
+    prepare: Callable[[int], None]
+    """Called before each step with its number from 0, and before each evaluation with the number of steps done. It
+    seeds all random numbers and sets the learning rate, so that a step depends on nothing but weights and number."""
+
+    loss: Callable[[int], Tensor]
+    """The loss of a step's batch, with a graph."""
+
+    evaluate: Callable[[], Mapping[str, float]]
+    """Figures of the model as it is, by name. Each is a point of a curve. No gradient may stay."""
+
+    finish: Callable[[], Mapping[str, float | Sequence[float]]]
+    """Final figures by name, for the metrics of the record; a sequence goes into its curves."""
+
+    steps: int
+    evaluations: int
+    """Number of evaluations, at equal distances; the last is after the last step."""
+
+    tokens_per_step: int
+
+    max_grad_norm: float = 1.0
+
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors that evaluations keep for later ones. They go into checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSuite(Grid[C]):
+    """Models that are trained; cases that differ in `seed` alone are repeats of one another."""
+
+    directions: Callable[[C], Sequence[str]] = lambda case: (TRAINING,)
+    implementations: Mapping[str, Trainee[C]]
+
+    data: Callable[[Path | None], str]
+    """A hash of the data that it reads, from the path that the user gave by `--corpus`, if any.
+
+    Raises:
+        ValueError: there is no data at the path.
+    """
+
+    course: Callable[[C, Trainee[C], torch.device, Path | None], Course]
+    """The run of a case and trainee on a device. The path is that of `data`."""
+
+    timed: bool = False

@@ -58,6 +58,7 @@ def test_all_of_an_environment_is_described(baselines, tmp_path):
         "options": Request().of_results("any"),
         "expected": 0,
         "ceilings": ceilings,
+        "data": "0123456789abcdef",
     }
     lines = [now, {**now, "harness": None}, *(line for run in baselines for line in run.environments.values())]
     found = set(chain.from_iterable(environment.flat(line) for line in lines)) - {"kind"}

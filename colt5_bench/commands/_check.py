@@ -19,13 +19,13 @@ from colt5_bench.report.comparison import append_summary, show
 from colt5_bench.report.layout import View
 from colt5_bench.report.page import PAGE, write_page
 from colt5_bench.selection import WHOLE, SelectionError, Shard
-from colt5_bench.suite import Suite
+from colt5_bench.suite import Grid
 
 MOST_REPETITIONS = 2
 """Number of times that a case is measured again if its times are unclear. One that is worse is so by two runs or more.
 """
 
-Measure = Callable[[Suite, str, Path], int]
+Measure = Callable[[Grid, str, Path], int]
 """Measures the cases of a suite that an expression selects, with results in a directory: an exit status."""
 
 
@@ -57,7 +57,7 @@ class Check:
     comparer: Comparer
 
     @classmethod
-    def of(cls, options: argparse.Namespace, suites: Mapping[str, Suite], device: torch.device) -> "Check | None":
+    def of(cls, options: argparse.Namespace, suites: Mapping[str, Grid], device: torch.device) -> "Check | None":
         """None without a baseline. One that has nothing of what will be measured is refused."""
         if options.check and Shard.parse(options.shard) != WHOLE:
             raise SelectionError("--check compares whole runs: `merge` the shards, then `compare` what they are.")
@@ -84,7 +84,7 @@ class Check:
             )
         return cls(options, baseline, comparer)
 
-    def conclude(self, status: int, directories: Mapping[str, Path], suites: Mapping[str, Suite], more: Measure) -> int:
+    def conclude(self, status: int, directories: Mapping[str, Path], suites: Mapping[str, Grid], more: Measure) -> int:
         """Compare what was measured, and measure again what is unclear or seems to be worse.
 
         Args:
@@ -130,7 +130,7 @@ class Check:
                 run.records += part.records
         return self.comparer(self.baseline, run, in_scope(self.options))
 
-    def _write_page(self, directory: Path, suite: Suite, comparison: Comparison) -> None:
+    def _write_page(self, directory: Path, suite: Grid, comparison: Comparison) -> None:
         results = directory / f"{suite.name}.jsonl"
         if results.exists():
             own = [finding for finding in comparison.findings if finding.suite == suite.name]

@@ -10,7 +10,7 @@ from colt5_bench.compare import Comparison, IncomparableError, Rules, compare, l
 from colt5_bench.records.results import Record, Run
 from colt5_bench.selection import SelectionError, case_filter
 from colt5_bench.startup import find_checkout
-from colt5_bench.suite import Suite
+from colt5_bench.suite import Grid
 
 STATUSES = """\
 exit status: 0 no regression; 1 there is one: what failed, is missing or became worse; 2 wrong usage; 3 nothing could be
@@ -51,7 +51,7 @@ class Comparer:
     any_machine: bool
 
     @classmethod
-    def of(cls, options: argparse.Namespace, suites: Mapping[str, Suite]) -> "Comparer":
+    def of(cls, options: argparse.Namespace, suites: Mapping[str, Grid]) -> "Comparer":
         """Whatever is wrong with the options is found before anything is measured."""
         references = {name: suite.reference for name, suite in suites.items()}
         return cls(load_rules(thresholds_file(options)), references, options.any_machine)

@@ -13,7 +13,7 @@ from colt5_bench.records.samples import runs_that_confirm
 from colt5_bench.request import declare
 from colt5_bench.selection import SelectionError, pick
 from colt5_bench.startup import reports_of
-from colt5_bench.suite import Suite
+from colt5_bench.suite import Grid
 
 
 def add_measuring(parser: argparse._ArgumentGroup) -> None:
@@ -31,7 +31,7 @@ def add_measuring(parser: argparse._ArgumentGroup) -> None:
     )
 
 
-def check_measuring(options: argparse.Namespace, suites: Mapping[str, Suite]) -> None:
+def check_measuring(options: argparse.Namespace, suites: Mapping[str, Grid]) -> None:
     """Refuse what cannot be measured.
 
     Raises:

@@ -13,7 +13,7 @@ from colt5_bench.profiling.profiler import Outcome, Point
 from colt5_bench.request import Request
 from colt5_bench.selection import WHOLE, SelectionError
 from colt5_bench.startup import reports_of
-from colt5_bench.suite import Suite
+from colt5_bench.suite import Grid, Suite
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 
 def main(
-    options: argparse.Namespace, request: Request, suites: list[Suite], device: torch.device, checkout: Path
+    options: argparse.Namespace, request: Request, suites: list[Grid], device: torch.device, checkout: Path
 ) -> int:
     """Profile what was selected; no time is recorded."""
     mode = options.profile
@@ -38,16 +38,19 @@ def main(
     }
     if given := [option for option, is_given in of_records.items() if is_given]:
         raise SelectionError(f"--profile records nothing that {' and '.join(given)} could be for: leave it out.")
+    operations = [suite for suite in suites if isinstance(suite, Suite)]
+    if training := [suite.name for suite in suites if suite not in operations]:
+        raise SelectionError(f"--profile looks at calls of an operation; {', '.join(training)} trains: leave it out.")
     if why := profiler.missing(mode, device):
         raise SelectionError(why)
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     directory = request.out or reports_of(checkout) / f"{started}-profile-{mode}"
     points = profiler.points(
-        suites, request.preset, device, implementations=request.implementations, cases=request.cases
+        operations, request.preset, device, implementations=request.implementations, cases=request.cases
     )
     if mode in profiler.TOOLS:
         return _under_a_tool(mode, options.suite, request, points, directory)
-    by_name = {suite.name: suite for suite in suites}
+    by_name = {suite.name: suite for suite in operations}
     outcome = profiler.profile(mode, points, by_name, request.preset, device, directory)
     _print(outcome, points, mode)
     return FAILURE if outcome.failed else DONE

@@ -27,7 +27,7 @@ from colt5_bench.report.comparison import as_json
 from colt5_bench.report.page import OURS
 from colt5_bench.request import SELECTING, declare
 from colt5_bench.selection import SelectionError
-from colt5_bench.suite import Suite
+from colt5_bench.suite import Grid
 
 Outcome = Literal["false alarm", "undecided", "quiet", "found", "missed"]
 
@@ -102,7 +102,7 @@ def _format_verdicts(verdicts: Mapping[Verdict, int]) -> str:
     return ", ".join(f"{verdicts.get(verdict, 0):,} {verdict}" for verdict in of)
 
 
-def run(options: argparse.Namespace, checkout: Path, suites: Mapping[str, Suite]) -> int:
+def run(options: argparse.Namespace, checkout: Path, suites: Mapping[str, Grid]) -> int:
     """All comparisons, a line each and then a summary, which has what is known if it is interrupted."""
     rules = load_rules(thresholds_file(options))
     slowed = _slowed_columns(options, suites, rules)
@@ -133,7 +133,7 @@ def run(options: argparse.Namespace, checkout: Path, suites: Mapping[str, Suite]
     return ended or status_of(trials, planted=bool(slowed))
 
 
-def _slowed_columns(options: argparse.Namespace, suites: Mapping[str, Suite], rules: Rules) -> tuple[str, ...]:
+def _slowed_columns(options: argparse.Namespace, suites: Mapping[str, Grid], rules: Rules) -> tuple[str, ...]:
     """The time columns that a planted slowdown has to be found in: on a GPU, those of the GPU.
 
     Raises:

@@ -16,7 +16,7 @@ from colt5_bench.report.comparison import FORMATS, append_summary, write
 from colt5_bench.request import SELECTING, declare
 from colt5_bench.selection import SelectionError
 from colt5_bench.startup import check, find_checkout
-from colt5_bench.suite import Suite
+from colt5_bench.suite import Grid
 
 EXAMPLES = f"""\
   python bench.py compare reports/baselines/nvidia-h200.jsonl reports/after
@@ -61,7 +61,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _compare_revisions(
-    options: argparse.Namespace, checkout: Path, comparer: Comparer, suites: Mapping[str, Suite]
+    options: argparse.Namespace, checkout: Path, comparer: Comparer, suites: Mapping[str, Grid]
 ) -> Comparison:
     revisions = [revision(checkout, name) for name in (options.baseline, options.run)]
     check_measuring(options, suites)

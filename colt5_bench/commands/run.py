@@ -35,7 +35,7 @@ from colt5_bench.request import MEASURING, Request, declare
 from colt5_bench.selection import WHOLE, SelectionError, case_filter, pick, suite_files
 from colt5_bench.session import Session
 from colt5_bench.startup import check, find_checkout, reports_of
-from colt5_bench.suite import Suite
+from colt5_bench.suite import Grid, TrainingSuite
 
 EXAMPLES = """\
   python bench.py --list
@@ -60,7 +60,7 @@ certain, but a time may be: it is too noisy to tell; 130 interrupted, with every
 """
 
 
-Measure = Callable[[Request, Suite], int]
+Measure = Callable[[Request, Grid], int]
 """Measures a suite with the results in the directory of the request: an exit status."""
 
 
@@ -91,10 +91,13 @@ def main(options: argparse.Namespace) -> int:
     return _run(options, request, chosen, checkout, check_against, measure)
 
 
-def _validate(options: argparse.Namespace, request: Request, suites: dict[str, Suite], device: torch.device) -> None:
+def _validate(options: argparse.Namespace, request: Request, suites: dict[str, Grid], device: torch.device) -> None:
     if not options.suite:
         raise SelectionError(f"say which suite with --suite; there is {', '.join(suites)}, and all.")
     options.suite = pick_suites(options.suite, suites)
+    training = [name for name, suite in suites.items() if isinstance(suite, TrainingSuite)]
+    if request.corpus is not None and not {*training} & {*options.suite}:
+        raise SelectionError(f"--corpus is for suites that train, which are: {', '.join(training) or 'none'}.")
     wanted = case_filter(request.cases)
     for name in options.suite:
         suite = suites[name]
@@ -107,7 +110,7 @@ def _validate(options: argparse.Namespace, request: Request, suites: dict[str, S
 def _run(
     options: argparse.Namespace,
     request: Request,
-    suites: Mapping[str, Suite],
+    suites: Mapping[str, Grid],
     checkout: Path,
     check_against: _check.Check | None,
     measure: Measure,
@@ -127,7 +130,7 @@ def _run(
     if check_against is None or status in (USAGE, INTERRUPTED):
         return status
 
-    def more(suite: Suite, cases: str, directory: Path) -> int:
+    def more(suite: Grid, cases: str, directory: Path) -> int:
         return measure(replace(request, cases=cases, out=directory, resume=False, shard=WHOLE), suite)
 
     return check_against.conclude(status, directories, suites, more)
@@ -143,7 +146,7 @@ def _new_directory(parent: Path, name: str) -> Path:
     return directory
 
 
-def _run_suite(options: argparse.Namespace, files: Mapping[str, Path], request: Request, suite: Suite) -> int:
+def _run_suite(options: argparse.Namespace, files: Mapping[str, Path], request: Request, suite: Grid) -> int:
     """Measure a suite, show it, and return the exit status."""
     assert request.out is not None
     # Before anything is measured that could not be kept.
@@ -172,7 +175,7 @@ def _run_suite(options: argparse.Namespace, files: Mapping[str, Path], request: 
     return max(status, FAILURE if any(record.status in FAILED for record in run.records) else DONE)
 
 
-def _measure(options: argparse.Namespace, request: Request, suite: Suite, file: Path) -> int:
+def _measure(options: argparse.Namespace, request: Request, suite: Grid, file: Path) -> int:
     """Measure group after group; a failure of the harness costs the group that it came from."""
     session, failed = Session(request), False
     points = list(session.points(suite, file))
@@ -186,7 +189,7 @@ def _measure(options: argparse.Namespace, request: Request, suite: Suite, file: 
             for group in session.groups():
                 watcher.begin(group)
                 try:
-                    for record in session.measure(group):
+                    for record in session.measure(group, watcher.tell):
                         watcher.done(record)
                 except OSError as error:
                     # Whatever is measured from here on would be lost, too.
@@ -226,7 +229,7 @@ def _through_pytest(request: Request, file: Path, arguments: list[str]) -> int:
     return statuses.get(pytest.ExitCode(code), UNMEASURED)
 
 
-def _show(run: Run, suite: Suite, crowded: str, *, quiet: bool) -> None:
+def _show(run: Run, suite: Grid, crowded: str, *, quiet: bool) -> None:
     directory, console = run.path.parent, Console()
     if quiet:
         endings(run.records, console)

@@ -23,10 +23,10 @@ import torch
 import colt5_bench
 from colt5_bench.case import Case
 from colt5_bench.loading import load_suite
-from colt5_bench.measuring.measure import BrokenContextError, Conditions, measure, unmeasured
+from colt5_bench.measuring.measure import BrokenContextError, Conditions, Tell, measure, silent, unmeasured
 from colt5_bench.records.results import Record
 from colt5_bench.request import TIME_LIMIT
-from colt5_bench.suite import Suite
+from colt5_bench.suite import Grid
 from colt5_bench.texts import describe_error
 
 STARTING_SECONDS, ENDING_SECONDS = 300.0, 10.0
@@ -40,7 +40,7 @@ PRELOADED = ["pynvml", "scipy.special", "torch", "triton"]
 class Point:
     """A case in a direction, with what another process finds it by."""
 
-    suite: Suite
+    suite: Grid
     case: Case
     direction: str
     file: Path
@@ -60,6 +60,13 @@ class _Address:
     threads: int
     path: list[str]
     """Where modules are looked for."""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Text for whoever watches, on its way from another process."""
+
+    text: str
 
 
 @dataclass
@@ -82,7 +89,9 @@ class Measurer:
         self.isolated = isolated
         self._time_limit = time_limit
 
-    def measure(self, point: Point, implementations: Sequence[str], conditions: Conditions) -> list[Record]:
+    def measure(
+        self, point: Point, implementations: Sequence[str], conditions: Conditions, tell: Tell = silent
+    ) -> list[Record]:
         """One record for each named implementation.
 
         What an attempt leaves unfinished is measured again without the implementation that ended it, or one by one
@@ -92,7 +101,7 @@ class Measurer:
         waiting = [list(implementations)]
         while waiting:
             names = waiting.pop(0)
-            attempt = self._attempt(point, names, conditions)
+            attempt = self._attempt(point, names, conditions, tell)
             records.update({record.implementation: record for record in attempt.finished})
             left = [name for name in names if name not in records]
             if blamed := attempt.culprit or (left[0] if len(names) == len(left) == 1 else ""):
@@ -103,11 +112,11 @@ class Measurer:
             waiting += ([left] if together else [[name] for name in left]) if left else []
         return [records[name] for name in implementations]
 
-    def _attempt(self, point: Point, names: list[str], conditions: Conditions) -> _Attempt:
+    def _attempt(self, point: Point, names: list[str], conditions: Conditions, tell: Tell) -> _Attempt:
         if self.isolated:
-            return _in_a_process(point, names, conditions, self._time_limit)
+            return _in_a_process(point, names, conditions, self._time_limit, tell)
         try:
-            return _Attempt(measure(point.suite, point.case, point.direction, names, conditions))
+            return _Attempt(measure(point.suite, point.case, point.direction, names, conditions, tell=tell))
         except BrokenContextError as error:
             self.isolated = True
             if conditions.device.type == "cuda":
@@ -128,7 +137,7 @@ def _reset_context(device: torch.device, error: BrokenContextError) -> None:
     driver.cuDevicePrimaryCtxReset_v2(handle)
 
 
-def _in_a_process(point: Point, names: list[str], conditions: Conditions, time_limit: float) -> _Attempt:
+def _in_a_process(point: Point, names: list[str], conditions: Conditions, time_limit: float, tell: Tell) -> _Attempt:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     address = _Address(point.file, point.preset, point.case.id, point.direction, torch.get_num_threads(), sys.path)
@@ -145,7 +154,9 @@ def _in_a_process(point: Point, names: list[str], conditions: Conditions, time_l
             if isinstance(answer, _Attempt):
                 process.join(ENDING_SECONDS)
                 return answer
-            if answer is None:
+            if isinstance(answer, _Line):
+                tell(answer.text)
+            elif answer is None:
                 deadline, why = monotonic() + time_limit, f"took longer than the time limit of {time_limit:g} s"
             else:
                 begun = answer
@@ -180,7 +191,7 @@ def _this_harness_first() -> Iterator[None]:
 
 
 def _answer(answers: Connection, address: _Address, names: list[str], conditions: Conditions) -> None:
-    """In the process: send None when it has started, each implementation before it is measured, and an attempt."""
+    """In the process: send None when it has started, each implementation before its turn, lines, and an attempt."""
     # A group of its own: Ctrl-C is for the run, which then ends all that the case has started.
     os.setsid()
     _end_with_the_run(answers)
@@ -190,7 +201,13 @@ def _answer(answers: Connection, address: _Address, names: list[str], conditions
         suite = load_suite(address.file)
         case = next(case for case in suite.cases(address.preset, conditions.device) if case.id == address.case)
         answers.send(None)
-        attempt = _Attempt(measure(suite, case, address.direction, names, conditions, begin=answers.send))
+        attempt = _Attempt(
+            measure(
+                *(suite, case, address.direction, names, conditions),
+                begin=answers.send,
+                tell=lambda text: answers.send(_Line(text)),
+            )
+        )
     except BrokenContextError as error:
         attempt = _Attempt(error.finished, str(error))
     except BaseException as error:

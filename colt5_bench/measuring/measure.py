@@ -6,11 +6,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from colt5_bench.case import Case
-from colt5_bench.measuring import memory, roofline, static_facts, timing
+from colt5_bench.measuring import memory, roofline, static_facts, timing, training
 from colt5_bench.measuring.call import Call
 from colt5_bench.measuring.global_state import preserved
 from colt5_bench.measuring.oracle import Oracle
@@ -18,7 +19,7 @@ from colt5_bench.measuring.roofline import Ceilings
 from colt5_bench.measuring.rounds import CPU_COLUMNS, GPU_COLUMNS
 from colt5_bench.records import environment
 from colt5_bench.records.results import Record, Status
-from colt5_bench.suite import Implementation, Suite
+from colt5_bench.suite import Grid, Implementation, Suite, Trainee, TrainingSuite
 from colt5_bench.texts import describe_error, printable
 
 LONGEST_REASON = 300
@@ -45,6 +46,14 @@ OUT_OF_MEMORY = re.compile(
     r"|\w+: (CUDA error|Triton Error \[CUDA\]): out of memory"
 )
 """Beginnings of errors, after their type, whose reason is lack of memory."""
+
+Tell = Callable[[str], None]
+"""Takes a line for whoever watches a run."""
+
+
+def silent(text: str) -> None:
+    """Nobody watches."""
+
 
 NOT_MEASURED = "not measured"
 """The reason of a record until something happens to it."""
@@ -77,6 +86,12 @@ class Conditions:
     targets: tuple[int, ...] = ()
     """Compute capabilities times ten that kernels are compiled for where there is no GPU that they run on."""
 
+    corpus: Path | None = None
+    """Data of suites that train, if the user names any."""
+
+    checkpoints: Path | None = None
+    """Directory of the states from which training can be resumed."""
+
     @property
     def columns(self) -> tuple[str, ...]:
         """The time columns; the first is the one that the figure of a case is."""
@@ -92,19 +107,20 @@ class Conditions:
 
 
 def measure(
-    suite: Suite,
+    suite: Grid,
     case: Case,
     direction: str,
     implementations: Sequence[str],
     conditions: Conditions,
     begin: Callable[[str], None] = lambda name: None,
+    tell: Tell = silent,
 ) -> list[Record]:
     """One record for each named implementation, whatever happens to it.
 
     An implementation that cannot run here is skipped; one that misses its accuracy bound is wrong and is not timed; an
     exception ends that implementation only, and one in the fp64 truth those that are judged by it. Times are taken
     interleaved. `begin` is told the name of an implementation before anything of it runs, and "" before what
-    concerns several.
+    concerns several. A suite that trains does so one implementation after the other, and tells how far it is.
 
     Raises:
         BrokenContextError: nothing more can be measured in this process.
@@ -112,7 +128,11 @@ def measure(
     records = {name: unmeasured(suite, case, direction, name, conditions) for name in implementations}
     try:
         with _exit_refused():
-            _measure_all(suite, case, direction, records, conditions, begin)
+            if isinstance(suite, TrainingSuite):
+                _train_all(suite, case, records, conditions, begin, tell)
+            else:
+                assert isinstance(suite, Suite)
+                _measure_all(suite, case, direction, records, conditions, begin)
     except BrokenContextError as error:
         finished = [record for record in records.values() if record.status != "ok" and record.reason != NOT_MEASURED]
         raise BrokenContextError(str(error), finished) from None
@@ -145,8 +165,51 @@ def _measure_all(
     _measure_each(suite, case, direction, {name: running[name] for name in oracles}, oracles, conditions, begin)
 
 
+def _train_all(
+    suite: TrainingSuite,
+    case: Case,
+    records: dict[str, Record],
+    conditions: Conditions,
+    begin: Callable[[str], None],
+    tell: Tell,
+) -> None:
+    for name, record in records.items():
+        begin(name)
+        trainee = suite.implementations[name]
+        with preserved() as record.changed_settings, _failing([record]):
+            if why := not_applicable(trainee, case, record.direction, conditions.device):
+                record.status, record.reason = "skipped", printable(str(why))
+            else:
+                _train(suite, case, trainee, record, conditions, tell)
+        _free_memory()
+
+
+def _train(
+    suite: TrainingSuite, case: Case, trainee: Trainee, record: Record, conditions: Conditions, tell: Tell
+) -> None:
+    device, name = conditions.device, record.implementation
+    record.data = suite.data(conditions.corpus)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    course = suite.course(case, trainee, device, conditions.corpus)
+    checkpoint = None if conditions.checkpoints is None else conditions.checkpoints / f"{record.digest}.pt"
+    progress = training.train(course, checkpoint, device, lambda text: tell(f"{name}: {text}"))
+    final = course.finish()
+    by_place = {each: list(figure) for each, figure in final.items() if isinstance(figure, Sequence)}
+    record.curves = progress.curves | by_place
+    record.metrics = {
+        **{each: figure for each, figure in final.items() if not isinstance(figure, Sequence)},
+        "seconds_per_step": progress.seconds / progress.steps,
+        "parameters": sum(each.numel() for each in course.model.parameters()),
+        **{each: curve[-1] for each, curve in progress.curves.items()},
+    }
+    if device.type == "cuda":
+        record.peak_bytes = torch.cuda.max_memory_allocated(device)
+    record.status, record.reason = "ok", ""
+
+
 def unmeasured(
-    suite: Suite, case: Case, direction: str, name: str, conditions: Conditions, why: str = NOT_MEASURED
+    suite: Grid, case: Case, direction: str, name: str, conditions: Conditions, why: str = NOT_MEASURED
 ) -> Record:
     """The record of an implementation of which nothing is known but why."""
     return Record(
@@ -162,7 +225,9 @@ def unmeasured(
     )
 
 
-def not_applicable(implementation: Implementation, case: Case, direction: str, device: torch.device) -> str | None:
+def not_applicable(
+    implementation: Implementation | Trainee, case: Case, direction: str, device: torch.device
+) -> str | None:
     """Why an implementation cannot run a case in a direction on a device, or None."""
     if direction not in implementation.directions:
         return f"has no {direction}"

@@ -11,7 +11,7 @@ from colt5_bench.records.environment import flat
 from colt5_bench.records.results import Group, Record, Run, Writer, load, write
 from colt5_bench.selection import SelectionError, Shard
 
-COMPARED = ("python", "threads", "torch", "triton", "cuda", "packages", "gpu", "git", "harness", "options")
+COMPARED = ("python", "threads", "torch", "triton", "cuda", "packages", "gpu", "git", "harness", "options", "data")
 """Conditions that have to be equal for records to stand in one table. The clock of a GPU at the start may differ."""
 
 COMPARED_ON_CPU = (*COMPARED, "cpu", "cores")

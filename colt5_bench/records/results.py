@@ -1,6 +1,7 @@
 """One measurement is one Record; a run is a JSON Lines file of them, written as it goes."""
 
 import gc
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -137,6 +138,12 @@ class Record:
     metrics: dict[str, float] = field(default_factory=dict)
     """Further figures that the suite asks for, by name: its docstring says what they are."""
 
+    curves: dict[str, list[float]] = field(default_factory=dict)
+    """Course of a training run by name, one value for each evaluation, and figures by place."""
+
+    data: str = ""
+    """Hash of the data of a training run."""
+
     minimum_bytes: int | None = None
     minimum_exponentials: int | None = None
     minimum_flops: int | None = None
@@ -158,6 +165,11 @@ class Record:
     def key(self) -> tuple[str, str, str, str]:
         """Suite, case, direction and implementation: no two records of a run share it."""
         return *self.group, self.implementation
+
+    @property
+    def digest(self) -> str:
+        """Name for a file of its own: a hash of its key and data."""
+        return hashlib.sha256("\n".join((*self.key, self.data)).encode()).hexdigest()[:16]
 
     @property
     def group(self) -> Group:
@@ -282,7 +294,7 @@ class _Environment(TypedDict, total=False):
     options: _Options
 
 
-_FIGURES = ("fields", "timings", "accuracy", "metrics", "limit_seconds", "kernels", "ceilings")
+_FIGURES = ("fields", "timings", "accuracy", "metrics", "curves", "limit_seconds", "kernels", "ceilings")
 """Where a line holds numbers."""
 
 _TEXTS = tuple(each.name for each in fields(Timing) if each.type is str)

@@ -16,11 +16,23 @@ NAMED = (
 """Implementations that have a colour each, in the order of the palette. Others take one by their name alone, and none
 that belongs to the first two."""
 
+TRAINED = (
+    *("light", "light_wide", "hybrid", "published", "zero", "cosine", "exact", "cosine_exact"),
+    *("sets_2", "sets_4", "frozen", "random", "noncausal"),
+)
+"""Kinds of attention that are trained side by side, and beside `dense`. They share colours with implementations that
+are never in one plot with them."""
+
+_PLACES = {
+    **{name: place for place, name in enumerate(NAMED)},
+    **dict(zip(TRAINED, (each for each in range(2, len(PALETTE)) if NAMED[each] != "dense"), strict=True)),
+}
+
 
 def place(implementation: str) -> int:
     """The place of an implementation in the palette, and in a list of markers."""
-    if implementation in NAMED:
-        return NAMED.index(implementation)
+    if implementation in _PLACES:
+        return _PLACES[implementation]
     return 2 + crc32(implementation.encode(errors="surrogatepass")) % (len(PALETTE) - 2)
 
 

@@ -12,7 +12,7 @@ from colt5_bench.records.columns import error_in_csv, time_in_csv
 from colt5_bench.records.results import Record
 from colt5_bench.records.samples import intervals
 
-_OF_SEVERAL = ("fields", "timings", "accuracy", "metrics", "kernels", "changed_settings")
+_OF_SEVERAL = ("fields", "timings", "accuracy", "metrics", "curves", "kernels", "changed_settings")
 _COLUMNS = [each.name for each in fields(Record) if each.name not in _OF_SEVERAL]
 
 

@@ -17,7 +17,7 @@ from colt5_bench.records.derived import (
     worst_gradient,
 )
 from colt5_bench.records.results import Record
-from colt5_bench.suite import Suite
+from colt5_bench.suite import Grid
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ class View:
     description: str = ""
 
     @classmethod
-    def of(cls, suite: Suite) -> "View":
+    def of(cls, suite: Grid) -> "View":
         """The view that a suite asks for."""
         return cls(suite.x_axis, suite.lines, suite.reference, suite.description)
 

@@ -52,6 +52,12 @@ class Watcher:
         """Show what is being measured."""
         self._progress.update(self._task, point=f"{group.case}-{group.direction}")
 
+    def tell(self, text: str) -> None:
+        """Show how far it is."""
+        self._progress.update(self._task, point=text)
+        if self._verbose:
+            self._console.print(text)
+
     def done(self, record: Record) -> None:
         """Show that a record was taken."""
         self._progress.advance(self._task)

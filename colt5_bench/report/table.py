@@ -7,6 +7,7 @@ from typing import TypeAlias
 from rich.console import Console
 from rich.text import Text
 
+from colt5_bench.case import TRAINING
 from colt5_bench.records.columns import (
     BANDWIDTH,
     ERROR_AT_KINK,
@@ -43,6 +44,7 @@ from colt5_bench.records.derived import (
 from colt5_bench.records.results import Divergence, Record
 from colt5_bench.report import terminal
 from colt5_bench.report.terminal import print_table
+from colt5_bench.report.training import training_summary
 
 MOST_CASES = 40
 """Most cases of a suite of divergence, which has hundreds. The worst are shown."""
@@ -66,7 +68,7 @@ def summary(records: Sequence[Record], reference: str, console: Console) -> None
     Times are medians, with the 95 % interval that the run itself can tell; a speed-up whose interval spans 1 is shown
     by that interval alone. Speed-up, bandwidth (the least bytes over the time) and share of the limit go by the first
     time column: GPU time with a cold L2 on a GPU, wall time elsewhere. Of a suite without times the worst cases are
-    shown.
+    shown, of one that trains the means of its repeats.
 
     Args:
         records: of one suite.
@@ -74,6 +76,10 @@ def summary(records: Sequence[Record], reference: str, console: Console) -> None
         console: where to.
     """
     if not records:
+        endings(records, console)
+        return
+    if any(record.direction == TRAINING for record in records):
+        training_summary(records, reference, console)
         endings(records, console)
         return
     groups, metrics = group_by(records, lambda record: (record.case, record.direction)), _metric_columns(records)

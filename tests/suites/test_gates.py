@@ -18,12 +18,13 @@ from colt5_bench.case import Case
 from colt5_bench.loading import load_suites
 from colt5_bench.measuring.measure import Conditions, measure
 from colt5_bench.measuring.roofline import measure_ceilings
-from colt5_bench.suite import Implementation
+from colt5_bench.suite import Implementation, Suite
 from suites._descent import lenient
 
 CPU = torch.device("cpu")
 SEEDS = int(os.environ.get("GATE_SEEDS", "1"))
-SUITES = {name: replace(suite, timed=False) for name, suite in load_suites(Path(__file__).parents[2]).items()}
+ALL = load_suites(Path(__file__).parents[2])
+SUITES = {name: replace(suite, timed=False) for name, suite in ALL.items() if isinstance(suite, Suite)}
 DIFFERENT = {("sequence_length", "colt5_plain", "autoregressive")}
 """By suite, implementation and kind of layer: an implementation of others that computes something else."""
 
