@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_options(parser)
 
 
-def checked(options: argparse.Namespace, suites: Mapping[str, Suite]) -> list[str]:
+def checked(options: argparse.Namespace, suites: Mapping[str, Grid]) -> list[str]:
     """The implementations of a run: those of `--impl`, or all; with `--check` all but the `unchecked` ones."""
     if options.impl or not options.check:
         return list(options.impl)
