@@ -1,11 +1,14 @@
-"""Kernels of `kernels.select`: a radix search for the last selected score, then a collection, then a ranking.
+"""Kernels of `kernels.select`: counting narrows down which entries of a row may be selected; these are put in order.
 
-Scores become unsigned integers of the same order. Four passes over a row, one for each byte of these from the highest
-to the lowest, count the entries that agree with what is known of the last selected one by the value of the next byte;
-after them it is known whole. Where programs share a row, counts meet in integers, which add up to the same in any
-order. These programs wait for each other between passes if all can run at the same time; else each pass is a launch.
-Entries above it go into a list as they come, and the first by index of those equal to it. The list is put in order by
-counting, for each of its entries, those that go before it; where there are many rows, by a sorting network.
+A key of an entry is an integer of its score, and below that of its index, so that no two are equal and the largest come
+first. A row is read to count the entries by the highest 11 bits of their keys, in shared memory, and then by the next
+11 bits among those that agree with the last selected one so far, until what may be selected fits into a list. For most
+scores that is once. Another read collects the list. Entries of the list change places by counting, too: a bucket of
+entries whose order is not known yet is divided into as many as it has entries, by the next bits of their keys, and
+starts with all. A few that are left in a bucket are compared.
+
+Where rows are few, several programs share a row and wait for each other: their counts meet in integers, which add up to
+the same in any order, and the last one orders the list.
 """
 
 from collections.abc import Iterator
@@ -15,14 +18,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Launch, Launcher, Plan, Scratch, most_registers, multiprocessors, planner
-from kernels.select import constants
+from kernels._common.launch import COUNTS, MOST_THREADS, Launch, Launcher, Plan, Scratch, multiprocessors, planner
+from kernels._common.shared_memory import (
+    INTERPRETED,
+    count_word,
+    load_four,
+    load_pair,
+    load_word,
+    shared_words,
+    stand_in,
+    store_four,
+    store_pair,
+    store_word,
+    take_number,
+    take_place,
+)
 
-CHUNK = 4096
-"""Entries of a row that one program handles."""
+LISTED = 4096
+"""Most entries of a list in shared memory, which takes 8 bytes for each."""
 
-IN_THREAD = 16
-"""Entries of a thread."""
+IN_THREAD = 8
+"""Entries of a thread that are read in one go."""
+
+CHUNK = 8192
+"""Entries of each of the programs that share a row, or collect a longer list from it."""
+
+LONGEST_ALONE = 32768
+"""Longest row that a single program takes where there are programs to share it."""
 
 RANKED, RANKED_AGAINST = 16, 256
 """Selected entries that one program ranks, and how many others it looks at in one go."""
@@ -30,152 +52,89 @@ RANKED, RANKED_AGAINST = 16, 256
 MOST_RANKED = 16384
 """Selected entries of a row up to which ranking, whose work is their square, takes less time than PyTorch's sort."""
 
-MOST_SORTED, LEAST_COMPARED = 4096, 2**20
-"""Most selected entries of a row that one program sorts, where ranking would take a multiprocessor so many comparisons.
-"""
+SMALLEST: tl.constexpr = tl.constexpr(-(2**63))
 
-BYTES: tl.constexpr = tl.constexpr(4)
-BINS: tl.constexpr = tl.constexpr(256)
+DIGIT: tl.constexpr = tl.constexpr(11)
+BINS: tl.constexpr = tl.constexpr(2**11)
 
-LAST_INDEX: tl.constexpr = tl.constexpr(constants.LAST_INDEX)
+MOST_ROUNDS: tl.constexpr = tl.constexpr(6)
+"""Digits of a key, of a score's 32 bits and an index's 30."""
+
+MOST_COMPARED: tl.constexpr = tl.constexpr(8)
+"""Entries in a bucket that are compared with each other, and not divided any more."""
+
+
+@triton.constexpr_function
+def words_of(listed: int) -> int:
+    """Words of shared memory for a list or for counts, and one counter."""
+    return max(2 * listed, BINS.value) + 1
 
 
 @triton.jit
 def _load_ordered(scores_ptr, mask_ptr, columns, n, HAS_MASK: tl.constexpr):
     """uint32 in the order of the scores of a row: NaN above all, masked entries, as 0, below all."""
     exists = columns < n
-    scores = tl.load(scores_ptr + columns, mask=exists, other=0.0).to(tl.float32)
-    # Zeros of either sign are equal.
-    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    ordered = tl.where(scores != scores, 0x7FFFFFFF, ordered).to(tl.uint32, bitcast=True) ^ 0x80000000
+    scores = tl.load(tl.max_contiguous(scores_ptr + columns, 4), mask=exists, other=0.0).to(tl.float32)
+    # Adding makes zeros of either sign equal, and on a GPU, where it results in only one NaN, all of these.
+    scores += 0.0
+    bits = scores.to(tl.int32, bitcast=True)
+    if INTERPRETED:
+        bits = tl.where(scores != scores, 0x7FFFFFFF, bits)
+    ordered = (bits ^ ((bits >> 31) | -0x80000000)).to(tl.uint32, bitcast=True)
     if HAS_MASK:
-        ordered = tl.where(tl.load(mask_ptr + columns, mask=exists, other=0) != 0, ordered, 0)
+        is_valid = tl.load(tl.max_contiguous(mask_ptr + columns, 4), mask=exists, other=0) != 0
+        ordered = tl.where(is_valid, ordered, 0)
     return ordered
 
 
 @triton.jit
-def _count_byte(ordered, exists, known, byte):
-    """Counts of each value of this byte, int32, among entries whose bytes before it are as known."""
-    up_to_this = ordered >> (24 - 8 * byte)
-    candidates = exists & ((up_to_this >> 8) == known)
-    counts = tl.zeros([BINS], tl.int32)
-    # Most programs have nothing to count of the last bytes.
-    if tl.max(candidates.to(tl.int32), axis=0) > 0:
-        counts = tl.histogram((up_to_this & 0xFF).to(tl.int32), BINS, mask=candidates)
-    return counts
+def _before_end(columns, n):
+    """uint32 that order entries of equal scores."""
+    return (n - 1 - columns).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def _narrow(counts, known, remaining):
-    """One more byte of the last selected entry. Then the number of selected entries that agree with it in all known
-    bytes."""
-    values = tl.arange(0, BINS)
-    at_least = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0) + counts
-    byte = tl.max(tl.where(at_least >= remaining, values, 0), axis=0)
-    above = tl.sum(tl.where(values > byte, counts, 0), axis=0)
-    return (known << 8) | byte.to(tl.uint32), remaining - above
+def _is_listed(ordered, columns, n, value, tie):
+    return (columns < n) & ((ordered > value) | ((ordered == value) & (_before_end(columns, n) >= tie)))
 
 
 @triton.jit
-def _places(above, equal):
-    """For each entry, the number of entries before it that are above, and of those that are equal."""
-    both = above.to(tl.int32) + (equal.to(tl.int32) << 16)
-    before = tl.cumsum(both, axis=0) - both
-    return before & 0xFFFF, before >> 16
+def _keys_of(ordered, columns, n):
+    """int64 in the order of the entries of a row."""
+    return ((ordered ^ 0x80000000).to(tl.int32, bitcast=True).to(tl.int64) << 32) | _before_end(columns, n).to(tl.int64)
 
 
 @triton.jit
-def _collect(keys_ptr, ordered, columns, above, equal, first_above, first_equal, remaining, selected):
-    """Write keys that order scores, and indices of equal ones, of what a program has found to be selected."""
-    above_before, equal_before = _places(above, equal)
-    tie = first_equal + equal_before
-    place = tl.where(above, first_above + above_before, selected - remaining + tie)
-    keys = (ordered.to(tl.int64) << 31) | (columns ^ LAST_INDEX).to(tl.int64)
-    tl.store(keys_ptr + place, keys, mask=above | (equal & (tie < remaining)))
+def _clear(words, WORDS: tl.constexpr):
+    places = 4 * tl.arange(0, WORDS // 4)
+    zeros = tl.zeros([WORDS // 4], tl.int32)
+    store_four(words, places, zeros, zeros, zeros, zeros)
 
 
 @triton.jit
-def _row_kernel(
-    scores_ptr,  # rows n
-    mask_ptr,  # rows n
-    keys_ptr,  # rows selected, int64
-    scores_stride,
-    mask_stride,
-    n,
-    selected,
-    BLOCK: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-):
-    """Search and collection of a row that one program keeps in registers."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    exists = columns < n
-    ordered = _load_ordered(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
-    known = tl.zeros((), tl.uint32)
-    remaining = selected + tl.zeros((), tl.int32)
-    # Unrolled, since in a loop Triton 3.6 spills registers for sm_90.
-    for byte in tl.static_range(BYTES):
-        known, remaining = _narrow(_count_byte(ordered, exists, known, byte), known, remaining)
-    above, equal = exists & (ordered > known), exists & (ordered == known)
-    _collect(keys_ptr + row * selected, ordered, columns, above, equal, 0, 0, remaining, selected)
-
-
-@triton.jit
-def _known_so_far(counts_ptr, row, part, selected, byte):
-    """Results of the passes before the one of a byte. The last pass left counts, the others wrote their results."""
-    counts_ptr += row * ((BYTES + 1) * BINS)
-    found_ptr = counts_ptr + BYTES * BINS + 2 * byte
-    known = tl.load(found_ptr - 2, mask=byte > 1, other=0).to(tl.uint32, bitcast=True)
-    remaining = tl.load(found_ptr - 1, mask=byte > 1, other=selected)
-    if byte > 0:
-        counts = tl.load(counts_ptr + (byte - 1) * BINS + tl.arange(0, BINS))
-        known, remaining = _narrow(counts, known, remaining)
-        tl.store(found_ptr, known.to(tl.int32, bitcast=True), mask=part == 0)
-        tl.store(found_ptr + 1, remaining, mask=part == 0)
-    return known, remaining
-
-
-@triton.jit(do_not_specialize=[*COUNTS, "byte"])
-def _count_kernel(
-    scores_ptr,  # rows n
-    mask_ptr,  # rows n
-    counts_ptr,  # rows BYTES+1 BINS, int32: counts of each byte, then what is found; zeros at first
-    own_counts_ptr,  # rows parts BINS, int32: of the last byte
-    scores_stride,
-    mask_stride,
-    n,
-    selected,
-    parts,
-    byte,
-    BLOCK: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-):
-    """One pass of the search over a part of a row."""
-    row = (tl.program_id(0) // parts).to(tl.int64)
-    part = tl.program_id(0) % parts
-    columns = part * BLOCK + tl.arange(0, BLOCK)
-    ordered = _load_ordered(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
-    known, _ = _known_so_far(counts_ptr, row, part, selected, byte)
-    counts = _count_byte(ordered, columns < n, known, byte)
-    values = tl.arange(0, BINS)
-    row_counts_ptr = counts_ptr + row * ((BYTES + 1) * BINS) + byte * BINS
-    tl.atomic_add(row_counts_ptr + values, counts, mask=counts > 0, sem="relaxed")
-    is_last = byte == BYTES - 1
-    tl.store(own_counts_ptr + (row * parts + part) * BINS + values, counts, mask=is_last & (values < BINS))
-
-
-@triton.jit
-def _first_of_equal(own_counts_ptr, row, part, parts, known):
-    """The number of entries equal to the last selected one in the parts of a row before this."""
-    own_counts_ptr += row * parts * BINS + (known & 0xFF).to(tl.int64)
-    found = tl.zeros((), tl.int32)
-    for start in range(0, part, BINS):
-        earlier = start + tl.arange(0, BINS)
-        # From the L2 cache, where programs that still run have written them.
-        counts = tl.load(own_counts_ptr + earlier * BINS, mask=earlier < part, other=0, cache_modifier=".cg")
-        found += tl.sum(counts, axis=0)
-    return found
+def _find(first, second, third, fourth, remaining):
+    """The bin that holds the last of the remaining entries, from counts of four bins a thread. Then the numbers of
+    entries before it, and of those up to its end."""
+    total = first + second + third + fourth
+    end = tl.cumsum(total, axis=0)
+    before = end - total
+    after_first = before + first
+    after_second = after_first + second
+    after_third = after_second + third
+    is_here = (before < remaining) & (end >= remaining)
+    bins = 4 * tl.arange(0, BINS // 4)
+    bins += tl.where(after_first < remaining, 1, 0)
+    bins += tl.where(after_second < remaining, 1, 0)
+    bins += tl.where(after_third < remaining, 1, 0)
+    start = tl.where(after_first < remaining, after_first, before)
+    start = tl.where(after_second < remaining, after_second, start)
+    start = tl.where(after_third < remaining, after_third, start)
+    end = tl.where(after_third >= remaining, after_third, end)
+    end = tl.where(after_second >= remaining, after_second, end)
+    end = tl.where(after_first >= remaining, after_first, end)
+    both = (start.to(tl.int64) << 32) | end.to(tl.int64)
+    both = tl.sum(tl.where(is_here, both, 0), axis=0)
+    return tl.sum(tl.where(is_here, bins, 0), axis=0), (both >> 32).to(tl.int32), both.to(tl.int32)
 
 
 @triton.jit
@@ -191,53 +150,225 @@ def _wait_for_all(arrived_ptr, goal):
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def _search_kernel(
+@triton.jit
+def _count(
+    words, scores_ptr, mask_ptr, n, begin, end, value, last, shift, width,
+    BLOCK: tl.constexpr, AMONG_EQUAL: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Count entries by how far a digit is from its last value."""
+    _clear(words, BINS)
+    tl.debug_barrier()
+    for chunk in range(begin, end):
+        columns = chunk * BLOCK + tl.arange(0, BLOCK)
+        digits = _load_ordered(scores_ptr, mask_ptr, columns, n, HAS_MASK)
+        counts = columns < n
+        if AMONG_EQUAL:
+            counts = counts & (digits == value)
+            digits = _before_end(columns, n)
+        bins = last - (digits >> shift)
+        count_word(words, bins.to(tl.int32, bitcast=True), counts & (bins < width))
+    tl.debug_barrier()
+
+
+@triton.jit
+def _sum_counts(words, counts_ptr, arrived_ptr, goal, SHARED: tl.constexpr):
+    """Counts of four bins a thread, of all programs that share a row."""
+    places = 4 * tl.arange(0, BINS // 4)
+    first, second, third, fourth = load_four(words, places)
+    if SHARED:
+        tl.atomic_add(counts_ptr + places, first, mask=first > 0, sem="relaxed")
+        tl.atomic_add(counts_ptr + places + 1, second, mask=second > 0, sem="relaxed")
+        tl.atomic_add(counts_ptr + places + 2, third, mask=third > 0, sem="relaxed")
+        tl.atomic_add(counts_ptr + places + 3, fourth, mask=fourth > 0, sem="relaxed")
+        _wait_for_all(arrived_ptr, goal)
+        # From the L2 cache, where programs that still run have written them.
+        first = tl.load(counts_ptr + places, cache_modifier=".cg")
+        second = tl.load(counts_ptr + places + 1, cache_modifier=".cg")
+        third = tl.load(counts_ptr + places + 2, cache_modifier=".cg")
+        fourth = tl.load(counts_ptr + places + 3, cache_modifier=".cg")
+    else:
+        tl.debug_barrier()
+    return first, second, third, fourth
+
+
+@triton.jit
+def _narrow(
+    words, scores_ptr, mask_ptr, counts_ptr, arrived_ptr, n, begin, end, parts, rounds, remaining, value, known, shift,
+    BLOCK: tl.constexpr, SHARED: tl.constexpr, AMONG_EQUAL: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """One more digit of the last selected entry: of its score or, AMONG_EQUAL to a value, of its distance from the end.
+
+    Results are what is then known and how many bits are not; of the candidates before, how many are now above, and how
+    many are not below.
+    """
+    next_shift = tl.maximum(shift - DIGIT, 0)
+    width = tl.full([], 1, tl.int64) << (shift - next_shift)
+    last = (known + 1) * width - 1
+    _count(
+        words, scores_ptr, mask_ptr, n, begin, end, value, last.to(tl.uint32), next_shift, width.to(tl.uint32),
+        BLOCK, AMONG_EQUAL, HAS_MASK,
+    )  # fmt: skip
+    counts = _sum_counts(words, counts_ptr + rounds * BINS, arrived_ptr, (rounds + 1) * parts, SHARED)
+    found, before, up_to = _find(*counts, remaining)
+    return last - found, next_shift, before, up_to
+
+
+@triton.jit
+def _bit_length(x):
+    """Bits of x of at least 1, or one more where x has over 24 and all of the first 24 are ones."""
+    return (x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
+
+
+@triton.jit
+def _divide(words, distance, bits, start, size, exists, LISTED: tl.constexpr):
+    """Divide buckets by the highest bits of those that are left, each into as many buckets as there is room for.
+
+    Results are how many bits are left then, the start and size of each entry's bucket, the number of the entry in it,
+    and the largest size.
+    """
+    _clear(words, LISTED)
+    tl.debug_barrier()
+    left = distance & ((tl.full([], 1, tl.int64) << bits.to(tl.int64)) - 1)
+    bits = tl.maximum(bits - _bit_length(tl.maximum(size, 1)) + 1, 0)
+    place = start + (left >> bits.to(tl.int64)).to(tl.int32)
+    number = take_number(words, place, exists)
+    tl.debug_barrier()
+    fours = 4 * tl.arange(0, LISTED // 4)
+    first, second, third, fourth = load_four(words, fours)
+    total = first + second + third + fourth
+    begin = tl.cumsum(total, axis=0) - total
+    most = tl.max(tl.maximum(tl.maximum(first, second), tl.maximum(third, fourth)), axis=0)
+    tl.debug_barrier()
+    after_first = begin + first
+    after_second = after_first + second
+    after_third = after_second + third
+    store_four(
+        words, fours, (begin << 16) | first, (after_first << 16) | second, (after_second << 16) | third,
+        (after_third << 16) | fourth,
+    )  # fmt: skip
+    tl.debug_barrier()
+    bucket = load_word(words, place)
+    tl.debug_barrier()
+    return bits, bucket >> 16, bucket & 0xFFFF, number, most
+
+
+@triton.jit
+def _sort(words, keys, entries, index_bits, LISTED: tl.constexpr):
+    """Put the keys of the first entries of LISTED into shared memory, the largest first, without bits that are 0 in all
+    indices: these would be gone through one after the other."""
+    exists = tl.arange(0, LISTED) < entries
+    keys = (((keys >> 32) + 0x80000000) << index_bits) | (keys & 0x7FFFFFFF)
+    largest = tl.max(tl.where(exists, keys, 0), axis=0)
+    distance = tl.where(exists, largest - keys, 0)
+    bits = _bit_length(tl.max(distance, axis=0) + 1) + tl.zeros([LISTED], tl.int32)
+    start = tl.zeros([LISTED], tl.int32)
+    size = tl.full([LISTED], LISTED, tl.int32)
+    number = start
+    most = MOST_COMPARED + 1
+    while most > MOST_COMPARED:
+        bits, start, size, number, most = _divide(words, distance, bits, start, size, exists, LISTED)
+
+    keys = largest - distance
+    store_pair(words, start + number, keys, exists)
+    tl.debug_barrier()
+    rank = start
+    for other in range(most):
+        rank += (load_pair(words, start + other, exists & (other < size)) > keys).to(tl.int32)
+    tl.debug_barrier()
+    store_pair(words, rank, keys, exists)
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=[*COUNTS, "index_bits"])
+def _select_kernel(
     scores_ptr,  # rows n
     mask_ptr,  # rows n
-    counts_ptr,  # rows BYTES+1 BINS, int32: counts of each byte, then two counters; zeros at first
-    own_counts_ptr,  # rows parts BINS, int32: of the last byte
-    keys_ptr,  # rows selected, int64
+    stand_in_ptr,  # of shared memory, in the interpreter
+    counts_ptr,  # rows MOST_ROUNDS+1 BINS, int32: counts of each round, then three counters; zeros at first
+    keys_ptr,  # rows LISTED, int64: of programs that share a row
+    results_ptr,  # int64: indices, rows selected; unless SORTED, the last selected value and tie, rows 2
     scores_stride,
     mask_stride,
     n,
     selected,
     parts,
+    chunks,
+    index_bits,
     BLOCK: tl.constexpr,
+    LISTED: tl.constexpr,
+    SHARED: tl.constexpr,
+    SORTED: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """Search and collection of rows whose programs all run at the same time, with the parts of rows in registers."""
+    """Selection from a row. Programs that share it all run at the same time."""
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
-    columns = part * BLOCK + tl.arange(0, BLOCK)
-    exists = columns < n
-    ordered = _load_ordered(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
-    counts_ptr += row * ((BYTES + 1) * BINS)
-    taken_ptr = counts_ptr + BYTES * BINS
-    values = tl.arange(0, BINS)
-    known = tl.zeros((), tl.uint32)
-    remaining = selected + tl.zeros((), tl.int32)
-    for byte in tl.static_range(BYTES):
-        counts = _count_byte(ordered, exists, known, byte)
-        tl.atomic_add(counts_ptr + byte * BINS + values, counts, mask=counts > 0, sem="relaxed")
-        if byte == BYTES - 1:
-            tl.store(own_counts_ptr + (row * parts + part) * BINS + values, counts)
-        _wait_for_all(taken_ptr + 1, (byte + 1) * parts)
-        counts = tl.load(counts_ptr + byte * BINS + values, cache_modifier=".cg")
-        known, remaining = _narrow(counts, known, remaining)
+    scores_ptr += row * scores_stride
+    mask_ptr += row * mask_stride
+    begin = part * chunks
+    end = tl.minimum(begin + chunks, tl.cdiv(n, BLOCK))
+    counts_ptr += row * ((MOST_ROUNDS + 1) * BINS)
+    arrived_ptr = counts_ptr + MOST_ROUNDS * BINS
+    COUNTER: tl.constexpr = words_of(LISTED) - 1
+    words = shared_words(stand_in_ptr, COUNTER + 1)
 
-    first_equal = _first_of_equal(own_counts_ptr, row, part, parts, known)
-    above, equal = exists & (ordered > known), exists & (ordered == known)
-    first_above = tl.atomic_add(taken_ptr, tl.sum(above.to(tl.int32), axis=0), sem="relaxed")
-    _collect(keys_ptr + row * selected, ordered, columns, above, equal, first_above, first_equal, remaining, selected)
+    rounds, above, candidates = 0, 0, n
+    most = LISTED if SORTED else selected
+    known, shift = tl.full([], 0, tl.int64), 32
+    while (candidates > most) & (shift > 0):
+        known, shift, before, up_to = _narrow(
+            words, scores_ptr, mask_ptr, counts_ptr, arrived_ptr, n, begin, end, parts, rounds, selected - above, 0,
+            known, shift, BLOCK, SHARED, False, HAS_MASK,
+        )  # fmt: skip
+        rounds, above, candidates = rounds + 1, above + before, above + up_to
+    value = (known << shift).to(tl.uint32)
+    known, shift = tl.full([], 0, tl.int64), index_bits
+    while candidates > most:
+        known, shift, before, up_to = _narrow(
+            words, scores_ptr, mask_ptr, counts_ptr, arrived_ptr, n, begin, end, parts, rounds, selected - above, value,
+            known, shift, BLOCK, SHARED, True, HAS_MASK,
+        )  # fmt: skip
+        rounds, above, candidates = rounds + 1, above + before, above + up_to
+    tie = (known << shift).to(tl.uint32)
+
+    if not SORTED:
+        tl.store(results_ptr + 2 * row, value.to(tl.int64), mask=part == 0)
+        tl.store(results_ptr + 2 * row + 1, tie.to(tl.int64), mask=part == 0)
+    else:
+        store_word(words, COUNTER, 0, part >= 0)
+        tl.debug_barrier()
+        for chunk in range(begin, end):
+            columns = chunk * BLOCK + tl.arange(0, BLOCK)
+            ordered = _load_ordered(scores_ptr, mask_ptr, columns, n, HAS_MASK)
+            is_listed = _is_listed(ordered, columns, n, value, tie)
+            store_pair(words, take_place(words, COUNTER, is_listed), _keys_of(ordered, columns, n), is_listed)
+        tl.debug_barrier()
+        place = tl.arange(0, LISTED)
+        own = load_word(words, COUNTER) if SHARED else candidates
+        keys = load_pair(words, place, place < own)
+        is_last = True
+        if SHARED:
+            keys_ptr += row * LISTED
+            start = tl.atomic_add(arrived_ptr + 1, own, sem="relaxed")
+            tl.store(keys_ptr + start + place, keys, mask=place < own)
+            tl.debug_barrier()
+            is_last = tl.atomic_add(arrived_ptr + 2, 1, sem="acq_rel") == parts - 1
+        if is_last:
+            if SHARED:
+                keys = tl.load(keys_ptr + place, mask=place < candidates, other=0, cache_modifier=".cg")
+            tl.debug_barrier()
+            _sort(words, keys, candidates, index_bits, LISTED)
+            packed = load_pair(words, place, place < selected)
+            indices = n - 1 - (packed & ((1 << index_bits) - 1))
+            tl.store(results_ptr + row * selected + place, indices, mask=place < selected)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _collect_kernel(
     scores_ptr,  # rows n
     mask_ptr,  # rows n
-    counts_ptr,  # rows BYTES+1 BINS, int32
-    own_counts_ptr,  # rows parts BINS, int32
+    last_ptr,  # rows 2, int64: the last selected value and tie
+    taken_ptr,  # rows, int32, zeros at first
     keys_ptr,  # rows selected, int64
     scores_stride,
     mask_stride,
@@ -247,20 +378,16 @@ def _collect_kernel(
     BLOCK: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """The selected entries of a part of a row. The place of an entry among those above depends on which program comes
-    first, and does not matter; which of the equal ones it is does."""
+    """The selected keys of a part of a row, in any order."""
     row = (tl.program_id(0) // parts).to(tl.int64)
-    part = tl.program_id(0) % parts
-    columns = part * BLOCK + tl.arange(0, BLOCK)
-    exists = columns < n
+    columns = (tl.program_id(0) % parts) * BLOCK + tl.arange(0, BLOCK)
     ordered = _load_ordered(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
-    known, remaining = _known_so_far(counts_ptr, row, part, selected, BYTES)
-    first_equal = _first_of_equal(own_counts_ptr, row, part, parts, known)
-    above, equal = exists & (ordered > known), exists & (ordered == known)
-    taken_ptr = counts_ptr + row * ((BYTES + 1) * BINS) + BYTES * BINS
-    first_above = tl.atomic_add(taken_ptr, tl.sum(above.to(tl.int32), axis=0), sem="relaxed")
-    row_keys_ptr = keys_ptr + row * selected
-    _collect(row_keys_ptr, ordered, columns, above, equal, first_above, first_equal, remaining, selected)
+    value, tie = tl.load(last_ptr + 2 * row).to(tl.uint32), tl.load(last_ptr + 2 * row + 1).to(tl.uint32)
+    is_listed = _is_listed(ordered, columns, n, value, tie)
+    up_to_here = tl.cumsum(is_listed.to(tl.int32), axis=0)
+    start = tl.atomic_add(taken_ptr + row, tl.max(up_to_here, axis=0), sem="relaxed")
+    place = row * selected + start + up_to_here - 1
+    tl.store(keys_ptr + place, _keys_of(ordered, columns, n), mask=is_listed)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -268,6 +395,7 @@ def _rank_kernel(
     keys_ptr,  # rows selected, int64
     indices_ptr,  # rows selected, int64
     selected,
+    n,
     blocks,
     BLOCK: tl.constexpr,
     AGAINST: tl.constexpr,
@@ -276,68 +404,40 @@ def _rank_kernel(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     keys_ptr += row * selected
     own = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    keys = tl.load(keys_ptr + own, mask=own < selected, other=-1)
+    keys = tl.load(keys_ptr + own, mask=own < selected, other=SMALLEST)
     larger = tl.zeros([BLOCK, AGAINST], tl.int32)
     for start in range(0, selected, AGAINST):
         other = start + tl.arange(0, AGAINST)
-        others = tl.load(keys_ptr + other, mask=other < selected, other=-1)
+        others = tl.load(keys_ptr + other, mask=other < selected, other=SMALLEST)
         larger += (others[None, :] > keys[:, None]).to(tl.int32)
     place = tl.sum(larger, axis=1)
-    tl.store(indices_ptr + row * selected + place, (keys & LAST_INDEX) ^ LAST_INDEX, mask=own < selected)
-
-
-@triton.jit
-def _sort_kernel(
-    keys_ptr,  # rows selected, int64
-    indices_ptr,  # rows selected, int64
-    selected,
-    BLOCK: tl.constexpr,
-):
-    """Indices of all selected entries of a row, in the order of their keys."""
-    place = tl.program_id(0).to(tl.int64) * selected + tl.arange(0, BLOCK)
-    exists = tl.arange(0, BLOCK) < selected
-    keys = tl.sort(tl.load(keys_ptr + place, mask=exists, other=-1), descending=True)
-    tl.store(indices_ptr + place, (keys & LAST_INDEX) ^ LAST_INDEX, mask=exists)
+    tl.store(indices_ptr + row * selected + place, n - 1 - (keys & 0x7FFFFFFF), mask=own < selected)
 
 
 @planner
-def _plan(n_rows: int, n: int) -> Plan:
-    """Pieces are parts, each of which has a program."""
+def _plan(n_rows: int, n: int, selected: int, available: int) -> Plan:
+    """Pieces are the programs that share a row."""
+    parts = max(min(available // n_rows, triton.cdiv(n, CHUNK)), 1) if n > LONGEST_ALONE else 1
+    listed = min(max(triton.next_power_of_2(2 * selected), 1024), LISTED)
+    # Where a multiprocessor has few programs, these need more threads to keep reads on their way.
+    warps = max(min(listed, MOST_THREADS) // 32 if n > LISTED and n_rows * parts <= 2 * available else listed // 128, 1)
+    block = CHUNK if parts > 1 else max(min(triton.next_power_of_2(n), 32 * IN_THREAD * warps), 32 * warps)
+    settings = {"BLOCK": block, "LISTED": listed, "SHARED": parts > 1, "SORTED": selected <= LISTED}
+    # Without a limit, the assembler aims at fewer registers than there are, and spills some.
+    limits = {"launch_cooperative_grid": parts > 1, "num_warps": warps, "maxnreg": 64}
+    return Plan(n_rows * parts, {**settings, **limits}, parts)
+
+
+@planner
+def _plan_collection(n_rows: int, n: int) -> Plan:
+    """Pieces are parts of a row, each of which has a program."""
     parts = triton.cdiv(n, CHUNK)
-    block = min(max(triton.next_power_of_2(n), 128), CHUNK)
-    settings = {"BLOCK": block, "num_warps": max(block // (32 * IN_THREAD), 1)}
-    # Without a limit on registers, ptxas aims at fewer and spills some. Entries loaded one by one have addresses.
-    if parts == 1:
-        settings["maxnreg"] = 192 if n % 16 else 128
-    elif n % 16:
-        settings["maxnreg"] = 128
-    return Plan(n_rows * parts, settings, parts)
+    return Plan(n_rows * parts, {"BLOCK": CHUNK, "num_warps": max(CHUNK // 1024, 1)}, parts)
 
 
 @planner
-def _plan_counts(n_rows: int, n: int) -> Plan:
-    """The same; where entries are loaded one by one, ptxas aims at 64 registers and spills some."""
-    plan = _plan(n_rows, n)
-    return plan._replace(settings={**plan.settings, "maxnreg": 80}) if n % 16 else plan
-
-
-@planner
-def _plan_search(n_rows: int, n: int, available: int) -> Plan:
-    """All passes in one launch, if programs share rows and can run at the same time. Else each is a launch."""
-    plan = _plan(n_rows, n)
-    if plan.pieces == 1 or plan.programs > available:
-        return _plan_counts(n_rows, n)
-    together = {"launch_cooperative_grid": True, "maxnreg": most_registers(plan.settings["num_warps"])}
-    return plan._replace(settings={**plan.settings, **together})
-
-
-@planner
-def _plan_order(n_rows: int, selected: int, available: int) -> Plan:
-    """Pieces are blocks of selected entries, each of which has a program that ranks it. None: a program sorts a row."""
-    if selected <= MOST_SORTED and n_rows * selected**2 > LEAST_COMPARED * available:
-        block = max(triton.next_power_of_2(selected), 256)
-        # Without a limit, ptxas aims at fewer and spills some.
-        return Plan(n_rows, {"BLOCK": block, "num_warps": block // 256, "maxnreg": 96}, 0)
+def _plan_ranks(n_rows: int, selected: int) -> Plan:
+    """Pieces are blocks of selected entries, each of which has a program."""
     blocks = triton.cdiv(selected, RANKED)
     return Plan(n_rows * blocks, {"BLOCK": RANKED, "AGAINST": RANKED_AGAINST}, blocks)
 
@@ -345,46 +445,57 @@ def _plan_order(n_rows: int, selected: int, available: int) -> Plan:
 def launch_select(scores: Tensor, mask: Tensor | None, indices: Tensor) -> None:
     """Write to `indices` (rows selected, int64) which of the scores (rows n) are the largest, the largest first."""
     if indices.shape[1] <= MOST_RANKED:
-        _launch_search_in_order(scores, mask, indices)
+        _launch_select_in_order(scores, mask, indices)
         return
     keys = torch.empty_like(indices)
-    _launch_search(scores, mask, keys)
-    indices.copy_((keys.sort(dim=1, descending=True).values & constants.LAST_INDEX) ^ constants.LAST_INDEX)
+    _launch_collection(scores, mask, keys)
+    indices.copy_(scores.shape[1] - 1 - (keys.sort(dim=1, descending=True).values & 0x7FFFFFFF))
 
 
 @Launcher
-def _launch_search_in_order(scores: Tensor, mask: Tensor | None, indices: Tensor) -> Iterator[Launch]:
+def _launch_select_in_order(scores: Tensor, mask: Tensor | None, indices: Tensor) -> Iterator[Launch]:
     n_rows, selected = indices.shape
+    if selected <= LISTED:
+        yield _search(scores, mask, indices, selected)
+        return
     keys = Scratch(n_rows, selected, dtype=torch.int64)
-    yield from _search(scores, mask, keys, selected)
-    plan = _plan_order(n_rows, selected, multiprocessors(scores.device))
-    if plan.pieces:
-        yield Launch(_rank_kernel, plan, keys, indices, selected, plan.pieces)
-    else:
-        yield Launch(_sort_kernel, plan, keys, indices, selected)
+    yield from _collection(scores, mask, keys, selected)
+    plan = _plan_ranks(n_rows, selected)
+    yield Launch(_rank_kernel, plan, keys, indices, selected, scores.shape[1], plan.pieces)
 
 
 @Launcher
-def _launch_search(scores: Tensor, mask: Tensor | None, keys: Tensor) -> Iterator[Launch]:
-    yield from _search(scores, mask, keys, keys.shape[1])
+def _launch_collection(scores: Tensor, mask: Tensor | None, keys: Tensor) -> Iterator[Launch]:
+    yield from _collection(scores, mask, keys, keys.shape[1])
 
 
-def _search(scores: Tensor, mask: Tensor | None, keys: Tensor | Scratch, selected: int) -> Iterator[Launch]:
+def _arguments(scores: Tensor, mask: Tensor | None, selected: int) -> tuple[tuple[Tensor, Tensor], tuple[int, ...]]:
+    """Inputs, then the numbers that follow the pointers of kernels that read them."""
+    inputs = (scores, scores if mask is None else mask)
+    return inputs, (scores.stride(0), 0 if mask is None else mask.stride(0), scores.shape[1], selected)
+
+
+def _search(scores: Tensor, mask: Tensor | None, results: Tensor | Scratch, selected: int) -> Launch:
+    n_rows, n = scores.shape
+    plan = _plan(n_rows, n, selected, multiprocessors(scores.device))
+    inputs, numbers = _arguments(scores, mask, selected)
+    parts, block, listed = plan.pieces, plan.settings["BLOCK"], plan.settings["LISTED"]
+    counts = keys = results
+    if parts > 1:
+        counts = Scratch(n_rows, MOST_ROUNDS.value + 1, BINS.value, dtype=torch.int32, zeros=True)
+        keys = Scratch(n_rows, listed, dtype=torch.int64)
+    pointers = (*inputs, stand_in(words_of(listed), scores), counts, keys, results)
+    chunks = triton.cdiv(triton.cdiv(n, block), parts)
+    numbers = (*numbers, parts, chunks, max(n - 1, 1).bit_length())
+    return Launch(_select_kernel, plan, *pointers, *numbers, HAS_MASK=mask is not None)
+
+
+def _collection(scores: Tensor, mask: Tensor | None, keys: Tensor | Scratch, selected: int) -> Iterator[Launch]:
     """Write keys (rows selected, int64) of what is selected, in any order."""
     n_rows, n = scores.shape
-    inputs = (scores, scores if mask is None else mask)
-    numbers = (scores.stride(0), 0 if mask is None else mask.stride(0), n, selected)
-    plan = _plan(n_rows, n)
-    parts, variant = plan.pieces, {"HAS_MASK": mask is not None}
-    if parts == 1:
-        yield Launch(_row_kernel, plan, *inputs, keys, *numbers, **variant)
-        return
-    counts = Scratch(n_rows, BYTES.value + 1, BINS.value, dtype=torch.int32, zeros=True)
-    own_counts = Scratch(n_rows, parts, BINS.value, dtype=torch.int32)
-    search = _plan_search(n_rows, n, multiprocessors(scores.device))
-    if "launch_cooperative_grid" in search.settings:
-        yield Launch(_search_kernel, search, *inputs, counts, own_counts, keys, *numbers, parts, **variant)
-        return
-    for byte in range(BYTES.value):
-        yield Launch(_count_kernel, search, *inputs, counts, own_counts, *numbers, parts, byte, **variant)
-    yield Launch(_collect_kernel, plan, *inputs, counts, own_counts, keys, *numbers, parts, **variant)
+    last = Scratch(n_rows, 2, dtype=torch.int64)
+    yield _search(scores, mask, last, selected)
+    plan = _plan_collection(n_rows, n)
+    inputs, numbers = _arguments(scores, mask, selected)
+    pointers = (*inputs, last, Scratch(n_rows, dtype=torch.int32, zeros=True), keys)
+    yield Launch(_collect_kernel, plan, *pointers, *numbers, plan.pieces, HAS_MASK=mask is not None)

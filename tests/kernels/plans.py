@@ -67,7 +67,7 @@ COUNTS = {
     "n_windows": around(most=2048),
     "pairs": BOOL,
     "routes": tuple(range(1, score_kernels.MOST_ROUTES + 1)),
-    "selected": around(select_kernels.MOST_RANKED, most=2**17),
+    "selected": around(select_kernels.LISTED, select_kernels.MOST_RANKED, most=2**17),
     "simple": BOOL,
     "total": (1, 2, 1023, 1024, 1025, 2**20, 2**31, 2**33),
     "window_size": around(prefix_forward.LONGEST_END, most=8192),
@@ -80,7 +80,8 @@ NOT_A_COUNT = {"aligned", "available", "itemsize", "n_iters", "pairs", "simple"}
 
 
 def sizes_of(planner: Callable[..., Plan], **limits: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """All combinations of what the sizes of a planner may be, or ten thousand of them if there are more."""
+    """All combinations of what the sizes of a planner may be, or ten thousand of them if there are more. No more is
+    selected than there is."""
     names = tuple(inspect.signature(planner).parameters)
     values = [limits.get(name, COUNTS[name]) for name in names]
     if math.prod(map(len, values)) <= 50_000:
@@ -89,6 +90,7 @@ def sizes_of(planner: Callable[..., Plan], **limits: tuple[int, ...]) -> Iterato
         rng = random.Random(planner.__qualname__)
         chosen = (tuple(map(rng.choice, values)) for _ in range(50_000))
     named = (dict(zip(names, sizes, strict=True)) for sizes in chosen)
+    named = (sizes for sizes in named if sizes.get("selected", 0) <= sizes.get("n", math.inf))
     return (sizes for sizes in named if not sizes.get("aligned") or _length_of_rows(sizes) % 16 == 0)
 
 
@@ -173,7 +175,9 @@ def soft_topk(n_rows, n, simple=True, aligned=True, per_row=False, itemsize=4, *
     _call_and_differentiate(True, lambda: kernels.soft_topk(scores, k=k, eps=0.1, mask=mask))
 
 
-def select(n_rows, n=100, selected=7, masked=False, itemsize=4, **_):
+def select(n_rows, n=1, selected=1, available=None, masked=False, itemsize=4, **_):
+    """Plans that do not depend on a GPU are of longer lists."""
+    selected = max(selected, 1 if available else select_kernels.LISTED + 1)
     scores, mask, _ = _rows(n_rows, max(n, selected), DTYPES[itemsize], masked, differentiable=False)
     kernels.select(scores, num_selected=selected, mask=mask)
 
@@ -316,7 +320,7 @@ OPERATIONS = {
         _variants(per_row=BOOL, itemsize=(2, 4)),
     ),
     "select": Operation(
-        (select_kernels._plan, select_kernels._plan_counts, select_kernels._plan_search, select_kernels._plan_order),
+        (select_kernels._plan, select_kernels._plan_collection, select_kernels._plan_ranks),
         select,
         _variants(masked=BOOL, itemsize=(2, 4)),
     ),

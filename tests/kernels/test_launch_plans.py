@@ -47,6 +47,7 @@ HALF = {"BLOCK_D": 128, "PRECISION": "ieee", "TILE": 64}
 KNOWN = (
     Spill("coor_descent", 120, "_backward_kernel", {"WIDTH": 1024, "HAS_K": True}, 8),
     Spill("topk", 120, "_topk_kernel", {"WIDTH": 512, "SELECTED": 32}, 8),
+    *(Spill("select", 120, "_select_kernel", {"LISTED": listed}, 16) for listed in (2048, 4096)),
     Spill("routing_scores", 120, "_gradient_kernel", {"ROUTES": 8}, 8),
     *(Spill("gathered_gradients", target, "_gathered_kernel", {"ROUTES": 1}, 16) for target in SHARED),
     Spill("normalize", 120, "_backward_kernel", {"BLOCK_D": 8192}, 32),
@@ -88,7 +89,7 @@ MANY = {
     "coor_descent": [{"n_rows": 70001, "n": 3}],
     "topk": [{"n_rows": 70001, "n": 3, "selected": 1}],
     "soft_topk": [{"n_rows": 70001, "n": 3}],
-    "select": [{"n_rows": 70001, "n": 3, "selected": 2}, {"n_rows": 2, "n": 70001, "selected": 16384}],
+    "select": [{"n_rows": 70001, "selected": 2, "available": 132}, {"n_rows": 2, "n": 70001, "selected": 16384}],
     "segmented_coor_descent": [{"n_rows": 70001, "n": 3, "itemsize": 4}],
     "routing_scores": [{"batch": 70001, "n": 2, "d": 2, "routes": 2, "itemsize": 4}],
     "gathered_gradients": [{"batch": 70001, "selected": 1, "d": 2, "routes": 1}],

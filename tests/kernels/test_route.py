@@ -173,7 +173,7 @@ def test_without_a_gradient_nothing_is_saved(device):
 @pytest.fixture
 def long_rows(set_sizes):
     """Rows that several programs share in each kernel."""
-    set_sizes(select_kernels, CHUNK=64)
+    set_sizes(select_kernels, CHUNK=1024, LONGEST_ALONE=1024)
     set_sizes(descent_forward, RESIDENT=4096)
 
 

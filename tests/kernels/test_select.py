@@ -16,13 +16,13 @@ INTERPRETED = triton.knobs.runtime.interpret
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 
-@pytest.fixture(params=["one program a row", "parts", "a launch of each pass"])
+@pytest.fixture(params=["listed at once", "counted", "shared"])
 def path(request, set_sizes):
-    """Each way in which a kernel goes through a row of these tests' length."""
-    if request.param != "one program a row":
-        set_sizes(select_kernels, CHUNK=64)
-    if request.param == "a launch of each pass":
-        set_sizes(select_kernels, multiprocessors=lambda device: 1)
+    """Each way in which a kernel goes through a row of these tests' length. The interpreter shares none."""
+    if request.param != "listed at once":
+        set_sizes(select_kernels, LISTED=128)
+    if request.param == "shared":
+        set_sizes(select_kernels, CHUNK=128, LONGEST_ALONE=128)
 
 
 def check(scores, k, mask=None):
@@ -40,15 +40,52 @@ def test_random_scores(device):
     check(scores, 1, torch.rand(2, 150, device=device) > 0.5)
 
 
-def test_more_than_are_ranked(device, monkeypatch):
-    monkeypatch.setattr(select_kernels, "MOST_RANKED", 20)
-    check((torch.randn(2, 50, device=device) * 4).round(), 30)
+@pytest.mark.parametrize("most_ranked", [128, 512])
+def test_more_than_are_listed(device, set_sizes, most_ranked):
+    set_sizes(select_kernels, LISTED=128, MOST_RANKED=most_ranked)
+    check((torch.randn(2, 300, device=device) * 20).round(), 200)
 
 
-@pytest.mark.parametrize("k", [3, 257])
-def test_rows_that_a_program_sorts(device, set_sizes, k):
-    set_sizes(select_kernels, LEAST_COMPARED=0)
-    check((torch.randn(3, 300, device=device) * 8).round(), k)
+def _close_together(x):
+    return 1000 + x * 1e-3
+
+
+def _far_apart(x):
+    return torch.exp(30 * x) * x.sign()
+
+
+def _doubling(x):
+    """Each a bucket of its own, but for one, over and over."""
+    return torch.exp2(-(torch.arange(x.shape[1], device=x.device) % 100).float()).expand(x.shape)
+
+
+def _a_bit_apart(x):
+    """Numbers that agree in all but their last bits."""
+    return (x * 3).round().to(torch.int32).add(0x3F800000).view(torch.float32)
+
+
+KINDS = [torch.round, torch.zeros_like, torch.bfloat16, _close_together, _far_apart, _doubling, _a_bit_apart]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: getattr(kind, "__name__", str(kind)))
+@pytest.mark.parametrize(("n", "k"), [(1000, 400), (3000, 1), (3000, 1024), (6000, 4096)])
+def test_distributions(device, n, k, kind):
+    """Rows that fit into a list, and rows that are counted first, in every order that keys can have."""
+    x = torch.randn(3, n, device=device)
+    check(x.to(kind) if isinstance(kind, torch.dtype) else kind(x), k)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: getattr(kind, "__name__", str(kind)))
+@pytest.mark.parametrize(
+    ("n_rows", "n", "k"), [(3, 100003, 2048), (3, 100000, 5000), (200, 50000, 4096), (1, 2**20, 64)]
+)
+def test_distributions_of_long_rows(device, n_rows, n, k, kind):
+    x = torch.randn(n_rows, n, device=device)
+    x = x.to(kind) if isinstance(kind, torch.dtype) else kind(x)
+    check(x, k)
+    check(x, k, torch.rand(n, device=device) > 0.1)
+    assert torch.equal(select(x, num_selected=k), select(x, num_selected=k))
 
 
 @pytest.mark.gpu
