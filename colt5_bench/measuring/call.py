@@ -23,22 +23,29 @@ class Call:
         self._wanted = () if direction == FORWARD else problem.differentiable
         self._random, self._calls = Random(0), 0
         self._latest: Tensor | None = None
+        self._stream: torch.Stream | None = None
+        self._inputs: dict[str, Tensor] = {}
         self.sample: Tensor | None = None
         self.renew()
 
     def renew(self) -> None:
-        """Forget the graphs of earlier calls. Their remains belong to the stream that they ran in, and would keep a
-        call in another stream from being captured. Here, which is not timed, the latest output may become the `sample`:
-        one in all, each with the same probability."""
+        """Forget the graphs of earlier calls. Here, which is not timed, the latest output may become the `sample`: one
+        in all, each with the same probability."""
         if self._latest is not None:
             self._calls += 1
             if self._random.random() * self._calls < 1:
                 self.sample = self._latest.detach()
             self._latest = None
-        self._inputs = {
-            name: tensor.detach().requires_grad_(name in self._wanted) for name, tensor in self._problem.inputs.items()
-        }
-        self._sources = [self._inputs[name] for name in self._wanted]
+        stream = torch.cuda.current_stream() if self._upstream.is_cuda else None
+        if not self._inputs or stream != self._stream:
+            # What is left of a graph belongs to its stream, and would keep a call in another one from being captured.
+            # In one stream inputs stay the same, as parameters do in training.
+            self._stream = stream
+            self._inputs = {
+                name: tensor.detach().requires_grad_(name in self._wanted)
+                for name, tensor in self._problem.inputs.items()
+            }
+            self._sources = [self._inputs[name] for name in self._wanted]
 
     def __call__(self) -> tuple[Tensor, ...]:
         """The output, then the gradients."""

@@ -9,6 +9,7 @@ import sys
 from collections import defaultdict
 from dataclasses import replace
 from itertools import islice
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -414,6 +415,20 @@ def test_finds_a_planted_fault(monkeypatch, name, fault, expected_message):
     _planted(monkeypatch, name, fault)
     verdicts = (examine(draw_case(1, index, SCALES["cpu"], name), CPU) for index in range(12))
     assert any(v.status == "failed" and expected_message in str(v.messages) for v in verdicts)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is not about kernels")
+def test_a_layer_whose_later_calls_differ_is_found(monkeypatch):
+    right, calls = reference.ConditionalRoutedFeedForward.forward, WeakKeyDictionary()
+
+    def forward(self, *args, **options):
+        calls[self] = calls.get(self, 0) + 1
+        return right(self, *args, **options) * (1.001 if calls[self] == 3 else 1.0)
+
+    monkeypatch.setattr(reference.ConditionalRoutedFeedForward, "forward", forward)
+    verdict = examine(draw_case(1, 0, SCALES["cpu"], "ConditionalRoutedFeedForward"), CPU)
+    assert verdict.status == "failed"
+    assert "output: has other bits in run 3 of a layer" in verdict.messages
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is not about kernels")

@@ -6,9 +6,10 @@ decided it, as at a kink of coordinate descent, a case is `undecided`: neither r
 """
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from colt5_bench.measuring.accuracy import DRAWS, Spread
 from colt5_bench.measuring.rounding import MovedOperands
 from colt5_bench.tolerance import Tolerance
 from suites._descent import FORWARD_BOUND, GRADIENT_BOUND
-from tests.kernels.fuzz.cases import Case, Maker, build
-from tests.kernels.fuzz.definition import Function, Tensors, Watched, as_rows_of, definition, ours
+from tests.kernels.fuzz.cases import OPERATIONS, Case, Maker, build
+from tests.kernels.fuzz.definition import Function, Tensors, Watched, as_rows_of, by_kernels, definition, ours
 from tests.kernels.fuzz.kinks import rows_at_kink
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -79,7 +80,7 @@ def _examine(case: Case, device: torch.device) -> Verdict:
     make, watched = build(case, device), Watched()
     function, parameters = ours(case, device, watched)
     tensors = {**make.tensors, **parameters}
-    found, faults = _run_twice(function, tensors, case, make)
+    found, faults = _run_again(function, tensors, case, make, device)
 
     once = len(watched.selections) if INTERPRETED else len(watched.selections) // 2
     of_truth = Watched(watched.selections[:once])
@@ -107,6 +108,13 @@ def _examine(case: Case, device: torch.device) -> Verdict:
 
 def execute(function: Function, tensors: Tensors, case: Case, dtype: torch.dtype | None = None) -> Tensors:
     """Outputs and the gradients of all float tensors; in fp64 without autocast, if that is the dtype."""
+    return next(_executions(function, tensors, case, dtype))
+
+
+def _executions(
+    function: Function, tensors: Tensors, case: Case, dtype: torch.dtype | None = None
+) -> Iterator[Tensors]:
+    """The same of one run after the other, all with the same leaves."""
     device = next(iter(tensors.values())).device.type
     leaves = {}
     for name, tensor in tensors.items():
@@ -114,6 +122,11 @@ def execute(function: Function, tensors: Tensors, case: Case, dtype: torch.dtype
         if tensor.is_floating_point():
             leaf = (leaf if dtype is None else leaf.to(dtype)).requires_grad_(case.grad)
         leaves[name] = leaf
+    while True:
+        yield _run(function, leaves, case, device, dtype)
+
+
+def _run(function: Function, leaves: Tensors, case: Case, device: str, dtype: torch.dtype | None) -> Tensors:
     lowered = case.autocast is not None and dtype is None
     autocast = torch.autocast(device, getattr(torch, case.autocast)) if lowered else nullcontext()
     # For what selects at random.
@@ -141,13 +154,27 @@ def _upstream(case: Case, name: str, out: Tensor) -> Tensor:
     return upstream.mT.contiguous().mT if case.layout == "transposed" and out.dim() > 1 else upstream
 
 
-def _run_twice(function: Function, tensors: Tensors, case: Case, make: Maker) -> tuple[Tensors, list[Any]]:
-    """Results, and whether a second run gives other bits or one has written to what it was given."""
+def _run_again(
+    function: Function, tensors: Tensors, case: Case, make: Maker, device: torch.device
+) -> tuple[Tensors, list[Any]]:
+    """Results, and whether another run gives other bits or one has written to what it was given.
+
+    A layer that nobody watches records its second call, and plays later ones.
+    """
     before = {name: memory.clone() for name, memory in make.memory.items()}
-    found = execute(function, tensors, case)
+    found, again = execute(function, tensors, case), {}
     # The interpreter has one order of things.
-    again = found if INTERPRETED else execute(function, tensors, case)
-    faults = [Fault(name, "has other bits in a second run") for name in found if not _same(found[name], again[name])]
+    if not INTERPRETED:
+        again["a second run"] = execute(function, tensors, case)
+        if case.name not in OPERATIONS:
+            unwatched = _executions(by_kernels(case, device), tensors, case)
+            again |= {f"run {number} of a layer": each for number, each in enumerate(islice(unwatched, 4), start=1)}
+    faults = [
+        Fault(name, f"has other bits in {run}")
+        for run, results in again.items()
+        for name in found
+        if not _same(found[name], results[name])
+    ]
     return found, faults + [
         Fault(name, "was written to") for name, memory in before.items() if not _same(memory, make.memory[name])
     ]

@@ -76,6 +76,12 @@ def ours(case: Case, device: torch.device, watched: Watched) -> tuple[Function, 
     return function, {}
 
 
+def by_kernels(case: Case, device: torch.device) -> Function:
+    """The layer with kernels as a function of inputs and parameters, and nothing else."""
+    module = layer(case, device, use_triton=True)
+    return lambda tensors: _call(module, case, tensors)
+
+
 def definition(case: Case, device: torch.device, watched: Watched, dtype: torch.dtype | None = None) -> Function:
     """The reference, which selects what is in `watched`, and notes there what it computes.
 
