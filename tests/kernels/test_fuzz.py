@@ -8,6 +8,7 @@ import os
 import sys
 from collections import defaultdict
 from dataclasses import replace
+from functools import wraps
 from itertools import islice
 from weakref import WeakKeyDictionary
 
@@ -421,6 +422,7 @@ def test_finds_a_planted_fault(monkeypatch, name, fault, expected_message):
 def test_a_layer_whose_later_calls_differ_is_found(monkeypatch):
     right, calls = reference.ConditionalRoutedFeedForward.forward, WeakKeyDictionary()
 
+    @wraps(right)
     def forward(self, *args, **options):
         calls[self] = calls.get(self, 0) + 1
         return right(self, *args, **options) * (1.001 if calls[self] == 3 else 1.0)
