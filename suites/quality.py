@@ -49,7 +49,7 @@ SEEDS = (1, 2, 3)
 EVALUATIONS = 10
 """Most of a run, which has at least 8 steps between two."""
 
-VALIDATION_BATCHES, TEST_BATCHES = 2, 16
+VALIDATION_BATCHES, TEST_BATCHES = 2, 8
 POSITION_PARTS = 64
 IGNORED = -100
 """Target of a byte that does not count."""
@@ -491,7 +491,7 @@ def cases(preset: str, device: torch.device) -> list[QualityCase]:
     sizes: dict[str, Any]
     if preset == "smoke":
         tasks = [("text", 128, 0), far("recall", 64), far("needle", 64)]
-        sizes, tokens = {"layers": 1, "dim": 32, "heads": 4, "window": 16, "steps": 24}, 2**9
+        sizes, tokens = {"layers": 1, "dim": 32, "heads": 4, "window": 16, "steps": 16}, 2**9
     elif preset == "default":
         tasks = [("text", 8192, 0), far("recall", 4096)]
         sizes, tokens = {"layers": 4, "dim": 256, "heads": 4, "window": 128, "steps": 200}, 2**15

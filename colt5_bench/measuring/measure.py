@@ -181,7 +181,9 @@ def _train_all(
                 record.status, record.reason = "skipped", printable(str(why))
             else:
                 _train(suite, case, trainee, record, conditions, tell)
-        _free_memory()
+        if conditions.device.type == "cuda":
+            # The next model needs what this one had.
+            _free_memory()
 
 
 def _train(
