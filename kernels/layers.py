@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 
 import reference
 from kernels._common.dry_run import announced
+from reference.layers.replayed import replayed
 
 Layer = TypeVar("Layer", bound=type[nn.Module])
 
@@ -32,7 +33,8 @@ def _with_kernels(layer: Layer) -> Layer:
     switched_on.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     layer.__init__ = switched_on  # type: ignore[method-assign]
 
-    forward: Callable[..., Any] = layer.forward
+    # Calls that are played have nothing to announce.
+    forward: Callable[..., Any] = inspect.unwrap(layer.forward)
 
     @wraps(forward)
     def announcing(self: nn.Module, *args: Any, **options: Any) -> Any:
@@ -41,7 +43,7 @@ def _with_kernels(layer: Layer) -> Layer:
         with announced(self, forward, *args, **options):
             return forward(self, *args, **options)
 
-    layer.forward = announcing
+    layer.forward = announcing if forward is layer.forward else replayed(announcing)
     return layer
 
 

@@ -1,5 +1,6 @@
 """`torch.export` of every layer for any batch and length: saved, loaded, and run on other sizes than it has seen."""
 
+import inspect
 import io
 import random
 
@@ -21,8 +22,8 @@ CASES += [(f"ConditionalRouted{name}", False, True) for name in ("Autoregressive
 
 def exported(layer, inputs, options, open_dims, strict):
     """What comes back from a file of the layer for any size of these dimensions of each input."""
-    forward = layer.forward.__code__.co_varnames[1:]
-    shapes = {name: dict.fromkeys(dims, Dim.DYNAMIC) for name, dims in zip(forward, open_dims, strict=False)}
+    names = inspect.signature(layer.forward).parameters
+    shapes = {name: dict.fromkeys(dims, Dim.DYNAMIC) for name, dims in zip(names, open_dims, strict=False)}
     shapes |= dict.fromkeys(options)
     program = torch.export.export(layer, inputs, options, dynamic_shapes=shapes, strict=strict)
     file = io.BytesIO()

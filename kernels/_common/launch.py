@@ -19,6 +19,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from kernels._common.dry_run import dry_run_of, launches_of_layer
+from kernels._common.tape import current_recorder
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """True if kernels run in Triton's interpreter, which is settled when they are defined."""
@@ -403,7 +404,7 @@ _run = JITFunction.run if _runs_as_known() else None
 """Triton's own way to a launch, if a shorter one is known."""
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """True if all launches have to go Triton's own way: for hooks, a replacement of it, or kernels that debug."""
     runtime = triton.knobs.runtime
     return (
@@ -421,7 +422,7 @@ def _does_something(hook: Any) -> bool:
     return hook is not None and getattr(hook, "calls", True)
 
 
-_VALUES = frozenset({int, float, bool, type(None), torch.dtype})
+PLAIN_VALUES = frozenset({int, float, bool, type(None), torch.dtype})
 """Types of arguments of a launcher that are no tensors."""
 
 LAUNCHERS: list["Launcher"] = []
@@ -438,7 +439,7 @@ class Launcher:
     and by numbers; before that, we choose kernels and plans. All of this follows from a key: the device, type, shape,
     strides, dtype and alignment of tensors, and type and value of all else. The first call of a key goes Triton's own
     way, and its compiled kernels are kept. A later one allocates scratch memory and hands addresses to these, on the
-    stream that is current then. Launches that somebody watches all go Triton's own way; see `_is_watched`.
+    stream that is current then. Launches that somebody watches all go Triton's own way; see `is_watched`.
 
     Args:
         choose: yields launches. It is a pure function of positional arguments, the first of which is a tensor. Instead
@@ -468,7 +469,7 @@ class Launcher:
             with torch.cuda.device(index):
                 self(*arguments)
             return
-        if _is_watched():
+        if is_watched():
             self._launch_by_triton(arguments)
             return
         active = driver.active
@@ -478,7 +479,7 @@ class Launcher:
         addresses: list[int] = []
         for each in arguments:
             kind = type(each)
-            if kind in _VALUES:
+            if kind in PLAIN_VALUES:
                 key += (kind, each)
             else:
                 address = each.data_ptr()
@@ -490,10 +491,13 @@ class Launcher:
             Context().run(_compile_side_by_side, self._choose(*arguments), launches_of_layer(), index)
             self._keep(tuple(key), *self._launch_by_triton(arguments))
             return
-        if known.scratch:
-            # It lives until the kernels are in their stream, which its next owner comes after.
-            scratch = [allocate() for allocate in known.scratch]
-            addresses += [each.data_ptr() for each in scratch]
+        # It lives until the kernels are in their stream, which its next owner comes after.
+        scratch = [allocate() for allocate in known.scratch]
+        addresses += [each.data_ptr() for each in scratch]
+        recorder = current_recorder()
+        if recorder is not None:
+            tensors = [each for each in arguments if isinstance(each, Tensor)]
+            recorder.launch([*tensors, *scratch], known.parts, known.launches)
         if known.parts:
             addresses += [addresses[number] + offset for number, offset in known.parts]
         stream = active.get_current_stream(device)
@@ -502,6 +506,15 @@ class Launcher:
 
     def _launch_by_triton(self, arguments: tuple[Any, ...]) -> tuple[_Memory, list[_Launched]]:
         """Launch Triton's own way."""
+        recorder = current_recorder()
+        if recorder is not None:
+            recorder.call(self, arguments, {}, ())
+            # Triton's own steps are not taken down.
+            with torch._C._DisableTorchDispatch():
+                return self._launch(arguments)
+        return self._launch(arguments)
+
+    def _launch(self, arguments: tuple[Any, ...]) -> tuple[_Memory, list[_Launched]]:
         # Each a tensor of its own, so that it tells which argument it stands for.
         stand_ins = [each.detach() if isinstance(each, Tensor) else each for each in arguments]
         memory = _Memory([each for each in stand_ins if isinstance(each, Tensor)], arguments[0].device)

@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from kernels._common.launch import taker
+from kernels._common.tape import current_recorder
 from reference._shared.arguments import require
 
 _library = torch.library.Library("colt5", "FRAGMENT")
@@ -185,7 +186,7 @@ def is_traced(tensors: tuple[Tensor | None, ...]) -> bool:
     Tensor. A meta tensor, which has a shape alone, needs the operator too."""
     if (
         is_compiling()
-        or is_in_torch_dispatch_mode()
+        or (is_in_torch_dispatch_mode() and current_recorder() is None)
         or _are_functorch_transforms_active()
         or _dispatch_tls_is_dispatch_key_included(_BATCHES_OF_GRADIENTS)
         or forward_ad._current_level >= 0

@@ -8,6 +8,7 @@ from torch import Tensor
 from reference._shared.arguments import check_counts, require
 from reference.layers.light_attention import WindowedAttention
 from reference.layers.operations import UseTriton
+from reference.layers.replayed import replayed
 from reference.layers.rotary import RotaryEmbedding, Rotations, angles_at
 from reference.layers.routed_branch import RoutedBranch
 from reference.layers.start import Start
@@ -76,6 +77,7 @@ class ConditionalRoutedAttention(RoutedBranch):
             self.light_attn = WindowedAttention(dim, radius, light_dim_head, light_heads, use_triton=self.operations)
         self.rotary_emb = RotaryEmbedding(heavy_dim_head) if rotary_emb else None
 
+    @replayed
     def forward(
         self,
         x: Tensor,

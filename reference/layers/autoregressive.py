@@ -15,6 +15,7 @@ from reference.layers.join import join
 from reference.layers.light_attention import WindowedAttention
 from reference.layers.linear import Rounded
 from reference.layers.operations import UseTriton
+from reference.layers.replayed import replayed
 from reference.layers.rotary import RotaryEmbedding, Rotations, angles_at
 from reference.layers.routed_branch import RoutedBranch
 from reference.layers.router import RouterReturn, Selection
@@ -108,6 +109,7 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         path = "rows with a mask" if self._route_prefixes is None else "kernels.route_prefixes unless random_route"
         return f"{super().extra_repr()}, heavy_window_size={self.heavy_window_size}, kv_routing={path!r}"
 
+    @replayed
     def forward(
         self,
         x: Tensor,

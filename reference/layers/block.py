@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from reference.layers.attention import ConditionalRoutedAttention
 from reference.layers.feedforward import ConditionalRoutedFeedForward
 from reference.layers.operations import Operations, UseTriton
+from reference.layers.replayed import replayed
 from reference.layers.start import Start
 
 
@@ -39,7 +40,7 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         init: Start = "published",
     ) -> None:
         super().__init__()
-        operations = Operations.of(use_triton)
+        self.operations = Operations.of(use_triton)
         self.conditional_ff = ConditionalRoutedFeedForward(
             dim,
             num_heavy_tokens=num_heavy_ff_tokens,
@@ -47,7 +48,7 @@ class ConditionalRoutedTransformerBlock(nn.Module):
             heavy_ff_mult=heavy_ff_mult,
             router_straight_through=router_straight_through,
             router_kwargs=router_kwargs,
-            use_triton=operations,
+            use_triton=self.operations,
             init=init,
         )
         self.conditional_attn = ConditionalRoutedAttention(
@@ -64,12 +65,13 @@ class ConditionalRoutedTransformerBlock(nn.Module):
             router_kwargs=router_kwargs,
             multiply_keys_by_score=multiply_keys_by_score,
             multiply_queries_by_score=multiply_queries_by_score,
-            use_triton=operations,
+            use_triton=self.operations,
             use_null_q_tokens=use_null_q_tokens,
             use_flash_attn=use_flash_attn,
             init=init,
         )
 
+    @replayed
     def forward(
         self,
         x: Tensor,

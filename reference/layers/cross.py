@@ -7,6 +7,7 @@ from torch import Tensor
 
 from reference._shared.arguments import check_counts, check_tokens, require
 from reference.layers.operations import UseTriton
+from reference.layers.replayed import replayed
 from reference.layers.routed_branch import RoutedBranch
 from reference.layers.start import Start
 
@@ -65,6 +66,7 @@ class ConditionalRoutedCrossAttention(RoutedBranch):
         check_counts(num_tokens_q=num_tokens_q, num_tokens_kv=num_tokens_kv)
         self.num_tokens_q, self.num_tokens_kv = num_tokens_q, num_tokens_kv
 
+    @replayed
     def forward(
         self,
         x: Tensor,

@@ -10,6 +10,7 @@ from reference.layers.join import join
 from reference.layers.linear import Rounded, is_plain, linear, round_weights
 from reference.layers.norms import RMSNorm
 from reference.layers.operations import Operations, UseTriton
+from reference.layers.replayed import replayed
 from reference.layers.router import CoordinateDescentRouter
 from reference.layers.start import Start, start
 
@@ -54,6 +55,7 @@ class ConditionalRoutedFeedForward(nn.Module):
     def extra_repr(self) -> str:
         return self.operations.path("combine")
 
+    @replayed
     def forward(
         self,
         x: Tensor,

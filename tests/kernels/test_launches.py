@@ -22,6 +22,7 @@ import kernels
 import reference
 from colt5_bench.measuring.static_facts import ALLOCATING, compiled_kernels
 from kernels._common import launch
+from kernels._common import tape as recording
 from kernels._common.launch import INTERPRETED, Launch, Launcher, Part, Plan, Scratch, triton_for_cpu_tensors
 from tests.calls import KERNELS, all_tensors_of, operation, results
 
@@ -225,6 +226,38 @@ def test_what_is_kept_is_what_triton_chooses(drawn):
             assert launched == recorder.taken(known)
             assert len(launched) == 1 + call.flag
         assert 0 < len(launch_mix._kept) <= len(drawn)
+
+
+@settings(max_examples=100)
+@given(st.builds(Call, **FIELDS), st.integers(0, 2), st.booleans())
+def test_a_tape_launches_what_triton_chooses(call, stream, is_known):
+    """In the memory of other tensors, whether or not the launches were known when they were recorded."""
+    driver, launch_mix, tape = Recorder(), Launcher(mix), recording.Recorder()
+    with uncompiled(mix_kernel, driver, call.device):
+        driver.device = call.device
+        arguments = call.arguments()
+        for _ in range(is_known):
+            launch_mix(*arguments)
+        with tape.running(different(arguments)) as taken:
+            # Memory that the call allocates beside that of its inputs is on the tape, too.
+            result = torch.empty_like(arguments[0])
+            launch_mix(*arguments)
+            launch_mix(result, *arguments[1:])
+        played = recording.Tape(tape, taken.inputs, taken, [tape.place_of(result)])
+        assert tape.failure is None
+        others, driver.stream = call.arguments(), stream
+        driver.launches.clear()
+        (other_result,), _ = played.play(different(others), 0)
+        known = {*NUMBERS, *(x.data_ptr() for x in (*others[:2], other_result))}
+        launched = driver.taken(known)
+        launch_mix(*others)
+        launch_mix(other_result, *others[1:])
+        assert launched == driver.taken(known)
+        assert len(launched) == 2 * (1 + call.flag)
+
+
+def different(arguments):
+    return list({id(each): each for each in arguments if isinstance(each, Tensor)}.values())
 
 
 def mix_call(**changed):

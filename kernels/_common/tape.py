@@ -1,0 +1,367 @@
+"""A tape of all that a call does on a device: allocations, operators of PyTorch, and launches of kernels.
+
+A call that does the same to other memory is played from the tape, without the Python in between.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime import driver
+
+ALLOCATING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+"""Operators that write nothing to the memory that they allocate."""
+
+OF_DTYPES = {"promote_types", "result_type"}
+"""Operators that return no tensor, and depend on no value of one."""
+
+ADD, ADD_IN_PLACE = torch.ops.aten.add.Tensor._op, torch.ops.aten.add_.Tensor._op
+
+Step = Callable[[list[Any], list[int], int], None]
+"""A step of a call. It takes the tensors that own memory, their addresses, and a stream."""
+
+
+class Place(NamedTuple):
+    """A tensor, as a part of the memory of another one."""
+
+    owner: int
+    size: torch.Size
+    stride: tuple[int, ...]
+
+    offset: int
+    """In entries, from the first one of the owner."""
+
+
+class _Owner(NamedTuple):
+    """A tensor that stands for the memory that it brought into the call."""
+
+    place: Place
+    dtype: torch.dtype
+    device: torch.device
+    address: int
+    storage_offset: int
+
+
+class _Instruction(NamedTuple):
+    reads: set[int]
+    makes: list[int]
+    step: Step
+    only_allocates: bool = False
+
+    in_place: tuple[int, Step] | None = None
+    """A step that does the same in the memory of this tensor, if nothing takes that afterwards."""
+
+
+class Pass:
+    """A forward or a backward pass, as it is taken down."""
+
+    def __init__(self, inputs: list[int]) -> None:
+        self.inputs = inputs
+        self.instructions: list[_Instruction] = []
+        self.made: set[int] = set()
+
+    @property
+    def reads(self) -> set[int]:
+        return set().union(*(each.reads for each in self.instructions))
+
+
+class Recorder:
+    """Takes down what the passes of a call do while they run."""
+
+    def __init__(self) -> None:
+        self.failure: str | None = None
+        """Why no tape can repeat the call."""
+
+        self._pass = Pass([])
+        self._owners: list[_Owner] = []
+        self._number_of: dict[int, int] = {}
+        # While there is a reference to a storage, no other one gets its number.
+        self._storages: list[StorageWeakRef] = []
+
+    @property
+    def n_owners(self) -> int:
+        return len(self._owners)
+
+    def fail(self, reason: str) -> bool:
+        """Give up, if it has not been done before."""
+        self.failure = self.failure or reason
+        return False
+
+    @contextmanager
+    def running(self, inputs: Sequence[Tensor]) -> Iterator[Pass]:
+        """Take down the next pass. Inputs are tensors whose memory no pass of the call allocates."""
+        if not all(map(self._is_new, inputs)) or len({each.untyped_storage()._cdata for each in inputs}) < len(inputs):
+            self.fail("two inputs share memory")
+        self._pass = Pass([self._add(each) for each in inputs])
+        with _Mode(self):
+            yield self._pass
+
+    def has_made(self, tensor: Tensor) -> bool:
+        """True for a tensor in memory that the pass allocated."""
+        return self._number(tensor) in self._pass.made
+
+    def place_of(self, tensor: Tensor) -> Place:
+        """The place of a tensor of the call."""
+        number = self._number(tensor)
+        offset = int(tensor.storage_offset()) - self._owners[number].storage_offset
+        return Place(number, tensor.shape, tensor.stride(), offset)
+
+    def launch(self, tensors: Sequence[Tensor], parts: Sequence[tuple[int, int]], ready: Sequence[Any]) -> None:
+        """Take down launches of which all but addresses is known, as a `Launcher` keeps them."""
+        if not self._has(tensors):
+            return
+        numbers = [self._number(each) for each in tensors]
+        addresses = [
+            (number, tensor.data_ptr() - self._owners[number].address)
+            for number, tensor in zip(numbers, tensors, strict=True)
+        ]
+        addresses += [(addresses[number][0], addresses[number][1] + offset) for number, offset in parts]
+        for each in ready:
+            taken = each.take(addresses)
+            self._pass.instructions.append(_Instruction({owner for owner, _ in taken}, [], _launching(each, taken)))
+
+    def call(
+        self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Sequence[Any]
+    ) -> None:
+        """Take down a call of a function that is to be called again."""
+        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        if not self._has(tensors):
+            return
+        getters = [self._getter_of(each) for each in (*args, *kwargs.values())]
+        made = [self._add(each) if self._is_new(each) else None for each in outputs]
+        makes = [each for each in made if each is not None]
+        self._pass.made.update(makes)
+        step = _calling(function, getters, [*kwargs], made)
+        numbers = [self._number(each) for each in tensors]
+        in_place = None
+        if function is ADD and len(numbers) == 2 and self._is_alike(tensors[0], outputs[0]):
+            # So does autograd add up gradients, but not while a mode takes them down.
+            in_place = numbers[0], _calling(ADD_IN_PLACE, getters, [*kwargs], made)
+        self._pass.instructions.append(_Instruction({*numbers}, makes, step, in_place=in_place))
+
+    def operator(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Take down an operator of PyTorch."""
+        name, schema = func.overloadpacket.__name__, func._schema
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        if self.failure is not None or (not outputs and name in OF_DTYPES) or not self._can_repeat(func, args, kwargs):
+            return
+        if not outputs and not schema.is_mutable:
+            self.fail(f"{name} returns no tensor")
+        elif name == "lift_fresh":
+            # A constant of Python. The call may change its copy.
+            self.call(result.clone().clone, (), {}, results)
+        elif name in ALLOCATING:
+            number = self._add(outputs[0])
+            self._pass.made.add(number)
+            step = _allocating(number, self._owners[number])
+            self._pass.instructions.append(_Instruction(set(), [number], step, True))
+        elif schema.is_mutable or any(map(self._is_new, outputs)):
+            self.call(func._op, args, kwargs, results)
+        # Else it gives views.
+
+    def getter(self, place: Place) -> Callable[[list[Any]], Tensor]:
+        """A function that makes a tensor from those that own memory."""
+        number, size, stride, offset = place
+        if place == self._owners[number].place:
+            return lambda owners: owners[number]
+
+        def view(owners: list[Any]) -> Tensor:
+            owner: Tensor = owners[number]
+            return owner.as_strided(size, stride, owner.storage_offset() + offset)
+
+        return view
+
+    def _getter_of(self, argument: Any) -> Callable[[list[Any]], Any]:
+        """A function that makes an argument of an operator from the tensors that own memory."""
+        if isinstance(argument, Tensor):
+            return self.getter(self.place_of(argument))
+        if isinstance(argument, (list, tuple)) and any(isinstance(each, Tensor) for each in argument):
+            getters = [self._getter_of(each) for each in argument]
+            return lambda owners: [get(owners) for get in getters]
+        return lambda owners: argument
+
+    def _number(self, tensor: Tensor) -> int:
+        return self._number_of.get(tensor.untyped_storage()._cdata, -1)
+
+    def _is_new(self, tensor: Any) -> bool:
+        return isinstance(tensor, Tensor) and self._number(tensor) < 0
+
+    def _add(self, tensor: Tensor) -> int:
+        storage, number = tensor.untyped_storage(), len(self._owners)
+        self._number_of[storage._cdata] = number
+        self._storages.append(StorageWeakRef(storage))
+        place = Place(number, tensor.shape, tensor.stride(), 0)
+        self._owners.append(_Owner(place, tensor.dtype, tensor.device, tensor.data_ptr(), int(tensor.storage_offset())))
+        return number
+
+    def _is_alike(self, tensor: Tensor, other: Tensor) -> bool:
+        """True for two tensors that own memory of the same layout and dtype."""
+        places = [self.place_of(each) for each in (tensor, other)]
+        own = all(each == self._owners[each.owner].place for each in places)
+        return own and places[0][1:] == places[1][1:] and tensor.dtype == other.dtype
+
+    def _has(self, tensors: Sequence[Tensor]) -> bool:
+        """True if tensors are of the call, and there is to be a tape."""
+        if self.failure is not None:
+            return False
+        if any(map(self._is_new, tensors)):
+            return self.fail("it takes a tensor that is no input")
+        if any(each.dtype != self._owners[self._number(each)].dtype or each.is_neg() for each in tensors):
+            return self.fail("it takes memory as another dtype")
+        return True
+
+    def _can_repeat(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """True if an operator makes as many entries for other values, and writes to memory of this pass alone."""
+        name, parameters = func.overloadpacket.__name__, func._schema.arguments
+        if torch.Tag.dynamic_output_shape in func.tags and not _takes_integers(name, args):
+            return self.fail(f"the size of what {name} returns depends on values")
+        given = zip(parameters, args, strict=False)
+        named = ((each, kwargs[each.name]) for each in parameters if each.name in kwargs)
+        for parameter, argument in (*given, *named):
+            if parameter.is_write and any(self._number(each) not in self._pass.made for each in tree_leaves(argument)):
+                return self.fail(f"{name} changes an input")
+        return True
+
+
+def _takes_integers(name: str, args: Sequence[Any]) -> bool:
+    """True for an operator that indexes by integers: by truth values, how many entries there are depends on these."""
+    indices = tree_leaves(args[1]) if name == "index" else []
+    return bool(indices) and all(each is None or each.dtype in (torch.int32, torch.int64) for each in indices)
+
+
+class _Mode(TorchDispatchMode):
+    """Tells a recorder of operators. PyTorch takes it along to the threads of a backward pass."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.recorder.operator(func, args, kwargs or {}, result)
+        return result
+
+
+def current_recorder() -> Recorder | None:
+    """The one that takes down what this thread does; None if there is none, or another mode beside it."""
+    if torch._C._len_torch_dispatch_stack() != 1:
+        return None
+    mode = torch._C._get_dispatch_stack_at(0)
+    return mode.recorder if isinstance(mode, _Mode) else None
+
+
+class Tape:
+    """A pass, to be played.
+
+    Args:
+        given: numbers of the tensors that it is handed.
+        taken: as it was taken down.
+        results: places of the tensors that it gives; None for none.
+        keep: numbers of the tensors that it hands over to a later pass.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        given: Sequence[int],
+        taken: Pass,
+        results: Sequence[Place | None],
+        keep: Sequence[int] = (),
+    ) -> None:
+        self._keep, self._n_owners = keep, recorder.n_owners
+        self._results = [None if each is None else recorder.getter(each) for each in results]
+        self._steps: list[Step] = []
+        needed = {*keep, *(each.owner for each in results if each is not None)}
+        # From the last step to the first: memory is free after the step that uses it last.
+        for instruction in reversed(taken.instructions):
+            if instruction.only_allocates and needed.isdisjoint(instruction.makes):
+                continue
+            unused = {*instruction.reads, *instruction.makes} - needed
+            needed |= unused
+            if unused:
+                self._steps.append(_freeing(sorted(unused)))
+            changed, in_place = instruction.in_place or (-1, instruction.step)
+            self._steps.append(in_place if changed in unused & taken.made else instruction.step)
+        self._steps.reverse()
+        self._given = [number if number in needed else None for number in given]
+
+    def play(self, tensors: list[Tensor], device: int) -> tuple[list[Any], list[Tensor]]:
+        """Do the same to the memory of other tensors, which are taken out of the list.
+
+        Returns:
+            Results, each a tensor or None, and what is kept.
+        """
+        owners: list[Any] = [None] * self._n_owners
+        addresses = [0] * self._n_owners
+        for number in self._given:
+            # Out of the list, so that it can be freed.
+            tensor = tensors.pop(0)
+            if number is not None:
+                owners[number], addresses[number] = tensor, tensor.data_ptr()
+        del tensor
+        stream = driver.active.get_current_stream(device) if device >= 0 else 0
+        # Operators were taken down below both.
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+            for step in self._steps:
+                step(owners, addresses, stream)
+            results = [None if get is None else get(owners) for get in self._results]
+        return results, [owners[number] for number in self._keep]
+
+
+def _allocating(number: int, owner: _Owner) -> Step:
+    (_, size, stride, _), dtype, device = owner[:3]
+    allocate = torch.empty_strided
+
+    def step(owners: list[Any], addresses: list[int], stream: int) -> None:
+        owners[number] = tensor = allocate(size, stride, dtype=dtype, device=device)
+        addresses[number] = tensor.data_ptr()
+
+    return step
+
+
+def _launching(ready: Any, places: Sequence[tuple[int, int]]) -> Step:
+    run, programs, function, _, _, rest, _ = ready
+
+    def step(owners: list[Any], addresses: list[int], stream: int) -> None:
+        taken = [addresses[owner] + offset for owner, offset in places]
+        # A reference to all that is ready holds the kernel that the function is of.
+        run(programs, 1, 1, stream, function, ready.metadata, None, None, None, *taken, *rest)
+
+    return step
+
+
+def _calling(
+    function: Callable[..., Any],
+    getters: Sequence[Callable[[list[Any]], Any]],
+    names: list[str],
+    made: list[int | None],
+) -> Step:
+    """Call a function with arguments, of which the last go by names."""
+    unnamed = len(getters) - len(names)
+
+    def step(owners: list[Any], addresses: list[int], stream: int) -> None:
+        arguments = [get(owners) for get in getters]
+        if names:
+            results = function(*arguments[:unnamed], **dict(zip(names, arguments[unnamed:], strict=True)))
+        else:
+            results = function(*arguments)
+        for number, result in zip(made, results if isinstance(results, (tuple, list)) else (results,)):  # noqa: B905
+            if number is not None:
+                owners[number] = result
+                addresses[number] = result.data_ptr()
+
+    return step
+
+
+def _freeing(numbers: Sequence[int]) -> Step:
+    def step(owners: list[Any], addresses: list[int], stream: int) -> None:
+        for number in numbers:
+            owners[number] = None
+
+    return step
