@@ -124,8 +124,8 @@ def launches_on_a_gpu(name: str) -> Counter[str]:
     """The same, without a mask, as PyTorch's profiler sees it: kernels and copies of a step by their names."""
     layer, x = LAYERS[name]().cuda(), torch.randn(BATCH, LENGTH, DIM, device="cuda", requires_grad=True)
     grad_output = torch.ones(x.shape, device="cuda")
-    for _ in range(2):
-        # The first step compiles kernels.
+    for _ in range(4):
+        # The first step compiles kernels, the second is recorded, and later ones are played.
         layer.zero_grad()
         x.grad = None
         with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:

@@ -167,7 +167,7 @@ class TestABrokenContext:
         run = subprocess.run(
             [*command, "--out=results"],
             cwd=tmp_path,
-            env={**environment, "PYTHONPATH": str(ROOT), "TOY": "breaking,greedy"},
+            env={**environment, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TOY": "breaking,greedy"},
             capture_output=True,
             text=True,
             check=False,
