@@ -1,6 +1,7 @@
 """README and docs are true: their Python runs, and so do their commands, the long ones in short."""
 
 import ast
+import math
 import os
 import re
 import shlex
@@ -75,6 +76,15 @@ def test_python(source):
     assert shapes or "ConditionalRouted" not in source
     for name, shape in shapes:
         assert tuple(namespace[name].shape) == ast.literal_eval(shape), name
+
+
+def test_the_recipe_of_training_learns():
+    """In few steps, from the 8 bits of a byte that nothing is known about."""
+    (source,) = blocks("python", ["docs/training.md"])
+    namespace = {"__name__": "docs"}
+    exec(compile(reduce(source), "the recipe", "exec"), namespace)
+    assert namespace["step"] < 100
+    assert namespace["loss"].item() / math.log(2) < 6
 
 
 def reduce(source):
