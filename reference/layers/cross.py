@@ -22,8 +22,8 @@ class ConditionalRoutedCrossAttention(RoutedBranch):
         dim_head, heads: of the attention.
         kv_routing_tokens: sets of keys and values, each with a routing token and its share of the heads.
         route_block_size: select keys and values from blocks of so many tokens.
-        router_straight_through, router_kwargs, multiply_keys_by_score, use_triton, use_null_q_tokens, use_flash_attn,
-            init: as in `RoutedBranch`.
+        router_straight_through, router_kwargs, multiply_keys_by_score: as in `RoutedBranch`.
+        use_triton, use_null_q_tokens, use_flash_attn, init: as in `RoutedBranch`.
     """
 
     def __init__(
