@@ -1,16 +1,18 @@
 """A dry run of a layer: a step without values, which tells all kernels that the step launches."""
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from triton import next_power_of_2
 
 
 class DryRun(FakeTensorMode):
@@ -26,7 +28,7 @@ def dry_run_of(x: Tensor) -> DryRun | None:
     return x.fake_mode if type(x) is FakeTensor and isinstance(x.fake_mode, DryRun) else None
 
 
-_announced: ContextVar[Callable[[], list[Any]]] = ContextVar("_announced", default=list)
+_announced: ContextVar[Callable[[], Iterable[Any]]] = ContextVar("_announced", default=list)
 
 
 @contextmanager
@@ -44,8 +46,8 @@ def announced(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwarg
         _announced.reset(token)
 
 
-def launches_of_layer() -> Callable[[], list[Any]]:
-    """A function that returns all launches of the layer that is being called, with its backward pass. Outside of layers
+def launches_of_layer() -> Callable[[], Iterable[Any]]:
+    """A function that tells all launches of the layer that is being called, with its backward pass. Outside of layers
     there are none."""
     return _announced.get()
 
@@ -59,18 +61,18 @@ def _launches_of(
     autocast_dtype: torch.dtype,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> list[Any]:
+) -> Iterator[Any]:
     """Run a step in a thread of its own, where no hooks of saved tensors, modes and transforms see it.
 
-    A layer that cannot run without values tells fewer launches, or none. One with hooks inside tells none.
+    Where lengths have changed, those that may follow have their dry runs next. A layer that cannot run without values
+    tells fewer launches, or none. One with hooks inside tells none.
     """
     if _has_hooks(layer):
-        return []
-    dry_run = DryRun()
+        return
 
-    def step() -> None:
+    def step(dry_run: DryRun, lengths: Mapping[int, int]) -> None:
         with dry_run, torch.set_grad_enabled(grad):
-            inputs, options = tree_map_only(Tensor, _without_values, (args, kwargs))
+            inputs, options = tree_map_only(Tensor, partial(_without_values, lengths=lengths), (args, kwargs))
             # Casts of weights are without values too: nobody else may find them in a cache.
             with torch.autocast(device, autocast_dtype, autocast, cache_enabled=False):
                 outputs = _differentiable(forward(layer, *inputs, **options))
@@ -80,8 +82,31 @@ def _launches_of(
                 torch.autograd.grad(outputs, leaves, [torch.empty_like(y) for y in outputs], allow_unused=True)
 
     with ThreadPoolExecutor(1, "colt5-dry-run") as thread:
-        thread.submit(step)
-    return dry_run.launches
+        for lengths in ({}, *_lengths_to_come(layer, (args, kwargs))):
+            dry_run = DryRun()
+            wait([thread.submit(step, dry_run, lengths)])
+            yield from dry_run.launches
+
+
+_first_shapes: WeakKeyDictionary[nn.Module, list[torch.Size]] = WeakKeyDictionary()
+"""Shapes of the tensors that a layer had when it first lacked a kernel."""
+
+
+def _lengths_to_come(layer: nn.Module, given: Any) -> list[dict[int, int]]:
+    """Sizes that may be there instead of others in later calls of a layer: none before sizes have changed.
+
+    Sizes but the first of a tensor, the batch, are lengths where they change. Kernels differ between powers of two, and
+    where a length is no multiple of 16.
+    """
+    shapes = [x.shape for x in tree_leaves(given) if isinstance(x, Tensor)]
+    known = _first_shapes.setdefault(layer, shapes)
+    sizes = [pair for pairs in map(zip, known, shapes) for pair in [*pairs][1:]]
+    changed = [(old, new) for old, new in sizes if old != new]
+    if not changed:
+        return []
+    longest = 4 * next_power_of_2(max(map(max, changed)))
+    odd = any(new % 16 for _, new in changed)
+    return [dict.fromkeys([new for _, new in changed], longest // 2**halvings - odd) for halvings in range(7)]
 
 
 def _has_hooks(layer: nn.Module) -> bool:
@@ -93,9 +118,11 @@ def _has_hooks(layer: nn.Module) -> bool:
     ) or any(each._backward_hooks for each in layer.parameters())
 
 
-def _without_values(x: Tensor) -> Tensor:
-    """A tensor of the same shape in the dry run that is going on."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).requires_grad_(x.requires_grad)
+def _without_values(x: Tensor, lengths: Mapping[int, int]) -> Tensor:
+    """A tensor of the same shape in the dry run that is going on, but that some sizes are others."""
+    shape = (*x.shape[:1], *(lengths.get(size, size) for size in x.shape[1:]))
+    strides = x.stride() if shape == x.shape else torch.empty(shape, device="meta").stride()
+    return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device).requires_grad_(x.requires_grad)
 
 
 def _differentiable(tree: Any) -> list[Tensor]:

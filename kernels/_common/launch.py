@@ -319,7 +319,7 @@ class _Compilers(ThreadPoolExecutor):
         return kernel
 
 
-def _compile_side_by_side(launches: Iterable[Launch], later: Callable[[], list[Launch]], device: int) -> None:
+def _compile_side_by_side(launches: Iterable[Launch], later: Callable[[], Iterable[Launch]], device: int) -> None:
     """Compile what launches lack, and where they lack anything, what later ones lack."""
     with _Compilers(device) as compilers, AsyncCompileMode(compilers) as compiling:
         for each in launches:

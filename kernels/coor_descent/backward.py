@@ -96,7 +96,7 @@ def _grad_a_kernel(
     tl.store(grad_a_ptr + tl.program_id(0) + tl.arange(0, ROWS), grad_a)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["n_rows"])
 def _backward_kernel(
     grad_output_ptr,  # rows n
     scores_ptr,  # rows n

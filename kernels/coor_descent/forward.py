@@ -253,7 +253,7 @@ def _relax_rows(
     return step
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["n_rows"])
 def _resident_kernel(
     scores_ptr,  # rows n
     mask_ptr,  # rows n
@@ -428,6 +428,10 @@ def _plan(n_rows: int, n: int, simple: bool, aligned: bool, available: int) -> P
     halve = n_rows * triton.cdiv(n, resident // 2) <= available
     piece = resident // 2 if halve else resident
     sharing = triton.cdiv(n, piece)
+    # Few numbers of programs serve all lengths, where more of them than have a piece are to be had.
+    rounded = 8 * triton.cdiv(sharing, 8)
+    if n_rows * rounded <= available:
+        sharing = rounded
     if sharing <= available:
         groups = max(min(n_rows, available // sharing), 1)
         return Plan(groups * sharing, _shared(piece, most, sharing), 0)

@@ -61,7 +61,7 @@ def _plan_keys(batch: int, n_tokens: int, heads: int, n_queries: int, dim: int, 
     return Plan(batch * triton.cdiv(n_tokens, settings.block) * heads, {**tile, **options}, blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_windows", "n_tokens"])
 def _query_kernel(
     query_ptr,  # b w h i d
     key_value_ptr,  # b r n (h kv d)
@@ -162,7 +162,7 @@ def load_entry(windows_ptr, weights_ptr, entry, end, n_windows):
     return windows, tl.load(weights_ptr + entry, mask=entry < end, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_windows", "n_tokens"])
 def _key_value_kernel(
     query_ptr,  # b w h i d
     key_value_ptr,  # b r n (h kv d)

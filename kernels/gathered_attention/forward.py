@@ -53,7 +53,7 @@ def load_null(null_ptr, n_heads, head, dims, DIM: tl.constexpr, kind: tl.constex
     return key.to(tl.float32), value.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_windows", "n_tokens"])
 def _forward_kernel(
     query_ptr,  # b w h i d
     key_value_ptr,  # b r n (h kv d)

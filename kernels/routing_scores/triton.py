@@ -204,7 +204,7 @@ def _gradient_kernel(
     tl.store(partial_ptrs, partial, mask=is_route & is_column)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "n", "padded"])
+@triton.jit(do_not_specialize=[*COUNTS, "n", "padded", "selected"])
 def _gathered_kernel(
     x_ptr,  # b n d
     routing_ptr,  # b r d, or 1 r d with a stride of 0

@@ -17,11 +17,12 @@ from triton.runtime.jit import JITFunction
 
 import kernels
 from colt5_bench.measuring.static_facts import ALLOCATING
-from kernels._common import dry_run
+from kernels._common import dry_run, launch
 from kernels._common.dry_run import announced, launches_of_layer
 from kernels._common.launch import INTERPRETED, Scratch, _Pointer, triton_for_cpu_tensors
 from tests.calls import LAYERS, inputs_of, layer_of, results
 from tests.kernels.test_launches import Recorder, Uncompiled, zeroed
+from tests.reference.conftest import build
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
@@ -51,7 +52,7 @@ def told(layer, inputs, options, *, wanted=True, autocast=True):
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
         announced(layer, type(layer).forward, *inputs, **options),
     ):
-        return launches_of_layer()()
+        return [*launches_of_layer()()]
 
 
 def what_is_compiled(kernel, pointers, numbers, named):
@@ -74,11 +75,11 @@ def test_a_dry_run_tells_what_a_step_launches(name, seed, monkeypatch, allocatin
     )
     launched = Counter()
 
-    def launch(self, *given, grid, warmup, **named):
+    def run(self, *given, grid, warmup, **named):
         pointers = [x for x in given if isinstance(x, Tensor)]
         launched[what_is_compiled(self, pointers, given[len(pointers) :], named)] += 1
 
-    monkeypatch.setattr(JITFunction, "run", launch)
+    monkeypatch.setattr(JITFunction, "run", run)
     step(layer, inputs, options, **how)
     assert dry == launched
     assert dry
@@ -153,10 +154,55 @@ def test_a_later_call_makes_no_dry_run(compiler, monkeypatch):
     layer, inputs, options = layer_and_inputs()
     runs = []
     real = dry_run._launches_of
-    monkeypatch.setattr(dry_run, "_launches_of", lambda *given, **named: (runs.append(given), real(*given, **named))[1])
+    monkeypatch.setattr(dry_run, "_launches_of", lambda *given: (runs.append(given), real(*given))[1])
     for _ in range(3):
         step(layer, inputs, options)
     assert len(runs) == 1
+
+
+OF_LENGTHS = [name for name in LAYERS if not name.endswith(("Router", "ViT", "ImageAttention"))]
+
+
+@pytest.mark.parametrize("name", OF_LENGTHS)
+def test_new_lengths_seldom_compile(name, compiler, monkeypatch):
+    """A second length brings those that may follow; a much longer or shorter one, or one that is aligned, may add."""
+    rng = random.Random(name)
+    layer = build(name, kernels, use_triton=True)
+    compiling = []
+    for number in range(21):
+        length = rng.randint(2048, 60000)
+        # Of tensors, their shapes are enough.
+        inputs, options = inputs_of(name, layer, batch=1, length=length, context=length)
+        before = len(compiler.compiled)
+        with monkeypatch.context() as patched:
+            patched.setattr(dry_run, "_lengths_to_come", lambda *_: [])
+            launches = told(layer, inputs, options)
+        launch._compile_side_by_side(launches, lambda: told(layer, inputs, options), device=-1)  # noqa: B023
+        if len(compiler.compiled) > before:
+            compiling.append(number)
+    assert compiling[:1] == [0]
+    assert len(compiling) <= 4
+
+
+def shapes(*sizes):
+    return [torch.empty(size, device="meta") for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("known", "new", "lengths"),
+    [
+        ([(2, 4096, 8)], [(2, 4096, 8)], []),
+        ([(2, 4096, 8)], [(3, 4096, 8)], []),
+        ([(2, 4096, 8)], [(2, 1024, 8)], [16384, 8192, 4096, 2048, 1024, 512, 256]),
+        ([(2, 4096, 8)], [(2, 5000, 8)], [32767, 16383, 8191, 4095, 2047, 1023, 511]),
+        ([(2, 64, 8), (2, 64)], [(2, 96, 8), (2, 96)], [512, 256, 128, 64, 32, 16, 8]),
+    ],
+)
+def test_lengths_to_come_follow_a_change(known, new, lengths):
+    layer = nn.Identity()
+    assert dry_run._lengths_to_come(layer, shapes(*known)) == []
+    told = dry_run._lengths_to_come(layer, (shapes(*new), {}))
+    assert told == [{new[0][1]: length} for length in lengths]
 
 
 def test_of_nested_layers_the_outermost_is_run(compiler):
