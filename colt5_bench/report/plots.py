@@ -21,6 +21,7 @@ from colt5_bench.records.columns import BANDWIDTH, GRADIENT_ERROR, time
 from colt5_bench.records.derived import group_by, label, main_column, varying_fields, worst_gradient
 from colt5_bench.records.results import Record
 from colt5_bench.report.colours import colour, place
+from colt5_bench.report.curves import curves
 from colt5_bench.report.layout import (
     ERROR_DECADES,
     LIMIT_BANDWIDTH,
@@ -125,15 +126,15 @@ class _Row:
 
 def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n", lines: Sequence[str] = ()) -> list[Path]:
     """Draw the records of one suite. Plots are time, bandwidth, memory and metrics against a field of the case, time
-    against memory where a field trades one for the other, and divergence.
+    against memory where a field trades one for the other, divergence, and curves of training.
 
     What did not end ok is not drawn but named below the figure; divergence that was found wrong is drawn all the same,
     hollow. Bars are 95 % intervals. There is no figure of what no record has.
 
     Args:
         records: of one suite.
-        directory: where `time`, `bandwidth`, `memory`, `trade-off`, `divergence` and `metrics` go, each as .png and
-            .svg; `divergence-<dtype>` each, if there are several dtypes.
+        directory: where `time`, `bandwidth`, `memory`, `trade-off`, `divergence`, `metrics` and `curves` go, each as
+            .png and .svg; `divergence-<dtype>` each, if there are several dtypes.
         x: the field along the horizontal axis; that of divergence is `n_iters`, if all have one and it varies.
         lines: fields each combination of which is a line of its own among the metrics, and no panel.
 
@@ -165,6 +166,8 @@ def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n", lin
                 figures[name] = _divergence(x, of_one_dtype, records)
         if described := [record for record in ok if record.metrics]:
             figures["metrics"] = _metrics(x, lines, described, records)
+        if (trained := curves(ok)) is not None:
+            figures["curves"] = trained
         return [path for name, figure in figures.items() for path in _save(figure, directory, name)]
 
 

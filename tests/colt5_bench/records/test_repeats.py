@@ -12,6 +12,8 @@ from scipy.stats import ttest_1samp
 
 from colt5_bench.records.repeats import Estimate, equal_seconds, repeats
 from colt5_bench.records.results import Record
+from colt5_bench.report.curves import curves
+from colt5_bench.report.plots import write_plots
 from colt5_bench.report.table import summary
 
 numbers = st.lists(st.floats(-100, 100), min_size=2, max_size=8).filter(lambda values: len({*values}) > 1)
@@ -84,3 +86,22 @@ def test_a_run_that_failed_is_counted():
     text = printed([record("light", 1, 1.0), record("zero", 1, 1.0), failed])
     assert "1 of 2" in text
     assert "the loss is nan at step 3" in text
+
+
+def test_curves_are_means_over_seeds_with_a_panel_for_each_case(tmp_path):
+    runs = [("light", 1.0), ("zero", 0.5)]
+    sizes = (64, 128, 256, 512)
+    records = [record(name, seed, bits * seed, n=n) for n in sizes for name, bits in runs for seed in (1, 2)]
+    figure = curves(records)
+    lines = [line for ax in figure.axes if ax.get_visible() for line in ax.get_lines()]
+    assert [line.get_label() for line in lines] == ["light", "zero"] * 4
+    for line, (_, bits) in zip(lines, runs * 4, strict=True):
+        assert list(line.get_xdata()) == [1.0, 2.0]
+        assert list(line.get_ydata()) == [1.5 * bits + 1, 1.5 * bits]
+    assert {path.name for path in write_plots(records, tmp_path)} >= {"curves.png", "curves.svg"}
+
+
+def test_without_curves_there_is_no_figure_of_them():
+    untrained = record("light", 1, 1.0)
+    untrained.curves = {}
+    assert curves([untrained]) is curves([]) is None
