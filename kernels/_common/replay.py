@@ -8,6 +8,7 @@ runs as it is written.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -34,37 +35,28 @@ class _Modules:
     """The modules of a layer with all of their attributes, as they are when this is made."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self._seen = []
-        # So that no other object gets the number of one of them.
-        self._objects: list[Any] = []
-        self._hooks: list[Any] = []
-        self._are_known = True
-        tensors: list[Tensor] = []
-        for module in layer.modules():
-            attributes = vars(module)
-            dicts = (attributes, module._parameters, module._buffers, module._modules)
-            # A weak reference: the layer is the key of what this is a part of.
-            self._seen.append((ref(module), type(module), dicts, _numbers(dicts)))
-            self._objects += [value for each in dicts for value in each.values()]
-            if module is not layer:
-                self._hooks += [each for name, each in attributes.items() if name.endswith("_hooks")]
-            self._are_known &= type(module).__module__.startswith(PACKAGES) and "forward" not in attributes
-            tensors += [each for each in (*dicts[1].values(), *dicts[2].values()) if each is not None]
-        self.tensors = list({id(each): each for each in tensors}.values())
+        modules = [*layer.modules()]
+        # Weak references: the layer is the key of what this is a part of.
+        self._modules = [ref(each) for each in modules]
+        self._types = [type(each) for each in modules]
+        self._attributes = [d for each in modules for d in (vars(each), each._parameters, each._buffers, each._modules)]
+        # Held, so that no other object gets the number of one of them.
+        self._objects = [value for each in self._attributes for value in each.values()]
+        self._numbers = [*map(id, self._objects)]
+        inner = [vars(each).items() for each in modules if each is not layer]
+        self._hooks = [value for items in inner for name, value in items if name.endswith("_hooks")]
+        known = all(each.__module__.startswith(PACKAGES) for each in self._types)
+        self._are_known = known and not any("forward" in each for each in self._attributes)
+        held = [value for each in modules for value in (*each._parameters.values(), *each._buffers.values())]
+        self.tensors = list({id(each): each for each in held if each is not None}.values())
 
     def are_unchanged(self) -> bool:
-        for module, kind, dicts, numbers in self._seen:
-            if type(module()) is not kind or _numbers(dicts) != numbers:
-                return False
-        return True
+        numbers = [*map(id, chain.from_iterable(map(dict.values, self._attributes)))]
+        return numbers == self._numbers and [type(each()) for each in self._modules] == self._types
 
     def are_plain(self) -> bool:
         """True if nobody can tell a call of them from their computing."""
         return self._are_known and not any(self._hooks) and not _has_any_global_hook()
-
-
-def _numbers(dicts: Sequence[dict[str, Any]]) -> list[int]:
-    return [id(value) for each in dicts for value in each.values()]
 
 
 class _Call:
@@ -197,8 +189,8 @@ class _Calls:
 
     def _record(self, key: tuple[Any, ...], call: _Call) -> Tensor:
         """Run a call and take it down."""
-        if any(each._backward_hooks for each in call.tensors):
-            # Those of parameters would run for the gradients of `_Recorded`, and once more.
+        if any(each._backward_hooks for each in call.tensors[call.n_given :]):
+            # Hooks of parameters would run for the gradients of `_Recorded`, and once more.
             return call.run()
         recording = _Recording(call, lambda tapes: self._keep(key, tapes))
         if call.differentiates:
@@ -235,7 +227,7 @@ class _Recording:
     """
 
     def __init__(self, call: _Call, keep: Callable[[_Tapes | str], None]) -> None:
-        self.call, self._keep = call, keep
+        self.call, self.keep = call, keep
         self._recorder = Recorder()
         # No gradient goes further than to these.
         given = [each.detach().requires_grad_(each.requires_grad) for each in call.tensors[: call.n_given]]
@@ -248,14 +240,14 @@ class _Recording:
         if not recorder.has_made(self._out):
             recorder.fail("it returns an input")
         if not call.differentiates:
-            self._keep(recorder.failure or _Tapes(self._tape_of_forward()))
+            self.keep(recorder.failure or _Tapes(self._tape_of_forward()))
         return self._out.detach()
 
     def backward(self, grad: Tensor) -> list[Tensor | None]:
         keeps_graph = _keeps_graph()
         with self._recorder.running([grad]) as backward:
             grads = self.call.gradients(self._out, self._tensors, grad, retain_graph=keeps_graph)
-        self._keep(self._recorder.failure or self._tapes(backward, grads))
+        self.keep(self._recorder.failure or self._tapes(backward, grads))
         return grads
 
     def _tapes(self, backward: Pass, grads: Sequence[Tensor | None]) -> _Tapes | str:
@@ -289,9 +281,12 @@ class _Recorded(_SingleLevelFunction):
         tensors = ctx.saved_tensors
         if grad is None:
             return None, *(None for _ in tensors)
-        if ctx.recording is None or _is_unusual(grad):
-            return None, *ctx.call.differentiate(grad)
         recording, ctx.recording = ctx.recording, None
+        if recording is None:
+            return None, *ctx.call.differentiate(grad)
+        if _is_unusual(grad):
+            recording.keep("its backward pass is not that of a training step")
+            return None, *ctx.call.differentiate(grad)
         return None, *recording.backward(_as_recorded(grad))
 
 

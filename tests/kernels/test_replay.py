@@ -260,6 +260,16 @@ def test_unusual_backward_passes(small, kind, record):
         torch.testing.assert_close(mine, theirs)
 
 
+def test_a_layer_whose_backward_passes_are_unusual_is_not_played(small):
+    """Played, each of its steps would go through it once more."""
+    for runs in (1, 2, 1, 1):
+        small.runs.clear()
+        out = small(x_of().requires_grad_())
+        with torch.autocast("cpu", torch.bfloat16):
+            out.backward(x_of())
+        assert len(small.runs) == runs
+
+
 @pytest.mark.parametrize("known", range(TIMES))
 def test_a_graph_that_is_kept_and_one_that_is_not(small, known):
     for _ in range(known):
