@@ -38,7 +38,7 @@ class Call:
             self._latest = None
         stream = torch.cuda.current_stream() if self._upstream.is_cuda else None
         if not self._inputs or stream != self._stream:
-            # What is left of a graph belongs to its stream, and would keep a call in another one from being captured.
+            # Remains of a graph belong to its stream, and would keep a call in another one from being captured.
             # In one stream inputs stay the same, as parameters do in training.
             self._stream = stream
             self._inputs = {
