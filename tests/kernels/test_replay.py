@@ -5,12 +5,14 @@ import gc
 import pickle
 import random
 import weakref
+from collections import Counter
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import reference
@@ -74,6 +76,28 @@ def test_a_step_takes_no_more_memory(name):
             peaks.append(measure_memory(step, device=torch.device("cpu")))
     written, played = peaks
     assert 0 < played <= written
+
+
+COMPUTING = ("mm", "addmm", "sum", "add", "add_", "clone", "copy_", "_foreach_copy_", "gelu", "gelu_backward", "sort")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="kernels take operators of PyTorch there")
+@pytest.mark.parametrize("name", host_time.LAYERS)
+def test_a_step_takes_the_same_operators(name):
+    """Gradients are neither copied nor added up in another way."""
+    counts = []
+    with host_time.launching_nothing():
+        for played in (False, True):
+            step = host_time.step_of(name, played=played)
+            for _ in range(TIMES):
+                step()
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                step()
+            names = Counter(event.name.removeprefix("aten::") for event in profiler.events())
+            counts.append({each: names[each] for each in COMPUTING})
+    written, played = counts
+    assert played == written
+    assert played["mm"] > 0
 
 
 class Small(nn.Module):
