@@ -212,7 +212,7 @@ def _key_of(call: _Call) -> tuple[Any, ...] | None:
         is_watched(),
         multiprocessors(tensors[0].device),
     )
-    key: list[Any] = [*call.kinds, *call.values, *call.autocast, *modes, multiprocessors(tensors[0].device)]
+    key: list[Any] = [*call.kinds, *call.values, *call.autocast, *modes]
     for each in tensors:
         aligned = each.data_ptr() % 16 == 0
         key += (each.shape, each.stride(), each.dtype, each.get_device(), aligned, each.requires_grad)
