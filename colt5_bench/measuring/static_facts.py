@@ -65,7 +65,7 @@ def compiled_kernels(
     if triton.knobs.runtime.interpret:
         raise RuntimeError("static facts need Triton's compiler: unset TRITON_INTERPRET")
     kernels: dict[str, Any] = {}
-    with _observed(kernels, compile_only=target is not None), _driver_for(target):
+    with _observed(kernels, compile_only=target is not None), driver_for(target):
         launch()
     usage_of = _loaded_usage if target is None else _compiled_usage
     return [_facts(kernel, usage_of(kernel), disassemble=disassemble) for kernel in kernels.values()]
@@ -89,7 +89,8 @@ def _observed(kernels: dict[str, Any], *, compile_only: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _driver_for(target: int | None) -> Iterator[None]:
+def driver_for(target: int | None) -> Iterator[None]:
+    """Compile for that compute capability times ten, and launch nothing; None: leave Triton's driver in its place."""
     if target is None:
         yield
         return

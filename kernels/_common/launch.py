@@ -319,7 +319,7 @@ class _Compilers(ThreadPoolExecutor):
         return kernel
 
 
-def _compile_side_by_side(launches: Iterable[Launch], later: Callable[[], Iterable[Launch]], device: int) -> None:
+def compile_side_by_side(launches: Iterable[Launch], later: Callable[[], Iterable[Launch]], device: int) -> None:
     """Compile what launches lack, and where they lack anything, what later ones lack."""
     with _Compilers(device) as compilers, AsyncCompileMode(compilers) as compiling:
         for each in launches:
@@ -488,7 +488,7 @@ class Launcher:
         known = self._kept.get(tuple(key))
         if known is None:
             # In a context of its own, where nobody else's mode of compiling is.
-            Context().run(_compile_side_by_side, self._choose(*arguments), launches_of_layer(), index)
+            Context().run(compile_side_by_side, self._choose(*arguments), launches_of_layer(), index)
             self._keep(tuple(key), *self._launch_by_triton(arguments))
             return
         # It lives until the kernels are in their stream, which its next owner comes after.

@@ -177,7 +177,7 @@ def test_new_lengths_seldom_compile(name, compiler, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(dry_run, "_lengths_to_come", lambda *_: [])
             launches = told(layer, inputs, options)
-        launch._compile_side_by_side(launches, lambda: told(layer, inputs, options), device=-1)  # noqa: B023
+        launch.compile_side_by_side(launches, lambda: told(layer, inputs, options), device=-1)  # noqa: B023
         if len(compiler.compiled) > before:
             compiling.append(number)
     assert compiling[:1] == [0]

@@ -1,0 +1,32 @@
+"""Kernels of first steps, counted without compiling."""
+
+import pytest
+import torch
+
+from colt5_bench.measuring.call import Call
+from colt5_bench.measuring.static_facts import compiled_kernels
+from kernels._common.launch import INTERPRETED
+from suites import first_call
+from suites.first_call import KINDS, SUITE, FirstCallCase
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_many_kernels_are_counted_as_a_step_compiles(kind):
+    case = FirstCallCase(kind, "tiny")
+    ours, problem = SUITE.implementations["ours"], SUITE.problem(case, CPU)
+    call = Call(ours.build(case), problem, SUITE.directions(case)[-1])
+    with ours.launching():
+        compiled = compiled_kernels(call, 90, disassemble=False)
+    assert first_call.metrics(case, problem)["kernels"] == len(compiled)
+
+
+def test_a_process_that_fails_says_why():
+    case = FirstCallCase("attention", "no such model")
+    problem = SUITE.problem(FirstCallCase("attention", "tiny"), CPU)
+    with pytest.raises(RuntimeError, match="no such model"):
+        first_call.metrics(case, problem)
