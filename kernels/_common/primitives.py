@@ -362,6 +362,19 @@ def exchange(mailbox_ptr, step, part, first, second, third, PROGRAMS: tl.constex
 
 
 @triton.jit
+def wait_for_all(arrived_ptr, goal):
+    """Go on when so many have arrived. What each of them has written before can then be read from the L2 cache.
+
+    One thread counts and asks, so that all threads of a program find the same.
+    """
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") + 1
+    while arrived < goal:
+        arrived = tl.atomic_add(arrived_ptr, 0, sem="acquire")
+    tl.debug_barrier()
+
+
+@triton.jit
 def exchange_sum(mailbox_ptr, step, part, total, count, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr):
     """Sum an fp64 total and a count over the programs of a row, in order. The count is exact below 2**24."""
     high, low = split(total)

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._common.launch import COUNTS, MOST_THREADS, Launch, Launcher, Plan, Scratch, multiprocessors, planner
+from kernels._common.primitives import wait_for_all
 from kernels._common.shared_memory import (
     INTERPRETED,
     count_word,
@@ -138,19 +139,6 @@ def _find(first, second, third, fourth, remaining):
 
 
 @triton.jit
-def _wait_for_all(arrived_ptr, goal):
-    """Go on when so many have arrived. What each of them has written before can then be read from the L2 cache.
-
-    One thread counts and asks, so that all threads of a program find the same.
-    """
-    tl.debug_barrier()
-    arrived = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") + 1
-    while arrived < goal:
-        arrived = tl.atomic_add(arrived_ptr, 0, sem="acquire")
-    tl.debug_barrier()
-
-
-@triton.jit
 def _count(
     words, scores_ptr, mask_ptr, n, begin, end, value, last, shift, width,
     BLOCK: tl.constexpr, AMONG_EQUAL: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -180,7 +168,7 @@ def _sum_counts(words, counts_ptr, arrived_ptr, goal, SHARED: tl.constexpr):
         tl.atomic_add(counts_ptr + places + 1, second, mask=second > 0, sem="relaxed")
         tl.atomic_add(counts_ptr + places + 2, third, mask=third > 0, sem="relaxed")
         tl.atomic_add(counts_ptr + places + 3, fourth, mask=fourth > 0, sem="relaxed")
-        _wait_for_all(arrived_ptr, goal)
+        wait_for_all(arrived_ptr, goal)
         # From the L2 cache, where programs that still run have written them.
         first = tl.load(counts_ptr + places, cache_modifier=".cg")
         second = tl.load(counts_ptr + places + 1, cache_modifier=".cg")

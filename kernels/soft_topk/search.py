@@ -236,6 +236,23 @@ def select(scores, anchor, scale, rate):
 
 
 @triton.jit
+def store_survey(partials_ptr, least, largest, n_valid, total, squares):
+    tl.store(partials_ptr, least)
+    tl.store(partials_ptr + 1, largest)
+    tl.store(partials_ptr + 2, n_valid)
+    tl.store(partials_ptr + 3, total)
+    tl.store(partials_ptr + 4, squares)
+
+
+@triton.jit
+def store_partials(partials_ptr, counts, totals, PROBES: tl.constexpr):
+    """Counts and totals of a chunk."""
+    probe = tl.arange(0, PROBES)
+    tl.store(partials_ptr + probe, counts)
+    tl.store(partials_ptr + PROBES + probe, totals)
+
+
+@triton.jit
 def store_solution(solution_ptr, row, anchor, scale, passes, wanted):
     tl.store(solution_ptr + row * 3, anchor, mask=wanted)
     tl.store(solution_ptr + row * 3 + 1, scale, mask=wanted)
@@ -254,7 +271,7 @@ def store_state(state_ptr, bracket, aim, n_valid, passes, wanted):
 
 @triton.jit
 def first_state(partials_ptr, chunks, k, eps, PROBES: tl.constexpr, SLOTS: tl.constexpr):
-    """State of a search after the survey of all chunks."""
+    """State of a search after the survey of all chunks, by programs that may still run: from the L2 cache."""
     least = tl.full([SLOTS], LARGEST, tl.float64)
     largest = tl.full([SLOTS], -LARGEST, tl.float64)
     n_valid = tl.zeros([SLOTS], tl.float64)
@@ -264,16 +281,29 @@ def first_state(partials_ptr, chunks, k, eps, PROBES: tl.constexpr, SLOTS: tl.co
         slot = start + tl.arange(0, SLOTS)
         present = slot < chunks
         slot_ptrs = partials_ptr + slot * (2 * PROBES)
-        least = tl.minimum(least, tl.load(slot_ptrs, mask=present, other=LARGEST))
-        largest = tl.maximum(largest, tl.load(slot_ptrs + 1, mask=present, other=-LARGEST))
-        n_valid += tl.load(slot_ptrs + 2, mask=present, other=0.0)
-        total += tl.load(slot_ptrs + 3, mask=present, other=0.0)
-        squares += tl.load(slot_ptrs + 4, mask=present, other=0.0)
+        least = tl.minimum(least, tl.load(slot_ptrs, mask=present, other=LARGEST, cache_modifier=".cg"))
+        largest = tl.maximum(largest, tl.load(slot_ptrs + 1, mask=present, other=-LARGEST, cache_modifier=".cg"))
+        n_valid += tl.load(slot_ptrs + 2, mask=present, other=0.0, cache_modifier=".cg")
+        total += tl.load(slot_ptrs + 3, mask=present, other=0.0, cache_modifier=".cg")
+        squares += tl.load(slot_ptrs + 4, mask=present, other=0.0, cache_modifier=".cg")
     n_valid = tl.sum(n_valid, axis=0)
     bracket, aim = open_bracket(
         tl.min(least, axis=0), tl.max(largest, axis=0), n_valid, tl.sum(total, axis=0), tl.sum(squares, axis=0), k, eps
     )
     return bracket, aim, n_valid, wide(1.0)
+
+
+@triton.jit
+def sum_partials(partials_ptr, chunks, PROBES: tl.constexpr, SLOTS: tl.constexpr):
+    """Counts and totals of all chunks in order, by programs that may still run: from the L2 cache."""
+    counts = tl.zeros([PROBES], tl.float64)
+    totals = tl.zeros([PROBES], tl.float64)
+    for start in range(0, chunks, SLOTS):
+        slot = start + tl.arange(0, SLOTS)[:, None]
+        partial_ptrs = partials_ptr + slot * (2 * PROBES) + tl.arange(0, PROBES)[None, :]
+        counts += tl.sum(tl.load(partial_ptrs, mask=slot < chunks, other=0.0, cache_modifier=".cg"), axis=0)
+        totals += tl.sum(tl.load(partial_ptrs + PROBES, mask=slot < chunks, other=0.0, cache_modifier=".cg"), axis=0)
+    return counts, totals
 
 
 @triton.jit
@@ -287,13 +317,7 @@ def next_state(state_ptr, partials_ptr, chunks, k, eps, PROBES: tl.constexpr, SL
     n_valid = tl.load(state_ptr + 9)
     passes = tl.load(state_ptr + 10)
     if is_searching(bracket, n_valid, k, eps):
-        counts = tl.zeros([PROBES], tl.float64)
-        totals = tl.zeros([PROBES], tl.float64)
-        for start in range(0, chunks, SLOTS):
-            slot = start + tl.arange(0, SLOTS)[:, None]
-            partial_ptrs = partials_ptr + slot * (2 * PROBES) + tl.arange(0, PROBES)[None, :]
-            counts += tl.sum(tl.load(partial_ptrs, mask=slot < chunks, other=0.0), axis=0)
-            totals += tl.sum(tl.load(partial_ptrs + PROBES, mask=slot < chunks, other=0.0), axis=0)
+        counts, totals = sum_partials(partials_ptr, chunks, PROBES, SLOTS)
         bracket, aim = refine(bracket, aim, place_probes(bracket, aim, PROBES), counts, totals, k, eps)
         passes += 1
     return bracket, aim, n_valid, passes

@@ -8,7 +8,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import Launch, Launcher, Part, Plan, Scratch, address, most_registers, planner
+from kernels._common.launch import (
+    Launch,
+    Launcher,
+    Part,
+    Plan,
+    Scratch,
+    address,
+    most_registers,
+    multiprocessors,
+    planner,
+)
+from kernels._common.primitives import wait_for_all
 from kernels.soft_topk.search import (
     STATE,
     UNIT,
@@ -25,9 +36,12 @@ from kernels.soft_topk.search import (
     ratio_of,
     refine,
     select,
+    store_partials,
     store_solution,
     store_state,
+    store_survey,
     sum_pair,
+    sum_partials,
     survey,
     wide,
 )
@@ -39,10 +53,14 @@ one, with addresses for each of them."""
 CHUNK = 8192
 """Entries of a longer row that one program handles."""
 
+LEAST_CHUNK = 2048
+"""Fewest entries that one program handles where all programs of a row wait for each other."""
+
 SEARCHES = 5
 """Launches that search a longer row. What they leave open, the last launch finishes with every program on its own."""
 
 RESIDENT_PROBES = 8
+TOGETHER_PROBES = 8
 CHUNK_PROBES = 16
 """More probes, fewer passes: where a pass is a launch, it takes longer than the exponentials in it."""
 
@@ -106,13 +124,7 @@ def _survey_kernel(
     row = (tl.program_id(0) // chunks).to(tl.int64)
     columns = (tl.program_id(0) % chunks) * (REPEATS * WIDTH) + columns_of(REPEATS, WIDTH)
     scores = load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
-    least, largest, n_valid, total, squares = survey(scores, WIDTH)
-    partials_ptr += tl.program_id(0).to(tl.int64) * (2 * PROBES)
-    tl.store(partials_ptr, least)
-    tl.store(partials_ptr + 1, largest)
-    tl.store(partials_ptr + 2, n_valid)
-    tl.store(partials_ptr + 3, total)
-    tl.store(partials_ptr + 4, squares)
+    store_survey(partials_ptr + tl.program_id(0).to(tl.int64) * (2 * PROBES), *survey(scores, WIDTH))
 
 
 @triton.jit(do_not_specialize=["search"])
@@ -159,9 +171,7 @@ def _search_kernel(
         columns = chunk * (REPEATS * WIDTH) + columns_of(REPEATS, WIDTH)
         scores = load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
         counts, totals = measure(scores, place_probes(bracket, aim, PROBES), rate, WIDTH, PROBES)
-        partial_ptrs = partials_ptr + (rows * chunks + chunk) * (2 * PROBES) + tl.arange(0, PROBES)
-        tl.store(partial_ptrs, counts)
-        tl.store(partial_ptrs + PROBES, totals)
+        store_partials(partials_ptr + (rows * chunks + chunk) * (2 * PROBES), counts, totals, PROBES)
 
 
 @triton.jit
@@ -215,6 +225,61 @@ def _finish_kernel(
     store_solution(solution_ptr, row, anchor, scale, passes + 1, chunk == 0)
     columns = chunk * (REPEATS * WIDTH) + columns_of(REPEATS, WIDTH)
     scores = load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK)
+    y, _ = select(scores, anchor, scale, rate)
+    tl.store(y_ptr + row * n + columns, y.to(y_ptr.dtype.element_ty), mask=columns < n)
+
+
+@triton.jit
+def _together_kernel(
+    scores_ptr,  # rows n
+    mask_ptr,  # rows n
+    k_ptr,  # rows
+    partials_ptr,  # 2 rows chunks 2 PROBES, fp64
+    arrived_ptr,  # rows, int32, zeros at first
+    y_ptr,  # rows n
+    solution_ptr,  # rows 3, fp64
+    scores_stride,
+    mask_stride,
+    n_rows,
+    n,
+    chunks,
+    k: "fp64",
+    eps: "fp64",
+    rate: "fp64",
+    REPEATS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PROBES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_K: tl.constexpr,
+):
+    """All passes over rows whose programs run at the same time, with their chunks in registers."""
+    rate = wide(rate)
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    columns = chunk * (REPEATS * WIDTH) + columns_of(REPEATS, WIDTH)
+    scores = load_scores(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
+    k = load_k(k_ptr, row, k, HAS_K)
+    partials_ptr += row * chunks * (2 * PROBES)
+    arrived_ptr += row
+
+    store_survey(partials_ptr + chunk * (2 * PROBES), *survey(scores, WIDTH))
+    wait_for_all(arrived_ptr, chunks)
+    bracket, aim, n_valid, passes = first_state(partials_ptr, chunks, k, eps, PROBES, SLOTS)
+    turn = 1
+    while is_searching(bracket, n_valid, k, eps):
+        probes = place_probes(bracket, aim, PROBES)
+        counts, totals = measure(scores, probes, rate, WIDTH, PROBES)
+        # Passes take two places in turn: whoever writes to one knows that all have read what was there.
+        pass_ptr = partials_ptr + (turn % 2) * tl.cast(n_rows, tl.int64) * chunks * (2 * PROBES)
+        store_partials(pass_ptr + chunk * (2 * PROBES), counts, totals, PROBES)
+        turn += 1
+        wait_for_all(arrived_ptr, turn * chunks)
+        counts, totals = sum_partials(pass_ptr, chunks, PROBES, SLOTS)
+        bracket, aim = refine(bracket, aim, probes, counts, totals, k, eps)
+
+    anchor, scale = conclude(bracket, n_valid, k, eps)
+    store_solution(solution_ptr, row, anchor, scale, passes + turn, chunk == 0)
     y, _ = select(scores, anchor, scale, rate)
     tl.store(y_ptr + row * n + columns, y.to(y_ptr.dtype.element_ty), mask=columns < n)
 
@@ -335,6 +400,28 @@ def _plan_slots(n_rows: int, n: int, simple: bool, aligned: bool) -> Plan:
     return plan._replace(settings={**plan.settings, "SLOTS": min(triton.next_power_of_2(plan.pieces), 128)})
 
 
+@planner
+def _plan_together(n_rows: int, n: int, simple: bool, aligned: bool, available: int) -> Plan:
+    """All passes in one launch, in chunks as small as multiprocessors allow, each of which takes one. Where these are
+    too few, passes are launches."""
+    plan = _plan_slots(n_rows, n, simple, aligned)
+    if plan.pieces == 1 or plan.programs > available:
+        return plan
+    chunk = CHUNK
+    while chunk > LEAST_CHUNK and n_rows * triton.cdiv(n, chunk // 2) <= available:
+        chunk //= 2
+    chunks, num_warps = triton.cdiv(n, chunk), max(chunk // 512, 1)
+    settings = {
+        "REPEATS": chunk // (128 * num_warps),
+        "WIDTH": 128 * num_warps,
+        "SLOTS": 128,
+        "num_warps": num_warps,
+        "maxnreg": most_registers(num_warps),
+        "launch_cooperative_grid": True,
+    }
+    return Plan(n_rows * chunks, settings, chunks)
+
+
 def _sizes_of(scores: Tensor, mask: Tensor | None) -> tuple[int, int, bool, bool]:
     """Sizes and options that a plan depends on."""
     n_rows, n = scores.shape
@@ -358,6 +445,15 @@ def launch_forward(
         yield Launch(
             _resident_kernel, plan, *inputs, y, solution, *strides, n, *numbers, PROBES=RESIDENT_PROBES, **variant
         )
+        return
+
+    together = _plan_together(*sizes, multiprocessors(scores.device))
+    if "launch_cooperative_grid" in together.settings:
+        chunks = together.pieces
+        partials = Scratch(2, n_rows, chunks, 2 * TOGETHER_PROBES, dtype=torch.float64)
+        pointers = (*inputs, partials, Scratch(n_rows, dtype=torch.int32, zeros=True), y, solution)
+        searched = (*strides, n_rows, n, chunks, *numbers)
+        yield Launch(_together_kernel, together, *pointers, *searched, PROBES=TOGETHER_PROBES, **variant)
         return
 
     # One for each search, and one for the survey before.

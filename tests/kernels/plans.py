@@ -315,7 +315,7 @@ OPERATIONS = {
         {"n": around(most=topk_kernels.LONGEST), "selected": tuple(range(1, topk_kernels.MOST + 1))},
     ),
     "soft_topk": Operation(
-        (soft_topk_kernels._plan, soft_topk_kernels._plan_slots),
+        (soft_topk_kernels._plan, soft_topk_kernels._plan_slots, soft_topk_kernels._plan_together),
         soft_topk,
         _variants(per_row=BOOL, itemsize=(2, 4)),
     ),

@@ -18,12 +18,14 @@ INTERPRETED = triton.knobs.runtime.interpret
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.parametrize("device", DEVICES)]
 
 
-@pytest.fixture(params=["one program a row", "chunks", "chunks, finished alone"])
+@pytest.fixture(params=["one program a row", "together", "chunks", "chunks, finished alone"])
 def path(request, set_sizes):
-    """Each way in which a kernel goes through a row of these tests' length."""
+    """Each way in which a kernel goes through a row of these tests' length. The interpreter has none together."""
     if request.param != "one program a row":
+        set_sizes(soft_topk_kernels, RESIDENT=100, CHUNK=128, CHUNK_PROBES=8)
+    if request.param.startswith("chunks"):
         searches = 4 if request.param == "chunks" else 1
-        set_sizes(soft_topk_kernels, RESIDENT=100, CHUNK=128, CHUNK_PROBES=8, SEARCHES=searches)
+        set_sizes(soft_topk_kernels, SEARCHES=searches, multiprocessors=lambda device: 1)
 
 
 def check(scores, k, eps, mask=None):
