@@ -47,6 +47,8 @@ CHUNK = 8192
 LONGEST_ALONE = 32768
 """Longest row that a single program takes where there are programs to share it."""
 
+SPARE, LEAST_LISTED, LISTED_IN_THREAD, LEAST_WARPS, REGS = 2, 1024, 4, 4, 64
+
 RANKED, RANKED_AGAINST = 16, 256
 """Selected entries that one program ranks, and how many others it looks at in one go."""
 
@@ -146,9 +148,12 @@ def _count(
     """Count entries by how far a digit is from its last value."""
     _clear(words, BINS)
     tl.debug_barrier()
+    limit = tl.minimum(end * BLOCK, n)
+    coming = _load_ordered(scores_ptr, mask_ptr, begin * BLOCK + tl.arange(0, BLOCK), limit, HAS_MASK)
     for chunk in range(begin, end):
         columns = chunk * BLOCK + tl.arange(0, BLOCK)
-        digits = _load_ordered(scores_ptr, mask_ptr, columns, n, HAS_MASK)
+        digits = coming
+        coming = _load_ordered(scores_ptr, mask_ptr, columns + BLOCK, limit, HAS_MASK)
         counts = columns < n
         if AMONG_EQUAL:
             counts = counts & (digits == value)
@@ -241,14 +246,22 @@ def _divide(words, distance, bits, start, size, exists, LISTED: tl.constexpr):
 
 
 @triton.jit
-def _sort(words, keys, entries, index_bits, LISTED: tl.constexpr):
-    """Put the keys of the first entries of LISTED into shared memory, the largest first, without bits that are 0 in all
-    indices: these would be gone through one after the other."""
+def _or(x, y):
+    return x | y
+
+
+@triton.jit
+def _sort(words, keys, entries, n, index_bits, LISTED: tl.constexpr):
+    """Put the first entries of LISTED into shared memory in the order of their keys: how far the score is from the
+    largest, then the index."""
     exists = tl.arange(0, LISTED) < entries
-    keys = (((keys >> 32) + 0x80000000) << index_bits) | (keys & 0x7FFFFFFF)
-    largest = tl.max(tl.where(exists, keys, 0), axis=0)
-    distance = tl.where(exists, largest - keys, 0)
-    bits = _bit_length(tl.max(distance, axis=0) + 1) + tl.zeros([LISTED], tl.int32)
+    values = (keys >> 32).to(tl.uint32) ^ 0x80000000
+    below = tl.where(exists, tl.max(tl.where(exists, values, 0), axis=0) - values, 0)
+    # Bits that no two keys differ in would be gone through one after the other.
+    differ = tl.reduce(below, 0, _or).to(tl.int64)
+    zeros = tl.maximum(_bit_length(differ & -differ) - 1, 0)
+    distance = ((below.to(tl.int64) >> zeros) << index_bits) | (n - 1 - (keys & 0x7FFFFFFF))
+    bits = index_bits + tl.maximum(_bit_length(differ) - zeros, 0) + tl.zeros([LISTED], tl.int32)
     start = tl.zeros([LISTED], tl.int32)
     size = tl.full([LISTED], LISTED, tl.int32)
     number = start
@@ -256,14 +269,14 @@ def _sort(words, keys, entries, index_bits, LISTED: tl.constexpr):
     while most > MOST_COMPARED:
         bits, start, size, number, most = _divide(words, distance, bits, start, size, exists, LISTED)
 
-    keys = largest - distance
-    store_pair(words, start + number, keys, exists)
+    store_pair(words, start + number, distance, exists)
     tl.debug_barrier()
     rank = start
     for other in range(most):
-        rank += (load_pair(words, start + other, exists & (other < size)) > keys).to(tl.int32)
+        is_other = exists & (other < size)
+        rank += (is_other & (load_pair(words, start + other, is_other) < distance)).to(tl.int32)
     tl.debug_barrier()
-    store_pair(words, rank, keys, exists)
+    store_pair(words, rank, distance, exists)
     tl.debug_barrier()
 
 
@@ -325,9 +338,12 @@ def _select_kernel(
     else:
         store_word(words, COUNTER, 0, part >= 0)
         tl.debug_barrier()
+        limit = tl.minimum(end * BLOCK, n)
+        coming = _load_ordered(scores_ptr, mask_ptr, begin * BLOCK + tl.arange(0, BLOCK), limit, HAS_MASK)
         for chunk in range(begin, end):
             columns = chunk * BLOCK + tl.arange(0, BLOCK)
-            ordered = _load_ordered(scores_ptr, mask_ptr, columns, n, HAS_MASK)
+            ordered = coming
+            coming = _load_ordered(scores_ptr, mask_ptr, columns + BLOCK, limit, HAS_MASK)
             is_listed = _is_listed(ordered, columns, n, value, tie)
             store_pair(words, take_place(words, COUNTER, is_listed), _keys_of(ordered, columns, n), is_listed)
         tl.debug_barrier()
@@ -345,9 +361,8 @@ def _select_kernel(
             if SHARED:
                 keys = tl.load(keys_ptr + place, mask=place < candidates, other=0, cache_modifier=".cg")
             tl.debug_barrier()
-            _sort(words, keys, candidates, index_bits, LISTED)
-            packed = load_pair(words, place, place < selected)
-            indices = n - 1 - (packed & ((1 << index_bits) - 1))
+            _sort(words, keys, candidates, n, index_bits, LISTED)
+            indices = load_pair(words, place, place < selected) & ((1 << index_bits) - 1)
             tl.store(results_ptr + row * selected + place, indices, mask=place < selected)
 
 
@@ -406,13 +421,16 @@ def _rank_kernel(
 def _plan(n_rows: int, n: int, selected: int, available: int) -> Plan:
     """Pieces are the programs that share a row."""
     parts = max(min(available // n_rows, triton.cdiv(n, CHUNK)), 1) if n > LONGEST_ALONE else 1
-    listed = min(max(triton.next_power_of_2(2 * selected), 1024), LISTED)
+    listed = min(max(triton.next_power_of_2(SPARE * selected), LEAST_LISTED), LISTED)
+    warps = max(listed // (32 * LISTED_IN_THREAD), min(LEAST_WARPS, listed // 32))
     # Where a multiprocessor has few programs, these need more threads to keep reads on their way.
-    warps = max(min(listed, MOST_THREADS) // 32 if n > LISTED and n_rows * parts <= 2 * available else listed // 128, 1)
+    if n > LISTED and n_rows * parts <= 2 * available:
+        listed = min(max(triton.next_power_of_2(2 * selected), 1024), LISTED)
+        warps = min(listed, MOST_THREADS) // 32
     block = CHUNK if parts > 1 else max(min(triton.next_power_of_2(n), 32 * IN_THREAD * warps), 32 * warps)
     settings = {"BLOCK": block, "LISTED": listed, "SHARED": parts > 1, "SORTED": selected <= LISTED}
     # Without a limit, the assembler aims at fewer registers than there are, and spills some.
-    limits = {"launch_cooperative_grid": parts > 1, "num_warps": warps, "maxnreg": 64}
+    limits = {"launch_cooperative_grid": parts > 1, "num_warps": warps, "maxnreg": REGS if warps < 32 else 64}
     return Plan(n_rows * parts, {**settings, **limits}, parts)
 
 
