@@ -151,14 +151,14 @@ def count_word(words, place, mask):
 
 
 @triton.jit
-def take_number(words, place, mask):
-    """Add 1 where a mask is True. The results are what each found, in any order, and 0 elsewhere."""
+def add_word(words, place, amount: tl.constexpr, mask):
+    """Add an amount where a mask is True. The results are what each found, in any order, and 0 elsewhere."""
     if INTERPRETED:
-        return tl.where(mask, tl.atomic_add(words + place, 1, mask=mask), 0)
+        return tl.where(mask, tl.atomic_add(words + place, amount, mask=mask), 0)
     return tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p atom.shared.add.u32 $0, [$1], 1; }",
-        "=&r,r,r",
-        [words + 4 * place, mask.to(tl.int32)],
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p atom.shared.add.u32 $0, [$1], $3; }",
+        "=&r,r,r,r",
+        [words + 4 * place, mask.to(tl.int32), amount],
         tl.int32,
         is_pure=False,
         pack=1,

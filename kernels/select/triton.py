@@ -22,6 +22,7 @@ from kernels._common.launch import COUNTS, MOST_THREADS, Launch, Launcher, Plan,
 from kernels._common.primitives import wait_for_all
 from kernels._common.shared_memory import (
     INTERPRETED,
+    add_word,
     count_word,
     load_four,
     load_pair,
@@ -31,7 +32,6 @@ from kernels._common.shared_memory import (
     store_four,
     store_pair,
     store_word,
-    take_number,
     take_place,
 )
 
@@ -47,7 +47,8 @@ CHUNK = 8192
 LONGEST_ALONE = 32768
 """Longest row that a single program takes where there are programs to share it."""
 
-SPARE, LEAST_LISTED, LISTED_IN_THREAD, LEAST_WARPS, REGS = 2, 1024, 4, 4, 64
+SHORT = 16384
+"""Longest row that is still in the L2 cache when many programs read their rows again."""
 
 RANKED, RANKED_AGAINST = 16, 256
 """Selected entries that one program ranks, and how many others it looks at in one go."""
@@ -148,12 +149,9 @@ def _count(
     """Count entries by how far a digit is from its last value."""
     _clear(words, BINS)
     tl.debug_barrier()
-    limit = tl.minimum(end * BLOCK, n)
-    coming = _load_ordered(scores_ptr, mask_ptr, begin * BLOCK + tl.arange(0, BLOCK), limit, HAS_MASK)
     for chunk in range(begin, end):
         columns = chunk * BLOCK + tl.arange(0, BLOCK)
-        digits = coming
-        coming = _load_ordered(scores_ptr, mask_ptr, columns + BLOCK, limit, HAS_MASK)
+        digits = _load_ordered(scores_ptr, mask_ptr, columns, n, HAS_MASK)
         counts = columns < n
         if AMONG_EQUAL:
             counts = counts & (digits == value)
@@ -213,18 +211,18 @@ def _bit_length(x):
 
 
 @triton.jit
-def _divide(words, distance, bits, start, size, exists, LISTED: tl.constexpr):
+def _divide(words, distance, bits, bucket, exists, LISTED: tl.constexpr):
     """Divide buckets by the highest bits of those that are left, each into as many buckets as there is room for.
 
-    Results are how many bits are left then, the start and size of each entry's bucket, the number of the entry in it,
-    and the largest size.
+    Results are how many bits are left then, the bucket of each entry, its start above its size, the place of that in
+    shared memory, and the largest size.
     """
     _clear(words, LISTED)
     tl.debug_barrier()
     left = distance & ((tl.full([], 1, tl.int64) << bits.to(tl.int64)) - 1)
-    bits = tl.maximum(bits - _bit_length(tl.maximum(size, 1)) + 1, 0)
-    place = start + (left >> bits.to(tl.int64)).to(tl.int32)
-    number = take_number(words, place, exists)
+    bits = tl.maximum(bits - _bit_length(tl.maximum(bucket & 0xFFFF, 1)) + 1, 0)
+    place = (bucket >> 16) + (left >> bits.to(tl.int64)).to(tl.int32)
+    count_word(words, place, exists)
     tl.debug_barrier()
     fours = 4 * tl.arange(0, LISTED // 4)
     first, second, third, fourth = load_four(words, fours)
@@ -242,7 +240,7 @@ def _divide(words, distance, bits, start, size, exists, LISTED: tl.constexpr):
     tl.debug_barrier()
     bucket = load_word(words, place)
     tl.debug_barrier()
-    return bits, bucket >> 16, bucket & 0xFFFF, number, most
+    return bits, bucket, place, most
 
 
 @triton.jit
@@ -262,19 +260,20 @@ def _sort(words, keys, entries, n, index_bits, LISTED: tl.constexpr):
     zeros = tl.maximum(_bit_length(differ & -differ) - 1, 0)
     distance = ((below.to(tl.int64) >> zeros) << index_bits) | (n - 1 - (keys & 0x7FFFFFFF))
     bits = index_bits + tl.maximum(_bit_length(differ) - zeros, 0) + tl.zeros([LISTED], tl.int32)
-    start = tl.zeros([LISTED], tl.int32)
-    size = tl.full([LISTED], LISTED, tl.int32)
-    number = start
+    bucket = tl.full([LISTED], LISTED, tl.int32)
+    place = bucket
     most = MOST_COMPARED + 1
     while most > MOST_COMPARED:
-        bits, start, size, number, most = _divide(words, distance, bits, start, size, exists, LISTED)
+        bits, bucket, place, most = _divide(words, distance, bits, bucket, exists, LISTED)
 
-    store_pair(words, start + number, distance, exists)
+    place = add_word(words, place, 1 << 16, exists) >> 16
     tl.debug_barrier()
-    rank = start
+    store_pair(words, place, distance, exists)
+    tl.debug_barrier()
+    rank = bucket >> 16
     for other in range(most):
-        is_other = exists & (other < size)
-        rank += (is_other & (load_pair(words, start + other, is_other) < distance)).to(tl.int32)
+        is_other = exists & (other < (bucket & 0xFFFF))
+        rank += (is_other & (load_pair(words, (bucket >> 16) + other, is_other) < distance)).to(tl.int32)
     tl.debug_barrier()
     store_pair(words, rank, distance, exists)
     tl.debug_barrier()
@@ -338,12 +337,9 @@ def _select_kernel(
     else:
         store_word(words, COUNTER, 0, part >= 0)
         tl.debug_barrier()
-        limit = tl.minimum(end * BLOCK, n)
-        coming = _load_ordered(scores_ptr, mask_ptr, begin * BLOCK + tl.arange(0, BLOCK), limit, HAS_MASK)
         for chunk in range(begin, end):
             columns = chunk * BLOCK + tl.arange(0, BLOCK)
-            ordered = coming
-            coming = _load_ordered(scores_ptr, mask_ptr, columns + BLOCK, limit, HAS_MASK)
+            ordered = _load_ordered(scores_ptr, mask_ptr, columns, n, HAS_MASK)
             is_listed = _is_listed(ordered, columns, n, value, tie)
             store_pair(words, take_place(words, COUNTER, is_listed), _keys_of(ordered, columns, n), is_listed)
         tl.debug_barrier()
@@ -421,16 +417,16 @@ def _rank_kernel(
 def _plan(n_rows: int, n: int, selected: int, available: int) -> Plan:
     """Pieces are the programs that share a row."""
     parts = max(min(available // n_rows, triton.cdiv(n, CHUNK)), 1) if n > LONGEST_ALONE else 1
-    listed = min(max(triton.next_power_of_2(SPARE * selected), LEAST_LISTED), LISTED)
-    warps = max(listed // (32 * LISTED_IN_THREAD), min(LEAST_WARPS, listed // 32))
-    # Where a multiprocessor has few programs, these need more threads to keep reads on their way.
-    if n > LISTED and n_rows * parts <= 2 * available:
-        listed = min(max(triton.next_power_of_2(2 * selected), 1024), LISTED)
-        warps = min(listed, MOST_THREADS) // 32
+    # Where a multiprocessor has few programs, these need many threads to keep reads on their way.
+    are_few = n > LISTED and n_rows * parts <= 2 * available
+    # Another round over a short row, from the L2 cache, takes less time than to order a long list with room to spare.
+    room = 2 * selected if are_few or n > SHORT else max(selected, min(2 * selected, 1024))
+    listed = min(max(triton.next_power_of_2(room), 1024 if are_few else 256), LISTED)
+    warps = min(listed, MOST_THREADS) // 32 if are_few else max(listed // 256, min(4, listed // 32))
     block = CHUNK if parts > 1 else max(min(triton.next_power_of_2(n), 32 * IN_THREAD * warps), 32 * warps)
     settings = {"BLOCK": block, "LISTED": listed, "SHARED": parts > 1, "SORTED": selected <= LISTED}
     # Without a limit, the assembler aims at fewer registers than there are, and spills some.
-    limits = {"launch_cooperative_grid": parts > 1, "num_warps": warps, "maxnreg": REGS if warps < 32 else 64}
+    limits = {"launch_cooperative_grid": parts > 1, "num_warps": warps, "maxnreg": 72 if warps == 4 else 64}
     return Plan(n_rows * parts, {**settings, **limits}, parts)
 
 

@@ -47,7 +47,8 @@ HALF = {"BLOCK_D": 128, "PRECISION": "ieee", "TILE": 64}
 KNOWN = (
     Spill("coor_descent", 120, "_backward_kernel", {"WIDTH": 1024, "HAS_K": True}, 8),
     Spill("topk", 120, "_topk_kernel", {"WIDTH": 512, "SELECTED": 32}, 8),
-    *(Spill("select", 120, "_select_kernel", {"LISTED": listed}, 16) for listed in (2048, 4096)),
+    *(Spill("select", 90, "_select_kernel", {"LISTED": listed}, 32) for listed in (2048, 4096)),
+    *(Spill("select", 120, "_select_kernel", {"LISTED": listed}, 56) for listed in (1024, 2048, 4096)),
     Spill("routing_scores", 120, "_gradient_kernel", {"ROUTES": 8}, 8),
     *(Spill("gathered_gradients", target, "_gathered_kernel", {"ROUTES": 1}, 16) for target in SHARED),
     Spill("normalize", 120, "_backward_kernel", {"BLOCK_D": 8192}, 32),

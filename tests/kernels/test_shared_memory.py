@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="nee
 
 @triton.jit
 def _count_kernel(places_ptr, mask_ptr, stand_in_ptr, counts_ptr, numbers_ptr, takers_ptr, BLOCK: tl.constexpr):
-    """Counts of places, the number that each entry takes at its place, and the one that it takes of all."""
+    """Counts of places, three times the number that each entry takes at its place, and the one that it takes of all."""
     words = shared.shared_words(stand_in_ptr, 2 * BLOCK + 4)
     fours = 4 * tl.arange(0, BLOCK // 4)
     entries = tl.arange(0, BLOCK)
@@ -25,7 +25,7 @@ def _count_kernel(places_ptr, mask_ptr, stand_in_ptr, counts_ptr, numbers_ptr, t
     tl.debug_barrier()
     places, mask = tl.load(places_ptr + entries), tl.load(mask_ptr + entries) != 0
     shared.count_word(words, places, mask)
-    tl.store(numbers_ptr + entries, shared.take_number(words, BLOCK + places, mask))
+    tl.store(numbers_ptr + entries, shared.add_word(words, BLOCK + places, 3, mask))
     tl.store(takers_ptr + entries, shared.take_place(words, 2 * BLOCK, mask))
     tl.debug_barrier()
     first, second, third, fourth = shared.load_four(words, fours)
@@ -66,7 +66,7 @@ def test_counts_are_exact_and_numbers_unique(n, num_warps, n_places, kept):
     assert torch.equal(counts[:n].long(), expected)
     taken = numbers[:n][mask]
     for place in range(n_places):
-        assert taken[places[mask] == place].sort().values.tolist() == list(range(expected[place]))
+        assert taken[places[mask] == place].sort().values.tolist() == list(range(0, 3 * expected[place], 3))
     assert (numbers[:n][~mask] == 0).all()
     assert takers[:n][mask].sort().values.tolist() == list(range(mask.sum()))
 
