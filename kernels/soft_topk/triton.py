@@ -452,8 +452,8 @@ def launch_forward(
         chunks = together.pieces
         partials = Scratch(2, n_rows, chunks, 2 * TOGETHER_PROBES, dtype=torch.float64)
         pointers = (*inputs, partials, Scratch(n_rows, dtype=torch.int32, zeros=True), y, solution)
-        searched = (*strides, n_rows, n, chunks, *numbers)
-        yield Launch(_together_kernel, together, *pointers, *searched, PROBES=TOGETHER_PROBES, **variant)
+        sizes_and_numbers = (*strides, n_rows, n, chunks, *numbers)
+        yield Launch(_together_kernel, together, *pointers, *sizes_and_numbers, PROBES=TOGETHER_PROBES, **variant)
         return
 
     # One for each search, and one for the survey before.
