@@ -1,6 +1,5 @@
 """Fused Triton kernels for the operations of `reference`, with the same signatures, and its layers made of them."""
 
-from kernels._common.replay import replay as replay
 from kernels.combine import combine
 from kernels.coor_descent import coor_descent
 from kernels.gathered_attention import gathered_attention
@@ -13,6 +12,7 @@ from kernels.layers import (
     ConditionalRoutedTransformerBlock,
     ConditionalRoutedViT,
     CoordinateDescentRouter,
+    played,
 )
 from kernels.normalize import normalize
 from kernels.route import route
@@ -38,6 +38,7 @@ __all__ = [
     "coor_descent",
     "gathered_attention",
     "normalize",
+    "played",
     "route",
     "route_prefixes",
     "routed_attention",

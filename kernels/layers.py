@@ -5,6 +5,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -13,9 +14,34 @@ from torch.compiler import is_compiling
 
 import reference
 from kernels._common.dry_run import announced
+from kernels._common.replay import replay
+from reference.layers.operations import Operations
 from reference.layers.replayed import replayed
 
 Layer = TypeVar("Layer", bound=type[nn.Module])
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def played(layer: Module) -> Module:
+    """Have a layer record the second of its calls that are alike, and play later ones from tapes.
+
+    A played call is one autograd function, with no Python between the launches of forward or backward. It saves host
+    time where the same shapes come again and again, as in training. A call that somebody watches, by hooks, modes or
+    transforms, runs as it is written, and so does all that no tape can repeat. A played call adds up gradients of a
+    tensor in another order than the one as written may, so the two can differ by a rounding.
+
+    Args:
+        layer: a layer with kernels, or a model that has some; changed in place. Operations of a layer that are no
+            kernels, but functions of Python, are not called when it is played.
+
+    Returns:
+        The layer.
+    """
+    for module in layer.modules():
+        operations = getattr(module, "operations", None)
+        if isinstance(operations, Operations) and operations.use_triton is not False:
+            module.operations = replace(operations, replay=replay)  # type: ignore[assignment]
+    return layer
 
 
 def _with_kernels(layer: Layer) -> Layer:

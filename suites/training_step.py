@@ -77,7 +77,8 @@ class StepCase(LayerCase):
 
 def cases(preset: str, device: torch.device) -> list[StepCase]:
     if preset == "smoke":
-        return [StepCase(kind, "tiny") for kind in KINDS]
+        in_fp32 = [StepCase(kind, "tiny", "float32") for kind in ("attention", "feed_forward")]
+        return [*(StepCase(kind, "tiny") for kind in KINDS), *in_fp32]
     if device.type != "cuda":
         return [StepCase(kind, "document-2k") for kind in KINDS if kind != "eight_blocks"]
     longer = [("attention", "document-16k"), ("attention", "document-8x4k"), ("autoregressive", "document-32k")]

@@ -1,7 +1,5 @@
 """Calls of all operations and layers, drawn at random: for tests of what holds of all alike."""
 
-import copy
-import dataclasses
 import inspect
 import random
 import typing
@@ -195,15 +193,6 @@ def layer_of(name, rng: random.Random, use_triton=False, block_sizes=(None, 16),
         wanted |= router | {"num_routing_tokens": rng.choice([1, 2])}
     taken = inspect.signature(getattr(reference, name)).parameters
     return build(name, **{key: value for key, value in wanted.items() if key in taken} | fixed)
-
-
-def as_written(layer: nn.Module) -> nn.Module:
-    """A copy of a layer whose calls are never played from tapes."""
-    layer = copy.deepcopy(layer)
-    for module in layer.modules():
-        if hasattr(module, "operations"):
-            module.operations = dataclasses.replace(module.operations)
-    return layer
 
 
 def inputs_of(name, layer: nn.Module, batch=2, length=60, context=70) -> tuple[tuple[Tensor, ...], dict]:

@@ -23,7 +23,6 @@ from triton.runtime.jit import JITFunction
 import kernels
 from kernels._common import launch
 from kernels._common.launch import triton_for_cpu_tensors
-from tests.calls import as_written
 from tests.launches import training_step
 
 BATCH, LENGTH, DIM = 1, 256, 16
@@ -88,7 +87,7 @@ def launching_nothing() -> Iterator[None]:
 def step_of(name: str, *, played: bool) -> Callable[[], None]:
     """A training step of a layer, of which nothing stays."""
     layer, x = LAYERS[name](), torch.randn(BATCH, LENGTH, DIM, requires_grad=True)
-    layer = layer if played else as_written(layer)
+    layer = kernels.played(layer) if played else layer
     grad_output, tensors = torch.ones(x.shape), [x, *layer.parameters()]
 
     def step() -> None:

@@ -79,7 +79,7 @@ def _load_ordered(scores_ptr, mask_ptr, columns, n, HAS_MASK: tl.constexpr):
     """uint32 in the order of the scores of a row: NaN above all, masked entries, as 0, below all."""
     exists = columns < n
     scores = tl.load(tl.max_contiguous(scores_ptr + columns, 4), mask=exists, other=0.0).to(tl.float32)
-    # Adding makes zeros of either sign equal, and on a GPU, where it results in only one NaN, all of these.
+    # Adding makes zeros of either sign equal. On a GPU it results in one NaN alone, so all of these are equal, too.
     scores += 0.0
     bits = scores.to(tl.int32, bitcast=True)
     if INTERPRETED:
@@ -187,7 +187,7 @@ def _narrow(
     words, scores_ptr, mask_ptr, counts_ptr, arrived_ptr, n, begin, end, parts, rounds, remaining, value, known, shift,
     BLOCK: tl.constexpr, SHARED: tl.constexpr, AMONG_EQUAL: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """One more digit of the last selected entry: of its score or, AMONG_EQUAL to a value, of its distance from the end.
+    """One more digit of the last selected entry: of its score or, AMONG_EQUAL, of its distance from the end.
 
     Results are what is then known and how many bits are not; of the candidates before, how many are now above, and how
     many are not below.
@@ -212,7 +212,7 @@ def _bit_length(x):
 
 @triton.jit
 def _divide(words, distance, bits, bucket, exists, LISTED: tl.constexpr):
-    """Divide buckets by the highest bits of those that are left, each into as many buckets as there is room for.
+    """Divide each bucket by its highest bits that are left, into as many buckets as fit.
 
     Results are how many bits are left then, the bucket of each entry, its start above its size, the place of that in
     shared memory, and the largest size.
@@ -250,8 +250,10 @@ def _or(x, y):
 
 @triton.jit
 def _sort(words, keys, entries, n, index_bits, LISTED: tl.constexpr):
-    """Put the first entries of LISTED into shared memory in the order of their keys: how far the score is from the
-    largest, then the index."""
+    """Put the first entries of LISTED into shared memory, in the order of their keys.
+
+    A key is how far the score is from the largest, then the index.
+    """
     exists = tl.arange(0, LISTED) < entries
     values = (keys >> 32).to(tl.uint32) ^ 0x80000000
     below = tl.where(exists, tl.max(tl.where(exists, values, 0), axis=0) - values, 0)
@@ -283,7 +285,7 @@ def _sort(words, keys, entries, n, index_bits, LISTED: tl.constexpr):
 def _select_kernel(
     scores_ptr,  # rows n
     mask_ptr,  # rows n
-    stand_in_ptr,  # of shared memory, in the interpreter
+    stand_in_ptr,  # shared memory, in the interpreter
     counts_ptr,  # rows MOST_ROUNDS+1 BINS, int32: counts of each round, then three counters; zeros at first
     keys_ptr,  # rows LISTED, int64: of programs that share a row
     results_ptr,  # int64: indices, rows selected; unless SORTED, the last selected value and tie, rows 2
@@ -419,7 +421,7 @@ def _plan(n_rows: int, n: int, selected: int, available: int) -> Plan:
     parts = max(min(available // n_rows, triton.cdiv(n, CHUNK)), 1) if n > LONGEST_ALONE else 1
     # Where a multiprocessor has few programs, these need many threads to keep reads on their way.
     are_few = n > LISTED and n_rows * parts <= 2 * available
-    # Another round over a short row, from the L2 cache, takes less time than to order a long list with room to spare.
+    # Another round over a short row in the L2 cache takes less time than to order a long list.
     room = 2 * selected if are_few or n > SHORT else max(selected, min(2 * selected, 1024))
     listed = min(max(triton.next_power_of_2(room), 1024 if are_few else 256), LISTED)
     warps = min(listed, MOST_THREADS) // 32 if are_few else max(listed // 256, min(4, listed // 32))
@@ -446,6 +448,10 @@ def _plan_ranks(n_rows: int, selected: int) -> Plan:
 
 def launch_select(scores: Tensor, mask: Tensor | None, indices: Tensor) -> None:
     """Write to `indices` (rows selected, int64) which of the scores (rows n) are the largest, the largest first."""
+    if scores.shape[1] == 1:
+        # Nothing to choose, and Triton 3.6 does not compile a kernel for it.
+        indices.zero_()
+        return
     if indices.shape[1] <= MOST_RANKED:
         _launch_select_in_order(scores, mask, indices)
         return

@@ -1,6 +1,6 @@
 """The seam between layers and kernels: who computes the operations of a tree of layers is chosen here, once."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -60,8 +60,8 @@ class Operations:
     soft_topk: Operation
     windowed_attention: Operation
 
-    replay: Operation | None = field(default=None, init=False)
-    """Plays calls of layers again: of kernels, as long as nobody has replaced one of them."""
+    replay: Operation | None = None
+    """Plays calls of layers from tapes, where `kernels.played` has asked for it."""
 
     @classmethod
     def of(cls, use_triton: "UseTriton") -> "Operations":
@@ -75,9 +75,7 @@ class Operations:
         fused = {name: kernel(KERNEL_OF.get(name, name)) for name in plain}
         if use_triton is None:
             fused |= {name: ByDevice(fused[name], each) for name, each in plain.items() if each is not None}
-        operations = cls(use_triton, **fused)
-        object.__setattr__(operations, "replay", kernel("replay"))
-        return operations
+        return cls(use_triton, **fused)
 
     def are_fused_for(self, x: Tensor) -> bool:
         """True if a tensor goes to the kernels."""

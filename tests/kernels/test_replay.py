@@ -15,12 +15,13 @@ from torch.nn.utils import parametrize
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
+import kernels
 import reference
 from colt5_bench.measuring.memory import measure_memory
 from kernels._common import replay
 from kernels._common.launch import INTERPRETED
 from tests import host_time
-from tests.calls import LAYERS, as_written, inputs_of, layer_of
+from tests.calls import LAYERS, inputs_of, layer_of
 
 PLAYED = [name for name in LAYERS if hasattr(getattr(reference, name).forward, "__wrapped__")]
 
@@ -48,8 +49,8 @@ def n_played(layer):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", PLAYED)
 def test_layers(name, autocast):
-    layer = layer_of(name, random.Random(f"{name} {autocast}"), True, block_sizes=(None,))
-    written = as_written(layer)
+    written = layer_of(name, random.Random(f"{name} {autocast}"), True, block_sizes=(None,))
+    layer = kernels.played(copy.deepcopy(written))
     for _ in range(3):
         inputs, options = inputs_of(name, layer, batch=1, length=24, context=24)
         grad = torch.randn_like(inputs[0])

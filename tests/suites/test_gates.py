@@ -178,7 +178,11 @@ SUMS_NOTHING = {"select": {"term dropped", "sums in fp16"}, "combine": {"term dr
 """By suite, faults that cannot be planted there: its operation carries tokens and adds two or three of them."""
 
 
-@pytest.mark.parametrize("name", [name for name in SUITES if name != "flops"])
+NOT_JUDGED_HERE = ("flops", "first_call")
+"""One computes nothing with floats, and the other has cases of suite `layers` under autocast alone."""
+
+
+@pytest.mark.parametrize("name", [name for name in SUITES if name not in NOT_JUDGED_HERE])
 def test_planted_faults_are_found(name, conditions):
     suite = SUITES[name]
     bound = suite.implementations["ours"].bound

@@ -56,7 +56,7 @@ def test_options_reach_both_layers(monkeypatch):
 
     record("attention", ConditionalRoutedAttention)
     record("feed-forward", ConditionalRoutedFeedForward)
-    shared = {"router_straight_through": False, "router_kwargs": {"eps": 1.0}, "use_triton": None}
+    shared = {"router_straight_through": False, "router_kwargs": {"eps": 1.0}, "use_triton": None, "init": "zero"}
     attention = {
         "num_routed_kv": 2,
         "light_dim_head": 3,
