@@ -65,9 +65,10 @@ def _launches_of(
     """Run a step in a thread of its own, where no hooks of saved tensors, modes and transforms see it.
 
     Where lengths have changed, those that may follow have their dry runs next. A layer that cannot run without values
-    tells fewer launches, or none. One with hooks inside tells none.
+    tells fewer launches, or none. One with hooks inside tells none. Nor does one that is called within a backward pass,
+    as from a checkpoint: this holds the one thread of its GPU, which the backward pass of a dry run would wait for.
     """
-    if _has_hooks(layer):
+    if _has_hooks(layer) or torch._C._current_graph_task_id() != -1:
         return
 
     def step(dry_run: DryRun, lengths: Mapping[int, int]) -> None:

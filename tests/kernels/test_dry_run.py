@@ -55,6 +55,27 @@ def told(layer, inputs, options, *, wanted=True, autocast=True):
         return [*launches_of_layer()()]
 
 
+def test_none_runs_within_a_backward_pass():
+    """On a GPU its own backward pass would wait for the thread that it holds up."""
+    layer = layer_of("ConditionalRoutedAttention", random.Random(0), use_triton=True)
+    inputs, options = inputs_of("ConditionalRoutedAttention", layer)
+    launches = []
+
+    class Within(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            launches.extend(told(layer, inputs, options))
+            return grad
+
+    Within.apply(torch.zeros(1, requires_grad=True)).sum().backward()
+    assert not launches
+    assert told(layer, inputs, options)
+
+
 def what_is_compiled(kernel, pointers, numbers, named):
     """All that Triton may compile a kernel for."""
     types = ((x.dtype, x.data_ptr() % 16 == 0) for x in pointers)
