@@ -12,8 +12,8 @@ from kernels.layers import (
     ConditionalRoutedTransformerBlock,
     ConditionalRoutedViT,
     CoordinateDescentRouter,
-    played,
 )
+from kernels.layers import played as played
 from kernels.normalize import normalize
 from kernels.route import route
 from kernels.route_prefixes import route_prefixes
@@ -38,7 +38,6 @@ __all__ = [
     "coor_descent",
     "gathered_attention",
     "normalize",
-    "played",
     "route",
     "route_prefixes",
     "routed_attention",
