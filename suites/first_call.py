@@ -28,8 +28,7 @@ from colt5_bench.suite import Suite
 from kernels._common.dry_run import announced, launches_of_layer
 from kernels._common.launch import Launch, compile_side_by_side, triton_for_cpu_tensors
 from suites._descent import implementations
-from suites._layers import OURS, REFERENCE, Layer, LayerCase, cost, plain, problem, truth
-from suites.layers import LAYERS
+from suites._layers import OURS, REFERENCE, LayerCase, cost, plain, problem, truth
 from suites.training_step import StepCase
 
 ROOT = Path(__file__).parents[1]
@@ -45,18 +44,10 @@ MOST_SECONDS = 300
 """Seconds that the steps of a case may take."""
 
 
-class FirstCallCase(StepCase):
-    """A layer of suite layers by `kind` and `model`."""
-
-    @property
-    def layer(self) -> Layer:
-        return replace(LAYERS[self.kind](self.model), dtype=self.dtype, masks={})
-
-
-def cases(preset: str, device: torch.device) -> list[FirstCallCase]:
+def cases(preset: str, device: torch.device) -> list[StepCase]:
     if preset == "smoke":
-        return [FirstCallCase(kind, "tiny") for kind in ("attention", "autoregressive")]
-    return [FirstCallCase(kind, "document" if device.type == "cuda" else "document-2k") for kind in KINDS]
+        return [StepCase(kind, "tiny") for kind in ("attention", "autoregressive")]
+    return [StepCase(kind, "document" if device.type == "cuda" else "document-2k") for kind in KINDS]
 
 
 def metrics(case: LayerCase, problem: Problem) -> dict[str, float]:
@@ -65,7 +56,7 @@ def metrics(case: LayerCase, problem: Problem) -> dict[str, float]:
     Raises:
         RuntimeError: the process has failed.
     """
-    assert isinstance(case, FirstCallCase)
+    assert isinstance(case, StepCase)
     command = [sys.executable, "-m", "suites.first_call", case.kind, case.model, problem.upstream.device.type]
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": "0"}
@@ -77,7 +68,7 @@ def metrics(case: LayerCase, problem: Problem) -> dict[str, float]:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def steps(case: FirstCallCase, device: str) -> dict[str, float]:
+def steps(case: StepCase, device: str) -> dict[str, float]:
     """Take steps at the length of the case and at new ones.
 
     Returns:
@@ -103,7 +94,7 @@ def steps(case: FirstCallCase, device: str) -> dict[str, float]:
     return found
 
 
-def _inputs(case: FirstCallCase, length: int | None, device: str) -> dict[str, Tensor]:
+def _inputs(case: StepCase, length: int | None, device: str) -> dict[str, Tensor]:
     """Tensors of the case, or of another length. On a CPU nobody touches their memory."""
     make = torch.randn if device == "cuda" else torch.empty
     shapes = {name: (b, length or n, d) for name, (b, n, d) in case.layer.inputs.items()}
@@ -161,4 +152,4 @@ def test_first_call(record, benchmark):
 
 if __name__ == "__main__":
     kind, model, device = sys.argv[1:]
-    print(json.dumps(steps(FirstCallCase(kind, model), device)))
+    print(json.dumps(steps(StepCase(kind, model), device)))

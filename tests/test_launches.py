@@ -52,3 +52,12 @@ def test_on_a_gpu(name):
     expected = launches(name)
     found = launches_on_a_gpu(name)
     assert found.total() <= expected.total() + expected["mm"] + expected["addmm"], found.most_common()
+
+
+def test_no_kernel_selects_from_one_entry():
+    """Triton 3.6 would not compile it."""
+    with counted() as counts:
+        kernels.select(torch.randn(3, 1), num_selected=1)
+        assert not [name for name in counts if name.startswith("select.")]
+        kernels.select(torch.randn(3, 2), num_selected=1)
+    assert [name for name in counts if name.startswith("select.")]

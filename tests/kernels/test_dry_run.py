@@ -121,7 +121,7 @@ class Compiler:
 
 @pytest.fixture
 def compiler(monkeypatch, allocating_zeros):
-    """Of all kernels, for a device of its own."""
+    """A compiler of all kernels, for a device of its own."""
     compiler, real, active = Compiler(), triton.compiler.compile, driver._active
     monkeypatch.setattr(triton.compiler, "compile", compiler)
     driver.set_active(compiler.recorder)
@@ -192,7 +192,7 @@ def test_new_lengths_seldom_compile(name, compiler, monkeypatch):
     compiling = []
     for number in range(21):
         length = rng.randint(2048, 60000)
-        # Of tensors, their shapes are enough.
+        # The shapes of tensors are enough.
         inputs, options = inputs_of(name, layer, batch=1, length=length, context=length)
         before = len(compiler.compiled)
         with monkeypatch.context() as patched:

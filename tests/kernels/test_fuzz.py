@@ -434,6 +434,26 @@ def test_a_layer_whose_later_calls_differ_is_found(monkeypatch):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is not about kernels")
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (lambda call: 1.1, "output, played: "),
+        (lambda call: 1.0 + (call == 4), "output: has other bits when"),
+    ],
+)
+def test_a_layer_that_is_played_wrongly_is_found(monkeypatch, factor, message):
+    def played(layer):
+        calls = []
+        layer.register_forward_hook(lambda module, args, out: calls.append(1) or out * factor(len(calls)))
+        return layer
+
+    monkeypatch.setattr(kernels, "played", played)
+    verdict = examine(draw_case(1, 0, SCALES["cpu"], "ConditionalRoutedFeedForward"), CPU)
+    assert verdict.status == "failed"
+    assert any(each.startswith(message) for each in verdict.messages), verdict
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is not about kernels")
 def test_a_broken_process_is_named_and_the_rest_runs(tmp_path, monkeypatch):
     script = tmp_path / "breaks.py"
     script.write_text(

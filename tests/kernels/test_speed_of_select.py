@@ -12,7 +12,7 @@ from colt5_bench.records.samples import beside, intervals
 pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 MOST_ENTRIES = 2**28
-"""Of all rows, 1 GiB."""
+"""Entries of all rows, 1 GiB."""
 
 GRID = [
     (n_rows, n, k)

@@ -7,7 +7,8 @@ from colt5_bench.measuring.call import Call
 from colt5_bench.measuring.static_facts import compiled_kernels
 from kernels._common.launch import INTERPRETED
 from suites import first_call
-from suites.first_call import KINDS, SUITE, FirstCallCase
+from suites.first_call import KINDS, SUITE
+from suites.training_step import StepCase
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
@@ -17,7 +18,7 @@ CPU = torch.device("cpu")
 @pytest.mark.compiled
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_many_kernels_are_counted_as_a_step_compiles(kind):
-    case = FirstCallCase(kind, "tiny")
+    case = StepCase(kind, "tiny")
     ours, problem = SUITE.implementations["ours"], SUITE.problem(case, CPU)
     call = Call(ours.build(case), problem, SUITE.directions(case)[-1])
     with ours.launching():
@@ -26,7 +27,7 @@ def test_as_many_kernels_are_counted_as_a_step_compiles(kind):
 
 
 def test_a_process_that_fails_says_why():
-    case = FirstCallCase("attention", "no such model")
-    problem = SUITE.problem(FirstCallCase("attention", "tiny"), CPU)
+    case = StepCase("attention", "no such model")
+    problem = SUITE.problem(StepCase("attention", "tiny"), CPU)
     with pytest.raises(RuntimeError, match="no such model"):
         first_call.metrics(case, problem)

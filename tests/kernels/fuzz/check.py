@@ -80,7 +80,7 @@ def _examine(case: Case, device: torch.device) -> Verdict:
     make, watched = build(case, device), Watched()
     function, parameters = ours(case, device, watched)
     tensors = {**make.tensors, **parameters}
-    found, faults = _run_again(function, tensors, case, make, device)
+    found, played, faults = _run_again(function, tensors, case, make, device)
 
     once = len(watched.selections) if INTERPRETED else len(watched.selections) // 2
     of_truth = Watched(watched.selections[:once])
@@ -94,6 +94,8 @@ def _examine(case: Case, device: torch.device) -> Verdict:
         faults += _check_topk(make.tensors, found["indices"])
     for name, expected in truth.items():
         faults += _compare(name, found[name], expected, allowed.get(name))
+        if played:
+            faults += _compare(f"{name}, played", played[name], expected, allowed.get(name))
 
     causal = _differ_causally(watched, of_truth, moved)
     if causal and faults:
@@ -156,28 +158,37 @@ def _upstream(case: Case, name: str, out: Tensor) -> Tensor:
 
 def _run_again(
     function: Function, tensors: Tensors, case: Case, make: Maker, device: torch.device
-) -> tuple[Tensors, list[Any]]:
-    """Results, and whether another run gives other bits or one has written to what it was given.
-
-    A layer that nobody watches records its second call, and plays later ones.
-    """
+) -> tuple[Tensors, Tensors, list[Any]]:
+    """Results, those of a layer that is played, and faults: another run gives other bits, or writes to its inputs."""
     before = {name: memory.clone() for name, memory in make.memory.items()}
-    found, again = execute(function, tensors, case), {}
+    found, again, played = execute(function, tensors, case), {}, {}
+    faults = []
     # The interpreter has one order of things.
     if not INTERPRETED:
         again["a second run"] = execute(function, tensors, case)
         if case.name not in OPERATIONS:
             unwatched = _executions(by_kernels(case, device), tensors, case)
             again |= {f"run {number} of a layer": each for number, each in enumerate(islice(unwatched, 4), start=1)}
-    faults = [
+            # The second call is recorded.
+            _, played, *later = islice(_executions(by_kernels(case, device, play=True), tensors, case), 4)
+            faults += [
+                Fault(name, "has other bits when it is played again")
+                for results in later
+                for name in played
+                if not _same(played[name], results[name])
+            ]
+    faults += [
         Fault(name, f"has other bits in {run}")
         for run, results in again.items()
         for name in found
         if not _same(found[name], results[name])
     ]
-    return found, faults + [
-        Fault(name, "was written to") for name, memory in before.items() if not _same(memory, make.memory[name])
-    ]
+    return (
+        found,
+        played,
+        faults
+        + [Fault(name, "was written to") for name, memory in before.items() if not _same(memory, make.memory[name])],
+    )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -76,9 +76,11 @@ def ours(case: Case, device: torch.device, watched: Watched) -> tuple[Function, 
     return function, {}
 
 
-def by_kernels(case: Case, device: torch.device) -> Function:
-    """The layer with kernels as a function of inputs and parameters, and nothing else."""
+def by_kernels(case: Case, device: torch.device, *, play: bool = False) -> Function:
+    """The layer with kernels, played if that is asked for, as a function of inputs and parameters."""
     module = layer(case, device, use_triton=True)
+    if play:
+        module = kernels.played(module)
     return lambda tensors: _call(module, case, tensors)
 
 

@@ -28,7 +28,7 @@ def rows_at_kink(name: str, scores: Tensor, options: dict[str, Any], spread: flo
 
 
 def _near_kinks(s: Tensor, valid: Tensor, options: dict[str, Any], spread: float) -> Tensor:
-    """Which entries are near s = -a in an iteration of coordinate descent.
+    """Entries that are near s = -a in an iteration of coordinate descent.
 
     Roundings add up in a: each iteration adds its own, and hands on those before in the share that the entries with
     s > -a have in the sum, whose exponent is -a.
@@ -56,7 +56,7 @@ def _near_kinks(s: Tensor, valid: Tensor, options: dict[str, Any], spread: float
 
 
 def _near_saturation(s: Tensor, valid: Tensor, options: dict[str, Any], spread: float) -> Tensor:
-    """Which entries are near to where the exact solution reaches 1; all that round to 1 are there."""
+    """Entries that are near to where the exact solution reaches 1; all that round to 1 are there."""
     eps = options["eps"]
     y = reference.soft_topk(s, **{**options, "mask": valid})
     below = s.masked_fill(~valid | (y == 1), -torch.inf).amax(-1, keepdim=True)
