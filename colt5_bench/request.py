@@ -15,6 +15,9 @@ TIME_LIMIT = 1800.0
 """Most seconds for a case and direction in a process of its own, unless the user says otherwise.
 `torch.compile` unrolls iterations for minutes, and the fp64 truth of the largest cases takes as long."""
 
+REPORT, NO_REPORT = "COLT5_BENCH_REPORT", "0"
+"""A variable of the environment, and its value for a run that writes its records alone, without plots and page."""
+
 
 def _option(*flags: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return flags, settings

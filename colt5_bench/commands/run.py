@@ -31,7 +31,7 @@ from colt5_bench.report.page import PAGE, write_page
 from colt5_bench.report.plots import write_plots
 from colt5_bench.report.progress import Watcher
 from colt5_bench.report.table import endings, summary
-from colt5_bench.request import MEASURING, Request, declare
+from colt5_bench.request import MEASURING, NO_REPORT, REPORT, Request, declare
 from colt5_bench.selection import WHOLE, SelectionError, case_filter, pick, suite_files
 from colt5_bench.session import Session
 from colt5_bench.startup import check, find_checkout, reports_of
@@ -237,9 +237,11 @@ def _show(run: Run, suite: Grid, crowded: str, *, quiet: bool) -> None:
         summary(run.records, suite.reference, console)
         if crowded:
             console.print(f"warning: {crowded}", soft_wrap=True, highlight=False)
+    console.print(f"results: {run.path}", soft_wrap=True, highlight=False)
+    if os.environ.get(REPORT) == NO_REPORT:
+        return
     draw = partial(write_plots, run.records, directory, x=suite.x_axis, lines=suite.lines)
     plots = attempt("plots", draw) if run.records else []
-    console.print(f"results: {run.path}", soft_wrap=True, highlight=False)
     if plots:
         console.print(f"plots: {len(plots)} files in {directory}", soft_wrap=True, highlight=False)
     if page := attempt("report", partial(write_page, directory / PAGE, run, {suite.name: View.of(suite)})):

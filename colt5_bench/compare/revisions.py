@@ -17,6 +17,7 @@ from colt5_bench.files import own
 from colt5_bench.records import git, provenance
 from colt5_bench.records.parts import read
 from colt5_bench.records.results import Run
+from colt5_bench.request import NO_REPORT, REPORT
 from colt5_bench.selection import SelectionError
 
 SIDES = ("a", "b")
@@ -147,6 +148,8 @@ class Alternating:
             ]
             # An installed or named path to this checkout's packages must not come before those of the other.
             environment = {name: value for name, value in git.environment().items() if name not in PATHS}
+            # Nobody looks at the page of a turn. A variable, since an older revision may not know an option.
+            environment[REPORT] = NO_REPORT
             done = subprocess.run(
                 command,
                 cwd=self._worktrees[side],

@@ -152,6 +152,8 @@ def test_a_copy_is_measured_to_be_slower(repository, tmp_path):
     selection = ("--preset", "smoke", "--device", "cpu")
     with Alternating(repository, (commit, after), selection, tmp_path / "out") as alternating:
         alternating.measure(["toy"], "")
+    # A turn makes no plots and no page.
+    assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} == {"toy.jsonl"}
     seconds = [
         {(made.implementation, made.direction): made.seconds("wall") for made in load(tmp_path / "out" / side).records}
         for side in SIDES
