@@ -8,6 +8,9 @@ o and delta = sum g o,
     ds = p (g v - delta),    dq = scale ds k,    dk = scale ds' q,    dv = p' g
 
 which one kernel computes: its even programs accumulate dq over keys, its odd programs dk and dv over queries.
+
+With rotary position embedding, queries and keys are rotated in registers as they are loaded, and their gradients are
+rotated back before they are written.
 """
 
 from typing import Any
@@ -25,13 +28,15 @@ from reference._shared.arguments import check_windows
 from reference._shared.autocast import autocast_dtype
 
 
-def _forward(qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _forward(
+    qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, rotary: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The output, and the lse of each query to the base 2."""
     batch, n, width = qkv.shape
     out = qkv.new_empty(batch, n, width // 3)
     lse = qkv.new_empty(batch, heads, n, dtype=torch.promote_types(qkv.dtype, torch.float32))
     if has_values(qkv):
-        launch_forward(qkv.contiguous(), heads, window_size, causal, _contiguous(mask), out, lse)
+        launch_forward(qkv.contiguous(), heads, window_size, causal, _contiguous(mask), _contiguous(rotary), out, lse)
     return out, lse
 
 
@@ -39,6 +44,7 @@ def _backward(
     grad_output: Tensor,
     qkv: Tensor,
     mask: Tensor | None,
+    rotary: Tensor | None,
     output: Tensor,
     lse: Tensor,
     heads: int,
@@ -47,13 +53,13 @@ def _backward(
 ) -> Tensor:
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if has_values(qkv):
-        inputs = (grad_output.contiguous(), qkv.contiguous(), heads, window_size, causal, _contiguous(mask))
-        launch_backward(*inputs, output, lse, dqkv)
+        options = (heads, window_size, causal, _contiguous(mask), _contiguous(rotary))
+        launch_backward(grad_output.contiguous(), qkv.contiguous(), *options, output, lse, dqkv)
     return dqkv
 
 
-def _contiguous(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous()
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _runs_kernel(qkv: Tensor, heads: int) -> bool:
@@ -89,7 +95,13 @@ def _backward_flops(grad_output: torch.Size, shape: torch.Size, *arguments: Any,
 
 
 def windowed_attention(
-    qkv: Tensor, *, heads: int, window_size: int, causal: bool = False, mask: Tensor | None = None
+    qkv: Tensor,
+    *,
+    heads: int,
+    window_size: int,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    rotary: Tensor | None = None,
 ) -> Tensor:
     """`reference.windowed_attention` tile by tile, forward and backward, in memory linear in n whatever the window.
 
@@ -104,6 +116,8 @@ def windowed_attention(
             and a token attends to what is not after it in its window and to all of the window before.
         causal: whether a token attends to nothing after it.
         mask: bool, `b n`, False for tokens that nothing attends to.
+        rotary: `d / 2`, any float dtype: frequencies of rotary position embedding (2104.09864) in radians a position.
+            They have no gradient.
 
     Returns:
         `b n (h d)`, in the dtype of qkv. A token that may attend to nothing gives 0, with gradient 0.
@@ -112,10 +126,10 @@ def windowed_attention(
         ValueError: an argument is out of its range, or shapes do not match.
         NotImplementedError: a second derivative or forward mode is asked for, but on the CPU.
     """
-    check_windows(qkv, heads, window_size, mask)
+    check_windows(qkv, heads, window_size, mask, rotary)
     lowered = autocast_dtype(qkv)
     qkv = qkv if lowered is None else qkv.to(lowered)
     if not _runs_kernel(qkv, heads):
-        return cpu.windowed_attention(qkv, heads, window_size, causal, mask)
-    out, _ = _operation(qkv, heads, window_size, causal, mask)
+        return cpu.windowed_attention(qkv, heads, window_size, causal, mask, rotary)
+    out, _ = _operation(qkv, heads, window_size, causal, mask, rotary)
     return out

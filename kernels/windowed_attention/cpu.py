@@ -2,12 +2,15 @@
 
 from torch import Tensor
 
-from reference.windowed_attention import attend_to_all
+from reference.windowed_attention import attend_to_all, rotated
 from reference.windowed_attention import windowed_attention as by_definition
 
 
-def windowed_attention(qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None) -> Tensor:
+def windowed_attention(
+    qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, rotary: Tensor | None
+) -> Tensor:
     """The definition, or, where every token reaches all others, attention without windows."""
     if not causal and window_size >= qkv.shape[1] > 0:
+        qkv = qkv if rotary is None else rotated(qkv, heads, rotary)
         return attend_to_all(qkv, heads=heads, window_size=window_size, mask=mask)
-    return by_definition(qkv, heads=heads, window_size=window_size, causal=causal, mask=mask)
+    return by_definition(qkv, heads=heads, window_size=window_size, causal=causal, mask=mask, rotary=rotary)

@@ -2,21 +2,32 @@
 
 What queries may attend to is an interval of positions, and so is what attends to a key. Its two ends decide which tiles
 a program looks at and which entries of a tile count.
+
+Rotary position embedding depends on distances alone. A program counts positions from the first row of its first tile,
+so that a short table of cosines and sines serves all programs. Its queries and keys are then of two halves, each
+`rows d/2`, whose products add up. In the forward pass, cosines and sines of a tile come from those of the tile before.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Generator, Iterator
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels._common.attention import Settings, dot, options_for, settings_for
-from kernels._common.launch import Launch, Launcher, Plan, planner
+from kernels._common.launch import Launch, Launcher, Plan, Scratch, planner
 from kernels._common.primitives import LOG2_E
 
 PRECISION = tl.constexpr("tf32x3")
 """Factors of fp32 are sums of two of tf32."""
+
+QUARTER_TURN = tl.constexpr(math.pi / 2)
+
+MOST_ROWS = 64
+"""At least the rows of a block or a tile."""
 
 NOWHERE = tl.constexpr(-(2**30))
 """Position of a key that is not there: before every interval."""
@@ -78,17 +89,125 @@ def _place(program, n, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
+def _cos_and_sin(angle):
+    """Both in fp32, of an angle in fp64. Those of libdevice spill, to be ready for angles of any size."""
+    quarters = tl.floor(angle * (1 / QUARTER_TURN) + 0.5)
+    x = (angle - quarters * QUARTER_TURN).to(tl.float32)
+    # Taylor series: in an eighth of a turn to either side of 0, the terms left out are below 3e-8.
+    xx = x * x
+    cos = 1 + xx * (-1 / 2 + xx * (1 / 24 + xx * (-1 / 720 + xx * (1 / 40320))))
+    sin = x * (1 + xx * (-1 / 6 + xx * (1 / 120 + xx * (-1 / 5040 + xx * (1 / 362880)))))
+    quarter = quarters.to(tl.int64) & 3
+    swapped = (quarter & 1) == 1
+    cos, sin = tl.where(swapped, sin, cos), tl.where(swapped, cos, sin)
+    return tl.where((quarter == 1) | (quarter == 2), -cos, cos), tl.where(quarter >= 2, -sin, sin)
+
+
+@triton.jit
+def _turns_kernel(
+    frequency_ptr,  # d / 2
+    turns_ptr,  # positions 2 d/2, fp32: cosines, sines
+    positions,
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Cosines and sines of the angles of the first positions."""
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK_H)
+    frequency = tl.load(frequency_ptr + column, mask=column < HALF, other=0.0).to(tl.float64)
+    cos, sin = _cos_and_sin(position.to(tl.float64)[:, None] * frequency[None, :])
+    at = turns_ptr + position.to(tl.int64)[:, None] * (2 * HALF) + column[None, :]
+    inside = (position < positions)[:, None] & (column < HALF)[None, :]
+    tl.store(at, cos, mask=inside)
+    tl.store(at + HALF, sin, mask=inside)
+
+
+@triton.jit
+def _turns(ptr, position, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Cosines and sines `ROWS BLOCK_H` from a position on."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_H)[None, :]
+    at = ptr + (position + row) * HEAD_DIM + column
+    if HALF == BLOCK_H:
+        return tl.load(at), tl.load(at + HALF)
+    return tl.load(at, mask=column < HALF, other=0.0), tl.load(at + HALF, mask=column < HALF, other=0.0)
+
+
+@triton.jit
+def _turned(
+    ptr,
+    start,
+    n,
+    cos,
+    sin,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """Both halves `ROWS BLOCK_H` of rotated queries or keys."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    at, inside = _tile(ptr, start, n, ROWS, HALF, BLOCK_H, STRIDE)
+    first = tl.load(at, mask=inside, other=0.0)
+    second = tl.load(at + HALF, mask=inside, other=0.0)
+    x, y = first.to(tl.float32), second.to(tl.float32)
+    return (x * cos - y * sin).to(first.dtype), (y * cos + x * sin).to(first.dtype)
+
+
+@triton.jit
+def _turned_at(
+    ptr,
+    start,
+    n,
+    turns_ptr,
+    position,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """The same for rows at a position of the table, which the L1 cache holds."""
+    cos, sin = _turns(turns_ptr, position, ROWS, HEAD_DIM, BLOCK_H)
+    return _turned(ptr, start, n, cos, sin, ROWS, HEAD_DIM, BLOCK_H, STRIDE)
+
+
+@triton.jit
+def _store_turned_back(
+    ptr,
+    start,
+    n,
+    x,
+    y,
+    turns_ptr,
+    position,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """Write the gradient of rows from that of both halves of the rotated rows."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    at, inside = _tile(ptr, start, n, ROWS, HALF, BLOCK_H, STRIDE)
+    cos, sin = _turns(turns_ptr, position, ROWS, HEAD_DIM, BLOCK_H)
+    tl.store(at, (x * cos + y * sin).to(ptr.dtype.element_ty), mask=inside)
+    tl.store(at + HALF, (y * cos - x * sin).to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _forward_kernel(
     qkv_ptr,  # b n 3 h d
     mask_ptr,  # b n
     out_ptr,  # b n h d
     lse_ptr,  # b h n, fp32, to the base 2
+    turns_ptr,  # positions 2 d/2, fp32, or None
     n,
     window_size,
     scale,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -104,19 +223,31 @@ def _forward_kernel(
     first_key, _ = _keys_of(start, n, window_size, CAUSAL)
     _, end_key = _keys_of(tl.minimum(start + BLOCK, n) - 1, n, window_size, CAUSAL)
 
-    own, owned = _tile(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-    q = tl.load(own, mask=owned, other=0.0)
+    if turns_ptr is None:
+        own, owned = _tile(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        q = tl.load(own, mask=owned, other=0.0)
+    else:
+        q, q2 = _turned_at(qkv_ptr, start, n, turns_ptr, start - first_key, BLOCK, HEAD_DIM, BLOCK_H, 3 * WIDTH)
+        # Asynchronous loads of the table would go past the L1 cache for each tile.
+        cos, sin = _turns(turns_ptr, 0, TILE, HEAD_DIM, BLOCK_H)
+        step_cos, step_sin = _turns(turns_ptr, TILE, 1, HEAD_DIM, BLOCK_H)
     max_logit = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     out = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for tile in range(tl.cdiv(end_key - first_key, TILE)):
         start_n = first_key + tile * TILE
         at, inside = _tile(qkv_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-        k = tl.load(at + WIDTH, mask=inside, other=0.0)
+        if turns_ptr is None:
+            k = tl.load(at + WIDTH, mask=inside, other=0.0)
+        else:
+            k, k2 = _turned(qkv_ptr + WIDTH, start_n, n, cos, sin, TILE, HEAD_DIM, BLOCK_H, 3 * WIDTH)
+            cos, sin = cos * step_cos - sin * step_sin, sin * step_cos + cos * step_sin
         v = tl.load(at + 2 * WIDTH, mask=inside, other=0.0)
         key = start_n + tl.arange(0, TILE)
         key = tl.where(_are_present(mask_ptr + row, key, n, HAS_MASK), key, NOWHERE)
         logits = dot(q, k.T, None, PRECISION)
+        if turns_ptr is not None:
+            logits = dot(q2, k2.T, logits, PRECISION)
         logits = tl.where(_within(key[None, :], first[:, None], end[:, None]), logits, float("-inf"))
         new_max = tl.maximum(max_logit, tl.max(logits, axis=1))
         # Nothing has been within reach of a query whose maximum is -inf. A difference of near numbers is exact.
@@ -144,6 +275,7 @@ def _query_gradient(
     out_ptr,
     lse_ptr,
     dqkv_ptr,
+    turns_ptr,
     start,
     n,
     window_size,
@@ -152,6 +284,7 @@ def _query_gradient(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -170,24 +303,42 @@ def _query_gradient(
     out = tl.load(own, mask=owned, other=0.0)
     delta = tl.sum(grad_output.to(tl.float32) * out.to(tl.float32), axis=1)
     lse = tl.load(lse_ptr + query, mask=query < n, other=float("inf"))
-    own, owned = _tile(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-    q = tl.load(own, mask=owned, other=0.0)
-    dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    if turns_ptr is None:
+        own, owned = _tile(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        q = tl.load(own, mask=owned, other=0.0)
+        dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    else:
+        q, q2 = _turned_at(qkv_ptr, start, n, turns_ptr, start - first_key, BLOCK, HEAD_DIM, BLOCK_H, 3 * WIDTH)
+        dq = tl.zeros([BLOCK, BLOCK_H], tl.float32)
+        dq2 = tl.zeros([BLOCK, BLOCK_H], tl.float32)
     for tile in range(tl.cdiv(end_key - first_key, TILE)):
         start_n = first_key + tile * TILE
         key = start_n + tl.arange(0, TILE)
         key = tl.where(_are_present(mask_ptr, key, n, HAS_MASK), key, NOWHERE)
         at, inside = _tile(qkv_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-        k = tl.load(at + WIDTH, mask=inside, other=0.0)
+        if turns_ptr is None:
+            k = tl.load(at + WIDTH, mask=inside, other=0.0)
+        else:
+            k, k2 = _turned_at(qkv_ptr + WIDTH, start_n, n, turns_ptr, tile * TILE, TILE, HEAD_DIM, BLOCK_H, 3 * WIDTH)
         v = tl.load(at + 2 * WIDTH, mask=inside, other=0.0)
         logits = dot(q, k.T, None, PRECISION)
+        if turns_ptr is not None:
+            logits = dot(q2, k2.T, logits, PRECISION)
         p = tl.exp2(logits * scale - lse[:, None])
         p = tl.where(_within(key[None, :], first[:, None], end[:, None]), p, 0.0)
         dp = dot(grad_output, v.T, None, PRECISION)
         dlogits = p * (dp - delta[:, None])
         dq = dot(dlogits.to(k.dtype), k, dq, PRECISION)
-    own, owned = _tile(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-    tl.store(own, (dq * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=owned)
+        if turns_ptr is not None:
+            dq2 = dot(dlogits.to(k.dtype), k2, dq2, PRECISION)
+    if turns_ptr is None:
+        own, owned = _tile(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        tl.store(own, (dq * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=owned)
+    else:
+        dq, dq2 = dq * dim_scale, dq2 * dim_scale
+        _store_turned_back(
+            dqkv_ptr, start, n, dq, dq2, turns_ptr, start - first_key, BLOCK, HEAD_DIM, BLOCK_H, 3 * WIDTH
+        )
 
 
 @triton.jit
@@ -198,6 +349,7 @@ def _key_value_gradient(
     out_ptr,
     lse_ptr,
     dqkv_ptr,
+    turns_ptr,
     start,
     n,
     window_size,
@@ -206,6 +358,7 @@ def _key_value_gradient(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -220,15 +373,25 @@ def _key_value_gradient(
     _, end_query = _queries_of(tl.minimum(start + BLOCK, n) - 1, n, window_size, CAUSAL)
 
     own, owned = _tile(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-    k = tl.load(own + WIDTH, mask=owned, other=0.0)
+    if turns_ptr is None:
+        k = tl.load(own + WIDTH, mask=owned, other=0.0)
+        dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    else:
+        k, k2 = _turned_at(
+            qkv_ptr + WIDTH, start, n, turns_ptr, start - first_query, BLOCK, HEAD_DIM, BLOCK_H, 3 * WIDTH
+        )
+        dk = tl.zeros([BLOCK, BLOCK_H], tl.float32)
+        dk2 = tl.zeros([BLOCK, BLOCK_H], tl.float32)
     v = tl.load(own + 2 * WIDTH, mask=owned, other=0.0)
-    dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for tile in range(tl.cdiv(end_query - first_query, TILE)):
         start_m = first_query + tile * TILE
         query = start_m + tl.arange(0, TILE)
-        at, inside = _tile(qkv_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-        q = tl.load(at, mask=inside, other=0.0)
+        if turns_ptr is None:
+            at, inside = _tile(qkv_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+            q = tl.load(at, mask=inside, other=0.0)
+        else:
+            q, q2 = _turned_at(qkv_ptr, start_m, n, turns_ptr, tile * TILE, TILE, HEAD_DIM, BLOCK_H, 3 * WIDTH)
         at, inside = _tile(grad_output_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, WIDTH)
         grad_output = tl.load(at, mask=inside, other=0.0)
         at, inside = _tile(out_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, WIDTH)
@@ -236,14 +399,24 @@ def _key_value_gradient(
         delta = tl.sum(grad_output.to(tl.float32) * out.to(tl.float32), axis=1)
         lse = tl.load(lse_ptr + query, mask=query < n, other=float("inf"))
         logits = dot(k, q.T, None, PRECISION)
+        if turns_ptr is not None:
+            logits = dot(k2, q2.T, logits, PRECISION)
         p = tl.exp2(logits * scale - lse[None, :])
         p = tl.where(_within(query[None, :], first[:, None], end[:, None]), p, 0.0)
         dv = dot(p.to(grad_output.dtype), grad_output, dv, PRECISION)
         dp = dot(v, grad_output.T, None, PRECISION)
         dlogits = p * (dp - delta[None, :])
         dk = dot(dlogits.to(q.dtype), q, dk, PRECISION)
+        if turns_ptr is not None:
+            dk2 = dot(dlogits.to(q.dtype), q2, dk2, PRECISION)
     own, owned = _tile(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-    tl.store(own + WIDTH, (dk * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=owned)
+    if turns_ptr is None:
+        tl.store(own + WIDTH, (dk * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=owned)
+    else:
+        dk, dk2 = dk * dim_scale, dk2 * dim_scale
+        _store_turned_back(
+            dqkv_ptr + WIDTH, start, n, dk, dk2, turns_ptr, start - first_query, BLOCK, HEAD_DIM, BLOCK_H, 3 * WIDTH
+        )
     tl.store(own + 2 * WIDTH, dv.to(dqkv_ptr.dtype.element_ty), mask=owned)
 
 
@@ -255,6 +428,7 @@ def _backward_kernel(
     out_ptr,  # b n h d
     lse_ptr,  # b h n, fp32, to the base 2
     dqkv_ptr,  # b n 3 h d
+    turns_ptr,  # positions 2 d/2, fp32, or None
     n,
     window_size,
     scale,
@@ -262,6 +436,7 @@ def _backward_kernel(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -285,6 +460,7 @@ def _backward_kernel(
             out_ptr,
             lse_ptr,
             dqkv_ptr,
+            turns_ptr,
             start,
             n,
             window_size,
@@ -293,6 +469,7 @@ def _backward_kernel(
             HEADS,
             HEAD_DIM,
             BLOCK_D,
+            BLOCK_H,
             CAUSAL,
             HAS_MASK,
             BLOCK,
@@ -306,6 +483,7 @@ def _backward_kernel(
             out_ptr,
             lse_ptr,
             dqkv_ptr,
+            turns_ptr,
             start,
             n,
             window_size,
@@ -314,6 +492,7 @@ def _backward_kernel(
             HEADS,
             HEAD_DIM,
             BLOCK_D,
+            BLOCK_H,
             CAUSAL,
             HAS_MASK,
             BLOCK,
@@ -336,6 +515,7 @@ BACKWARD = {
     (4, 128): Settings(16, 16, 8, 1),
 }
 
+
 BACKWARD_RAGGED = {
     (2, 64): Settings(32, 32, 4, 1),
     (2, 128): Settings(32, 16, 8, 1),
@@ -343,6 +523,14 @@ BACKWARD_RAGGED = {
     (4, 128): Settings(16, 16, 8, 1),
 }
 """Settings for heads that take registers to load."""
+
+BACKWARD_ROTARY = {
+    (2, 64): Settings(64, 16, 8, 1),
+    (2, 128): Settings(32, 16, 8, 1),
+    (4, 64): Settings(16, 16, 4, 1),
+    (4, 128): Settings(16, 16, 8, 1),
+}
+"""Settings for rotary position embedding: the largest that spill on neither sm_80 nor sm_90."""
 
 
 def _plan_blocks(settings: Settings, programs: int, n: int, head_dim: int, itemsize: int) -> Plan:
@@ -358,19 +546,35 @@ def _plan_forward(batch: int, n: int, heads: int, head_dim: int, itemsize: int) 
 
 
 @planner
-def _plan_backward(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
+def _plan_backward(batch: int, n: int, heads: int, head_dim: int, itemsize: int, rotary: bool) -> Plan:
     """Two programs for each block: for its queries, and for its keys."""
-    settings = settings_for(BACKWARD, head_dim, itemsize, ragged=BACKWARD_RAGGED)
+    by_size, ragged = (BACKWARD_ROTARY, BACKWARD_ROTARY) if rotary else (BACKWARD, BACKWARD_RAGGED)
+    settings = settings_for(by_size, head_dim, itemsize, ragged=ragged)
     return _plan_blocks(settings, 2 * batch * heads, n, head_dim, itemsize)
+
+
+def _plan_turns(positions: int, half: int) -> Plan:
+    columns = triton.next_power_of_2(half)
+    block = max(128 // columns, 1)
+    settings = {"BLOCK": block, "BLOCK_H": columns, "num_warps": 4, "num_stages": 1}
+    return Plan(triton.cdiv(positions, block), settings)
 
 
 @Launcher
 def launch_forward(
-    qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, out: Tensor, lse: Tensor
+    qkv: Tensor,
+    heads: int,
+    window_size: int,
+    causal: bool,
+    mask: Tensor | None,
+    rotary: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
 ) -> Iterator[Launch]:
     """Fill in the output `b n (h d)` and the logarithms `b h n`, from contiguous tensors."""
     batch, n, width = out.shape
     head_dim = width // heads
+    turns = yield from _turn(rotary, n, window_size, causal)
     yield Launch(
         _forward_kernel,
         _plan_forward(batch, n, heads, head_dim, out.itemsize),
@@ -378,6 +582,7 @@ def launch_forward(
         qkv if mask is None else mask,
         out,
         lse,
+        turns,
         n,
         min(window_size, n),
         LOG2_E.value * head_dim**-0.5,
@@ -393,6 +598,7 @@ def launch_backward(
     window_size: int,
     causal: bool,
     mask: Tensor | None,
+    rotary: Tensor | None,
     out: Tensor,
     lse: Tensor,
     dqkv: Tensor,
@@ -400,15 +606,17 @@ def launch_backward(
     """Fill in the gradient `b n (3 h d)`, from contiguous tensors."""
     batch, n, width = out.shape
     head_dim = width // heads
+    turns = yield from _turn(rotary, n, window_size, causal)
     yield Launch(
         _backward_kernel,
-        _plan_backward(batch, n, heads, head_dim, out.itemsize),
+        _plan_backward(batch, n, heads, head_dim, out.itemsize, rotary is not None),
         grad_output,
         qkv,
         qkv if mask is None else mask,
         out,
         lse,
         dqkv,
+        turns,
         n,
         min(window_size, n),
         LOG2_E.value * head_dim**-0.5,
@@ -417,5 +625,22 @@ def launch_backward(
     )
 
 
+def _turn(rotary: Tensor | None, n: int, window_size: int, causal: bool) -> Generator[Launch, None, Scratch | None]:
+    """Cosines and sines `positions 2 d/2` of as many positions as a program reaches from its first tile on."""
+    if rotary is None:
+        return None
+    (half,) = rotary.shape
+    positions = min(2 * window_size, n) + 2 * MOST_ROWS
+    turns = Scratch(positions, 2 * half, dtype=torch.float32)
+    yield Launch(_turns_kernel, _plan_turns(positions, half), rotary, turns, positions, HALF=half)
+    return turns
+
+
 def _constants(heads: int, head_dim: int, causal: bool, mask: Tensor | None) -> dict[str, Any]:
-    return {"HEADS": heads, "HEAD_DIM": head_dim, "CAUSAL": causal, "HAS_MASK": mask is not None}
+    return {
+        "HEADS": heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_H": max(triton.next_power_of_2(head_dim) // 2, 16),
+        "CAUSAL": causal,
+        "HAS_MASK": mask is not None,
+    }

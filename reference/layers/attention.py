@@ -25,6 +25,7 @@ class ConditionalRoutedAttention(RoutedBranch):
         light_window_size: a token attends to those at most half as far away; at least 2.
         heavy_dim_head, heavy_heads: of the dense attention.
         rotary_emb: rotary position embedding in the dense attention.
+        light_rotary_emb: the same in the attention within a radius.
         num_routed_kv, router_straight_through, router_kwargs: as in `RoutedBranch`.
         multiply_keys_by_score, multiply_queries_by_score: as in `RoutedBranch`.
         use_triton, use_null_q_tokens, use_flash_attn, init: as in `RoutedBranch`.
@@ -52,6 +53,7 @@ class ConditionalRoutedAttention(RoutedBranch):
         use_flash_attn: bool = False,
         init: Start = "published",
         rotary_emb: bool = False,
+        light_rotary_emb: bool = False,
     ) -> None:
         super().__init__(
             dim,
@@ -74,7 +76,8 @@ class ConditionalRoutedAttention(RoutedBranch):
             check_counts(light_window_size=light_window_size)
             require(light_window_size >= 2, "light_window_size", light_window_size, ">= 2")
             radius = light_window_size // 2
-            self.light_attn = WindowedAttention(dim, radius, light_dim_head, light_heads, use_triton=self.operations)
+            options: dict[str, Any] = {"use_triton": self.operations, "rotary_emb": light_rotary_emb}
+            self.light_attn = WindowedAttention(dim, radius, light_dim_head, light_heads, **options)
         self.rotary_emb = RotaryEmbedding(heavy_dim_head) if rotary_emb else None
 
     @replayed

@@ -43,6 +43,7 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             in reach of neither.
         heavy_dim_head, heavy_heads: of the routed attention.
         rotary_emb: rotary position embedding in the routed attention.
+        light_rotary_emb: the same in the windowed attention.
         causal_query_routing: whether a query is chosen by nothing that comes after it.
         num_routed_kv, router_straight_through, router_kwargs: as in `RoutedBranch`.
         multiply_keys_by_score, multiply_queries_by_score: as in `RoutedBranch`.
@@ -71,6 +72,7 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         use_flash_attn: bool = False,
         init: Start = "published",
         rotary_emb: bool = False,
+        light_rotary_emb: bool = False,
         causal_query_routing: bool = False,
     ) -> None:
         super().__init__(
@@ -96,9 +98,8 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             heavy_window_size=self.heavy_window_size,
         )
         self.causal_query_routing = causal_query_routing
-        self.light_attn = WindowedAttention(
-            dim, light_window_size, light_dim_head, light_heads, causal=True, use_triton=self.operations
-        )
+        options: dict[str, Any] = {"causal": True, "use_triton": self.operations, "rotary_emb": light_rotary_emb}
+        self.light_attn = WindowedAttention(dim, light_window_size, light_dim_head, light_heads, **options)
         self.rotary_emb = RotaryEmbedding(heavy_dim_head) if rotary_emb else None
 
         router, segments = self.kv_router, (router_kwargs or {}).get("triton_checkpoint_segments")

@@ -38,6 +38,7 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         use_null_q_tokens: bool = True,
         use_flash_attn: bool = False,
         init: Start = "published",
+        light_rotary_emb: bool = False,
     ) -> None:
         super().__init__()
         self.operations = Operations.of(use_triton)
@@ -69,6 +70,7 @@ class ConditionalRoutedTransformerBlock(nn.Module):
             use_null_q_tokens=use_null_q_tokens,
             use_flash_attn=use_flash_attn,
             init=init,
+            light_rotary_emb=light_rotary_emb,
         )
 
     @replayed

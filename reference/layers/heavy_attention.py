@@ -6,10 +6,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from reference._shared.rotary import rotate
 from reference.layers.linear import Rounded, is_plain, linear
 from reference.layers.norms import RMSNorm
 from reference.layers.operations import Operations, UseTriton
-from reference.layers.rotary import Rotations, rotate
+from reference.layers.rotary import Rotations
 
 
 class Attention(nn.Module):

@@ -1,11 +1,14 @@
 """The light branch of the attention layers: each token attends to those around it."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from reference._shared.arguments import check_counts
 from reference.layers.linear import Rounded, linear, round_weights
 from reference.layers.norms import LayerNorm, RMSNorm
 from reference.layers.operations import Operations, UseTriton
+from reference.layers.rotary import RotaryEmbedding
 
 
 class WindowedAttention(nn.Module):
@@ -14,6 +17,7 @@ class WindowedAttention(nn.Module):
     Args:
         window_size: if causal, the size of windows, and a token attends to what is before it in its window and to all
             of the window before; else the radius: a token attends to those at most so far away.
+        rotary_emb: rotary position embedding.
         use_triton: as in `CoordinateDescentRouter`.
     """
 
@@ -25,9 +29,11 @@ class WindowedAttention(nn.Module):
         heads: int = 8,
         causal: bool = False,
         use_triton: UseTriton = False,
+        rotary_emb: bool = False,
     ) -> None:
         super().__init__()
         check_counts(light_dim_head=dim_head, light_heads=heads, light_window_size=window_size)
+        self.rotary_emb = RotaryEmbedding(dim_head, name="light_dim_head") if rotary_emb else None
         self.window_size = window_size
         self.heads = heads
         self.causal = causal
@@ -44,7 +50,9 @@ class WindowedAttention(nn.Module):
         """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to; weights that are rounded already."""
         rounded = round_weights(x, *self.children()) if rounded is None else rounded
         qkv = linear(self.to_qkv, self.norm(x), rounded)
-        options = {"heads": self.heads, "window_size": self.window_size, "causal": self.causal}
+        options: dict[str, Any] = {"heads": self.heads, "window_size": self.window_size, "causal": self.causal}
+        if self.rotary_emb is not None:
+            options["rotary"] = self.rotary_emb.frequencies()
         return linear(self.to_out, self.operations.windowed_attention(qkv, mask=mask, **options), rounded)
 
 

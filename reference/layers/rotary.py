@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from reference._shared.arguments import require
+from reference._shared.rotary import rotary_angles
 
 
 class RotaryEmbedding(nn.Module):
@@ -14,9 +15,9 @@ class RotaryEmbedding(nn.Module):
 
     inv_freq: Tensor
 
-    def __init__(self, dim: int, theta: float = 10000) -> None:
+    def __init__(self, dim: int, theta: float = 10000, name: str = "heavy_dim_head") -> None:
         super().__init__()
-        require(dim % 2 == 0, "heavy_dim_head", dim, "even for a rotary embedding")
+        require(dim % 2 == 0, name, dim, "even for a rotary embedding")
         self.dim = dim
         self.theta = theta
         self.register_buffer("inv_freq", self._frequencies(torch.get_default_dtype()))
@@ -24,13 +25,14 @@ class RotaryEmbedding(nn.Module):
     def _frequencies(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
         return self.theta ** -(torch.arange(0, self.dim, 2, device=device, dtype=dtype) / self.dim)
 
-    def forward(self, seq_len: int) -> Tensor:
+    def frequencies(self) -> Tensor:
+        """Frequencies `d / 2` in radians a position."""
         # A module in half precision has its buffer rounded, by which later positions would be off by several turns.
         dtype = torch.promote_types(self.inv_freq.dtype, torch.float32)
-        frequencies = self._frequencies(dtype, self.inv_freq.device)
-        positions = torch.arange(seq_len, device=frequencies.device, dtype=dtype)
-        angles = positions[:, None] * frequencies
-        return torch.cat((angles, angles), dim=-1)
+        return self._frequencies(dtype, self.inv_freq.device)
+
+    def forward(self, seq_len: int) -> Tensor:
+        return rotary_angles(self.frequencies(), seq_len)
 
 
 def angles_at(angles: Tensor, indices: Tensor | None) -> Tensor:
@@ -38,12 +40,6 @@ def angles_at(angles: Tensor, indices: Tensor | None) -> Tensor:
     return (
         angles if indices is None else rearrange(angles[indices.clamp(max=angles.shape[0] - 1)], "... k d -> ... 1 k d")
     )
-
-
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """x `... d` rotated in the planes of dimensions i and i + d / 2."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()).to(x.dtype)
 
 
 class Rotations(NamedTuple):

@@ -289,10 +289,12 @@ def routed_attention(batch, n, heads, head_dim, itemsize, masked=False, weighed=
     _call_and_differentiate(kept, lambda: kernels.routed_attention(*arguments, **options))
 
 
-def windowed_attention(batch, n, heads, head_dim, itemsize, masked=False, causal=False, **_):
+def windowed_attention(batch, n, heads, head_dim, itemsize, masked=False, causal=False, rotary=False, **_):
+    head_dim += head_dim % 2 if rotary else 0
     qkv = torch.zeros(batch, n, 3 * heads * head_dim, dtype=DTYPES[itemsize], requires_grad=True)
     mask = torch.ones(batch, n, dtype=torch.bool) if masked else None
-    options = {"heads": heads, "window_size": 4, "causal": causal, "mask": mask}
+    frequencies = torch.ones(head_dim // 2) if rotary else None
+    options = {"heads": heads, "window_size": 4, "causal": causal, "mask": mask, "rotary": frequencies}
     _call_and_differentiate(True, lambda: kernels.windowed_attention(qkv, **options))
 
 
@@ -381,7 +383,7 @@ OPERATIONS = {
     "windowed_attention": Operation(
         (windowed_attention_kernels._plan_forward, windowed_attention_kernels._plan_backward),
         windowed_attention,
-        _variants(masked=BOOL, causal=BOOL),
+        _variants(masked=BOOL, causal=BOOL, rotary=BOOL),
     ),
 }
 

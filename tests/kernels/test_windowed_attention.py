@@ -26,10 +26,15 @@ in_a_kernel = pytest.mark.skipif(
 around_the_kernels = pytest.mark.skipif(INTERPRETED, reason="about what is around the kernels")
 
 
-def dense(qkv, heads, window_size, causal, mask=None):
+def dense(qkv, heads, window_size, causal, mask=None, rotary=None):
     """By the definition, with all pairs of tokens."""
     batch, n, _ = qkv.shape
     query, key, value = qkv.view(batch, n, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    if rotary is not None:
+        turns = torch.arange(n, device=qkv.device)[:, None] * rotary.to(qkv.dtype)
+        turns = torch.polar(torch.ones_like(turns), turns)
+        query, key = (torch.view_as_real(torch.complex(*x.chunk(2, -1)) * turns) for x in (query, key))
+        query, key = (x.transpose(-1, -2).flatten(-2) for x in (query, key))
     i, j = torch.arange(n, device=qkv.device)[:, None], torch.arange(n, device=qkv.device)
     near = (j <= i) & (j // window_size >= i // window_size - 1) if causal else (i - j).abs() <= window_size
     near = near.expand(batch, 1, n, n) if mask is None else near & mask[:, None, None]
@@ -44,13 +49,13 @@ def with_gradient(operation, qkv, grad):
     return {"output": out.detach(), "qkv": torch.autograd.grad(out, qkv, grad.to(out.dtype))[0]}
 
 
-def check(qkv, heads, window_size, causal=False, mask=None):
+def check(qkv, heads, window_size, causal=False, mask=None, rotary=None):
     """Values and gradients are as near to the definition in fp64 as a correct computation in the same dtype is."""
     batch, n, width = qkv.shape
     grad = torch.randn(batch, n, width // 3, device=qkv.device).to(qkv.dtype)
-    options = {"heads": heads, "window_size": window_size, "causal": causal, "mask": mask}
+    options = {"heads": heads, "window_size": window_size, "causal": causal, "mask": mask, "rotary": rotary}
     ours = with_gradient(lambda x: windowed_attention(x, **options), qkv, grad)
-    expected = with_gradient(lambda x: dense(x, heads, window_size, causal, mask), qkv.double(), grad)
+    expected = with_gradient(lambda x: dense(x, heads, window_size, causal, mask, rotary), qkv.double(), grad)
     assert {found.dtype for found in ours.values()} == {qkv.dtype}
     check_correct(
         ours, lambda: with_gradient(lambda x: reference.windowed_attention(x, **options), qkv, grad), expected
@@ -87,6 +92,18 @@ def test_follows_the_definition(device, heads, n, window_size, causal, masked):
 @pytest.mark.parametrize(("dim_head", "causal"), [(1, False), (24, True), (64, False), (72, True), (136, False)])
 def test_dtypes_and_dimensions_of_heads(device, dtype, dim_head, causal):
     check(tokens(1, 45, 1, dim_head, device, dtype), 1, 12, causal, torch.rand(1, 45, device=device) > 0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("dim_head", "n", "window_size", "causal"),
+    [(2, 45, 12, False), (24, 70, 10**9, True), (64, 150, 20, True), (72, 60, 9, False), (128, 131, 64, False)],
+)
+def test_rotary_position_embedding(device, dtype, dim_head, n, window_size, causal):
+    """Frequencies from a turn in six tokens down, as layers have them."""
+    rotary = 10000 ** -(torch.arange(0, dim_head, 2, device=device, dtype=torch.float64) / dim_head)
+    qkv, mask = tokens(2, n, 2, dim_head, device, dtype), torch.rand(2, n, device=device) > 0.2
+    check(qkv, 2, window_size, causal, mask, rotary if dtype == torch.float64 else rotary.float())
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -179,6 +196,8 @@ def test_fp64_gradients(device, causal):
         ({"qkv": torch.ones(2, 5, 24, dtype=torch.int32)}, "qkv must be a tensor of a float dtype, got torch.int32"),
         ({"heads": 0}, "heads must be >= 1, got 0"),
         ({"window_size": 0}, "window_size must be >= 1, got 0"),
+        ({"rotary": torch.ones(3)}, r"rotary must be of shape \(d / 2\) for heads of an even d, as d is 4"),
+        ({"rotary": torch.ones(2, dtype=torch.int64)}, "rotary must be a tensor of a float dtype"),
         ({"mask": torch.ones(2, 5)}, "mask must be a tensor of dtype torch.bool"),
         ({"mask": torch.ones(2, 6, dtype=torch.bool)}, r"mask must be of shape \(2, 5\)"),
     ],
@@ -210,7 +229,8 @@ def test_is_bitwise_reproducible(device):
 @in_a_kernel
 def test_is_an_operator(device):
     qkv, mask = tokens(1, 9, 1, 16, device).requires_grad_(), torch.rand(1, 9, device=device) > 0.2
-    torch.library.opcheck(torch.ops.colt5.windowed_attention, (qkv, 1, 3, False, mask))
+    for rotary in (None, torch.ones(8, device=device)):
+        torch.library.opcheck(torch.ops.colt5.windowed_attention, (qkv, 1, 3, False, mask, rotary))
 
 
 @around_the_kernels
@@ -238,9 +258,11 @@ def test_autocast_lowers_what_it_lowers_in_plain_pytorch(device, dtype):
     assert dqkv.dtype == dtype
 
 
+@pytest.mark.parametrize("rotary_emb", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_layer_computes_the_same_with_it(device, causal):
-    plain, fused = (WindowedAttention(8, 4, 16, 1, causal, use_triton=use).to(device) for use in (False, True))
+def test_a_layer_computes_the_same_with_it(device, causal, rotary_emb):
+    options = {"causal": causal, "rotary_emb": rotary_emb}
+    plain, fused = (WindowedAttention(8, 4, 16, 1, **options, use_triton=use).to(device) for use in (False, True))
     fused.load_state_dict(plain.state_dict())
     assert "kernels.windowed_attention" in repr(fused)
     x, mask = torch.randn(2, 30, 8, device=device), torch.rand(2, 30, device=device) > 0.3
@@ -317,6 +339,7 @@ def test_a_flop_counter_sees_it(device):
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize("has_rotary", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "dim_head", "causal", "target"),
     [
@@ -326,15 +349,18 @@ def test_a_flop_counter_sees_it(device):
         (torch.float32, 64, True, 80),
     ],
 )
-def test_no_register_spills(device, dtype, dim_head, causal, target):
+def test_no_register_spills(device, dtype, dim_head, causal, target, has_rotary):
     mask = torch.ones(1, 300, dtype=torch.bool, device=device) if causal else None
 
     def launch():
         qkv = tokens(1, 300, 2, dim_head, device, dtype).requires_grad_()
         with triton_for_cpu_tensors():
-            windowed_attention(qkv, heads=2, window_size=64, causal=causal, mask=mask).sum().backward()
+            rotary = torch.ones(dim_head // 2, device=device) if has_rotary else None
+            options = {"heads": 2, "window_size": 64, "causal": causal, "mask": mask, "rotary": rotary}
+            windowed_attention(qkv, **options).sum().backward()
 
-    forward, backward = compiled_kernels(launch, target=target)
-    assert forward["spilled_bytes"] == backward["spilled_bytes"] == 0
+    kernels = compiled_kernels(launch, target=target)
+    assert all(kernel["spilled_bytes"] == 0 for kernel in kernels)
+    forward, backward = (kernel for kernel in kernels if kernel["name"] != "_turns_kernel")
     assert forward["instructions"]["matrix"] > 0
     assert backward["instructions"]["matrix"] > 0

@@ -338,6 +338,7 @@ def _windowed_attention(draw: Draw) -> Drawn:
     if draw.chance(0.05):
         batch, n = draw.scale.many // heads + 1, draw.pick(1, 2)
     data = {"qkv": [batch, n, 3 * heads * d], "mask": draw.mask("nothing")}
+    data["rotary"] = d // 2 if d % 2 == 0 and draw.chance(0.5) else None
     return data, {"heads": heads, "window_size": window, "causal": draw.chance(0.5)}
 
 
@@ -469,6 +470,7 @@ CONSTRUCTOR: dict[str, Callable[[Draw, _Sizes], Any]] = {
     "use_flash_attn": _flag,
     "init": lambda draw, sizes: "zero" if draw.chance(0.2) else "published",
     "rotary_emb": _flag,
+    "light_rotary_emb": _flag,
     "causal_query_routing": _flag,
     "channel_first": _flag,
     # Of a vision transformer.
@@ -748,6 +750,8 @@ def _attended(make: Maker, data: dict[str, Any]) -> None:
 def _windows(make: Maker, data: dict[str, Any]) -> None:
     make.add("qkv", make.normal(*data["qkv"]))
     make.add("mask", make.mask(data["mask"], data["qkv"][:2]))
+    if data.get("rotary") is not None:
+        make.add("rotary", make.rand(data["rotary"]), False)
 
 
 _TENSORS: dict[str, Callable[[Maker, dict[str, Any]], None]] = {
