@@ -66,6 +66,7 @@ COUNTS = {
     "n_tokens": around(),
     "n_windows": around(most=2048),
     "pairs": BOOL,
+    "rotary": BOOL,
     "routes": tuple(range(1, score_kernels.MOST_ROUTES + 1)),
     "selected": around(select_kernels.LISTED, select_kernels.MOST_RANKED, most=2**17),
     "simple": BOOL,
@@ -75,7 +76,7 @@ COUNTS = {
 """What sizes of a name are tried; a launcher whose sizes go by other names has to say here what they may be."""
 
 
-NOT_A_COUNT = {"aligned", "available", "itemsize", "n_iters", "pairs", "simple"}
+NOT_A_COUNT = {"aligned", "available", "itemsize", "n_iters", "pairs", "rotary", "simple"}
 """Of these, what makes no tensor larger."""
 
 
