@@ -57,6 +57,7 @@ KNOWN = (
     Spill("combine", 120, "_forward_kernel", {"BLOCK_D": 8}, 8),
     Spill("windowed_attention", 90, "_forward_kernel", {"HEADS": 3, "BLOCK_D": 64, "BLOCK": 32}, 8),
     Spill("windowed_attention", 80, "_backward_kernel", {"BLOCK_D": 128, "BLOCK": 16}, 8),
+    Spill("windowed_attention", 120, "_backward_kernel", {"BLOCK_D": 64, "BLOCK": 64, "TILE": 16}, 24),
     Spill("gathered_attention", 80, "_key_value_kernel", {"DIM": 64, "PRECISION": "tf32", "WEIGH_KEYS": False}, 8),
     Spill("gathered_attention", 120, "_key_value_kernel", {"DIM": 64, "PRECISION": "tf32", "WEIGH_KEYS": True}, 8),
     Spill("routed_attention", 80, "_query_kernel", HALF, 8),
