@@ -8,7 +8,7 @@ from torch import Tensor
 from reference._attention import attend
 from reference._shared.arguments import check_windows
 from reference._shared.autocast import autocast_dtype
-from reference._shared.rotary import rotary_angles, rotate
+from reference._shared.rotary import rotate_sequence
 from reference._shared.sizes import ceil_div, window_for, without_padding
 
 
@@ -19,7 +19,7 @@ def windowed_attention(
     window_size: int,
     causal: bool = False,
     mask: Tensor | None = None,
-    rotary: Tensor | None = None,
+    rotary_theta: float | None = None,
 ) -> Tensor:
     """Softmax attention of each token to those near it: the light branch of CoLT5 (2303.09752, section 3.2).
 
@@ -33,8 +33,8 @@ def windowed_attention(
         window_size: at least 1, in tokens.
         causal: whether a token attends to nothing after it.
         mask: bool, `b n`, False for tokens that nothing attends to.
-        rotary: `d / 2`, any float dtype: frequencies of rotary position embedding (2104.09864) in radians a position,
-            as `RotaryEmbedding.frequencies` makes them. They have no gradient.
+        rotary_theta: of rotary position embedding (2104.09864), if there is one: dimensions i and i + d / 2 of queries
+            and keys turn by theta^(-2 i / d) radians a position. d is then even.
 
     Returns:
         `b n (h d)`, in the dtype of qkv. A token that may attend to nothing gives 0, with gradient 0.
@@ -42,9 +42,9 @@ def windowed_attention(
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
     """
-    check_windows(qkv, heads, window_size, mask, rotary)
+    check_windows(qkv, heads, window_size, mask, rotary_theta)
     batch, n, _ = qkv.shape
-    qkv = qkv if rotary is None else rotated(qkv, heads, rotary)
+    qkv = qkv if rotary_theta is None else rotated(qkv, heads, rotary_theta)
     size = window_for(n, window_size)
     windows = ceil_div(n, size)
     padded = F.pad(qkv, (0, 0, 0, windows * size - n))
@@ -76,13 +76,12 @@ def _within_reach(size: int, causal: bool, device: torch.device) -> Tensor:
     return key <= query if causal else (key - query).abs() <= size
 
 
-def rotated(qkv: Tensor, heads: int, frequencies: Tensor) -> Tensor:
-    """`b n (3 h d)` with queries and keys turned by their positions times frequencies `d / 2`."""
+def rotated(qkv: Tensor, heads: int, theta: float) -> Tensor:
+    """`b n (3 h d)` with rotary position embedding of queries and keys."""
     lowered = autocast_dtype(qkv)
     qkv = qkv if lowered is None else qkv.to(lowered)
     query_key, value = qkv.unflatten(-1, (3, heads, -1)).split((2, 1), dim=2)
-    angles = rotary_angles(frequencies, qkv.shape[1])[:, None, None]
-    return torch.cat((rotate(query_key, angles), value), dim=2).flatten(2)
+    return torch.cat((rotate_sequence(query_key, theta), value), dim=2).flatten(2)
 
 
 def attend_to_all(qkv: Tensor, *, heads: int, window_size: int, mask: Tensor | None) -> Tensor:

@@ -150,6 +150,8 @@ def _gathered_attention(rng):
 def _windowed_attention(rng):
     b, n, h, d = rng.randint(1, 3), rng.randint(1, 20), rng.randint(1, 3), rng.randint(1, 8)
     options = {"heads": h, "window_size": rng.randint(1, 12), "causal": rng.random() < 0.5}
+    if d % 2 == 0:
+        options["rotary_theta"] = rng.choice([None, 10000.0])
     return {"qkv": torch.randn(b, n, 3 * h * d), "mask": _mask(rng, b, n), **options}
 
 

@@ -14,7 +14,7 @@ from tests.reference.conftest import SIZES
 WRONG = [torch.tensor(1.0), "1", True, float("nan"), float("inf"), -1, None]
 TENSORS = {("coor_descent", "k"), ("soft_topk", "k"), ("segmented_coor_descent", "k")}
 SIGNED = {"cosine_sim_scale"}
-OPTIONAL = {"eps_init", "cosine_sim_scale"}
+OPTIONAL = {"eps_init", "cosine_sim_scale", "rotary_theta"}
 NUMBERS = {"eps": 0.1, "eps_init": 2.0, "cosine_sim_scale": 8.0, "block_size": 6}
 """Options that a call may be drawn without."""
 

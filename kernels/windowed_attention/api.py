@@ -29,14 +29,14 @@ from reference._shared.autocast import autocast_dtype
 
 
 def _forward(
-    qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, rotary: Tensor | None
+    qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, rotary_theta: float | None
 ) -> tuple[Tensor, Tensor]:
     """The output, and the lse of each query to the base 2."""
     batch, n, width = qkv.shape
     out = qkv.new_empty(batch, n, width // 3)
     lse = qkv.new_empty(batch, heads, n, dtype=torch.promote_types(qkv.dtype, torch.float32))
     if has_values(qkv):
-        launch_forward(qkv.contiguous(), heads, window_size, causal, _contiguous(mask), _contiguous(rotary), out, lse)
+        launch_forward(qkv.contiguous(), heads, window_size, causal, _contiguous(mask), rotary_theta, out, lse)
     return out, lse
 
 
@@ -44,22 +44,22 @@ def _backward(
     grad_output: Tensor,
     qkv: Tensor,
     mask: Tensor | None,
-    rotary: Tensor | None,
     output: Tensor,
     lse: Tensor,
     heads: int,
     window_size: int,
     causal: bool,
+    rotary_theta: float | None,
 ) -> Tensor:
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if has_values(qkv):
-        options = (heads, window_size, causal, _contiguous(mask), _contiguous(rotary))
+        options = (heads, window_size, causal, _contiguous(mask), rotary_theta)
         launch_backward(grad_output.contiguous(), qkv.contiguous(), *options, output, lse, dqkv)
     return dqkv
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+def _contiguous(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous()
 
 
 def _runs_kernel(qkv: Tensor, heads: int) -> bool:
@@ -91,7 +91,7 @@ def _flops(shape: torch.Size, heads: int, window_size: int, causal: bool, *_: ob
 @register_flop_formula(torch.ops.colt5.windowed_attention_backward)
 def _backward_flops(grad_output: torch.Size, shape: torch.Size, *arguments: Any, **_: object) -> int:
     """A gradient for either factor of both products, and the weights again: as PyTorch counts its own kernels."""
-    return _flops(shape, *arguments[-3:]) * 5 // 2
+    return _flops(shape, *arguments[-4:]) * 5 // 2
 
 
 def windowed_attention(
@@ -101,7 +101,7 @@ def windowed_attention(
     window_size: int,
     causal: bool = False,
     mask: Tensor | None = None,
-    rotary: Tensor | None = None,
+    rotary_theta: float | None = None,
 ) -> Tensor:
     """`reference.windowed_attention` tile by tile, forward and backward, in memory linear in n whatever the window.
 
@@ -116,8 +116,8 @@ def windowed_attention(
             and a token attends to what is not after it in its window and to all of the window before.
         causal: whether a token attends to nothing after it.
         mask: bool, `b n`, False for tokens that nothing attends to.
-        rotary: `d / 2`, any float dtype: frequencies of rotary position embedding (2104.09864) in radians a position.
-            They have no gradient.
+        rotary_theta: of rotary position embedding (2104.09864), if there is one: dimensions i and i + d / 2 of queries
+            and keys turn by theta^(-2 i / d) radians a position. d is then even.
 
     Returns:
         `b n (h d)`, in the dtype of qkv. A token that may attend to nothing gives 0, with gradient 0.
@@ -126,10 +126,10 @@ def windowed_attention(
         ValueError: an argument is out of its range, or shapes do not match.
         NotImplementedError: a second derivative or forward mode is asked for, but on the CPU.
     """
-    check_windows(qkv, heads, window_size, mask, rotary)
+    check_windows(qkv, heads, window_size, mask, rotary_theta)
     lowered = autocast_dtype(qkv)
     qkv = qkv if lowered is None else qkv.to(lowered)
     if not _runs_kernel(qkv, heads):
-        return cpu.windowed_attention(qkv, heads, window_size, causal, mask, rotary)
-    out, _ = _operation(qkv, heads, window_size, causal, mask, rotary)
+        return cpu.windowed_attention(qkv, heads, window_size, causal, mask, rotary_theta)
+    out, _ = _operation(qkv, heads, window_size, causal, mask, rotary_theta)
     return out

@@ -7,10 +7,11 @@ from reference.windowed_attention import windowed_attention as by_definition
 
 
 def windowed_attention(
-    qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, rotary: Tensor | None
+    qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, rotary_theta: float | None
 ) -> Tensor:
     """The definition, or, where every token reaches all others, attention without windows."""
     if not causal and window_size >= qkv.shape[1] > 0:
-        qkv = qkv if rotary is None else rotated(qkv, heads, rotary)
+        qkv = qkv if rotary_theta is None else rotated(qkv, heads, rotary_theta)
         return attend_to_all(qkv, heads=heads, window_size=window_size, mask=mask)
-    return by_definition(qkv, heads=heads, window_size=window_size, causal=causal, mask=mask, rotary=rotary)
+    options = {"window_size": window_size, "causal": causal, "mask": mask, "rotary_theta": rotary_theta}
+    return by_definition(qkv, heads=heads, **options)

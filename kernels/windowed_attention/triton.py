@@ -5,7 +5,8 @@ a program looks at and which entries of a tile count.
 
 Rotary position embedding depends on distances alone. A program counts positions from the first row of its first tile,
 so that a short table of cosines and sines serves all programs. Its queries and keys are then of two halves, each
-`rows d/2`, whose products add up. In the forward pass, cosines and sines of a tile come from those of the tile before.
+`rows d/2`, whose products add up. In the forward pass in half precision, cosines and sines of a tile come from those
+of the tile before.
 """
 
 import math
@@ -27,7 +28,7 @@ PRECISION = tl.constexpr("tf32x3")
 QUARTER_TURN = tl.constexpr(math.pi / 2)
 
 MOST_ROWS = 64
-"""At least the rows of a block or a tile."""
+"""Of a block or a tile."""
 
 NOWHERE = tl.constexpr(-(2**30))
 """Position of a key that is not there: before every interval."""
@@ -105,9 +106,9 @@ def _cos_and_sin(angle):
 
 @triton.jit
 def _turns_kernel(
-    frequency_ptr,  # d / 2
     turns_ptr,  # positions 2 d/2, fp32: cosines, sines
     positions,
+    LOG2_THETA: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -115,7 +116,7 @@ def _turns_kernel(
     """Cosines and sines of the angles of the first positions."""
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, BLOCK_H)
-    frequency = tl.load(frequency_ptr + column, mask=column < HALF, other=0.0).to(tl.float64)
+    frequency = tl.exp2(column.to(tl.float64) * (-LOG2_THETA / HALF))
     cos, sin = _cos_and_sin(position.to(tl.float64)[:, None] * frequency[None, :])
     at = turns_ptr + position.to(tl.int64)[:, None] * (2 * HALF) + column[None, :]
     inside = (position < positions)[:, None] & (column < HALF)[None, :]
@@ -228,7 +229,6 @@ def _forward_kernel(
         q = tl.load(own, mask=owned, other=0.0)
     else:
         q, q2 = _turned_at(qkv_ptr, start, n, turns_ptr, start - first_key, BLOCK, HEAD_DIM, BLOCK_H, 3 * WIDTH)
-        # Asynchronous loads of the table would go past the L1 cache for each tile.
         cos, sin = _turns(turns_ptr, 0, TILE, HEAD_DIM, BLOCK_H)
         step_cos, step_sin = _turns(turns_ptr, TILE, 1, HEAD_DIM, BLOCK_H)
     max_logit = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -241,7 +241,12 @@ def _forward_kernel(
             k = tl.load(at + WIDTH, mask=inside, other=0.0)
         else:
             k, k2 = _turned(qkv_ptr + WIDTH, start_n, n, cos, sin, TILE, HEAD_DIM, BLOCK_H, 3 * WIDTH)
-            cos, sin = cos * step_cos - sin * step_sin, sin * step_cos + cos * step_sin
+            if qkv_ptr.dtype.element_ty == tl.float32:
+                cos, sin = _turns(turns_ptr, (tile + 1) * TILE, TILE, HEAD_DIM, BLOCK_H)
+            else:
+                # Asynchronous loads of the table would go past the L1 cache for each tile. Errors grow with tiles:
+                # to 4e-5 over 32768 keys, and to 1e-3 over a million.
+                cos, sin = cos * step_cos - sin * step_sin, sin * step_cos + cos * step_sin
         v = tl.load(at + 2 * WIDTH, mask=inside, other=0.0)
         key = start_n + tl.arange(0, TILE)
         key = tl.where(_are_present(mask_ptr + row, key, n, HAS_MASK), key, NOWHERE)
@@ -567,14 +572,14 @@ def launch_forward(
     window_size: int,
     causal: bool,
     mask: Tensor | None,
-    rotary: Tensor | None,
+    rotary_theta: float | None,
     out: Tensor,
     lse: Tensor,
 ) -> Iterator[Launch]:
     """Fill in the output `b n (h d)` and the logarithms `b h n`, from contiguous tensors."""
     batch, n, width = out.shape
     head_dim = width // heads
-    turns = yield from _turn(rotary, n, window_size, causal)
+    turns = yield from _turn(rotary_theta, n, head_dim // 2, window_size)
     yield Launch(
         _forward_kernel,
         _plan_forward(batch, n, heads, head_dim, out.itemsize),
@@ -598,7 +603,7 @@ def launch_backward(
     window_size: int,
     causal: bool,
     mask: Tensor | None,
-    rotary: Tensor | None,
+    rotary_theta: float | None,
     out: Tensor,
     lse: Tensor,
     dqkv: Tensor,
@@ -606,10 +611,10 @@ def launch_backward(
     """Fill in the gradient `b n (3 h d)`, from contiguous tensors."""
     batch, n, width = out.shape
     head_dim = width // heads
-    turns = yield from _turn(rotary, n, window_size, causal)
+    turns = yield from _turn(rotary_theta, n, head_dim // 2, window_size)
     yield Launch(
         _backward_kernel,
-        _plan_backward(batch, n, heads, head_dim, out.itemsize, rotary is not None),
+        _plan_backward(batch, n, heads, head_dim, out.itemsize, rotary_theta is not None),
         grad_output,
         qkv,
         qkv if mask is None else mask,
@@ -625,14 +630,15 @@ def launch_backward(
     )
 
 
-def _turn(rotary: Tensor | None, n: int, window_size: int, causal: bool) -> Generator[Launch, None, Scratch | None]:
+def _turn(theta: float | None, n: int, half: int, window_size: int) -> Generator[Launch, None, Scratch | None]:
     """Cosines and sines `positions 2 d/2` of as many positions as a program reaches from its first tile on."""
-    if rotary is None:
+    if theta is None:
         return None
-    (half,) = rotary.shape
-    positions = min(2 * window_size, n) + 2 * MOST_ROWS
+    # The last tile is read past its end, and the tile after it in advance.
+    positions = min(2 * window_size, n) + 3 * MOST_ROWS
     turns = Scratch(positions, 2 * half, dtype=torch.float32)
-    yield Launch(_turns_kernel, _plan_turns(positions, half), rotary, turns, positions, HALF=half)
+    options = {"LOG2_THETA": math.log2(theta), "HALF": half}
+    yield Launch(_turns_kernel, _plan_turns(positions, half), turns, positions, **options)
     return turns
 
 

@@ -123,20 +123,19 @@ def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None, name: str = "x
         require(mask.device == x.device, mask_name, mask.device, "on {} as {} is", x.device, name)
 
 
-def check_windows(qkv: Tensor, heads: int, window_size: int, mask: Tensor | None, rotary: Tensor | None = None) -> None:
-    """Queries, keys and values are a float tensor (b, n, 3 * heads * d); a mask is boolean and (b, n). Frequencies are
-    a float tensor (d / 2)."""
+def check_windows(
+    qkv: Tensor, heads: int, window_size: int, mask: Tensor | None, rotary_theta: float | None = None
+) -> None:
+    """Queries, keys and values are a float tensor (b, n, 3 * heads * d); a mask is boolean and (b, n). If there is a
+    theta of rotary position embedding, d is even."""
     check_float("qkv", qkv)
     check_counts(heads=heads, window_size=window_size)
     fits = qkv.ndim == 3 and qkv.shape[-1] >= 1 and qkv.shape[-1] % (3 * heads) == 0
     require(fits, "qkv", qkv.shape, "of shape (b, n, {} * d), as there are {} heads", 3 * heads, heads)
     check_tokens(qkv, qkv.shape[-1], mask, "qkv")
-    if rotary is not None:
-        check_float("rotary", rotary)
-        dim = qkv.shape[-1] // (3 * heads)
-        fits = dim % 2 == 0 and rotary.shape == (dim // 2,)
-        require(fits, "rotary", rotary.shape, "of shape (d / 2) for heads of an even d, as d is {}", dim)
-        require(rotary.device == qkv.device, "rotary", rotary.device, "on {} as qkv is", qkv.device)
+    if rotary_theta is not None:
+        check_positive(rotary_theta=rotary_theta)
+        require(qkv.shape[-1] // heads % 2 == 0, "qkv", qkv.shape, "of an even d for rotary position embedding")
 
 
 def check_gathered(

@@ -1,14 +1,12 @@
 """The light branch of the attention layers: each token attends to those around it."""
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from reference._shared.arguments import check_counts
 from reference.layers.linear import Rounded, linear, round_weights
 from reference.layers.norms import LayerNorm, RMSNorm
 from reference.layers.operations import Operations, UseTriton
-from reference.layers.rotary import RotaryEmbedding
+from reference.layers.rotary import THETA, check_even
 
 
 class WindowedAttention(nn.Module):
@@ -17,7 +15,7 @@ class WindowedAttention(nn.Module):
     Args:
         window_size: if causal, the size of windows, and a token attends to what is before it in its window and to all
             of the window before; else the radius: a token attends to those at most so far away.
-        rotary_emb: rotary position embedding.
+        rotary_emb: rotary position embedding. It has no parameters, and counts positions from 0.
         use_triton: as in `CoordinateDescentRouter`.
     """
 
@@ -33,7 +31,9 @@ class WindowedAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_counts(light_dim_head=dim_head, light_heads=heads, light_window_size=window_size)
-        self.rotary_emb = RotaryEmbedding(dim_head, name="light_dim_head") if rotary_emb else None
+        if rotary_emb:
+            check_even(light_dim_head=dim_head)
+        self.rotary_theta = THETA if rotary_emb else None
         self.window_size = window_size
         self.heads = heads
         self.causal = causal
@@ -44,16 +44,15 @@ class WindowedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         way = self.operations.path("windowed_attention")
-        return f"window_size={self.window_size}, causal={self.causal}, {way}"
+        return f"window_size={self.window_size}, causal={self.causal}, rotary_theta={self.rotary_theta}, {way}"
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rounded: Rounded | None = None) -> Tensor:
         """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to; weights that are rounded already."""
         rounded = round_weights(x, *self.children()) if rounded is None else rounded
         qkv = linear(self.to_qkv, self.norm(x), rounded)
-        options: dict[str, Any] = {"heads": self.heads, "window_size": self.window_size, "causal": self.causal}
-        if self.rotary_emb is not None:
-            options["rotary"] = self.rotary_emb.frequencies()
-        return linear(self.to_out, self.operations.windowed_attention(qkv, mask=mask, **options), rounded)
+        options = {"window_size": self.window_size, "causal": self.causal, "rotary_theta": self.rotary_theta}
+        out = self.operations.windowed_attention(qkv, heads=self.heads, mask=mask, **options)
+        return linear(self.to_out, out, rounded)
 
 
 class SelfAttention(nn.Module):

@@ -7,7 +7,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from reference._shared.arguments import require
-from reference._shared.rotary import rotary_angles
+from reference._shared.rotary import rotary_angles, rotary_frequencies
+
+
+THETA = 10000.0
+"""Of all layers: the slowest plane turns once in about 60,000 positions."""
+
+
+def check_even(**dims: int) -> None:
+    """Dimensions of heads that are turned in pairs."""
+    for name, dim in dims.items():
+        require(dim % 2 == 0, name, dim, "even for a rotary embedding")
 
 
 class RotaryEmbedding(nn.Module):
@@ -15,24 +25,18 @@ class RotaryEmbedding(nn.Module):
 
     inv_freq: Tensor
 
-    def __init__(self, dim: int, theta: float = 10000, name: str = "heavy_dim_head") -> None:
+    def __init__(self, dim: int, theta: float = THETA) -> None:
         super().__init__()
-        require(dim % 2 == 0, name, dim, "even for a rotary embedding")
+        check_even(heavy_dim_head=dim)
         self.dim = dim
         self.theta = theta
-        self.register_buffer("inv_freq", self._frequencies(torch.get_default_dtype()))
-
-    def _frequencies(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-        return self.theta ** -(torch.arange(0, self.dim, 2, device=device, dtype=dtype) / self.dim)
-
-    def frequencies(self) -> Tensor:
-        """Frequencies `d / 2` in radians a position."""
-        # A module in half precision has its buffer rounded, by which later positions would be off by several turns.
-        dtype = torch.promote_types(self.inv_freq.dtype, torch.float32)
-        return self._frequencies(dtype, self.inv_freq.device)
+        self.register_buffer("inv_freq", rotary_frequencies(dim, theta, torch.get_default_dtype(), None))
 
     def forward(self, seq_len: int) -> Tensor:
-        return rotary_angles(self.frequencies(), seq_len)
+        # A module in half precision has its buffer rounded, by which later positions would be off by several turns.
+        dtype = torch.promote_types(self.inv_freq.dtype, torch.float32)
+        positions = torch.arange(seq_len, device=self.inv_freq.device, dtype=dtype)
+        return rotary_angles(positions, rotary_frequencies(self.dim, self.theta, dtype, self.inv_freq.device))
 
 
 def angles_at(angles: Tensor, indices: Tensor | None) -> Tensor:

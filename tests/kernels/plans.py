@@ -294,8 +294,8 @@ def windowed_attention(batch, n, heads, head_dim, itemsize, masked=False, causal
     head_dim += head_dim % 2 if rotary else 0
     qkv = torch.zeros(batch, n, 3 * heads * head_dim, dtype=DTYPES[itemsize], requires_grad=True)
     mask = torch.ones(batch, n, dtype=torch.bool) if masked else None
-    frequencies = torch.ones(head_dim // 2) if rotary else None
-    options = {"heads": heads, "window_size": 4, "causal": causal, "mask": mask, "rotary": frequencies}
+    theta = 10000.0 if rotary else None
+    options = {"heads": heads, "window_size": 4, "causal": causal, "mask": mask, "rotary_theta": theta}
     _call_and_differentiate(True, lambda: kernels.windowed_attention(qkv, **options))
 
 

@@ -26,12 +26,14 @@ in_a_kernel = pytest.mark.skipif(
 around_the_kernels = pytest.mark.skipif(INTERPRETED, reason="about what is around the kernels")
 
 
-def dense(qkv, heads, window_size, causal, mask=None, rotary=None):
+def dense(qkv, heads, window_size, causal, mask=None, theta=None):
     """By the definition, with all pairs of tokens."""
     batch, n, _ = qkv.shape
     query, key, value = qkv.view(batch, n, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    if rotary is not None:
-        turns = torch.arange(n, device=qkv.device)[:, None] * rotary.to(qkv.dtype)
+    if theta is not None:
+        half = query.shape[-1] // 2
+        frequencies = theta ** -(torch.arange(half, device=qkv.device, dtype=qkv.dtype) / half)
+        turns = torch.arange(n, device=qkv.device)[:, None] * frequencies
         turns = torch.polar(torch.ones_like(turns), turns)
         query, key = (torch.view_as_real(torch.complex(*x.chunk(2, -1)) * turns) for x in (query, key))
         query, key = (x.transpose(-1, -2).flatten(-2) for x in (query, key))
@@ -49,13 +51,13 @@ def with_gradient(operation, qkv, grad):
     return {"output": out.detach(), "qkv": torch.autograd.grad(out, qkv, grad.to(out.dtype))[0]}
 
 
-def check(qkv, heads, window_size, causal=False, mask=None, rotary=None):
+def check(qkv, heads, window_size, causal=False, mask=None, theta=None):
     """Values and gradients are as near to the definition in fp64 as a correct computation in the same dtype is."""
     batch, n, width = qkv.shape
     grad = torch.randn(batch, n, width // 3, device=qkv.device).to(qkv.dtype)
-    options = {"heads": heads, "window_size": window_size, "causal": causal, "mask": mask, "rotary": rotary}
+    options = {"heads": heads, "window_size": window_size, "causal": causal, "mask": mask, "rotary_theta": theta}
     ours = with_gradient(lambda x: windowed_attention(x, **options), qkv, grad)
-    expected = with_gradient(lambda x: dense(x, heads, window_size, causal, mask, rotary), qkv.double(), grad)
+    expected = with_gradient(lambda x: dense(x, heads, window_size, causal, mask, theta), qkv.double(), grad)
     assert {found.dtype for found in ours.values()} == {qkv.dtype}
     check_correct(
         ours, lambda: with_gradient(lambda x: reference.windowed_attention(x, **options), qkv, grad), expected
@@ -100,10 +102,8 @@ def test_dtypes_and_dimensions_of_heads(device, dtype, dim_head, causal):
     [(2, 45, 12, False), (24, 70, 10**9, True), (64, 150, 20, True), (72, 60, 9, False), (128, 131, 64, False)],
 )
 def test_rotary_position_embedding(device, dtype, dim_head, n, window_size, causal):
-    """Frequencies from a turn in six tokens down, as layers have them."""
-    rotary = 10000 ** -(torch.arange(0, dim_head, 2, device=device, dtype=torch.float64) / dim_head)
     qkv, mask = tokens(2, n, 2, dim_head, device, dtype), torch.rand(2, n, device=device) > 0.2
-    check(qkv, 2, window_size, causal, mask, rotary if dtype == torch.float64 else rotary.float())
+    check(qkv, 2, window_size, causal, mask, theta=10000.0)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -196,8 +196,7 @@ def test_fp64_gradients(device, causal):
         ({"qkv": torch.ones(2, 5, 24, dtype=torch.int32)}, "qkv must be a tensor of a float dtype, got torch.int32"),
         ({"heads": 0}, "heads must be >= 1, got 0"),
         ({"window_size": 0}, "window_size must be >= 1, got 0"),
-        ({"rotary": torch.ones(3)}, r"rotary must be of shape \(d / 2\) for heads of an even d, as d is 4"),
-        ({"rotary": torch.ones(2, dtype=torch.int64)}, "rotary must be a tensor of a float dtype"),
+        ({"rotary_theta": 1.0, "qkv": torch.ones(2, 5, 18)}, "qkv must be of an even d for rotary position embedding"),
         ({"mask": torch.ones(2, 5)}, "mask must be a tensor of dtype torch.bool"),
         ({"mask": torch.ones(2, 6, dtype=torch.bool)}, r"mask must be of shape \(2, 5\)"),
     ],
@@ -229,8 +228,8 @@ def test_is_bitwise_reproducible(device):
 @in_a_kernel
 def test_is_an_operator(device):
     qkv, mask = tokens(1, 9, 1, 16, device).requires_grad_(), torch.rand(1, 9, device=device) > 0.2
-    for rotary in (None, torch.ones(8, device=device)):
-        torch.library.opcheck(torch.ops.colt5.windowed_attention, (qkv, 1, 3, False, mask, rotary))
+    for theta in (None, 10000.0):
+        torch.library.opcheck(torch.ops.colt5.windowed_attention, (qkv, 1, 3, False, mask, theta))
 
 
 @around_the_kernels
@@ -307,14 +306,15 @@ def test_is_captured_in_a_cuda_graph(device, causal):
 
 
 @settings(max_examples=4 if INTERPRETED else 40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(2, 90), st.integers(1, 100), st.booleans(), st.data())
-def test_what_is_out_of_reach_does_not_matter(device, n, window_size, causal, data):
+@given(st.integers(2, 90), st.integers(1, 100), st.booleans(), st.sampled_from([None, 100.0]), st.data())
+def test_what_is_out_of_reach_does_not_matter(device, n, window_size, causal, theta, data):
     """Another token at one position changes the output within reach of it, and not a bit elsewhere."""
     at = data.draw(st.integers(0, n - 1))
     qkv = tokens(1, n, 1, 16, device)
     other = qkv.clone()
     other[0, at] = torch.randn(48, device=device)
-    before, after = (windowed_attention(x, heads=1, window_size=window_size, causal=causal)[0] for x in (qkv, other))
+    options = {"heads": 1, "window_size": window_size, "causal": causal, "rotary_theta": theta}
+    before, after = (windowed_attention(x, **options)[0] for x in (qkv, other))
     i = torch.arange(n, device=device)
     reached = (i >= at) & (i // window_size <= at // window_size + 1) if causal else (i - at).abs() <= window_size
     assert torch.equal((before != after).any(dim=-1), reached)
@@ -339,7 +339,7 @@ def test_a_flop_counter_sees_it(device):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("has_rotary", [False, True])
+@pytest.mark.parametrize("theta", [None, 10000.0])
 @pytest.mark.parametrize(
     ("dtype", "dim_head", "causal", "target"),
     [
@@ -349,15 +349,14 @@ def test_a_flop_counter_sees_it(device):
         (torch.float32, 64, True, 80),
     ],
 )
-def test_no_register_spills(device, dtype, dim_head, causal, target, has_rotary):
+def test_no_register_spills(device, dtype, dim_head, causal, target, theta):
     mask = torch.ones(1, 300, dtype=torch.bool, device=device) if causal else None
 
     def launch():
         qkv = tokens(1, 300, 2, dim_head, device, dtype).requires_grad_()
         with triton_for_cpu_tensors():
-            rotary = torch.ones(dim_head // 2, device=device) if has_rotary else None
-            options = {"heads": 2, "window_size": 64, "causal": causal, "mask": mask, "rotary": rotary}
-            windowed_attention(qkv, **options).sum().backward()
+            options = {"window_size": 64, "causal": causal, "mask": mask, "rotary_theta": theta}
+            windowed_attention(qkv, heads=2, **options).sum().backward()
 
     kernels = compiled_kernels(launch, target=target)
     assert all(kernel["spilled_bytes"] == 0 for kernel in kernels)

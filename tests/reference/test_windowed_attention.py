@@ -7,21 +7,22 @@ from torch.autograd import gradcheck
 from reference import windowed_attention
 
 
-def turned(x, frequencies):
+def turned(x, theta):
     """Tokens `n h d` by complex numbers: the plane of dimensions i and i + d / 2 turns by its frequency a token."""
     first, second = x.chunk(2, dim=-1)
-    angles = torch.arange(len(x))[:, None, None] * frequencies
+    half = first.shape[-1]
+    angles = torch.arange(len(x))[:, None, None] * torch.tensor([theta ** (-i / half) for i in range(half)])
     plane = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat((plane.real, plane.imag), dim=-1)
 
 
-def dense(qkv, heads, window_size, causal, mask, rotary=None):
+def dense(qkv, heads, window_size, causal, mask, theta=None):
     """By the definition, one token after the other."""
     rows = []
     for row, present in zip(qkv, mask, strict=True):
         query, key, value = row.unflatten(-1, (3, heads, -1)).unbind(1)
-        if rotary is not None:
-            query, key = turned(query, rotary), turned(key, rotary)
+        if theta is not None:
+            query, key = turned(query, theta), turned(key, theta)
         out = torch.zeros_like(value)
         for i in range(len(row)):
             start, end = max(i - window_size, 0), i + window_size + 1
@@ -35,16 +36,16 @@ def dense(qkv, heads, window_size, causal, mask, rotary=None):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("has_rotary", [False, True])
+@pytest.mark.parametrize("theta", [None, 100.0])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("n", "window_size"), [(1, 1), (7, 3), (12, 4), (9, 20), (0, 2)])
-def test_is_softmax_attention_to_what_is_within_reach(n, window_size, causal, has_rotary):
+def test_is_softmax_attention_to_what_is_within_reach(n, window_size, causal, theta):
     qkv = torch.randn(2, n, 3 * 2 * 6, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(2, n) > 0.3
     mask[1, n // 2 :] = False
-    rotary = torch.rand(3, dtype=torch.float64) if has_rotary else None
-    out = windowed_attention(qkv, heads=2, window_size=window_size, causal=causal, mask=mask, rotary=rotary)
-    torch.testing.assert_close(out, dense(qkv, 2, window_size, causal, mask, rotary))
+    options = {"window_size": window_size, "causal": causal, "mask": mask}
+    out = windowed_attention(qkv, heads=2, **options, rotary_theta=theta)
+    torch.testing.assert_close(out, dense(qkv, 2, window_size, causal, mask, theta))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -57,14 +58,14 @@ def test_gradients(causal):
 @pytest.mark.parametrize("causal", [False, True])
 def test_rotary_gradients(causal):
     qkv = torch.randn(1, 6, 3 * 2 * 2, dtype=torch.float64, requires_grad=True)
-    options = {"heads": 2, "window_size": 2, "causal": causal, "rotary": torch.rand(1, dtype=torch.float64)}
+    options = {"heads": 2, "window_size": 2, "causal": causal, "rotary_theta": 10.0}
     assert gradcheck(lambda x: windowed_attention(x, **options), qkv)
 
 
-def test_rotary_sees_distances_alone():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rotary_sees_distances_alone(dtype):
     """Tokens that are moved, far past any that came before, are attended to as before."""
-    frequencies = 100 ** -(torch.arange(0, 8, 2, dtype=torch.float64) / 8)
-    qkv = torch.randn(1, 20, 3 * 8, dtype=torch.float64)
-    moved = torch.cat((torch.randn(1, 5000, 3 * 8, dtype=torch.float64), qkv), dim=1)
-    early, late = (windowed_attention(x, heads=1, window_size=4, rotary=frequencies) for x in (qkv, moved))
+    qkv = torch.randn(1, 20, 3 * 8, dtype=dtype)
+    moved = torch.cat((torch.randn(1, 200_000, 3 * 8, dtype=dtype), qkv), dim=1)
+    early, late = (windowed_attention(x, heads=1, window_size=4, rotary_theta=10000) for x in (qkv, moved))
     torch.testing.assert_close(late[:, -16:], early[:, -16:])

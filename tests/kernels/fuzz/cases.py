@@ -338,8 +338,8 @@ def _windowed_attention(draw: Draw) -> Drawn:
     if draw.chance(0.05):
         batch, n = draw.scale.many // heads + 1, draw.pick(1, 2)
     data = {"qkv": [batch, n, 3 * heads * d], "mask": draw.mask("nothing")}
-    data["rotary"] = d // 2 if d % 2 == 0 and draw.chance(0.5) else None
-    return data, {"heads": heads, "window_size": window, "causal": draw.chance(0.5)}
+    theta = draw.pick(None, 10000.0, 100.0) if d % 2 == 0 else None
+    return data, {"heads": heads, "window_size": window, "causal": draw.chance(0.5), "rotary_theta": theta}
 
 
 OPERATIONS: dict[str, Callable[[Draw], Drawn]] = {
@@ -750,8 +750,6 @@ def _attended(make: Maker, data: dict[str, Any]) -> None:
 def _windows(make: Maker, data: dict[str, Any]) -> None:
     make.add("qkv", make.normal(*data["qkv"]))
     make.add("mask", make.mask(data["mask"], data["qkv"][:2]))
-    if data.get("rotary") is not None:
-        make.add("rotary", make.rand(data["rotary"]), False)
 
 
 _TENSORS: dict[str, Callable[[Maker, dict[str, Any]], None]] = {
