@@ -13,5 +13,4 @@ def windowed_attention(
     if not causal and window_size >= qkv.shape[1] > 0:
         qkv = qkv if rotary_theta is None else rotated(qkv, heads, rotary_theta)
         return attend_to_all(qkv, heads=heads, window_size=window_size, mask=mask)
-    options = {"window_size": window_size, "causal": causal, "mask": mask, "rotary_theta": rotary_theta}
-    return by_definition(qkv, heads=heads, **options)
+    return by_definition(qkv, heads=heads, window_size=window_size, causal=causal, mask=mask, rotary_theta=rotary_theta)

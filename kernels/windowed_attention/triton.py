@@ -28,7 +28,7 @@ PRECISION = tl.constexpr("tf32x3")
 QUARTER_TURN = tl.constexpr(math.pi / 2)
 
 MOST_ROWS = 64
-"""Of a block or a tile."""
+"""A block or a tile has no more."""
 
 NOWHERE = tl.constexpr(-(2**30))
 """Position of a key that is not there: before every interval."""

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from reference._shared.arguments import require
 from reference._shared.rotary import rotary_angles, rotary_frequencies
 
-
 THETA = 10000.0
-"""Of all layers: the slowest plane turns once in about 60,000 positions."""
+"""The slowest plane of 64 dimensions turns once in 47,000 positions."""
 
 
 def check_even(**dims: int) -> None:

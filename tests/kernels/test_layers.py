@@ -26,7 +26,7 @@ MASK = torch.arange(30) < torch.tensor([[30], [21]])
 
 LAYERS = [
     ("FeedForward", {"mask": MASK}),
-    ("Attention", {"mask": MASK, "num_routed_kv": 2, "rotary_emb": True}),
+    ("Attention", {"mask": MASK, "num_routed_kv": 2, "rotary_emb": True, "light_rotary_emb": True}),
     ("Attention", {"use_null_q_tokens": False, "multiply_keys_by_score": True, "multiply_queries_by_score": True}),
     ("Attention", {"num_heavy_tokens_q": 30, "num_heavy_tokens_kv": 40, "has_light_attn": False}),
     ("Attention", {"router_kwargs": {"eps": 0.3, "solver": "exact", "normalize_to": "selected"}}),

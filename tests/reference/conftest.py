@@ -135,14 +135,16 @@ def heavy(layer, x, context, num_q, num_kv, valid_q=None, valid_kv=None, first=0
     return out
 
 
-def light(attention, x, reachable):
-    """Dense attention of tokens `n d`, of which `reachable` `n n` says what attends to what."""
+def light(attention, x, reachable, positions=None):
+    """Dense attention of tokens `n d`, of which `reachable` `n n` says what attends to what. If there are positions,
+    queries and keys are turned by them."""
     size = attention.to_qkv.out_features // 3
     query, key, value = (attention.norm(x) @ attention.to_qkv.weight.T).split(size, dim=-1)
     dim_head = size // attention.heads
     outs = []
     for part in torch.arange(size).split(dim_head):
-        weights = (query[:, part] @ key[:, part].T / sqrt(dim_head)).masked_fill(~reachable, -torch.inf).softmax(-1)
+        q, k = (each[:, part] if positions is None else turn(each[:, part], positions) for each in (query, key))
+        weights = (q @ k.T / sqrt(dim_head)).masked_fill(~reachable, -torch.inf).softmax(-1)
         outs.append(weights.nan_to_num() @ value[:, part])
     return torch.cat(outs, dim=-1) @ attention.to_out.weight.T
 

@@ -79,7 +79,10 @@ def leaves(result):
     return [each for each in results(result) if each.is_floating_point()]
 
 
-ROTARY = {f"ConditionalRouted{name}Attention": {"rotary_emb": True} for name in ("", "Autoregressive")}
+ROTARY = {
+    f"ConditionalRouted{name}Attention": {"rotary_emb": True, "light_rotary_emb": True}
+    for name in ("", "Autoregressive")
+}
 """Options of layers that make something of their own in each call."""
 
 EVERY_DEFAULT = list(product((torch.bfloat16, torch.float16, torch.float32, torch.float64), (None, "meta")))

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWa
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 OPTIONS = {
-    "ConditionalRoutedAttention": [{"use_flash_attn": True, "rotary_emb": True}],
+    "ConditionalRoutedAttention": [{"use_flash_attn": True, "rotary_emb": True, "light_rotary_emb": True}],
     "ConditionalRoutedAutoregressiveAttention": [{"use_flash_attn": True, "causal_query_routing": True}],
     "ConditionalRoutedCrossAttention": [{"use_flash_attn": True}],
     "ConditionalRoutedImageAttention": [{"use_flash_attn": True}],

@@ -69,16 +69,19 @@ def test_numbers_of_tokens_of_a_call(layer, by_hand, num_q, num_kv, options):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 8, 17, 30])
-@pytest.mark.parametrize("light_window_size", [2, 8, 9, 128])
-def test_light_attention_reaches_exactly_half_a_window_to_either_side(layer, by_hand, light_window_size, n, masked):
-    light = layer(light_window_size=light_window_size).light_attn
+@pytest.mark.parametrize(("light_window_size", "rotary"), [(2, False), (8, True), (9, False), (128, True)])
+def test_light_attention_reaches_exactly_half_a_window_to_either_side(
+    layer, by_hand, light_window_size, rotary, n, masked
+):
+    light = layer(light_window_size=light_window_size, light_rotary_emb=rotary).light_attn
     # What is masked in the middle leaves some tokens with nothing to attend to: they get 0.
     mask = MASK[:, :n] & ((torch.arange(n) < 2) | (torch.arange(n) > 12)) if masked else None
     position = torch.arange(n)
     near = (position[:, None] - position).abs() <= light_window_size // 2
     out = light(X[:, :n], mask)
     for b in range(2):
-        expected = by_hand.light(light, X[b, :n], near & (True if mask is None else mask[b]))
+        reachable = near & (True if mask is None else mask[b])
+        expected = by_hand.light(light, X[b, :n], reachable, position if rotary else None)
         torch.testing.assert_close(out[b], expected)
 
 
@@ -224,6 +227,7 @@ def test_gradcheck(build, mask, options):
         ({"num_routed_kv": 3}, "heads must be a multiple of the 3 key/value routes, got 4"),
         ({"light_window_size": 1}, "light_window_size must be >= 2, got 1"),
         ({"heavy_dim_head": 3, "rotary_emb": True}, "heavy_dim_head must be even for a rotary embedding, got 3"),
+        ({"light_dim_head": 3, "light_rotary_emb": True}, "light_dim_head must be even for a rotary embedding, got 3"),
         ({"router_kwargs": {"solver": "x"}}, "solver must be coor_descent or exact, got x"),
     ],
 )

@@ -18,10 +18,15 @@ def layer(build):
     return make
 
 
-def light_by_hand(attention, x, size, by_hand):
+def light_by_hand(attention, x, size, by_hand, light_rotary_emb=False, **_):
     position = torch.arange(len(x))
     query, key = position[:, None], position
-    return by_hand.light(attention.light_attn, x, (key <= query) & (query // size - key // size <= 1))
+    return by_hand.light(
+        attention.light_attn,
+        x,
+        (key <= query) & (query // size - key // size <= 1),
+        position if light_rotary_emb else None,
+    )
 
 
 def heavy_by_hand(attention, x, size, num_q, num_kv, by_hand, **options):
@@ -53,6 +58,7 @@ def heavy_by_hand(attention, x, size, num_q, num_kv, by_hand, **options):
         {"router_straight_through": True},
         {"heavy_window_size": 5},
         {"heavy_window_size": 11, "rotary_emb": True},
+        {"light_rotary_emb": True},
     ],
     ids=str,
 )
@@ -62,7 +68,7 @@ def test_by_hand(layer, by_hand, options, n):
     size = options.get("heavy_window_size", 8)
     for b in range(2):
         x = X[b, :n]
-        expected = light_by_hand(attention, x, 8, by_hand)
+        expected = light_by_hand(attention, x, 8, by_hand, **options)
         torch.testing.assert_close(attention.light_attn(X[:, :n])[b], expected)
         expected = expected + heavy_by_hand(attention, x, size, 3, 10, by_hand, **options)
         torch.testing.assert_close(out[b], expected)
@@ -138,6 +144,7 @@ def test_causal_query_routing_by_hand(layer, n, rotary_emb):
         {"router_kwargs": {"solver": "exact", "normalize_to": "selected"}, "router_straight_through": False},
         {"router_kwargs": {"use_triton": True, "route_block_size": 16}},
         {"use_triton": True, "num_routed_kv": 2, "rotary_emb": True},
+        {"light_rotary_emb": True},
         {"random_route": True},
     ],
     ids=str,
@@ -227,6 +234,7 @@ def test_every_parameter_has_a_gradient(layer, causal_query_routing):
     [
         {},
         {"num_routed_kv": 2, "rotary_emb": True, "router_straight_through": False},
+        {"light_rotary_emb": True},
         {"multiply_keys_by_score": True, "multiply_queries_by_score": True, "router_straight_through": False},
         {"heavy_window_size": 5, "causal_query_routing": True, "use_null_q_tokens": False},
         {"num_heavy_tokens_q": 8, "num_heavy_tokens_kv": 44, "rotary_emb": True},

@@ -72,10 +72,15 @@ def test_modules_in_half_precision(build, name, dtype):
         ("ConditionalRoutedCrossAttention", {"kv_routing_tokens": 2, "route_block_size": 32, "use_triton": True}),
         (
             "ConditionalRoutedAutoregressiveAttention",
-            {"causal_query_routing": True, "rotary_emb": True, "router_kwargs": {"n_iters": 2}},
+            {
+                "causal_query_routing": True,
+                "rotary_emb": True,
+                "light_rotary_emb": True,
+                "router_kwargs": {"n_iters": 2},
+            },
         ),
         ("ConditionalRoutedViT", {"depth": 1, "router_use_triton": True}),
-        ("ConditionalRoutedTransformerBlock", {"num_routed_kv": 2, "use_triton": True}),
+        ("ConditionalRoutedTransformerBlock", {"num_routed_kv": 2, "light_rotary_emb": True, "use_triton": True}),
     ],
 )
 def test_compiles_in_one_graph(build, name, options):
