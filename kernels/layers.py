@@ -22,17 +22,18 @@ Layer = TypeVar("Layer", bound=type[nn.Module])
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def played(layer: Module) -> Module:
+def played(layer: Module, play: bool = True) -> Module:
     """Have a layer record the second of its calls that are alike, and play later ones from tapes.
 
-    A played call is one autograd function, with no Python between the launches of forward or backward. It saves host
-    time where the same shapes come again and again, as in training. A call that somebody watches, by hooks, modes or
-    transforms, runs as it is written, and so does all that no tape can repeat. A played call adds up gradients of a
-    tensor in another order than the one as written may, so the two can differ by a rounding.
+    Each call is one autograd function. One that is played has no Python between the launches of forward or backward:
+    this saves host time where the same shapes come again and again, as in training. All calls of a layer have the same
+    bits. A call that somebody watches, by hooks, modes or transforms, runs as it is written: it adds up gradients of a
+    tensor in another order, so the two can differ by a rounding. So does every call of a layer some of whose operations
+    are no kernels, but functions of Python.
 
     Args:
-        layer: a layer with kernels, or a model that has some; changed in place. Operations of a layer that are no
-            kernels, but functions of Python, are not called when it is played.
+        layer: a layer with kernels, or a model that has some; changed in place.
+        play: False: have it run as it is written.
 
     Returns:
         The layer.
@@ -40,7 +41,7 @@ def played(layer: Module) -> Module:
     for module in layer.modules():
         operations = getattr(module, "operations", None)
         if isinstance(operations, Operations) and operations.use_triton is not False:
-            module.operations = replace(operations, replay=replay)  # type: ignore[assignment]
+            module.operations = replace(operations, replay=replay if play else None)  # type: ignore[assignment]
     return layer
 
 

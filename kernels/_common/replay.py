@@ -1,20 +1,25 @@
 """Layers whose calls are recorded, and played from tapes from then on.
 
-The first call of a layer with tensors of some shape runs as it is written. The second one is recorded: its forward and
-its backward pass become tapes. Later ones are played, each as one autograd function. Arguments, metadata of tensors,
-modes of PyTorch, and the modules of the layer with their attributes are all that a call depends on, beside the values
-of tensors. They are in its key, or are compared. A layer that somebody watches, or that does what no tape can repeat,
-runs as it is written.
+Each call of a layer is one autograd function, with the layers that it is made of. Within it, the first call with
+tensors of some shape runs as it is written. So does the second one while it is recorded: its forward and its backward
+pass become tapes. Later ones are played. All have the same bits, for gradients are added up within the function before
+they meet others. Arguments, metadata of tensors, modes of PyTorch, and the modules of the layer with their attributes
+are all that a call depends on, beside the values of tensors. They are in its key, or are compared. A layer that
+somebody watches is no such function. One that does what no tape can repeat is, but is never played.
 """
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
+from threading import local
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -22,8 +27,11 @@ from kernels._common.launch import PLAIN_VALUES, is_watched, multiprocessors, ru
 from kernels._common.operation import is_traced
 from kernels._common.tape import Pass, Recorder, Tape
 
-MOST_KEPT = 256
-"""Calls that a layer keeps. It begins anew when there are more."""
+MOST_TAPES = 32
+"""Kinds of calls that a layer can play. The one that was played longest ago goes when there are more."""
+
+MOST_KEYS = 256
+"""Kinds of calls that a layer counts, until it records them."""
 
 PACKAGES = ("torch.nn.modules.", "reference.", "kernels.")
 """Packages of modules that do nothing but compute."""
@@ -32,90 +40,159 @@ Forward = Callable[..., Tensor]
 
 
 class _Modules:
-    """The modules of a layer with all of their attributes, as they are when this is made."""
+    """The modules of a layer with all of their attributes but tensors, as they are when this is made."""
 
     def __init__(self, layer: nn.Module) -> None:
         modules = [*layer.modules()]
         # Weak references: the layer is the key of what this is a part of.
         self._modules = [ref(each) for each in modules]
         self._types = [type(each) for each in modules]
-        self._attributes = [d for each in modules for d in (vars(each), each._parameters, each._buffers, each._modules)]
+        self._attributes = [d for each in modules for d in (vars(each), each._modules)]
         # Held, so that no other object gets the number of one of them.
         self._objects = [value for each in self._attributes for value in each.values()]
         self._numbers = [*map(id, self._objects)]
+        self._tensors = [d for each in modules for d in (each._parameters, each._buffers)]
+        self._names = [*chain.from_iterable(self._tensors)]
         inner = [vars(each).items() for each in modules if each is not layer]
         self._hooks = [value for items in inner for name, value in items if name.endswith("_hooks")]
-        known = all(each.__module__.startswith(PACKAGES) for each in self._types)
-        self._are_known = known and not any("forward" in each for each in self._attributes)
-        held = [value for each in modules for value in (*each._parameters.values(), *each._buffers.values())]
-        self.tensors = list({id(each): each for each in held if each is not None}.values())
+        self._are_known = all(map(_is_known, modules))
 
     def are_unchanged(self) -> bool:
-        numbers = [*map(id, chain.from_iterable(map(dict.values, self._attributes)))]
-        return numbers == self._numbers and [type(each()) for each in self._modules] == self._types
+        return (
+            [*map(id, chain.from_iterable(map(dict.values, self._attributes)))] == self._numbers
+            and [type(each()) for each in self._modules] == self._types
+            and [*chain.from_iterable(self._tensors)] == self._names
+        )
 
     def are_plain(self) -> bool:
         """True if nobody can tell a call of them from their computing."""
         return self._are_known and not any(self._hooks) and not _has_any_global_hook()
 
+    def tensors(self) -> list[Tensor | None]:
+        """Parameters and buffers."""
+        return [each for held in self._tensors for each in held.values()]
+
+
+def _is_known(module: nn.Module) -> bool:
+    """True if it computes with its parameters and buffers as its class says, by functions that nobody has replaced."""
+    kind = type(module)
+    return kind.__module__.startswith(PACKAGES) and not any(
+        isinstance(value, Tensor) or not getattr(value, "are_own", True) or (callable(value) and hasattr(kind, name))
+        for name, value in vars(module).items()
+    )
+
 
 class _Call:
-    """A call of a layer. Its tensors are arguments, and then what the layer holds."""
+    """A call of a layer. Its tensors are arguments, and then those that the layer holds."""
 
     def __init__(
         self,
         forward: Forward,
         layer: nn.Module,
+        modules: _Modules,
         arguments: tuple[Any, ...],
         options: dict[str, Any],
-        held: list[Tensor],
     ) -> None:
-        self._forward, self._layer, self._arguments, self._options = forward, layer, arguments, options
+        self._forward, self._layer, self._modules = forward, layer, modules
+        self._arguments, self._options = arguments, options
+        given = [*arguments, *options.values()]
+        self.kinds = [Tensor if isinstance(each, Tensor) else type(each) for each in given]
         self._places: dict[int, int] = {}
         self.tensors: list[Tensor] = []
-        self.kinds: list[type] = []
-        self.values: list[Any] = [*options]
-        """The arguments, and numbers in the places of tensors."""
+        """Each once."""
 
-        for each in (*arguments, *options.values()):
-            if isinstance(each, Tensor):
-                if id(each) not in self._places:
-                    self._places[id(each)] = len(self.tensors)
-                    self.tensors.append(each)
-                self.values.append(self._places[id(each)])
-                self.kinds.append(Tensor)
-            else:
-                self.values.append(each)
-                self.kinds.append(type(each))
+        self.values: list[Any] = [*options, *self._numbered(given, self._places)]
+        """Arguments and what the layer holds, with numbers in the places of tensors."""
+
         self.n_given = len(self.tensors)
-        self.tensors += held
+        self._held = modules.tensors()
+        self.values += self._numbered(self._held, {})
         self.device = self.tensors[0].get_device()
         self.autocast = _autocast(self.tensors[0].device.type)
         self.differentiates = torch.is_grad_enabled() and any(each.requires_grad for each in self.tensors)
+        self._versions = self._changes() if self.differentiates else []
 
-    def run(self, stand_ins: Sequence[Tensor] | None = None) -> Tensor:
-        """Run it as it is written, with others in the place of the tensors that it is given."""
-        tensors = self.tensors if stand_ins is None else stand_ins
+    def _numbered(self, values: list[Any], places: dict[int, int]) -> Iterator[Any]:
+        for each in values:
+            if isinstance(each, Tensor):
+                if id(each) not in places:
+                    places[id(each)] = len(self.tensors)
+                    self.tensors.append(each)
+                yield places[id(each)]
+            else:
+                yield each
+
+    def run(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Run it as it is written, layers within too, with others in place of the tensors given."""
 
         def stand_in(argument: Any) -> Any:
             return tensors[self._places[id(argument)]] if isinstance(argument, Tensor) else argument
 
-        arguments = map(stand_in, self._arguments)
-        return self._forward(self._layer, *arguments, **{name: stand_in(each) for name, each in self._options.items()})
+        arguments = [stand_in(each) for each in self._arguments]
+        options = {name: stand_in(each) for name, each in self._options.items()}
+        # A cast of a weight that another call has left would be no tensor of this one.
+        kind, enabled, dtype, _ = self.autocast
+        with _calling_one(), torch.autocast(kind, dtype, enabled, cache_enabled=False):
+            return self._forward(self._layer, *arguments, **options)
 
     def differentiate(self, grad: Tensor) -> list[Tensor | None]:
-        """Gradients as autograd makes them, of a pass that runs once more: for a second derivative, or for many."""
-        kind, enabled, dtype, caches = self.autocast
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad(), torch.autocast(kind, dtype, enabled, caches):
-            out = self.run()
-        return self.gradients(out, self.tensors, grad, create_graph=create_graph)
+        """Gradients as autograd makes them, of a pass that runs once more: for a second derivative, or for many.
 
-    def gradients(self, out: Tensor, tensors: Sequence[Tensor], grad: Tensor, **options: Any) -> list[Tensor | None]:
-        """Gradients of tensors, or of others in their place; None where there is none."""
-        wanted = [each for each in tensors if each.requires_grad]
+        Raises:
+            RuntimeError: a tensor of the call is not what it was.
+        """
+        if self._changes() != self._versions:
+            raise RuntimeError("a tensor that a layer needs for its gradient has been modified by an inplace operation")
+        if any(now is not then for now, then in zip(self._modules.tensors(), self._held, strict=True)):
+            raise RuntimeError(
+                "a layer has other parameters than when it was called, and is differentiated in an unusual way"
+            )
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            out = self.run(self.tensors)
+        return gradients(out, self.tensors, grad, create_graph=create_graph)
+
+    def _changes(self) -> list[int]:
+        """Numbers of changes of each tensor. Tensors of inference mode do not count them."""
+        return [0 if each.is_inference() else each._version for each in self.tensors]
+
+
+def gradients(out: Any, tensors: Sequence[Tensor], grad: Tensor, **options: Any) -> list[Tensor | None]:
+    """Gradients of tensors; None where there is none."""
+    wanted = [each for each in tensors if each.requires_grad]
+    with _unhooked(wanted):
         found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True, **options))
-        return [next(found) if each.requires_grad else None for each in tensors]
+    return [next(found) if each.requires_grad else None for each in tensors]
+
+
+@contextmanager
+def _unhooked(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Hooks of tensors wait for their whole gradients, of which those of a call are a part."""
+    hooked = [(each, each._backward_hooks) for each in tensors if each._backward_hooks]
+    for each, _ in hooked:
+        each._backward_hooks = None
+    try:
+        yield
+    finally:
+        for each, hooks in hooked:
+            each._backward_hooks = hooks
+
+
+class _Thread(local):
+    is_calling = False
+    """True while a layer runs, with those that it is made of, in one autograd function."""
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def _calling_one() -> Iterator[None]:
+    before, _thread.is_calling = _thread.is_calling, True
+    try:
+        yield
+    finally:
+        _thread.is_calling = before
 
 
 def _autocast(kind: str) -> tuple[str, bool, torch.dtype, bool]:
@@ -131,20 +208,25 @@ class _Tapes(NamedTuple):
     saved: Sequence[int] = ()
     """Tensors of the call that the backward pass takes."""
 
+    autocast: tuple[str, bool, torch.dtype, bool] | None = None
+    """As it was in the backward pass."""
+
 
 _calls: WeakKeyDictionary[nn.Module, "_Calls"] = WeakKeyDictionary()
 
 
 def replay(forward: Forward, layer: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
-    """`forward(layer, *arguments, **options)`, a tensor, from tapes if there are some for this call."""
-    if is_compiling() or torch._C._get_tracing_state() is not None:
+    """`forward(layer, *arguments, **options)`, a tensor, in one autograd function, from tapes if there are some."""
+    if is_compiling() or torch._C._get_tracing_state() is not None or _thread.is_calling:
         return forward(layer, *arguments, **options)
     calls = _calls.get(layer)
     if calls is None or not calls.modules.are_unchanged():
         calls = _calls[layer] = _Calls(layer)
     if not calls.modules.are_plain() or _is_seen():
         return forward(layer, *arguments, **options)
-    return calls.call(_Call(forward, layer, arguments, options, calls.modules.tensors))
+    call = _Call(forward, layer, calls.modules, arguments, options)
+    key = _key_of(call)
+    return forward(layer, *arguments, **options) if key is None else calls.call(key, call)
 
 
 def _is_seen() -> bool:
@@ -157,45 +239,61 @@ def _is_seen() -> bool:
     )
 
 
+class _Recent(OrderedDict[Any, Any]):
+    """The values that were used last. Others go when there are more than most."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def use(self, key: Any) -> Any:
+        if key not in self:
+            return None
+        self.move_to_end(key)
+        return self[key]
+
+    def keep(self, key: Any, value: Any) -> None:
+        self[key] = value
+        self.move_to_end(key)
+        if len(self) > self._most:
+            self.popitem(last=False)
+
+
 class _Calls:
     """The calls of a layer."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.modules = _Modules(layer)
-        self._known: dict[tuple[Any, ...], _Tapes | str | int] = {}
-        """Tapes, or why there are none, or how often the call has run."""
+        self.tapes = _Recent(MOST_TAPES)
+        self.runs = _Recent(MOST_KEYS)
+        """Numbers of runs of calls that have no tapes, or reasons why there are none."""
 
-    def call(self, call: _Call) -> Tensor:
-        key = _key_of(call)
-        if key is None:
-            return call.run()
-        known = self._known.get(key)
-        if isinstance(known, _Tapes):
-            if known.backward is not None:
-                return _Played.apply(call, known, *call.tensors)  # type: ignore[attr-defined]
-            (out,), _ = known.forward.play([*call.tensors], call.device)
-            return out
-        if isinstance(known, str):
-            return call.run()
-        runs = (known or 0) + 1
-        self._keep(key, runs)
+    def call(self, key: tuple[Any, ...], call: _Call) -> Tensor:
+        tapes = self.tapes.use(key)
+        if tapes is None:
+            run = self._run(key, call)
+            if call.differentiates:
+                return _Written.apply(run, *call.tensors)  # type: ignore[attr-defined]
+            return run.forward()
+        if tapes.backward is not None:
+            return _Played.apply(call, tapes, *call.tensors)  # type: ignore[attr-defined]
+        (out,), _ = tapes.forward.play([*call.tensors], call.device)
+        return out
+
+    def _run(self, key: tuple[Any, ...], call: _Call) -> "_Run":
+        runs = self.runs.use(key)
+        if isinstance(runs, str):
+            return _Run(call, None)
+        runs = (runs or 0) + 1
+        self.runs.keep(key, runs)
         # Where no backward pass has followed, the forward pass was recorded in vain: ever less often.
-        return self._record(key, call) if runs > 1 and runs & (runs - 1) == 0 else call.run()
+        if runs == 1 or runs & (runs - 1):
+            return _Run(call, None)
 
-    def _keep(self, key: tuple[Any, ...], known: _Tapes | str | int) -> None:
-        if len(self._known) >= MOST_KEPT:
-            self._known.clear()
-        self._known[key] = known
+        def keep(made: _Tapes | str) -> None:
+            (self.runs if isinstance(made, str) else self.tapes).keep(key, made)
 
-    def _record(self, key: tuple[Any, ...], call: _Call) -> Tensor:
-        """Run a call and take it down."""
-        if any(each._backward_hooks for each in call.tensors[call.n_given :]):
-            # Hooks of parameters would run for the gradients of `_Recorded`, and once more.
-            return call.run()
-        recording = _Recording(call, lambda tapes: self._keep(key, tapes))
-        if call.differentiates:
-            return _Recorded.apply(recording, *call.tensors)  # type: ignore[attr-defined]
-        return recording.forward()
+        return _Run(call, keep)
 
 
 def _key_of(call: _Call) -> tuple[Any, ...] | None:
@@ -219,75 +317,106 @@ def _key_of(call: _Call) -> tuple[Any, ...] | None:
     return tuple(key)
 
 
-class _Recording:
-    """A call that is taken down while it runs.
+class _Run:
+    """A call that runs as it is written, in a graph of its own.
+
+    It is taken down in any case, for PyTorch chooses other operators where nothing sees them.
 
     Args:
-        keep: is called with its tapes, or with the reason why there are none.
+        keep: is called with the tapes of the call, or with the reason why there are none. None: nobody wants them.
     """
 
-    def __init__(self, call: _Call, keep: Callable[[_Tapes | str], None]) -> None:
-        self.call, self.keep = call, keep
+    def __init__(self, call: _Call, keep: Callable[[_Tapes | str], None] | None) -> None:
+        self._call, self._keep = call, keep
         self._recorder = Recorder()
+        if keep is None:
+            self._recorder.fail("nobody wants tapes")
         # No gradient goes further than to these.
         given = [each.detach().requires_grad_(each.requires_grad) for each in call.tensors[: call.n_given]]
         self._tensors = [*given, *call.tensors[call.n_given :]]
+        self._edge: GradientEdge | None = None
+
+    @property
+    def has_gradient(self) -> bool:
+        return self._edge is not None
 
     def forward(self) -> Tensor:
-        call, recorder = self.call, self._recorder
-        with torch.set_grad_enabled(call.differentiates), recorder.running(self._tensors) as self._forward:
-            self._out = call.run(self._tensors)
-        if not recorder.has_made(self._out):
+        recorder, differentiates = self._recorder, self._call.differentiates
+        with torch.set_grad_enabled(differentiates), recorder.running(self._tensors) as self._forward:
+            out = self._call.run(self._tensors)
+        if not recorder.has_made(out):
             recorder.fail("it returns an input")
-        if not call.differentiates:
-            self.keep(recorder.failure or _Tapes(self._tape_of_forward()))
-        return self._out.detach()
+        if out.requires_grad:
+            # The result itself is not held: the backward pass may not need it.
+            self._edge = get_gradient_edge(out)
+        self._result = recorder.place_of(out)
+        if not differentiates:
+            self._end(lambda: _Tapes(self._tape_of_forward()))
+        elif not self.has_gradient:
+            self._end(lambda: "its result has no gradient")
+        return out.detach()
 
     def backward(self, grad: Tensor) -> list[Tensor | None]:
-        keeps_graph = _keeps_graph()
+        if torch.is_grad_enabled():
+            self._end(lambda: "it has a second derivative")
+            if self._recorder.has_drawn:
+                raise NotImplementedError(
+                    "a layer that selects at random has no second derivative, use kernels.played(layer, False)"
+                )
+            return self._call.differentiate(grad)
+        keep_graph = _keeps_graph()
+        if is_traced((grad,)):
+            self._end(lambda: "its backward pass is seen")
+            return gradients(self._edge, self._tensors, grad, retain_graph=keep_graph)
+        grad = _as_recorded(grad)
         with self._recorder.running([grad]) as backward:
-            grads = self.call.gradients(self._out, self._tensors, grad, retain_graph=keeps_graph)
-        self.keep(self._recorder.failure or self._tapes(backward, grads))
+            grads = gradients(self._edge, self._tensors, grad, retain_graph=keep_graph)
+        self._end(lambda: self._tapes(backward, grads))
         return grads
+
+    def _end(self, tapes: Callable[[], _Tapes | str]) -> None:
+        keep, self._keep = self._keep, None
+        if keep is not None:
+            keep(self._recorder.failure or tapes())
+        self._recorder.fail("nobody wants tapes any more")
 
     def _tapes(self, backward: Pass, grads: Sequence[Tensor | None]) -> _Tapes | str:
         recorder, inputs = self._recorder, self._forward.inputs
         places = [None if each is None else recorder.place_of(each) for each in grads]
         needed = backward.reads | {each.owner for each in places if each is not None}
-        if recorder.place_of(self._out).owner in needed:
+        if self._result.owner in needed:
             return "the backward pass takes its result"
         saved = [place for place, number in enumerate(inputs) if number in needed]
         kept = sorted(needed & self._forward.made)
         given = [*(inputs[place] for place in saved), *kept, *backward.inputs]
-        return _Tapes(self._tape_of_forward(kept), Tape(recorder, given, backward, places), saved)
+        tape = Tape(recorder, given, backward, places)
+        return _Tapes(self._tape_of_forward(kept), tape, saved, _autocast(self._call.autocast[0]))
 
     def _tape_of_forward(self, kept: Sequence[int] = ()) -> Tape:
-        place = self._recorder.place_of(self._out)
-        return Tape(self._recorder, self._forward.inputs, self._forward, [place], kept)
+        return Tape(self._recorder, self._forward.inputs, self._forward, [self._result], kept)
 
 
-class _Recorded(_SingleLevelFunction):
-    """A call that is taken down."""
+class _Written(_SingleLevelFunction):
+    """A call that is not played. Gradients are added up, and laid out in memory, as in one that is."""
 
     @staticmethod
-    def forward(ctx: Any, recording: _Recording, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, run: _Run, *tensors: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        ctx.recording, ctx.call = recording, recording.call
-        return recording.forward()
+        ctx.run, out = run, run.forward()
+        if not run.has_gradient:
+            ctx.mark_non_differentiable(out)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
         if grad is None:
-            return None, *(None for _ in tensors)
-        recording, ctx.recording = ctx.recording, None
-        if recording is None:
-            return None, *ctx.call.differentiate(grad)
-        if _is_unusual(grad):
-            recording.keep("its backward pass is not that of a training step")
-            return None, *ctx.call.differentiate(grad)
-        return None, *recording.backward(_as_recorded(grad))
+            return (None,) * len(ctx.needs_input_grad)
+        if ctx.run is None:
+            raise RuntimeError("a layer is differentiated for the second time, but retain_graph was not set")
+        grads = ctx.run.backward(grad)
+        if not _keeps_graph():
+            ctx.run = None
+        return None, *grads
 
 
 class _Played(_SingleLevelFunction):
@@ -305,22 +434,18 @@ class _Played(_SingleLevelFunction):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         nothing = None, None
         if grad is None:
-            return *nothing, *(None for _ in ctx.call.tensors)
+            return (None,) * len(ctx.needs_input_grad)
         # PyTorch refuses this where they have changed, or are not kept any more.
         given = [*ctx.saved_tensors]
-        if _is_unusual(grad):
-            return *nothing, *ctx.call.differentiate(grad)
+        call, tapes = ctx.call, ctx.tapes
+        if torch.is_grad_enabled() or is_traced((grad,)) or _autocast(call.autocast[0]) != tapes.autocast:
+            return *nothing, *call.differentiate(grad)
         given += ctx.kept
         if not _keeps_graph():
-            ctx.kept = None
+            ctx.kept = ctx.call = None
         given.append(_as_recorded(grad))
-        grads, _ = ctx.tapes.backward.play(given, ctx.call.device)
+        grads, _ = tapes.backward.play(given, call.device)
         return *nothing, *grads
-
-
-def _is_unusual(grad: Tensor) -> bool:
-    """True where a backward pass is not as it was recorded: for a second derivative, an observer, or under autocast."""
-    return torch.is_grad_enabled() or is_traced((grad,)) or torch.is_autocast_enabled(grad.device.type)
 
 
 def _as_recorded(grad: Tensor) -> Tensor:
@@ -334,6 +459,6 @@ def _keeps_graph() -> bool:
 
 
 def known_calls(layer: nn.Module) -> list[Any]:
-    """Tapes of the calls of a layer, or why there are none."""
+    """Tapes of the calls of a layer, then why others have none, or how often they ran."""
     calls = _calls.get(layer)
-    return [] if calls is None else [*calls._known.values()]
+    return [] if calls is None else [*calls.tapes.values(), *calls.runs.values()]

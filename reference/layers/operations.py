@@ -1,6 +1,6 @@
 """The seam between layers and kernels: who computes the operations of a tree of layers is chosen here, once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -77,6 +77,11 @@ class Operations:
             fused |= {name: ByDevice(fused[name], each) for name, each in plain.items() if each is not None}
         return cls(use_triton, **fused)
 
+    @property
+    def are_own(self) -> bool:
+        """True if nobody has replaced one by another function, which may have to see each call."""
+        return self == replace(Operations.of(self.use_triton), replay=self.replay)
+
     def are_fused_for(self, x: Tensor) -> bool:
         """True if a tensor goes to the kernels."""
         return x.is_cuda if self.use_triton is None else self.use_triton
@@ -105,14 +110,18 @@ class ByDevice:
         return (self.on_gpu if x.is_cuda else self.elsewhere)(x, *tensors, **options)
 
 
+_flash_gathered_attention = partial(gather_and_attend, use_flash=True)
+_flash_routed_attention = partial(attend_to_routed, use_flash=True)
+
+
 def _plain() -> dict[str, Any]:
     """The definitions by the names of the fields of `Operations`."""
     return {
         "attend_to_all": attend_to_all,
         "combine": combine,
         "coor_descent": coor_descent,
-        "flash_gathered_attention": partial(gather_and_attend, use_flash=True),
-        "flash_routed_attention": partial(attend_to_routed, use_flash=True),
+        "flash_gathered_attention": _flash_gathered_attention,
+        "flash_routed_attention": _flash_routed_attention,
         "gathered_attention": gather_and_attend,
         "normalize": normalize,
         "route": route,

@@ -76,11 +76,9 @@ def ours(case: Case, device: torch.device, watched: Watched) -> tuple[Function, 
     return function, {}
 
 
-def by_kernels(case: Case, device: torch.device, *, play: bool = False) -> Function:
-    """The layer with kernels, played if that is asked for, as a function of inputs and parameters."""
-    module = layer(case, device, use_triton=True)
-    if play:
-        module = kernels.played(module)
+def by_kernels(case: Case, device: torch.device) -> Function:
+    """The layer with kernels, which may be played, as a function of inputs and parameters."""
+    module = kernels.played(layer(case, device, use_triton=True))
     return lambda tensors: _call(module, case, tensors)
 
 
