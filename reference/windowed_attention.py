@@ -7,8 +7,7 @@ from torch import Tensor
 
 from reference._attention import attend
 from reference._shared.arguments import check_windows
-from reference._shared.autocast import autocast_dtype
-from reference._shared.rotary import rotate_sequence
+from reference._shared.rotary import places, rotate_heads
 from reference._shared.sizes import ceil_div, window_for, without_padding
 
 
@@ -44,7 +43,8 @@ def windowed_attention(
     """
     check_windows(qkv, heads, window_size, mask, rotary_theta)
     batch, n, _ = qkv.shape
-    qkv = qkv if rotary_theta is None else rotated(qkv, heads, rotary_theta)
+    if rotary_theta is not None:
+        qkv = rotate_heads(qkv, heads, places(n, qkv.device), rotary_theta)
     size = window_for(n, window_size)
     windows = ceil_div(n, size)
     padded = F.pad(qkv, (0, 0, 0, windows * size - n))
@@ -74,14 +74,6 @@ def _within_reach(size: int, causal: bool, device: torch.device) -> Tensor:
     query = torch.arange(size, device=device)[:, None]
     key = torch.arange(size * (2 if causal else 3), device=device) - size
     return key <= query if causal else (key - query).abs() <= size
-
-
-def rotated(qkv: Tensor, heads: int, theta: float) -> Tensor:
-    """`b n (3 h d)` with rotary position embedding of queries and keys."""
-    lowered = autocast_dtype(qkv)
-    qkv = qkv if lowered is None else qkv.to(lowered)
-    query_key, value = qkv.unflatten(-1, (3, heads, -1)).split((2, 1), dim=2)
-    return torch.cat((rotate_sequence(query_key, theta), value), dim=2).flatten(2)
 
 
 def attend_to_all(qkv: Tensor, *, heads: int, window_size: int, mask: Tensor | None) -> Tensor:

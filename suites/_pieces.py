@@ -58,14 +58,20 @@ class _EachWindow:
         self.whole = type(attention).forward
         self.attention = attention
 
-    def __call__(self, x: Tensor, mask: Tensor | None = None, rounded: Rounded | None = None) -> Tensor:
-        """Windows `b n d`; mask `b n`. Each piece rounds weights for itself."""
+    def __call__(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        rounded: Rounded | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """Windows `b n d`; mask `b n`; places `n 2`. Each piece rounds weights for itself."""
         rows = max(TOKENS // 8 // x.shape[1], 1)
         if x.shape[0] <= rows:
-            return self.whole(self.attention, x, mask)
+            return self.whole(self.attention, x, mask, places=places)
         masks = [None] * x.shape[0] if mask is None else mask.split(rows)
         parts = zip(x.split(rows), masks, strict=False)
-        return torch.cat([_checkpoint(self.whole, self.attention, part, mask) for part, mask in parts])
+        return torch.cat([_checkpoint(self.whole, self.attention, part, mask, None, places) for part, mask in parts])
 
 
 def by_window(layer: nn.Module) -> Callable[..., Tensor]:

@@ -190,7 +190,7 @@ def layer_of(name, rng: random.Random, use_triton=False, block_sizes=(None, 16),
     }
     flags = ("multiply_keys_by_score", "multiply_queries_by_score", "use_null_q_tokens", "use_flash_attn", "flash_attn")
     flags += ("rotary_emb", "causal_query_routing", "channel_first", "router_straight_through", "has_light_attn")
-    flags += ("light_rotary_emb",)
+    flags += ("light_rotary_emb", "attn_rotary_emb", "attn_light_rotary_emb")
     wanted |= {flag: rng.random() < 0.5 for flag in flags}
     if name == "CoordinateDescentRouter":
         wanted |= router | {"num_routing_tokens": rng.choice([1, 2])}

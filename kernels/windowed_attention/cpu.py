@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from reference.windowed_attention import attend_to_all, rotated
+from reference._shared.rotary import places, rotate_heads
+from reference.windowed_attention import attend_to_all
 from reference.windowed_attention import windowed_attention as by_definition
 
 
@@ -11,6 +12,7 @@ def windowed_attention(
 ) -> Tensor:
     """The definition, or, where every token reaches all others, attention without windows."""
     if not causal and window_size >= qkv.shape[1] > 0:
-        qkv = qkv if rotary_theta is None else rotated(qkv, heads, rotary_theta)
+        if rotary_theta is not None:
+            qkv = rotate_heads(qkv, heads, places(qkv.shape[1], qkv.device), rotary_theta)
         return attend_to_all(qkv, heads=heads, window_size=window_size, mask=mask)
     return by_definition(qkv, heads=heads, window_size=window_size, causal=causal, mask=mask, rotary_theta=rotary_theta)

@@ -5,16 +5,29 @@ from math import tau
 import torch
 from torch import Tensor
 
-
-def rotary_frequencies(dim: int, theta: float, dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    """Frequencies `d / 2` in radians a position: theta^(-2 i / d) for the plane of dimensions i and i + d / 2."""
-    return theta ** -(torch.arange(0, dim, 2, device=device, dtype=dtype) / dim)
+from reference._shared.autocast import autocast_dtype
 
 
-def rotary_angles(positions: Tensor, frequencies: Tensor) -> Tensor:
-    """Angles `n d` of positions `n`, from frequencies `d / 2`: each stands for both dimensions of its plane."""
-    angles = positions[:, None] * frequencies
+def rotary_angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> Tensor:
+    """Angles `n d` of positions `n p` of p coordinates, each of which turns a share of the d / 2 planes.
+
+    Plane i of a share turns by theta^(-2 i p / d) radians a position. Both dimensions of a plane get its angle. Angles
+    are within a turn, so that they are as exact far from the start as near to it.
+    """
+    dim_share = dim // positions.shape[-1]
+    exponents = torch.arange(0, dim_share, 2, device=positions.device, dtype=torch.float64) / dim_share
+    angles = (positions[..., None] * theta**-exponents).flatten(-2).remainder(tau).to(dtype)
     return torch.cat((angles, angles), dim=-1)
+
+
+def places(n: int, device: torch.device) -> Tensor:
+    """Positions `n 1` of a sequence."""
+    return torch.arange(n, device=device)[:, None]
+
+
+def places_of_map(height: int, width: int, device: torch.device) -> Tensor:
+    """Positions `(height width) 2` of a map: row and column."""
+    return torch.cartesian_prod(*(torch.arange(each, device=device) for each in (height, width)))
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
@@ -23,10 +36,12 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return (x * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()).to(x.dtype)
 
 
-def rotate_sequence(x: Tensor, theta: float) -> Tensor:
-    """x `b n ... d` rotated by the positions of n. Angles are as exact far from the start as near to it."""
-    n, dim = x.shape[1], x.shape[-1]
-    frequencies = rotary_frequencies(dim, theta, torch.float64, x.device)
-    angles = rotary_angles(torch.arange(n, device=x.device, dtype=torch.float64), frequencies).remainder(tau)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return rotate(x, angles.to(dtype).view(n, *[1] * (x.dim() - 3), dim))
+def rotate_heads(qkv: Tensor, heads: int, positions: Tensor, theta: float) -> Tensor:
+    """`b n (3 h d)` with queries and keys rotated by positions `n p`. Autocast lowers it to its dtype."""
+    lowered = autocast_dtype(qkv)
+    qkv = qkv if lowered is None else qkv.to(lowered)
+    query_key, value = qkv.unflatten(-1, (3, heads, -1)).split((2, 1), dim=2)
+    angles = rotary_angles(
+        positions, qkv.shape[-1] // (3 * heads), theta, torch.promote_types(qkv.dtype, torch.float32)
+    )
+    return torch.cat((rotate(query_key, angles[:, None, None]), value), dim=2).flatten(2)

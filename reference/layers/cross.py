@@ -6,8 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from reference._shared.arguments import check_counts, check_tokens, require
+from reference._shared.rotary import places
 from reference.layers.operations import UseTriton
 from reference.layers.replayed import replayed
+from reference.layers.rotary import check_even
 from reference.layers.routed_branch import RoutedBranch
 from reference.layers.start import Start
 
@@ -20,6 +22,8 @@ class ConditionalRoutedCrossAttention(RoutedBranch):
         num_tokens_q, num_tokens_kv: how many tokens are routed, of the sequence and of the context.
         num_sets_kv: 1 or kv_routing_tokens, which says the same.
         dim_head, heads: of the attention.
+        rotary_emb: rotary position embedding. Tokens and context are both counted from 0, so that it is for those that
+            go side by side.
         kv_routing_tokens: sets of keys and values, each with a routing token and its share of the heads.
         route_block_size: select keys and values from blocks of so many tokens.
         router_straight_through, router_kwargs, multiply_keys_by_score: as in `RoutedBranch`.
@@ -44,6 +48,7 @@ class ConditionalRoutedCrossAttention(RoutedBranch):
         use_flash_attn: bool = False,
         init: Start = "published",
         route_block_size: int | None = None,
+        rotary_emb: bool = False,
     ) -> None:
         check_counts(num_sets_kv=num_sets_kv, kv_routing_tokens=kv_routing_tokens)
         fits = num_sets_kv in (1, kv_routing_tokens)
@@ -65,6 +70,9 @@ class ConditionalRoutedCrossAttention(RoutedBranch):
         )
         check_counts(num_tokens_q=num_tokens_q, num_tokens_kv=num_tokens_kv)
         self.num_tokens_q, self.num_tokens_kv = num_tokens_q, num_tokens_kv
+        if rotary_emb:
+            check_even(dim_head=dim_head)
+        self.rotary_emb = rotary_emb
 
     @replayed
     def forward(
@@ -97,4 +105,7 @@ class ConditionalRoutedCrossAttention(RoutedBranch):
         q = self.q_router(x, num_tokens=num_q, mask=mask, routing_tokens=routing_tokens_q)
         rounded = self.round_weights(x)
         kv = self.route_context(context, num_kv, context_mask, routing_tokens_kv, rounded)
-        return self.attend_routed(x, q, kv, rounded)
+        rotations = None
+        if self.rotary_emb:
+            rotations = self.rotations(q, kv, places(x.shape[1], x.device), places(context.shape[1], x.device))
+        return self.attend_routed(x, q, kv, rounded, rotations)

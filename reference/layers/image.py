@@ -9,10 +9,12 @@ from einops import rearrange
 from torch import Tensor
 
 from reference._shared.arguments import check_counts, require
+from reference._shared.rotary import places_of_map
 from reference._shared.sizes import is_certain, missing, window_for, without_padding
 from reference.layers.light_attention import SelfAttention
 from reference.layers.linear import Rounded
 from reference.layers.operations import UseTriton
+from reference.layers.rotary import check_fourfold
 from reference.layers.routed_branch import RoutedBranch
 from reference.layers.start import Start
 
@@ -26,6 +28,8 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         light_dim_head, light_heads: of the attention within windows.
         light_window_size: height and width of a window. Windows at the lower and right edge may be smaller.
         heavy_dim_head, heavy_heads: of the attention between routed positions.
+        rotary_emb: rotary position embedding of rows and columns in the attention between routed positions.
+        light_rotary_emb: the same in the attention within windows.
         channel_first: maps are `b d h w` instead of `b h w d`.
         num_routed_kv, router_straight_through, router_kwargs: as in `RoutedBranch`.
         multiply_keys_by_score, multiply_queries_by_score: as in `RoutedBranch`.
@@ -53,6 +57,8 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         use_flash_attn: bool = False,
         init: Start = "published",
         channel_first: bool = False,
+        rotary_emb: bool = False,
+        light_rotary_emb: bool = False,
     ) -> None:
         super().__init__(
             dim,
@@ -77,6 +83,11 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         self.light_window_size = light_window_size
         self.channel_first = channel_first
         self.light_attn = SelfAttention(dim, light_dim_head, light_heads, self.operations)
+        if rotary_emb:
+            check_fourfold(heavy_dim_head=heavy_dim_head)
+        if light_rotary_emb:
+            check_fourfold(light_dim_head=light_dim_head)
+        self.rotary_emb, self.light_rotary_emb = rotary_emb, light_rotary_emb
 
     def forward(
         self,
@@ -123,7 +134,8 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         kv = self.route_context(tokens, num_kv, token_mask, routing_tokens_kv, rounded)
         light = rearrange(self._within_windows(x, mask, rounded), "b h w d -> b (h w) d")
         residual = None if residual is None else rearrange(residual, "b h w d -> b (h w) d")
-        out = self.attend_routed(tokens, q, kv, rounded, light=light, residual=residual).view(x.shape)
+        rotations = self.rotations(q, kv, places_of_map(x.shape[1], x.shape[2], x.device)) if self.rotary_emb else None
+        out = self.attend_routed(tokens, q, kv, rounded, rotations, light, residual).view(x.shape)
         return rearrange(out, "b h w d -> b d h w") if self.channel_first else out
 
     def _within_windows(self, x: Tensor, mask: Tensor | None, rounded: Rounded) -> Tensor:
@@ -137,7 +149,8 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         windows = rearrange(x, "b (h p) (w q) d -> (b h w) (p q) d", p=p, q=q)
         if mask is not None:
             mask = rearrange(mask, "b (h p) (w q) -> (b h w) (p q)", p=p, q=q)
-        out = self.light_attn(windows, mask, rounded)
+        places = places_of_map(p, q, x.device) if self.light_rotary_emb else None
+        out = self.light_attn(windows, mask, rounded, places)
         rows, columns = (height + down) // p, (width + right) // q
         out = rearrange(out, "(b h w) (p q) d -> b (h p) (w q) d", b=batch, h=rows, w=columns, p=p)
         return without_padding(out, height, width)

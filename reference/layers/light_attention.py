@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from reference._shared.arguments import check_counts
+from reference._shared.rotary import rotate_heads
 from reference.layers.linear import Rounded, linear, round_weights
 from reference.layers.norms import LayerNorm, RMSNorm
 from reference.layers.operations import Operations, UseTriton
@@ -56,7 +57,11 @@ class WindowedAttention(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Dense self-attention, by which the image layer's windows see themselves."""
+    """Dense self-attention, by which the image layer's windows see themselves.
+
+    Args:
+        use_triton: as in `CoordinateDescentRouter`.
+    """
 
     def __init__(self, dim: int, dim_head: int = 64, heads: int = 8, use_triton: UseTriton = False) -> None:
         super().__init__()
@@ -70,9 +75,20 @@ class SelfAttention(nn.Module):
     def extra_repr(self) -> str:
         return self.operations.path("windowed_attention")
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, rounded: Rounded | None = None) -> Tensor:
-        """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to; weights that are rounded already."""
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        rounded: Rounded | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to; weights that are rounded already.
+
+        With rows and columns `n 2` of tokens there is a rotary position embedding.
+        """
         rounded = round_weights(x, *self.children()) if rounded is None else rounded
         qkv = linear(self.to_qkv, self.norm(x), rounded)
+        if places is not None:
+            qkv = rotate_heads(qkv, self.heads, places, THETA)
         options = {"heads": self.heads, "window_size": max(x.shape[1], 1)}
         return linear(self.to_out, self.operations.attend_to_all(qkv, mask=mask, **options), rounded)

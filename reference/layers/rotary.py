@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from reference._shared.arguments import require
-from reference._shared.rotary import rotary_angles, rotary_frequencies
+from reference._shared.rotary import places, rotary_angles
 
 THETA = 10000.0
 """The slowest plane of 64 dimensions turns once in 47,000 positions."""
@@ -17,6 +17,12 @@ def check_even(**dims: int) -> None:
     """Dimensions of heads that are turned in pairs."""
     for name, dim in dims.items():
         require(dim % 2 == 0, name, dim, "even for a rotary embedding")
+
+
+def check_fourfold(**dims: int) -> None:
+    """Dimensions of heads of which one half is turned by rows, the other by columns."""
+    for name, dim in dims.items():
+        require(dim % 4 == 0, name, dim, "a multiple of 4 for a rotary embedding of rows and columns")
 
 
 class RotaryEmbedding(nn.Module):
@@ -29,13 +35,14 @@ class RotaryEmbedding(nn.Module):
         check_even(heavy_dim_head=dim)
         self.dim = dim
         self.theta = theta
-        self.register_buffer("inv_freq", rotary_frequencies(dim, theta, torch.get_default_dtype(), None))
+        # As published, for its checkpoints.
+        exponents = torch.arange(0, dim, 2, dtype=torch.get_default_dtype()) / dim
+        self.register_buffer("inv_freq", theta**-exponents)
 
     def forward(self, seq_len: int) -> Tensor:
         # A module in half precision has its buffer rounded, by which later positions would be off by several turns.
         dtype = torch.promote_types(self.inv_freq.dtype, torch.float32)
-        positions = torch.arange(seq_len, device=self.inv_freq.device, dtype=dtype)
-        return rotary_angles(positions, rotary_frequencies(self.dim, self.theta, dtype, self.inv_freq.device))
+        return rotary_angles(places(seq_len, self.inv_freq.device), self.dim, self.theta, dtype)
 
 
 def angles_at(angles: Tensor, indices: Tensor | None) -> Tensor:

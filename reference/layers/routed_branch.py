@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from reference._shared.arguments import check_counts, require
+from reference._shared.rotary import rotary_angles
 from reference.layers.heavy_attention import Attention
 from reference.layers.join import join
 from reference.layers.linear import Rounded, round_weights
 from reference.layers.operations import Operations, UseTriton
-from reference.layers.rotary import Rotations
+from reference.layers.rotary import THETA, Rotations, angles_at
 from reference.layers.router import CoordinateDescentRouter, RouterReturn
 from reference.layers.start import Start, start
 
@@ -81,6 +82,16 @@ class RoutedBranch(nn.Module):
         )
         key_value = self.heavy_attn.project(routed.routed_tokens, self.kv_router.num_routing_tokens, rounded)
         return routed._replace(routed_tokens=key_value)
+
+    def rotations(
+        self, q: RouterReturn, kv: RouterReturn, places: Tensor, of_context: Tensor | None = None
+    ) -> Rotations:
+        """Angles of routed queries and keys, from the places `n p` of tokens and, if there is another, of a context."""
+        tokens = q.routed_tokens
+        dim_head, dtype = self.heavy_attn.null_kv.shape[-1], torch.promote_types(tokens.dtype, torch.float32)
+        angles = rotary_angles(places, dim_head, THETA, dtype)
+        of_keys = angles if of_context is None else rotary_angles(of_context, dim_head, THETA, dtype)
+        return Rotations(angles_at(angles, q.indices), angles_at(of_keys, kv.indices))
 
     def attend_routed(
         self,

@@ -57,6 +57,8 @@ class ConditionalRoutedViT(nn.Module):
         attn_num_routed_kv: int = 1,
         default_coor_descent_eps: float = 1.0,
         init: Start = "published",
+        attn_rotary_emb: bool = False,
+        attn_light_rotary_emb: bool = False,
     ) -> None:
         super().__init__()
         check_counts(num_classes=num_classes, dim=dim, depth=depth, channels=channels)
@@ -97,6 +99,8 @@ class ConditionalRoutedViT(nn.Module):
                         heavy_dim_head=attn_heavy_dim_head,
                         heavy_heads=attn_heavy_heads,
                         use_flash_attn=flash_attn,
+                        rotary_emb=attn_rotary_emb,
+                        light_rotary_emb=attn_light_rotary_emb,
                         **options,
                     ),
                     ConditionalRoutedFeedForward(

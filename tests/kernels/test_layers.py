@@ -31,11 +31,11 @@ LAYERS = [
     ("Attention", {"num_heavy_tokens_q": 30, "num_heavy_tokens_kv": 40, "has_light_attn": False}),
     ("Attention", {"router_kwargs": {"eps": 0.3, "solver": "exact", "normalize_to": "selected"}}),
     ("CrossAttention", {"mask": MASK, "kv_routing_tokens": 2, "router_kwargs": {**ROUTER, "cosine_sim_routing": True}}),
-    ("CrossAttention", {"route_block_size": 16}),
+    ("CrossAttention", {"route_block_size": 16, "rotary_emb": True}),
     ("AutoregressiveAttention", {"num_routed_kv": 2}),
     ("AutoregressiveAttention", {"causal_query_routing": True, "rotary_emb": True, "multiply_keys_by_score": True}),
     ("ImageAttention", {"mask": MASK.view(2, 5, 6), "num_routed_kv": 2}),
-    ("ImageAttention", {"channel_first": True, "residual": True}),
+    ("ImageAttention", {"channel_first": True, "residual": True, "rotary_emb": True, "light_rotary_emb": True}),
 ]
 # These are made of the others, and take long in the interpreter.
 LAYERS += [] if INTERPRETED else [("TransformerBlock", {"mask": MASK}), ("ViT", {})]

@@ -8,7 +8,7 @@ import torch
 
 import reference
 
-ATTENTION = {"light_dim_head": 6, "light_heads": 2, "heavy_dim_head": 4, "heavy_heads": 4}
+ATTENTION = {"light_dim_head": 8, "light_heads": 2, "heavy_dim_head": 4, "heavy_heads": 4}
 SIZES = {
     "CoordinateDescentRouter": {"dim": 16},
     "ConditionalRoutedFeedForward": {"dim": 16, "num_heavy_tokens": 8},
@@ -98,13 +98,17 @@ def rms_norm(tokens, gamma):
 def turn(vectors, positions):
     """Rotary embedding as a product with complex numbers."""
     half = vectors.shape[-1] // 2
-    frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
-    turned = torch.complex(vectors[:, :half], vectors[:, half:]) * torch.exp(1j * positions[:, None] * frequencies)
+    coordinates = positions.view(len(positions), -1).T
+    share = half // len(coordinates)
+    frequencies = 10000.0 ** -(torch.arange(share, dtype=torch.float64) / share)
+    angles = torch.cat([each[:, None] * frequencies for each in coordinates], dim=-1)
+    turned = torch.complex(vectors[:, :half], vectors[:, half:]) * torch.exp(1j * angles)
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
-def heavy(layer, x, context, num_q, num_kv, valid_q=None, valid_kv=None, first=0, unrouted=None, **options):
-    """The heavy branch for the queries `n d` of one batch element; `first` is the position of the first of them."""
+def heavy(layer, x, context, num_q, num_kv, valid_q=None, valid_kv=None, first=0, where=None, **options):
+    """The heavy branch for the queries `n d` of one batch element; `first` is the position of the first of them.
+    `where` gives positions of several coordinates."""
     everything = torch.ones(len(x), dtype=torch.bool), torch.ones(len(context), dtype=torch.bool)
     valid_q, valid_kv = (e if v is None else v for e, v in zip(everything, (valid_q, valid_kv), strict=True))
     attention = layer.heavy_attn
@@ -126,7 +130,8 @@ def heavy(layer, x, context, num_q, num_kv, valid_q=None, valid_kv=None, first=0
             key = key * weights[:, None]
         query = queries[:, dim_head * head : dim_head * (head + 1)]
         if options.get("rotary_emb"):
-            query, key = turn(query, places + first), turn(key, chosen)
+            place = torch.arange(len(context) + len(x)) if where is None else where
+            query, key = turn(query, place[places + first]), turn(key, place[chosen])
         key = torch.cat((attention.null_kv[0, head, None], key))
         value = torch.cat((attention.null_kv[1, head, None], value))
         outs.append((query @ key.T / sqrt(dim_head)).softmax(dim=-1) @ value)

@@ -81,7 +81,7 @@ def leaves(result):
 
 ROTARY = {
     f"ConditionalRouted{name}Attention": {"rotary_emb": True, "light_rotary_emb": True}
-    for name in ("", "Autoregressive")
+    for name in ("", "Autoregressive", "Image")
 }
 """Options of layers that make something of their own in each call."""
 

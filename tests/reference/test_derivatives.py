@@ -18,8 +18,8 @@ DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=p
 OPTIONS = {
     "ConditionalRoutedAttention": [{"use_flash_attn": True, "rotary_emb": True, "light_rotary_emb": True}],
     "ConditionalRoutedAutoregressiveAttention": [{"use_flash_attn": True, "causal_query_routing": True}],
-    "ConditionalRoutedCrossAttention": [{"use_flash_attn": True}],
-    "ConditionalRoutedImageAttention": [{"use_flash_attn": True}],
+    "ConditionalRoutedCrossAttention": [{"use_flash_attn": True, "rotary_emb": True}],
+    "ConditionalRoutedImageAttention": [{"use_flash_attn": True, "rotary_emb": True, "light_rotary_emb": True}],
     "ConditionalRoutedTransformerBlock": [{"use_flash_attn": True}],
     "ConditionalRoutedViT": [{"flash_attn": False}],
     "CoordinateDescentRouter": [{"solver": "exact"}],

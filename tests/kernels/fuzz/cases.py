@@ -488,6 +488,8 @@ CONSTRUCTOR: dict[str, Callable[[Draw, _Sizes], Any]] = {
     "attn_light_dim_head": _head,
     "attn_light_heads": _two_or_four,
     "attn_light_window_size": lambda draw, sizes: draw.pick(2, 3, 4),
+    "attn_rotary_emb": _flag,
+    "attn_light_rotary_emb": _flag,
     "attn_num_routed_kv": lambda draw, sizes: sizes.routes,
     "ff_num_heavy_tokens": lambda draw, sizes: draw.pick(3, 8),
     "ff_heavy_mult": lambda draw, sizes: draw.pick(2, 4),

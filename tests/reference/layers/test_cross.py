@@ -28,6 +28,7 @@ def layer(build):
         {"use_null_q_tokens": False},
         {"use_flash_attn": True, "kv_routing_tokens": 4},
         {"router_straight_through": True},
+        {"rotary_emb": True, "kv_routing_tokens": 2},
     ],
     ids=str,
 )

@@ -27,6 +27,9 @@ def layer(build):
         {"router_straight_through": True},
         {"light_window_size": 5},
         {"light_window_size": 128},
+        {"rotary_emb": True, "num_routed_kv": 2},
+        {"light_rotary_emb": True},
+        {"light_rotary_emb": True, "light_window_size": 5},
     ],
     ids=str,
 )
@@ -35,13 +38,15 @@ def test_windows_and_routes_over_the_whole_map(layer, by_hand, options, masked):
     size = options.get("light_window_size", 4)
     mask = MASK if masked else torch.ones_like(MASK)
     out = attention(MAP, mask=mask if masked else None)
-    row, column = (each.flatten() // size for each in torch.meshgrid(torch.arange(10), torch.arange(13), indexing="ij"))
+    places = torch.tensor([(row, column) for row in range(10) for column in range(13)])
+    row, column = (places // size).T
+    within = places if "light_rotary_emb" in options else None
     together = (row[:, None] == row) & (column[:, None] == column)
     for b in range(2):
         x, valid = MAP[b].flatten(0, 1), mask[b].flatten()
-        expected = by_hand.light(attention.light_attn, x, together & valid)
+        expected = by_hand.light(attention.light_attn, x, together & valid, within)
         chosen = (valid, valid) if masked else (None, None)
-        expected = expected + by_hand.heavy(attention, x, x, 8, 10, *chosen, **options)
+        expected = expected + by_hand.heavy(attention, x, x, 8, 10, *chosen, where=places, **options)
         torch.testing.assert_close(out[b].flatten(0, 1), expected)
 
 

@@ -7,11 +7,14 @@ import pytest
 import reference
 from tests.calls import LAYERS, inputs_of
 
+PUBLISHED = [(f"ConditionalRouted{name}Attention", "rotary_emb") for name in ("", "Autoregressive")]
+"""Where checkpoints hold frequencies."""
+
 ROTARY = [
     (name, option)
     for name in LAYERS
-    for option in ("light_rotary_emb",)
-    if option in inspect.signature(getattr(reference, name)).parameters
+    for option in ("rotary_emb", "light_rotary_emb", "attn_rotary_emb", "attn_light_rotary_emb")
+    if option in inspect.signature(getattr(reference, name)).parameters and (name, option) not in PUBLISHED
 ]
 
 

@@ -60,12 +60,16 @@ def test_options_reach_every_layer(vit):
         router_use_triton=True,
         flash_attn=False,
         attn_num_routed_kv=2,
+        attn_rotary_emb=True,
+        attn_light_rotary_emb=True,
         default_coor_descent_eps=0.5,
     )
     assert len(model.transformer.layers) == 3
     for attention, feed_forward in model.transformer.layers:
         assert attention.kv_router.num_routing_tokens == 2
         assert not attention.heavy_attn.use_flash
+        assert attention.rotary_emb
+        assert attention.light_rotary_emb
         for router in (attention.q_router, attention.kv_router, feed_forward.router):
             assert (router.eps, router.n_iters, router.straight_through, router.use_triton) == (0.5, 7, False, True)
     assert vit(router_kwargs={"eps": 0.2}).transformer.layers[0][1].router.eps == 0.2
