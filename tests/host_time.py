@@ -87,7 +87,7 @@ def launching_nothing() -> Iterator[None]:
 def step_of(name: str, *, played: bool) -> Callable[[], None]:
     """A training step of a layer, of which nothing stays."""
     layer, x = LAYERS[name](), torch.randn(BATCH, LENGTH, DIM, requires_grad=True)
-    layer = kernels.played(layer) if played else layer
+    kernels.played(layer, played)
     grad_output, tensors = torch.ones(x.shape), [x, *layer.parameters()]
 
     def step() -> None:

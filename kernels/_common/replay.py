@@ -10,7 +10,7 @@ somebody watches is no such function. One that does what no tape can repeat is, 
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from threading import local
 from typing import Any, NamedTuple
@@ -224,6 +224,10 @@ def replay(forward: Forward, layer: nn.Module, arguments: tuple[Any, ...], optio
         calls = _calls[layer] = _Calls(layer)
     if not calls.modules.are_plain() or _is_seen():
         return forward(layer, *arguments, **options)
+    if torch.is_inference_mode_enabled():
+        # There, PyTorch computes a linear layer in another way while something takes it down.
+        with torch.inference_mode(False), torch.no_grad():
+            return replay(forward, layer, arguments, options)
     call = _Call(forward, layer, calls.modules, arguments, options)
     key = _key_of(call)
     return forward(layer, *arguments, **options) if key is None else calls.call(key, call)
@@ -304,12 +308,7 @@ def _key_of(call: _Call) -> tuple[Any, ...] | None:
         return None
     if not all(kind is Tensor or kind in PLAIN_VALUES for kind in call.kinds):
         return None
-    modes = (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        is_watched(),
-        multiprocessors(tensors[0].device),
-    )
+    modes = torch.is_grad_enabled(), is_watched(), multiprocessors(tensors[0].device)
     key: list[Any] = [*call.kinds, *call.values, *call.autocast, *modes]
     for each in tensors:
         aligned = each.data_ptr() % 16 == 0
@@ -320,17 +319,13 @@ def _key_of(call: _Call) -> tuple[Any, ...] | None:
 class _Run:
     """A call that runs as it is written, in a graph of its own.
 
-    It is taken down in any case, for PyTorch chooses other operators where nothing sees them.
-
     Args:
-        keep: is called with the tapes of the call, or with the reason why there are none. None: nobody wants them.
+        keep: is called with the tapes of the call, or with the reason why there are none. None: it is not recorded.
     """
 
     def __init__(self, call: _Call, keep: Callable[[_Tapes | str], None] | None) -> None:
         self._call, self._keep = call, keep
         self._recorder = Recorder()
-        if keep is None:
-            self._recorder.fail("nobody wants tapes")
         # No gradient goes further than to these.
         given = [each.detach().requires_grad_(each.requires_grad) for each in call.tensors[: call.n_given]]
         self._tensors = [*given, *call.tensors[call.n_given :]]
@@ -342,14 +337,15 @@ class _Run:
 
     def forward(self) -> Tensor:
         recorder, differentiates = self._recorder, self._call.differentiates
-        with torch.set_grad_enabled(differentiates), recorder.running(self._tensors) as self._forward:
+        with torch.set_grad_enabled(differentiates), self._running(self._tensors) as self._forward:
             out = self._call.run(self._tensors)
-        if not recorder.has_made(out):
-            recorder.fail("it returns an input")
         if out.requires_grad:
             # The result itself is not held: the backward pass may not need it.
             self._edge = get_gradient_edge(out)
-        self._result = recorder.place_of(out)
+        if self._keep is not None:
+            if not recorder.has_made(out):
+                recorder.fail("it returns an input")
+            self._result = recorder.place_of(out)
         if not differentiates:
             self._end(lambda: _Tapes(self._tape_of_forward()))
         elif not self.has_gradient:
@@ -359,26 +355,24 @@ class _Run:
     def backward(self, grad: Tensor) -> list[Tensor | None]:
         if torch.is_grad_enabled():
             self._end(lambda: "it has a second derivative")
-            if self._recorder.has_drawn:
-                raise NotImplementedError(
-                    "a layer that selects at random has no second derivative, use kernels.played(layer, False)"
-                )
             return self._call.differentiate(grad)
         keep_graph = _keeps_graph()
         if is_traced((grad,)):
             self._end(lambda: "its backward pass is seen")
             return gradients(self._edge, self._tensors, grad, retain_graph=keep_graph)
         grad = _as_recorded(grad)
-        with self._recorder.running([grad]) as backward:
+        with self._running([grad]) as backward:
             grads = gradients(self._edge, self._tensors, grad, retain_graph=keep_graph)
         self._end(lambda: self._tapes(backward, grads))
         return grads
+
+    def _running(self, inputs: Sequence[Tensor]) -> AbstractContextManager[Pass]:
+        return nullcontext(Pass([])) if self._keep is None else self._recorder.running(inputs)
 
     def _end(self, tapes: Callable[[], _Tapes | str]) -> None:
         keep, self._keep = self._keep, None
         if keep is not None:
             keep(self._recorder.failure or tapes())
-        self._recorder.fail("nobody wants tapes any more")
 
     def _tapes(self, backward: Pass, grads: Sequence[Tensor | None]) -> _Tapes | str:
         recorder, inputs = self._recorder, self._forward.inputs

@@ -78,9 +78,6 @@ class Recorder:
         self.failure: str | None = None
         """Why no tape can repeat the call."""
 
-        self.has_drawn = False
-        """True after an operator has drawn random numbers."""
-
         self._pass = Pass([])
         self._owners: list[_Owner] = []
         self._number_of: dict[int, int] = {}
@@ -151,9 +148,6 @@ class Recorder:
     def operator(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """Take down an operator of PyTorch."""
         name, schema = func.overloadpacket.__name__, func._schema
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.has_drawn = True
-            self.fail(f"{name} draws random numbers")
         results = result if isinstance(result, (tuple, list)) else (result,)
         outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
         if self.failure is not None or (not outputs and name in OF_DTYPES) or not self._can_repeat(func, args, kwargs):
@@ -226,6 +220,9 @@ class Recorder:
     def _can_repeat(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """True if an operator makes as many entries for other values, and writes to memory of this pass alone."""
         name, parameters = func.overloadpacket.__name__, func._schema.arguments
+        # A pass that runs once more would draw others.
+        if torch.Tag.nondeterministic_seeded in func.tags and "dropout_p" not in {each.name for each in parameters}:
+            return self.fail(f"{name} draws random numbers")
         if torch.Tag.dynamic_output_shape in func.tags and not _takes_integers(name, args):
             return self.fail(f"the size of what {name} returns depends on values")
         given = zip(parameters, args, strict=False)
@@ -250,12 +247,6 @@ class _Mode(TorchDispatchMode):
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.is_inference_mode_enabled():
-            # Here come operators whole that PyTorch takes to pieces everywhere else, and not always into the same ones.
-            with self:
-                result = func.decompose(*args, **(kwargs or {}))
-            if result is not NotImplemented:
-                return result
         result = func(*args, **(kwargs or {}))
         self.recorder.operator(func, args, kwargs or {}, result)
         return result

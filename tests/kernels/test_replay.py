@@ -106,6 +106,17 @@ def test_a_step_takes_the_same_operators(name):
     assert played["mm"] > 0
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="CPU tensors are not played elsewhere")
+def test_played_switches_it_off_and_on():
+    layer = reference.ConditionalRoutedFeedForward(16, num_heavy_tokens=2, use_triton=True)
+    x = torch.randn(1, 16, 16)
+    for play in (False, True):
+        assert kernels.played(layer, play) is layer
+        for _ in range(TIMES):
+            layer(x)
+        assert n_played(layer) == play
+
+
 class Small(nn.Module):
     """A layer that counts how often it runs as it is written."""
 
@@ -356,9 +367,7 @@ def test_modes_without_gradients(small, mode):
         x = x_of()
         outs = [small(x) for _ in range(TIMES)]
         assert len(small.runs) == 2
-        assert equal(outs, TIMES * outs[:1])
-        # PyTorch decomposes a linear layer differently while something takes it down in inference mode.
-        torch.testing.assert_close(outs[0], small.compute(x, **WRITTEN))
+        assert equal(outs, TIMES * [small.compute(x, **WRITTEN)])
     small.runs.clear()
     check(small)
 
@@ -442,10 +451,8 @@ def test_random_numbers_are_drawn_anew(small):
     for _ in range(TIMES):
         x = torch.ones(3, 5, 6, requires_grad=True)
         out = replay.replay(forward, small, (x,), {})
-        (grad,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+        (grad,) = torch.autograd.grad(out.sum(), x)
         assert torch.equal(grad, out)
-        with pytest.raises(NotImplementedError, match="at random"):
-            torch.autograd.grad(out.sum(), x, create_graph=True)
         assert not torch.equal(out, replay.replay(forward, small, (x,), {}))
 
 

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import triton
@@ -20,7 +19,6 @@ from torch import Tensor
 from colt5_bench.measuring.accuracy import DRAWS, Spread
 from colt5_bench.measuring.rounding import MovedOperands
 from colt5_bench.tolerance import Tolerance
-from kernels._common import replay
 from suites._descent import FORWARD_BOUND, GRADIENT_BOUND
 from tests.kernels.fuzz.cases import OPERATIONS, Case, Maker, build
 from tests.kernels.fuzz.definition import Function, Tensors, Watched, as_rows_of, by_kernels, definition, ours
@@ -180,11 +178,8 @@ def _run_again(
 
 
 def _calls_of_layer(tensors: Tensors, case: Case, device: torch.device) -> tuple[Tensors, list[Tensors]]:
-    """The first call of a layer, the one that is recorded, and two more, which are played. On a CPU they take the same
-    road, though few tapes can repeat what is computed there."""
-    everywhere = nullcontext() if device.type == "cuda" else patch.object(replay, "runs_triton", lambda x: True)
-    with everywhere:
-        first, *later = islice(_executions(by_kernels(case, device), tensors, case), 4)
+    """The first call of a layer, the one that is recorded, and two more, which are played where Triton runs."""
+    first, *later = islice(_executions(by_kernels(case, device), tensors, case), 4)
     return first, later
 
 
