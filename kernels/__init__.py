@@ -15,6 +15,7 @@ from kernels.layers import (
 )
 from kernels.layers import played as played
 from kernels.normalize import normalize
+from kernels.normalize_and_route import normalize_and_route
 from kernels.route import route
 from kernels.route_prefixes import route_prefixes
 from kernels.routed_attention import routed_attention
@@ -38,6 +39,7 @@ __all__ = [
     "coor_descent",
     "gathered_attention",
     "normalize",
+    "normalize_and_route",
     "route",
     "route_prefixes",
     "routed_attention",

@@ -1,6 +1,6 @@
 """The CoLT5 system in plain PyTorch: the definition every kernel is compared with."""
 
-from reference._shared.returns import PrefixSelection, RouteReturn, TopkReturn
+from reference._shared.returns import NormalizedRouteReturn, PrefixSelection, RouteReturn, TopkReturn
 from reference.combine import combine
 from reference.coor_descent import coor_descent
 from reference.gathered_attention import gathered_attention
@@ -13,6 +13,7 @@ from reference.layers.image import ConditionalRoutedImageAttention
 from reference.layers.router import CoordinateDescentRouter, RouterReturn
 from reference.layers.vit import ConditionalRoutedViT
 from reference.normalize import normalize
+from reference.normalize_and_route import normalize_and_route
 from reference.route import route
 from reference.route_prefixes import route_prefixes
 from reference.routed_attention import routed_attention
@@ -31,6 +32,7 @@ __all__ = [
     "ConditionalRoutedTransformerBlock",
     "ConditionalRoutedViT",
     "CoordinateDescentRouter",
+    "NormalizedRouteReturn",
     "PrefixSelection",
     "RouteReturn",
     "RouterReturn",
@@ -39,6 +41,7 @@ __all__ = [
     "coor_descent",
     "gathered_attention",
     "normalize",
+    "normalize_and_route",
     "route",
     "route_prefixes",
     "routed_attention",

@@ -21,7 +21,7 @@ def in_pieces(module: nn.Module) -> Callable[..., Tensor]:
     """A plain layer whose light branch attends piece by piece."""
     for part in module.modules():
         if isinstance(part, WindowedAttention):
-            part.forward = _Windowed(part)  # type: ignore[method-assign]
+            part.forward = _Windowed(part)  # type: ignore[assignment,method-assign]
         elif isinstance(part, SelfAttention):
             part.forward = _EachWindow(part)  # type: ignore[method-assign]
     return module

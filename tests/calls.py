@@ -114,6 +114,14 @@ def _route(rng):
     }
 
 
+def _normalize_and_route(rng):
+    arguments = _route(rng)
+    del arguments["cosine_sim_scale"], arguments["block_size"]
+    d = arguments["x"].shape[-1]
+    norm = {"weight": torch.randn(d), "bias": _maybe(rng, torch.randn(d)), "center": rng.random() < 0.5}
+    return {**arguments, **norm, "norm_eps": 1e-5, "dtype": rng.choice([None, torch.bfloat16])}
+
+
 def _route_prefixes(rng):
     b, r, n = rng.randint(1, 3), rng.randint(1, 3), rng.randint(8, 40)
     sizes = {"window_size": rng.randint(3, 50), "num_selected": rng.randint(1, 8)}

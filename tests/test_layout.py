@@ -13,7 +13,7 @@ from setuptools import find_packages
 ROOT = Path(__file__).parent.parent
 OPERATIONS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/api.py"))
 
-OTHER_SUITE = {"segmented_coor_descent": "segments"}
+OTHER_SUITE = {"normalize_and_route": "layers", "segmented_coor_descent": "segments"}
 """Operations whose suite is about something else than the operation's name says."""
 
 VARIANT_OF = {"segmented_coor_descent": ("coor_descent", {"checkpoint_segments"})}

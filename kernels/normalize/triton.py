@@ -2,41 +2,55 @@
 
 from collections.abc import Iterator
 from math import sqrt
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Launch, Launcher, Part, multiprocessors, plan_rows, plan_sweep
+from kernels._common.launch import COUNTS, Launch, Launcher, Part, Plan, multiprocessors, plan_rows, plan_sweep, planner
 
 LONGEST = 8192
 """Most features that the kernel takes; more are left to PyTorch."""
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "n"])
 def _forward_kernel(
     x_ptr,  # rows d
     weight_ptr,  # d
     bias_ptr,  # d
+    routing_ptr,  # routes d
     y_ptr,  # rows d
     mean_ptr,  # rows, fp32
     scale_ptr,  # rows, fp32
+    scores_ptr,  # b routes n, fp32
+    slots_ptr,  # b routes n, int32
     x_stride,
     n_rows,
     d,
+    n,
     eps,
     most,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CENTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ROUTES: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
 ):
-    """ROWS rows; `most` is the largest scale where there is no center."""
+    """ROWS rows; `most` is the largest scale where there is no center. With ROUTES, rows are tokens of sequences of n,
+    which have scores, too, and no slots yet."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
     there = (rows < n_rows)[:, None] & (columns < d)[None, :]
     x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=there, other=0.0).to(tl.float32)
+    for route in tl.static_range(ROUTES):
+        routing = tl.load(routing_ptr + route * d + columns, mask=columns < d, other=0.0).to(tl.float32)
+        places = (rows // n * ROUTES + route) * n + rows % n
+        tl.store(scores_ptr + places, tl.sum(x * routing[None, :], axis=1), mask=rows < n_rows)
+        if HAS_SLOTS:
+            tl.store(slots_ptr + places, -1, mask=rows < n_rows)
     if CENTER:
         mean = tl.sum(x, axis=1) / d
         tl.store(mean_ptr + rows, mean, mask=rows < n_rows)
@@ -53,28 +67,42 @@ def _forward_kernel(
     tl.store(y_ptr + rows[:, None] * d + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "n"])
 def _backward_kernel(
     grad_output_ptr,  # rows d
     x_ptr,  # rows d
     weight_ptr,  # d
     mean_ptr,  # rows, fp32
     scale_ptr,  # rows, fp32
+    routing_ptr,  # routes d
+    grad_scores_ptr,  # b routes n, fp32
+    slots_ptr,  # b routes n, int32
+    grad_tokens_ptr,  # b routes selected d
     dx_ptr,  # rows d
     dweight_ptr,  # programs d, fp32
     dbias_ptr,  # programs d, fp32
+    drouting_ptr,  # routes programs d, fp32
     grad_output_stride,
     x_stride,
+    grad_tokens_stride,
+    grad_route_stride,
     n_rows,
     d,
+    n,
     most,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CENTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ROUTES: tl.constexpr,
+    HAS_TOKENS: tl.constexpr,
 ):
-    """Every so many-th tile of ROWS rows."""
+    """Every so many-th tile of ROWS rows. With ROUTES, the gradient of a row is also that through its scores, and that
+    which it has as a selected token."""
     columns = tl.arange(0, BLOCK_D)
+    drouting = ()
+    for _ in tl.static_range(ROUTES):
+        drouting = drouting + (tl.zeros([ROWS, BLOCK_D], tl.float32),)  # type: ignore[assignment] # noqa: RUF005
     weight = tl.load(weight_ptr + columns, mask=columns < d, other=0.0).to(tl.float32)
     dweight = tl.zeros([ROWS, BLOCK_D], tl.float32)
     dbias = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -86,6 +114,22 @@ def _backward_kernel(
         ).to(tl.float32)
         x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=there, other=0.0).to(tl.float32)
         scale = tl.load(scale_ptr + rows, mask=rows < n_rows, other=0.0)
+        through_routes = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        summed = ()
+        for route in tl.static_range(ROUTES):
+            batch = rows // n
+            place = (batch * ROUTES + route) * n + rows % n
+            routing = tl.load(routing_ptr + route * d + columns, mask=columns < d, other=0.0).to(tl.float32)
+            grad_score = tl.load(grad_scores_ptr + place, mask=rows < n_rows, other=0.0)[:, None]
+            through_routes += grad_score * routing[None, :]
+            summed = summed + (drouting[route] + grad_score * x,)  # type: ignore[assignment] # noqa: RUF005
+            if HAS_TOKENS:
+                slot = tl.load(slots_ptr + place, mask=rows < n_rows, other=-1).to(tl.int64)[:, None]
+                start = batch[:, None] * grad_tokens_stride + route * grad_route_stride + slot * d
+                is_selected = (slot >= 0) & (columns < d)[None, :]
+                grad_token = tl.load(grad_tokens_ptr + start + columns[None, :], mask=is_selected, other=0.0)
+                through_routes += grad_token.to(tl.float32)
+        drouting = summed
         if CENTER:
             mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
             x = tl.where(there, x - mean[:, None], 0.0)
@@ -100,22 +144,48 @@ def _backward_kernel(
         else:
             # A row with less than the least norm was divided by a constant.
             dx = grad_output - x * tl.where(scale == most, 0.0, along)[:, None]
-        tl.store(
-            dx_ptr + rows[:, None] * d + columns[None, :],
-            (dx * scale[:, None]).to(dx_ptr.dtype.element_ty),
-            mask=there,
-        )
+        dx *= scale[:, None]
+        if ROUTES > 0:
+            dx += through_routes
+        tl.store(dx_ptr + rows[:, None] * d + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=there)
 
     share = tl.program_id(0) * d + columns
     tl.store(dweight_ptr + share, tl.sum(dweight, axis=0), mask=columns < d)
     if HAS_BIAS:
         tl.store(dbias_ptr + share, tl.sum(dbias, axis=0), mask=columns < d)
+    if ROUTES > 0:
+        if not HAS_BIAS:
+            tl.store(dbias_ptr + share, tl.zeros([BLOCK_D], tl.float32), mask=columns < d)
+        for route in tl.static_range(ROUTES):
+            of_route = route * tl.num_programs(0) * d + share
+            tl.store(drouting_ptr + of_route, tl.sum(drouting[route], axis=0), mask=columns < d)
+
+
+@planner
+def _plan_routed(n_rows: int, d: int, available: int) -> Plan:
+    """As `plan_sweep`, with half as many entries in a thread, which adds up for routes, too. Half as many programs then
+    have all registers."""
+    sweep = plan_sweep(n_rows, d, available)
+    tile = {**sweep.settings, "num_warps": 2 * sweep.settings["num_warps"]}
+    return Plan(min(sweep.programs, 4 * available), tile)
 
 
 @Launcher
 def launch_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, center: bool, eps: float, *outputs: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    center: bool,
+    eps: float,
+    y: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    routing_tokens: Tensor | None = None,
+    scores: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> Iterator[Launch]:
+    """Write rows `rows d` normalized to y, and what the backward pass needs. With routing tokens `routes d`, rows are
+    tokens of b sequences: write their scores `b routes n`, and fill slots of that shape, if there is room, with -1."""
     n_rows, d = x.shape
     yield Launch(
         _forward_kernel,
@@ -123,15 +193,39 @@ def launch_forward(
         x,
         weight,
         weight if bias is None else bias,
-        *outputs,
+        weight if routing_tokens is None else routing_tokens,
+        y,
+        mean,
+        scale,
+        scale if scores is None else scores,
+        scale if slots is None else slots,
         x.stride(0),
         n_rows,
         d,
+        1 if scores is None else scores.shape[2],
         eps,
         sqrt(d) / eps,
         CENTER=center,
         HAS_BIAS=bias is not None,
+        ROUTES=0 if scores is None else scores.shape[1],
+        HAS_SLOTS=slots is not None,
     )
+
+
+class Routes(NamedTuple):
+    """The routes of a backward pass."""
+
+    routing_tokens: Tensor
+    """`routes d`, contiguous."""
+
+    grad_scores: Tensor
+    """`b routes n`, contiguous."""
+
+    slots: Tensor
+    """`b routes n`, contiguous: which of the selected tokens of its route a token is, or -1."""
+
+    grad_tokens: Tensor | None
+    """`b routes selected d` of selected tokens, of which those of a route are contiguous."""
 
 
 def launch_backward(
@@ -144,12 +238,17 @@ def launch_backward(
     has_bias: bool,
     eps: float,
     dx: Tensor,
+    routes: Routes | None = None,
 ) -> Tensor:
-    """Write the gradient of x. Return those of weight and, if there is one, bias, one below the other."""
+    """Write the gradient of x. Return those of weight and, if there is one, bias, one below the other; with routes
+    those of weight, bias, 0 if there is none, and all routing tokens."""
     n_rows, d = x.shape
-    programs = plan_sweep(n_rows, d, multiprocessors(x.device)).programs
-    shares = torch.empty((1 + has_bias, programs, d), dtype=torch.float32, device=x.device)
-    _launch_sweep(grad_output, x, weight, mean, scale, center, eps, dx, shares)
+    plan = plan_sweep if routes is None else _plan_routed
+    programs = plan(n_rows, d, multiprocessors(x.device)).programs
+    sums = 1 + has_bias if routes is None else 2 + routes.routing_tokens.shape[0]
+    shares = torch.empty((sums, programs, d), dtype=torch.float32, device=x.device)
+    given = (None,) * 4 if routes is None else routes
+    _launch_sweep(grad_output, x, weight, mean, scale, center, has_bias, eps, *given, dx, shares)
     return shares.sum(1)
 
 
@@ -161,28 +260,45 @@ def _launch_sweep(
     mean: Tensor,
     scale: Tensor,
     center: bool,
+    has_bias: bool,
     eps: float,
+    routing_tokens: Tensor | None,
+    grad_scores: Tensor | None,
+    slots: Tensor | None,
+    grad_tokens: Tensor | None,
     dx: Tensor,
     shares: Tensor,
 ) -> Iterator[Launch]:
     n_rows, d = x.shape
-    sums, programs, _ = shares.shape
+    _, programs, _ = shares.shape
+    routes, n = (0, 1) if grad_scores is None else grad_scores.shape[1:]
+    plan = _plan_routed if routes else plan_sweep
     yield Launch(
         _backward_kernel,
-        plan_sweep(n_rows, d, multiprocessors(x.device)),
+        plan(n_rows, d, multiprocessors(x.device)),
         grad_output,
         x,
         weight,
         mean,
         scale,
+        weight if routing_tokens is None else routing_tokens,
+        scale if grad_scores is None else grad_scores,
+        scale if slots is None else slots,
+        grad_output if grad_tokens is None else grad_tokens,
         dx,
         shares,
-        Part(shares, (sums - 1) * programs * d),
+        Part(shares, programs * d if has_bias or routes else 0),
+        Part(shares, 2 * programs * d if routes else 0),
         grad_output.stride(0),
         x.stride(0),
+        0 if grad_tokens is None else grad_tokens.stride(0),
+        0 if grad_tokens is None else grad_tokens.stride(1),
         n_rows,
         d,
+        n,
         sqrt(d) / eps,
         CENTER=center,
-        HAS_BIAS=sums > 1,
+        HAS_BIAS=has_bias,
+        ROUTES=routes,
+        HAS_TOKENS=grad_tokens is not None,
     )

@@ -1,5 +1,5 @@
-"""`kernels.route`, in a folder of its own."""
+"""`kernels.route`, and the parts of it that other operations take."""
 
-from kernels.route.api import route
+from kernels.route.api import Choice, route
 
-__all__ = ["route"]
+__all__ = ["Choice", "route"]

@@ -6,7 +6,7 @@ selection to the scores, and from there, together with that of the selected toke
 """
 
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,68 @@ def _row_mask(x: Tensor, mask: Tensor | None, routes: int, blocks: int, width: i
     return as_rows(mask[:, None].expand(batch, routes, blocks * width).view(batch, routes, blocks, width))
 
 
+class Choice(NamedTuple):
+    """Options of the steps of routing between scores and selected tokens."""
+
+    num_selected: int
+    k: float
+    n_iters: int
+    eps: float
+    first: float
+    eps_decay: float
+    exact: bool
+    block_size: int | None
+
+    def choose(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        mask: Tensor | None,
+        straight_through: bool,
+        outputs: tuple[Tensor, Tensor, Tensor],
+        slots: Tensor | None,
+    ) -> Tensor:
+        """Write weights, tokens and indices, and slots if there is room, from scores `b r blocks*width`. Return the
+        state of the relaxed selection."""
+        blocks, width = _blocks(x.shape[1], self.block_size)
+        rows, row_mask = scores.view(-1, width), _row_mask(x, mask, scores.shape[1], blocks, width)
+        if self.exact:
+            relaxed, state = solve_rows(rows, row_mask, None, self.k, self.eps)
+        else:
+            schedule = (self.k, self.n_iters, self.eps, self.first, self.eps_decay)
+            relaxed, state = descend_rows(rows, row_mask, None, *schedule, slots is not None)
+        selected = select_rows(rows, row_mask, self.num_selected)
+        if has_values(selected):
+            gather = launch_gather if _runs_kernel(x) else cpu.gather
+            gather(x, selected, relaxed, row_mask, blocks, straight_through, *outputs, slots)
+        return state
+
+    def grad_scores(
+        self,
+        grad_weights: Tensor | None,
+        x: Tensor,
+        scores: Tensor,
+        mask: Tensor | None,
+        state: Tensor,
+        slots: Tensor,
+    ) -> Tensor:
+        """The gradient of scores `b r blocks*width` from that of weights."""
+        if grad_weights is None or not has_values(scores):
+            return torch.zeros_like(scores)
+        of_relaxed = torch.empty_like(scores)
+        spread = launch_spread if _runs_kernel(x) else cpu.spread
+        spread(grad_weights if grad_weights.stride(-1) == 1 else grad_weights.contiguous(), slots, of_relaxed)
+        blocks, width = _blocks(x.shape[1], self.block_size)
+        rows, grad_rows = scores.view(-1, width), of_relaxed.view(-1, width)
+        row_mask = _row_mask(x, mask, scores.shape[1], blocks, width)
+        if self.exact:
+            ds, _ = solve_rows_backward(grad_rows, rows, row_mask, state, self.eps)
+        else:
+            schedule = (self.k, self.n_iters, self.eps, self.first, self.eps_decay)
+            ds, _ = descend_rows_backward(grad_rows, rows, row_mask, None, state, *schedule)
+        return ds.view(scores.shape)
+
+
 def _forward(
     x: Tensor,
     routing_tokens: Tensor,
@@ -65,18 +127,11 @@ def _forward(
     slots = x.new_empty((batch, routes, blocks * width) if save else (0,), dtype=torch.int32)
     kept = slots if save else None
     scores, inverse_norms = score_tokens(x, routing_tokens, cosine, blocks * width, kept)
-    rows, row_mask = scores.view(-1, width), _row_mask(x, mask, routes, blocks, width)
-    if exact:
-        relaxed, state = solve_rows(rows, row_mask, None, k, eps)
-    else:
-        relaxed, state = descend_rows(rows, row_mask, None, k, n_iters, eps, first, eps_decay, save)
-    selected = select_rows(rows, row_mask, num_selected)
     shape = (batch, routes, blocks * num_selected)
-    weights, tokens = scores.new_empty(shape), x.new_empty((*shape, d))
-    indices = x.new_empty(shape, dtype=torch.int64)
-    if has_values(selected):
-        gather = launch_gather if _runs_kernel(x) else cpu.gather
-        gather(x, selected, relaxed, row_mask, blocks, straight_through, weights, tokens, indices, kept)
+    outputs = scores.new_empty(shape), x.new_empty((*shape, d)), x.new_empty(shape, dtype=torch.int64)
+    choice = Choice(num_selected, k, n_iters, eps, first, eps_decay, exact, block_size)
+    state = choice.choose(x, scores, mask, straight_through, outputs, kept)
+    weights, tokens, indices = outputs
     return weights, tokens, indices, scores, inverse_norms, state, slots
 
 
@@ -107,21 +162,9 @@ def _backward(
     needs_x: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of tokens, of size 0 if they need none, and of routing tokens."""
+    choice = Choice(num_selected, k, n_iters, eps, first, eps_decay, exact, block_size)
+    grad_scores = choice.grad_scores(grad_weights, x, scores, mask, state, slots)
     blocks, width = _blocks(x.shape[1], block_size)
-    if grad_weights is None or not has_values(scores):
-        grad_scores = torch.zeros_like(scores)
-    else:
-        of_relaxed = torch.empty_like(scores)
-        spread = launch_spread if _runs_kernel(x) else cpu.spread
-        spread(grad_weights.contiguous(), slots, of_relaxed)
-        rows, grad_rows = scores.view(-1, width), of_relaxed.view(-1, width)
-        row_mask = _row_mask(x, mask, scores.shape[1], blocks, width)
-        if exact:
-            ds, _ = solve_rows_backward(grad_rows, rows, row_mask, state, eps)
-        else:
-            ds, _ = descend_rows_backward(grad_rows, rows, row_mask, None, state, k, n_iters, eps, first, eps_decay)
-        grad_scores = ds.view(scores.shape)
-
     gathered, past_the_end = None, None
     if grad_tokens is not None and needs_x and has_values(scores):
         # A last block with fewer tokens than are selected from it has selected all of them. Its other indices are past

@@ -23,7 +23,7 @@ def _gather_kernel(
     relaxed_ptr,  # b r blocks width
     mask_ptr,  # b r blocks width
     weights_ptr,  # b r blocks selected
-    tokens_ptr,  # b r blocks selected d
+    tokens_ptr,  # b r blocks selected d, all three with routes first if ROUTES_FIRST
     indices_ptr,  # b r blocks selected, int64: in the sequence
     slots_ptr,  # b r blocks width, int32
     x_stride,
@@ -35,20 +35,24 @@ def _gather_kernel(
     blocks,
     width,
     selected,
+    n_batches,
     groups,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STRAIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
+    ROUTES_FIRST: tl.constexpr,
 ):
     """Some of the tokens selected from one block. If weights are passed STRAIGHT through, they are 1."""
     row = (tl.program_id(0) // groups).to(tl.int64)
     batch, block = row // (routes * blocks), row % blocks
     slot = (tl.program_id(0) % groups) * SLOTS + tl.arange(0, SLOTS)
     exists = slot < selected
+    in_block = tl.load(selected_ptr + row * selected + slot, mask=exists, other=0)
     place = row * selected + slot
-    in_block = tl.load(selected_ptr + place, mask=exists, other=0)
+    if ROUTES_FIRST:
+        place = ((row // blocks % routes * n_batches + batch) * blocks + block) * selected + slot
     index = block * width + in_block
     tl.store(indices_ptr + place, index, mask=exists)
     weight = tl.load(relaxed_ptr + row * width + in_block, mask=exists, other=0.0)
@@ -70,12 +74,14 @@ def _gather_kernel(
         tl.store(tokens_ptr + place[:, None] * d + columns[None, :], token, mask=copied)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "n", "selected"])
+@triton.jit(do_not_specialize=[*COUNTS, "n", "batch_stride", "route_stride"])
 def _spread_kernel(
-    grad_weights_ptr,  # rows selected
-    slots_ptr,  # rows n, int32
-    grad_scores_ptr,  # rows n
-    selected,
+    grad_weights_ptr,  # b r selected
+    slots_ptr,  # b r n, int32
+    grad_scores_ptr,  # b r n
+    batch_stride,
+    route_stride,
+    routes,
     n,
     parts,
     BLOCK: tl.constexpr,
@@ -84,7 +90,8 @@ def _spread_kernel(
     row = (tl.program_id(0) // parts).to(tl.int64)
     place = tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(slots_ptr + row * n + place, mask=place < n, other=-1)
-    grad = tl.load(grad_weights_ptr + row * selected + slot, mask=slot >= 0, other=0.0)
+    of_row = row // routes * batch_stride + row % routes * route_stride
+    grad = tl.load(grad_weights_ptr + of_row + slot, mask=slot >= 0, other=0.0)
     tl.store(grad_scores_ptr + row * n + place, grad.to(grad_scores_ptr.dtype.element_ty), mask=place < n)
 
 
@@ -116,8 +123,9 @@ def launch_gather(
     slots: Tensor | None,
 ) -> Iterator[Launch]:
     """Write weights and indices `b r blocks*selected` and tokens `b r blocks*selected d` of x `b n d`, whose last
-    stride is 1. Rows of `b r blocks` have the selection, the relaxed selection, and the mask. If there is room for
-    slots `b r blocks*width`, write into the places of selected tokens which of these they are."""
+    stride is 1. All three are contiguous as they are or with routes first. Rows of `b r blocks` have the selection, the
+    relaxed selection, and the mask. If there is room for slots `b r blocks*width`, write into the places of selected
+    tokens which of these they are."""
     (n, d), (n_rows, n_selected) = x.shape[1:], selected.shape
     plan = _plan(n_rows, n_selected, d)
     yield Launch(
@@ -140,16 +148,20 @@ def launch_gather(
         blocks,
         relaxed.shape[1],
         n_selected,
+        x.shape[0],
         plan.pieces,
         STRAIGHT=straight_through,
         HAS_MASK=mask is not None,
         HAS_SLOTS=slots is not None,
+        ROUTES_FIRST=not indices.is_contiguous(),
     )
 
 
 @Launcher
 def launch_spread(grad_weights: Tensor, slots: Tensor, grad_scores: Tensor) -> Iterator[Launch]:
-    """Write the gradient of the relaxed selection `b r n` from that of the weights `b r selected`, contiguous."""
-    (batch, routes, n), selected = slots.shape, grad_weights.shape[2]
+    """Write the gradient of the relaxed selection `b r n` from that of the weights `b r selected`, whose last stride is
+    1."""
+    batch, routes, n = slots.shape
     plan = _plan_spread(batch * routes, n)
-    yield Launch(_spread_kernel, plan, grad_weights, slots, grad_scores, selected, n, plan.pieces)
+    strides = grad_weights.stride()[:2]
+    yield Launch(_spread_kernel, plan, grad_weights, slots, grad_scores, *strides, routes, n, plan.pieces)

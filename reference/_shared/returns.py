@@ -32,6 +32,16 @@ class RouteReturn(NamedTuple):
     """`b r s d`; of an index past the end, the last token."""
 
 
+class NormalizedRouteReturn(NamedTuple):
+    """Tokens that are routed, as in `RouteReturn`, and all tokens normalized."""
+
+    indices: Tensor
+    weights: Tensor
+    tokens: Tensor
+    normalized: Tensor
+    """`b n d`."""
+
+
 class PrefixSelection(NamedTuple):
     """Tokens that each window but the first selects from those before it, the largest score first: each `b w r s`."""
 

@@ -6,12 +6,17 @@ from typing import Any
 from torch import Tensor
 
 from reference._shared.arguments import check_counts, require
+from reference.layers.heavy_attention import Attention
 from reference.layers.light_attention import WindowedAttention
+from reference.layers.linear import Rounded, is_plain
+from reference.layers.norms import RMSNorm
 from reference.layers.operations import UseTriton
 from reference.layers.replayed import replayed
 from reference.layers.rotary import RotaryEmbedding, Rotations, angles_at
 from reference.layers.routed_branch import RoutedBranch
+from reference.layers.router import RouterReturn
 from reference.layers.start import Start
+from reference.layers.together import Together, route_together
 
 
 class ConditionalRoutedAttention(RoutedBranch):
@@ -106,12 +111,49 @@ class ConditionalRoutedAttention(RoutedBranch):
         num_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
         num_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
         check_counts(num_heavy_tokens_q=num_q, num_heavy_tokens_kv=num_kv)
-        q = self.q_router(x, num_tokens=num_q, mask=mask, routing_tokens=routing_tokens_q)
         rounded = self.round_weights(x, self.light_attn)
-        kv = self.route_context(x, num_kv, mask, routing_tokens_kv, rounded)
+        together = self._route_together(x, num_q, num_kv, mask, routing_tokens_q, routing_tokens_kv)
+        if together is None:
+            q = self.q_router(x, num_tokens=num_q, mask=mask, routing_tokens=routing_tokens_q)
+            kv = self.route_context(x, num_kv, mask, routing_tokens_kv, rounded)
+        else:
+            q, kv = self._divide(together, rounded)
         rotations = None
         if self.rotary_emb is not None:
             angles = self.rotary_emb(x.shape[1])
             rotations = Rotations(angles_at(angles, q.indices), angles_at(angles, kv.indices))
-        light = None if self.light_attn is None else self.light_attn(x, mask=mask, rounded=rounded)
-        return self.attend_routed(x, q, kv, rounded, rotations, light, residual)
+        light = None
+        if self.light_attn is not None and together is not None:
+            light = self.light_attn(together.normalized, mask=mask, rounded=rounded, normalized=True)
+        elif self.light_attn is not None:
+            light = self.light_attn(x, mask=mask, rounded=rounded)
+        return self.attend_routed(x, q, kv, rounded, rotations, light, residual, normalized=together is not None)
+
+    def _route_together(
+        self,
+        x: Tensor,
+        num_q: int,
+        num_kv: int,
+        mask: Tensor | None,
+        routing_tokens_q: Tensor | None,
+        routing_tokens_kv: Tensor | None,
+    ) -> Together | None:
+        """Tokens of the light branch, and those that both routers route, where nobody watches the modules."""
+        light = self.light_attn
+        if light is None or not is_plain(light, WindowedAttention) or not is_plain(self.heavy_attn, Attention):
+            return None
+        if not is_plain(self.heavy_attn.norm, RMSNorm):
+            return None
+        routers, counts = (self.q_router, self.kv_router), (num_q, num_kv)
+        return route_together(x, light.norm, routers, counts, mask, (routing_tokens_q, routing_tokens_kv))
+
+    def _divide(self, together: Together, rounded: Rounded) -> tuple[RouterReturn, RouterReturn]:
+        """Normalized queries, and keys and values as `route_context` makes them."""
+        routes = self.kv_router.num_routing_tokens
+        indices, indices_kv = together.indices.split((1, routes))
+        scores, scores_kv = together.scores.split((1, routes))
+        tokens, tokens_kv = self.heavy_attn.norm(together.tokens).split((1, routes))
+        mask_kv = None if together.mask is None else together.mask[1:].transpose(0, 1)
+        key_value = self.heavy_attn.project(tokens_kv.transpose(0, 1), routes, rounded, normalized=True)
+        q = RouterReturn(indices.squeeze(0), scores.squeeze(0), tokens.squeeze(0), None)
+        return q, RouterReturn(indices_kv.transpose(0, 1), scores_kv.transpose(0, 1), key_value, mask_kv)

@@ -1,6 +1,7 @@
 """The routed feed-forward layer."""
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,8 +12,9 @@ from reference.layers.linear import Rounded, is_plain, linear, round_weights
 from reference.layers.norms import RMSNorm
 from reference.layers.operations import Operations, UseTriton
 from reference.layers.replayed import replayed
-from reference.layers.router import CoordinateDescentRouter
+from reference.layers.router import CoordinateDescentRouter, RouterReturn
 from reference.layers.start import Start, start
+from reference.layers.together import Together, route_together
 
 
 class ConditionalRoutedFeedForward(nn.Module):
@@ -77,11 +79,26 @@ class ConditionalRoutedFeedForward(nn.Module):
         """
         num_heavy_tokens = self.num_heavy_tokens if num_heavy_tokens is None else num_heavy_tokens
         check_counts(num_heavy_tokens=num_heavy_tokens)
-        routed = self.router(x, num_tokens=num_heavy_tokens, mask=mask, routing_tokens=routing_tokens)
         rounded = round_weights(x, *self.light_ff.children(), *self.heavy_ff.children())
+        together = self._route_together(x, num_heavy_tokens, mask, routing_tokens)
+        if together is None:
+            routed = self.router(x, num_tokens=num_heavy_tokens, mask=mask, routing_tokens=routing_tokens)
+            light = _run(self.light_ff, x, rounded)
+        else:
+            scores, tokens = together.scores.squeeze(0), together.tokens.squeeze(0)
+            routed = RouterReturn(together.indices.squeeze(0), scores, tokens, None)
+            light = _run(self.light_ff, together.normalized, rounded, normalized=True)
         heavy = _run(self.heavy_ff, routed.routed_tokens, rounded)
-        branches: dict[str, Any] = {"light": _run(self.light_ff, x, rounded), "residual": residual}
+        branches: dict[str, Any] = {"light": light, "residual": residual}
         return join(self.operations.combine, heavy, routed.scores, routed.indices, x, **branches)
+
+    def _route_together(
+        self, x: Tensor, num_tokens: int, mask: Tensor | None, routing_tokens: Tensor | None
+    ) -> Together | None:
+        """Tokens of the narrow layer, and those that are routed, where nobody watches the modules."""
+        if not is_plain(self.light_ff, nn.Sequential):
+            return None
+        return route_together(x, self.light_ff[0], (self.router,), (num_tokens,), mask, (routing_tokens,))
 
 
 def _feed_forward(dim: int, mult: float, operations: Operations) -> nn.Sequential:
@@ -89,10 +106,11 @@ def _feed_forward(dim: int, mult: float, operations: Operations) -> nn.Sequentia
     return nn.Sequential(RMSNorm(dim, operations), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
 
-def _run(layers: nn.Sequential, x: Tensor, rounded: Rounded) -> Tensor:
-    if not rounded or not is_plain(layers, nn.Sequential):
+def _run(layers: nn.Sequential, x: Tensor, rounded: Rounded, normalized: bool = False) -> Tensor:
+    """The layers' result for x, which may have been through the first of them, the norm."""
+    if not normalized and (not rounded or not is_plain(layers, nn.Sequential)):
         result: Tensor = layers(x)
         return result
-    for layer in layers:
+    for layer in islice(layers, int(normalized), None):
         x = linear(layer, x, rounded)
     return x

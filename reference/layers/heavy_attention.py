@@ -40,9 +40,9 @@ class Attention(nn.Module):
         plain = "scaled_dot_product_attention" if self.use_flash else "einsum"
         return f"{self.operations.path('routed_attention')}, plain: {plain}"
 
-    def project(self, context: Tensor, routes: int, rounded: Rounded) -> Tensor:
+    def project(self, context: Tensor, routes: int, rounded: Rounded, normalized: bool = False) -> Tensor:
         """Keys and values `b r j (h kv d)` of tokens `b r j d`, or of `b 1 j d` for all routes."""
-        context = self.norm(context)
+        context = context if normalized else self.norm(context)
         if context.shape[1] == 1:
             # One product for all routes, and no copy of the tokens for each.
             return rearrange(linear(self.to_kv, context, rounded), "b 1 j (r hd) -> b r j hd", r=routes)
@@ -63,6 +63,7 @@ class Attention(nn.Module):
         scores_q: Tensor | None = None,
         rotations: Rotations | None = None,
         indices: Tensor | None = None,
+        normalized: bool = False,
     ) -> Tensor:
         """Queries from tokens `b i d`, which attend in each route with its share of the heads: `b i d`.
 
@@ -76,8 +77,9 @@ class Attention(nn.Module):
             mask: as scores_kv, False for keys that are not attended to.
             scores_q: as x without features, multiplied with queries.
             indices: `b w r s` with windows: the list of each, as places of j.
+            normalized: whether x has been normalized.
         """
-        query = linear(self.to_q, self.norm(x), rounded)
+        query = linear(self.to_q, x if normalized else self.norm(x), rounded)
         if scores_q is not None:
             query = query * scores_q.unsqueeze(-1).to(query.dtype)
         if rotations is not None:

@@ -47,10 +47,17 @@ class WindowedAttention(nn.Module):
         way = self.operations.path("windowed_attention")
         return f"window_size={self.window_size}, causal={self.causal}, rotary_theta={self.rotary_theta}, {way}"
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, rounded: Rounded | None = None) -> Tensor:
-        """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to; weights that are rounded already."""
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        rounded: Rounded | None = None,
+        normalized: bool = False,
+    ) -> Tensor:
+        """Tokens `b n d`, which may be normalized; mask `b n`, False for tokens that nothing attends to; weights that
+        are rounded already."""
         rounded = round_weights(x, *self.children()) if rounded is None else rounded
-        qkv = linear(self.to_qkv, self.norm(x), rounded)
+        qkv = linear(self.to_qkv, x if normalized else self.norm(x), rounded)
         options = {"window_size": self.window_size, "causal": self.causal, "rotary_theta": self.rotary_theta}
         out = self.operations.windowed_attention(qkv, heads=self.heads, mask=mask, **options)
         return linear(self.to_out, out, rounded)

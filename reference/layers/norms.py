@@ -1,5 +1,7 @@
 """The norms that come before linear layers."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +21,12 @@ class RMSNorm(nn.Module):
         return self.operations.path("normalize")
 
     def forward(self, x: Tensor) -> Tensor:
-        normalized: Tensor = self.operations.normalize(x, weight=self.gamma, dtype=autocast_dtype(x))
+        normalized: Tensor = self.operations.normalize(x, dtype=autocast_dtype(x), **self.options())
         return normalized
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `normalize` beside tokens and dtype."""
+        return {"weight": self.gamma}
 
 
 class LayerNorm(nn.LayerNorm):
@@ -34,5 +40,8 @@ class LayerNorm(nn.LayerNorm):
         return f"{super().extra_repr()}, {self.operations.path('normalize')}"
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        options = {"weight": self.weight, "bias": self.bias, "center": True, "eps": self.eps}
-        return self.operations.normalize(input, **options, dtype=autocast_dtype(input))
+        return self.operations.normalize(input, dtype=autocast_dtype(input), **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """As of `RMSNorm`."""
+        return {"weight": self.weight, "bias": self.bias, "center": True, "eps": self.eps}

@@ -12,6 +12,7 @@ from reference.combine import combine
 from reference.coor_descent import coor_descent
 from reference.gathered_attention import gather_and_attend
 from reference.normalize import normalize
+from reference.normalize_and_route import normalize_and_route
 from reference.route import route
 from reference.routed_attention import attend_to_routed
 from reference.routing_scores import routing_scores
@@ -47,6 +48,7 @@ class Operations:
 
     gathered_attention: Operation
     normalize: Operation
+    normalize_and_route: Operation
     route: Operation
     route_prefixes: Operation | None
     """None where there are no kernels: layers then select from rows with a mask."""
@@ -124,6 +126,7 @@ def _plain() -> dict[str, Any]:
         "flash_routed_attention": _flash_routed_attention,
         "gathered_attention": gather_and_attend,
         "normalize": normalize,
+        "normalize_and_route": normalize_and_route,
         "route": route,
         "route_prefixes": None,
         "routed_attention": attend_to_routed,

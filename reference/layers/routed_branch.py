@@ -102,10 +102,11 @@ class RoutedBranch(nn.Module):
         rotations: Rotations | None = None,
         light: Tensor | None = None,
         residual: Tensor | None = None,
+        normalized: bool = False,
     ) -> Tensor:
-        """The heavy branch for tokens `b n d`, of which q are routed, to kv as `route_context` makes them. Light and
-        residual, `b n d`, are added if there are any. The result is `b n d`; weights are as `round_weights` rounds
-        them."""
+        """The heavy branch for tokens `b n d`, of which q are routed, to kv as `route_context` makes them. Tokens of q
+        may be normalized. Light and residual, `b n d`, are added if there are any. The result is `b n d`; weights are
+        as `round_weights` rounds them."""
         out = self.heavy_attn(
             q.routed_tokens,
             key_value=kv.routed_tokens,
@@ -114,6 +115,7 @@ class RoutedBranch(nn.Module):
             mask=kv.routed_mask,
             scores_q=q.scores if self.multiply_queries_by_score else None,
             rotations=rotations,
+            **({"normalized": True} if normalized else {}),
         )
         branches: dict[str, Any] = {"null": self.null_q_token, "light": light, "residual": residual}
         return join(self.operations.combine, out, q.scores, q.indices, x, **branches)

@@ -215,19 +215,26 @@ class CoordinateDescentRouter(nn.Module):
     ) -> RouteReturn:
         """So many tokens, of each block if there are blocks, in one operation."""
         width = x.shape[1] if block_size is None else block_size
-        routed: RouteReturn = self.operations.route(
-            x,
-            routing_tokens,
-            num_selected=self.num_selected(num_tokens, width),
-            **self.relaxation(num_tokens, width),
-            n_iters=self.n_iters,
-            solver=self.solver,
-            cosine_sim_scale=self._cosine_sim_scale,
-            block_size=block_size,
-            straight_through=self.straight_through,
-            mask=mask,
-        )
+        options = self._choice(num_tokens, width)
+        options |= {"cosine_sim_scale": self._cosine_sim_scale, "block_size": block_size, "mask": mask}
+        routed: RouteReturn = self.operations.route(x, routing_tokens, **options)
         return routed
+
+    def _choice(self, num_tokens: int, n: int) -> dict[str, Any]:
+        """Arguments of `route` that say how so many of n tokens are chosen by their scores."""
+        return {
+            "num_selected": self.num_selected(num_tokens, n),
+            **self.relaxation(num_tokens, n),
+            "n_iters": self.n_iters,
+            "solver": self.solver,
+            "straight_through": self.straight_through,
+        }
+
+    def choice_of_all(self, n: int, num_tokens: int) -> dict[str, Any] | None:
+        """Arguments of `normalize_and_route` for so many of n tokens. None where the operation does not route as this
+        router does, or there is nothing to choose."""
+        takes = self.routing_token is not None and not self.cosine_sim_routing and self.takes_windows(n)
+        return self._choice(num_tokens, n) if takes and n > num_tokens else None
 
     def route_windows(self, x: Tensor, window_size: int, num_tokens: int, routing_tokens: Tensor | None) -> RouteReturn:
         """As many tokens of each window of `b n d`, in one operation; `takes_windows` says whether there is one."""

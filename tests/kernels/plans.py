@@ -21,6 +21,7 @@ from kernels.coor_descent import forward as descent_forward
 from kernels.gathered_attention import backward as gathered_backward
 from kernels.gathered_attention import forward as gathered_forward
 from kernels.gathered_attention import inverse
+from kernels.normalize import triton as normalize_kernels
 from kernels.route import triton as gather_kernel
 from kernels.route_prefixes import backward as prefix_backward
 from kernels.route_prefixes import forward as prefix_forward
@@ -228,6 +229,16 @@ def normalize(n_rows, d, center, biased, itemsize, **_):
     _call_and_differentiate(True, lambda: kernels.normalize(x, weight, bias, center=center))
 
 
+def normalize_and_route(n_rows, d, center, biased, itemsize, routes=1, **_):
+    """Sequences of one token."""
+    x = torch.zeros(n_rows, 1, d, dtype=DTYPES[itemsize], requires_grad=True)
+    bias = torch.zeros(d, requires_grad=True) if biased else None
+    weight, routing_tokens = torch.ones(d, requires_grad=True), torch.zeros(1, routes, d, requires_grad=True)
+    options = {"num_selected": 1, "k": 1.0, "n_iters": 1, "center": center}
+    result = kernels.normalize_and_route(x, routing_tokens, weight, bias, **options)
+    torch.autograd.backward(result[1:], [torch.zeros_like(each) for each in result[1:]])
+
+
 def combine(d=8, n_rows=1, n_routed=None, nulled=True, lit=True, residual=True, started=False, itemsize=4, **_):
     """`n_rows` sequences of one token, which is routed."""
     batch, n = n_routed or n_rows, 1
@@ -349,6 +360,12 @@ OPERATIONS = {
         (launch.plan_rows, launch.plan_sweep),
         normalize,
         _variants(center=BOOL, biased=BOOL, itemsize=(2, 4)),
+    ),
+    "normalize_and_route": Operation(
+        (launch.plan_rows, normalize_kernels._plan_routed),
+        normalize_and_route,
+        _variants(center=BOOL, biased=BOOL, routes=(1, 2, 4), itemsize=(2, 4)),
+        {"d": around(most=2048)},
     ),
     "combine": Operation(
         (launch.plan_rows, launch.plan_sweep, combine_kernels._plan_places),

@@ -98,6 +98,7 @@ MANY = {
     "gather": [{"n_rows": 70001, "selected": 1, "d": 2}],
     "spread": [{"n_rows": 70001, "n": 2}],
     "normalize": [{"n_rows": 70001, "d": 2}],
+    "normalize_and_route": [{"n_rows": 70001, "d": 2}],
     "combine": [{"n_rows": 70001, "d": 2}],
     "route_prefixes": [{"n_rows": 70001, "n_windows": 2, "window_size": 1}],
     "gathered_attention": [

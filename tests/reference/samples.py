@@ -26,6 +26,10 @@ OPERATIONS = {
         {"multiply_keys_by_score": True, **GATHERED},
     ),
     "normalize": ({"x": (2, 3, 5), "weight": (5,), "bias": (5,)}, {"center": True}),
+    "normalize_and_route": (
+        {"x": (2, 7, 4), "routing_tokens": (1, 2, 4), "weight": (4,), "bias": (4,)},
+        {"num_selected": 2, "k": 2.3, "mask": MASK, "center": True, **DESCENT},
+    ),
     "route": (
         {"x": (2, 7, 4), "routing_tokens": (2, 2, 4)},
         {"num_selected": 1, "k": 1.3, "block_size": 3, "mask": MASK, "cosine_sim_scale": 0.7, **DESCENT},

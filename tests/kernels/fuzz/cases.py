@@ -278,6 +278,17 @@ def _normalize(draw: Draw) -> Drawn:
     }
 
 
+def _normalize_and_route(draw: Draw) -> Drawn:
+    routing, options = _route(draw)
+    del options["cosine_sim_scale"], options["block_size"]
+    norm, of_norm = _normalize(draw)
+    n = routing["x"][1]
+    options["num_selected"] = draw.size(max(n // 4, 1)) if draw.chance(0.8) else draw.size(n)
+    options["k"] = draw.pick(options["num_selected"], min(options["num_selected"] * 9 / 8, n))
+    options |= {"center": of_norm["center"], "norm_eps": of_norm["eps"], "dtype": of_norm["dtype"]}
+    return {**routing, "weight": norm["weight"], "bias": norm["bias"]}, options
+
+
 def _combine(draw: Draw) -> Drawn:
     d = draw.pick(draw.size(300), *draw.scale.features)
     length = draw.size(min(draw.scale.longest, max(draw.scale.cells // 8 // d, 1)))
@@ -347,6 +358,7 @@ OPERATIONS: dict[str, Callable[[Draw], Drawn]] = {
     "coor_descent": _descent,
     "gathered_attention": _gathered_attention,
     "normalize": _normalize,
+    "normalize_and_route": _normalize_and_route,
     "route": _route,
     "route_prefixes": _route_prefixes,
     "routed_attention": _routed_attention,
@@ -713,10 +725,19 @@ def _tokens_and_routing(make: Maker, data: dict[str, Any]) -> None:
 
 def _normalized(make: Maker, data: dict[str, Any]) -> None:
     make.add("x", make.normal(*data["x"], std=data["std"]))
+    _norm(make, data)
+
+
+def _norm(make: Maker, data: dict[str, Any]) -> None:
     wide = {"float32": torch.promote_types(make.dtype, torch.float32)}
     make.add("weight", 1 + make.normal(data["x"][-1], std=0.3), wide.get(data["weight"]))
     if data["bias"] is not None:
         make.add("bias", make.normal(data["x"][-1]), wide.get(data["bias"]))
+
+
+def _normalized_and_routed(make: Maker, data: dict[str, Any]) -> None:
+    _tokens_and_routing(make, data)
+    _norm(make, data)
 
 
 def _combined(make: Maker, data: dict[str, Any]) -> None:
@@ -758,6 +779,7 @@ _TENSORS: dict[str, Callable[[Maker, dict[str, Any]], None]] = {
     "combine": _combined,
     "gathered_attention": _attended,
     "normalize": _normalized,
+    "normalize_and_route": _normalized_and_routed,
     "route": _tokens_and_routing,
     "routed_attention": _attended,
     "routing_scores": _tokens_and_routing,

@@ -67,7 +67,7 @@ def ours(case: Case, device: torch.device, watched: Watched) -> tuple[Function, 
 
     def function(tensors: Tensors) -> Tensors:
         result = named(getattr(kernels, case.name)(**tensors, **case.arguments()))
-        if case.name == "route":
+        if case.name in ("normalize_and_route", "route"):
             watched.selections.append(_within_blocks(result["indices"], case.options, tensors["x"].shape[1]))
         if case.name == "topk":
             watched.selections.append(result["indices"])
@@ -170,7 +170,7 @@ def _watching(watched: Watched) -> Operations:
     def from_prefixes(result: Any, *args: Any, **kwargs: Any) -> None:
         watched.selections.append(result.indices)
 
-    keep = {"select": chosen, "route": routed, "route_prefixes": from_prefixes}
+    keep = {"select": chosen, "route": routed, "normalize_and_route": routed, "route_prefixes": from_prefixes}
     fused = Operations.of(True)
     return replace(fused, **{name: _then(getattr(fused, name), each) for name, each in keep.items()})
 
@@ -185,7 +185,7 @@ def _watch_causal(module: nn.Module, watched: Watched) -> None:
 
 def _within_blocks(indices: Tensor, options: dict[str, Any], n: int) -> Tensor:
     """Indices `b r (m s)` of the whole as what is selected from blocks: `b r m s`."""
-    size = options["block_size"]
+    size = options.get("block_size")
     if size is None:
         return indices
     blocks = ceil(n / size)

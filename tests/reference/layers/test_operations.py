@@ -59,7 +59,7 @@ def test_a_layer_takes_operations_as_they_are(name, seed, use_triton):
     for mine, theirs in zip(results(layer(*inputs, **options)), results(expected(*inputs, **options)), strict=True):
         assert torch.equal(mine, theirs)
     assert [*operations_in(layer).values()] == [operations]
-    assert called & {"route", "select"}
+    assert called & {"route", "normalize_and_route", "select"}
     if "Attention" in name or "Block" in name or "ViT" in name:
         assert called & {each for each in NAMES if each.endswith(("routed_attention", "gathered_attention"))}
 

@@ -1,0 +1,212 @@
+"""The normalized tokens of one branch and the routed tokens of another, in one read of the tokens.
+
+Both branches of a routed layer begin with all tokens: one normalizes them, the other scores them. The kernels of
+`kernels.normalize` do both at once. Backward, they write one gradient for each token: the sum of those through its norm
+and its scores and that which it has as a selected token. PyTorch adds up nothing of the size of all tokens. The steps
+between scores and selected tokens are those of `kernels.route`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels._common.launch import as_rows, has_values, runs_triton
+from kernels._common.operation import Operation
+from kernels.normalize import Routes, launch_backward, launch_forward, normalize
+from kernels.route import Choice, route
+from kernels.routing_scores import count_flops
+from reference._shared.arguments import Solver, check_normalize, check_route, first_temperature, result_dtype
+from reference._shared.returns import NormalizedRouteReturn
+
+MOST_ROUTES, LONGEST = 4, 2048
+"""Most routes and features for which a program has registers; more are routed on their own."""
+
+
+def _forward(
+    x: Tensor,
+    routing_tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    center: bool,
+    norm_eps: float,
+    dtype: torch.dtype,
+    num_selected: int,
+    k: float,
+    n_iters: int,
+    eps: float,
+    first: float,
+    eps_decay: float,
+    exact: bool,
+    straight_through: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Normalized tokens, weights, tokens and indices, then what the backward pass needs. It is mean and scale of tokens
+    as `kernels.normalize` has them, and scores, state and slots as `kernels.route` has them."""
+    (batch, n, d), routes = x.shape, routing_tokens.shape[1]
+    y = x.new_empty(x.shape, dtype=dtype)
+    mean = x.new_empty(batch * n if center else 0, dtype=torch.float32)
+    scale = x.new_empty(batch * n, dtype=torch.float32)
+    scores = x.new_empty((batch, routes, n), dtype=torch.float32)
+    slots = x.new_empty((batch, routes, n) if save else (0,), dtype=torch.int32)
+    kept = slots if save else None
+    if has_values(x):
+        launch_forward(as_rows(x), weight, bias, center, norm_eps, y, mean, scale, routing_tokens[0], scores, kept)
+    choice = Choice(num_selected, k, n_iters, eps, first, eps_decay, exact, None)
+    # Each route is contiguous: who divides the routes gets tensors that are.
+    shape = (routes, batch, num_selected)
+    routed = scores.new_empty(shape), x.new_empty((*shape, d)), x.new_empty(shape, dtype=torch.int64)
+    weights, tokens, indices = (each.transpose(0, 1) for each in routed)
+    state = choice.choose(x, scores, mask, straight_through, (weights, tokens, indices), kept)
+    return y, weights, tokens, indices, mean, scale, scores, state, slots
+
+
+def _backward(
+    grad_y: Tensor | None,
+    grad_weights: Tensor | None,
+    grad_tokens: Tensor | None,
+    x: Tensor,
+    routing_tokens: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    mean: Tensor,
+    scale: Tensor,
+    scores: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    center: bool,
+    has_bias: bool,
+    norm_eps: float,
+    dtype: torch.dtype,
+    num_selected: int,
+    k: float,
+    n_iters: int,
+    eps: float,
+    first: float,
+    eps_decay: float,
+    exact: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of tokens, and in fp32 those of the parameters, one below the other. These are weight, bias, which
+    gets 0 if there is none, and all routing tokens."""
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not has_values(x):
+        return dx, x.new_zeros((2 + routing_tokens.shape[1], x.shape[2]), dtype=torch.float32)
+    choice = Choice(num_selected, k, n_iters, eps, first, eps_decay, exact, None)
+    grad_scores = choice.grad_scores(grad_weights, x, scores, mask, state, slots)
+    grad_y = x.new_zeros(x.shape, dtype=dtype) if grad_y is None else grad_y
+    if grad_tokens is not None and not grad_tokens[0, 0].is_contiguous():
+        grad_tokens = grad_tokens.contiguous()
+    routes = Routes(routing_tokens[0], grad_scores, slots, grad_tokens)
+    rows = as_rows(grad_y), as_rows(x)
+    return dx, launch_backward(*rows, weight, mean, scale, center, has_bias, norm_eps, dx, routes)
+
+
+def _hand_back(
+    grad_y: Tensor | None, grad_weights: Tensor | None, grad_tokens: Tensor | None, dx: Tensor, sums: Tensor
+) -> tuple[Tensor, ...]:
+    return dx, sums[0], sums[1], sums[2:].unsqueeze(0)
+
+
+_operation = Operation(
+    "normalize_and_route",
+    _forward,
+    _backward,
+    outputs=("y", "weights", "tokens", "indices", "mean", "scale", "scores", "state", "slots"),
+    gradients=("x", "weight", "bias", "routing_tokens"),
+    chosen={"has_bias": lambda bias: bias is not None},
+    hand_back=_hand_back,
+)
+
+
+register_flop_formula(torch.ops.colt5.normalize_and_route)(count_flops)
+
+
+@register_flop_formula(torch.ops.colt5.normalize_and_route_backward)
+def _count_backward_flops(*arguments: Any, **_: object) -> int:
+    return 2 * count_flops(*arguments[3:5])
+
+
+def normalize_and_route(
+    x: Tensor,
+    routing_tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    num_selected: int,
+    k: float,
+    n_iters: int,
+    eps: float = 0.1,
+    eps_init: float | None = None,
+    eps_decay: float = 1.0,
+    solver: Solver = "coor_descent",
+    straight_through: bool = False,
+    mask: Tensor | None = None,
+    center: bool = False,
+    norm_eps: float = 1e-12,
+    dtype: torch.dtype | None = None,
+) -> NormalizedRouteReturn:
+    """`reference.normalize_and_route` with each token read once, and once more for all gradients.
+
+    Results are bitwise equal from run to run. A CPU tensor, one of fp64, tokens of more than 2048 features, more than 4
+    routes, and routing tokens of each of a batch get the same from `kernels.route` and `kernels.normalize`.
+
+    Args:
+        x: tokens `b n d`, any float dtype, any strides.
+        routing_tokens: `b r d`, or `1 r d` for all of a batch; any float dtype.
+        weight, bias: `d`, of the norm.
+        num_selected, k, n_iters, eps, eps_init, eps_decay, solver, straight_through, mask: of routing; `kernels.route`
+            explains them.
+        center, norm_eps, dtype: of the norm; `kernels.normalize` explains them.
+
+    Returns:
+        indices, weights and tokens as of `kernels.route`, and normalized tokens `b n d`.
+
+    Raises:
+        ValueError: an argument is out of its range, or shapes do not match.
+        NotImplementedError: a second derivative or forward mode is asked for, but on the CPU.
+    """
+    check_normalize(x, weight, bias, norm_eps, dtype)
+    check_route(x, routing_tokens, num_selected, k, (n_iters, eps, eps_init, eps_decay), solver, None, mask)
+    if not _is_one(x, routing_tokens):
+        routed = route(
+            x,
+            routing_tokens,
+            num_selected=num_selected,
+            k=k,
+            n_iters=n_iters,
+            eps=eps,
+            eps_init=eps_init,
+            eps_decay=eps_decay,
+            solver=solver,
+            straight_through=straight_through,
+            mask=mask,
+        )
+        normalized = normalize(x, weight, bias, center=center, eps=norm_eps, dtype=dtype)
+        return NormalizedRouteReturn(*routed, normalized)
+    normalized, weights, tokens, indices, *_ = _operation(
+        x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous(),
+        routing_tokens.contiguous(),
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        mask,
+        center,
+        norm_eps,
+        result_dtype(dtype, x, weight, bias),
+        num_selected,
+        float(k),
+        n_iters,
+        eps,
+        first_temperature(eps, eps_init),
+        eps_decay,
+        solver == "exact",
+        straight_through,
+    )
+    return NormalizedRouteReturn(indices, weights, tokens, normalized)
+
+
+def _is_one(x: Tensor, routing_tokens: Tensor) -> bool:
+    """True if the kernels do all of it."""
+    shared, routes, d = routing_tokens.shape
+    return runs_triton(x) and x.dtype != torch.float64 and d <= LONGEST and shared == 1 and routes <= MOST_ROUTES
