@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels._common.launch import as_rows, has_values, runs_triton
 from kernels._common.operation import Operation
 from kernels.combine import cpu
-from kernels.combine.triton import LONGEST, launch_forward, launch_routed_backward, launch_sweep, map_slots
+from kernels.combine.triton import LONGEST, launch_backward, launch_forward, launch_places
 from reference._shared.arguments import check_combine, result_dtype
 
 
@@ -30,8 +30,9 @@ def _forward(
     """The sum `b n d` of routed tokens `b k d` and the optional terms, and the map `b n`."""
     batch, _, d = routed.shape
     out = routed.new_empty((batch, n, d), dtype=dtype)
-    slots = map_slots(indices, n)
+    slots = indices.new_empty((batch, n), dtype=torch.int32)
     if has_values(out):
+        launch_places(indices, slots)
         terms = (None if each is None else as_rows(each) for each in (light, residual))
         launch_forward(as_rows(routed), scores, slots, null, *terms, start, out)
     return out, slots
@@ -53,12 +54,8 @@ def _backward(
     if not has_values(grad_output):
         dnull = None if null_slots is None else grad_output.new_zeros(routed.shape[2], dtype=torch.float32)
         return drouted, dscores.zero_(), dnull, dlight
-    grad_output = as_rows(grad_output)
-    if has_values(routed):
-        launch_routed_backward(grad_output, as_rows(routed), scores, indices, drouted, dscores)
-    dnull = None
-    if null_slots is not None or dlight is not None:
-        dnull = launch_sweep(grad_output, null_slots, start, dlight)
+    given = (as_rows(grad_output), as_rows(routed), scores, indices, null_slots)
+    dnull = launch_backward(*given, start, drouted, dscores, dlight)
     return drouted, dscores, dnull, dlight
 
 

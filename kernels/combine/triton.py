@@ -12,7 +12,6 @@ from kernels._common.launch import (
     Launch,
     Launcher,
     Plan,
-    has_values,
     multiprocessors,
     plan_rows,
     plan_sweep,
@@ -23,23 +22,31 @@ LONGEST = 8192
 """Most features that the kernel takes; more are left to PyTorch."""
 
 
-PLACES = 1024
-"""Routed tokens that a program of the map writes."""
+PLACES, INDICES = 8192, 1024
+"""Places that a program of the map writes, and indices that it reads at a time."""
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "n"])
+@triton.jit(do_not_specialize=[*COUNTS, "n", "k"])
 def _places_kernel(
     indices_ptr,  # b k
-    slots_ptr,  # b n, int32, filled with -1
-    n_routed,
+    slots_ptr,  # b n, int32
     k,
     n,
-    BLOCK: tl.constexpr,
+    parts,
+    PLACES: tl.constexpr,
+    INDICES: tl.constexpr,
 ):
-    """Write the index, among all `b k`, of each routed token into the place of its token."""
-    slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    places = tl.load(indices_ptr + slots, mask=slots < n_routed, other=n).to(tl.int64)
-    tl.store(slots_ptr + (slots // k).to(tl.int64) * n + places, slots, mask=places < n)
+    """Write into some places the index, among all `b k`, of their routed token, and -1 where there is none."""
+    batch, start = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * PLACES
+    places = start + tl.arange(0, PLACES)
+    tl.store(slots_ptr + batch * n + places, -1, mask=places < n)
+    # What threads have written, others write over.
+    tl.debug_barrier()
+    for first in range(0, k, INDICES):
+        numbers = first + tl.arange(0, INDICES)
+        routed = tl.load(indices_ptr + batch * k + numbers, mask=numbers < k, other=n).to(tl.int64)
+        is_here = (routed >= start) & (routed < tl.minimum(start + PLACES, n))
+        tl.store(slots_ptr + batch * n + routed, (batch * k + numbers).to(tl.int32), mask=is_here)
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "n", "start"])
@@ -87,25 +94,13 @@ def _forward_kernel(
     tl.store(out_ptr + rows[:, None] * d + columns, out.to(out_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "n"])
-def _routed_backward_kernel(
-    grad_output_ptr,  # b n d
-    routed_ptr,  # b k d
-    scores_ptr,  # b k
-    indices_ptr,  # b k
-    drouted_ptr,  # b k d
-    dscores_ptr,  # b k
-    grad_output_stride,
-    routed_stride,
-    n_routed,
-    k,
-    n,
-    d,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+@triton.jit
+def _differentiate_routed(
+    grad_output_ptr, routed_ptr, scores_ptr, indices_ptr, drouted_ptr, dscores_ptr, grad_output_stride, routed_stride,
+    program, n_routed, k, n, d, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """ROWS routed tokens. What has no place has no gradient."""
-    slots = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    slots = program * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)[None, :]
     there = (slots < n_routed)[:, None] & (columns < d)
     places = tl.load(indices_ptr + slots, mask=slots < n_routed, other=n).to(tl.int64)
@@ -123,27 +118,16 @@ def _routed_backward_kernel(
     tl.store(drouted_ptr + rows[:, None] * d + columns, drouted.to(drouted_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "n", "start"])
-def _backward_kernel(
-    grad_output_ptr,  # b n d
-    slots_ptr,  # b n, int32
-    dlight_ptr,  # b n d
-    dnull_ptr,  # programs d, fp32
-    grad_output_stride,
-    n_rows,
-    d,
-    n,
-    start,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_NULL: tl.constexpr,
-    HAS_START: tl.constexpr,
+@triton.jit
+def _differentiate_others(
+    grad_output_ptr, slots_ptr, dlight_ptr, dnull_ptr, grad_output_stride, program, programs, n_rows, d, n, start,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_NULL: tl.constexpr, HAS_START: tl.constexpr,
     CASTS_LIGHT: tl.constexpr,
-):
+):  # fmt: skip
     """Every so many-th tile of ROWS tokens."""
     columns = tl.arange(0, BLOCK_D)[None, :]
     dnull = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+    for tile in range(program, tl.cdiv(n_rows, ROWS), programs):
         rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         there = (rows < n_rows)[:, None] & (columns < d)
         grad_output = tl.load(grad_output_ptr + rows[:, None] * grad_output_stride + columns, mask=there, other=0.0)
@@ -156,26 +140,62 @@ def _backward_kernel(
             dnull += tl.where((slots < 0)[:, None], grad_output.to(tl.float32), 0.0)
     if HAS_NULL:
         share = tl.sum(dnull, axis=0)[None, :]
-        tl.store(dnull_ptr + tl.program_id(0) * d + columns, share, mask=columns < d)
+        tl.store(dnull_ptr + program * d + columns, share, mask=columns < d)
+
+
+@triton.jit(do_not_specialize=[*COUNTS, "n", "k", "start", "of_others"])
+def _backward_kernel(
+    grad_output_ptr,  # b n d
+    routed_ptr,  # b k d
+    scores_ptr,  # b k
+    indices_ptr,  # b k
+    slots_ptr,  # b n, int32
+    drouted_ptr,  # b k d
+    dscores_ptr,  # b k
+    dlight_ptr,  # b n d
+    dnull_ptr,  # programs d, fp32
+    grad_output_stride,
+    routed_stride,
+    n_rows,
+    n_routed,
+    k,
+    d,
+    n,
+    start,
+    of_others,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_NULL: tl.constexpr,
+    HAS_START: tl.constexpr,
+    CASTS_LIGHT: tl.constexpr,
+):
+    """The first programs sweep over all tokens, each of the others has some routed ones."""
+    program = tl.program_id(0)
+    if program < of_others:
+        _differentiate_others(
+            grad_output_ptr, slots_ptr, dlight_ptr, dnull_ptr, grad_output_stride, program, of_others, n_rows, d, n,
+            start, ROWS, BLOCK_D, HAS_NULL, HAS_START, CASTS_LIGHT,
+        )  # fmt: skip
+    else:
+        _differentiate_routed(
+            grad_output_ptr, routed_ptr, scores_ptr, indices_ptr, drouted_ptr, dscores_ptr, grad_output_stride,
+            routed_stride, program - of_others, n_routed, k, n, d, ROWS, BLOCK_D,
+        )  # fmt: skip
 
 
 @planner
-def _plan_places(n_routed: int) -> Plan:
-    return Plan(triton.cdiv(n_routed, PLACES), {"BLOCK": PLACES})
-
-
-def map_slots(indices: Tensor, n: int) -> Tensor:
-    """`b n`, int32: the index, among all `b k`, of the routed token in the place of a token. -1 where there is none."""
-    slots = torch.full((indices.shape[0], n), -1, dtype=torch.int32, device=indices.device)
-    if has_values(indices):
-        _launch_places(indices, slots)
-    return slots
+def _plan_places(batch: int, n: int) -> Plan:
+    """Pieces are parts of a sequence."""
+    parts = triton.cdiv(n, PLACES)
+    return Plan(batch * parts, {"PLACES": PLACES, "INDICES": INDICES, "num_warps": 8}, parts)
 
 
 @Launcher
-def _launch_places(indices: Tensor, slots: Tensor) -> Iterator[Launch]:
+def launch_places(indices: Tensor, slots: Tensor) -> Iterator[Launch]:
+    """Write to slots `b n`, int32, which of all routed tokens `b k` is in a place; -1 where there is none."""
     (batch, k), n = indices.shape, slots.shape[1]
-    yield Launch(_places_kernel, _plan_places(batch * k), indices, slots, batch * k, k, n)
+    plan = _plan_places(batch, n)
+    yield Launch(_places_kernel, plan, indices, slots, k, n, plan.pieces)
 
 
 @Launcher
@@ -216,58 +236,77 @@ def launch_forward(
     )
 
 
+@planner
+def _plan_backward(n_rows: int, n_routed: int, d: int, available: int, sweeps: bool) -> Plan:
+    """Programs that sweep over all rows, which are the pieces, then those for routed tokens."""
+    sweep = plan_sweep(n_rows, d, available)
+    of_others = sweep.programs if sweeps else 0
+    return Plan(of_others + triton.cdiv(n_routed, sweep.settings["ROWS"]), sweep.settings, of_others)
+
+
+def launch_backward(
+    grad_output: Tensor,
+    routed: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    null_slots: Tensor | None,
+    start: int,
+    drouted: Tensor,
+    dscores: Tensor,
+    dlight: Tensor | None,
+) -> Tensor | None:
+    """Write the gradients of routed tokens, of their scores and, in its dtype, of the light branch if that is wanted.
+    Return the gradient of the null token, if there is the map."""
+    programs = _plan(grad_output, indices, null_slots, dlight).pieces if null_slots is not None else 0
+    shares = torch.empty((programs, grad_output.shape[1]), dtype=torch.float32, device=grad_output.device)
+    _launch_backward(grad_output, routed, scores, indices, null_slots, start, drouted, dscores, dlight, shares)
+    return None if null_slots is None else shares.sum(0)
+
+
+def _plan(grad_output: Tensor, indices: Tensor, null_slots: Tensor | None, dlight: Tensor | None) -> Plan:
+    n_rows, d = grad_output.shape
+    sweeps = null_slots is not None or dlight is not None
+    return _plan_backward(n_rows, indices.numel(), d, multiprocessors(grad_output.device), sweeps)
+
+
 @Launcher
-def launch_routed_backward(
-    grad_output: Tensor, routed: Tensor, scores: Tensor, indices: Tensor, drouted: Tensor, dscores: Tensor
+def _launch_backward(
+    grad_output: Tensor,
+    routed: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    null_slots: Tensor | None,
+    start: int,
+    drouted: Tensor,
+    dscores: Tensor,
+    dlight: Tensor | None,
+    shares: Tensor,
 ) -> Iterator[Launch]:
-    """Write the gradients of routed tokens and of their scores."""
     (n_rows, d), (batch, k) = grad_output.shape, indices.shape
-    yield Launch(
-        _routed_backward_kernel,
-        plan_rows(batch * k, d),
-        grad_output,
-        routed,
-        scores,
-        indices,
-        drouted,
-        dscores,
-        grad_output.stride(0),
-        routed.stride(0),
-        batch * k,
-        k,
-        n_rows // batch,
-        d,
-    )
-
-
-def launch_sweep(grad_output: Tensor, slots: Tensor | None, start: int, dlight: Tensor | None) -> Tensor | None:
-    """Write the gradient of the light branch in its dtype, if that is wanted. Return the gradient of the null token, if
-    there is the map."""
-    n_rows, d = grad_output.shape
-    programs = 0 if slots is None else plan_sweep(n_rows, d, multiprocessors(grad_output.device)).programs
-    shares = torch.empty((programs, d), dtype=torch.float32, device=grad_output.device)
-    _launch_sweep(grad_output, slots, start, dlight, shares)
-    return None if slots is None else shares.sum(0)
-
-
-@Launcher
-def _launch_sweep(
-    grad_output: Tensor, slots: Tensor | None, start: int, dlight: Tensor | None, shares: Tensor
-) -> Iterator[Launch]:
-    n_rows, d = grad_output.shape
-    yield Launch(
-        _backward_kernel,
-        plan_sweep(n_rows, d, multiprocessors(grad_output.device)),
-        grad_output,
-        grad_output if slots is None else slots,
-        grad_output if dlight is None else dlight,
-        shares,
-        grad_output.stride(0),
-        n_rows,
-        d,
-        n_rows if slots is None else slots.shape[1],
-        start,
-        HAS_NULL=slots is not None,
-        HAS_START=start > 0,
-        CASTS_LIGHT=dlight is not None,
-    )
+    plan = _plan(grad_output, indices, null_slots, dlight)
+    if plan.programs:
+        yield Launch(
+            _backward_kernel,
+            plan,
+            grad_output,
+            routed,
+            scores,
+            indices,
+            indices if null_slots is None else null_slots,
+            drouted,
+            dscores,
+            grad_output if dlight is None else dlight,
+            shares,
+            grad_output.stride(0),
+            routed.stride(0),
+            n_rows,
+            batch * k,
+            k,
+            d,
+            n_rows // batch,
+            start,
+            plan.pieces,
+            HAS_NULL=null_slots is not None,
+            HAS_START=start > 0,
+            CASTS_LIGHT=dlight is not None,
+        )

@@ -62,7 +62,7 @@ COUNTS = {
     "n_entries": (1, 2, 1023, 1024, 1025, 2**20, 2**31, 2**33),
     "n_iters": (1, 2, 3, 20, 64, 65, 500),
     "n_queries": around(most=4096),
-    "n_routed": around(combine_kernels.PLACES),
+    "n_routed": around(),
     "n_rows": (1, 2, 3, 4, 5, 8, 32, 33, 64, 132, 300, 1000, 4096, 8192, 65535, 65536, 65537, 2**31, 2**33),
     "n_tokens": around(),
     "n_windows": around(most=2048),
@@ -71,13 +71,14 @@ COUNTS = {
     "routes": tuple(range(1, score_kernels.MOST_ROUTES + 1)),
     "selected": around(select_kernels.LISTED, select_kernels.MOST_RANKED, most=2**17),
     "simple": BOOL,
+    "sweeps": BOOL,
     "total": (1, 2, 1023, 1024, 1025, 2**20, 2**31, 2**33),
     "window_size": around(prefix_forward.LONGEST_END, most=8192),
 }
 """What sizes of a name are tried; a launcher whose sizes go by other names has to say here what they may be."""
 
 
-NOT_A_COUNT = {"aligned", "available", "itemsize", "n_iters", "pairs", "rotary", "simple"}
+NOT_A_COUNT = {"aligned", "available", "itemsize", "n_iters", "pairs", "rotary", "simple", "sweeps"}
 """Of these, what makes no tensor larger."""
 
 
@@ -239,9 +240,9 @@ def normalize_and_route(n_rows, d, center, biased, itemsize, routes=1, **_):
     torch.autograd.backward(result[1:], [torch.zeros_like(each) for each in result[1:]])
 
 
-def combine(d=8, n_rows=1, n_routed=None, nulled=True, lit=True, residual=True, started=False, itemsize=4, **_):
-    """`n_rows` sequences of one token, which is routed."""
-    batch, n = n_routed or n_rows, 1
+def combine(d=8, n_rows=1, batch=None, n=1, nulled=True, lit=True, residual=True, started=False, itemsize=4, **_):
+    """Sequences of which one token is routed."""
+    batch = batch or n_rows
     dtype = DTYPES[itemsize]
     branches = {
         "null": torch.zeros(d, requires_grad=True) if nulled else None,
@@ -368,7 +369,7 @@ OPERATIONS = {
         {"d": around(most=2048)},
     ),
     "combine": Operation(
-        (launch.plan_rows, launch.plan_sweep, combine_kernels._plan_places),
+        (launch.plan_rows, combine_kernels._plan_backward, combine_kernels._plan_places),
         combine,
         _variants(nulled=BOOL, lit=BOOL, residual=BOOL, started=BOOL, itemsize=(2, 4)),
     ),
