@@ -36,11 +36,11 @@ def _places_kernel(
     PLACES: tl.constexpr,
     INDICES: tl.constexpr,
 ):
-    """Write into some places the index, among all `b k`, of their routed token, and -1 where there is none."""
+    """A program writes some places of one sequence."""
     batch, start = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * PLACES
     places = start + tl.arange(0, PLACES)
     tl.store(slots_ptr + batch * n + places, -1, mask=places < n)
-    # What threads have written, others write over.
+    # Threads write over places of others.
     tl.debug_barrier()
     for first in range(0, k, INDICES):
         numbers = first + tl.arange(0, INDICES)
@@ -255,8 +255,8 @@ def launch_backward(
     dscores: Tensor,
     dlight: Tensor | None,
 ) -> Tensor | None:
-    """Write the gradients of routed tokens, of their scores and, in its dtype, of the light branch if that is wanted.
-    Return the gradient of the null token, if there is the map."""
+    """Write the gradients of routed tokens, of their scores and, if that is wanted, of the light branch. Return that of
+    the null token, if there is the map."""
     programs = _plan(grad_output, indices, null_slots, dlight).pieces if null_slots is not None else 0
     shares = torch.empty((programs, grad_output.shape[1]), dtype=torch.float32, device=grad_output.device)
     _launch_backward(grad_output, routed, scores, indices, null_slots, start, drouted, dscores, dlight, shares)
