@@ -9,10 +9,10 @@ from tests.launches import counted, launches, launches_on_a_gpu
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter takes what kernels are launched by")
 
-MOST = {"attention": 43, "feed_forward": 37, "block": 82, "autoregressive": 96}
+MOST = {"attention": 40, "feed_forward": 35, "block": 77, "autoregressive": 92}
 """Launches of a training step, of layers without a mask."""
 
-MOST_MASKED = {"attention": 47, "feed_forward": 38, "block": 87}
+MOST_MASKED = {"attention": 44, "feed_forward": 36, "block": 82}
 
 
 def test_kernels_and_operators_are_counted_and_views_are_not():
@@ -24,8 +24,6 @@ def test_kernels_and_operators_are_counted_and_views_are_not():
     assert counts == {
         "normalize.triton._forward_kernel": 1,
         "normalize.triton._backward_kernel": 1,
-        # It adds up the shares in the gradient of the weight.
-        "sum": 1,
         "clone": 1,
         # The last two are the gradient of a sort.
         "new_zeros": 1,

@@ -2,8 +2,8 @@
 
 A map `b n` tells of every token which routed one stands in its place, if any. The backward pass gathers the gradient of
 what was routed; only where a gradient is wanted in another dtype, as that of a light branch under autocast, or the one
-of the null token is, does it read the whole. Each program adds up its share of the latter, and PyTorch adds up the
-shares.
+of the null token is, does it read the whole. Each program adds up its share of the latter, and the last programs add up
+the shares.
 """
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels._common.launch import as_rows, has_values, runs_triton
 from kernels._common.operation import Operation
+from kernels._common.shares import new_arrivals
 from kernels.combine import cpu
 from kernels.combine.triton import LONGEST, launch_backward, launch_forward, launch_places
 from reference._shared.arguments import check_combine, result_dtype
@@ -26,16 +27,17 @@ def _forward(
     n: int,
     start: int,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The sum `b n d` of routed tokens `b k d` and the optional terms, and the map `b n`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum `b n d` of routed tokens `b k d` and the optional terms, the map `b n`, and counters."""
     batch, _, d = routed.shape
     out = routed.new_empty((batch, n, d), dtype=dtype)
     slots = indices.new_empty((batch, n), dtype=torch.int32)
+    arrivals = new_arrivals(routed)
     if has_values(out):
-        launch_places(indices, slots)
+        launch_places(indices, slots, arrivals)
         terms = (None if each is None else as_rows(each) for each in (light, residual))
         launch_forward(as_rows(routed), scores, slots, null, *terms, start, out)
-    return out, slots
+    return out, slots, arrivals
 
 
 def _backward(
@@ -44,6 +46,7 @@ def _backward(
     scores: Tensor,
     indices: Tensor,
     null_slots: Tensor | None,
+    arrivals: Tensor,
     light_dtype: torch.dtype | None,
     start: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -54,7 +57,7 @@ def _backward(
     if not has_values(grad_output):
         dnull = None if null_slots is None else grad_output.new_zeros(routed.shape[2], dtype=torch.float32)
         return drouted, dscores.zero_(), dnull, dlight
-    given = (as_rows(grad_output), as_rows(routed), scores, indices, null_slots)
+    given = (as_rows(grad_output), as_rows(routed), scores, indices, null_slots, arrivals)
     dnull = launch_backward(*given, start, drouted, dscores, dlight)
     return drouted, dscores, dnull, dlight
 
@@ -71,7 +74,7 @@ _operation = Operation(
     "combine",
     _forward,
     _backward,
-    outputs=("output", "slots"),
+    outputs=("output", "slots", "arrivals"),
     gradients=("routed", "scores", "null", "light", "residual"),
     chosen={
         "null_slots": lambda null, slots: None if null is None else slots,
@@ -124,7 +127,7 @@ def combine(
         or any(t is not None and t.dtype == torch.float64 for t in tensors)
     ):
         return cpu.combine(routed, scores, indices, length, null, light, residual, start, result)
-    out, _ = _operation(
+    out, *_ = _operation(
         routed,
         scores.contiguous(),
         indices.contiguous(),

@@ -17,6 +17,7 @@ from kernels._common.launch import (
     plan_sweep,
     planner,
 )
+from kernels._common.shares import add_up_shares, clear_arrivals, new_shares, share_ptrs
 
 LONGEST = 8192
 """Most features that the kernel takes; more are left to PyTorch."""
@@ -30,6 +31,7 @@ PLACES, INDICES = 8192, 1024
 def _places_kernel(
     indices_ptr,  # b k
     slots_ptr,  # b n, int32
+    arrivals_ptr,
     k,
     n,
     parts,
@@ -37,6 +39,7 @@ def _places_kernel(
     INDICES: tl.constexpr,
 ):
     """A program writes some places of one sequence."""
+    clear_arrivals(arrivals_ptr)
     batch, start = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * PLACES
     places = start + tl.arange(0, PLACES)
     tl.store(slots_ptr + batch * n + places, -1, mask=places < n)
@@ -120,8 +123,8 @@ def _differentiate_routed(
 
 @triton.jit
 def _differentiate_others(
-    grad_output_ptr, slots_ptr, dlight_ptr, dnull_ptr, grad_output_stride, program, programs, n_rows, d, n, start,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_NULL: tl.constexpr, HAS_START: tl.constexpr,
+    grad_output_ptr, slots_ptr, dlight_ptr, shares_ptr, dnull_ptr, arrivals_ptr, grad_output_stride, program, programs,
+    n_rows, d, n, start, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_NULL: tl.constexpr, HAS_START: tl.constexpr,
     CASTS_LIGHT: tl.constexpr,
 ):  # fmt: skip
     """Every so many-th tile of ROWS tokens."""
@@ -140,7 +143,8 @@ def _differentiate_others(
             dnull += tl.where((slots < 0)[:, None], grad_output.to(tl.float32), 0.0)
     if HAS_NULL:
         share = tl.sum(dnull, axis=0)[None, :]
-        tl.store(dnull_ptr + program * d + columns, share, mask=columns < d)
+        tl.store(share_ptrs(shares_ptr, 0, program, programs, d, columns), share, mask=columns < d)
+        add_up_shares(shares_ptr, dnull_ptr, arrivals_ptr, program, programs, d, 1, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "n", "k", "start", "of_others"])
@@ -153,7 +157,9 @@ def _backward_kernel(
     drouted_ptr,  # b k d
     dscores_ptr,  # b k
     dlight_ptr,  # b n d
-    dnull_ptr,  # programs d, fp32
+    shares_ptr,  # programs+groups d, fp32
+    dnull_ptr,  # d, fp32
+    arrivals_ptr,
     grad_output_stride,
     routed_stride,
     n_rows,
@@ -173,8 +179,8 @@ def _backward_kernel(
     program = tl.program_id(0)
     if program < of_others:
         _differentiate_others(
-            grad_output_ptr, slots_ptr, dlight_ptr, dnull_ptr, grad_output_stride, program, of_others, n_rows, d, n,
-            start, ROWS, BLOCK_D, HAS_NULL, HAS_START, CASTS_LIGHT,
+            grad_output_ptr, slots_ptr, dlight_ptr, shares_ptr, dnull_ptr, arrivals_ptr, grad_output_stride, program,
+            of_others, n_rows, d, n, start, ROWS, BLOCK_D, HAS_NULL, HAS_START, CASTS_LIGHT,
         )  # fmt: skip
     else:
         _differentiate_routed(
@@ -191,11 +197,11 @@ def _plan_places(batch: int, n: int) -> Plan:
 
 
 @Launcher
-def launch_places(indices: Tensor, slots: Tensor) -> Iterator[Launch]:
+def launch_places(indices: Tensor, slots: Tensor, arrivals: Tensor) -> Iterator[Launch]:
     """Write to slots `b n`, int32, which of all routed tokens `b k` is in a place; -1 where there is none."""
     (batch, k), n = indices.shape, slots.shape[1]
     plan = _plan_places(batch, n)
-    yield Launch(_places_kernel, plan, indices, slots, k, n, plan.pieces)
+    yield Launch(_places_kernel, plan, indices, slots, arrivals, k, n, plan.pieces)
 
 
 @Launcher
@@ -250,6 +256,7 @@ def launch_backward(
     scores: Tensor,
     indices: Tensor,
     null_slots: Tensor | None,
+    arrivals: Tensor,
     start: int,
     drouted: Tensor,
     dscores: Tensor,
@@ -258,9 +265,11 @@ def launch_backward(
     """Write the gradients of routed tokens, of their scores and, if that is wanted, of the light branch. Return that of
     the null token, if there is the map."""
     programs = _plan(grad_output, indices, null_slots, dlight).pieces if null_slots is not None else 0
-    shares = torch.empty((programs, grad_output.shape[1]), dtype=torch.float32, device=grad_output.device)
-    _launch_backward(grad_output, routed, scores, indices, null_slots, start, drouted, dscores, dlight, shares)
-    return None if null_slots is None else shares.sum(0)
+    shares = new_shares(1, programs, grad_output.shape[1], grad_output)
+    dnull = grad_output.new_empty(grad_output.shape[1], dtype=torch.float32)
+    inputs = (grad_output, routed, scores, indices, null_slots, arrivals)
+    _launch_backward(*inputs, start, drouted, dscores, dlight, shares, dnull)
+    return None if null_slots is None else dnull
 
 
 def _plan(grad_output: Tensor, indices: Tensor, null_slots: Tensor | None, dlight: Tensor | None) -> Plan:
@@ -276,11 +285,13 @@ def _launch_backward(
     scores: Tensor,
     indices: Tensor,
     null_slots: Tensor | None,
+    arrivals: Tensor,
     start: int,
     drouted: Tensor,
     dscores: Tensor,
     dlight: Tensor | None,
     shares: Tensor,
+    dnull: Tensor,
 ) -> Iterator[Launch]:
     (n_rows, d), (batch, k) = grad_output.shape, indices.shape
     plan = _plan(grad_output, indices, null_slots, dlight)
@@ -297,6 +308,8 @@ def _launch_backward(
             dscores,
             grad_output if dlight is None else dlight,
             shares,
+            dnull,
+            arrivals,
             grad_output.stride(0),
             routed.stride(0),
             n_rows,

@@ -2,7 +2,7 @@
 
 PyTorch's own `rms_norm` and `layer_norm` are one kernel each, too, but give what they are given: under autocast fp32,
 which is rounded by another kernel, as its gradient is widened by one more. The backward pass is one sweep; each program
-adds up its share of the gradients of weight and bias, row after row, and PyTorch adds up the shares.
+adds up its share of the gradients of weight and bias, row after row, and the last programs add up the shares.
 """
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels._common.launch import as_rows, has_values, runs_triton
 from kernels._common.operation import Operation
+from kernels._common.shares import new_arrivals
 from kernels.normalize import cpu
 from kernels.normalize.triton import LONGEST, launch_backward, launch_forward
 from reference._shared.arguments import check_normalize, result_dtype
@@ -17,15 +18,16 @@ from reference._shared.arguments import check_normalize, result_dtype
 
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, center: bool, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, and of each row the mean, if that is subtracted, and what the rest is multiplied with."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result, of each row the mean, if that is subtracted, and what the rest is multiplied with; and counters."""
     n_rows = x.numel() // x.shape[-1]
     y = x.new_empty(x.shape, dtype=dtype)
     mean = x.new_empty(n_rows if center else 0, dtype=torch.float32)
     scale = x.new_empty(n_rows, dtype=torch.float32)
+    arrivals = new_arrivals(x)
     if has_values(x):
-        launch_forward(as_rows(x), weight, bias, center, eps, y, mean, scale)
-    return y, mean, scale
+        launch_forward(as_rows(x), weight, bias, center, eps, y, mean, scale, arrivals)
+    return y, mean, scale, arrivals
 
 
 def _backward(
@@ -34,6 +36,7 @@ def _backward(
     weight: Tensor,
     mean: Tensor,
     scale: Tensor,
+    arrivals: Tensor,
     center: bool,
     has_bias: bool,
     eps: float,
@@ -41,7 +44,8 @@ def _backward(
     """The gradient of x, and in fp32 those of weight and, if there is one, bias, one below the other."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if has_values(x):
-        return dx, launch_backward(as_rows(grad_y), as_rows(x), weight, mean, scale, center, has_bias, eps, dx)
+        rows = as_rows(grad_y), as_rows(x)
+        return dx, launch_backward(*rows, weight, mean, scale, arrivals, center, has_bias, eps, dx)
     return dx, x.new_zeros((1 + has_bias, x.shape[-1]), dtype=torch.float32)
 
 
@@ -49,7 +53,7 @@ _operation = Operation(
     "normalize",
     _forward,
     _backward,
-    outputs=("y", "mean", "scale"),
+    outputs=("y", "mean", "scale", "arrivals"),
     gradients=("x", "weight", "bias"),
     chosen={"has_bias": lambda bias: bias is not None},
     hand_back=lambda grad_y, dx, sums: (dx, sums[0], sums[-1]),

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Launch, Launcher, Part, Plan, multiprocessors, plan_rows, plan_sweep, planner
+from kernels._common.launch import COUNTS, Launch, Launcher, Plan, multiprocessors, plan_rows, plan_sweep, planner
+from kernels._common.shares import add_up_shares, clear_arrivals, new_shares, share_ptrs
 
 LONGEST = 8192
 """Most features that the kernel takes; more are left to PyTorch."""
@@ -24,6 +25,7 @@ def _forward_kernel(
     y_ptr,  # rows d
     mean_ptr,  # rows, fp32
     scale_ptr,  # rows, fp32
+    arrivals_ptr,
     scores_ptr,  # b routes n, fp32
     slots_ptr,  # b routes n, int32
     x_stride,
@@ -41,6 +43,7 @@ def _forward_kernel(
 ):
     """ROWS rows; `most` is the largest scale where there is no center. With ROUTES, rows are tokens of sequences of n,
     which have scores, too, and no slots yet."""
+    clear_arrivals(arrivals_ptr)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
     there = (rows < n_rows)[:, None] & (columns < d)[None, :]
@@ -79,9 +82,9 @@ def _backward_kernel(
     slots_ptr,  # b routes n, int32
     grad_tokens_ptr,  # b routes selected d
     dx_ptr,  # rows d
-    dweight_ptr,  # programs d, fp32
-    dbias_ptr,  # programs d, fp32
-    drouting_ptr,  # routes programs d, fp32
+    shares_ptr,  # sums programs+groups d, fp32: weight, bias, and routing tokens
+    sums_ptr,  # sums d, fp32
+    arrivals_ptr,
     grad_output_stride,
     x_stride,
     grad_tokens_stride,
@@ -106,7 +109,8 @@ def _backward_kernel(
     weight = tl.load(weight_ptr + columns, mask=columns < d, other=0.0).to(tl.float32)
     dweight = tl.zeros([ROWS, BLOCK_D], tl.float32)
     dbias = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    for tile in range(program, tl.cdiv(n_rows, ROWS), programs):
         rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         there = (rows < n_rows)[:, None] & (columns < d)[None, :]
         grad_output = tl.load(
@@ -149,16 +153,14 @@ def _backward_kernel(
             dx += through_routes
         tl.store(dx_ptr + rows[:, None] * d + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=there)
 
-    share = tl.program_id(0) * d + columns
-    tl.store(dweight_ptr + share, tl.sum(dweight, axis=0), mask=columns < d)
-    if HAS_BIAS:
-        tl.store(dbias_ptr + share, tl.sum(dbias, axis=0), mask=columns < d)
-    if ROUTES > 0:
-        if not HAS_BIAS:
-            tl.store(dbias_ptr + share, tl.zeros([BLOCK_D], tl.float32), mask=columns < d)
-        for route in tl.static_range(ROUTES):
-            of_route = route * tl.num_programs(0) * d + share
-            tl.store(drouting_ptr + of_route, tl.sum(drouting[route], axis=0), mask=columns < d)
+    tl.store(share_ptrs(shares_ptr, 0, program, programs, d, columns), tl.sum(dweight, axis=0), mask=columns < d)
+    if HAS_BIAS or ROUTES > 0:
+        tl.store(share_ptrs(shares_ptr, 1, program, programs, d, columns), tl.sum(dbias, axis=0), mask=columns < d)
+    for route in tl.static_range(ROUTES):
+        of_route = share_ptrs(shares_ptr, 2 + route, program, programs, d, columns)
+        tl.store(of_route, tl.sum(drouting[route], axis=0), mask=columns < d)
+    sums: tl.constexpr = 2 + ROUTES if HAS_BIAS or ROUTES > 0 else 1
+    add_up_shares(shares_ptr, sums_ptr, arrivals_ptr, program, programs, d, sums, BLOCK_D)
 
 
 @planner
@@ -180,6 +182,7 @@ def launch_forward(
     y: Tensor,
     mean: Tensor,
     scale: Tensor,
+    arrivals: Tensor,
     routing_tokens: Tensor | None = None,
     scores: Tensor | None = None,
     slots: Tensor | None = None,
@@ -197,6 +200,7 @@ def launch_forward(
         y,
         mean,
         scale,
+        arrivals,
         scale if scores is None else scores,
         scale if slots is None else slots,
         x.stride(0),
@@ -234,6 +238,7 @@ def launch_backward(
     weight: Tensor,
     mean: Tensor,
     scale: Tensor,
+    arrivals: Tensor,
     center: bool,
     has_bias: bool,
     eps: float,
@@ -246,10 +251,10 @@ def launch_backward(
     plan = plan_sweep if routes is None else _plan_routed
     programs = plan(n_rows, d, multiprocessors(x.device)).programs
     sums = 1 + has_bias if routes is None else 2 + routes.routing_tokens.shape[0]
-    shares = torch.empty((sums, programs, d), dtype=torch.float32, device=x.device)
+    shares, result = new_shares(sums, programs, d, x), x.new_empty((sums, d), dtype=torch.float32)
     given = (None,) * 4 if routes is None else routes
-    _launch_sweep(grad_output, x, weight, mean, scale, center, has_bias, eps, *given, dx, shares)
-    return shares.sum(1)
+    _launch_sweep(grad_output, x, weight, mean, scale, arrivals, center, has_bias, eps, *given, dx, shares, result)
+    return result
 
 
 @Launcher
@@ -259,6 +264,7 @@ def _launch_sweep(
     weight: Tensor,
     mean: Tensor,
     scale: Tensor,
+    arrivals: Tensor,
     center: bool,
     has_bias: bool,
     eps: float,
@@ -268,9 +274,9 @@ def _launch_sweep(
     grad_tokens: Tensor | None,
     dx: Tensor,
     shares: Tensor,
+    result: Tensor,
 ) -> Iterator[Launch]:
     n_rows, d = x.shape
-    _, programs, _ = shares.shape
     routes, n = (0, 1) if grad_scores is None else grad_scores.shape[1:]
     plan = _plan_routed if routes else plan_sweep
     yield Launch(
@@ -287,8 +293,8 @@ def _launch_sweep(
         grad_output if grad_tokens is None else grad_tokens,
         dx,
         shares,
-        Part(shares, programs * d if has_bias or routes else 0),
-        Part(shares, 2 * programs * d if routes else 0),
+        result,
+        arrivals,
         grad_output.stride(0),
         x.stride(0),
         0 if grad_tokens is None else grad_tokens.stride(0),

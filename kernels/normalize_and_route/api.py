@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels._common.launch import as_rows, has_values, runs_triton
 from kernels._common.operation import Operation
+from kernels._common.shares import new_arrivals
 from kernels.normalize import Routes, launch_backward, launch_forward, normalize
 from kernels.route import Choice, route
 from kernels.routing_scores import count_flops
@@ -42,25 +43,26 @@ def _forward(
     exact: bool,
     straight_through: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Normalized tokens, weights, tokens and indices, then what the backward pass needs. It is mean and scale of tokens
-    as `kernels.normalize` has them, and scores, state and slots as `kernels.route` has them."""
+    and counters as `kernels.normalize` has them, and scores, state and slots as `kernels.route` has them."""
     (batch, n, d), routes = x.shape, routing_tokens.shape[1]
     y = x.new_empty(x.shape, dtype=dtype)
     mean = x.new_empty(batch * n if center else 0, dtype=torch.float32)
     scale = x.new_empty(batch * n, dtype=torch.float32)
     scores = x.new_empty((batch, routes, n), dtype=torch.float32)
     slots = x.new_empty((batch, routes, n) if save else (0,), dtype=torch.int32)
-    kept = slots if save else None
+    arrivals, kept = new_arrivals(x), slots if save else None
     if has_values(x):
-        launch_forward(as_rows(x), weight, bias, center, norm_eps, y, mean, scale, routing_tokens[0], scores, kept)
+        norm = (weight, bias, center, norm_eps, y, mean, scale, arrivals)
+        launch_forward(as_rows(x), *norm, routing_tokens[0], scores, kept)
     choice = Choice(num_selected, k, n_iters, eps, first, eps_decay, exact, None)
     # Each route is contiguous: who divides the routes gets tensors that are.
     shape = (routes, batch, num_selected)
     routed = scores.new_empty(shape), x.new_empty((*shape, d)), x.new_empty(shape, dtype=torch.int64)
     weights, tokens, indices = (each.transpose(0, 1) for each in routed)
     state = choice.choose(x, scores, mask, straight_through, (weights, tokens, indices), kept)
-    return y, weights, tokens, indices, mean, scale, scores, state, slots
+    return y, weights, tokens, indices, mean, scale, arrivals, scores, state, slots
 
 
 def _backward(
@@ -73,6 +75,7 @@ def _backward(
     mask: Tensor | None,
     mean: Tensor,
     scale: Tensor,
+    arrivals: Tensor,
     scores: Tensor,
     state: Tensor,
     slots: Tensor,
@@ -100,7 +103,7 @@ def _backward(
         grad_tokens = grad_tokens.contiguous()
     routes = Routes(routing_tokens[0], grad_scores, slots, grad_tokens)
     rows = as_rows(grad_y), as_rows(x)
-    return dx, launch_backward(*rows, weight, mean, scale, center, has_bias, norm_eps, dx, routes)
+    return dx, launch_backward(*rows, weight, mean, scale, arrivals, center, has_bias, norm_eps, dx, routes)
 
 
 def _hand_back(
@@ -113,7 +116,7 @@ _operation = Operation(
     "normalize_and_route",
     _forward,
     _backward,
-    outputs=("y", "weights", "tokens", "indices", "mean", "scale", "scores", "state", "slots"),
+    outputs=("y", "weights", "tokens", "indices", "mean", "scale", "arrivals", "scores", "state", "slots"),
     gradients=("x", "weight", "bias", "routing_tokens"),
     chosen={"has_bias": lambda bias: bias is not None},
     hand_back=_hand_back,
