@@ -10,7 +10,7 @@ somebody watches is no such function. One that does what no tape can repeat is, 
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import chain
 from threading import local
 from typing import Any, NamedTuple
@@ -251,10 +251,11 @@ class _Recent(OrderedDict[Any, Any]):
         self._most = most
 
     def use(self, key: Any) -> Any:
-        if key not in self:
-            return None
-        self.move_to_end(key)
-        return self[key]
+        # Another thread may have pushed it out in between.
+        with suppress(KeyError):
+            self.move_to_end(key)
+            return self[key]
+        return None
 
     def keep(self, key: Any, value: Any) -> None:
         self[key] = value
