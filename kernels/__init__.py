@@ -1,5 +1,6 @@
 """Fused Triton kernels for the operations of `reference`, with the same signatures, and its layers made of them."""
 
+from kernels._common.replay import replay as replay
 from kernels.combine import combine
 from kernels.coor_descent import coor_descent
 from kernels.gathered_attention import gathered_attention

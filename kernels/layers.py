@@ -23,13 +23,13 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def played(layer: Module, play: bool = True) -> Module:
-    """Have a layer record the second of its calls that are alike, and play later ones from tapes.
+    """Switch on or off that a layer records the second of its calls of a kind, and plays later ones.
 
-    Each call is one autograd function. One that is played has no Python between the launches of forward or backward:
-    this saves host time where the same shapes come again and again, as in training. All calls of a layer have the same
-    bits. A call that somebody watches, by hooks, modes or transforms, runs as it is written: it adds up gradients of a
-    tensor in another order, so the two can differ by a rounding. So does every call of a layer some of whose operations
-    are no kernels, but functions of Python.
+    Layers are made with it switched on. Each call is one autograd function then. One that is played has no Python
+    between the launches of forward or backward: this saves host time where the same shapes come again and again, as in
+    training. All calls of a layer have the same bits. A call that somebody watches, by hooks, modes or transforms, runs
+    as it is written: it adds up gradients of a tensor in another order, so the two can differ by a rounding. So does
+    every call of a layer some of whose operations are no kernels, but functions of Python.
 
     Args:
         layer: a layer with kernels, or a model that has some; changed in place.

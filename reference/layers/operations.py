@@ -63,7 +63,7 @@ class Operations:
     windowed_attention: Operation
 
     replay: Operation | None = None
-    """Plays calls of layers from tapes, where `kernels.played` has asked for it."""
+    """Plays calls of layers with kernels from tapes, but where `kernels.played` has switched it off."""
 
     @classmethod
     def of(cls, use_triton: "UseTriton") -> "Operations":
@@ -77,7 +77,7 @@ class Operations:
         fused = {name: kernel(KERNEL_OF.get(name, name)) for name in plain}
         if use_triton is None:
             fused |= {name: ByDevice(fused[name], each) for name, each in plain.items() if each is not None}
-        return cls(use_triton, **fused)
+        return cls(use_triton, **fused, replay=kernel("replay"))
 
     @property
     def are_own(self) -> bool:

@@ -77,8 +77,8 @@ def ours(case: Case, device: torch.device, watched: Watched) -> tuple[Function, 
 
 
 def by_kernels(case: Case, device: torch.device) -> Function:
-    """The layer with kernels, which may be played, as a function of inputs and parameters."""
-    module = kernels.played(layer(case, device, use_triton=True))
+    """The layer with kernels, as a function of inputs and parameters."""
+    module = layer(case, device, use_triton=True)
     return lambda tensors: _call(module, case, tensors)
 
 
