@@ -24,7 +24,7 @@ CHECK = OMP_NUM_THREADS=1 $(BIN)/python bench.py --suite coor_descent --suite to
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install bench baseline check baseline-cpu test test-gates test-alone test-plain test-compiled test-plans test-interpreted test-gpu lint lint-style lint-types lint-imports docs format wheel hf-kernel clean
+.PHONY: help install bench baseline check baseline-cpu test test-gates test-alone test-plain test-plans test-interpreted test-gpu lint lint-style lint-types lint-imports docs format wheel hf-kernel clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,16 +55,13 @@ baseline-cpu: $(INSTALLED) ## record anew what `make check` compares with: from 
 	$(CHECK) --out reports/cpu
 	$(BIN)/python bench.py baseline reports/cpu reports/baselines/cpu.jsonl
 
-test: test-alone test-plain test-compiled test-interpreted ## all tests
+test: test-alone test-plain test-interpreted ## all tests
 
 test-alone: $(INSTALLED) ## tests that take times or memory, one after the other
 	$(BIN)/python -m pytest tests -m "alone and not compiled" $(ARGS)
 
-test-plain: $(INSTALLED) ## the other tests as they are: CPU paths, and the GPU if there is one
-	$(BIN)/python -m pytest tests -m "not alone and not compiled" -n $(WORKERS) --dist worksteal --benchmark-disable $(ARGS)
-
-test-compiled: $(INSTALLED) ## what the compiler makes of the kernels, for GPUs that need not be there
-	$(BIN)/python -m pytest tests -m compiled -n $(WORKERS) --dist worksteal --benchmark-disable $(ARGS)
+test-plain: $(INSTALLED) ## the other tests as they are: CPU paths, kernels as compiled, and the GPU if there is one
+	$(BIN)/python -m pytest tests -m "not alone or compiled" -n $(WORKERS) --dist worksteal --benchmark-disable $(ARGS)
 
 test-plans: $(INSTALLED) ## kernels of every plan that a launch may follow, in all variants and for all GPUs: takes hours
 	EVERY_PLAN=1 $(BIN)/python -m pytest tests/kernels/test_launch_plans.py -m compiled -n $(WORKERS) --dist worksteal --timeout 0 --benchmark-disable $(ARGS)

@@ -25,6 +25,9 @@ from colt5_bench.records.results import load
 SHORT = ["--preset", "smoke", "--impl", "ours"]
 """Appended to what measures; of an option that is given twice the last counts."""
 
+FEW = ["--shard", "1/8"]
+"""Appended to what records: the first case of a suite, and every eighth after it."""
+
 REDUCED = {
     "ConditionalRoutedTransformerBlock": {"32768": "256", "1024": "32", "512": "64", "128": "16"},
     "ConditionalRoutedCrossAttention": {"1_048_576": "800", "131072": "150", "1024": "48", "512": "32"},
@@ -206,16 +209,16 @@ def python(arguments, environment):
 @cache
 def measure(arguments):
     """Commands that differ in the preset alone are one and the same here."""
-    written = "*.trace.json.gz" if "--profile" in arguments else "*.jsonl"
+    few, written = ([], "*.trace.json.gz") if "--profile" in arguments else (FEW, "*.jsonl")
     with TemporaryDirectory() as directory:
-        run([sys.executable, *arguments, *SHORT, "--out", directory])
+        run([sys.executable, *arguments, *SHORT, *few, "--out", directory])
         assert list(Path(directory).rglob(written))
 
 
 def pytest_(arguments, environment):
     """Suites run; the tests, of which this is one, are collected."""
     suites = arguments[0].startswith("suites")
-    arguments = [*arguments, *SHORT] if suites else ["--collect-only", "-q", *arguments]
+    arguments = [*arguments, *SHORT, *FEW] if suites else ["--collect-only", "-q", *arguments]
     output = run([sys.executable, "-m", "pytest", *arguments], **environment)
     assert re.search(r"\d+ passed" if suites else r"\d+ tests? collected|\d+/\d+ tests collected", output)
 

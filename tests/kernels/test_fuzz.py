@@ -132,9 +132,19 @@ FOUND = [
 """Lines of cases that failed once, and why."""
 
 
+def with_few_rows(case):
+    """A case of the interpreter, which takes a tenth of a second for a program of 50 iterations."""
+    shape = case.data.get("scores")
+    if not isinstance(shape, list):
+        return case
+    *rows, n = shape
+    return replace(case, data={**case.data, "scores": [*(min(each, 8) for each in rows), n]})
+
+
 @pytest.mark.parametrize("line", FOUND, ids=[Case.parse(line).name for line in FOUND])
 def test_follows_the_definition_where_it_once_did_not(line):
-    verdict = examine(Case.parse(line), torch.device(DEVICE))
+    case = Case.parse(line)
+    verdict = examine(with_few_rows(case) if INTERPRETED else case, torch.device(DEVICE))
     assert verdict.status == "ok", verdict
 
 

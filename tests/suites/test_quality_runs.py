@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from time import monotonic
+from resource import RUSAGE_CHILDREN, getrusage
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +30,12 @@ def command(out, *options):
 def run(out, *options):
     ended = subprocess.run([sys.executable, *command(out, *options)], capture_output=True, text=True)
     return ended, {record.implementation: record for record in load(out).records} if out.exists() else {}
+
+
+def processor_seconds():
+    """Of all commands that have ended."""
+    used = getrusage(RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def course(record):
@@ -100,11 +106,11 @@ def test_a_training_suite_is_not_profiled(tmp_path, capsys):
     assert "quality trains" in capsys.readouterr().err
 
 
-@pytest.mark.alone
 def test_smoke_takes_less_than_a_minute_and_every_loss_falls(tmp_path):
-    begun = monotonic()
+    """By processor time: the time of a clock is that of all programs on the machine."""
+    begun = processor_seconds()
     ended = subprocess.run([sys.executable, *command(tmp_path / "out")], capture_output=True, text=True)
-    assert monotonic() - begun < 60
+    assert processor_seconds() - begun < 60
     assert ended.returncode == commands.DONE, ended.stderr
     for record in load(tmp_path / "out").records:
         curve = record.curves["training_loss"]
