@@ -27,6 +27,7 @@ COMMANDS = {
     "report": "write a run as one HTML page that needs no network, and as images, CSV or Parquet",
     "history": "plot chosen cases over saved runs and revisions, oldest first",
     "selftest": "check that times are right on this machine: known durations, equal calls, a planted slowdown, a copy",
+    "new-suite": "write a suite that runs into a file, to be changed into one's own",
     "env": "show what a run here would be measured under, for a report of a problem",
     "completion": "print a script that completes the command line of `colt5-bench` in a shell",
 }
@@ -103,7 +104,7 @@ def _command(name: str) -> Any:
     # PyTorch reads it as it is imported. Its allocator warns where memory is measured, through a progress bar.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with ending_at_once():
-        return import_module(f"colt5_bench.commands.{name}")
+        return import_module(f"colt5_bench.commands.{name.replace('-', '_')}")
 
 
 def _flush() -> None:

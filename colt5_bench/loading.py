@@ -1,30 +1,55 @@
 """Suites of a checkout and devices of this machine, loaded."""
 
+import hashlib
+import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from importlib.metadata import entry_points
 from pathlib import Path
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
 
-from colt5_bench.selection import SelectionError, pick, suite_files
-from colt5_bench.startup import prefix_of
-from colt5_bench.suite import Grid
+from colt5_bench.selection import Guest, SelectionError, pick, suite_files
+from colt5_bench.startup import is_outside, prefix_of
+from colt5_bench.suite import Grid, Implementation, Trainee, TrainingSuite
 from colt5_bench.texts import describe_error
 
 
-def load_suites(checkout: Path) -> dict[str, Grid]:
+def load_suites(checkout: Path, others: Mapping[str, Path] = MappingProxyType({})) -> dict[str, Grid]:
     """Every suite of the checkout. There is no registry: a suite is a file in suites/ with a `SUITE`.
 
     A file that is broken costs no other suite; what is wrong with it is said on the error stream.
+
+    Args:
+        others: further files by name, which the user named.
+
+    Raises:
+        SelectionError: one of these is no suite, or has the name of another.
     """
     suites = {}
+    for name, file in others.items():
+        if name in suite_files(checkout):
+            raise SelectionError(f"there is a suite {name!r} already: give {file} another name.")
+        try:
+            if str(file.parent) not in sys.path:
+                sys.path.append(str(file.parent))
+            suites[name] = checked(load_suite(file), name)
+        except OSError as error:
+            raise SelectionError(f"--suite {file}: {error.strerror or error}.") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise SelectionError(f"--suite {file}: {describe_error(error)}") from error
     for name, file in suite_files(checkout).items():
         try:
             suite = load_suite(file)
             if suite is not None:
-                suites[name] = _checked(suite, name)
+                suites[name] = checked(suite, name)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -43,27 +68,137 @@ def pick_suites(names: Sequence[str], suites: Mapping[str, Grid]) -> list[str]:
 
 def load_suite(file: Path) -> Any:
     """The `SUITE` of a file, or None. The file becomes a module of the package `suites`, if it is none yet."""
-    name = f"{prefix_of(file.parents[1])}suites.{file.stem}"
+    prefix = "" if is_outside(file) else prefix_of(file.parents[1])
+    name = f"{prefix}suites.{file.stem}"
     module = sys.modules.get(name)
     if module is None or module.__file__ != str(file):
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
+        module = _run_file(file, name)
     return getattr(module, "SUITE", None)
 
 
-def _checked(suite: object, name: str) -> Grid:
+GROUP = "colt5_bench.implementations"
+"""Entry points by which installed packages bring guests. Their names are SUITE.NAME, as `coor_descent.mine`."""
+
+
+def installed_guests(suite: str) -> list[Guest]:
+    """Guests that installed packages bring to a suite. One that cannot be loaded is left out, which is said."""
+    found = []
+    for point in entry_points(group=GROUP):
+        name, _, own = point.name.partition(".")
+        if name == suite:
+            try:
+                guest = Guest.parse(f"{own}={point.value.replace(' ', '')}")
+                _function_of(guest)
+                found.append(guest)
+            except SelectionError as error:
+                print(f"entry point {point.name} is left out: {error}", file=sys.stderr)
+    return found
+
+
+def invite(suite: Grid, guests: Iterable[Guest]) -> Grid:
+    """The suite with the implementations of guests beside its own.
+
+    Raises:
+        SelectionError: the suite takes none, has one of the name, or there is no such function.
+    """
+    for guest in guests:
+        make: Callable[[Callable[..., Any]], Implementation[Any]] | None = getattr(suite, "guest", None)
+        if make is None:
+            raise SelectionError(f"suite {suite.name} takes no implementations by --impl NAME=...: --impl {guest}.")
+        if guest.name in suite.implementations:
+            raise SelectionError(f"suite {suite.name} has its own {guest.name}: give --impl {guest} another name.")
+        made = replace(make(_function_of(guest)), name=guest.name)
+        suite = replace(suite, implementations={**suite.implementations, guest.name: made})
+    return suite
+
+
+def describe_guest(guest: Guest) -> dict[str, str]:
+    """For the record: where a guest is from, without directories, and a hash of the file."""
+    file = _module_of(guest).__file__
+    content = Path(file).read_bytes() if file else b""
+    place = guest.place if guest.file is None else guest.file.name
+    return {"function": f"{place}:{guest.attribute}", "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _function_of(guest: Guest) -> Callable[..., Any]:
+    module = _module_of(guest)
+    try:
+        found = reduce(getattr, guest.attribute.split("."), module)
+    except AttributeError:
+        public = [name for name, each in vars(module).items() if callable(each) and not name.startswith("_")]
+        raise SelectionError(
+            f"--impl {guest}: there is no {guest.attribute}; there is {', '.join(public) or 'no function'}."
+        ) from None
+    if not callable(found):
+        raise SelectionError(f"--impl {guest}: {guest.attribute} is no function and no class, but {found!r:.60}.")
+    return found
+
+
+def _module_of(guest: Guest) -> ModuleType:
+    """The module of a guest, which is run once. What stands beside its file can be imported there.
+
+    Raises:
+        SelectionError: there is none, or it fails.
+    """
+    try:
+        if guest.file is None:
+            return importlib.import_module(guest.place)
+        name = f"colt5_bench_guest_{hashlib.sha256(guest.place.encode()).hexdigest()[:12]}"
+        if str(guest.file.parent) not in sys.path:
+            # Last: nothing there may come before a package of ours.
+            sys.path.append(str(guest.file.parent))
+        return sys.modules.get(name) or _run_file(guest.file, name)
+    except OSError as error:
+        raise SelectionError(f"--impl {guest}: cannot read {guest.place}: {error.strerror or error}.") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise SelectionError(f"--impl {guest}: {guest.place} cannot be imported: {describe_error(error)}") from error
+
+
+def _run_file(file: Path, name: str) -> ModuleType:
+    """A file as a new module."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError("it is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def checked(suite: object, name: str) -> Grid:
+    """The suite of a file, if it is put together as one.
+
+    Raises:
+        TypeError, ValueError: a field is wrong; the message says which, and what it has to be.
+    """
     if not isinstance(suite, Grid):
-        raise TypeError(f"SUITE is a {type(suite).__name__} and no Suite or TrainingSuite")
+        raise TypeError(f"SUITE has to be a Suite or a TrainingSuite, got a {type(suite).__name__}")
     if suite.name != name:
-        raise ValueError(f"SUITE is called {suite.name!r}, and has to be called as its file")
+        raise ValueError(f"SUITE.name has to be {name!r} as its file, got {suite.name!r}")
+    trains = isinstance(suite, TrainingSuite)
+    for field in ("cases", "directions", *(("data", "course") if trains else ("problem", "truth", "plain", "cost"))):
+        if not callable(value := getattr(suite, field)):
+            raise TypeError(f"SUITE.{field} has to be a function, got {value!r:.80}")
+    if not isinstance(suite.implementations, Mapping) or not suite.implementations:
+        raise TypeError(f"SUITE.implementations has to be a dict of them by name, got {suite.implementations!r:.80}")
+    kind = Trainee if trains else Implementation
+    for key, each in suite.implementations.items():
+        where = f"SUITE.implementations[{key!r}]"
+        if not isinstance(each, kind):
+            raise TypeError(f"{where} has to be of class {kind.__name__}, got {each!r:.80}")
+        if each.name != key:
+            raise ValueError(f"{where}.name has to be {key!r}, got {each.name!r}")
+        if not callable(each.build):
+            raise TypeError(f"{where}.build has to be a function, got {each.build!r:.80}")
+    if suite.reference not in suite.implementations:
+        names = ", ".join(suite.implementations)
+        raise ValueError(f"SUITE.reference has to be one of {names}, got {suite.reference!r}")
     return suite
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from colt5_bench.selection import PRESETS, WHOLE, SelectionError, Shard, parse_seconds
+from colt5_bench.selection import PRESETS, WHOLE, Guest, SelectionError, Shard, parse_seconds, split_guests
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 """GPUs that kernels can be compiled for, by compute capability times ten: Ampere, Ada, Hopper and Blackwell."""
@@ -29,10 +29,16 @@ _OPTIONS = {
         action="append",
         default=[],
         metavar="NAME",
-        help="only this; may be repeated; all is every suite",
+        help="only this; may be repeated; all is every suite; a path of a Python file is a suite of yours",
     ),
     "preset": _option("--preset", choices=PRESETS, default="default", help="how much (default: %(default)s)"),
-    "impl": _option("--impl", action="append", default=[], metavar="NAME", help="only this one; may be repeated"),
+    "impl": _option(
+        "--impl",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only this one; may be repeated. NAME=file.py:FUNCTION or NAME=module:FUNCTION measures yours as well",
+    ),
     "cases": _option(
         "-k", "--cases", default="", metavar="EXPR", help="only cases with this in their id; and, or, not, ( )"
     ),
@@ -106,6 +112,9 @@ class Request:
     device: str = "auto"
     preset: str = "default"
     implementations: tuple[str, ...] = ()
+    """Names of those to be measured; all if there is none."""
+
+    guests: tuple[Guest, ...] = ()
     cases: str = ""
     shard: Shard = WHOLE
     out: Path | None = None
@@ -129,10 +138,12 @@ class Request:
         Raises:
             SelectionError: an option has a value that is not allowed.
         """
+        names, guests = split_guests(options.impl)
         return cls(
             device=options.device,
             preset=options.preset,
-            implementations=tuple(options.impl),
+            implementations=tuple(names),
+            guests=tuple(guests),
             cases=options.cases,
             shard=Shard.parse(options.shard),
             # Measured code may change the current directory.
@@ -148,7 +159,8 @@ class Request:
         """The options that make this request again, but for `--out` and `--resume`."""
         return [
             *("--preset", self.preset, "--device", self.device),
-            *(f"--impl={name}" for name in self.implementations),
+            *(f"--impl={name}" for name in self.implementations if name not in {each.name for each in self.guests}),
+            *(f"--impl={guest}" for guest in self.guests),
             *(["--cases", self.cases] if self.cases else []),
             *(["--shard", str(self.shard)] if self.shard != WHOLE else []),
             *(["--isolate"] if self.isolate else []),

@@ -31,6 +31,23 @@ def suite_files(checkout: Path) -> dict[str, Path]:
     return {path.stem: path for path in paths if not path.name.startswith("_") and path.stem != "conftest"}
 
 
+def split_paths(suites: Iterable[str]) -> tuple[list[str], dict[str, Path]]:
+    """Values of `--suite`: the names of suites, and the files by name among them that are named by a path.
+
+    Raises:
+        SelectionError: two suites have one name.
+    """
+    names, files = [], {}
+    for text in dict.fromkeys(suites):
+        file = Path(text).expanduser().absolute()
+        names.append(file.stem if text.endswith(".py") else text)
+        if text.endswith(".py"):
+            files[file.stem] = file
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SelectionError(f"--suite names two suites {twice[0]!r}: a suite is called as its file.")
+    return names, files
+
+
 def outlines(checkout: Path) -> dict[str, str]:
     """The description of each suite of the checkout, by its name. Files are read, and not run."""
     described = {}
@@ -97,6 +114,60 @@ def case_filter(expression: str) -> Callable[[str], bool]:
             "parentheses, as in 'n=512 and not dtype=bfloat16'"
         ) from error
     return lambda case_id: bool(eval(code, {"case_id": case_id}))
+
+
+@dataclass(frozen=True)
+class Guest:
+    """An implementation that the user brings: a function, or for suites of layers a class."""
+
+    name: str
+    place: str
+    """Absolute path of a Python file, or name of a module."""
+
+    attribute: str
+    """Name of the function in it."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Guest":
+        """`mine=path/to/file.py:function`, or `mine=package.module:function`. A path is one from here.
+
+        Raises:
+            SelectionError: it is none of these.
+        """
+        match = re.fullmatch(r"([A-Za-z]\w*)=(.+):([A-Za-z_][\w.]*)", text)
+        if match is None:
+            raise SelectionError(
+                f"--impl {text} names no function: NAME=path/to/file.py:FUNCTION or NAME=package.module:FUNCTION does, "
+                "where NAME is made of letters, digits and underscores."
+            )
+        name, place, attribute = match.groups()
+        is_file = place.endswith(".py") or "/" in place
+        return cls(name, str(Path(place).expanduser().absolute()) if is_file else place, attribute)
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.place}:{self.attribute}"
+
+    @property
+    def file(self) -> Path | None:
+        """None if the place is a module."""
+        return Path(self.place) if self.place.startswith("/") else None
+
+
+def split_guests(implementations: Iterable[str]) -> tuple[list[str], list[Guest]]:
+    """Values of `--impl`: the names among them, and the guests.
+
+    The implementations that are to be measured are the names and the guests. If there is no name, they are all.
+
+    Raises:
+        SelectionError: a guest cannot be read, or two have one name.
+    """
+    given = list(dict.fromkeys(implementations))
+    guests = [Guest.parse(text) for text in given if "=" in text]
+    names = [text for text in given if "=" not in text]
+    for guest in guests:
+        if sum(each.name == guest.name for each in guests) > 1:
+            raise SelectionError(f"--impl names two implementations {guest.name!r}: give each a name of its own.")
+    return [*names, *(guest.name for guest in guests if names)], guests
 
 
 @dataclass(frozen=True)

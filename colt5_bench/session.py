@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from colt5_bench.loading import choose_device
+from colt5_bench.loading import choose_device, describe_guest, installed_guests
 from colt5_bench.measuring.isolation import Measurer, Point
 from colt5_bench.measuring.measure import Conditions, Tell, silent
 from colt5_bench.records import environment, provenance
@@ -17,7 +18,7 @@ from colt5_bench.records.parts import keep_finished
 from colt5_bench.records.provenance import Origin
 from colt5_bench.records.results import Group, Record, Writer
 from colt5_bench.request import TIME_LIMIT, Request
-from colt5_bench.selection import WHOLE, SelectionError, case_filter
+from colt5_bench.selection import WHOLE, Guest, SelectionError, case_filter
 from colt5_bench.suite import Grid, TrainingSuite
 
 MAX_SECONDS = {"smoke": 0.1, "default": 1.0, "full": 2.0}
@@ -52,6 +53,8 @@ class Session:
         self._conditions: Conditions | None = None
         self._files: dict[str, Path] = {}
         """Where suites are, by name."""
+        self._guests: dict[str, tuple[Guest, ...]] = {}
+        """By suite, which has them among its implementations."""
         self._data: dict[str, str] = {}
         """Hash of the data of suites that train."""
         self.changed: list[str] = []
@@ -60,6 +63,7 @@ class Session:
     def points(self, suite: Grid, file: Path) -> Iterator[tuple[Group, str]]:
         """The group and the implementation of everything that the request asks for."""
         self._files[suite.name] = file
+        self._guests[suite.name] = (*installed_guests(suite.name), *self._request.guests)
         if isinstance(suite, TrainingSuite):
             self._data[suite.name] = _hash_of_data(suite, self._request.corpus)
         wanted = self._request.implementations
@@ -68,7 +72,9 @@ class Session:
         for case in self._request.shard.of(cases):
             for direction in suite.directions(case):
                 group = Group(suite.name, case.id, direction)
-                self._points[group] = Point(suite, case, direction, file, self._request.preset)
+                self._points[group] = Point(
+                    suite, case, direction, file, self._request.preset, self._guests[suite.name]
+                )
                 for name in names:
                     yield group, name
 
@@ -84,10 +90,9 @@ class Session:
         for group, implementation in expected:
             self._expected.setdefault(group, []).append(implementation)
         for suite in suites:
-            origin = Origin.of(self._files[suite])
-            for note in origin.notes():
+            for note in Origin.of(self._files[suite]).notes():
                 _tell_once(note)
-            described = {**environment.describe(self._device), **origin.described}
+            described = {**environment.describe(self._device), **self._code(suite)}
             described["options"] = self._request.of_results(suite)
             if suite in self._data:
                 described["data"] = self._data[suite]
@@ -134,7 +139,7 @@ class Session:
     def close(self) -> None:
         """See whether the code is still what it was, and let go of the results files."""
         for suite, before in self._environments.items():
-            if changes := provenance.changed(before, Origin.of(self._files[suite])):
+            if changes := provenance.changed(before, self._code(suite)):
                 before |= changes
                 self.changed.append(f"{suite}: {provenance.change(before)}")
                 if suite in self._begun:
@@ -146,6 +151,11 @@ class Session:
                 # A shard without a case is there, all the same.
                 self._writer(suite)
             writer.close()
+
+    def _code(self, suite: str) -> dict[str, Any]:
+        """The code that is measured, for the environment."""
+        guests = {guest.name: describe_guest(guest) for guest in self._guests[suite]}
+        return {**Origin.of(self._files[suite]).described, **({provenance.GUESTS: guests} if guests else {})}
 
     def _own(self, suite: str, path: Path) -> None:
         self._writers[suite] = writer = Writer(path)

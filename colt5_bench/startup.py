@@ -56,6 +56,11 @@ def prefix_of(checkout: Path) -> str:
     return f"{INSTALLED}." if (checkout / "__init__.py").is_file() else ""
 
 
+def is_outside(suite: Path) -> bool:
+    """True for the file of a suite that is in no checkout."""
+    return not all((suite.parents[1] / name / "__init__.py").is_file() for name in PACKAGES)
+
+
 def reports_of(checkout: Path) -> Path:
     """Where runs are kept: in the checkout, or in the current directory if suites are installed."""
     return (Path.cwd() if prefix_of(checkout) else checkout) / "reports"

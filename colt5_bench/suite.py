@@ -105,6 +105,11 @@ class Suite(Operation[C], Grid[C]):
     implementations: Mapping[str, Implementation[C]]
     cost: Callable[[C, str], Cost]
 
+    guest: Callable[[Callable[..., Any]], Implementation[C]] | None = None
+    """From a function or class by the user to an implementation of it. None if the suite takes none but its own.
+
+    A function takes the arguments of the operation, a class those of the layer."""
+
 
 @dataclass(frozen=True)
 class Trainee(Generic[C]):

@@ -128,8 +128,11 @@ def problem(case: DescentCase, device: torch.device) -> Problem:
     return Problem({"scores": scores.to(device, dtype)}, upstream.to(device, dtype))
 
 
-def plain(case: DescentCase) -> Callable[..., Tensor]:
-    return partial(reference.coor_descent, **case.arguments)
+def descending(function: Callable[..., Tensor]) -> Callable[[DescentCase], Callable[..., Tensor]]:
+    return lambda case: partial(function, **case.arguments)
+
+
+plain = descending(reference.coor_descent)
 
 
 def truth(case: DescentCase, problem: Problem, direction: str) -> Truth:
@@ -225,9 +228,7 @@ def compiled(case: DescentCase) -> Callable[..., Tensor]:
 
 
 REFERENCE = Implementation("reference", plain)
-OURS: Implementation[DescentCase] = by_kernels(
-    lambda case: partial(kernels.coor_descent, **case.arguments), bound=promised
-)
+OURS: Implementation[DescentCase] = by_kernels(descending(kernels.coor_descent), bound=promised)
 
 
 def implementations(*listed: Implementation[C]) -> dict[str, Implementation[C]]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.suite import Implementation
 from suites._dense import Attend
 from suites._descent import lenient
-from suites._ours import by_kernels
+from suites._ours import by_kernels, guest
 from suites._pieces import in_pieces
 
 SCORE_STD = 0.25
@@ -39,7 +39,7 @@ TRAINING_PRODUCTS = 3
 class Layer:
     """A layer and the shapes of what it is called with."""
 
-    make: Callable[[ModuleType, bool], nn.Module]
+    make: Callable[[Any, bool], nn.Module]
     """From a package that has the system's classes and whether to use Triton to the module."""
 
     inputs: Mapping[str, tuple[int, ...]]
@@ -182,6 +182,49 @@ def ours(case: LayerCase, *, use_triton: bool) -> Callable[..., Tensor]:
     return as_function(without_memory(lambda: layer.make(reference, use_triton)), autocast=layer.autocast)
 
 
+class _Instead:
+    """The plain package, with somebody's class in place of its layers."""
+
+    def __init__(self, layer: Callable[..., nn.Module]) -> None:
+        self._layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(reference, name)
+        return self._layer if isinstance(found, type) and issubclass(found, nn.Module) else found
+
+
+def of_class(layer: Callable[..., nn.Module]) -> Callable[[LayerCase], Callable[..., Tensor]]:
+    """Somebody's layer, which has the parameters of ours, by their names and shapes.
+
+    Raises:
+        TypeError: it has others.
+    """
+
+    def build(case: LayerCase) -> Callable[..., Tensor]:
+        module = case.layer.make(_Instead(layer), True)
+        wanted = without_memory(lambda: case.layer.make(reference, False))
+        theirs, ours = ({name: tuple(p.shape) for name, p in each.named_parameters()} for each in (module, wanted))
+        if theirs != ours:
+            differences = sorted({*theirs.items()} ^ {*ours.items()})
+            raise TypeError(
+                f"parameters have to be those of the layer in the place of which {layer.__name__} stands: "
+                + ", ".join(f"{name} of shape {ours.get(name)}, got {theirs.get(name)}" for name, _ in differences[:4])
+            )
+        call = as_function(module, autocast=case.layer.autocast)
+
+        def function(**tensors: Tensor) -> Tensor:
+            device = next(iter(tensors.values())).device
+            for name, buffer in module.named_buffers():
+                if buffer.device != device:
+                    owner, _, own_name = name.rpartition(".")
+                    module.get_submodule(owner)._buffers[own_name] = buffer.to(device)
+            return call(**tensors)
+
+        return function
+
+    return build
+
+
 def sparingly(
     layer: Layer, sparing: Callable[[nn.Module], Callable[..., Tensor]], *, autocast: bool
 ) -> Callable[..., Tensor]:
@@ -236,3 +279,5 @@ REFERENCE = Implementation[LayerCase]("reference", lambda case: ours(case, use_t
 """The layer as a whole; what sets the tolerance is the layer in pieces, which rounds in another order."""
 
 OURS: Implementation[LayerCase] = by_kernels(lambda case: ours(case, use_triton=True), bound=lenient)
+
+GUEST = guest(of_class, bound=lenient)

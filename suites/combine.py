@@ -14,7 +14,7 @@ from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from suites._descent import both_directions, implementations
 from suites._layers import truth_of
-from suites._ours import by_kernels
+from suites._ours import by_kernels, guest
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,11 @@ def truth(case: CombineCase, problem: Problem, direction: str) -> Truth:
     return truth_of(partial(reference.combine, length=case.n), problem, direction)
 
 
-def plain(case: CombineCase) -> Callable[..., Tensor]:
-    return partial(reference.combine, length=case.n, dtype=case.wide)
+def combining(function: Callable[..., Tensor]) -> Callable[[CombineCase], Callable[..., Tensor]]:
+    return lambda case: partial(function, length=case.n, dtype=case.wide)
+
+
+plain = combining(reference.combine)
 
 
 def cost(case: CombineCase, direction: str) -> Cost:
@@ -100,13 +103,14 @@ SUITE = Suite(
     directions=both_directions,
     implementations=implementations(
         Implementation("reference", plain),
-        by_kernels(lambda case: partial(kernels.combine, length=case.n, dtype=case.wide)),
+        by_kernels(combining(kernels.combine)),
     ),
     reference="reference",
     problem=problem,
     truth=truth,
     plain=plain,
     cost=cost,
+    guest=guest(combining),
 )
 
 

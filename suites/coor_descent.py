@@ -17,6 +17,7 @@ from suites._descent import (
     both_directions,
     compiled,
     cost,
+    descending,
     implementations,
     in_segments,
     lenient,
@@ -25,7 +26,7 @@ from suites._descent import (
     segments_of,
     truth,
 )
-from suites._ours import by_kernels
+from suites._ours import by_kernels, guest
 from suites.peers import COLT5_PLAIN, COLT5_TRITON, COLT5_TRITON_SEGMENTED
 
 MILESTONES = [
@@ -93,6 +94,7 @@ SUITE = Suite(
     truth=truth,
     plain=plain,
     cost=cost,
+    guest=guest(descending, bound=lenient),
 )
 
 

@@ -20,7 +20,7 @@ from colt5_bench.suite import Implementation, Suite
 from reference.gathered_attention import gather_and_attend
 from suites._descent import CHUNK_BYTES, both_directions, implementations
 from suites._layers import TRAINING_PRODUCTS
-from suites._ours import by_kernels
+from suites._ours import by_kernels, guest
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,11 @@ def _prefixes(case: GatheredCase, scores: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(indices, dim=1), torch.stack(mask, dim=1)
 
 
-def plain(case: GatheredCase) -> Callable[..., Tensor]:
-    return reference.gathered_attention
+def attending(function: Callable[..., Tensor]) -> Callable[[GatheredCase], Callable[..., Tensor]]:
+    return lambda case: function
+
+
+plain = attending(reference.gathered_attention)
 
 
 def truth(case: GatheredCase, problem: Problem, direction: str) -> Truth:
@@ -157,7 +160,7 @@ SUITE = Suite(
     directions=both_directions,
     implementations=implementations(
         Implementation[GatheredCase]("reference", plain),
-        by_kernels(lambda case: kernels.gathered_attention),
+        by_kernels(attending(kernels.gathered_attention)),
         Implementation[GatheredCase]("sdpa", lambda case: partial(gather_and_attend, use_flash=True)),
     ),
     reference="reference",
@@ -165,6 +168,7 @@ SUITE = Suite(
     truth=truth,
     plain=plain,
     cost=cost,
+    guest=guest(attending),
 )
 
 

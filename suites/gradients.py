@@ -15,11 +15,14 @@ from suites._descent import (
     REFERENCE,
     DescentCase,
     cost,
+    descending,
     implementations,
+    lenient,
     plain,
     problem,
     truth,
 )
+from suites._ours import guest
 
 ROWS = {2048: 32, 32768: 4, 1048576: 1}
 """Rows by length."""
@@ -51,6 +54,7 @@ SUITE = Suite(
     truth=truth,
     plain=plain,
     cost=cost,
+    guest=guest(descending, bound=lenient),
     x_axis="n_iters",
     timed=False,
 )

@@ -9,7 +9,7 @@ from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Suite
 from suites._dense import DenseAttention
 from suites._descent import HEAVY_SHARE, both_directions, implementations
-from suites._layers import OURS, REFERENCE, Layer, LayerCase, cost, plain, problem, truth
+from suites._layers import GUEST, OURS, REFERENCE, Layer, LayerCase, cost, plain, problem, truth
 from suites.peers import COLT5_LAYER_PLAIN, COLT5_LAYER_TRITON, DENSE, DENSE_FLASH
 
 
@@ -75,6 +75,7 @@ SUITE = Suite(
     truth=truth,
     plain=plain,
     cost=cost,
+    guest=GUEST,
     x_axis="heads",
 )
 

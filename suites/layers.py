@@ -19,6 +19,7 @@ from colt5_bench.suite import Suite
 from suites._dense import DenseAttention, DenseBlock, DenseFeedForward, OverMap
 from suites._descent import both_directions, implementations
 from suites._layers import (
+    GUEST,
     OURS,
     REFERENCE,
     Layer,
@@ -387,6 +388,7 @@ SUITE = Suite(
     truth=truth,
     plain=plain,
     cost=cost,
+    guest=GUEST,
     x_axis="kind",
 )
 

@@ -16,7 +16,7 @@ from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from suites._descent import both_directions, implementations
 from suites._layers import truth_of
-from suites._ours import by_kernels
+from suites._ours import by_kernels, guest
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,11 @@ def truth(case: NormalizeCase, problem: Problem, direction: str) -> Truth:
     return truth_of(partial(reference.normalize, center=case.center, eps=case.eps), problem, direction)
 
 
-def plain(case: NormalizeCase) -> Callable[..., Tensor]:
-    return partial(reference.normalize, **case.options)
+def normalizing(function: Callable[..., Tensor]) -> Callable[[NormalizeCase], Callable[..., Tensor]]:
+    return lambda case: partial(function, **case.options)
+
+
+plain = normalizing(reference.normalize)
 
 
 def in_torch(case: NormalizeCase) -> Callable[..., Tensor]:
@@ -101,7 +104,7 @@ SUITE = Suite(
     directions=both_directions,
     implementations=implementations(
         Implementation("reference", plain),
-        by_kernels(lambda case: partial(kernels.normalize, **case.options)),
+        by_kernels(normalizing(kernels.normalize)),
         Implementation("torch", in_torch),
     ),
     reference="reference",
@@ -109,6 +112,7 @@ SUITE = Suite(
     truth=truth,
     plain=plain,
     cost=cost,
+    guest=guest(normalizing),
     x_axis="d",
 )
 

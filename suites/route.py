@@ -19,7 +19,7 @@ from colt5_bench.suite import Implementation, Suite
 from reference._shared.arguments import epsilon_schedule
 from suites._descent import DECAYING, both_directions, implementations, lenient
 from suites._layers import SCORE_STD, truth_of
-from suites._ours import by_kernels
+from suites._ours import by_kernels, guest
 
 FETCH_K_RATIO = 9 / 8
 """The default of the system's router: the relaxed selection sums to 9 / 8 of what is selected."""
@@ -129,6 +129,7 @@ SUITE = Suite(
     truth=truth,
     plain=routed(reference.route),
     cost=cost,
+    guest=guest(routed, bound=lenient),
 )
 
 

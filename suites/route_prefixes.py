@@ -14,8 +14,8 @@ from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from colt5_bench.tolerance import Tolerance
 from suites import _descent
-from suites._descent import DECAYING, DescentCase, both_directions, implementations
-from suites._ours import by_kernels
+from suites._descent import DECAYING, DescentCase, both_directions, implementations, lenient
+from suites._ours import by_kernels, guest
 
 ROUTES, WINDOW, SELECTED = 2, 128, 1024
 """Sizes of the example of the system's document."""
@@ -64,14 +64,15 @@ def problem(case: PrefixCase, device: torch.device) -> Problem:
     return Problem({"scores": scores.to(device)}, upstream.to(device))
 
 
-def weights(function: Callable[..., reference.PrefixSelection], case: PrefixCase) -> Callable[..., Tensor]:
-    return lambda scores: (
-        function(scores, window_size=case.window_size, num_selected=case.num_selected, **case.arguments).weights
-    )
+def weights(function: Callable[..., reference.PrefixSelection]) -> Callable[[PrefixCase], Callable[..., Tensor]]:
+    def build(case: PrefixCase) -> Callable[..., Tensor]:
+        settings = {"window_size": case.window_size, "num_selected": case.num_selected, **case.arguments}
+        return lambda scores: function(scores, **settings).weights
+
+    return build
 
 
-def plain(case: PrefixCase) -> Callable[..., Tensor]:
-    return weights(reference.route_prefixes, case)
+plain = weights(reference.route_prefixes)
 
 
 def in_masked_rows(case: PrefixCase) -> Callable[..., Tensor]:
@@ -136,13 +137,14 @@ SUITE = Suite(
     implementations=implementations(
         Implementation("reference", plain),
         Implementation("masked_rows", in_masked_rows),
-        by_kernels(lambda case: weights(kernels.route_prefixes, case), bound=promised),
+        by_kernels(weights(kernels.route_prefixes), bound=promised),
     ),
     reference="reference",
     problem=problem,
     truth=truth,
     plain=plain,
     cost=cost,
+    guest=guest(weights, bound=lenient),
 )
 
 

@@ -15,7 +15,7 @@ from colt5_bench.suite import Implementation, Suite
 from reference.routed_attention import attend_to_routed
 from suites._descent import both_directions, implementations
 from suites._layers import TRAINING_PRODUCTS, truth_of
-from suites._ours import by_kernels
+from suites._ours import by_kernels, guest
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,11 @@ def truth(case: RoutedAttentionCase, problem: Problem, direction: str) -> Truth:
     return truth_of(reference.routed_attention, problem, direction)
 
 
-def plain(case: RoutedAttentionCase) -> Callable[..., Tensor]:
-    return reference.routed_attention
+def attending(function: Callable[..., Tensor]) -> Callable[[RoutedAttentionCase], Callable[..., Tensor]]:
+    return lambda case: function
+
+
+plain = attending(reference.routed_attention)
 
 
 def cost(case: RoutedAttentionCase, direction: str) -> Cost:
@@ -103,7 +106,7 @@ SUITE = Suite(
     directions=both_directions,
     implementations=implementations(
         Implementation("reference", plain),
-        by_kernels(lambda case: kernels.routed_attention),
+        by_kernels(attending(kernels.routed_attention)),
         Implementation[RoutedAttentionCase]("sdpa", lambda case: partial(attend_to_routed, use_flash=True)),
     ),
     reference="reference",
@@ -111,6 +114,7 @@ SUITE = Suite(
     truth=truth,
     plain=plain,
     cost=cost,
+    guest=guest(attending),
 )
 
 

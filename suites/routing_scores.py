@@ -14,7 +14,7 @@ from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from suites._descent import both_directions, implementations
 from suites._layers import truth_of
-from suites._ours import by_kernels
+from suites._ours import by_kernels, guest
 
 COSINE_SIM_SCALE = 8.0
 """The default of the system's router."""
@@ -60,8 +60,11 @@ def problem(case: ScoresCase, device: torch.device) -> Problem:
     return Problem(inputs, upstream.to(device), tuple(inputs))
 
 
-def plain(case: ScoresCase) -> Callable[..., Tensor]:
-    return partial(reference.routing_scores, cosine_sim_scale=case.scale)
+def scoring(function: Callable[..., Tensor]) -> Callable[[ScoresCase], Callable[..., Tensor]]:
+    return lambda case: partial(function, cosine_sim_scale=case.scale)
+
+
+plain = scoring(reference.routing_scores)
 
 
 def truth(case: ScoresCase, problem: Problem, direction: str) -> Truth:
@@ -82,13 +85,14 @@ SUITE = Suite(
     directions=both_directions,
     implementations=implementations(
         Implementation("reference", plain),
-        by_kernels(lambda case: partial(kernels.routing_scores, cosine_sim_scale=case.scale)),
+        by_kernels(scoring(kernels.routing_scores)),
     ),
     reference="reference",
     problem=problem,
     truth=truth,
     plain=plain,
     cost=cost,
+    guest=guest(scoring),
 )
 
 

@@ -15,7 +15,7 @@ from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from suites._descent import implementations
-from suites._ours import by_kernels
+from suites._ours import by_kernels, guest
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ SUITE = Suite(
     truth=truth,
     plain=values(reference.select),
     cost=cost,
+    guest=guest(values),
 )
 
 

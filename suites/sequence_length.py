@@ -19,7 +19,7 @@ from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Suite
 from suites._dense import DenseAttention
 from suites._descent import both_directions, implementations
-from suites._layers import OURS, REFERENCE, Layer, LayerCase, RoutedTokens, cost, plain, problem, truth
+from suites._layers import GUEST, OURS, REFERENCE, Layer, LayerCase, RoutedTokens, cost, plain, problem, truth
 from suites._pieces import by_window, in_pieces
 from suites.layers import LONGEST_AT_ONCE
 from suites.peers import COLT5_LAYER_PLAIN, COLT5_LAYER_TRITON, DENSE, DENSE_FLASH
@@ -208,6 +208,7 @@ SUITE = Suite(
     truth=truth,
     plain=plain,
     cost=cost,
+    guest=GUEST,
     lines=("route_block_size",),
 )
 

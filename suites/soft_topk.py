@@ -14,7 +14,7 @@ from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from suites._descent import HEAVY_SHARE, both_directions, implementations
-from suites._ours import by_kernels
+from suites._ours import by_kernels, guest
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,11 @@ def problem(case: SoftTopkCase, device: torch.device) -> Problem:
     return Problem({"scores": (case.std * scores).to(device)}, upstream.to(device))
 
 
-def plain(case: SoftTopkCase) -> Callable[..., Tensor]:
-    return partial(reference.soft_topk, k=case.k, eps=case.eps)
+def relaxing(function: Callable[..., Tensor]) -> Callable[[SoftTopkCase], Callable[..., Tensor]]:
+    return lambda case: partial(function, k=case.k, eps=case.eps)
+
+
+plain = relaxing(reference.soft_topk)
 
 
 def truth(case: SoftTopkCase, problem: Problem, direction: str) -> Truth:
@@ -81,13 +84,14 @@ SUITE = Suite(
     directions=both_directions,
     implementations=implementations(
         Implementation("reference", plain),
-        by_kernels(lambda case: partial(kernels.soft_topk, k=case.k, eps=case.eps)),
+        by_kernels(relaxing(kernels.soft_topk)),
     ),
     reference="reference",
     problem=problem,
     truth=truth,
     plain=plain,
     cost=cost,
+    guest=guest(relaxing),
     x_axis="std",
 )
 

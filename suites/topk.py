@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from suites import _descent
 from suites._descent import CONSTANT, DescentCase, both_directions, implementations, lenient, problem
-from suites._ours import by_kernels
+from suites._ours import by_kernels, guest
 from suites.peers import colt5_not_installed, colt5_topk, in_triton_missing
 
 COOR_DESCENT_K_RATIO = 9 / 8
@@ -32,16 +33,19 @@ def cases(preset: str, device: torch.device) -> list[DescentCase]:
     return [replace(document, rows=rows, n=n, k=k) for rows, n, k in shapes]
 
 
-def selected_values(function: Callable[..., tuple[Any, ...]], case: DescentCase, fused: bool) -> Callable[..., Tensor]:
+def selected_values(
+    function: Callable[..., tuple[Any, ...]], *, fused: bool
+) -> Callable[[DescentCase], Callable[..., Tensor]]:
     """The selected values times their gates: the part of the result through which both forward and gradient go."""
-    temperature = {"n_iters": case.n_iters, "eps": case.eps, "eps_init": case.eps_init, "eps_decay": case.eps_decay}
-    return lambda scores: function(
-        scores, case.k, coor_descent_k_ratio=COOR_DESCENT_K_RATIO, **temperature, fused=fused
-    )[0]
+
+    def build(case: DescentCase) -> Callable[..., Tensor]:
+        settings = {**case.arguments, "coor_descent_k_ratio": COOR_DESCENT_K_RATIO, "fused": fused}
+        return lambda scores: function(scores, **settings)[0]
+
+    return build
 
 
-def plain(case: DescentCase) -> Callable[..., Tensor]:
-    return selected_values(reference.topk, case, fused=False)
+plain = selected_values(reference.topk, fused=False)
 
 
 def selection_problem(case: DescentCase, device: torch.device) -> Problem:
@@ -78,16 +82,16 @@ SUITE = Suite(
     directions=both_directions,
     implementations=implementations(
         Implementation("reference", plain),
-        by_kernels(lambda case: selected_values(kernels.topk, case, fused=True), bound=_descent.promised),
+        by_kernels(selected_values(kernels.topk, fused=True), bound=_descent.promised),
         Implementation[DescentCase](
             "colt5_plain",
-            lambda case: selected_values(colt5_topk(), case, fused=False),
+            lambda case: selected_values(colt5_topk(), fused=False)(case),
             colt5_not_installed,
             bound=lenient,
         ),
         Implementation[DescentCase](
             "colt5_triton",
-            lambda case: selected_values(colt5_topk(), case, fused=True),
+            lambda case: selected_values(colt5_topk(), fused=True)(case),
             in_triton_missing,
             bound=lenient,
         ),
@@ -103,6 +107,7 @@ SUITE = Suite(
     truth=truth,
     plain=plain,
     cost=cost,
+    guest=guest(partial(selected_values, fused=True), bound=lenient),
 )
 
 

@@ -16,7 +16,19 @@ from colt5_bench.case import FORWARD_BACKWARD
 from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from suites._descent import implementations, lenient
-from suites._layers import OURS, REFERENCE, Layer, LayerCase, as_function, cost, plain, problem, truth, without_memory
+from suites._layers import (
+    GUEST,
+    OURS,
+    REFERENCE,
+    Layer,
+    LayerCase,
+    as_function,
+    cost,
+    plain,
+    problem,
+    truth,
+    without_memory,
+)
 from suites.layers import LAYERS
 from suites.peers import DENSE_FLASH
 
@@ -176,6 +188,7 @@ SUITE = Suite(
     truth=truth,
     plain=plain,
     cost=cost,
+    guest=GUEST,
     x_axis="kind",
 )
 

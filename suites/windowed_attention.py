@@ -17,7 +17,7 @@ from colt5_bench.suite import Implementation, Suite
 from kernels.windowed_attention import pairs_in_reach
 from suites._descent import both_directions, implementations
 from suites._layers import TRAINING_PRODUCTS, truth_of
-from suites._ours import by_kernels
+from suites._ours import by_kernels, guest
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,11 @@ def problem(case: WindowedAttentionCase, device: torch.device) -> Problem:
     return Problem({"qkv": qkv.to(device, case.torch_dtype)}, upstream.to(device, case.torch_dtype), ("qkv",))
 
 
-def call(operation: Callable[..., Tensor], case: WindowedAttentionCase) -> Callable[..., Tensor]:
-    return partial(operation, heads=case.heads, window_size=case.window_size, causal=case.causal)
+def attending(function: Callable[..., Tensor]) -> Callable[[WindowedAttentionCase], Callable[..., Tensor]]:
+    return lambda case: partial(function, heads=case.heads, window_size=case.window_size, causal=case.causal)
 
 
-def plain(case: WindowedAttentionCase) -> Callable[..., Tensor]:
-    return call(reference.windowed_attention, case)
+plain = attending(reference.windowed_attention)
 
 
 def truth(case: WindowedAttentionCase, problem: Problem, direction: str) -> Truth:
@@ -118,7 +117,7 @@ SUITE = Suite(
     directions=both_directions,
     implementations=implementations(
         Implementation("reference", plain),
-        by_kernels(lambda case: call(kernels.windowed_attention, case)),
+        by_kernels(attending(kernels.windowed_attention)),
         Implementation[WindowedAttentionCase]("flex", flex, needs_gpu),
     ),
     reference="reference",
@@ -126,6 +125,7 @@ SUITE = Suite(
     truth=truth,
     plain=plain,
     cost=cost,
+    guest=guest(attending),
 )
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from colt5_bench.loading import describe_guest
 from colt5_bench.measuring.roofline import Ceilings
 from colt5_bench.records import environment, provenance
 from colt5_bench.records.provenance import Code
 from colt5_bench.records.results import SCHEMA_VERSION, Divergence, Record, Timing, load
 from colt5_bench.request import Request
+from colt5_bench.selection import Guest
 
 ROOT = Path(__file__).parent.parent
 RECORDS = (ROOT / "docs" / "records.md").read_text()
@@ -55,6 +57,8 @@ def test_all_of_an_environment_is_described(baselines, tmp_path):
         "key": "",
         **environment.describe(torch.device("cpu")),
         **dict.fromkeys(provenance.FIELDS, code),
+        provenance.SUITE_FILE: "",
+        provenance.GUESTS: {"mine": describe_guest(Guest.parse(f"mine={__file__}:described"))},
         "options": Request().of_results("any"),
         "expected": 0,
         "ceilings": ceilings,

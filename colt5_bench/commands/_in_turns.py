@@ -2,16 +2,18 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from colt5_bench.commands._comparison import Comparer, expression, in_scope
 from colt5_bench.compare import Comparison
 from colt5_bench.compare.revisions import MOST_TURNS, TURNS, Alternating
+from colt5_bench.loading import invite
 from colt5_bench.records.parts import read
 from colt5_bench.records.samples import runs_that_confirm
 from colt5_bench.request import declare
-from colt5_bench.selection import SelectionError, pick
+from colt5_bench.selection import Guest, SelectionError, pick, split_guests
 from colt5_bench.startup import reports_of
 from colt5_bench.suite import Grid
 
@@ -32,10 +34,11 @@ def add_measuring(parser: argparse._ArgumentGroup) -> None:
 
 
 def check_measuring(options: argparse.Namespace, suites: Mapping[str, Grid]) -> None:
-    """Refuse what cannot be measured.
+    """Refuse what cannot be measured, and tell guests from names.
 
     Raises:
-        SelectionError: no suite is named, one is named that there is not, or the number of rounds is none.
+        SelectionError: no suite is named, one is named that there is not, the number of rounds is none, or a guest
+            cannot be loaded.
     """
     if not options.suite:
         raise SelectionError("revisions are measured: say which suites with --suite.")
@@ -43,6 +46,9 @@ def check_measuring(options: argparse.Namespace, suites: Mapping[str, Grid]) -> 
         pick("suite", name, suites)
     if options.rounds < 1:
         raise SelectionError(f"--rounds has to be at least 1, got {options.rounds}.")
+    options.impl, options.guests = split_guests(options.impl)
+    for name in options.suite:
+        invite(suites[name], options.guests)
 
 
 def place(options: argparse.Namespace, checkout: Path, command: str) -> Path:
@@ -75,7 +81,8 @@ def compare_in_turns(
     """
     selection = [
         *("--preset", options.preset, "--device", options.device),
-        *(f"--impl={name}" for name in options.impl),
+        *(f"--impl={name}" for name in options.impl if name not in {guest.name for guest in options.guests}),
+        *(f"--impl={_of_each(guest, checkout)}" for guest in options.guests),
     ]
     with Alternating(checkout, revisions, selection, directory) as alternating:
         for _ in range(options.rounds):
@@ -90,6 +97,13 @@ def compare_in_turns(
                 alternating.measure(list(to_repeat), cases)
             comparison = _compare(alternating, comparer, options)
     return comparison
+
+
+def _of_each(guest: Guest, checkout: Path) -> Guest:
+    """A file within the checkout is that of each revision."""
+    if guest.file is None or not guest.file.is_relative_to(checkout):
+        return guest
+    return replace(guest, place=str(guest.file.relative_to(checkout)))
 
 
 def _compare(alternating: Alternating, comparer: Comparer, options: argparse.Namespace) -> Comparison:

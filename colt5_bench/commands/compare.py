@@ -14,7 +14,7 @@ from colt5_bench.loading import load_suites
 from colt5_bench.records.parts import read
 from colt5_bench.report.comparison import FORMATS, append_summary, write
 from colt5_bench.request import SELECTING, declare
-from colt5_bench.selection import SelectionError
+from colt5_bench.selection import SelectionError, split_guests
 from colt5_bench.startup import check, find_checkout
 from colt5_bench.suite import Grid
 
@@ -43,6 +43,8 @@ def main(options: argparse.Namespace) -> int:
     suites = load_suites(checkout)
     comparer = Comparer.of(options, suites)
     saved = [Path(name).exists() for name in (options.baseline, options.run)]
+    if any(saved) and split_guests(options.impl)[1]:
+        raise SelectionError("saved runs are not measured: --impl selects from them by a NAME without =.")
     if all(saved):
         comparison = comparer(read_baseline(Path(options.baseline)), read(Path(options.run)), in_scope(options))
     elif any(saved):

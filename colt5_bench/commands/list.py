@@ -8,7 +8,7 @@ from pathlib import Path
 
 from colt5_bench.commands import DONE
 from colt5_bench.request import declare
-from colt5_bench.selection import outlines
+from colt5_bench.selection import outlines, split_paths
 from colt5_bench.startup import check, find_checkout
 from colt5_bench.texts import folded
 
@@ -38,8 +38,9 @@ def _list_cases(options: argparse.Namespace, checkout: Path) -> int:
 
     check(checkout)
     device = choose_device(options.device)
-    suites = load_suites(checkout)
-    for name in pick_suites(options.suite, suites):
+    names, paths = split_paths(options.suite)
+    suites = load_suites(checkout, paths)
+    for name in pick_suites(names, suites):
         suite = suites[name]
         cases = suite.cases(options.preset, device)
         print(folded(f"{name}: {suite.description}"))

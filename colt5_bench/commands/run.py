@@ -19,7 +19,7 @@ from rich.console import Console
 
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED, USAGE, _check, _profile, attempt
 from colt5_bench.files import describe_os_error
-from colt5_bench.loading import choose_device, load_suites, pick_suites
+from colt5_bench.loading import choose_device, installed_guests, invite, load_suites, pick_suites
 from colt5_bench.measuring import busy
 from colt5_bench.pytest_plugin import plugin
 from colt5_bench.records import provenance
@@ -32,7 +32,7 @@ from colt5_bench.report.plots import write_plots
 from colt5_bench.report.progress import Watcher
 from colt5_bench.report.table import endings, summary
 from colt5_bench.request import MEASURING, NO_REPORT, REPORT, Request, declare
-from colt5_bench.selection import WHOLE, SelectionError, case_filter, pick, suite_files
+from colt5_bench.selection import WHOLE, SelectionError, case_filter, pick, split_paths, suite_files
 from colt5_bench.session import Session
 from colt5_bench.startup import check, find_checkout, reports_of
 from colt5_bench.suite import Grid, TrainingSuite
@@ -77,9 +77,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     checkout = find_checkout(Path.cwd().resolve())
     check(checkout)
-    suites = load_suites(checkout)
     request = Request.of(options)
+    options.impl = list(request.implementations)
+    options.suite, paths = split_paths(options.suite)
+    suites = load_suites(checkout, paths)
     device = choose_device(request.device)
+    _choose(options, request, suites)
+    suites |= {name: invite(suites[name], (*installed_guests(name), *request.guests)) for name in options.suite}
     _validate(options, request, suites, device)
     chosen = {name: suites[name] for name in options.suite}
     if options.profile:
@@ -87,17 +91,20 @@ def main(options: argparse.Namespace) -> int:
     options.impl = _check.checked(options, chosen)
     request = replace(request, implementations=tuple(options.impl))
     check_against = _check.Check.of(options, suites, device)
-    measure = partial(_run_suite, options, suite_files(checkout))
-    return _run(options, request, chosen, checkout, check_against, measure)
+    measure = partial(_run_suite, options, {**suite_files(checkout), **paths})
+    return _run(options, request, chosen, checkout, check_against, measure, paths)
 
 
-def _validate(options: argparse.Namespace, request: Request, suites: dict[str, Grid], device: torch.device) -> None:
+def _choose(options: argparse.Namespace, request: Request, suites: dict[str, Grid]) -> None:
     if not options.suite:
         raise SelectionError(f"say which suite with --suite; there is {', '.join(suites)}, and all.")
     options.suite = pick_suites(options.suite, suites)
     training = [name for name, suite in suites.items() if isinstance(suite, TrainingSuite)]
     if request.corpus is not None and not {*training} & {*options.suite}:
         raise SelectionError(f"--corpus is for suites that train, which are: {', '.join(training) or 'none'}.")
+
+
+def _validate(options: argparse.Namespace, request: Request, suites: dict[str, Grid], device: torch.device) -> None:
     wanted = case_filter(request.cases)
     for name in options.suite:
         suite = suites[name]
@@ -114,6 +121,7 @@ def _run(
     checkout: Path,
     check_against: _check.Check | None,
     measure: Measure,
+    paths: Mapping[str, Path],
 ) -> int:
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     name = started if len(suites) > 1 else f"{started}-{next(iter(suites))}"
@@ -125,7 +133,7 @@ def _run(
         if status in (USAGE, INTERRUPTED):
             break
     if status == INTERRUPTED:
-        again = _again(request, list(suites), options.out or out, options.pytest)
+        again = _again(request, [str(paths.get(name, name)) for name in suites], options.out or out, options.pytest)
         print(f"interrupted; this completes it: {again}", file=sys.stderr)
     if check_against is None or status in (USAGE, INTERRUPTED):
         return status

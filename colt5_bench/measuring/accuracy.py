@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from math import inf, isnan, nan, sqrt
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +58,7 @@ def diverge(
     largest = largest_at_kink = squared_difference = squared_truth = 0.0
     others = above = kinks = 0
     worst, allowed, budget = 0.0, inf, 0.0
+    worst_at, first, off, nan_seen = None, 0, 0, False
     for difference, truth, kink in _differences(actual, expected, at_kink):
         # Any finite value may be right at a kink, nothing else is.
         other = ~(kink & difference.isfinite())
@@ -71,9 +74,16 @@ def diverge(
             may = tolerance.of(truth[other])
             at = torch.where(away == 0, 0.0, away / may).nan_to_num(nan=inf).argmax()
             budget = max(budget, may.max().item())
-            if away[at].item() * allowed >= worst * may[at].item():
-                worst, allowed = away[at].item(), may[at].item()
-    judged = {} if tolerance is None else {"worst": worst, "allowed": allowed, "budget": budget}
+            off += int((~(away <= may)).sum())
+            is_nan = isnan(away[at].item())
+            if away[at].item() * allowed > worst * may[at].item() or (is_nan and not nan_seen):
+                place = first + int(other.nonzero()[at])
+                worst_at, nan_seen = [int(each) for each in np.unravel_index(place, expected.shape)], is_nan
+                if not is_nan:
+                    worst, allowed = away[at].item(), may[at].item()
+        first += kink.numel()
+    gate = {"worst": worst, "allowed": allowed, "budget": budget, "worst_at": worst_at, "off": off}
+    judged: dict[str, Any] = gate if tolerance is not None else {}
     return Divergence(
         largest=largest,
         relative=_ratio(sqrt(squared_difference), sqrt(squared_truth)),

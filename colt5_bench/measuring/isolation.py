@@ -22,10 +22,11 @@ import torch
 
 import colt5_bench
 from colt5_bench.case import Case
-from colt5_bench.loading import load_suite
+from colt5_bench.loading import invite, load_suite
 from colt5_bench.measuring.measure import BrokenContextError, Conditions, Tell, measure, silent, unmeasured
 from colt5_bench.records.results import Record
 from colt5_bench.request import TIME_LIMIT
+from colt5_bench.selection import Guest
 from colt5_bench.suite import Grid
 from colt5_bench.texts import describe_error
 
@@ -47,6 +48,7 @@ class Point:
     """Where the suite is, as `SUITE`."""
 
     preset: str
+    guests: tuple[Guest, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class _Address:
     """Part of a point that goes to another process, as a suite is made of functions without a name."""
 
     file: Path
+    guests: tuple[Guest, ...]
     preset: str
     case: str
     direction: str
@@ -140,7 +143,8 @@ def _reset_context(device: torch.device, error: BrokenContextError) -> None:
 def _in_a_process(point: Point, names: list[str], conditions: Conditions, time_limit: float, tell: Tell) -> _Attempt:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    address = _Address(point.file, point.preset, point.case.id, point.direction, torch.get_num_threads(), sys.path)
+    where = (point.file, point.guests, point.preset, point.case.id, point.direction)
+    address = _Address(*where, torch.get_num_threads(), sys.path)
     answers, answering = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(answering, address, names, conditions))
     with _short_temporary_directory(), _this_harness_first():
@@ -198,7 +202,7 @@ def _answer(answers: Connection, address: _Address, names: list[str], conditions
     sys.path[:] = address.path
     torch.set_num_threads(address.threads)
     try:
-        suite = load_suite(address.file)
+        suite = invite(load_suite(address.file), address.guests)
         case = next(case for case in suite.cases(address.preset, conditions.device) if case.id == address.case)
         answers.send(None)
         attempt = _Attempt(

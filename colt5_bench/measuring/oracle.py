@@ -53,7 +53,8 @@ class Oracle:
             if not wrong and result.dtype != allowed.dtype:
                 wrong = f"{named} is of {_short(result.dtype)}, expected is {_short(allowed.dtype)}"
             if not wrong and not accuracy.passes(divergences[tensor]):
-                wrong = f"{named} is off by {_excess(divergences[tensor])}"
+                elements = expected.numel() - divergences[tensor].kinks
+                wrong = f"{named} is off by {_excess(divergences[tensor], elements)}"
         return divergences, wrong
 
     def restore(self) -> str:
@@ -84,10 +85,13 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _excess(divergence: Divergence) -> str:
-    """The error and what is allowed in figures that differ, however near they are."""
+def _excess(divergence: Divergence, elements: int) -> str:
+    """The error and what is allowed in figures that differ, however near they are, and which elements are wrong."""
     worst, allowed = divergence.worst, divergence.allowed
-    if isnan(divergence.largest) or worst is None or allowed is None:
+    if worst is None or allowed is None:
         return f"{divergence.largest:.3g}"
+    place = f"at {divergence.worst_at}, and {divergence.off:,} of {elements:,} elements by too much"
+    if isnan(divergence.largest):
+        return f"nan {place}"
     share = f", {100 * (worst / allowed - 1):.2g} % more than allowed" if worst < 2 * allowed else ""
-    return f"{worst:.3g} where {allowed:.3g} is allowed{share}"
+    return f"{worst:.3g} where {allowed:.3g} is allowed{share}, {place}"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from colt5_bench.files import describe_os_error
+from colt5_bench.loading import installed_guests, invite
 from colt5_bench.pytest_plugin.replay import virtual_clock
 from colt5_bench.records.results import Group, Record
 from colt5_bench.request import MEASURING, Request, declare
@@ -44,7 +45,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each point of the suite that stands beside the test function."""
     if "record" not in metafunc.fixturenames:
         return
-    config, suite = metafunc.config, metafunc.module.SUITE
+    config = metafunc.config
+    try:
+        suite = metafunc.module.SUITE
+        suite = invite(suite, (*installed_guests(suite.name), *Request.of(config.option).guests))
+    except SelectionError as error:
+        raise pytest.UsageError(str(error)) from error
     # A case takes as long as it takes.
     patient = [pytest.mark.timeout(0)] if config.pluginmanager.hasplugin("timeout") else []
     metafunc.parametrize(

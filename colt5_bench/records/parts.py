@@ -11,7 +11,10 @@ from colt5_bench.records.environment import flat
 from colt5_bench.records.results import Group, Record, Run, Writer, load, write
 from colt5_bench.selection import SelectionError, Shard
 
-COMPARED = ("python", "threads", "torch", "triton", "cuda", "packages", "gpu", "git", "harness", "options", "data")
+COMPARED = (
+    *("python", "threads", "torch", "triton", "cuda", "packages", "gpu", "options", "data"),
+    *("git", "harness", "guests", "suite_file"),
+)
 """Conditions that have to be equal for records to stand in one table. The clock of a GPU at the start may differ."""
 
 COMPARED_ON_CPU = (*COMPARED, "cpu", "cores")

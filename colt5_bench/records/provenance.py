@@ -12,7 +12,7 @@ from typing import Any
 
 import colt5_bench
 from colt5_bench.records import git
-from colt5_bench.startup import PACKAGES, prefix_of
+from colt5_bench.startup import PACKAGES, is_outside, prefix_of
 from colt5_bench.texts import printable
 
 LONGEST_SECONDS = 30.0
@@ -25,6 +25,12 @@ BEGINNING_OF_RESULTS = b'{"kind": "environment"'
 
 FIELDS = ("git", "harness")
 """Fields of an environment that say of which code a run was."""
+
+SUITE_FILE = "suite_file"
+"""Field of an environment: a hash of a suite that is of no checkout."""
+
+GUESTS = "guests"
+"""Field of an environment: implementations that the user brought, by name, each with a hash of its file."""
 
 LINK, REPOSITORY = "120000", "160000"
 """Modes of entries of a tree that are no files."""
@@ -77,8 +83,17 @@ class Origin:
 
     @classmethod
     def of(cls, suite: Path) -> "Origin":
-        """Origin of the file of a suite, of the packages of operations as they were imported, and of the harness."""
-        measured, harness = Code.of(suite.resolve()), Code.of(Path(colt5_bench.__file__).resolve())
+        """Origin of the file of a suite, of the packages of operations as they were imported, and of the harness.
+
+        A suite that stands outside of a checkout is described by a hash, and what it measures by these packages.
+        """
+        harness = Code.of(Path(colt5_bench.__file__).resolve())
+        if is_outside(suite):
+            imported = (getattr(sys.modules.get(name), "__file__", None) for name in PACKAGES)
+            file = next(filter(None, imported), colt5_bench.__file__)
+            measured = Code.of(Path(file).resolve())
+            return cls(suite, measured, None if harness.place == measured.place else harness)
+        measured = Code.of(suite.resolve())
         prefix = prefix_of(suite.parents[1])
         for package in (prefix + name for name in PACKAGES):
             file = getattr(sys.modules.get(package), "__file__", None)
@@ -90,8 +105,13 @@ class Origin:
 
     @property
     def described(self) -> dict[str, Any]:
-        """For the record: `git`, and `harness` if that is of another checkout."""
-        return {"git": self.measured.described, "harness": self.harness and self.harness.described}
+        """For the record: `git`, `harness` if that is of another checkout, and `suite_file` if the suite is of none."""
+        described: dict[str, Any] = {"git": self.measured.described, "harness": None}
+        if self.harness:
+            described["harness"] = self.harness.described
+        if is_outside(self.suite):
+            described[SUITE_FILE] = hashlib.sha256(self.suite.read_bytes()).hexdigest()
+        return described
 
     def notes(self) -> Iterator[str]:
         """For the user, a line each: why a revision is unknown, and that the harness is of another checkout."""
@@ -128,11 +148,16 @@ def doubt(described: Any) -> str:
     return "it does not say which changes were not committed" if described.get("dirty") is True else ""
 
 
-def changed(before: Mapping[str, Any], now: Origin) -> dict[str, Any]:
-    """A note for the environment of a run whose code changed since it began. Empty if it did not."""
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """A note for the environment of a run whose code changed since it began. Empty if it did not.
+
+    Args:
+        before: the environment.
+        now: fields of it that say of which code it is, as they would be now.
+    """
     return {
         field: {"unknown": "the code changed while it was measured", "began": before[field], "ended": described}
-        for field, described in now.described.items()
+        for field, described in now.items()
         if described != before[field]
     }
 
@@ -140,9 +165,15 @@ def changed(before: Mapping[str, Any], now: Origin) -> dict[str, Any]:
 def change(environment: Mapping[str, Any]) -> str:
     """Changes of the code of a run while it was measured, in words; empty if there are none."""
     changes = [each for field in FIELDS if "ended" in (each := environment.get(field) or {})]
+    of_user = [each for field in (GUESTS, SUITE_FILE) if "ended" in (each := environment.get(field) or "")]
     return "; ".join(
-        f"{each['unknown']}: from {named(each['began']) or 'unknown'} to {named(each['ended']) or 'unknown'}"
-        for each in changes
+        [
+            *(
+                f"{each['unknown']}: from {named(each['began']) or 'unknown'} to {named(each['ended']) or 'unknown'}"
+                for each in changes
+            ),
+            *(["a file named by --impl or --suite changed while it was measured"] if of_user else []),
+        ]
     )
 
 

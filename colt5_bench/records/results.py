@@ -96,6 +96,12 @@ class Divergence:
     allowed: float | None = None
     """Allowed error of that element."""
 
+    worst_at: list[int] | None = None
+    """Index of that element, or of the first one that is NaN in the result alone. None: all are exact, or not gated."""
+
+    off: int | None = None
+    """Elements that are off by more than allowed; None: not gated."""
+
 
 class Group(NamedTuple):
     """A point, whose implementations are measured together."""

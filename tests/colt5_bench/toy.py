@@ -123,6 +123,7 @@ def suite(*functions, **more):
         "truth": truth,
         "plain": lambda case: good,
         "cost": lambda case, direction: Cost(bytes=8 * case.rows * case.n),
+        "guest": lambda function: Implementation("guest", lambda case: function),
     }
     return Suite(**{**settings, **more})
 

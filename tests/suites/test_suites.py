@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import reference
 from colt5_bench.case import DIRECTIONS, FORWARD, FORWARD_BACKWARD
-from colt5_bench.loading import load_suites
+from colt5_bench.loading import invite, load_suites
 from colt5_bench.measuring.call import Call
 from colt5_bench.measuring.measure import Conditions, measure
 from colt5_bench.measuring.roofline import measure_ceilings
 from colt5_bench.measuring.static_facts import compiled_kernels
-from colt5_bench.selection import PRESETS
+from colt5_bench.selection import PRESETS, Guest
 from colt5_bench.suite import Suite
 
 ROOT = Path(__file__).parents[2]
@@ -128,3 +129,31 @@ def test_every_implementation_that_runs_here_passes_its_gate(name, case, conditi
         statuses = {record.implementation: (record.status, record.reason) for record in records}
         assert {status for status, _ in statuses.values()} <= {"ok", "skipped"}, statuses
         assert statuses["ours"][0] == "ok"
+
+
+OWN = {
+    "gradients": "coor_descent",
+    **dict.fromkeys(("layers", "heads", "sequence_length", "training_step"), "ConditionalRoutedAttention"),
+}
+"""What our own implementation of a suite is called in `kernels`, if not as the suite."""
+
+
+@pytest.mark.parametrize("name", [name for name, suite in SUITES.items() if suite.guest])
+def test_our_own_function_is_right_as_a_guest(name, conditions):
+    guest = Guest.parse(f"mine=kernels:{OWN.get(name, name)}")
+    suite = replace(invite(SUITES[name], [guest]), timed=False)
+    cases = suite.cases("smoke", DEVICES[0])
+    case = next(case for case in cases if getattr(case, "kind", "attention") in ("attention", "self_attention"))
+    for direction in suite.directions(case):
+        (record,) = measure(suite, case, direction, ["mine"], conditions)
+        assert record.status == "ok", record.reason
+
+
+@pytest.mark.parametrize("changed", [{"heavy_dim_head": 8}, {"num_routed_kv": 2}, {"use_null_q_tokens": False}])
+def test_a_layer_with_other_parameters_is_told_which(changed):
+    def other(*args, **given):
+        return reference.ConditionalRoutedAttention(*args, **{**given, **changed})
+
+    case = next(case for case in SUITES["layers"].cases("smoke", DEVICES[0]) if case.kind == "attention")
+    with pytest.raises(TypeError, match=r"parameters have to be those of .* of shape"):
+        SUITES["layers"].guest(other).build(case)

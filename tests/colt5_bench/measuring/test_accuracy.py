@@ -105,6 +105,25 @@ class TestDiverge:
             pieces = diverge(actual.double(), expected.double(), kinks)
         assert pieces == Divergence(**{**asdict(whole), "relative": pytest.approx(whole.relative)})
 
+    @given(st.data(), st.lists(st.integers(1, 4), max_size=3), st.integers(1, 7), st.sampled_from([1.0, nan]))
+    def test_wrong_elements_are_counted_and_the_worst_is_named(self, data, shape, chunk, error):
+        expected = torch.ones(shape, dtype=torch.float64)
+        place = st.tuples(*(st.integers(0, size - 1) for size in shape))
+        wrong = data.draw(st.lists(place, min_size=1, max_size=5, unique=True))
+        actual, kinks = expected.clone(), torch.zeros(shape, dtype=torch.bool)
+        for number, where in enumerate(wrong):
+            # One is farther away than the others.
+            actual[where] += error * (1 + (number == 0))
+        kink = data.draw(place)
+        kinks[kink] = kink not in wrong
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(accuracy, "CHUNK", chunk)
+            found = diverge(actual, expected, kinks, tolerance=LAX.at_most(0.5))
+            right = diverge(expected, expected, kinks, tolerance=LAX.at_most(0.5))
+        assert found.off == len(wrong)
+        assert found.worst_at == list(min(wrong) if isnan(error) else wrong[0])
+        assert (right.off, right.worst_at) == (0, None)
+
     @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=40))
     def test_norm_and_largest_bound_each_other(self, elements):
         actual, expected = (torch.tensor(column, dtype=torch.float64) for column in zip(*elements, strict=True))

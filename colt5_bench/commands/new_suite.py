@@ -1,0 +1,28 @@
+"""`python bench.py new-suite FILE`: write a suite that runs, to be changed into one's own."""
+
+import argparse
+from pathlib import Path
+
+from colt5_bench.commands import DONE
+from colt5_bench.selection import SelectionError
+
+EXAMPLES = """\
+  python bench.py new-suite rows.py
+  python bench.py --suite rows.py
+"""
+
+EXAMPLE = Path(__file__).with_name("_example_suite.py")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a new Python file; the suite is called as the file")
+
+
+def main(options: argparse.Namespace) -> int:
+    file: Path = options.file
+    if file.suffix != ".py" or not file.stem.isidentifier():
+        raise SelectionError(f"{file} cannot be a suite: its name has to be a Python name with .py, as in my_suite.py.")
+    with file.open("x", encoding="utf-8") as new:
+        new.write(EXAMPLE.read_text(encoding="utf-8"))
+    print(f"{file} is a suite that runs: python bench.py --suite {file}")
+    return DONE

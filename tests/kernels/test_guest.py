@@ -1,0 +1,47 @@
+"""The kernel in docs/guests.md is wrong as the page says, and right when it is mended as the page says."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from colt5_bench.loading import invite, load_suites
+from colt5_bench.measuring.measure import Conditions, measure
+from colt5_bench.measuring.roofline import measure_ceilings
+from colt5_bench.selection import Guest
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "guests.md").read_text()
+(SOURCE,) = re.findall(r"^```python\n(# mine.py\n.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
+(REASON,) = re.findall(r"^mine: wrong: (.*)$", PAGE, flags=re.MULTILINE)
+
+
+def without_numbers(text):
+    return re.sub(r"\d[\d,.]*(e-?\d+)?", "N", text)
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="the kernel needs a GPU, or Triton's interpreter")
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("mended", [False, True])
+def test_the_gate_finds_the_bug_of_the_page(tmp_path, mended):
+    file, cpu = tmp_path / "mine.py", torch.device("cpu")
+    mend = "mask=columns < d, other=0.0"
+    assert mend in PAGE
+    file.write_text(SOURCE.replace("+ columns)", f"+ columns, {mend})") if mended else SOURCE)
+    suite = load_suites(ROOT)["normalize"]
+    suite = replace(invite(suite, [Guest.parse(f"mine={file}:normalize")]), timed=False)
+    conditions = Conditions(cpu, "cpu", "abc", measure_ceilings(cpu))
+    records = [
+        record
+        for case in suite.cases("smoke", cpu)
+        if not case.center
+        for direction in suite.directions(case)
+        for record in measure(suite, case, direction, ["mine"], conditions)
+    ]
+    assert {record.status for record in records} == {"ok" if mended else "wrong"}
+    if not mended:
+        # The row behind the last one is somebody else's memory.
+        assert {without_numbers(record.reason) for record in records} == {without_numbers(REASON)}
