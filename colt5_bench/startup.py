@@ -57,8 +57,8 @@ def prefix_of(checkout: Path) -> str:
 
 
 def is_outside(suite: Path) -> bool:
-    """True for the file of a suite that is in no checkout."""
-    return not all((suite.parents[1] / name / "__init__.py").is_file() for name in PACKAGES)
+    """True for the file of a suite that is in no folder `suites`, and so in no checkout."""
+    return suite.parent.name != "suites"
 
 
 def reports_of(checkout: Path) -> Path:
