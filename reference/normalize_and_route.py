@@ -54,4 +54,4 @@ def normalize_and_route(
         straight_through=straight_through,
         mask=mask,
     )
-    return NormalizedRouteReturn(*routed, normalized)
+    return NormalizedRouteReturn(*routed, normalized, x)

@@ -81,6 +81,7 @@ def _backward_kernel(
     grad_scores_ptr,  # b routes n, fp32
     slots_ptr,  # b routes n, int32
     grad_tokens_ptr,  # b routes selected d
+    grad_same_ptr,  # rows d
     dx_ptr,  # rows d
     shares_ptr,  # sums programs+groups d, fp32: weight, bias, and routing tokens
     sums_ptr,  # sums d, fp32
@@ -89,6 +90,7 @@ def _backward_kernel(
     x_stride,
     grad_tokens_stride,
     grad_route_stride,
+    grad_same_stride,
     n_rows,
     d,
     n,
@@ -99,9 +101,10 @@ def _backward_kernel(
     HAS_BIAS: tl.constexpr,
     ROUTES: tl.constexpr,
     HAS_TOKENS: tl.constexpr,
+    HAS_SAME: tl.constexpr,
 ):
-    """Every so many-th tile of ROWS rows. With ROUTES, the gradient of a row is also that through its scores, and that
-    which it has as a selected token."""
+    """Every so many-th tile of ROWS rows. With ROUTES, a row also has a gradient through its scores, one as a selected
+    token, and one as it is."""
     columns = tl.arange(0, BLOCK_D)
     drouting = ()
     for _ in tl.static_range(ROUTES):
@@ -151,6 +154,9 @@ def _backward_kernel(
         dx *= scale[:, None]
         if ROUTES > 0:
             dx += through_routes
+        if HAS_SAME:
+            grad_same_ptrs = grad_same_ptr + rows[:, None] * grad_same_stride + columns[None, :]
+            dx += tl.load(grad_same_ptrs, mask=there, other=0.0).to(tl.float32)
         tl.store(dx_ptr + rows[:, None] * d + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=there)
 
     tl.store(share_ptrs(shares_ptr, 0, program, programs, d, columns), tl.sum(dweight, axis=0), mask=columns < d)
@@ -231,6 +237,9 @@ class Routes(NamedTuple):
     grad_tokens: Tensor | None
     """`b routes selected d` of selected tokens, of which those of a route are contiguous."""
 
+    grad_same: Tensor | None
+    """`rows d`: what is added to the gradient of x, as that of a residual; its last stride is 1."""
+
 
 def launch_backward(
     grad_output: Tensor,
@@ -252,7 +261,7 @@ def launch_backward(
     programs = plan(n_rows, d, multiprocessors(x.device)).programs
     sums = 1 + has_bias if routes is None else 2 + routes.routing_tokens.shape[0]
     shares, result = new_shares(sums, programs, d, x), x.new_empty((sums, d), dtype=torch.float32)
-    given = (None,) * 4 if routes is None else routes
+    given = (None,) * 5 if routes is None else routes
     _launch_sweep(grad_output, x, weight, mean, scale, arrivals, center, has_bias, eps, *given, dx, shares, result)
     return result
 
@@ -272,6 +281,7 @@ def _launch_sweep(
     grad_scores: Tensor | None,
     slots: Tensor | None,
     grad_tokens: Tensor | None,
+    grad_same: Tensor | None,
     dx: Tensor,
     shares: Tensor,
     result: Tensor,
@@ -291,6 +301,7 @@ def _launch_sweep(
         scale if grad_scores is None else grad_scores,
         scale if slots is None else slots,
         grad_output if grad_tokens is None else grad_tokens,
+        grad_output if grad_same is None else grad_same,
         dx,
         shares,
         result,
@@ -299,6 +310,7 @@ def _launch_sweep(
         x.stride(0),
         0 if grad_tokens is None else grad_tokens.stride(0),
         0 if grad_tokens is None else grad_tokens.stride(1),
+        0 if grad_same is None else grad_same.stride(0),
         n_rows,
         d,
         n,
@@ -307,4 +319,5 @@ def _launch_sweep(
         HAS_BIAS=has_bias,
         ROUTES=routes,
         HAS_TOKENS=grad_tokens is not None,
+        HAS_SAME=grad_same is not None,
     )

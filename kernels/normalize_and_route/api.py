@@ -1,9 +1,9 @@
 """The normalized tokens of one branch and the routed tokens of another, in one read of the tokens.
 
 Both branches of a routed layer begin with all tokens: one normalizes them, the other scores them. The kernels of
-`kernels.normalize` do both at once. Backward, they write one gradient for each token: the sum of those through its norm
-and its scores and that which it has as a selected token. PyTorch adds up nothing of the size of all tokens. The steps
-between scores and selected tokens are those of `kernels.route`.
+`kernels.normalize` do both at once. Backward, they write one gradient for each token: the sum of those through its
+norm, its scores and a residual, and that which it has as a selected token. PyTorch adds up nothing of the size of all
+tokens. The steps between scores and selected tokens are those of `kernels.route`.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels._common.launch import as_rows, has_values, runs_triton
-from kernels._common.operation import Operation
+from kernels._common.operation import Operation, is_traced
 from kernels._common.shares import new_arrivals
 from kernels.normalize import Routes, launch_backward, launch_forward, normalize
 from kernels.route import Choice, route
@@ -42,10 +42,11 @@ def _forward(
     eps_decay: float,
     exact: bool,
     straight_through: bool,
+    gives_x: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Normalized tokens, weights, tokens and indices, then what the backward pass needs. It is mean and scale of tokens
-    and counters as `kernels.normalize` has them, and scores, state and slots as `kernels.route` has them."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Normalized tokens, weights, tokens, indices and x, then what the backward pass needs. It is mean, scale and
+    counters as `kernels.normalize` has them, and scores, state and slots as `kernels.route` has them."""
     (batch, n, d), routes = x.shape, routing_tokens.shape[1]
     y = x.new_empty(x.shape, dtype=dtype)
     mean = x.new_empty(batch * n if center else 0, dtype=torch.float32)
@@ -62,13 +63,15 @@ def _forward(
     routed = scores.new_empty(shape), x.new_empty((*shape, d)), x.new_empty(shape, dtype=torch.int64)
     weights, tokens, indices = (each.transpose(0, 1) for each in routed)
     state = choice.choose(x, scores, mask, straight_through, (weights, tokens, indices), kept)
-    return y, weights, tokens, indices, mean, scale, arrivals, scores, state, slots
+    same = x if gives_x else x.new_empty(0)
+    return y, weights, tokens, indices, same, mean, scale, arrivals, scores, state, slots
 
 
 def _backward(
     grad_y: Tensor | None,
     grad_weights: Tensor | None,
     grad_tokens: Tensor | None,
+    grad_same: Tensor | None,
     x: Tensor,
     routing_tokens: Tensor,
     weight: Tensor,
@@ -101,13 +104,19 @@ def _backward(
     grad_y = x.new_zeros(x.shape, dtype=dtype) if grad_y is None else grad_y
     if grad_tokens is not None and not grad_tokens[0, 0].is_contiguous():
         grad_tokens = grad_tokens.contiguous()
-    routes = Routes(routing_tokens[0], grad_scores, slots, grad_tokens)
+    grad_same = None if grad_same is None else as_rows(grad_same)
+    routes = Routes(routing_tokens[0], grad_scores, slots, grad_tokens, grad_same)
     rows = as_rows(grad_y), as_rows(x)
     return dx, launch_backward(*rows, weight, mean, scale, arrivals, center, has_bias, norm_eps, dx, routes)
 
 
 def _hand_back(
-    grad_y: Tensor | None, grad_weights: Tensor | None, grad_tokens: Tensor | None, dx: Tensor, sums: Tensor
+    grad_y: Tensor | None,
+    grad_weights: Tensor | None,
+    grad_tokens: Tensor | None,
+    grad_same: Tensor | None,
+    dx: Tensor,
+    sums: Tensor,
 ) -> tuple[Tensor, ...]:
     return dx, sums[0], sums[1], sums[2:].unsqueeze(0)
 
@@ -116,7 +125,7 @@ _operation = Operation(
     "normalize_and_route",
     _forward,
     _backward,
-    outputs=("y", "weights", "tokens", "indices", "mean", "scale", "arrivals", "scores", "state", "slots"),
+    outputs=("y", "weights", "tokens", "indices", "same", "mean", "scale", "arrivals", "scores", "state", "slots"),
     gradients=("x", "weight", "bias", "routing_tokens"),
     chosen={"has_bias": lambda bias: bias is not None},
     hand_back=_hand_back,
@@ -128,7 +137,7 @@ register_flop_formula(torch.ops.colt5.normalize_and_route)(count_flops)
 
 @register_flop_formula(torch.ops.colt5.normalize_and_route_backward)
 def _count_backward_flops(*arguments: Any, **_: object) -> int:
-    return 2 * count_flops(*arguments[3:5])
+    return 2 * count_flops(*arguments[4:6])
 
 
 def normalize_and_route(
@@ -164,7 +173,7 @@ def normalize_and_route(
         center, norm_eps, dtype: of the norm; `kernels.normalize` explains them.
 
     Returns:
-        indices, weights and tokens as of `kernels.route`, and normalized tokens `b n d`.
+        indices, weights and tokens as of `kernels.route`, normalized tokens `b n d`, and x.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
@@ -187,13 +196,18 @@ def normalize_and_route(
             mask=mask,
         )
         normalized = normalize(x, weight, bias, center=center, eps=norm_eps, dtype=dtype)
-        return NormalizedRouteReturn(*routed, normalized)
-    normalized, weights, tokens, indices, *_ = _operation(
+        return NormalizedRouteReturn(*routed, normalized, x)
+    tensors = (
         x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous(),
         routing_tokens.contiguous(),
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
         mask,
+    )
+    # No operator may give what it was given. But an autograd function may, and so adds up the gradients itself.
+    gives_x = not is_traced(tensors)
+    normalized, weights, tokens, indices, same, *_ = _operation(
+        *tensors,
         center,
         norm_eps,
         result_dtype(dtype, x, weight, bias),
@@ -205,8 +219,9 @@ def normalize_and_route(
         eps_decay,
         solver == "exact",
         straight_through,
+        gives_x,
     )
-    return NormalizedRouteReturn(indices, weights, tokens, normalized)
+    return NormalizedRouteReturn(indices, weights, tokens, normalized, same if gives_x else x)
 
 
 def _is_one(x: Tensor, routing_tokens: Tensor) -> bool:

@@ -41,6 +41,9 @@ class NormalizedRouteReturn(NamedTuple):
     normalized: Tensor
     """`b n d`."""
 
+    x: Tensor
+    """The tokens as they were given, for a residual: its gradient is added where the others are."""
+
 
 class PrefixSelection(NamedTuple):
     """Tokens that each window but the first selects from those before it, the largest score first: each `b w r s`."""

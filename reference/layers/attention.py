@@ -118,6 +118,7 @@ class ConditionalRoutedAttention(RoutedBranch):
             kv = self.route_context(x, num_kv, mask, routing_tokens_kv, rounded)
         else:
             q, kv = self._divide(together, rounded)
+            residual = together.x if residual is x else residual
         rotations = None
         if self.rotary_emb is not None:
             angles = self.rotary_emb(x.shape[1])

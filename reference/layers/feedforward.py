@@ -88,6 +88,7 @@ class ConditionalRoutedFeedForward(nn.Module):
             scores, tokens = together.scores.squeeze(0), together.tokens.squeeze(0)
             routed = RouterReturn(together.indices.squeeze(0), scores, tokens, None)
             light = _run(self.light_ff, together.normalized, rounded, normalized=True)
+            residual = together.x if residual is x else residual
         heavy = _run(self.heavy_ff, routed.routed_tokens, rounded)
         branches: dict[str, Any] = {"light": light, "residual": residual}
         return join(self.operations.combine, heavy, routed.scores, routed.indices, x, **branches)

@@ -29,6 +29,9 @@ class Together(NamedTuple):
 
     mask: Tensor | None
 
+    x: Tensor
+    """The tokens as they were given, for a residual."""
+
 
 def route_together(
     x: Tensor,
@@ -71,7 +74,7 @@ def route_together(
         dtype=autocast_dtype(x),
         **{"norm_eps" if name == "eps" else name: each for name, each in norm.options().items()},
     )
-    indices, scores, tokens, normalized = together
+    indices, scores, tokens, normalized, x = together
     selected = None if mask is None else mask[:, None].expand(*indices.shape[:2], -1).gather(-1, indices)
     return Together(
         normalized,
@@ -79,4 +82,5 @@ def route_together(
         scores.to(x.dtype).transpose(0, 1),
         tokens.transpose(0, 1),
         None if selected is None else selected.transpose(0, 1),
+        x,
     )

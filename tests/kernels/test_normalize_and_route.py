@@ -11,7 +11,7 @@ from tests.kernels.devices import DEVICES
 
 INTERPRETED = triton.knobs.runtime.interpret
 OPTIONS = {"k": 6.75, "n_iters": 4, "eps": 0.3, "eps_init": 2.0, "eps_decay": 0.7, "norm_eps": 1e-5}
-RESULTS = ("weights", "tokens", "normalized")
+RESULTS = ("weights", "tokens", "normalized", "x")
 
 # Where a branch is not taken, tensors hold what the interpreter's NumPy warns of.
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.parametrize("device", DEVICES)]
@@ -61,7 +61,7 @@ def test_follows_the_reference(device, seed):
     selected = rng.randint(1, min(n, 6))
     check(
         inputs(device, **sizes, biased=rng.random() < 0.5, shared=shared),
-        rng.sample(RESULTS, rng.randint(1, 3)),
+        rng.sample(RESULTS, rng.randint(1, 4)),
         num_selected=selected,
         k=float(selected),
         solver=rng.choice(["coor_descent", "exact"]),
@@ -123,7 +123,7 @@ def test_operator(device):
     """What PyTorch asks of an operator; its gradient is checked above."""
     x, routing_tokens, weight, bias = (each.detach() for each in inputs(device, n=9, d=4))
     mask = torch.rand(x.shape[:2], device=device) > 0.2
-    norm, routing = (True, 1e-5, torch.float32), (2, 2.0, 2, 0.3, 2.0, 0.7, False, True)
+    norm, routing = (True, 1e-5, torch.float32), (2, 2.0, 2, 0.3, 2.0, 0.7, False, True, False)
     for given in (None, mask):
         arguments = (x, routing_tokens, weight, bias, given, *norm, *routing, True)
         torch.library.opcheck(torch.ops.colt5.normalize_and_route, arguments)
