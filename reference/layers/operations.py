@@ -1,7 +1,6 @@
 """The seam between layers and kernels: who computes the operations of a tree of layers is chosen here, once."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -112,8 +111,12 @@ class ByDevice:
         return (self.on_gpu if x.is_cuda else self.elsewhere)(x, *tensors, **options)
 
 
-_flash_gathered_attention = partial(gather_and_attend, use_flash=True)
-_flash_routed_attention = partial(attend_to_routed, use_flash=True)
+def _flash_gathered_attention(*tensors: Tensor, **options: Any) -> Tensor:
+    return gather_and_attend(*tensors, **options, use_flash=True)
+
+
+def _flash_routed_attention(*tensors: Tensor, **options: Any) -> Tensor:
+    return attend_to_routed(*tensors, **options, use_flash=True)
 
 
 def _plain() -> dict[str, Any]:

@@ -549,6 +549,16 @@ def test_copies_and_pickles(small):
     check(small)
 
 
+@pytest.mark.parametrize("use_triton", [True, None])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_copied_operations_are_those_of_the_kernels(monkeypatch, copied, use_triton):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    own = Operations.of(use_triton)
+    assert own.replay is not None
+    assert copied(own).are_own
+    assert not copied(replace(own, select=own.normalize)).are_own
+
+
 ELSEWHERE = torch.ones(6)
 
 
