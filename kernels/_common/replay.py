@@ -22,6 +22,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
 
 from kernels._common.launch import PLAIN_VALUES, is_watched, multiprocessors, runs_triton
 from kernels._common.operation import is_traced
@@ -237,10 +238,15 @@ def _is_seen() -> bool:
     """True if a mode of PyTorch has to see each operator, or each tensor that is saved."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
+        or any(type(each) is not DeviceContext for each in _function_modes())
         or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         or torch.is_anomaly_enabled()
     )
+
+
+def _function_modes() -> list[Any]:
+    """Modes that see calls of PyTorch's functions. A `DeviceContext` says where new tensors are."""
+    return [torch._C._get_function_stack_at(place) for place in range(torch._C._len_torch_function_stack())]
 
 
 class _Recent(OrderedDict[Any, Any]):
@@ -309,7 +315,8 @@ def _key_of(call: _Call) -> tuple[Any, ...] | None:
         return None
     if not all(kind is Tensor or kind in PLAIN_VALUES for kind in call.kinds):
         return None
-    modes = torch.is_grad_enabled(), is_watched(), multiprocessors(tensors[0].device)
+    devices = tuple(each.device for each in _function_modes())
+    modes = torch.is_grad_enabled(), is_watched(), multiprocessors(tensors[0].device), devices
     key: list[Any] = [*call.kinds, *call.values, *call.autocast, *modes]
     for each in tensors:
         aligned = each.data_ptr() % 16 == 0

@@ -310,8 +310,8 @@ class Tape:
                 owners[number], addresses[number] = tensor, tensor.data_ptr()
         del tensor
         stream = driver.active.get_current_stream(device) if device >= 0 else 0
-        # Operators were taken down below both.
-        with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+        # Operators were taken down below all three.
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast(), torch._C.DisableTorchFunction():
             for step in self._steps:
                 step(owners, addresses, stream)
             results = [None if get is None else get(owners) for get in self._results]

@@ -17,6 +17,7 @@ from torch import distributed, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
+from torch.overrides import BaseTorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
@@ -352,9 +353,12 @@ def test_a_graph_that_is_kept_and_one_that_is_not(small, known):
         torch.autograd.grad(out, x, grad)
 
 
-def test_an_input_that_has_changed_is_refused(small):
+@pytest.mark.parametrize("known", range(TIMES))
+def test_an_input_that_has_changed_is_refused(small, known):
+    for _ in range(known):
+        gradients(small, (x_of(),), {}, x_of())
     x = x_of().requires_grad_()
-    out = played(small)(x)
+    out = small(x)
     with torch.no_grad():
         x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -661,13 +665,15 @@ def _in_a_thread(step):
 MODES = {
     "plain": lambda step: step(),
     "autocast": lambda step: _within(torch.autocast("cpu", torch.bfloat16), step),
+    "a default device": lambda step: _within(torch.device("cpu"), step),
+    "a function mode": lambda step: _within(BaseTorchFunctionMode(), step),
     "anomaly mode": lambda step: _within(torch.autograd.set_detect_anomaly(True), step),
     "saved tensors elsewhere": lambda step: _within(torch.autograd.graph.save_on_cpu(), step),
     "a thread": _in_a_thread,
 }
 
 
-WATCHED = {"anomaly mode", "saved tensors elsewhere"}
+WATCHED = {"a function mode", "anomaly mode", "saved tensors elsewhere"}
 """Modes in which layers run as they are written."""
 
 
