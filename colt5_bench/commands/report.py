@@ -10,7 +10,7 @@ from colt5_bench.compare import Finding, read_baseline
 from colt5_bench.loading import load_suites
 from colt5_bench.records.derived import group_by
 from colt5_bench.records.parts import read
-from colt5_bench.records.results import Run
+from colt5_bench.records.results import Run, no_garbage
 from colt5_bench.report.export import write_csv, write_parquet
 from colt5_bench.report.layout import View
 from colt5_bench.report.page import PAGE, write_page
@@ -45,6 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_options(parser)
 
 
+@no_garbage()
 def main(options: argparse.Namespace) -> int:
     for path in options.out:
         if path.suffix not in ENDINGS:

@@ -270,7 +270,7 @@ def load(path: Path, *, fault: Callable[[Record], str] = lambda record: "") -> R
     if not files or not path.exists():
         raise ValueError(f"{path} is no results file and no directory with any: those that a run writes end in .jsonl")
     run = Run(path)
-    with _no_garbage():
+    with no_garbage():
         for file in files:
             _read(file, run, fault)
     return run
@@ -360,7 +360,7 @@ def _converted(content: Any) -> Record | dict[str, Any]:
 
 
 @contextmanager
-def _no_garbage() -> Iterator[None]:
+def no_garbage() -> Iterator[None]:
     """Objects that all stay need not be searched for garbage again and again, as they become more."""
     enabled = gc.isenabled()
     gc.disable()

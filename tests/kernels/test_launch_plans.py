@@ -136,6 +136,7 @@ def test_a_grid_has_room_for_many_rows_sequences_and_heads(name, monkeypatch):
 LIMITS = {planner: operation.limits for operation in OPERATIONS.values() for planner in operation.planners}
 
 
+@pytest.mark.skipif(INTERPRETED, reason="is not about values")
 @pytest.mark.parametrize("planner", LIMITS, ids=name_of)
 def test_a_multiprocessor_has_what_a_plan_asks_for(planner):
     for sizes in sizes_of(planner, **LIMITS[planner]):

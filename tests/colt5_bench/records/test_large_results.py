@@ -1,10 +1,13 @@
-"""Files of many records: 5 s and 1 GB to load 200,000, and 15 s to write them as CSV."""
+"""Files of many records: 5 s and 1 GB to load 200,000, and 15 s to write them as CSV.
+
+Seconds are processor time: the time of a clock is that of all programs on the machine.
+"""
 
 import pytest
 
 from tests.colt5_bench.records.large_results import CSV, FILE_BYTES, LOAD, RECORDS, measure, write_large
 
-pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +19,6 @@ def large(tmp_path_factory):
 
 
 def test_loading(large):
-    """By processor time: the time of a clock is that of all programs on the machine."""
     cost = measure(LOAD, large)
     assert cost.records == RECORDS
     assert cost.cpu < 5
