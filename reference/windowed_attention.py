@@ -19,6 +19,7 @@ def windowed_attention(
     causal: bool = False,
     mask: Tensor | None = None,
     rotary_theta: float | None = None,
+    position_bias: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of each token to those near it: the light branch of CoLT5 (2303.09752, section 3.2).
 
@@ -34,6 +35,8 @@ def windowed_attention(
         mask: bool, `b n`, False for tokens that nothing attends to.
         rotary_theta: of rotary position embedding (2104.09864), if there is one: dimensions i and i + d / 2 of queries
             and keys turn by theta^(-2 i / d) radians a position. d is then even.
+        position_bias: `h (2 r + 1)`, any float dtype: entry r + j - i of its head is added to the logit of a query at i
+            and a key at j; those of distances beyond r are those of r.
 
     Returns:
         `b n (h d)`, in the dtype of qkv. A token that may attend to nothing gives 0, with gradient 0.
@@ -41,7 +44,7 @@ def windowed_attention(
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
     """
-    check_windows(qkv, heads, window_size, mask, rotary_theta)
+    check_windows(qkv, heads, window_size, mask, rotary_theta, position_bias)
     batch, n, _ = qkv.shape
     if rotary_theta is not None:
         qkv = rotate_heads(qkv, heads, places(n, qkv.device), rotary_theta)
@@ -58,7 +61,8 @@ def windowed_attention(
     allowed = _within_reach(size, causal, qkv.device) & present
 
     query, key, value = (rearrange(each, "b w i h d -> (b w) h i d") for each in (query, key, value))
-    out = attend(query, key, value, allowed, use_flash=True)
+    bias = None if position_bias is None else _of_pairs(position_bias, size, causal)
+    out = attend(query, key, value, allowed, use_flash=True, bias=bias)
     return without_padding(rearrange(out, "(b w) h i d -> b (w i) (h d)", b=batch, w=windows), n)
 
 
@@ -69,11 +73,23 @@ def _with_neighbours(x: Tensor, causal: bool) -> Tensor:
     return torch.cat([padded[:, start : start + x.shape[1]] for start in range(2 + after)], dim=2)
 
 
-def _within_reach(size: int, causal: bool, device: torch.device) -> Tensor:
-    """`i j`: which of the positions in its window and the neighbours a query may attend to."""
+def _distances(size: int, causal: bool, device: torch.device) -> Tensor:
+    """Distances `i j` from queries of a window to keys in it and in its neighbours."""
     query = torch.arange(size, device=device)[:, None]
     key = torch.arange(size * (2 if causal else 3), device=device) - size
-    return key <= query if causal else (key - query).abs() <= size
+    return key - query
+
+
+def _within_reach(size: int, causal: bool, device: torch.device) -> Tensor:
+    """`i j`: which of the positions in its window and the neighbours a query may attend to."""
+    distances = _distances(size, causal, device)
+    return distances <= 0 if causal else distances.abs() <= size
+
+
+def _of_pairs(position_bias: Tensor, size: int, causal: bool) -> Tensor:
+    """The bias `h i j` of queries of a window and keys."""
+    reach = position_bias.shape[1] // 2
+    return position_bias[:, _distances(size, causal, position_bias.device).clamp(-reach, reach) + reach]
 
 
 def attend_to_all(qkv: Tensor, *, heads: int, window_size: int, mask: Tensor | None) -> Tensor:

@@ -158,8 +158,11 @@ def _gathered_attention(rng):
 def _windowed_attention(rng):
     b, n, h, d = rng.randint(1, 3), rng.randint(1, 20), rng.randint(1, 3), rng.randint(1, 8)
     options = {"heads": h, "window_size": rng.randint(1, 12), "causal": rng.random() < 0.5}
-    if d % 2 == 0:
-        options["rotary_theta"] = rng.choice([None, 10000.0])
+    kind = rng.choice([None, "rotary", "bias"])
+    if kind == "rotary" and d % 2 == 0:
+        options["rotary_theta"] = 10000.0
+    if kind == "bias":
+        options["position_bias"] = torch.randn(h, 2 * rng.randint(0, 15) + 1)
     return {"qkv": torch.randn(b, n, 3 * h * d), "mask": _mask(rng, b, n), **options}
 
 
@@ -202,6 +205,7 @@ def layer_of(name, rng: random.Random, use_triton=False, block_sizes=(None, 16),
     wanted |= {flag: rng.random() < 0.5 for flag in flags}
     if name == "CoordinateDescentRouter":
         wanted |= router | {"num_routing_tokens": rng.choice([1, 2])}
+    wanted["position_bias"] = not wanted["light_rotary_emb"] and rng.random() < 0.5
     taken = inspect.signature(getattr(reference, name)).parameters
     return build(name, **{key: value for key, value in wanted.items() if key in taken} | fixed)
 

@@ -11,6 +11,9 @@ which one kernel computes: its even programs accumulate dq over keys, its odd pr
 
 With rotary position embedding, queries and keys are rotated in registers as they are loaded, and their gradients are
 rotated back before they are written.
+
+The gradient of a position bias is the sum of ds of all pairs at a distance. Tiles of ds at the same place beside the
+diagonal have the same distances, so that a second kernel adds up such tiles of many blocks, and then their diagonals.
 """
 
 from typing import Any
@@ -29,14 +32,21 @@ from reference._shared.autocast import autocast_dtype
 
 
 def _forward(
-    qkv: Tensor, heads: int, window_size: int, causal: bool, mask: Tensor | None, rotary_theta: float | None
+    qkv: Tensor,
+    heads: int,
+    window_size: int,
+    causal: bool,
+    mask: Tensor | None,
+    rotary_theta: float | None,
+    position_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the lse of each query to the base 2."""
     batch, n, width = qkv.shape
     out = qkv.new_empty(batch, n, width // 3)
     lse = qkv.new_empty(batch, heads, n, dtype=torch.promote_types(qkv.dtype, torch.float32))
     if has_values(qkv):
-        launch_forward(qkv.contiguous(), heads, window_size, causal, _contiguous(mask), rotary_theta, out, lse)
+        options = (heads, window_size, causal, _contiguous(mask), rotary_theta, _contiguous(position_bias))
+        launch_forward(qkv.contiguous(), *options, out, lse)
     return out, lse
 
 
@@ -44,22 +54,27 @@ def _backward(
     grad_output: Tensor,
     qkv: Tensor,
     mask: Tensor | None,
+    position_bias: Tensor | None,
     output: Tensor,
     lse: Tensor,
     heads: int,
     window_size: int,
     causal: bool,
     rotary_theta: float | None,
-) -> Tensor:
+    needs_position_bias: bool,
+) -> tuple[Tensor, Tensor | None]:
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    dbias = None
+    if position_bias is not None and needs_position_bias:
+        dbias = torch.zeros_like(position_bias, memory_format=torch.contiguous_format)
     if has_values(qkv):
-        options = (heads, window_size, causal, _contiguous(mask), rotary_theta)
-        launch_backward(grad_output.contiguous(), qkv.contiguous(), *options, output, lse, dqkv)
-    return dqkv
+        options = (heads, window_size, causal, _contiguous(mask), rotary_theta, _contiguous(position_bias))
+        launch_backward(grad_output.contiguous(), qkv.contiguous(), *options, output, lse, dqkv, dbias)
+    return dqkv, dbias
 
 
-def _contiguous(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous()
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _runs_kernel(qkv: Tensor, heads: int) -> bool:
@@ -67,7 +82,9 @@ def _runs_kernel(qkv: Tensor, heads: int) -> bool:
     return qkv.dtype != torch.float64 and qkv.shape[-1] <= 3 * heads * LARGEST_HEAD and runs_triton(qkv)
 
 
-_operation = Operation("windowed_attention", _forward, _backward, outputs=("output", "lse"), gradients=("qkv",))
+_operation = Operation(
+    "windowed_attention", _forward, _backward, outputs=("output", "lse"), gradients=("qkv", "position_bias")
+)
 
 
 def pairs_in_reach(n: int, window_size: int, causal: bool) -> int:
@@ -91,7 +108,7 @@ def _flops(shape: torch.Size, heads: int, window_size: int, causal: bool, *_: ob
 @register_flop_formula(torch.ops.colt5.windowed_attention_backward)
 def _backward_flops(grad_output: torch.Size, shape: torch.Size, *arguments: Any, **_: object) -> int:
     """A gradient for either factor of both products, and the weights again: as PyTorch counts its own kernels."""
-    return _flops(shape, *arguments[-4:]) * 5 // 2
+    return _flops(shape, *arguments[-5:]) * 5 // 2
 
 
 def windowed_attention(
@@ -102,6 +119,7 @@ def windowed_attention(
     causal: bool = False,
     mask: Tensor | None = None,
     rotary_theta: float | None = None,
+    position_bias: Tensor | None = None,
 ) -> Tensor:
     """`reference.windowed_attention` tile by tile, forward and backward, in memory linear in n whatever the window.
 
@@ -118,6 +136,8 @@ def windowed_attention(
         mask: bool, `b n`, False for tokens that nothing attends to.
         rotary_theta: of rotary position embedding (2104.09864), if there is one: dimensions i and i + d / 2 of queries
             and keys turn by theta^(-2 i / d) radians a position. d is then even.
+        position_bias: `h (2 r + 1)`, any float dtype: entry r + j - i of its head is added to the logit of a query at i
+            and a key at j; those of distances beyond r are those of r.
 
     Returns:
         `b n (h d)`, in the dtype of qkv. A token that may attend to nothing gives 0, with gradient 0.
@@ -126,10 +146,10 @@ def windowed_attention(
         ValueError: an argument is out of its range, or shapes do not match.
         NotImplementedError: a second derivative or forward mode is asked for, but on the CPU.
     """
-    check_windows(qkv, heads, window_size, mask, rotary_theta)
+    check_windows(qkv, heads, window_size, mask, rotary_theta, position_bias)
     lowered = autocast_dtype(qkv)
     qkv = qkv if lowered is None else qkv.to(lowered)
     if not _runs_kernel(qkv, heads):
-        return cpu.windowed_attention(qkv, heads, window_size, causal, mask, rotary_theta)
-    out, _ = _operation(qkv, heads, window_size, causal, mask, rotary_theta)
+        return cpu.windowed_attention(qkv, heads, window_size, causal, mask, rotary_theta, position_bias)
+    out, _ = _operation(qkv, heads, window_size, causal, mask, rotary_theta, position_bias)
     return out

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.attention import Settings, dot, options_for, settings_for
+from kernels._common.attention import Settings, dot, is_ragged, options_for, settings_for
 from kernels._common.launch import Launch, Launcher, Plan, Scratch, planner
 from kernels._common.primitives import LOG2_E
 
@@ -196,11 +196,27 @@ def _store_turned_back(
 
 
 @triton.jit
+def _bias_of_head(ptr, head, BIAS_REACH: tl.constexpr):
+    """Pointer to the bias of distance 0."""
+    if BIAS_REACH is not None:
+        ptr += head * (2 * BIAS_REACH + 1) + BIAS_REACH
+    return ptr
+
+
+@triton.jit
+def _bias(ptr, distance, HEAD_DIM: tl.constexpr, BIAS_REACH: tl.constexpr):
+    """The position bias of distances, as large as logits are before they are scaled."""
+    near = tl.minimum(tl.maximum(distance, -BIAS_REACH), BIAS_REACH)
+    return tl.load(ptr + near).to(tl.float32) * (HEAD_DIM**0.5)
+
+
+@triton.jit
 def _forward_kernel(
     qkv_ptr,  # b n 3 h d
     mask_ptr,  # b n
     out_ptr,  # b n h d
     lse_ptr,  # b h n, fp32, to the base 2
+    bias_ptr,  # h 2r+1
     turns_ptr,  # positions 2 d/2, fp32, or None
     n,
     window_size,
@@ -211,6 +227,7 @@ def _forward_kernel(
     BLOCK_H: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    BIAS_REACH: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -218,6 +235,7 @@ def _forward_kernel(
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     start, row, column, numbers = _place(tl.program_id(0), n, HEADS, HEAD_DIM, BLOCK)
     qkv_ptr += row * (3 * WIDTH) + column
+    bias_ptr = _bias_of_head(bias_ptr, column // HEAD_DIM, BIAS_REACH)
 
     query = start + tl.arange(0, BLOCK)
     first, end = _keys_of(query, n, window_size, CAUSAL)
@@ -253,6 +271,8 @@ def _forward_kernel(
         logits = dot(q, k.T, None, PRECISION)
         if turns_ptr is not None:
             logits = dot(q2, k2.T, logits, PRECISION)
+        if BIAS_REACH is not None:
+            logits += _bias(bias_ptr, key[None, :] - query[:, None], HEAD_DIM, BIAS_REACH)
         logits = tl.where(_within(key[None, :], first[:, None], end[:, None]), logits, float("-inf"))
         new_max = tl.maximum(max_logit, tl.max(logits, axis=1))
         # Nothing has been within reach of a query whose maximum is -inf. A difference of near numbers is exact.
@@ -280,6 +300,7 @@ def _query_gradient(
     out_ptr,
     lse_ptr,
     dqkv_ptr,
+    bias_ptr,
     turns_ptr,
     start,
     n,
@@ -292,6 +313,7 @@ def _query_gradient(
     BLOCK_H: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    BIAS_REACH: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -329,6 +351,8 @@ def _query_gradient(
         logits = dot(q, k.T, None, PRECISION)
         if turns_ptr is not None:
             logits = dot(q2, k2.T, logits, PRECISION)
+        if BIAS_REACH is not None:
+            logits += _bias(bias_ptr, key[None, :] - query[:, None], HEAD_DIM, BIAS_REACH)
         p = tl.exp2(logits * scale - lse[:, None])
         p = tl.where(_within(key[None, :], first[:, None], end[:, None]), p, 0.0)
         dp = dot(grad_output, v.T, None, PRECISION)
@@ -354,6 +378,7 @@ def _key_value_gradient(
     out_ptr,
     lse_ptr,
     dqkv_ptr,
+    bias_ptr,
     turns_ptr,
     start,
     n,
@@ -366,6 +391,7 @@ def _key_value_gradient(
     BLOCK_H: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    BIAS_REACH: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -406,6 +432,8 @@ def _key_value_gradient(
         logits = dot(k, q.T, None, PRECISION)
         if turns_ptr is not None:
             logits = dot(k2, q2.T, logits, PRECISION)
+        if BIAS_REACH is not None:
+            logits += _bias(bias_ptr, key[:, None] - query[None, :], HEAD_DIM, BIAS_REACH)
         p = tl.exp2(logits * scale - lse[None, :])
         p = tl.where(_within(query[None, :], first[:, None], end[:, None]), p, 0.0)
         dv = dot(p.to(grad_output.dtype), grad_output, dv, PRECISION)
@@ -433,6 +461,7 @@ def _backward_kernel(
     out_ptr,  # b n h d
     lse_ptr,  # b h n, fp32, to the base 2
     dqkv_ptr,  # b n 3 h d
+    bias_ptr,  # h 2r+1
     turns_ptr,  # positions 2 d/2, fp32, or None
     n,
     window_size,
@@ -444,6 +473,7 @@ def _backward_kernel(
     BLOCK_H: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    BIAS_REACH: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -457,6 +487,7 @@ def _backward_kernel(
     out_ptr += row * WIDTH + column
     lse_ptr += numbers
     dqkv_ptr += row * (3 * WIDTH) + column
+    bias_ptr = _bias_of_head(bias_ptr, column // HEAD_DIM, BIAS_REACH)
     if tl.program_id(0) % 2 == 0:
         _query_gradient(
             grad_output_ptr,
@@ -465,6 +496,7 @@ def _backward_kernel(
             out_ptr,
             lse_ptr,
             dqkv_ptr,
+            bias_ptr,
             turns_ptr,
             start,
             n,
@@ -477,6 +509,7 @@ def _backward_kernel(
             BLOCK_H,
             CAUSAL,
             HAS_MASK,
+            BIAS_REACH,
             BLOCK,
             TILE,
         )
@@ -488,6 +521,7 @@ def _backward_kernel(
             out_ptr,
             lse_ptr,
             dqkv_ptr,
+            bias_ptr,
             turns_ptr,
             start,
             n,
@@ -500,9 +534,123 @@ def _backward_kernel(
             BLOCK_H,
             CAUSAL,
             HAS_MASK,
+            BIAS_REACH,
             BLOCK,
             TILE,
         )
+
+
+@triton.jit
+def _part(ptr, rows, n, part, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, PART: tl.constexpr):
+    """Some dimensions of a head, `rows PART`; 0 where there is nothing."""
+    dimension = part + tl.arange(0, PART)
+    inside = (rows < n)[:, None] & (dimension < HEAD_DIM)[None, :]
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * STRIDE + dimension[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _bias_gradient_kernel(
+    grad_output_ptr,  # b n h d
+    qkv_ptr,  # b n 3 h d
+    mask_ptr,  # b n
+    out_ptr,  # b n h d
+    lse_ptr,  # b h n, fp32, to the base 2
+    sums_ptr,  # h offsets chunks 2 BLOCK, fp32
+    bias_ptr,  # h 2r+1
+    n,
+    batch,
+    window_size,
+    scale,
+    first_offset,
+    offsets,
+    chunks,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BIAS_REACH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Sums of the gradient of logits over the diagonals of tiles. There is a tile for each of a chunk of blocks of
+    queries, as many blocks before or after it as for the others."""
+    WIDTH: tl.constexpr = HEADS * HEAD_DIM
+    head = tl.program_id(0) % HEADS
+    chunk = tl.program_id(0) // HEADS % chunks
+    offset = tl.program_id(0) // (HEADS * chunks)
+    shift = (first_offset + offset) * BLOCK
+    column = head * HEAD_DIM
+    bias_ptr = _bias_of_head(bias_ptr, head, BIAS_REACH)
+    blocks = tl.cdiv(n, BLOCK)
+    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for block in range(chunk, batch * blocks, chunks):
+        start = block % blocks * BLOCK
+        start_n = start + shift
+        # Both begin at multiples of a block: a tile is before the sequence, after it, or in it.
+        if (start_n >= 0) & (start_n < n):
+            element = (block // blocks).to(tl.int64)
+            tokens = qkv_ptr + element * n * (3 * WIDTH) + column
+            grads = grad_output_ptr + element * n * WIDTH + column
+            outs = out_ptr + element * n * WIDTH + column
+            query, key = start + tl.arange(0, BLOCK), start_n + tl.arange(0, BLOCK)
+            logits = tl.zeros([BLOCK, BLOCK], tl.float32)
+            dp = tl.zeros([BLOCK, BLOCK], tl.float32)
+            delta = tl.zeros([BLOCK], tl.float32)
+            # Whole heads of all five would take more registers than there are.
+            for part in range(0, HEAD_DIM, PART):
+                q = _part(tokens, query, n, part, 3 * WIDTH, HEAD_DIM, PART)
+                k = _part(tokens + WIDTH, key, n, part, 3 * WIDTH, HEAD_DIM, PART)
+                logits = dot(q, k.T, logits, PRECISION)
+                grad_output = _part(grads, query, n, part, WIDTH, HEAD_DIM, PART)
+                out = _part(outs, query, n, part, WIDTH, HEAD_DIM, PART)
+                delta += tl.sum(grad_output.to(tl.float32) * out.to(tl.float32), axis=1)
+                v = _part(tokens + 2 * WIDTH, key, n, part, 3 * WIDTH, HEAD_DIM, PART)
+                dp = dot(grad_output, v.T, dp, PRECISION)
+            first, end = _keys_of(query, n, window_size, CAUSAL)
+            key = tl.where(_are_present(mask_ptr + element * n, key, n, HAS_MASK), key, NOWHERE)
+            lse = tl.load(lse_ptr + (element * HEADS + head) * n + query, mask=query < n, other=float("inf"))
+            logits += _bias(bias_ptr, shift + j - i, HEAD_DIM, BIAS_REACH)
+            p = tl.exp2(logits * scale - lse[:, None])
+            p = tl.where(_within(key[None, :], first[:, None], end[:, None]), p, 0.0)
+            total += p * (dp - delta[:, None])
+
+    # Row i is turned by i places. A column is then a diagonal, and its part that has come round is another.
+    turned = tl.gather(total, (i + j) % BLOCK, axis=1)
+    before = tl.sum(tl.where(i + j < BLOCK, 0.0, turned), axis=0)
+    after = tl.sum(tl.where(i + j < BLOCK, turned, 0.0), axis=0)
+    sums_ptr += ((head * offsets + offset).to(tl.int64) * chunks + chunk) * (2 * BLOCK)
+    tl.store(sums_ptr + tl.arange(0, BLOCK), before)
+    tl.store(sums_ptr + BLOCK + tl.arange(0, BLOCK), after)
+
+
+@triton.jit
+def _bias_sum_kernel(
+    sums_ptr,  # h offsets chunks DIAGONALS, fp32
+    dbias_ptr,  # h 2r+1
+    first_offset,
+    offsets,
+    chunks,
+    BIAS_REACH: tl.constexpr,
+    MOST_CHUNKS: tl.constexpr,
+    DIAGONALS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    """The gradient of some entries of a position bias, from sums over diagonals."""
+    ALL: tl.constexpr = 2 * BIAS_REACH + 1
+    PARTS: tl.constexpr = (ALL + ENTRIES - 1) // ENTRIES
+    head = tl.program_id(0) // PARTS
+    entry = tl.program_id(0) % PARTS * ENTRIES + tl.arange(0, ENTRIES)
+    diagonal, chunk = tl.arange(0, DIAGONALS), tl.arange(0, MOST_CHUNKS)
+    total = tl.zeros([ENTRIES], tl.float32)
+    for offset in range(offsets):
+        at = sums_ptr + (head * offsets + offset).to(tl.int64) * (chunks * DIAGONALS)
+        at += chunk[:, None] * DIAGONALS + diagonal[None, :]
+        sums = tl.sum(tl.load(at, mask=(chunk < chunks)[:, None], other=0.0), axis=0)
+        distance = (first_offset + offset - 1) * (DIAGONALS // 2) + diagonal
+        near = tl.minimum(tl.maximum(distance, -BIAS_REACH), BIAS_REACH) + BIAS_REACH
+        total += tl.sum(tl.where(near[None, :] == entry[:, None], sums[None, :], 0.0), axis=1)
+    tl.store(dbias_ptr + head * ALL + entry, total.to(dbias_ptr.dtype.element_ty), mask=entry < ALL)
 
 
 # By bytes of a number and by the dimensions of a head that there is place for. Those of 2 bytes and 64 were the fastest
@@ -513,6 +661,7 @@ FORWARD = {
     (4, 64): Settings(32, 32, 4, 1),
     (4, 128): Settings(16, 32, 4, 1),
 }
+FORWARD_BIAS = {**FORWARD, (4, 64): Settings(16, 32, 4, 1)}
 BACKWARD = {
     (2, 64): Settings(64, 32, 4, 1),
     (2, 128): Settings(64, 16, 4, 1),
@@ -529,13 +678,28 @@ BACKWARD_RAGGED = {
 }
 """Settings for heads that take registers to load."""
 
-BACKWARD_ROTARY = {
+BACKWARD_POSITIONS = {
     (2, 64): Settings(64, 16, 8, 1),
     (2, 128): Settings(32, 16, 8, 1),
     (4, 64): Settings(16, 16, 4, 1),
     (4, 128): Settings(16, 16, 8, 1),
 }
-"""Settings for rotary position embedding: the largest that spill on neither sm_80 nor sm_90."""
+"""Settings with positions: the largest that spill on neither sm_80 nor sm_90."""
+
+BIAS_GRADIENT = {
+    (2, False): Settings(64, 64, 8, 1),
+    (2, True): Settings(32, 32, 4, 1),
+    (4, False): Settings(32, 32, 4, 1),
+    (4, True): Settings(16, 16, 4, 1),
+}
+"""Settings of the gradient of a position bias, by the bytes of a number, and for heads that are ragged. Its tiles are
+as wide as they are long."""
+
+PROGRAMS = 1024
+"""About as many programs share the blocks of all sequences for that."""
+
+MOST_CHUNKS = 64
+"""At most so many chunks of blocks, whose sums a program of the second kernel adds up."""
 
 
 def _plan_blocks(settings: Settings, programs: int, n: int, head_dim: int, itemsize: int) -> Plan:
@@ -545,17 +709,31 @@ def _plan_blocks(settings: Settings, programs: int, n: int, head_dim: int, items
 
 
 @planner
-def _plan_forward(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
-    settings = settings_for(FORWARD, head_dim, itemsize, ragged=FORWARD)
+def _plan_forward(batch: int, n: int, heads: int, head_dim: int, itemsize: int, biased: bool) -> Plan:
+    by_size = FORWARD_BIAS if biased else FORWARD
+    settings = settings_for(by_size, head_dim, itemsize, ragged=by_size)
     return _plan_blocks(settings, batch * heads, n, head_dim, itemsize)
 
 
 @planner
-def _plan_backward(batch: int, n: int, heads: int, head_dim: int, itemsize: int, rotary: bool) -> Plan:
+def _plan_backward(batch: int, n: int, heads: int, head_dim: int, itemsize: int, positions: bool) -> Plan:
     """Two programs for each block: for its queries, and for its keys."""
-    by_size, ragged = (BACKWARD_ROTARY, BACKWARD_ROTARY) if rotary else (BACKWARD, BACKWARD_RAGGED)
+    by_size, ragged = (BACKWARD_POSITIONS, BACKWARD_POSITIONS) if positions else (BACKWARD, BACKWARD_RAGGED)
     settings = settings_for(by_size, head_dim, itemsize, ragged=ragged)
     return _plan_blocks(settings, 2 * batch * heads, n, head_dim, itemsize)
+
+
+@planner
+def _plan_bias_gradient(tiles: int, chunks: int, head_dim: int, itemsize: int) -> Plan:
+    """A program for each tile beside a block, head and chunk of the blocks of all sequences."""
+    block, _, num_warps, num_stages = BIAS_GRADIENT[itemsize, is_ragged(head_dim, itemsize)]
+    part = min(max(triton.next_power_of_2(head_dim), 16), 64 // itemsize)
+    return Plan(tiles * chunks, {"BLOCK": block, "PART": part, "num_warps": num_warps, "num_stages": num_stages})
+
+
+def _plan_bias_sum(heads: int, reach: int) -> Plan:
+    settings = {"MOST_CHUNKS": MOST_CHUNKS, "ENTRIES": 32, "num_warps": 4, "num_stages": 1}
+    return Plan(heads * triton.cdiv(2 * reach + 1, 32), settings)
 
 
 def _plan_turns(positions: int, half: int) -> Plan:
@@ -573,6 +751,7 @@ def launch_forward(
     causal: bool,
     mask: Tensor | None,
     rotary_theta: float | None,
+    position_bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
 ) -> Iterator[Launch]:
@@ -582,16 +761,17 @@ def launch_forward(
     turns = yield from _turn(rotary_theta, n, head_dim // 2, window_size)
     yield Launch(
         _forward_kernel,
-        _plan_forward(batch, n, heads, head_dim, out.itemsize),
+        _plan_forward(batch, n, heads, head_dim, out.itemsize, position_bias is not None),
         qkv,
         qkv if mask is None else mask,
         out,
         lse,
+        qkv if position_bias is None else position_bias,
         turns,
         n,
         min(window_size, n),
         LOG2_E.value * head_dim**-0.5,
-        **_constants(heads, head_dim, causal, mask),
+        **_constants(heads, head_dim, causal, mask, position_bias),
     )
 
 
@@ -604,30 +784,78 @@ def launch_backward(
     causal: bool,
     mask: Tensor | None,
     rotary_theta: float | None,
+    position_bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
     dqkv: Tensor,
+    dbias: Tensor | None,
 ) -> Iterator[Launch]:
-    """Fill in the gradient `b n (3 h d)`, from contiguous tensors."""
+    """Fill in the gradients `b n (3 h d)` and, if it is wanted, `h (2 r + 1)`, from contiguous tensors."""
     batch, n, width = out.shape
     head_dim = width // heads
     turns = yield from _turn(rotary_theta, n, head_dim // 2, window_size)
     yield Launch(
         _backward_kernel,
-        _plan_backward(batch, n, heads, head_dim, out.itemsize, rotary_theta is not None),
+        _plan_backward(batch, n, heads, head_dim, out.itemsize, rotary_theta is not None or position_bias is not None),
         grad_output,
         qkv,
         qkv if mask is None else mask,
         out,
         lse,
         dqkv,
+        qkv if position_bias is None else position_bias,
         turns,
         n,
         min(window_size, n),
         LOG2_E.value * head_dim**-0.5,
         head_dim**-0.5,
-        **_constants(heads, head_dim, causal, mask),
+        **_constants(heads, head_dim, causal, mask, position_bias),
     )
+    if position_bias is not None and dbias is not None:
+        inputs = (grad_output, qkv, qkv if mask is None else mask, out, lse)
+        yield from _differentiate_bias(inputs, heads, window_size, causal, mask is not None, position_bias, dbias)
+
+
+def _differentiate_bias(
+    inputs: tuple[Tensor, ...],
+    heads: int,
+    window_size: int,
+    causal: bool,
+    has_mask: bool,
+    position_bias: Tensor,
+    dbias: Tensor,
+) -> Iterator[Launch]:
+    """Fill in the gradient `h (2 r + 1)`: first sums of many blocks, then those of diagonals of one distance."""
+    out = inputs[3]
+    batch, n, width = out.shape
+    head_dim = width // heads
+    block = BIAS_GRADIENT[out.itemsize, is_ragged(head_dim, out.itemsize)].block
+    before = triton.cdiv(min(2 * window_size - 1 if causal else window_size, n - 1), block)
+    offsets = before + 1 + (0 if causal else before)
+    chunks = min(max(PROGRAMS // (heads * offsets), 1), batch * triton.cdiv(n, block), MOST_CHUNKS)
+    sums = Scratch(heads * offsets, chunks, 2 * block, dtype=torch.float32)
+    reach = position_bias.shape[1] // 2
+    yield Launch(
+        _bias_gradient_kernel,
+        _plan_bias_gradient(heads * offsets, chunks, head_dim, out.itemsize),
+        *inputs,
+        sums,
+        position_bias,
+        n,
+        batch,
+        min(window_size, n),
+        LOG2_E.value * head_dim**-0.5,
+        -before,
+        offsets,
+        chunks,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        CAUSAL=causal,
+        HAS_MASK=has_mask,
+        BIAS_REACH=reach,
+    )
+    sizes = {"BIAS_REACH": reach, "DIAGONALS": 2 * block}
+    yield Launch(_bias_sum_kernel, _plan_bias_sum(heads, reach), sums, dbias, -before, offsets, chunks, **sizes)
 
 
 def _turn(theta: float | None, n: int, half: int, window_size: int) -> Generator[Launch, None, Scratch | None]:
@@ -642,11 +870,14 @@ def _turn(theta: float | None, n: int, half: int, window_size: int) -> Generator
     return turns
 
 
-def _constants(heads: int, head_dim: int, causal: bool, mask: Tensor | None) -> dict[str, Any]:
+def _constants(
+    heads: int, head_dim: int, causal: bool, mask: Tensor | None, position_bias: Tensor | None
+) -> dict[str, Any]:
     return {
         "HEADS": heads,
         "HEAD_DIM": head_dim,
         "BLOCK_H": max(triton.next_power_of_2(head_dim) // 2, 16),
         "CAUSAL": causal,
         "HAS_MASK": mask is not None,
+        "BIAS_REACH": None if position_bias is None else position_bias.shape[1] // 2,
     }

@@ -124,10 +124,15 @@ def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None, name: str = "x
 
 
 def check_windows(
-    qkv: Tensor, heads: int, window_size: int, mask: Tensor | None, rotary_theta: float | None = None
+    qkv: Tensor,
+    heads: int,
+    window_size: int,
+    mask: Tensor | None,
+    rotary_theta: float | None = None,
+    position_bias: Tensor | None = None,
 ) -> None:
     """Queries, keys and values are a float tensor (b, n, 3 * heads * d); a mask is boolean and (b, n). If there is a
-    theta of rotary position embedding, d is even."""
+    theta of rotary position embedding, d is even. A position bias is a float tensor (heads, 2 * r + 1)."""
     check_float("qkv", qkv)
     check_counts(heads=heads, window_size=window_size)
     fits = qkv.ndim == 3 and qkv.shape[-1] >= 1 and qkv.shape[-1] % (3 * heads) == 0
@@ -136,6 +141,14 @@ def check_windows(
     if rotary_theta is not None:
         check_positive(rotary_theta=rotary_theta)
         require(qkv.shape[-1] // heads % 2 == 0, "qkv", qkv.shape, "of an even d for rotary position embedding")
+    if position_bias is not None:
+        check_float("position_bias", position_bias)
+        fits = position_bias.ndim == 2 and position_bias.shape[0] == heads and position_bias.shape[1] % 2 == 1
+        require(rotary_theta is None, "position_bias", position_bias, "None where there is a rotary_theta")
+        require(fits, "position_bias", position_bias.shape, "of shape ({0}, 2 * r + 1), as there are {0} heads", heads)
+        require(
+            position_bias.device == qkv.device, "position_bias", position_bias.device, "on {} as qkv is", qkv.device
+        )
 
 
 def check_gathered(

@@ -27,9 +27,12 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask
     return _WithSecondDerivative.apply(out, *tensors, mask) if out.requires_grad else out
 
 
-def attend_by_formula(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """The same, as it is written."""
+def attend_by_formula(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
+    """The same, as it is written, with a bias that is added to the logits."""
     logits = einsum(query * query.shape[-1] ** -0.5, key, "b h i d, b h j d -> b h i j")
+    logits = logits if bias is None else logits + bias
     logits = logits if mask is None else logits.masked_fill(~mask, -torch.inf)
     return einsum(logits.softmax(dim=-1).to(value.dtype), value, "b h i j, b h j d -> b h i d")
 

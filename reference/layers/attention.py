@@ -31,6 +31,7 @@ class ConditionalRoutedAttention(RoutedBranch):
         heavy_dim_head, heavy_heads: of the dense attention.
         rotary_emb: rotary position embedding in the dense attention.
         light_rotary_emb: the same in the attention within a radius.
+        position_bias: T5's relative position bias there instead, learned for each head and bucket of distances.
         num_routed_kv, router_straight_through, router_kwargs: as in `RoutedBranch`.
         multiply_keys_by_score, multiply_queries_by_score: as in `RoutedBranch`.
         use_triton, use_null_q_tokens, use_flash_attn, init: as in `RoutedBranch`.
@@ -59,6 +60,7 @@ class ConditionalRoutedAttention(RoutedBranch):
         init: Start = "published",
         rotary_emb: bool = False,
         light_rotary_emb: bool = False,
+        position_bias: bool = False,
     ) -> None:
         super().__init__(
             dim,
@@ -81,7 +83,8 @@ class ConditionalRoutedAttention(RoutedBranch):
             check_counts(light_window_size=light_window_size)
             require(light_window_size >= 2, "light_window_size", light_window_size, ">= 2")
             radius = light_window_size // 2
-            options: dict[str, Any] = {"use_triton": self.operations, "rotary_emb": light_rotary_emb}
+            options: dict[str, Any] = {"rotary_emb": light_rotary_emb, "position_bias": position_bias}
+            options["use_triton"] = self.operations
             self.light_attn = WindowedAttention(dim, radius, light_dim_head, light_heads, **options)
         self.rotary_emb = RotaryEmbedding(heavy_dim_head) if rotary_emb else None
 

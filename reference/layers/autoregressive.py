@@ -44,6 +44,7 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         heavy_dim_head, heavy_heads: of the routed attention.
         rotary_emb: rotary position embedding in the routed attention.
         light_rotary_emb: the same in the windowed attention.
+        position_bias: T5's relative position bias there instead, learned for each head and bucket of distances.
         causal_query_routing: whether a query is chosen by nothing that comes after it.
         num_routed_kv, router_straight_through, router_kwargs: as in `RoutedBranch`.
         multiply_keys_by_score, multiply_queries_by_score: as in `RoutedBranch`.
@@ -73,6 +74,7 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         init: Start = "published",
         rotary_emb: bool = False,
         light_rotary_emb: bool = False,
+        position_bias: bool = False,
         causal_query_routing: bool = False,
     ) -> None:
         super().__init__(
@@ -98,7 +100,8 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             heavy_window_size=self.heavy_window_size,
         )
         self.causal_query_routing = causal_query_routing
-        options: dict[str, Any] = {"causal": True, "use_triton": self.operations, "rotary_emb": light_rotary_emb}
+        options: dict[str, Any] = {"rotary_emb": light_rotary_emb, "position_bias": position_bias}
+        options |= {"causal": True, "use_triton": self.operations}
         self.light_attn = WindowedAttention(dim, light_window_size, light_dim_head, light_heads, **options)
         self.rotary_emb = RotaryEmbedding(heavy_dim_head) if rotary_emb else None
 

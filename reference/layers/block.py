@@ -39,6 +39,7 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         use_flash_attn: bool = False,
         init: Start = "published",
         light_rotary_emb: bool = False,
+        position_bias: bool = False,
     ) -> None:
         super().__init__()
         self.operations = Operations.of(use_triton)
@@ -71,6 +72,7 @@ class ConditionalRoutedTransformerBlock(nn.Module):
             use_flash_attn=use_flash_attn,
             init=init,
             light_rotary_emb=light_rotary_emb,
+            position_bias=position_bias,
         )
 
     @replayed

@@ -1,12 +1,14 @@
 """The light branch of the attention layers: each token attends to those around it."""
 
+import torch
 from torch import Tensor, nn
 
-from reference._shared.arguments import check_counts
+from reference._shared.arguments import check_counts, require
 from reference._shared.rotary import rotate_heads
 from reference.layers.linear import Rounded, linear, round_weights
 from reference.layers.norms import LayerNorm, RMSNorm
 from reference.layers.operations import Operations, UseTriton
+from reference.layers.position_bias import BUCKETS, FARTHEST, buckets_of_distances
 from reference.layers.rotary import THETA, check_even
 
 
@@ -17,8 +19,12 @@ class WindowedAttention(nn.Module):
         window_size: if causal, the size of windows, and a token attends to what is before it in its window and to all
             of the window before; else the radius: a token attends to those at most so far away.
         rotary_emb: rotary position embedding. It has no parameters, and counts positions from 0.
+        position_bias: instead of that T5's relative position bias, learned for each head and bucket of distances, and 0
+            at first.
         use_triton: as in `CoordinateDescentRouter`.
     """
+
+    buckets: Tensor
 
     def __init__(
         self,
@@ -29,12 +35,19 @@ class WindowedAttention(nn.Module):
         causal: bool = False,
         use_triton: UseTriton = False,
         rotary_emb: bool = False,
+        position_bias: bool = False,
     ) -> None:
         super().__init__()
         check_counts(light_dim_head=dim_head, light_heads=heads, light_window_size=window_size)
         if rotary_emb:
             check_even(light_dim_head=dim_head)
+        require(not (rotary_emb and position_bias), "position_bias", True, "False where there is a light_rotary_emb")
         self.rotary_theta = THETA if rotary_emb else None
+        self.position_bias = None
+        if position_bias:
+            reach = min(2 * window_size - 1 if causal else window_size, FARTHEST)
+            self.position_bias = nn.Parameter(torch.zeros(heads, BUCKETS))
+            self.register_buffer("buckets", torch.tensor(buckets_of_distances(reach, causal)), persistent=False)
         self.window_size = window_size
         self.heads = heads
         self.causal = causal
@@ -45,7 +58,8 @@ class WindowedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         way = self.operations.path("windowed_attention")
-        return f"window_size={self.window_size}, causal={self.causal}, rotary_theta={self.rotary_theta}, {way}"
+        positions = f"rotary_theta={self.rotary_theta}, position_bias={self.position_bias is not None}"
+        return f"window_size={self.window_size}, causal={self.causal}, {positions}, {way}"
 
     def forward(
         self,
@@ -59,7 +73,8 @@ class WindowedAttention(nn.Module):
         rounded = round_weights(x, *self.children()) if rounded is None else rounded
         qkv = linear(self.to_qkv, x if normalized else self.norm(x), rounded)
         options = {"window_size": self.window_size, "causal": self.causal, "rotary_theta": self.rotary_theta}
-        out = self.operations.windowed_attention(qkv, heads=self.heads, mask=mask, **options)
+        bias = None if self.position_bias is None else self.position_bias[:, self.buckets]
+        out = self.operations.windowed_attention(qkv, heads=self.heads, mask=mask, position_bias=bias, **options)
         return linear(self.to_out, out, rounded)
 
 

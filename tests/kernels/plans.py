@@ -52,7 +52,9 @@ def around(*borders: int, most: int = 2**22) -> tuple[int, ...]:
 COUNTS = {
     "aligned": BOOL,
     "available": (132, 1, 58, 72, 108),
+    "biased": BOOL,
     "batch": (1, 2, 4, 33, 132, 4000, 65535, 65537, 2**31, 2**33),
+    "chunks": (1, 2, 64),
     "d": around(96, 384, 768, 5120, most=8192),
     "dim": around(48, 80, 96, 112, most=128),
     "head_dim": around(48, 80, 96, 112, most=128),
@@ -67,18 +69,29 @@ COUNTS = {
     "n_tokens": around(),
     "n_windows": around(most=2048),
     "pairs": BOOL,
-    "rotary": BOOL,
+    "positions": BOOL,
     "routes": tuple(range(1, score_kernels.MOST_ROUTES + 1)),
     "selected": around(select_kernels.LISTED, select_kernels.MOST_RANKED, most=2**17),
     "simple": BOOL,
     "sweeps": BOOL,
+    "tiles": around(most=2**12),
     "total": (1, 2, 1023, 1024, 1025, 2**20, 2**31, 2**33),
     "window_size": around(prefix_forward.LONGEST_END, most=8192),
 }
 """What sizes of a name are tried; a launcher whose sizes go by other names has to say here what they may be."""
 
 
-NOT_A_COUNT = {"aligned", "available", "itemsize", "n_iters", "pairs", "rotary", "simple", "sweeps"}
+NOT_A_COUNT = {
+    "aligned",
+    "available",
+    "biased",
+    "itemsize",
+    "n_iters",
+    "pairs",
+    "positions",
+    "simple",
+    "sweeps",
+}
 """Of these, what makes no tensor larger."""
 
 
@@ -302,12 +315,24 @@ def routed_attention(batch, n, heads, head_dim, itemsize, masked=False, weighed=
     _call_and_differentiate(kept, lambda: kernels.routed_attention(*arguments, **options))
 
 
-def windowed_attention(batch, n, heads, head_dim, itemsize, masked=False, causal=False, rotary=False, **_):
-    head_dim += head_dim % 2 if rotary else 0
+def windowed_attention(
+    head_dim, itemsize, batch=2, n=7, heads=2, masked=False, causal=False, kind=None, biased=None, positions=None, **_
+):
+    """Of a kind of positions that the planner counts on."""
+    if biased is not None:
+        kind = "bias" if biased else "rotary" if kind == "rotary" else None
+    elif positions is not None:
+        kind = (kind or "bias") if positions else None
+    else:
+        kind = "bias"
+    head_dim += head_dim % 2 if kind == "rotary" else 0
     qkv = torch.zeros(batch, n, 3 * heads * head_dim, dtype=DTYPES[itemsize], requires_grad=True)
     mask = torch.ones(batch, n, dtype=torch.bool) if masked else None
-    theta = 10000.0 if rotary else None
-    options = {"heads": heads, "window_size": 4, "causal": causal, "mask": mask, "rotary_theta": theta}
+    options = {"heads": heads, "window_size": 4, "causal": causal, "mask": mask}
+    if kind == "rotary":
+        options["rotary_theta"] = 10000.0
+    if kind == "bias":
+        options["position_bias"] = torch.zeros(heads, 9, requires_grad=True)
     _call_and_differentiate(True, lambda: kernels.windowed_attention(qkv, **options))
 
 
@@ -400,9 +425,13 @@ OPERATIONS = {
         _variants(masked=BOOL, weighed=BOOL, kept=BOOL),
     ),
     "windowed_attention": Operation(
-        (windowed_attention_kernels._plan_forward, windowed_attention_kernels._plan_backward),
+        (
+            windowed_attention_kernels._plan_forward,
+            windowed_attention_kernels._plan_backward,
+            windowed_attention_kernels._plan_bias_gradient,
+        ),
         windowed_attention,
-        _variants(masked=BOOL, causal=BOOL, rotary=BOOL),
+        _variants(masked=BOOL, causal=BOOL, kind=(None, "rotary", "bias")),
     ),
 }
 

@@ -26,7 +26,7 @@ in_a_kernel = pytest.mark.skipif(
 around_the_kernels = pytest.mark.skipif(INTERPRETED, reason="about what is around the kernels")
 
 
-def dense(qkv, heads, window_size, causal, mask=None, theta=None):
+def dense(qkv, heads, window_size, causal, mask=None, theta=None, bias=None):
     """By the definition, with all pairs of tokens."""
     batch, n, _ = qkv.shape
     query, key, value = qkv.view(batch, n, 3, heads, -1).permute(2, 0, 3, 1, 4)
@@ -40,28 +40,43 @@ def dense(qkv, heads, window_size, causal, mask=None, theta=None):
     i, j = torch.arange(n, device=qkv.device)[:, None], torch.arange(n, device=qkv.device)
     near = (j <= i) & (j // window_size >= i // window_size - 1) if causal else (i - j).abs() <= window_size
     near = near.expand(batch, 1, n, n) if mask is None else near & mask[:, None, None]
-    similarity = (query @ key.mT / query.shape[-1] ** 0.5).masked_fill(~near, -torch.inf)
+    similarity = query @ key.mT / query.shape[-1] ** 0.5
+    if bias is not None:
+        reach = bias.shape[1] // 2
+        similarity = similarity + bias[:, reach + (j - i).clamp(-reach, reach)]
+    similarity = similarity.masked_fill(~near, -torch.inf)
     weight = torch.where(near.any(dim=-1, keepdim=True), similarity.softmax(dim=-1), 0.0)
     return (weight @ value).transpose(1, 2).flatten(-2)
 
 
-def with_gradient(operation, qkv, grad):
-    qkv = qkv.detach().requires_grad_()
-    out = operation(qkv)
-    return {"output": out.detach(), "qkv": torch.autograd.grad(out, qkv, grad.to(out.dtype))[0]}
+def with_gradient(operation, qkv, grad, bias=None):
+    leaves = {"qkv": qkv.detach().requires_grad_()}
+    if bias is not None:
+        leaves["bias"] = bias.detach().requires_grad_()
+    out = operation(*leaves.values())
+    gradients = torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))
+    return {"output": out.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
-def check(qkv, heads, window_size, causal=False, mask=None, theta=None):
+def check(qkv, heads, window_size, causal=False, mask=None, theta=None, bias=None):
     """Values and gradients are as near to the definition in fp64 as a correct computation in the same dtype is."""
     batch, n, width = qkv.shape
     grad = torch.randn(batch, n, width // 3, device=qkv.device).to(qkv.dtype)
     options = {"heads": heads, "window_size": window_size, "causal": causal, "mask": mask, "rotary_theta": theta}
-    ours = with_gradient(lambda x: windowed_attention(x, **options), qkv, grad)
-    expected = with_gradient(lambda x: dense(x, heads, window_size, causal, mask, theta), qkv.double(), grad)
-    assert {found.dtype for found in ours.values()} == {qkv.dtype}
-    check_correct(
-        ours, lambda: with_gradient(lambda x: reference.windowed_attention(x, **options), qkv, grad), expected
+
+    def by(operation):
+        return with_gradient(lambda x, bias=None: operation(x, **options, position_bias=bias), qkv, grad, bias)
+
+    def exactly(x, bias=None):
+        return dense(x, heads, window_size, causal, mask, theta, bias)
+
+    ours = by(windowed_attention)
+    expected = with_gradient(exactly, qkv.double(), grad, None if bias is None else bias.double())
+    assert {name: found.dtype for name, found in ours.items() if name != "bias"} == dict.fromkeys(
+        ("output", "qkv"), qkv.dtype
     )
+    assert bias is None or ours["bias"].dtype == bias.dtype
+    check_correct(ours, lambda: by(reference.windowed_attention), expected)
 
 
 def tokens(batch, n, heads, dim_head, device, dtype=torch.float32):
@@ -96,14 +111,39 @@ def test_dtypes_and_dimensions_of_heads(device, dtype, dim_head, causal):
     check(tokens(1, 45, 1, dim_head, device, dtype), 1, 12, causal, torch.rand(1, 45, device=device) > 0.2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    ("dim_head", "n", "window_size", "causal"),
-    [(2, 45, 12, False), (24, 70, 10**9, True), (64, 150, 20, True), (72, 60, 9, False), (128, 131, 64, False)],
+    ("dtype", "dim_head", "n", "window_size", "causal"),
+    [
+        (torch.float32, 2, 45, 12, False),
+        (torch.float16, 24, 70, 10**9, True),
+        (torch.bfloat16, 64, 150, 20, True),
+        (torch.float32, 72, 60, 9, False),
+        (torch.bfloat16, 128, 131, 64, False),
+        (torch.float64, 64, 150, 20, True),
+    ],
 )
 def test_rotary_position_embedding(device, dtype, dim_head, n, window_size, causal):
     qkv, mask = tokens(2, n, 2, dim_head, device, dtype), torch.rand(2, n, device=device) > 0.2
     check(qkv, 2, window_size, causal, mask, theta=10000.0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch", "dim_head", "n", "window_size", "causal", "reach"),
+    [
+        (torch.float16, 2, 1, 45, 12, False, 1),
+        (torch.float32, 2, 24, 70, 10**9, True, 100),
+        (torch.bfloat16, 2, 64, 150, 20, True, 40),
+        (torch.float32, 2, 72, 50, 30, False, 5),
+        # More blocks than programs for a tile and head.
+        (torch.float32, 70, 16, 3, 2, False, 1),
+        (torch.float64, 2, 64, 150, 20, True, 40),
+    ],
+)
+def test_position_bias(device, dtype, batch, dim_head, n, window_size, causal, reach):
+    """Its gradient too, of distances that are nowhere, and of those that share the last entry."""
+    qkv, mask = tokens(batch, n, 2, dim_head, device, dtype), torch.rand(batch, n, device=device) > 0.2
+    bias = torch.randn(2, 2 * reach + 1, device=device).to(torch.promote_types(dtype, torch.float32))
+    check(qkv, 2, window_size, causal, mask, bias=bias)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -196,6 +236,16 @@ def test_fp64_gradients(device, causal):
         ({"qkv": torch.ones(2, 5, 24, dtype=torch.int32)}, "qkv must be a tensor of a float dtype, got torch.int32"),
         ({"heads": 0}, "heads must be >= 1, got 0"),
         ({"window_size": 0}, "window_size must be >= 1, got 0"),
+        (
+            {"position_bias": torch.ones(2, 4)},
+            r"position_bias must be of shape \(2, 2 \* r \+ 1\), as there are 2 heads",
+        ),
+        ({"position_bias": torch.ones(3, 5)}, r"position_bias must be of shape \(2, 2 \* r \+ 1\)"),
+        (
+            {"position_bias": torch.ones(2, 5), "rotary_theta": 1.0},
+            "position_bias must be None where there is a rotary_",
+        ),
+        ({"position_bias": torch.ones(2, 5).int()}, "position_bias must be a tensor of a float dtype"),
         ({"rotary_theta": 1.0, "qkv": torch.ones(2, 5, 18)}, "qkv must be of an even d for rotary position embedding"),
         ({"mask": torch.ones(2, 5)}, "mask must be a tensor of dtype torch.bool"),
         ({"mask": torch.ones(2, 6, dtype=torch.bool)}, r"mask must be of shape \(2, 5\)"),
@@ -228,8 +278,9 @@ def test_is_bitwise_reproducible(device):
 @in_a_kernel
 def test_is_an_operator(device):
     qkv, mask = tokens(1, 9, 1, 16, device).requires_grad_(), torch.rand(1, 9, device=device) > 0.2
-    for theta in (None, 10000.0):
-        torch.library.opcheck(torch.ops.colt5.windowed_attention, (qkv, 1, 3, False, mask, theta))
+    bias = torch.randn(1, 5, device=device)
+    for theta, position_bias in ((None, None), (10000.0, None), (None, bias), (None, bias.clone().requires_grad_())):
+        torch.library.opcheck(torch.ops.colt5.windowed_attention, (qkv, 1, 3, False, mask, theta, position_bias))
 
 
 @around_the_kernels
@@ -339,7 +390,7 @@ def test_a_flop_counter_sees_it(device):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("theta", [None, 10000.0])
+@pytest.mark.parametrize(("theta", "biased"), [(None, False), (10000.0, False), (None, True)])
 @pytest.mark.parametrize(
     ("dtype", "dim_head", "causal", "target"),
     [
@@ -349,17 +400,18 @@ def test_a_flop_counter_sees_it(device):
         (torch.float32, 64, True, 80),
     ],
 )
-def test_no_register_spills(device, dtype, dim_head, causal, target, theta):
+def test_no_register_spills(device, dtype, dim_head, causal, target, theta, biased):
     mask = torch.ones(1, 300, dtype=torch.bool, device=device) if causal else None
 
     def launch():
         qkv = tokens(1, 300, 2, dim_head, device, dtype).requires_grad_()
         with triton_for_cpu_tensors():
             options = {"window_size": 64, "causal": causal, "mask": mask, "rotary_theta": theta}
-            windowed_attention(qkv, heads=2, **options).sum().backward()
+            bias = torch.zeros(2, 129, device=device, requires_grad=True) if biased else None
+            windowed_attention(qkv, heads=2, **options, position_bias=bias).sum().backward()
 
     kernels = compiled_kernels(launch, target=target)
     assert all(kernel["spilled_bytes"] == 0 for kernel in kernels)
-    forward, backward = (kernel for kernel in kernels if kernel["name"] != "_turns_kernel")
-    assert forward["instructions"]["matrix"] > 0
-    assert backward["instructions"]["matrix"] > 0
+    multiplying = {kernel["name"] for kernel in kernels if kernel["instructions"].get("matrix", 0) > 0}
+    expected = {"_forward_kernel", "_backward_kernel"} | ({"_bias_gradient_kernel"} if biased else set())
+    assert multiplying == expected

@@ -28,7 +28,7 @@ PEERS = {
     ),
 }
 OURS_ALONE = {"causal_query_routing", "init", "normalize_to", "self", "solver"}
-OURS_ALONE |= {"attn_light_rotary_emb", "attn_rotary_emb", "light_rotary_emb", "rotary_emb"}
+OURS_ALONE |= {"attn_light_rotary_emb", "attn_rotary_emb", "light_rotary_emb", "position_bias", "rotary_emb"}
 """Some of them in some layers, of the peer in others."""
 
 DEFAULT = {"router_kwargs": None}

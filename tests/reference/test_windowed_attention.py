@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from reference import windowed_attention
 
@@ -16,7 +16,7 @@ def turned(x, theta):
     return torch.cat((plane.real, plane.imag), dim=-1)
 
 
-def dense(qkv, heads, window_size, causal, mask, theta=None):
+def dense(qkv, heads, window_size, causal, mask, theta=None, bias=None):
     """By the definition, one token after the other."""
     rows = []
     for row, present in zip(qkv, mask, strict=True):
@@ -31,21 +31,25 @@ def dense(qkv, heads, window_size, causal, mask, theta=None):
             near = torch.arange(start, min(end, len(row)))[present[start:end]]
             if len(near):
                 similarity = torch.einsum("hd,jhd->hj", query[i], key[near]) / query.shape[-1] ** 0.5
+                if bias is not None:
+                    middle = bias.shape[1] // 2
+                    similarity = similarity + bias[:, middle + (near - i).clamp(-middle, middle)]
                 out[i] = torch.einsum("hj,jhd->hd", similarity.softmax(dim=-1), value[near])
         rows.append(out.flatten(1))
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("theta", [None, 100.0])
+@pytest.mark.parametrize(("theta", "reach"), [(None, None), (100.0, None), (None, 2), (None, 9)])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("n", "window_size"), [(1, 1), (7, 3), (12, 4), (9, 20), (0, 2)])
-def test_is_softmax_attention_to_what_is_within_reach(n, window_size, causal, theta):
+def test_is_softmax_attention_to_what_is_within_reach(n, window_size, causal, theta, reach):
     qkv = torch.randn(2, n, 3 * 2 * 6, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(2, n) > 0.3
     mask[1, n // 2 :] = False
     options = {"window_size": window_size, "causal": causal, "mask": mask}
-    out = windowed_attention(qkv, heads=2, **options, rotary_theta=theta)
-    torch.testing.assert_close(out, dense(qkv, 2, window_size, causal, mask, theta))
+    bias = None if reach is None else torch.randn(2, 2 * reach + 1, dtype=torch.float64)
+    out = windowed_attention(qkv, heads=2, **options, rotary_theta=theta, position_bias=bias)
+    torch.testing.assert_close(out, dense(qkv, 2, window_size, causal, mask, theta, bias))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -60,6 +64,17 @@ def test_rotary_gradients(causal):
     qkv = torch.randn(1, 6, 3 * 2 * 2, dtype=torch.float64, requires_grad=True)
     options = {"heads": 2, "window_size": 2, "causal": causal, "rotary_theta": 10.0}
     assert gradcheck(lambda x: windowed_attention(x, **options), qkv)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_position_bias_gradients(causal):
+    qkv, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((1, 6, 12), (2, 5)))
+
+    def function(qkv, bias):
+        return windowed_attention(qkv, heads=2, window_size=2, causal=causal, position_bias=bias)
+
+    assert gradcheck(function, (qkv, bias), check_forward_ad=True)
+    assert gradgradcheck(function, (qkv, bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -349,7 +349,10 @@ def _windowed_attention(draw: Draw) -> Drawn:
     if draw.chance(0.05):
         batch, n = draw.scale.many // heads + 1, draw.pick(1, 2)
     data = {"qkv": [batch, n, 3 * heads * d], "mask": draw.mask("nothing")}
-    theta = draw.pick(None, 10000.0, 100.0) if d % 2 == 0 else None
+    kind = draw.pick(None, "rotary", "bias")
+    theta = draw.pick(10000.0, 100.0) if kind == "rotary" and d % 2 == 0 else None
+    data["bias"] = [heads, 2 * draw.size(300) + 1] if kind == "bias" else None
+    data["wide"] = draw.chance(0.5)
     return data, {"heads": heads, "window_size": window, "causal": draw.chance(0.5), "rotary_theta": theta}
 
 
@@ -483,6 +486,7 @@ CONSTRUCTOR: dict[str, Callable[[Draw, _Sizes], Any]] = {
     "init": lambda draw, sizes: "zero" if draw.chance(0.2) else "published",
     "rotary_emb": _flag,
     "light_rotary_emb": _flag,
+    "position_bias": _flag,
     "causal_query_routing": _flag,
     "channel_first": _flag,
     # Of a vision transformer.
@@ -570,6 +574,9 @@ def _layer(draw: Draw, name: str) -> Drawn:
     }
     if options.get("triton_checkpoint_segments"):
         options["triton_checkpoint_segments"] = min(options["triton_checkpoint_segments"], options["n_iters"])
+    # There is one kind of positions.
+    if options.get("light_rotary_emb") and options.get("position_bias"):
+        options[draw.pick("light_rotary_emb", "position_bias")] = False
     given = {
         option: FORWARD[option](draw, sizes)
         for option in inspect.signature(layer.forward).parameters
@@ -773,6 +780,9 @@ def _attended(make: Maker, data: dict[str, Any]) -> None:
 def _windows(make: Maker, data: dict[str, Any]) -> None:
     make.add("qkv", make.normal(*data["qkv"]))
     make.add("mask", make.mask(data["mask"], data["qkv"][:2]))
+    if data["bias"] is not None:
+        wide = torch.promote_types(make.dtype, torch.float32) if data["wide"] else None
+        make.add("position_bias", make.normal(*data["bias"]), wide)
 
 
 _TENSORS: dict[str, Callable[[Maker, dict[str, Any]], None]] = {

@@ -229,6 +229,10 @@ def test_gradcheck(build, mask, options):
         ({"num_routed_kv": 3}, "heads must be a multiple of the 3 key/value routes, got 4"),
         ({"light_window_size": 1}, "light_window_size must be >= 2, got 1"),
         ({"heavy_dim_head": 3, "rotary_emb": True}, "heavy_dim_head must be even for a rotary embedding, got 3"),
+        (
+            {"position_bias": True, "light_rotary_emb": True},
+            "position_bias must be False where there is a light_rotary",
+        ),
         ({"light_dim_head": 3, "light_rotary_emb": True}, "light_dim_head must be even for a rotary embedding, got 3"),
         ({"router_kwargs": {"solver": "x"}}, "solver must be coor_descent or exact, got x"),
     ],

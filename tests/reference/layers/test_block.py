@@ -61,6 +61,7 @@ def test_options_reach_both_layers(monkeypatch):
         "num_routed_kv": 2,
         "light_dim_head": 3,
         "light_rotary_emb": True,
+        "position_bias": True,
         "light_heads": 5,
         "light_window_size": 6,
         "heavy_dim_head": 7,
