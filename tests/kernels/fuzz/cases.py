@@ -780,7 +780,7 @@ def _attended(make: Maker, data: dict[str, Any]) -> None:
 def _windows(make: Maker, data: dict[str, Any]) -> None:
     make.add("qkv", make.normal(*data["qkv"]))
     make.add("mask", make.mask(data["mask"], data["qkv"][:2]))
-    if data["bias"] is not None:
+    if data.get("bias") is not None:
         wide = torch.promote_types(make.dtype, torch.float32) if data["wide"] else None
         make.add("position_bias", make.normal(*data["bias"]), wide)
 
