@@ -17,11 +17,13 @@ def combine(
     null: Tensor | None = None,
     light: Tensor | None = None,
     residual: Tensor | None = None,
+    bias: Tensor | None = None,
+    routed_bias: Tensor | None = None,
     start: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The output of a routed layer: `light + heavy + residual`. In the places of routed tokens, heavy is routed token
-    times score, and in all others null (CoLT5, 2303.09752, 3.2).
+    """The output of a routed layer: `light + heavy + residual + bias`. In the places of routed tokens, heavy is routed
+    token times score, and in all others null (CoLT5, 2303.09752, 3.2).
 
     Args:
         routed: `b k d`, what comes out of the heavy branch.
@@ -30,6 +32,7 @@ def combine(
         length: n, of the sequence.
         null: `d`; None stands for 0.
         light, residual: `b n d`; None stands for 0.
+        bias, routed_bias: `d`, of a light branch and of routed tokens that come without; None stands for 0.
         start: the first token that null stands for.
         dtype: of the result; by default the one that all of these promote to.
 
@@ -39,10 +42,11 @@ def combine(
     Raises:
         ValueError: shapes, dtypes or devices do not match.
     """
-    check_combine(routed, scores, indices, length, null, light, residual, start, dtype)
-    result = result_dtype(dtype, routed, scores, null, light, residual)
+    check_combine(routed, scores, indices, length, null, light, residual, bias, routed_bias, start, dtype)
+    result = result_dtype(dtype, routed, scores, null, light, residual, bias, routed_bias)
     (batch, _, d), device = routed.shape, routed.device
-    heavy = routed.to(result) * scores.unsqueeze(-1).to(result)
+    heavy = routed.to(result) if routed_bias is None else routed.to(result) + routed_bias.to(result)
+    heavy = heavy * scores.unsqueeze(-1).to(result)
     empty = torch.zeros(d, dtype=result, device=device) if null is None else null.to(result)
     places = repeat(indices.long().clamp(max=length), "b k -> b k d", d=d)
     # Those without a place end in a row of their own.
@@ -50,4 +54,6 @@ def combine(
     out = rows.scatter(1, places, heavy)[:, :length]
     if light is not None:
         out = light.to(result) + out
+    if bias is not None:
+        out = out + bias.to(result)
     return out if residual is None else out + residual.to(result)

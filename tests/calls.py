@@ -176,6 +176,8 @@ def _combine(rng):
         "null": _maybe(rng, torch.randn(d)),
         "light": _maybe(rng, torch.randn(b, n, d)),
         "residual": _maybe(rng, torch.randn(b, n, d)),
+        "bias": _maybe(rng, torch.randn(d)),
+        "routed_bias": _maybe(rng, torch.randn(d)),
         "start": rng.randint(0, n),
         "dtype": rng.choice([None, torch.bfloat16]),
     }

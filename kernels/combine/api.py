@@ -24,6 +24,8 @@ def _forward(
     null: Tensor | None,
     light: Tensor | None,
     residual: Tensor | None,
+    bias: Tensor | None,
+    routed_bias: Tensor | None,
     n: int,
     start: int,
     dtype: torch.dtype,
@@ -36,7 +38,7 @@ def _forward(
     if has_values(out):
         launch_places(indices, slots, arrivals)
         terms = (None if each is None else as_rows(each) for each in (light, residual))
-        launch_forward(as_rows(routed), scores, slots, null, *terms, start, out)
+        launch_forward(as_rows(routed), scores, slots, null, *terms, bias, routed_bias, start, out)
     return out, slots, arrivals
 
 
@@ -45,29 +47,33 @@ def _backward(
     routed: Tensor,
     scores: Tensor,
     indices: Tensor,
-    null_slots: Tensor | None,
+    routed_bias: Tensor | None,
+    kept_slots: Tensor | None,
     arrivals: Tensor,
     light_dtype: torch.dtype | None,
     start: int,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of routed tokens and scores. The null token has one if there is the map, and the light branch if it has
-    a dtype of its own."""
+    has_null: bool,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of routed tokens and scores, of vectors, and of a light branch of another dtype. Vectors are the null
+    token, or this, bias and bias of routed tokens, one below the other, or none."""
     drouted, dscores = routed.new_empty(routed.shape), scores.new_empty(scores.shape)
     dlight = None if light_dtype is None else grad_output.new_empty(grad_output.shape, dtype=light_dtype)
     if not has_values(grad_output):
-        dnull = None if null_slots is None else grad_output.new_zeros(routed.shape[2], dtype=torch.float32)
-        return drouted, dscores.zero_(), dnull, dlight
-    given = (as_rows(grad_output), as_rows(routed), scores, indices, null_slots, arrivals)
-    dnull = launch_backward(*given, start, drouted, dscores, dlight)
-    return drouted, dscores, dnull, dlight
+        sums = grad_output.new_zeros((3, routed.shape[2]), dtype=torch.float32)
+        return drouted, dscores.zero_(), sums, dlight
+    given = (as_rows(grad_output), as_rows(routed), scores, indices, routed_bias, kept_slots, arrivals)
+    sums = launch_backward(*given, start, has_null, has_bias, drouted, dscores, dlight)
+    return drouted, dscores, sums, dlight
 
 
 def _hand_back(
-    grad_output: Tensor, drouted: Tensor, dscores: Tensor, dnull: Tensor | None, dlight: Tensor | None
+    grad_output: Tensor, drouted: Tensor, dscores: Tensor, sums: Tensor, dlight: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The gradients of all inputs: light branch and residual have that of the sum."""
     has_own = dlight is not None and dlight.shape == grad_output.shape
-    return drouted, dscores, dnull, dlight if has_own else grad_output, grad_output
+    vectors = [*sums.unbind(), None, None, None][:3]
+    return drouted, dscores, dlight if has_own else grad_output, grad_output, *vectors
 
 
 _operation = Operation(
@@ -75,9 +81,11 @@ _operation = Operation(
     _forward,
     _backward,
     outputs=("output", "slots", "arrivals"),
-    gradients=("routed", "scores", "null", "light", "residual"),
+    gradients=("routed", "scores", "light", "residual", "null", "bias", "routed_bias"),
     chosen={
-        "null_slots": lambda null, slots: None if null is None else slots,
+        "kept_slots": lambda null, routed_bias, slots: None if null is None and routed_bias is None else slots,
+        "has_null": lambda null: null is not None,
+        "has_bias": lambda bias: bias is not None,
         "light_dtype": lambda light, dtype: None if light is None or light.dtype == dtype else light.dtype,
     },
     hand_back=_hand_back,
@@ -93,6 +101,8 @@ def combine(
     null: Tensor | None = None,
     light: Tensor | None = None,
     residual: Tensor | None = None,
+    bias: Tensor | None = None,
+    routed_bias: Tensor | None = None,
     start: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -108,6 +118,7 @@ def combine(
         length: n, of the sequence.
         null: `d`; None stands for 0.
         light, residual: `b n d`; None stands for 0. Any strides.
+        bias, routed_bias: `d`, of a light branch and of routed tokens that come without; None stands for 0.
         start: the first token that null stands for.
         dtype: of the result; by default the one that all of these promote to.
 
@@ -118,15 +129,15 @@ def combine(
         ValueError: shapes, dtypes or devices do not match.
         NotImplementedError: a second derivative or forward mode is asked for, but on the CPU.
     """
-    check_combine(routed, scores, indices, length, null, light, residual, start, dtype)
-    tensors = (routed, scores, null, light, residual)
+    check_combine(routed, scores, indices, length, null, light, residual, bias, routed_bias, start, dtype)
+    tensors = (routed, scores, null, light, residual, bias, routed_bias)
     result = result_dtype(dtype, *tensors)
     if (
         not runs_triton(routed)
         or routed.shape[2] > LONGEST
         or any(t is not None and t.dtype == torch.float64 for t in tensors)
     ):
-        return cpu.combine(routed, scores, indices, length, null, light, residual, start, result)
+        return cpu.combine(routed, scores, indices, length, null, light, residual, bias, routed_bias, start, result)
     out, *_ = _operation(
         routed,
         scores.contiguous(),
@@ -134,6 +145,8 @@ def combine(
         null if null is None else null.contiguous(),
         light,
         residual,
+        bias if bias is None else bias.contiguous(),
+        routed_bias if routed_bias is None else routed_bias.contiguous(),
         length,
         start,
         result,

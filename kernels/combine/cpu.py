@@ -12,6 +12,8 @@ def combine(
     null: Tensor | None,
     light: Tensor | None,
     residual: Tensor | None,
+    bias: Tensor | None,
+    routed_bias: Tensor | None,
     start: int,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -24,9 +26,10 @@ def combine(
         is_routed = is_routed.scatter(1, indices.long().clamp(max=n), True)[:, :n]
         is_null = ~is_routed & (torch.arange(n, device=device) >= start)
         out = null.to(wide) * is_null.unsqueeze(-1)
-    for each in (light, residual):
+    for each in (light, residual, bias):
         out = out if each is None else out + each.to(wide)
-    heavy = (routed.to(wide) * scores.unsqueeze(-1).to(wide)).masked_fill((indices >= n).unsqueeze(-1), 0.0)
+    heavy = routed.to(wide) if routed_bias is None else routed.to(wide) + routed_bias.to(wide)
+    heavy = (heavy * scores.unsqueeze(-1).to(wide)).masked_fill((indices >= n).unsqueeze(-1), 0.0)
     places = torch.arange(batch, device=device)[:, None] * n + indices.clamp(max=n - 1)
     out = out.expand(batch, n, d).reshape(-1, d).index_add(0, places.flatten(), heavy.flatten(0, 1))
     return out.view(batch, n, d).to(dtype)

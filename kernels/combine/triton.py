@@ -60,6 +60,8 @@ def _forward_kernel(
     null_ptr,  # d
     light_ptr,  # b n d
     residual_ptr,  # b n d
+    bias_ptr,  # d
+    routed_bias_ptr,  # d
     out_ptr,  # b n d
     routed_stride,
     light_stride,
@@ -74,6 +76,8 @@ def _forward_kernel(
     HAS_START: tl.constexpr,
     HAS_LIGHT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ROUTED_BIAS: tl.constexpr,
 ):
     """ROWS tokens."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -84,7 +88,10 @@ def _forward_kernel(
 
     score = tl.load(scores_ptr + slots, mask=slots >= 0, other=0.0).to(tl.float32)[:, None]
     routed_ptrs = routed_ptr + slots.to(tl.int64)[:, None] * routed_stride + columns
-    out = tl.load(routed_ptrs, mask=there & is_routed, other=0.0).to(tl.float32) * score
+    out = tl.load(routed_ptrs, mask=there & is_routed, other=0.0).to(tl.float32)
+    if HAS_ROUTED_BIAS:
+        out += tl.load(routed_bias_ptr + columns, mask=columns < d, other=0.0).to(tl.float32)
+    out *= score
     if HAS_NULL:
         null = tl.load(null_ptr + columns, mask=columns < d, other=0.0).to(tl.float32)
         if HAS_START:
@@ -94,13 +101,15 @@ def _forward_kernel(
         out += tl.load(light_ptr + rows[:, None] * light_stride + columns, mask=there, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         out += tl.load(residual_ptr + rows[:, None] * residual_stride + columns, mask=there, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        out += tl.load(bias_ptr + columns, mask=columns < d, other=0.0).to(tl.float32)
     tl.store(out_ptr + rows[:, None] * d + columns, out.to(out_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit
 def _differentiate_routed(
-    grad_output_ptr, routed_ptr, scores_ptr, indices_ptr, drouted_ptr, dscores_ptr, grad_output_stride, routed_stride,
-    program, n_routed, k, n, d, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad_output_ptr, routed_ptr, scores_ptr, indices_ptr, routed_bias_ptr, drouted_ptr, dscores_ptr, grad_output_stride,
+    routed_stride, program, n_routed, k, n, d, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """ROWS routed tokens. What has no place has no gradient."""
     slots = program * ROWS + tl.arange(0, ROWS)
@@ -115,6 +124,8 @@ def _differentiate_routed(
     rows = slots.to(tl.int64)
     routed = tl.load(routed_ptr + rows[:, None] * routed_stride + columns, mask=there, other=0.0).to(tl.float32)
     score = tl.load(scores_ptr + slots, mask=slots < n_routed, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        routed += tl.load(routed_bias_ptr + columns, mask=columns < d, other=0.0).to(tl.float32)
     dscores = tl.sum(grad_output * routed, axis=1)
     tl.store(dscores_ptr + slots, dscores.to(dscores_ptr.dtype.element_ty), mask=slots < n_routed)
     drouted = grad_output * score[:, None]
@@ -123,28 +134,39 @@ def _differentiate_routed(
 
 @triton.jit
 def _differentiate_others(
-    grad_output_ptr, slots_ptr, dlight_ptr, shares_ptr, dnull_ptr, arrivals_ptr, grad_output_stride, program, programs,
-    n_rows, d, n, start, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_NULL: tl.constexpr, HAS_START: tl.constexpr,
-    CASTS_LIGHT: tl.constexpr,
+    grad_output_ptr, scores_ptr, slots_ptr, dlight_ptr, shares_ptr, sums_ptr, arrivals_ptr, grad_output_stride,
+    program, programs, n_rows, d, n, start, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_NULL: tl.constexpr,
+    HAS_START: tl.constexpr, CASTS_LIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROUTED_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Every so many-th tile of ROWS tokens."""
     columns = tl.arange(0, BLOCK_D)[None, :]
     dnull = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    dbias = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    drouted_bias = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for tile in range(program, tl.cdiv(n_rows, ROWS), programs):
         rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         there = (rows < n_rows)[:, None] & (columns < d)
         grad_output = tl.load(grad_output_ptr + rows[:, None] * grad_output_stride + columns, mask=there, other=0.0)
         if CASTS_LIGHT:
             tl.store(dlight_ptr + rows[:, None] * d + columns, grad_output.to(dlight_ptr.dtype.element_ty), mask=there)
-        if HAS_NULL:
+        if HAS_NULL or HAS_ROUTED_BIAS:
             slots = tl.load(slots_ptr + rows, mask=rows < n_rows, other=0)
+        if HAS_ROUTED_BIAS:
+            score = tl.load(scores_ptr + slots, mask=(slots >= 0) & (rows < n_rows), other=0.0).to(tl.float32)
+            drouted_bias += grad_output.to(tl.float32) * score[:, None]
+        if HAS_NULL:
             if HAS_START:
                 slots = tl.where(rows % n < start, 0, slots)
             dnull += tl.where((slots < 0)[:, None], grad_output.to(tl.float32), 0.0)
-    if HAS_NULL:
-        share = tl.sum(dnull, axis=0)[None, :]
-        tl.store(share_ptrs(shares_ptr, 0, program, programs, d, columns), share, mask=columns < d)
-        add_up_shares(shares_ptr, dnull_ptr, arrivals_ptr, program, programs, d, 1, BLOCK_D)
+        if HAS_BIAS:
+            dbias += grad_output.to(tl.float32)
+    if HAS_NULL or HAS_BIAS or HAS_ROUTED_BIAS:
+        SUMS: tl.constexpr = 3 if HAS_BIAS or HAS_ROUTED_BIAS else 1
+        for number in tl.static_range(SUMS):
+            total = dnull if number == 0 else dbias if number == 1 else drouted_bias
+            share = share_ptrs(shares_ptr, number, program, programs, d, columns)
+            tl.store(share, tl.sum(total, axis=0)[None, :], mask=columns < d)
+        add_up_shares(shares_ptr, sums_ptr, arrivals_ptr, program, programs, d, SUMS, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "n", "k", "start", "of_others"])
@@ -153,12 +175,13 @@ def _backward_kernel(
     routed_ptr,  # b k d
     scores_ptr,  # b k
     indices_ptr,  # b k
+    routed_bias_ptr,  # d
     slots_ptr,  # b n, int32
     drouted_ptr,  # b k d
     dscores_ptr,  # b k
     dlight_ptr,  # b n d
-    shares_ptr,  # programs+groups d, fp32
-    dnull_ptr,  # d, fp32
+    shares_ptr,  # sums programs+groups d, fp32: null token, bias, and bias of routed tokens
+    sums_ptr,  # sums d, fp32
     arrivals_ptr,
     grad_output_stride,
     routed_stride,
@@ -174,18 +197,21 @@ def _backward_kernel(
     HAS_NULL: tl.constexpr,
     HAS_START: tl.constexpr,
     CASTS_LIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ROUTED_BIAS: tl.constexpr,
 ):
     """The first programs sweep over all tokens, each of the others has some routed ones."""
     program = tl.program_id(0)
     if program < of_others:
         _differentiate_others(
-            grad_output_ptr, slots_ptr, dlight_ptr, shares_ptr, dnull_ptr, arrivals_ptr, grad_output_stride, program,
-            of_others, n_rows, d, n, start, ROWS, BLOCK_D, HAS_NULL, HAS_START, CASTS_LIGHT,
+            grad_output_ptr, scores_ptr, slots_ptr, dlight_ptr, shares_ptr, sums_ptr, arrivals_ptr, grad_output_stride,
+            program, of_others, n_rows, d, n, start, ROWS, BLOCK_D, HAS_NULL, HAS_START, CASTS_LIGHT, HAS_BIAS,
+            HAS_ROUTED_BIAS,
         )  # fmt: skip
     else:
         _differentiate_routed(
-            grad_output_ptr, routed_ptr, scores_ptr, indices_ptr, drouted_ptr, dscores_ptr, grad_output_stride,
-            routed_stride, program - of_others, n_routed, k, n, d, ROWS, BLOCK_D,
+            grad_output_ptr, routed_ptr, scores_ptr, indices_ptr, routed_bias_ptr, drouted_ptr, dscores_ptr,
+            grad_output_stride, routed_stride, program - of_others, n_routed, k, n, d, ROWS, BLOCK_D, HAS_ROUTED_BIAS,
         )  # fmt: skip
 
 
@@ -212,6 +238,8 @@ def launch_forward(
     null: Tensor | None,
     light: Tensor | None,
     residual: Tensor | None,
+    bias: Tensor | None,
+    routed_bias: Tensor | None,
     start: int,
     out: Tensor,
 ) -> Iterator[Launch]:
@@ -227,6 +255,8 @@ def launch_forward(
         scores if null is None else null,
         out if light is None else light,
         out if residual is None else residual,
+        scores if bias is None else bias,
+        scores if routed_bias is None else routed_bias,
         out,
         routed.stride(0),
         0 if light is None else light.stride(0),
@@ -239,6 +269,8 @@ def launch_forward(
         HAS_START=start > 0,
         HAS_LIGHT=light is not None,
         HAS_RESIDUAL=residual is not None,
+        HAS_BIAS=bias is not None,
+        HAS_ROUTED_BIAS=routed_bias is not None,
     )
 
 
@@ -255,26 +287,28 @@ def launch_backward(
     routed: Tensor,
     scores: Tensor,
     indices: Tensor,
-    null_slots: Tensor | None,
+    routed_bias: Tensor | None,
+    slots: Tensor | None,
     arrivals: Tensor,
     start: int,
+    has_null: bool,
+    has_bias: bool,
     drouted: Tensor,
     dscores: Tensor,
     dlight: Tensor | None,
-) -> Tensor | None:
-    """Write the gradients of routed tokens, of their scores and, if that is wanted, of the light branch. Return that of
-    the null token, if there is the map."""
-    programs = _plan(grad_output, indices, null_slots, dlight).pieces if null_slots is not None else 0
-    shares = new_shares(1, programs, grad_output.shape[1], grad_output)
-    dnull = grad_output.new_empty(grad_output.shape[1], dtype=torch.float32)
-    inputs = (grad_output, routed, scores, indices, null_slots, arrivals)
-    _launch_backward(*inputs, start, drouted, dscores, dlight, shares, dnull)
-    return None if null_slots is None else dnull
+) -> Tensor:
+    """Write the gradients of routed tokens, of their scores and, if that is wanted, of the light branch. Return those
+    of the null token, or of all three vectors, if there is a bias, or none."""
+    d, n_sums = grad_output.shape[1], 3 if has_bias or routed_bias is not None else int(has_null)
+    programs = _plan(grad_output, indices, n_sums > 0).pieces if n_sums else 0
+    shares, sums = new_shares(n_sums, programs, d, grad_output), grad_output.new_empty((n_sums, d), dtype=torch.float32)
+    inputs = (grad_output, routed, scores, indices, routed_bias, slots, arrivals)
+    _launch_backward(*inputs, start, has_null, has_bias, drouted, dscores, dlight, shares, sums)
+    return sums
 
 
-def _plan(grad_output: Tensor, indices: Tensor, null_slots: Tensor | None, dlight: Tensor | None) -> Plan:
+def _plan(grad_output: Tensor, indices: Tensor, sweeps: bool) -> Plan:
     n_rows, d = grad_output.shape
-    sweeps = null_slots is not None or dlight is not None
     return _plan_backward(n_rows, indices.numel(), d, multiprocessors(grad_output.device), sweeps)
 
 
@@ -284,17 +318,20 @@ def _launch_backward(
     routed: Tensor,
     scores: Tensor,
     indices: Tensor,
-    null_slots: Tensor | None,
+    routed_bias: Tensor | None,
+    slots: Tensor | None,
     arrivals: Tensor,
     start: int,
+    has_null: bool,
+    has_bias: bool,
     drouted: Tensor,
     dscores: Tensor,
     dlight: Tensor | None,
     shares: Tensor,
-    dnull: Tensor,
+    sums: Tensor,
 ) -> Iterator[Launch]:
     (n_rows, d), (batch, k) = grad_output.shape, indices.shape
-    plan = _plan(grad_output, indices, null_slots, dlight)
+    plan = _plan(grad_output, indices, sums.shape[0] > 0 or dlight is not None)
     if plan.programs:
         yield Launch(
             _backward_kernel,
@@ -303,12 +340,13 @@ def _launch_backward(
             routed,
             scores,
             indices,
-            indices if null_slots is None else null_slots,
+            scores if routed_bias is None else routed_bias,
+            indices if slots is None else slots,
             drouted,
             dscores,
             grad_output if dlight is None else dlight,
             shares,
-            dnull,
+            sums,
             arrivals,
             grad_output.stride(0),
             routed.stride(0),
@@ -319,7 +357,9 @@ def _launch_backward(
             n_rows // batch,
             start,
             plan.pieces,
-            HAS_NULL=null_slots is not None,
+            HAS_NULL=has_null,
             HAS_START=start > 0,
             CASTS_LIGHT=dlight is not None,
+            HAS_BIAS=has_bias,
+            HAS_ROUTED_BIAS=routed_bias is not None,
         )

@@ -255,6 +255,8 @@ def check_combine(
     null: Tensor | None,
     light: Tensor | None,
     residual: Tensor | None,
+    bias: Tensor | None,
+    routed_bias: Tensor | None,
     start: int,
     dtype: torch.dtype | None,
 ) -> None:
@@ -272,6 +274,8 @@ def check_combine(
         "null": (null, (d,)),
         "light": (light, (batch, length, d)),
         "residual": (residual, (batch, length, d)),
+        "bias": (bias, (d,)),
+        "routed_bias": (routed_bias, (d,)),
     }
     for name, (tensor, shape) in shapes.items():
         if tensor is not None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reference._shared.arguments import check_counts, check_positive
@@ -83,14 +84,14 @@ class ConditionalRoutedFeedForward(nn.Module):
         together = self._route_together(x, num_heavy_tokens, mask, routing_tokens)
         if together is None:
             routed = self.router(x, num_tokens=num_heavy_tokens, mask=mask, routing_tokens=routing_tokens)
-            light = _run(self.light_ff, x, rounded)
+            light, bias = _run(self.light_ff, x, rounded)
         else:
             scores, tokens = together.scores.squeeze(0), together.tokens.squeeze(0)
             routed = RouterReturn(together.indices.squeeze(0), scores, tokens, None)
-            light = _run(self.light_ff, together.normalized, rounded, normalized=True)
+            light, bias = _run(self.light_ff, together.normalized, rounded, normalized=True)
             residual = together.x if residual is x else residual
-        heavy = _run(self.heavy_ff, routed.routed_tokens, rounded)
-        branches: dict[str, Any] = {"light": light, "residual": residual}
+        heavy, routed_bias = _run(self.heavy_ff, routed.routed_tokens, rounded)
+        branches: dict[str, Any] = {"light": light, "residual": residual, "bias": bias, "routed_bias": routed_bias}
         return join(self.operations.combine, heavy, routed.scores, routed.indices, x, **branches)
 
     def _route_together(
@@ -107,11 +108,14 @@ def _feed_forward(dim: int, mult: float, operations: Operations) -> nn.Sequentia
     return nn.Sequential(RMSNorm(dim, operations), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
 
-def _run(layers: nn.Sequential, x: Tensor, rounded: Rounded, normalized: bool = False) -> Tensor:
-    """The layers' result for x, which may have been through the first of them, the norm."""
+def _run(layers: nn.Sequential, x: Tensor, rounded: Rounded, normalized: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The layers' result for x, which may have been through the first of them, the norm. It may come without the bias
+    of the last, which is then the second result."""
     if not normalized and (not rounded or not is_plain(layers, nn.Sequential)):
-        result: Tensor = layers(x)
-        return result
-    for layer in islice(layers, int(normalized), None):
+        return layers(x), None
+    last = layers[-1]
+    for layer in islice(layers, int(normalized), len(layers) - 1):
         x = linear(layer, x, rounded)
-    return x
+    if last in rounded:
+        return F.linear(x, rounded[last][0]), last._parameters["bias"]
+    return linear(last, x, rounded), None

@@ -16,14 +16,19 @@ def join(
     null: Tensor | None = None,
     light: Tensor | None = None,
     residual: Tensor | None = None,
+    bias: Tensor | None = None,
+    routed_bias: Tensor | None = None,
     start: int = 0,
 ) -> Tensor:
     """`combine` for a layer of tokens x `b n d`; without indices all of them are routed,
     in their order."""
     if indices is not None:
         dtype = result_dtype(None, x, light, residual)
-        more = {"null": null, "light": light, "residual": residual, "start": start}
-        return combine(routed, scores=scores, indices=indices, length=x.shape[1], dtype=dtype, **more)
+        branches = {"null": null, "light": light, "residual": residual, "bias": bias, "routed_bias": routed_bias}
+        options = {"length": x.shape[1], "start": start, "dtype": dtype}
+        return combine(routed, scores=scores, indices=indices, **branches, **options)
+    routed = routed if routed_bias is None else routed + routed_bias.to(routed.dtype)
     out = routed * scores.unsqueeze(-1).to(routed.dtype)
     out = out if light is None else light + out
+    out = out if bias is None else out + bias.to(out.dtype)
     return out if residual is None else out + residual

@@ -253,7 +253,9 @@ def normalize_and_route(n_rows, d, center, biased, itemsize, routes=1, **_):
     torch.autograd.backward(result[1:], [torch.zeros_like(each) for each in result[1:]])
 
 
-def combine(d=8, n_rows=1, batch=None, n=1, nulled=True, lit=True, residual=True, started=False, itemsize=4, **_):
+def combine(
+    d=8, n_rows=1, batch=None, n=1, nulled=True, lit=True, residual=True, biased=False, started=False, itemsize=4, **_
+):
     """Sequences of which one token is routed."""
     batch = batch or n_rows
     dtype = DTYPES[itemsize]
@@ -261,6 +263,7 @@ def combine(d=8, n_rows=1, batch=None, n=1, nulled=True, lit=True, residual=True
         "null": torch.zeros(d, requires_grad=True) if nulled else None,
         "light": torch.zeros(batch, n, d, dtype=dtype, requires_grad=True) if lit else None,
         "residual": torch.zeros(batch, n, d, requires_grad=True) if residual else None,
+        **{name: torch.zeros(d, requires_grad=True) if biased else None for name in ("bias", "routed_bias")},
         "start": int(started),
     }
     routed = torch.zeros(batch, 1, d, dtype=dtype, requires_grad=True)
@@ -396,7 +399,7 @@ OPERATIONS = {
     "combine": Operation(
         (launch.plan_rows, combine_kernels._plan_backward, combine_kernels._plan_places),
         combine,
-        _variants(nulled=BOOL, lit=BOOL, residual=BOOL, started=BOOL, itemsize=(2, 4)),
+        _variants(nulled=BOOL, lit=BOOL, residual=BOOL, biased=BOOL, started=BOOL, itemsize=(2, 4)),
     ),
     "route_prefixes": Operation(
         (

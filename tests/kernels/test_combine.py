@@ -12,13 +12,13 @@ from tests.kernels.devices import DEVICE, capture
 
 INTERPRETED = triton.knobs.runtime.interpret
 ON_CPU_PATH = DEVICE == "cpu" and not INTERPRETED
-OPTIONAL = ("null", "light", "residual")
+OPTIONAL = ("null", "light", "residual", "bias", "routed_bias")
 AUTOCAST = {"routed": torch.bfloat16, "light": torch.bfloat16}
 
 
 def problem(batch, k, n, d, *, names=OPTIONAL, dtypes=None, past=0):
     """Tensors by name; the first `past` routed tokens of each sequence have no place."""
-    shapes = {"routed": (batch, k, d), "scores": (batch, k), "null": (d,)}
+    shapes = {"routed": (batch, k, d), "scores": (batch, k), **dict.fromkeys(("null", "bias", "routed_bias"), (d,))}
     shapes |= dict.fromkeys(("light", "residual"), (batch, n, d))
     tensors = {
         name: torch.randn(shape, device=DEVICE).to((dtypes or {}).get(name, torch.float32))
@@ -50,7 +50,11 @@ def check(tensors, indices, n, **options):
     return out
 
 
-@pytest.mark.parametrize("names", [(), ("null",), ("light",), ("null", "light"), OPTIONAL, ("residual",)], ids=str)
+@pytest.mark.parametrize(
+    "names",
+    [(), ("null",), ("light",), ("null", "light"), OPTIONAL, ("residual",), ("bias",), ("routed_bias",)],
+    ids=str,
+)
 @pytest.mark.parametrize("past", [0, 2])
 def test_matches_plain_pytorch(names, past):
     out = check(*problem(2, 5, 23, 12, names=names, past=past), 23)
@@ -87,7 +91,7 @@ def test_tokens_without_a_place_have_no_gradient():
     tensors, indices = problem(1, 3, 8, 4, past=3)
     tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     out = combine(**tensors, indices=indices, length=8)
-    torch.testing.assert_close(out, tensors["null"] + tensors["light"] + tensors["residual"])
+    torch.testing.assert_close(out, sum(tensors[name] for name in ("null", "light", "residual", "bias")))
     for gradient in torch.autograd.grad(out.sum(), (tensors["routed"], tensors["scores"])):
         assert not gradient.any()
 
@@ -130,6 +134,7 @@ def test_each_token_gets_its_own(data):
         ({"null": torch.zeros(1, 4)}, r"null must be of shape \(4,\)"),
         ({"light": torch.zeros(1, 6, 4)}, r"light must be of shape \(1, 5, 4\)"),
         ({"residual": torch.zeros(5, 4)}, r"residual must be of shape \(1, 5, 4\)"),
+        ({"bias": torch.zeros(1, 4)}, r"bias must be of shape \(4,\)"),
         ({"dtype": torch.int64}, "dtype must be None or a float dtype"),
     ],
 )
@@ -144,8 +149,8 @@ def test_opcheck():
     if ON_CPU_PATH:
         pytest.skip("the CPU path composes PyTorch's operators")
     tensors, indices = problem(2, 3, 7, 6, dtypes=AUTOCAST, past=1)
-    routed, scores, null, light, residual = (tensor.requires_grad_() for tensor in tensors.values())
-    arguments = (routed, scores, indices, null, light, residual, 7, 2, torch.float32)
+    routed, scores, null, *biases, light, residual = (tensor.requires_grad_() for tensor in tensors.values())
+    arguments = (routed, scores, indices, null, light, residual, *biases, 7, 2, torch.float32)
     torch.library.opcheck(torch.ops.colt5.combine.default, arguments)
 
 

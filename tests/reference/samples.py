@@ -17,7 +17,15 @@ GATHERED = {
 
 OPERATIONS = {
     "combine": (
-        {"routed": (2, 3, 4), "scores": (2, 3), "null": (4,), "light": (2, 6, 4), "residual": (2, 6, 4)},
+        {
+            "routed": (2, 3, 4),
+            "scores": (2, 3),
+            "null": (4,),
+            "light": (2, 6, 4),
+            "residual": (2, 6, 4),
+            "bias": (4,),
+            "routed_bias": (4,),
+        },
         {"indices": torch.tensor([[0, 2, 5], [1, 3, 6]]), "length": 6},
     ),
     "coor_descent": ({"scores": (2, 7)}, {"k": 2.3, "mask": MASK, **DESCENT}),

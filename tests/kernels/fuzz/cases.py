@@ -298,7 +298,10 @@ def _combine(draw: Draw) -> Drawn:
     k = 0 if draw.chance(0.03) else draw.size(length)
     data = {"routed": [batch, k, d], "length": length, "past": draw.chance(0.3), "index": draw.pick("int64", "int32")}
     data["power"] = draw.pick(1, 1, 8)
-    data |= {name: draw.pick(None, "same", "float32") for name in ("null", "light", "residual", "scores")}
+    data |= {
+        name: draw.pick(None, "same", "float32")
+        for name in ("null", "light", "residual", "bias", "routed_bias", "scores")
+    }
     start = draw.pick(0, 0, draw.size(length))
     return data, {"length": length, "start": start, "dtype": draw.pick(None, None, *draw.scale.dtypes[:3])}
 
@@ -755,8 +758,9 @@ def _combined(make: Maker, data: dict[str, Any]) -> None:
     make.add("scores", make.rand(batch, k) ** data["power"], wide.get(data["scores"]))
     indices = make.places(batch, k, n=length + 2 if data["past"] else length)
     make.add("indices", indices.to(getattr(torch, data["index"])))
-    for name, shape in (("null", [d]), ("light", [batch, length, d]), ("residual", [batch, length, d])):
+    for name in ("null", "light", "residual", "bias", "routed_bias"):
         if data[name] is not None:
+            shape = [batch, length, d] if name in ("light", "residual") else [d]
             make.add(name, make.normal(*shape), wide.get(data[name]))
 
 
