@@ -33,7 +33,8 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 def pytest_collection() -> Generator[None, object, object]:
     """Keep the garbage collector from tests and modules, which all stay: it would go through them again and again.
 
-    A measurement collects garbage too, each time: with thousands of tests in memory that takes 0.4 s.
+    A measurement collects garbage too, each time: with thousands of tests in memory that takes 0.4 s. Elsewhere it may
+    come less often: what traces a layer makes many objects that stay until the end.
     """
     gc.disable()
     try:
@@ -41,6 +42,7 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.enable()
         gc.freeze()
+        gc.set_threshold(20_000)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -165,8 +165,14 @@ def _compare(noise: Noise, generator: np.random.Generator, comparisons: int, sam
     sides[1] += slower[:, None, None]
     before, after = (side[..., 0, :] for side in sides)
     saved = _judge(changes(of_one_run(before), of_one_run(after), reaching(np.exp(before), np.exp(after))))
-    middles = [np.median(side, -1) for side in sides]
+    middles = [_medians(side) for side in sides]
     return _in_turns(middles), saved, middles[0].var(-1, ddof=1)
+
+
+def _medians(samples: Array) -> Array:
+    """As `np.median` of the last axis, which takes ten times as long as to sort."""
+    count = samples.shape[-1]
+    return np.asarray(np.sort(samples, axis=-1)[..., [(count - 1) // 2, count // 2]].mean(-1))
 
 
 def _in_turns(middles: list[Array]) -> Array:
