@@ -759,7 +759,7 @@ def _combined(make: Maker, data: dict[str, Any]) -> None:
     indices = make.places(batch, k, n=length + 2 if data["past"] else length)
     make.add("indices", indices.to(getattr(torch, data["index"])))
     for name in ("null", "light", "residual", "bias", "routed_bias"):
-        if data[name] is not None:
+        if data.get(name) is not None:
             shape = [batch, length, d] if name in ("light", "residual") else [d]
             make.add(name, make.normal(*shape), wide.get(data[name]))
 
