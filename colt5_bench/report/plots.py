@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -405,5 +406,6 @@ def _save(figure: Figure, directory: Path, name: str) -> list[Path]:
     # The layout stays as it is; it takes as long as drawing does.
     figure.set_layout_engine("none")
     with atomic_write(paths[1]) as unfinished:
-        figure.savefig(unfinished, format="svg", metadata={"Date": None, "Creator": None})
+        # `savefig` would draw it once more, for a layout.
+        FigureCanvasSVG(figure).print_svg(unfinished, metadata={"Date": None, "Creator": None})
     return paths
