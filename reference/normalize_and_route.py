@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from reference._shared.arguments import Solver
+from reference._shared.arguments import Solver, check_positive
 from reference._shared.returns import NormalizedRouteReturn
 from reference.normalize import normalize
 from reference.route import route
@@ -40,6 +40,7 @@ def normalize_and_route(
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
     """
+    check_positive(norm_eps=norm_eps)
     normalized = normalize(x, weight, bias, center=center, eps=norm_eps, dtype=dtype)
     routed = route(
         x,

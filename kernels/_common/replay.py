@@ -197,6 +197,9 @@ def _calling_one() -> Iterator[None]:
 
 
 def _autocast(kind: str) -> tuple[str, bool, torch.dtype, bool]:
+    if not torch.amp.is_autocast_available(kind):
+        # As of meta tensors.
+        return kind, False, torch.float32, False
     return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
 
 

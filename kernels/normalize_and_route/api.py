@@ -18,7 +18,14 @@ from kernels._common.shares import new_arrivals
 from kernels.normalize import Routes, launch_backward, launch_forward, normalize
 from kernels.route import Choice, route
 from kernels.routing_scores import count_flops
-from reference._shared.arguments import Solver, check_normalize, check_route, first_temperature, result_dtype
+from reference._shared.arguments import (
+    Solver,
+    check_normalize,
+    check_positive,
+    check_route,
+    first_temperature,
+    result_dtype,
+)
 from reference._shared.returns import NormalizedRouteReturn
 
 MOST_ROUTES, LONGEST = 4, 2048
@@ -179,6 +186,7 @@ def normalize_and_route(
         ValueError: an argument is out of its range, or shapes do not match.
         NotImplementedError: a second derivative or forward mode is asked for, but on the CPU.
     """
+    check_positive(norm_eps=norm_eps)
     check_normalize(x, weight, bias, norm_eps, dtype)
     check_route(x, routing_tokens, num_selected, k, (n_iters, eps, eps_init, eps_decay), solver, None, mask)
     if not _is_one(x, routing_tokens):

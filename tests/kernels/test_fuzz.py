@@ -9,6 +9,7 @@ import sys
 from collections import defaultdict
 from dataclasses import replace
 from itertools import islice
+from math import log
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from tests.kernels.fuzz import check, run
 from tests.kernels.fuzz.cases import EXCLUDED, LAYERS, NAMES, OPERATIONS, SCALES, Case, build, cases, draw_case
 from tests.kernels.fuzz.check import Verdict, examine, execute
 from tests.kernels.fuzz.definition import Watched, definition, ours
-from tests.kernels.fuzz.kinks import rows_at_kink
+from tests.kernels.fuzz.kinks import LOST, UNIT, error_handed_on, rows_at_kink
 
 INTERPRETED = triton.knobs.runtime.interpret
 CPU = torch.device("cpu")
@@ -120,6 +121,21 @@ FOUND = [
         '{"name": "windowed_attention", "seed": 2122722642, "dtype": "float32", "autocast": null, "grad": true, '
         '"layout": "transposed", "data": {"qkv": [2, 73, 384], "mask": "all"}, '
         '"options": {"heads": 2, "window_size": 8192, "causal": true}}'
+    ),
+    # Ours routed in segments, for one router after the other, and the definition for all at once.
+    (
+        '{"name": "ConditionalRoutedTransformerBlock", "seed": 23676721, "dtype": "bfloat16", "autocast": null, '
+        '"grad": false, "layout": "contiguous", "data": {"x": [3, 4, 16], "dim": 16, "routes": 2, "std": 0.1, '
+        '"given": {"mask": null, "num_heavy_attn_tokens_q": null, "num_heavy_attn_tokens_kv": null, '
+        '"num_heavy_ff_tokens": 2, "attn_routing_tokens_q": false, "attn_routing_tokens_kv": false, '
+        '"ff_routing_tokens": false, "routing_tokens": false}}, "options": {"dim": 16, "num_heavy_attn_tokens_q": '
+        '1, "num_heavy_attn_tokens_kv": 1, "num_routed_kv": 2, "num_heavy_ff_tokens": 1, "light_dim_head": 64, '
+        '"light_heads": 4, "light_window_size": 4, "heavy_dim_head": 32, "heavy_heads": 2, "light_ff_mult": 0.5, '
+        '"heavy_ff_mult": 4, "router_straight_through": true, "router_kwargs": {"n_iters": 20, "fetch_k_ratio": '
+        '1.125, "eps": 0.1, "eps_decay": 1.0, "eps_init": 4.0, "cosine_sim_routing": false, "cosine_sim_scale": '
+        '1.5, "route_block_size": null, "triton_checkpoint_segments": 2, "solver": "coor_descent", "normalize_to": '
+        '"fetched"}, "multiply_keys_by_score": false, "multiply_queries_by_score": false, "use_null_q_tokens": '
+        'true, "use_flash_attn": false, "init": "published", "light_rotary_emb": false}}'
     ),
     # An entry 1e-6 from a kink, in the last of 50 iterations: roundings of all of them add up.
     (
@@ -341,6 +357,33 @@ def test_a_kink_is_wherever_fp32_may_be_on_the_other_side(eps, eps_init, eps_dec
             flipped |= (((s > kink) != expected) & mask).any(-1)
     assert flipped.any()
     assert not (flipped & ~kinks()).any()
+
+
+@pytest.mark.parametrize("n", [3, 7, 40])
+@pytest.mark.parametrize(
+    ("eps", "eps_init", "eps_decay", "n_iters"), [(0.1, None, 1.0, 50), (0.03, 4.0, 0.7, 20), (0.3, 4.0, 0.9, 8)]
+)
+def test_roundings_of_sums_are_handed_on_to_the_output(n, eps, eps_init, eps_decay, n_iters):
+    generator = torch.Generator().manual_seed(n)
+    options = {"n_iters": n_iters, "eps": eps, "eps_init": eps_init, "eps_decay": eps_decay}
+    *temperatures, last = epsilon_schedule(*options.values())
+    ratios = []
+    for std in (0.25, 5.0, 25.0):
+        for k in (1.0, 1.18, n / 2, n - 0.1):
+            s = std * torch.randn(100, n, generator=generator, dtype=torch.float64)
+
+            def descend(lost, s=s, k=k):
+                a = temperatures[0] * (log(k) - log(n) + lost)
+                for temperature in temperatures[1:]:
+                    log_sum = (s.clamp(max=-a) / temperature).logsumexp(-1, keepdim=True)
+                    a = temperature * (log(k) - log_sum + lost)
+                return ((s + a).clamp(max=0) / last).exp()
+
+            # All sums are off the same way, which is the worst.
+            error = (descend(LOST * UNIT) - descend(0.0)).abs().max().item()
+            ratios.append(error / error_handed_on("coor_descent", s, {**options, "k": k}))
+    # And it is no bound that nothing reaches.
+    assert 0.1 < max(ratios) <= 1.01
 
 
 # Faults that it finds -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tests.kernels.devices import DEVICE
 
 INTERPRETED = triton.knobs.runtime.interpret
 
-IN_PYTORCH = {"combine", "normalize", "routed_attention", "topk", "windowed_attention"}
+IN_PYTORCH = {"combine", "normalize", "normalize_and_route", "routed_attention", "topk", "windowed_attention"}
 """Operations that are not called where no kernel takes the tensors."""
 
 
@@ -60,6 +60,9 @@ def call_of(name):
     """An operation as a function of tensors by their names, and such tensors."""
     tensors, options = all_tensors_of(name, random.Random(name))
     options |= {"fused": True, "non_differentiable": False} if name == "topk" else {}
+    if name == "normalize_and_route":
+        # With those of each of a batch it is two operations.
+        tensors["routing_tokens"] = tensors["routing_tokens"][:1]
 
     def call(tensors):
         return tuple(results(operation("kernels", name)(**tensors, **options)))

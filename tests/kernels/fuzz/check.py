@@ -21,8 +21,8 @@ from colt5_bench.measuring.rounding import MovedOperands
 from colt5_bench.tolerance import Tolerance
 from suites._descent import FORWARD_BOUND, GRADIENT_BOUND
 from tests.kernels.fuzz.cases import OPERATIONS, Case, Maker, build
-from tests.kernels.fuzz.definition import Function, Tensors, Watched, as_rows_of, by_kernels, definition, ours
-from tests.kernels.fuzz.kinks import rows_at_kink
+from tests.kernels.fuzz.definition import Function, Tensors, Watched, by_kernels, definition, ours
+from tests.kernels.fuzz.kinks import error_handed_on, rows_at_kink
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -32,7 +32,8 @@ PROMISED = {
     ("route_prefixes", "weights"): FORWARD_BOUND,
     ("topk", "coor_descent_values"): FORWARD_BOUND,
 }
-"""What our own kernels promise of numbers in fp32, however far off plain PyTorch is."""
+"""What our own kernels promise of numbers in fp32, however far off plain PyTorch is. Where iterations hand on many
+roundings, as where most entries are above the threshold, these are what can be promised."""
 
 
 @dataclass
@@ -225,7 +226,8 @@ def _tolerances(
         if (case.name, name) in PROMISED and dtype != torch.float64:
             largest = truth[name].abs().max().item() if truth[name].numel() else 0.0
             rounding = torch.finfo(dtypes[name]).eps * largest
-            tolerance = tolerance.at_most(PROMISED[case.name, name] + rounding)
+            handed_on = max((error_handed_on(*each) for each in of_truth.relaxed), default=0.0)
+            tolerance = tolerance.at_most(max(PROMISED[case.name, name], handed_on) + rounding)
         allowed[name] = tolerance, dtypes[name]
     return allowed, seen
 
@@ -271,10 +273,9 @@ def _compare(name: str, found: Tensor, truth: Tensor, allowed: tuple[Tolerance, 
 def _check_selections(of_truth: Watched, spreads: list[float]) -> list[Fault]:
     """What was selected has the largest scores, in their order, within what roundings move these by."""
     messages = []
-    for (scores, mask), selected_of_rows, spread in zip(of_truth.ranked, of_truth.selections, spreads, strict=False):
+    for (scores, mask, indices), spread in zip(of_truth.ranked, spreads, strict=True):
         if not scores.numel():
             continue
-        indices = as_rows_of(scores, selected_of_rows)
         if indices.min() < 0 or indices.max() >= scores.shape[-1]:
             messages.append("an index is out of range")
             continue

@@ -47,7 +47,7 @@ class Watched:
     selections: list[Tensor] = field(default_factory=list)
     """Indices: what ours selects, and what the definition is to select."""
 
-    ranked: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    ranked: list[tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=list)
     """Scores and mask that the definition would have selected by."""
 
     relaxed: list[tuple[str, Tensor, dict[str, Any]]] = field(default_factory=list)
@@ -209,12 +209,16 @@ def _replaying(watched: Watched) -> Iterator[dict[str, Callable[..., Any]]]:
     given = iter(watched.selections)
 
     def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> Tensor:
-        watched.ranked.append((scores.detach(), mask))
         indices = next(given)
         expected = (*scores.shape[:-1], num_selected)
+        # Where ours routes for one router after the other, as in segments, the definition may route for all at once.
+        while indices.numel() < prod(expected) and indices.dim() == scores.dim() > 2:
+            indices = torch.cat([indices, next(given)], dim=-2)
         fits = indices.shape[-1] == num_selected and indices.numel() == prod(expected)
         assert fits, f"selected are {tuple(indices.shape)}, by the definition {expected}"
-        return as_rows_of(scores, indices)
+        rows = as_rows_of(scores, indices)
+        watched.ranked.append((scores.detach(), mask, rows))
+        return rows
 
     def relaxing(name: str) -> Callable[..., Tensor]:
         def relax(scores: Tensor, **options: Any) -> Tensor:

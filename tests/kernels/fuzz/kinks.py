@@ -1,5 +1,6 @@
 """Where the relaxed selection has no single derivative: rows with an entry that a rounding puts on either side."""
 
+from collections.abc import Iterator
 from math import log2
 from typing import Any
 
@@ -10,6 +11,9 @@ import reference
 from reference._shared.arguments import epsilon_schedule
 
 UNIT = torch.finfo(torch.float32).eps / 2
+
+LOST = 4
+"""Roundings that an iteration loses of the sum: an exponential of a GPU is exact to 2**-22."""
 
 
 def rows_at_kink(name: str, scores: Tensor, options: dict[str, Any], spread: float) -> Tensor:
@@ -28,9 +32,35 @@ def rows_at_kink(name: str, scores: Tensor, options: dict[str, Any], spread: flo
 
 
 def _near_kinks(s: Tensor, valid: Tensor, options: dict[str, Any], spread: float) -> Tensor:
-    """Entries that are near s = -a in an iteration of coordinate descent.
+    """Entries that are near s = -a in an iteration of coordinate descent."""
+    near, off = torch.zeros_like(valid), 0.0
+    for _, a, handed_on, own in _iterations(s, valid, options):
+        off = handed_on * off + (1 - handed_on) * spread + UNIT * own
+        near |= _is_near(s, (s + a).abs(), off + spread)
+    return near
 
-    Roundings add up in a: each iteration adds its own, and hands on those before in the share that the entries with
+
+def error_handed_on(name: str, scores: Tensor, options: dict[str, Any]) -> float:
+    """The error of an output whose iterations each lose a few roundings of the sum, with arguments of `rows_at_kink`.
+
+    A rounding of the sum moves a by the temperature, and the output by this over the last one.
+    """
+    if name != "coor_descent" or not scores.numel():
+        return 0.0
+    mask = options.get("mask")
+    valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand(scores.shape)
+    off = torch.zeros(())
+    for temperature, _, handed_on, _ in _iterations(scores.masked_fill(~valid, 0.0), valid, options):
+        off = handed_on * off + temperature
+    return LOST * UNIT * (off / options["eps"]).max().item()
+
+
+def _iterations(
+    s: Tensor, valid: Tensor, options: dict[str, Any]
+) -> Iterator[tuple[float, Tensor, Tensor | float, Tensor]]:
+    """Of each iteration its temperature, a, and the roundings that add up in a.
+
+    Each iteration adds its own, in units of a rounding, and hands on those before in the share that the entries with
     s > -a have in the sum, whose exponent is -a.
     """
     *temperatures, _ = epsilon_schedule(
@@ -40,10 +70,9 @@ def _near_kinks(s: Tensor, valid: Tensor, options: dict[str, Any], spread: float
     sums = log2(max(s.shape[-1], 2))
     log_sum = valid.sum(-1, keepdim=True).double().log()
     a = temperatures[0] * (log_k - log_sum)
-    off = UNIT * temperatures[0] * (log_k.abs() + log_sum)
-    near = torch.zeros_like(valid)
+    # The first one does not depend on scores.
+    yield temperatures[0], a, 1.0, temperatures[0] * (log_k.abs() + log_sum)
     for temperature in temperatures[1:]:
-        near |= _is_near(s, (s + a).abs(), off + spread)
         at_most = torch.minimum(s, -a)
         exponent = (at_most / temperature).masked_fill(~valid, -torch.inf)
         log_sum = exponent.logsumexp(dim=-1, keepdim=True)
@@ -51,8 +80,7 @@ def _near_kinks(s: Tensor, valid: Tensor, options: dict[str, Any], spread: float
         handed_on = (p * (s > -a)).sum(-1, keepdim=True)
         own = (p * at_most.abs()).sum(-1, keepdim=True) + temperature * (log_k.abs() + log_sum.abs() + sums)
         a = temperature * (log_k - log_sum)
-        off = handed_on * off + (1 - handed_on) * spread + UNIT * own
-    return near | _is_near(s, (s + a).abs(), off + spread)
+        yield temperature, a, handed_on, own
 
 
 def _near_saturation(s: Tensor, valid: Tensor, options: dict[str, Any], spread: float) -> Tensor:
