@@ -72,7 +72,7 @@ def _hand_back(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of all inputs: light branch and residual have that of the sum."""
     has_own = dlight is not None and dlight.shape == grad_output.shape
-    vectors = [*sums.unbind(), None, None, None][:3]
+    vectors = [*(sums[row] for row in range(len(sums))), None, None, None][:3]
     return drouted, dscores, dlight if has_own else grad_output, grad_output, *vectors
 
 
