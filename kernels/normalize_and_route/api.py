@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels._common.dry_run import dry_run_of
 from kernels._common.launch import as_rows, has_values, runs_triton
 from kernels._common.operation import Operation, is_traced
 from kernels._common.shares import new_arrivals
@@ -213,7 +214,7 @@ def normalize_and_route(
         mask,
     )
     # No operator may give what it was given. But an autograd function may, and so adds up the gradients itself.
-    gives_x = not is_traced(tensors)
+    gives_x = not is_traced(tensors) or dry_run_of(x) is not None
     normalized, weights, tokens, indices, same, *_ = _operation(
         *tensors,
         center,

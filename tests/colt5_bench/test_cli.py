@@ -487,7 +487,7 @@ def test_a_suite_that_is_broken_costs_no_other(broken, checkout, capsys):
     told = capsys.readouterr().err.splitlines()
     assert [line.split()[0] for line in told] == sorted(f"suites/{name}.py" for name in broken)
     assert "suites/raising.py is left out: RuntimeError: no luck" in told
-    assert "suites/named.py is left out: ValueError: SUITE is called 'toy', and has to be called as its file" in told
+    assert "suites/named.py is left out: ValueError: SUITE.name has to be 'named' as its file, got 'toy'" in told
 
 
 def test_the_cases_of_a_suite_are_listed(here, capsys):

@@ -215,7 +215,7 @@ class TestCommand:
         monkeypatch.chdir(ROOT)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         suite = toy.suite(toy.good, toy.raising)
-        monkeypatch.setattr(run_command, "load_suites", lambda checkout: {"toy": suite})
+        monkeypatch.setattr(run_command, "load_suites", lambda checkout, others: {"toy": suite})
 
         def bench(*options):
             selection = ["--suite", "toy", "--preset", "smoke", "--device", "cpu", "--out", str(tmp_path / "out")]
