@@ -1,13 +1,14 @@
 """A comparison of revisions, which are measured in turns until each verdict is settled."""
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from colt5_bench.commands._comparison import Comparer, expression, in_scope
-from colt5_bench.compare import Comparison
+from colt5_bench.compare import Comparison, Finding
 from colt5_bench.compare.revisions import MOST_TURNS, TURNS, Alternating
 from colt5_bench.loading import invite
 from colt5_bench.records.parts import read
@@ -16,6 +17,9 @@ from colt5_bench.request import declare
 from colt5_bench.selection import Guest, SelectionError, pick, split_guests
 from colt5_bench.startup import reports_of
 from colt5_bench.suite import Grid
+
+MOST_SHOWN = 4
+"""Times that a line names of those that are not settled."""
 
 
 def add_measuring(parser: argparse._ArgumentGroup) -> None:
@@ -90,13 +94,24 @@ def compare_in_turns(
         comparison = _compare(alternating, comparer, options)
         while alternating.turns < MOST_TURNS:
             # Every turn is a run more of what is unclear, or worse by few runs.
-            if not (to_repeat := comparison.cases_to_repeat(runs_that_confirm(comparison.times))):
+            runs = runs_that_confirm(comparison.times)
+            if not (to_repeat := comparison.cases_to_repeat(runs)):
                 break
+            _say_what_is_unsettled(comparison.unsettled(runs), alternating.turns)
             cases = expression([case for cases in to_repeat.values() for case in cases])
             for _ in range(options.rounds):
                 alternating.measure(list(to_repeat), cases)
             comparison = _compare(alternating, comparer, options)
     return comparison
+
+
+def _say_what_is_unsettled(findings: Sequence[Finding], turns: int) -> None:
+    """Why a comparison goes on: the times, and the intervals that they may have changed by."""
+    shown = [
+        f"{each.implementation} {each.metric} {each.direction} {each.interval_text}" for each in findings[:MOST_SHOWN]
+    ]
+    more = f" and {len(findings) - len(shown)} more" if len(findings) > len(shown) else ""
+    print(f"not settled after {turns} rounds: {'; '.join(shown)}{more}", file=sys.stderr)
 
 
 def _of_each(guest: Guest, checkout: Path) -> Guest:

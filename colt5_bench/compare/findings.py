@@ -148,13 +148,20 @@ class Comparison:
         ]
 
     def cases_to_repeat(self, runs: int) -> dict[str, list[str]]:
-        """The cases that have to be measured again, by suite. These are unclear, or worse by fewer runs."""
+        """The cases that have to be measured again, by suite: those of unsettled times."""
         cases: dict[str, list[str]] = {}
-        for finding in self.findings:
-            hasty = finding.verdict == "worse" and finding.runs is not None and finding.runs < runs
-            if (finding.verdict == "unclear" or hasty) and finding.case not in cases.setdefault(finding.suite, []):
+        for finding in self.unsettled(runs):
+            if finding.case not in cases.setdefault(finding.suite, []):
                 cases[finding.suite].append(finding.case)
-        return {suite: each for suite, each in cases.items() if each}
+        return cases
+
+    def unsettled(self, runs: int) -> list[Finding]:
+        """Times that are unclear, or worse by fewer runs."""
+        hasty = (each for each in self.findings if each.verdict == "worse" and each.runs is not None)
+        return [
+            *(finding for finding in self.findings if finding.verdict == "unclear"),
+            *(finding for finding in hasty if finding.runs is not None and finding.runs < runs),
+        ]
 
     @property
     def times(self) -> int:

@@ -232,7 +232,24 @@ class TestRevisions:
         assert compare("before", "after", "--suite", "toy", "--out", tmp_path / "out") == DONE
         assert len(started()) == 2 * TURNS
 
-    def test_what_is_unclear_is_measured_more_often(self, repository, tmp_path):
+    @pytest.mark.parametrize("outside", [False, True])
+    def test_a_guest_is_the_file_of_each_revision_or_one_from_elsewhere(self, repository, tmp_path, outside):
+        commit, started = repository
+        place = tmp_path if outside else Path()
+        (place / "mine.py").write_text("def twice(scores):\n    return 2 * scores\n")
+        commit("before", ours(1.0))
+        commit("after", ours(1.001))
+        guest = f"mine={place}/mine.py:twice"
+        compare("before", "after", "--suite", "toy", "--impl", guest, "--out", tmp_path / "out")
+        seen = f"{tmp_path}/mine.py" if outside else "mine.py"
+        assert all(f"--impl=mine={seen}:twice" in line for line in started())
+
+    def test_saved_runs_have_no_guests(self, saved, capsys):
+        run = saved("run.jsonl", ours(1.0))
+        assert compare(run, run, "--impl", "mine=mine.py:twice") == USAGE
+        assert "saved runs are not measured" in capsys.readouterr().err
+
+    def test_what_is_unclear_is_measured_more_often(self, repository, tmp_path, capsys):
         """Until it is clear, or as often as may be: a tenth slower on a machine whose runs differ by 3 and by 30 %."""
         commit, started = repository
         commit("before", ours(1.0), noise=0.03)
@@ -240,6 +257,7 @@ class TestRevisions:
         commit("noisy", ours(1.1), noise=0.3)
         assert compare("before", "after", "--suite", "toy", "--out", tmp_path / "out") == FAILURE
         assert 2 * TURNS < len(started()) <= 2 * MOST_TURNS
+        assert f"not settled after {TURNS} rounds: ours cold forward +" in capsys.readouterr().err
         assert "-k (rows=8 n=512 eps=0.1)" in started()[-1]
         count = len(started())
         assert compare("noisy", "noisy", "--suite", "toy", "--out", tmp_path / "noisy") == UNDECIDED
