@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import cache, reduce
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -16,7 +16,7 @@ import torch
 
 from colt5_bench.selection import Guest, SelectionError, pick, suite_files
 from colt5_bench.startup import is_outside, prefix_of
-from colt5_bench.suite import Grid, Implementation, Trainee, TrainingSuite
+from colt5_bench.suite import Grid, Implementation, Suite, Trainee, TrainingSuite
 from colt5_bench.texts import describe_error
 
 
@@ -80,19 +80,30 @@ GROUP = "colt5_bench.implementations"
 """Entry points by which installed packages bring guests. Their names are SUITE.NAME, as `coor_descent.mine`."""
 
 
-def installed_guests(suite: str) -> list[Guest]:
-    """Guests that installed packages bring to a suite. One that cannot be loaded is left out, which is said."""
+def installed_guests(suite: Grid) -> tuple[Guest, ...]:
+    """Guests that installed packages bring to a suite. One that cannot join is left out, which is said once."""
+    return _installed_guests(suite.name, _guest_of(suite) is not None)
+
+
+@cache
+def _installed_guests(suite: str, takes_guests: bool) -> tuple[Guest, ...]:
     found = []
     for point in entry_points(group=GROUP):
         name, _, own = point.name.partition(".")
         if name == suite:
             try:
+                if not takes_guests:
+                    raise SelectionError(f"suite {suite} takes none.")
                 guest = Guest.parse(f"{own}={point.value.replace(' ', '')}")
                 _function_of(guest)
                 found.append(guest)
             except SelectionError as error:
                 print(f"entry point {point.name} is left out: {error}", file=sys.stderr)
-    return found
+    return tuple(found)
+
+
+def _guest_of(suite: Grid) -> Callable[[Callable[..., Any]], Implementation[Any]] | None:
+    return suite.guest if isinstance(suite, Suite) else None
 
 
 def invite(suite: Grid, guests: Iterable[Guest]) -> Grid:
@@ -102,8 +113,7 @@ def invite(suite: Grid, guests: Iterable[Guest]) -> Grid:
         SelectionError: the suite takes none, has one of the name, or there is no such function.
     """
     for guest in guests:
-        make: Callable[[Callable[..., Any]], Implementation[Any]] | None = getattr(suite, "guest", None)
-        if make is None:
+        if (make := _guest_of(suite)) is None:
             raise SelectionError(f"suite {suite.name} takes no implementations by --impl NAME=...: --impl {guest}.")
         if guest.name in suite.implementations:
             raise SelectionError(f"suite {suite.name} has its own {guest.name}: give --impl {guest} another name.")

@@ -63,7 +63,7 @@ class Session:
     def points(self, suite: Grid, file: Path) -> Iterator[tuple[Group, str]]:
         """The group and the implementation of everything that the request asks for."""
         self._files[suite.name] = file
-        self._guests[suite.name] = (*installed_guests(suite.name), *self._request.guests)
+        self._guests[suite.name] = (*installed_guests(suite), *self._request.guests)
         if isinstance(suite, TrainingSuite):
             self._data[suite.name] = _hash_of_data(suite, self._request.corpus)
         wanted = self._request.implementations
@@ -90,9 +90,10 @@ class Session:
         for group, implementation in expected:
             self._expected.setdefault(group, []).append(implementation)
         for suite in suites:
-            for note in Origin.of(self._files[suite]).notes():
+            origin = Origin.of(self._files[suite])
+            for note in origin.notes():
                 _tell_once(note)
-            described = {**environment.describe(self._device), **self._code(suite)}
+            described = {**environment.describe(self._device), **self._code(suite, origin)}
             described["options"] = self._request.of_results(suite)
             if suite in self._data:
                 described["data"] = self._data[suite]
@@ -139,7 +140,7 @@ class Session:
     def close(self) -> None:
         """See whether the code is still what it was, and let go of the results files."""
         for suite, before in self._environments.items():
-            if changes := provenance.changed(before, self._code(suite)):
+            if changes := provenance.changed(before, self._code(suite, Origin.of(self._files[suite]))):
                 before |= changes
                 self.changed.append(f"{suite}: {provenance.change(before)}")
                 if suite in self._begun:
@@ -152,10 +153,10 @@ class Session:
                 self._writer(suite)
             writer.close()
 
-    def _code(self, suite: str) -> dict[str, Any]:
+    def _code(self, suite: str, origin: Origin) -> dict[str, Any]:
         """The code that is measured, for the environment."""
         guests = {guest.name: describe_guest(guest) for guest in self._guests[suite]}
-        return {**Origin.of(self._files[suite]).described, **({provenance.GUESTS: guests} if guests else {})}
+        return {**origin.described, **({provenance.GUESTS: guests} if guests else {})}
 
     def _own(self, suite: str, path: Path) -> None:
         self._writers[suite] = writer = Writer(path)

@@ -16,7 +16,7 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
-    # Of commands that tests start, too.
+    # Commands that tests start have one, too.
     os.environ["OMP_NUM_THREADS"] = "1"
 
 # A runner in the background may ignore signals, as nohup does: the commands that tests start would inherit that.

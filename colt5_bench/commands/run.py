@@ -83,7 +83,7 @@ def main(options: argparse.Namespace) -> int:
     suites = load_suites(checkout, paths)
     device = choose_device(request.device)
     _choose(options, request, suites)
-    suites |= {name: invite(suites[name], (*installed_guests(name), *request.guests)) for name in options.suite}
+    suites |= {name: invite(suites[name], (*installed_guests(suites[name]), *request.guests)) for name in options.suite}
     _validate(options, request, suites, device)
     chosen = {name: suites[name] for name in options.suite}
     if options.profile:

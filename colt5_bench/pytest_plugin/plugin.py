@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     try:
         suite = metafunc.module.SUITE
-        suite = invite(suite, (*installed_guests(suite.name), *Request.of(config.option).guests))
+        suite = invite(suite, (*installed_guests(suite), *Request.of(config.option).guests))
     except SelectionError as error:
         raise pytest.UsageError(str(error)) from error
     # A case takes as long as it takes.

@@ -152,11 +152,18 @@ def test_packages_bring_guests_by_entry_points(place, tmp_path, capsys, monkeypa
     (described / "entry_points.txt").write_text("\n".join([f"[{loading.GROUP}]", *points]))
     (package / "of_mine.py").write_text("def good(scores):\n    return 2 * scores\n")
     monkeypatch.syspath_prepend(package)
-    assert [str(guest) for guest in loading.installed_guests("toy")] == ["mine=of_mine:good"]
+    loading._installed_guests.cache_clear()
+    assert [str(guest) for guest in loading.installed_guests(toy.suite())] == ["mine=of_mine:good"]
     said = capsys.readouterr().err
     assert "toy.gone is left out" in said
     assert "toy.none is left out" in said
-    assert loading.installed_guests("none") == []
+    loading.installed_guests(toy.suite())
+    assert not capsys.readouterr().err
+    assert loading.installed_guests(toy.suite(name="none")) == ()
+    # Nor does one end the runs of a suite that takes none.
+    assert loading.installed_guests(toy.suite(guest=None)) == ()
+    assert "toy.mine is left out: suite toy takes none" in capsys.readouterr().err
+    loading._installed_guests.cache_clear()
 
 
 def bench(checkout, place, *options):

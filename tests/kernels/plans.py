@@ -321,7 +321,7 @@ def routed_attention(batch, n, heads, head_dim, itemsize, masked=False, weighed=
 def windowed_attention(
     head_dim, itemsize, batch=2, n=7, heads=2, masked=False, causal=False, kind=None, biased=None, positions=None, **_
 ):
-    """Of a kind of positions that the planner counts on."""
+    """Arguments with a kind of positions that the planner counts on."""
     if biased is not None:
         kind = "bias" if biased else "rotary" if kind == "rotary" else None
     elif positions is not None:

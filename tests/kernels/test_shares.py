@@ -31,7 +31,7 @@ def sum_kernel(x_ptr, shares_ptr, sums_ptr, arrivals_ptr, d, SUMS: tl.constexpr,
 @pytest.mark.parametrize("d", [1, 20, 512])
 @pytest.mark.parametrize("programs", [1, 32, 33, 100])
 def test_sums_are_those_of_all_programs_each_time(programs, d):
-    """Of one program and of many groups, whose last one may be smaller; counters are cleared once."""
+    """One program and many groups, whose last one may be smaller; counters are cleared once."""
     sums = 3
     arrivals = new_arrivals(torch.empty(0, device=DEVICE)).fill_(7)
     clear_kernel[(2,)](arrivals)

@@ -33,7 +33,7 @@ def run(out, *options):
 
 
 def processor_seconds():
-    """Of all commands that have ended."""
+    """Seconds of all commands that have ended."""
     used = getrusage(RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

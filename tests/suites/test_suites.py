@@ -135,7 +135,7 @@ OWN = {
     "gradients": "coor_descent",
     **dict.fromkeys(("layers", "heads", "sequence_length", "training_step"), "ConditionalRoutedAttention"),
 }
-"""What our own implementation of a suite is called in `kernels`, if not as the suite."""
+"""Names in `kernels` of our own implementations of suites, if not those of the suites."""
 
 
 @pytest.mark.parametrize("name", [name for name, suite in SUITES.items() if suite.guest])

@@ -363,7 +363,7 @@ def places(tmp_path_factory):
         for package in ("reference", "kernels", "suites"):
             write(root / package / "__init__.py", f"# {name}\n")
         before, suite, after = TOY.read_text().rpartition("\n\nSUITE = ")
-        # Of its times nobody asks, and they take time to measure and to draw.
+        # Nobody asks for its times, which take long to measure and to draw.
         after = after.replace("suite(", "suite(timed=False, ", 1)
         write(root / "suites" / "toy.py", f"{before}{CONTROL}{suite}{after}")
         write(root / ".gitignore", "__pycache__/\n")

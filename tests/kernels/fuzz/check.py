@@ -8,7 +8,7 @@ decided it, as at a kink of coordinate descent, a case is `undecided`: neither r
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -32,8 +32,8 @@ PROMISED = {
     ("route_prefixes", "weights"): FORWARD_BOUND,
     ("topk", "coor_descent_values"): FORWARD_BOUND,
 }
-"""What our own kernels promise of numbers in fp32, however far off plain PyTorch is. Where iterations hand on many
-roundings, as where most entries are above the threshold, these are what can be promised."""
+"""Promises of our own kernels on numbers in fp32, however far off plain PyTorch is. In a row whose iterations hand on
+many roundings, as where most entries are above the threshold, the promise is their sum."""
 
 
 @dataclass
@@ -226,10 +226,17 @@ def _tolerances(
         if (case.name, name) in PROMISED and dtype != torch.float64:
             largest = truth[name].abs().max().item() if truth[name].numel() else 0.0
             rounding = torch.finfo(dtypes[name]).eps * largest
-            handed_on = max((error_handed_on(*each) for each in of_truth.relaxed), default=0.0)
-            tolerance = tolerance.at_most(max(PROMISED[case.name, name], handed_on) + rounding)
+            tolerance = replace(tolerance, most=_promised(PROMISED[case.name, name], of_truth, truth[name]) + rounding)
         allowed[name] = tolerance, dtypes[name]
     return allowed, seen
+
+
+def _promised(promise: float, of_truth: Watched, truth: Tensor) -> Tensor:
+    """The largest error of a row `... 1`, or of all rows where they are not those of one descent."""
+    rows = [error_handed_on(*each) for each in of_truth.relaxed]
+    if len(rows) == 1 and rows[0].shape == (*truth.shape[:-1], 1):
+        return rows[0].clamp(min=promise)
+    return torch.tensor(max([promise, *(each.max().item() for each in rows if each.numel())]))
 
 
 def _spreads(of_truth: Sequence[tuple], of_moved: Sequence[Sequence[tuple]]) -> list[float]:

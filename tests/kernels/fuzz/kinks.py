@@ -40,25 +40,27 @@ def _near_kinks(s: Tensor, valid: Tensor, options: dict[str, Any], spread: float
     return near
 
 
-def error_handed_on(name: str, scores: Tensor, options: dict[str, Any]) -> float:
-    """The error of an output whose iterations each lose a few roundings of the sum, with arguments of `rows_at_kink`.
+def error_handed_on(name: str, scores: Tensor, options: dict[str, Any]) -> Tensor:
+    """The error of each row `... 1` of outputs whose iterations lose a few roundings of the sum each.
+
+    Arguments are those of `rows_at_kink`.
 
     A rounding of the sum moves a by the temperature, and the output by this over the last one.
     """
     if name != "coor_descent" or not scores.numel():
-        return 0.0
+        return scores.new_zeros((*scores.shape[:-1], 1))
     mask = options.get("mask")
     valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand(scores.shape)
-    off = torch.zeros(())
+    off = scores.new_zeros((*scores.shape[:-1], 1))
     for temperature, _, handed_on, _ in _iterations(scores.masked_fill(~valid, 0.0), valid, options):
         off = handed_on * off + temperature
-    return LOST * UNIT * (off / options["eps"]).max().item()
+    return LOST * UNIT * off / options["eps"]
 
 
 def _iterations(
     s: Tensor, valid: Tensor, options: dict[str, Any]
 ) -> Iterator[tuple[float, Tensor, Tensor | float, Tensor]]:
-    """Of each iteration its temperature, a, and the roundings that add up in a.
+    """Iterations of coordinate descent: temperature, a, and the roundings that add up in a.
 
     Each iteration adds its own, in units of a rounding, and hands on those before in the share that the entries with
     s > -a have in the sum, whose exponent is -a.
