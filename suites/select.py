@@ -1,10 +1,16 @@
-"""The hard top-k of a router by the length of its rows, beside torch.topk.
+"""The hard top-k by the length of rows and the kind of scores, beside torch.topk.
 
-What is compared is the values at the indices, which ours has to gather first: of equal scores torch.topk may give any.
+Values at the indices are compared, which ours has to gather first: of equal scores torch.topk may give any. They are
+copies, so none may be off at all. NaN counts as larger than any number, as in torch.topk; zeros of either sign are
+equal, and so are all NaN.
+
+Metric: `not_largest`, the number of selected values that are not among the k largest of their row. It counts what no
+distance shows: a value that is right but comes twice, or one that is next to the right one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +20,9 @@ import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
+from colt5_bench.tolerance import Tolerance
 from suites._descent import implementations
-from suites._ours import by_kernels, guest
+from suites._ours import by_kernels
 
 
 @dataclass(frozen=True)
@@ -26,22 +33,80 @@ class SelectCase(Case):
     n: int
     k: int
 
+    def scores(self, generator: torch.Generator) -> Tensor:
+        """fp32 `rows n`."""
+        return torch.randn(self.rows, self.n, generator=generator)
+
+
+@dataclass(frozen=True)
+class HostileCase(SelectCase):
+    """The k largest of scores that a search by bits, by counting or by comparing can get wrong."""
+
+    distribution: str
+    """A name in `DISTRIBUTIONS`."""
+
+    def scores(self, generator: torch.Generator) -> Tensor:
+        return DISTRIBUTIONS[self.distribution](super().scores(generator), generator)
+
+
+def _bits(scores: Tensor, generator: torch.Generator, first: int, last: int) -> Tensor:
+    """Floats whose bits are integers from `first` to `last`, with a random sign."""
+    magnitudes = torch.randint(first, last + 1, scores.shape, generator=generator, dtype=torch.int32)
+    return magnitudes.view(torch.float32).copysign(scores)
+
+
+def _some(scores: Tensor, generator: torch.Generator, value: float) -> Tensor:
+    """The value, with the sign of the score, in place of some scores: in the last row, of all."""
+    share = torch.arange(1, len(scores) + 1)[:, None] / len(scores)
+    replaced = torch.rand(scores.shape, generator=generator) < share**2
+    return torch.where(replaced, torch.tensor(value).copysign(scores), scores)
+
+
+ONE, INFINITY = 0x3F800000, 0x7F800000
+"""Bits of fp32 numbers."""
+
+DISTRIBUTIONS: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "narrow": lambda scores, generator: 1 + 1e-4 * scores,
+    "ties": lambda scores, generator: (2 * scores).round() / 2,
+    "constant": lambda scores, generator: scores[:, :1].expand_as(scores).contiguous(),
+    "ascending": lambda scores, generator: scores.sort().values,
+    "descending": lambda scores, generator: scores.sort(descending=True).values,
+    "signed_zeros": lambda scores, generator: torch.zeros_like(scores).copysign(scores),
+    "low_bits": lambda scores, generator: _bits(scores, generator, ONE, ONE + 2**8 - 1),
+    "denormal": lambda scores, generator: _bits(scores, generator, 0, 2**23 - 1),
+    "infinite": lambda scores, generator: _some(scores, generator, torch.inf),
+    "nan": lambda scores, generator: _some(scores, generator, torch.nan),
+    "any_bits": lambda scores, generator: _bits(scores, generator, 0, 2**31 - 1),
+}
+"""From normally distributed scores and a source of random numbers to scores of the same shape."""
+
 
 def cases(preset: str, device: torch.device) -> list[SelectCase]:
     if preset == "smoke":
-        return [SelectCase(4, 512, 64)]
+        return [SelectCase(4, 512, 64), *hostile(4, 512, 64)]
     shapes = [(1024, 512, 10), (64, 32768, 1024), (2, 2**20, 1024)]
+    hostile_shapes = [(64, 32768, 1024)]
     if preset == "full":
+        hostile_shapes = shapes.copy()
         shapes += [(1, 2**20, 1024), (1, 2**20, 16384), (8, 131072, 4096), (4, 2**22, 1024)]
-    return [SelectCase(*shape) for shape in shapes]
+    regular = [SelectCase(*shape) for shape in shapes]
+    return [*regular, *(case for shape in hostile_shapes for case in hostile(*shape))]
 
 
-def values(select: Callable[..., Tensor]) -> Callable[[SelectCase], Callable[..., Tensor]]:
+def hostile(rows: int, n: int, k: int) -> list[SelectCase]:
+    return [HostileCase(rows, n, k, name) for name in DISTRIBUTIONS]
+
+
+Select = Callable[[SelectCase], Callable[..., Tensor]]
+"""From a case to a function from scores `rows n` to values `rows k`, the largest first."""
+
+
+def values(select: Callable[..., Tensor]) -> Select:
     return lambda case: lambda scores: scores.gather(-1, select(scores, num_selected=case.k))
 
 
 def problem(case: SelectCase, device: torch.device) -> Problem:
-    scores = torch.randn(case.rows, case.n, generator=case.generator()).to(device)
+    scores = case.scores(case.generator()).to(device)
     return Problem({"scores": scores}, scores.new_zeros(case.rows, case.k), ())
 
 
@@ -54,22 +119,53 @@ def cost(case: SelectCase, direction: str) -> Cost:
     return Cost(bytes=4 * case.rows * case.n + 12 * case.rows * case.k)
 
 
+def count_not_largest(selected: Tensor, scores: Tensor) -> int:
+    """Number of selected values `rows k` that are not among the k largest of fp32 scores `rows n`.
+
+    A value may be selected as often as it is among these.
+    """
+    rows, k = selected.shape
+    largest = scores.gather(-1, reference.select(scores, num_selected=k))
+    both = torch.cat([largest, selected], dim=1)
+    # Equal integers for all NaN, and for zeros of either sign.
+    keys = torch.where(both.isnan(), torch.nan, both + 0.0).view(torch.int32)
+    each_row = torch.arange(rows, device=keys.device)[:, None] << 32
+    _, places = (each_row + keys).unique(return_inverse=True)
+    wanted, got = (part.flatten().bincount(minlength=2 * rows * k) for part in places.split(k, dim=1))
+    return int((got - wanted).clamp(min=0).sum())
+
+
+def exact(case: SelectCase, tensor: str, expected: Tensor, tolerance: Tolerance) -> Tolerance:
+    """Copies of scores are not off."""
+    return tolerance.at_most(0.0)
+
+
+def selecting(select: Select, name: str, **options: Any) -> Implementation[SelectCase]:
+    """An implementation that is held to the values, and whose wrong ones are counted."""
+
+    def metrics(case: SelectCase, problem: Problem) -> Mapping[str, float]:
+        scores = problem.inputs["scores"]
+        return {"not_largest": count_not_largest(select(case)(scores), scores)}
+
+    return by_kernels(select, name=name, bound=exact, metrics=metrics, **options)
+
+
 SUITE = Suite(
     name="select",
-    description="the hard top-k by the length of the rows",
+    description="the hard top-k by the length of the rows and the kind of the scores",
     cases=cases,
     directions=lambda case: (FORWARD,),
     implementations=implementations(
-        Implementation("reference", values(reference.select)),
-        by_kernels(values(kernels.select)),
-        Implementation[SelectCase]("torch_topk", lambda case: lambda scores: scores.topk(case.k, dim=-1).values),
+        selecting(values(reference.select), "reference"),
+        selecting(values(kernels.select), "ours"),
+        selecting(lambda case: lambda scores: scores.topk(case.k, dim=-1).values, "torch_topk"),
     ),
     reference="reference",
     problem=problem,
     truth=truth,
     plain=values(reference.select),
     cost=cost,
-    guest=guest(values),
+    guest=lambda function: selecting(values(function), "guest"),
 )
 
 

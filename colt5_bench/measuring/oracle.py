@@ -59,7 +59,7 @@ class Oracle:
 
     def restore(self) -> str:
         """Undo what was done to the inputs that all implementations share, and name the inputs that were spoilt."""
-        spoilt = [name for name, tensor in self.problem.inputs.items() if not torch.equal(tensor, self.pristine[name])]
+        spoilt = [name for name, tensor in self.problem.inputs.items() if not _same(tensor, self.pristine[name])]
         for name in spoilt:
             self.problem.inputs[name].copy_(self.pristine[name])
         return ", ".join(spoilt)
@@ -79,6 +79,12 @@ class Oracle:
         finally:
             for name, tensor in self.problem.inputs.items():
                 tensor.copy_(self.pristine[name])
+
+
+def _same(tensor: Tensor, other: Tensor) -> bool:
+    """True if the bits are the same, of NaN as well."""
+    first, second = (each.reshape(-1).view(torch.uint8) for each in (tensor, other))
+    return torch.equal(first, second)
 
 
 def _short(dtype: torch.dtype) -> str:
