@@ -1,7 +1,8 @@
 """Bits per byte that attention layers reach in training, on text and where an answer lies far back.
 
-Each run trains a small decoder of bytes, whose blocks differ in their attention alone. The layers have no positions, so
-a causal convolution of 4 bytes stands before each attention. Tasks:
+Each run trains a small decoder of bytes, whose blocks differ in their attention alone. Attention has no positions of
+its own, so a causal convolution of 4 bytes stands before it; `light_rotary` and `rotary` have rotary position embedding
+in place of the convolution. Tasks:
 
     text    the next byte of the corpus, at every position
     recall  the value that a key had at least `distance` bytes before, among random bytes (MQAR: Zoology, 2312.04927)
@@ -203,25 +204,36 @@ class RandomRoutes(nn.Module):
 class Block(nn.Module):
     """Convolution, attention and feed-forward layer, each added to its input."""
 
-    def __init__(self, attention: nn.Module, dim: int, hidden: int) -> None:
+    def __init__(self, attention: nn.Module, dim: int, hidden: int, convolves: bool) -> None:
         super().__init__()
-        self.convolution = CausalConvolution(dim)
+        self.convolution = CausalConvolution(dim) if convolves else None
         self.attention = attention
         self.feed_forward = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (self.convolution, self.attention, self.feed_forward):
-            x = x + layer(x)
+            x = x if layer is None else x + layer(x)
         return x
 
 
 class Decoder(nn.Module):
-    """Bytes `b n` to logits `b n 256` of the next ones."""
+    """Bytes `b n` to logits `b n 256` of the next ones.
 
-    def __init__(self, attentions: Sequence[nn.Module], dim: int, hidden: int) -> None:
+    Args:
+        attentions: of the blocks.
+        dim: size of a token.
+        hidden: size of a token within the feed-forward layers.
+        convolves: whether a convolution stands before each attention.
+        autocasts: whether to compute under autocast to bf16, on a GPU.
+    """
+
+    def __init__(
+        self, attentions: Sequence[nn.Module], dim: int, hidden: int, convolves: bool = True, autocasts: bool = True
+    ) -> None:
         super().__init__()
+        self.autocasts = autocasts
         self.embedding = nn.Embedding(BYTES, dim)
-        self.blocks = nn.Sequential(*(Block(attention, dim, hidden) for attention in attentions))
+        self.blocks = nn.Sequential(*(Block(attention, dim, hidden, convolves) for attention in attentions))
         self.to_logits = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, BYTES))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -231,8 +243,9 @@ class Decoder(nn.Module):
 Attention = Callable[[QualityCase], nn.Module]
 
 
-def light(case: QualityCase) -> nn.Module:
-    return WindowedAttention(case.dim, case.window, case.dim_head, case.heads, causal=True, use_triton=None)
+def light(case: QualityCase, **options: Any) -> nn.Module:
+    size = (case.dim, case.window, case.dim_head, case.heads)
+    return WindowedAttention(*size, **{"causal": True, "use_triton": None, **options})
 
 
 def dense(case: QualityCase) -> nn.Module:
@@ -255,8 +268,7 @@ def routed(case: QualityCase, causal: bool = True, **options: Any) -> nn.Module:
         heavy_dim_head=case.dim_head,
         heavy_heads=case.heads,
         causal_query_routing=causal,
-        use_triton=None,
-        **options,
+        **{"use_triton": None, **options},
     )
 
 
@@ -268,26 +280,38 @@ def frozen(case: QualityCase) -> nn.Module:
     return layer
 
 
-def decoder(case: QualityCase, *attentions: Attention, parameters_of: Attention | None = None) -> Decoder:
+def decoder(
+    case: QualityCase, *attentions: Attention, parameters_of: Attention | None = None, **options: bool
+) -> Decoder:
     """A decoder whose layers have these attentions in turn.
 
     Args:
         parameters_of: makes the feed-forward layers so wide that there are as many parameters as with this attention.
+        options: of the decoder.
     """
     layers = [attentions[index % len(attentions)](case) for index in range(case.layers)]
     hidden = 4 * case.dim
     if parameters_of is not None:
         more = _size(parameters_of(case)) - _size(layers[0])
         hidden += round(more / (2 * case.dim + 1))
-    return Decoder(layers, case.dim, hidden)
+    return Decoder(layers, case.dim, hidden, **options)
 
 
 def _size(module: nn.Module) -> int:
     return sum(each.numel() for each in module.parameters())
 
 
-def trainee(name: str, *attentions: Attention, parameters_of: Attention | None = None) -> Trainee[QualityCase]:
-    return Trainee(name, lambda case: decoder(case, *attentions, parameters_of=parameters_of))
+def trainee(name: str, *attentions: Attention, **options: Any) -> Trainee[QualityCase]:
+    return Trainee(name, lambda case: decoder(case, *attentions, **options))
+
+
+def in_full_precision(name: str, attention: Attention) -> Trainee[QualityCase]:
+    """A decoder in fp32 throughout, for the question whether kernels and bf16 change how a model trains."""
+    return Trainee(
+        name,
+        lambda case: decoder(case, attention, autocasts=False),
+        unavailable=lambda case, device: None if case.task == "text" else "its question is asked of text alone",
+    )
 
 
 ZERO = partial(routed, init="zero")
@@ -308,9 +332,15 @@ TRAINEES = (
     trainee("frozen", frozen),
     trainee("random", lambda case: RandomRoutes(ZERO(case))),
     trainee("noncausal", partial(ZERO, causal=False)),
+    trainee("light_rotary", partial(light, rotary_emb=True), convolves=False),
+    trainee("rotary", partial(ZERO, light_rotary_emb=True, rotary_emb=True), convolves=False),
+    in_full_precision("zero_fp32", ZERO),
+    in_full_precision("zero_plain", partial(ZERO, use_triton=False)),
 )
-"""`light_wide` has as many parameters as `zero`. All from `cosine` on are `zero` with another option. `noncausal`
-routes queries as published, by all of their window, and so sees what comes later."""
+"""`light_wide` has as many parameters as `zero`. All from `cosine` on are `zero` with another option, but for
+`light_rotary`. `noncausal` routes queries as published, by all of their window, and so sees what comes later.
+`zero_fp32` runs kernels in fp32, and `zero_plain` runs plain PyTorch. If gradients are right, both train as `zero`
+does, within the noise of seeds."""
 
 
 # Training and its figures.
@@ -325,13 +355,17 @@ class Run:
     """A model in training on a case, and what is measured of it."""
 
     case: QualityCase
-    model: nn.Module
+    model: Decoder
     device: torch.device
     splits: Mapping[str, Tensor]
     memory: dict[str, Tensor]
 
+    def precision(self) -> torch.autocast:
+        enabled = self.model.autocasts and self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
     def logits(self, inputs: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with self.precision():
             return self.model(inputs.to(self.device)).float()
 
     def losses(self, batch: Batch) -> Tensor:
@@ -412,7 +446,7 @@ class Run:
     def routed(self, layer: Any, x: Tensor, random: bool) -> Tensor:
         """True for the tokens `b r n` that are routed as keys and values of the last window."""
         before = x[:, : (self.case.n - 1) // self.case.window * self.case.window]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with self.precision():
             count = layer.num_heavy_tokens_kv
             indices = layer.kv_router(before, num_tokens=count, random_route=random, keep_one_route_dim=True).indices
         mask = torch.zeros(*indices.shape[:2], before.shape[1], dtype=torch.bool, device=x.device)
@@ -457,6 +491,7 @@ def learning_rate(case: QualityCase, step: int) -> float:
 def course(case: QualityCase, trainee: Trainee[QualityCase], device: torch.device, path: Path | None) -> Course:
     torch.manual_seed(case.seed)
     model = trainee.build(case).to(device)
+    assert isinstance(model, Decoder)
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.01, fused=device.type == "cuda")
 
@@ -493,7 +528,7 @@ def cases(preset: str, device: torch.device) -> list[QualityCase]:
         tasks = [("text", 128, 0), far("recall", 64), far("needle", 64)]
         sizes, tokens = {"layers": 1, "dim": 32, "heads": 4, "window": 16, "steps": 16}, 2**9
     elif preset == "default":
-        tasks = [("text", 8192, 0), far("recall", 4096)]
+        tasks = [("text", 8192, 0)]
         sizes, tokens = {"layers": 4, "dim": 256, "heads": 4, "window": 128, "steps": 200}, 2**15
     else:
         distances = [2**10, 2**12, 2**14, 2**16]

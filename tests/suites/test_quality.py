@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -184,6 +185,33 @@ def test_nothing_that_comes_later_changes_a_logit(name):
         assert run_of(name, replace(TINY, window=window)).leak() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["zero_fp32", "zero_plain"])
+def test_precision_alone_differs(name):
+    """A decoder of the same weights has the same loss and gradients, but for rounding."""
+    runs = [run_of(each) for each in ("zero", name)]
+    losses = [run.loss(0) for run in runs]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    assert [run.model.autocasts for run in runs] == [True, False]
+    ours, theirs = (dict(run.model.named_parameters()) for run in runs)
+    assert ours.keys() == theirs.keys()
+    for key, parameter in ours.items():
+        torch.testing.assert_close(theirs[key].grad, parameter.grad, rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("convolves", [True, False])
+@pytest.mark.parametrize("rotary_emb", [True, False])
+def test_the_order_of_bytes_is_seen_by_convolution_or_rotary_embedding(convolves, rotary_emb):
+    # With two layers a causal mask alone tells some of the order.
+    case = replace(TINY, layers=1)
+    model = quality.decoder(case, partial(quality.light, rotary_emb=rotary_emb), convolves=convolves)
+    inputs = torch.randint(256, (1, TINY.window))
+    order = torch.cat((torch.randperm(TINY.window - 1), torch.tensor([TINY.window - 1])))
+    change = (model(inputs) - model(inputs[:, order]))[:, -1].abs().max()
+    assert (change > 1e-3) == (convolves or rotary_emb)
+
+
 def test_the_leak_of_routing_that_looks_ahead_is_seen():
     assert run_of("noncausal").leak() > 1e-2
 
@@ -191,9 +219,9 @@ def test_the_leak_of_routing_that_looks_ahead_is_seen():
 @pytest.mark.parametrize("name", quality.SUITE.implementations)
 def test_parameters_are_as_the_names_say(name):
     sizes = {each: quality._size(quality.SUITE.implementations[each].build(TINY)) for each in (name, "light", "zero")}
-    wide = {"light": 0, "dense": 0, "hybrid": 0}.get(name, 1)
-    expected = sizes["zero"] if wide else sizes["light"]
-    # Routing tokens of further sets, and the rounding of a hidden size.
+    narrow = name in ("light", "light_rotary", "dense", "hybrid")
+    expected = sizes["light"] if narrow else sizes["zero"]
+    # Routing tokens of further sets, convolutions that there are not, and the rounding of a hidden size.
     assert sizes[name] == pytest.approx(expected, rel=0.01)
 
 
