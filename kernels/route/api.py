@@ -5,7 +5,6 @@ by `kernels.select`; and the tokens that these are. Backward, the gradient of th
 selection to the scores, and from there, together with that of the selected tokens, to all tokens and routing tokens.
 """
 
-from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -23,18 +22,19 @@ from kernels.select import select_rows
 from kernels.soft_topk import solve_rows, solve_rows_backward
 from reference._shared.arguments import Solver, check_route, first_temperature
 from reference._shared.returns import RouteReturn
+from reference._shared.sizes import ceil_div, is_certain
 
 
 def _blocks(n: int, block_size: int | None) -> tuple[int, int]:
     """Number of blocks of n tokens, and number of tokens of each."""
-    return (1, n) if block_size is None else (ceil(n / block_size), block_size)
+    return (1, n) if block_size is None else (ceil_div(n, block_size), block_size)
 
 
 def _row_mask(x: Tensor, mask: Tensor | None, routes: int, blocks: int, width: int) -> Tensor | None:
     """The mask of tokens `b n` as rows of `b r blocks`. The padding of the last block is masked."""
     batch, n, _ = x.shape
     missing = blocks * width - n
-    if missing:
+    if not is_certain(missing == 0):
         there = x.new_ones((1, n), dtype=torch.bool) if mask is None else mask
         mask = F.pad(there, (0, missing))
     if mask is None:
