@@ -33,6 +33,7 @@ from colt5_bench.report.layout import (
     gigabytes_a_second,
     milliseconds,
     panel_fields,
+    reached,
     series,
     strokes,
     tick,
@@ -203,21 +204,14 @@ def _panels(
         if plot.limit:
             data += _limit_line(plot, own, plot.limit)
         choices = {**when, "direction": direction, **({", ".join(fields): combination} if fields else {})}
+        shown = [*quantities, *([plot.limit] if plot.limit else [])]
         layout = go.Layout(
             height=HEIGHT,
             xaxis={"title": {"text": plot.x}, **axes.across(plot.x, [record.fields[plot.x] for record in own])},
-            yaxis={"title": {"text": plot.y}, **(plot.axis or axes.logarithmic(_reached(plot, own, quantities)))},
+            yaxis={"title": {"text": plot.y}, **(plot.axis or axes.logarithmic(reached(own, shown)))},
         )
         drawings.append(Drawing(choices, data, layout.to_plotly_json()))
     return drawings
-
-
-def _reached(plot: _Plot, records: Iterable[Record], quantities: Sequence[Drawn]) -> list[float]:
-    """All that the vertical axis has to show: values, and the ends of their intervals that are known."""
-    drawn = [*quantities, *([plot.limit] if plot.limit else [])]
-    pairs = [(record, each) for record in records for each in drawn]
-    values = [value for record, each in pairs if (value := each.of(record)) is not None]
-    return [*values, *(end for record, each in pairs for end in each.interval(record) or ())]
 
 
 def _directions(records: Iterable[Record]) -> list[str]:

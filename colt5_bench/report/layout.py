@@ -173,6 +173,16 @@ def error_on_scale(record: Record) -> float | None:
     return None if error is None else min(max(error, 10.0 ** ERROR_DECADES[0]), 10.0 ** ERROR_DECADES[1])
 
 
+def reached(records: Sequence[Record], drawn: Sequence[Drawn]) -> list[float]:
+    """All that a vertical axis has to show: values, and the ends of their intervals as far as a decade beyond all
+    values. Noise may span many decades, and figures for these leave no room for the plot."""
+    pairs = [(record, each) for record in records for each in drawn]
+    values = [value for record, each in pairs if (value := each.of(record)) is not None]
+    ends = [end for record, each in pairs for end in each.interval(record) or () if 0 < end < inf]
+    shown = [value for value in values if 0 < value < inf]
+    return [*values, *(min(max(end, min(shown) / 10), 10 * max(shown)) for end in ends if shown)]
+
+
 def decades(values: Iterable[float]) -> tuple[int, int]:
     """The powers of ten that all values lie between, one apart at least: the ends of a logarithmic axis."""
     logarithms = [log10(value) for value in values if 0 < value < inf] or [0.0]

@@ -40,6 +40,7 @@ from colt5_bench.report.layout import (
     largest_error,
     milliseconds,
     panel_fields,
+    reached,
     series,
     strokes,
     tick,
@@ -317,11 +318,8 @@ def _draw_intervals(ax: Axes, records: Iterable[Record], x: str, quantity: Drawn
 
 
 def _reached(row: _Row) -> list[float]:
-    """All that the vertical axis has to show: values, and the ends of their intervals."""
     drawn = [*row.quantities, *([row.limit] if row.limit else [])]
-    pairs = [(record, each) for panel in row.panels for record in panel.records for each in drawn]
-    values = [value for record, each in pairs if (value := each.of(record)) is not None]
-    return [*values, *(end for record, each in pairs for end in each.interval(record) or ())]
+    return reached([record for panel in row.panels for record in panel.records], drawn)
 
 
 def _draw_limit(ax: Axes, records: Sequence[Record], x: str, limit: Drawn) -> None:

@@ -195,6 +195,24 @@ def test_times_and_bandwidths_are_drawn_with_their_intervals(count, spread, tmp_
         assert (len(bars), len(endless)) == ((4, 0) if count >= 3 else (0, 4))
 
 
+@pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
+def test_noise_of_many_decades_leaves_room_for_the_values(spread, tmp_path, monkeypatch):
+    generator = np.random.default_rng(int(spread))
+    records = [timed(name, 1, n=n, null=null) for name in ("reference", "ours") for n in (1, 2) for null in (0, 1)]
+    for made in records:
+        made.timings["wall"].samples = [1e-3, *(1e-3 * generator.lognormal(0, spread, 8)).clip(1e-8, 1e2), 1e-3]
+    values = [log10(1e3 * made.seconds("wall")) for made in records]
+    for each in card_of("Time", records).drawings:
+        low, high = each.layout["yaxis"]["range"]
+        assert high - low <= max(values) - min(values) + 5
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, directory, name: [figures.append(figure)])
+    plots.write_plots(records, tmp_path)
+    for figure in figures:
+        figure.draw_without_rendering()
+        assert all(ax.get_position().width > 0.15 for ax in figure.axes if ax.get_visible())
+
+
 @pytest.mark.parametrize("factor", [1.0, 1e-3, 1e4])
 @pytest.mark.parametrize("ns", [(1, 2, 4), tuple(range(1, 12))])
 def test_panels_of_static_plots_show_all_that_they_hold(factor, ns, tmp_path, monkeypatch):
