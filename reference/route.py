@@ -1,5 +1,9 @@
 """Routing as it is defined: scores, their relaxed top-k, the choice of the largest, and the tokens that these are."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -53,23 +57,43 @@ def route(
     check_route(x, routing_tokens, num_selected, k, (n_iters, eps, eps_init, eps_decay), solver, block_size, mask)
     scores = routing_scores(x, routing_tokens, cosine_sim_scale=cosine_sim_scale)
     per_route = None if mask is None else rearrange(mask, "b n -> b 1 n")
-    scores, per_route = in_blocks(scores, per_route, block_size)
-    with without_autocast(x):
-        if solver == "exact":
-            relaxed = soft_topk(scores, k=k, eps=eps, mask=per_route)
-        else:
-            relaxed = coor_descent(
-                scores, n_iters=n_iters, k=k, eps=eps, eps_init=eps_init, eps_decay=eps_decay, mask=per_route
-            )
-    indices = select(scores, num_selected=num_selected, mask=per_route)
+    relax: Callable[..., Tensor] = partial(soft_topk, k=k, eps=eps)
+    if solver == "coor_descent":
+        relax = partial(coor_descent, n_iters=n_iters, k=k, eps=eps, eps_init=eps_init, eps_decay=eps_decay)
+    options: dict[str, Any] = {"block_size": block_size, "straight_through": straight_through}
+    indices, weights = choose(scores, per_route, num_selected, relax, select, **options)
+    return RouteReturn(indices, weights, gather_tokens(x, indices))
+
+
+def choose(
+    scores: Tensor,
+    mask: Tensor | None,
+    num_selected: int,
+    relax: Callable[..., Tensor],
+    select: Callable[..., Tensor],
+    *,
+    block_size: int | None,
+    straight_through: bool,
+) -> tuple[Tensor, Tensor]:
+    """Indices and weights `b r s` that `route` chooses by scores `b r n`, with a mask that broadcasts to these.
+
+    Args:
+        relax: the solver, with all its options but the mask.
+        select: `reference.select`, or its kernel.
+        num_selected, block_size, straight_through: of `route`.
+    """
+    scores, mask = in_blocks(scores, mask, block_size)
+    with without_autocast(scores):
+        relaxed = relax(scores, mask=mask)
+    indices = select(scores, num_selected=num_selected, mask=mask)
     weights = relaxed.gather(-1, indices)
     if straight_through:
         weights = pass_through(weights)
-        if per_route is not None:
-            weights = weights.masked_fill(~per_route.expand(scores.shape).gather(-1, indices), 0.0)
+        if mask is not None:
+            weights = weights.masked_fill(~mask.expand(scores.shape).gather(-1, indices), 0.0)
     if block_size is not None:
         indices, weights = positions(indices, block_size), weights.flatten(-2)
-    return RouteReturn(indices, weights, gather_tokens(x, indices))
+    return indices, weights
 
 
 def pass_through(weights: Tensor) -> Tensor:

@@ -329,12 +329,14 @@ def check_route(
     solver: Solver,
     block_size: int | None,
     mask: Tensor | None,
+    length: int | None = None,
 ) -> None:
-    """Everything that `route` asks of its arguments."""
+    """Everything that `route` asks of its arguments. The length is that of x, unless x is a part of a sequence."""
     check_routing_tokens(x, routing_tokens)
     check_tokens(x, x.shape[-1], mask)
     check_counts(num_selected=num_selected, **({} if block_size is None else {"block_size": block_size}))
-    n = x.shape[1] if block_size is None else block_size
+    length = x.shape[1] if length is None else length
+    n = length if block_size is None else block_size
     name = "n" if block_size is None else "block_size"
     require(num_selected <= n, "num_selected", num_selected, "from 1 to {} = {}", name, n)
     require(not isinstance(k, Tensor), "k", "a tensor", "a number")

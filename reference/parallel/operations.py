@@ -1,0 +1,224 @@
+"""Operations on rows whose entries are sharded over the ranks of a process group.
+
+Scores travel, 4 bytes a token. Every rank runs the operation of `reference`, or its kernel, on the whole row, so that
+all get the bits of one process, in values and in gradients, and keeps its own part.
+
+A loss is the sum of the losses of all ranks, as it is for DistributedDataParallel and FSDP2 up to the factor of their
+mean. Backward is called on all ranks alike. It gives each rank the gradient of that sum with respect to its own part.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from reference import topk as whole_topk
+from reference._shared.arguments import Solver, check_route, check_scores
+from reference._shared.returns import RouteReturn, TopkReturn
+from reference.layers.operations import Operations, UseTriton
+from reference.parallel.shards import Mesh, Shards, common, share
+from reference.route import choose, gather_tokens
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Whole rows of scores, and of a mask if any rank has one."""
+
+    shards: Shards
+    scores: Tensor
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, scores: Tensor, mask: Tensor | None, mesh: Mesh, name: str = "scores") -> "Rows":
+        """The rows `... n` of which this rank has scores, and a mask that broadcasts to them."""
+        shards = Shards.of(scores, -1, mesh, mask, name)
+        check_scores(scores, mask)
+        return cls(shards, shards.gather(scores, name=name), shards.gather_mask(mask, scores.shape))
+
+
+def coor_descent(
+    scores: Tensor,
+    *,
+    n_iters: int,
+    k: float | Tensor,
+    eps: float = 0.1,
+    eps_init: float | None = None,
+    eps_decay: float = 1.0,
+    mask: Tensor | None = None,
+    mesh: Mesh,
+    use_triton: UseTriton = False,
+) -> Tensor:
+    """`reference.coor_descent` of sharded rows: each rank passes its entries, and gets the result for these.
+
+    Args:
+        scores: `... n`, any float dtype. n may differ between ranks, and is at least 1.
+        k: of the whole row, the same on all ranks. Of a tensor's gradient each rank gets an equal share.
+        n_iters, eps, eps_init, eps_decay: as in `reference.coor_descent`.
+        mask: bool, broadcasts to `... n`. None stands for True where other ranks have one.
+        mesh: the ranks that hold the rows, in order: a `DeviceMesh` of one dimension, or a `ProcessGroup`.
+        use_triton: as in the layers.
+
+    Returns:
+        `... n`, in the dtype of the scores.
+
+    Raises:
+        ValueError: as in `reference.coor_descent`, or ranks differ in dtype or in the other dimensions.
+        RuntimeError: another rank has ended, or does not come.
+    """
+    rows, descend = Rows.of(scores, mask, mesh), Operations.of(use_triton).coor_descent
+    schedule: dict[str, Any] = {"n_iters": n_iters, "eps": eps, "eps_init": eps_init, "eps_decay": eps_decay}
+    return rows.shards.keep(descend(rows.scores, k=common(k, rows.shards.group), mask=rows.mask, **schedule))
+
+
+def soft_topk(
+    scores: Tensor,
+    *,
+    k: float | Tensor,
+    eps: float,
+    mask: Tensor | None = None,
+    mesh: Mesh,
+    use_triton: UseTriton = False,
+) -> Tensor:
+    """`reference.soft_topk` of sharded rows: each rank passes its entries, and gets the result for these.
+
+    Args:
+        eps: as in `reference.soft_topk`.
+        scores, k, mask, mesh, use_triton: as in `coor_descent`.
+
+    Returns:
+        `... n`, in the dtype of the scores.
+
+    Raises:
+        ValueError: as in `reference.soft_topk`, or ranks differ in dtype or in the other dimensions.
+        RuntimeError: another rank has ended, or does not come.
+    """
+    rows, solve = Rows.of(scores, mask, mesh), Operations.of(use_triton).soft_topk
+    return rows.shards.keep(solve(rows.scores, k=common(k, rows.shards.group), eps=eps, mask=rows.mask))
+
+
+def select(
+    scores: Tensor, *, num_selected: int, mask: Tensor | None = None, mesh: Mesh, use_triton: UseTriton = False
+) -> Tensor:
+    """`reference.select` of sharded rows: all ranks get all indices.
+
+    Args:
+        num_selected: how many of the whole row.
+        scores, mask, mesh, use_triton: as in `coor_descent`.
+
+    Returns:
+        int64 `... num_selected`: places in the whole row, the same on all ranks.
+
+    Raises:
+        ValueError: as in `reference.select`, or ranks differ in dtype or in the other dimensions.
+        RuntimeError: another rank has ended, or does not come.
+    """
+    rows, choice = Rows.of(scores.detach(), mask, mesh), Operations.of(use_triton).select
+    indices: Tensor = choice(rows.scores, num_selected=num_selected, mask=rows.mask)
+    return indices
+
+
+def topk(
+    x: Tensor,
+    k: int,
+    coor_descent_k_ratio: float = 9 / 8,
+    n_iters: int = 20,
+    eps: float = 0.1,
+    eps_init: float | None = None,
+    eps_decay: float = 1.0,
+    mask: Tensor | None = None,
+    fused: bool = False,
+    non_differentiable: bool = False,
+    *,
+    mesh: Mesh,
+) -> TopkReturn:
+    """`reference.topk` of sharded rows: all ranks get all that is selected, with places in the whole row as indices.
+
+    A loss that every rank computes of the same values counts once for each of them.
+
+    Args:
+        x: `... n`, any float dtype. n may differ between ranks, and is at least 1.
+        k: how many of the whole row.
+        coor_descent_k_ratio, n_iters, eps, eps_init, eps_decay, fused, non_differentiable: as in `reference.topk`.
+        mask, mesh: as in `coor_descent`.
+
+    Raises:
+        ValueError: as in `reference.topk`, or ranks differ in dtype or in the other dimensions.
+        RuntimeError: another rank has ended, or does not come.
+    """
+    rows = Rows.of(x, mask, mesh, "x")
+    schedule: dict[str, Any] = {"n_iters": n_iters, "eps": eps, "eps_init": eps_init, "eps_decay": eps_decay}
+    options: dict[str, Any] = {"fused": fused, "non_differentiable": non_differentiable, "mask": rows.mask}
+    whole = whole_topk(rows.scores, k, coor_descent_k_ratio, **schedule, **options)
+    parts = zip(TopkReturn._fields, whole, strict=True)
+    shared = {name: share(each, rows.shards.group, name) for name, each in parts if each is not None}
+    return whole._replace(**shared)
+
+
+def route(
+    x: Tensor,
+    routing_tokens: Tensor,
+    *,
+    num_selected: int,
+    k: float,
+    n_iters: int,
+    eps: float = 0.1,
+    eps_init: float | None = None,
+    eps_decay: float = 1.0,
+    solver: Solver = "coor_descent",
+    cosine_sim_scale: float | None = None,
+    block_size: int | None = None,
+    straight_through: bool = False,
+    mask: Tensor | None = None,
+    mesh: Mesh,
+    use_triton: UseTriton = False,
+) -> RouteReturn:
+    """`reference.route` of a sharded sequence: each rank gets those of its own tokens that are selected.
+
+    Args:
+        x: this rank's tokens `b n d`, any float dtype. n may differ between ranks, and is at least 1.
+        routing_tokens: `b r d`, or `1 r d` for all of a batch; the same on all ranks.
+        num_selected: how many of the whole sequence each route selects, from each block if there are blocks.
+        block_size: select from blocks of so many tokens of the whole sequence.
+        k, n_iters, eps, eps_init, eps_decay, solver, cosine_sim_scale, straight_through: as in `reference.route`.
+        mask: bool `b n`, False for tokens that take part in nothing. None stands for True where other ranks have one.
+        mesh, use_triton: as in `coor_descent`.
+
+    Returns:
+        As `reference.route`, with lists `b r s` as long as the longest of any rank. Indices are places among the rank's
+        own tokens. A list that is shorter is filled up with index n and weight 0.
+
+    Raises:
+        ValueError: as in `reference.route`, or ranks differ in dtype or in the other dimensions.
+        RuntimeError: another rank has ended, or does not come.
+    """
+    shards, operations = Shards.of(x, 1, mesh, mask), Operations.of(use_triton)
+    checked = (num_selected, k, (n_iters, eps, eps_init, eps_decay), solver, block_size, mask)
+    check_route(x, routing_tokens, *checked, length=shards.total)
+    scores = operations.routing_scores(x, routing_tokens, cosine_sim_scale=cosine_sim_scale)
+    per_route = None if mask is None else rearrange(mask, "b n -> b 1 n")
+    rows = Rows(shards, shards.gather(scores), shards.gather_mask(per_route, scores[:, :1].shape))
+    relax: Callable[..., Tensor] = partial(operations.soft_topk, k=k, eps=eps)
+    if solver == "coor_descent":
+        schedule: dict[str, Any] = {"n_iters": n_iters, "eps": eps, "eps_init": eps_init, "eps_decay": eps_decay}
+        relax = partial(operations.coor_descent, k=k, **schedule)
+    options: dict[str, Any] = {"block_size": block_size, "straight_through": straight_through}
+    indices, weights = choose(rows.scores, rows.mask, num_selected, relax, operations.select, **options)
+    slots, there = _own(indices, shards)
+    places = (indices.gather(-1, slots) - shards.start).masked_fill(~there, shards.length)
+    weights = share(weights, shards.group, "weights").gather(-1, slots).masked_fill(~there, 0.0)
+    return RouteReturn(places, weights, gather_tokens(x, places))
+
+
+def _own(indices: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
+    """Entries of lists `... s` of places in the whole that this rank owns, and whether there is one.
+
+    Both are `... m`, in the order of the list, for the longest such list of any rank."""
+    owners = shards.owners(indices)
+    counts = torch.stack([(owners == rank).sum(dim=-1).amax() for rank in range(len(shards.lengths))])
+    is_own = owners == shards.rank
+    slots = is_own.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., : int(counts.amax())]
+    return slots, is_own.gather(-1, slots)

@@ -1,0 +1,74 @@
+"""Calls that tests make in each rank: of a whole that all have, a rank takes its own part."""
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from reference import parallel
+
+
+def stretch(group, lengths):
+    """This rank's entries of a dimension, as a slice."""
+    start = sum(lengths[: group.rank()])
+    return slice(start, start + lengths[group.rank()])
+
+
+def part(group, lengths, tensor, dim):
+    own = stretch(group, lengths)
+    return tensor.narrow(dim, own.start, own.stop - own.start)
+
+
+def leaves(arguments):
+    """Arguments, of which tensors that may have a gradient are leaves."""
+    for name, each in arguments.items():
+        if isinstance(each, Tensor) and each.is_floating_point():
+            arguments[name] = each.detach().clone().requires_grad_()
+    return arguments
+
+
+def gradients(arguments):
+    return {name: each.grad for name, each in arguments.items() if isinstance(each, Tensor) and each.requires_grad}
+
+
+def operation(group, name, lengths, arguments, dims, loss_of, on_mesh=False):
+    """Outputs of an operation, and gradients of its arguments.
+
+    Args:
+        dims: the dimension, by name, of arguments that are sharded.
+        loss_of: the loss, as a function of group, lengths and outputs.
+        on_mesh: whether the operation gets a mesh in place of the group.
+    """
+    own = {key: part(group, lengths, each, dims[key]) if key in dims else each for key, each in arguments.items()}
+    own = leaves(own)
+    out = getattr(parallel, name)(**own, mesh=DeviceMesh.from_group(group, "cpu") if on_mesh else group)
+    loss = loss_of(group, lengths, out)
+    if loss is not None:
+        loss.backward()
+    outputs = [out] if isinstance(out, Tensor) else [*out]
+    return [None if each is None else each.detach() for each in outputs], gradients(own)
+
+
+class Alone:
+    """The group of one process that has the whole."""
+
+    def rank(self):
+        return 0
+
+
+def no_loss(group, lengths, out):
+    return None
+
+
+def masked_by_one(group, scores, mask, lengths, masked):
+    own = part(group, lengths, mask, -1) if group.rank() == masked else None
+    return parallel.coor_descent(part(group, lengths, scores, -1), n_iters=5, k=2, mask=own, mesh=group)
+
+
+def of_shapes(group, shapes, dtypes):
+    scores = torch.zeros(shapes[group.rank()], dtype=dtypes[group.rank()])
+    parallel.coor_descent(scores, n_iters=1, k=1, mesh=group)
+
+
+def on_mesh_of_two_dimensions(group):
+    mesh = DeviceMesh("cpu", [[*range(group.size())]])
+    parallel.coor_descent(torch.zeros(4), n_iters=1, k=1, mesh=mesh)

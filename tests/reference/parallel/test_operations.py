@@ -1,0 +1,214 @@
+"""Operations on sharded rows have the bits of one process, in values and in gradients."""
+
+import random
+import re
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+import reference
+from reference import parallel
+from tests.calls import arguments_of
+from tests.reference.parallel import sharded
+
+SIZES = [1, 2, 3]
+SEEDS = range(6)
+
+
+def cut(rng, n, size):
+    """Lengths of so many shards of n entries; some are as short as they may be."""
+    ends = sorted(rng.sample(range(1, n), size - 1))
+    return [end - start for start, end in zip([0, *ends], [*ends, n], strict=True)]
+
+
+def exact(*shape):
+    """Numbers whose products and sums are exact in any order."""
+    return torch.randint(-8, 9, shape) / 8.0
+
+
+def loss_of_parts(grad, dim, group, lengths, out):
+    return (out * sharded.part(group, lengths, grad, dim)).sum()
+
+
+def loss_of_all(grads, group, lengths, out):
+    """Of values that all ranks have, each rank uses some in another way."""
+    if out.gates is None:
+        return (out.values * grads["values"][group.rank()]).sum()
+    return sum((getattr(out, name) * each[group.rank()]).sum() for name, each in grads.items())
+
+
+def check_same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def whole_of(name, arguments, use_triton=False):
+    leaves = sharded.leaves(dict(arguments))
+    return getattr(kernels if use_triton else reference, name)(**leaves), leaves
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["coor_descent", "soft_topk"])
+def test_relaxed_selection(ranks, name, size, seed):
+    rng = random.Random(seed)
+    arguments = arguments_of(name, rng)
+    arguments["scores"] = arguments["scores"].to(rng.choice([torch.float32, torch.float64, torch.bfloat16]))
+    use_triton = rng.random() < 0.5
+    n = arguments["scores"].shape[-1]
+    lengths = cut(rng, n, size)
+    if rng.random() < 0.5:
+        # A rank with nothing valid.
+        arguments["mask"] = torch.arange(n) >= lengths[0]
+    grad = torch.randn(arguments["scores"].shape).to(arguments["scores"].dtype)
+
+    whole, leaves = whole_of(name, arguments, use_triton)
+    whole.backward(grad)
+    dims = {"scores": -1, "mask": -1} if arguments["mask"] is not None else {"scores": -1}
+    loss = partial(loss_of_parts, grad, -1)
+    outs = ranks(size, sharded.operation, name, lengths, {**arguments, "use_triton": use_triton}, dims, loss)
+    check_same(torch.cat([out for (out,), _ in outs], dim=-1), whole.detach())
+    check_same(torch.cat([grads["scores"] for _, grads in outs], dim=-1), leaves["scores"].grad)
+    if isinstance(arguments["k"], Tensor):
+        shares = sum(grads["k"] for _, grads in outs)
+        torch.testing.assert_close(shares, leaves["k"].grad)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_select(ranks, size, seed):
+    rng = random.Random(seed)
+    arguments = arguments_of("select", rng)
+    # Equal scores are common.
+    arguments["scores"] = arguments["scores"].round()
+    arguments["num_selected"] = rng.randint(1, arguments["scores"].shape[-1])
+    lengths = cut(rng, arguments["scores"].shape[-1], size)
+    dims = {"scores": -1} | ({} if arguments["mask"] is None else {"mask": -1})
+    options = {**arguments, "use_triton": rng.random() < 0.5}
+    for (indices,), _ in ranks(size, sharded.operation, "select", lengths, options, dims, sharded.no_loss):
+        check_same(indices, reference.select(**arguments))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_topk(ranks, size, seed):
+    rng = random.Random(seed)
+    arguments = arguments_of("topk", rng)
+    lengths = cut(rng, arguments["x"].shape[-1], size)
+    dims = {"x": -1} | ({} if arguments["mask"] is None else {"mask": -1})
+    whole, leaves = whole_of("topk", arguments)
+    grads = {name: exact(3, *whole.values.shape) for name in ("values", "coor_descent_values", "gates")}
+    every = {name: each[:size].sum(dim=0)[None].expand_as(each) for name, each in grads.items()}
+    loss_of_all(every, sharded.Alone(), lengths, whole).backward()
+    outs = ranks(size, sharded.operation, "topk", lengths, arguments, dims, partial(loss_of_all, grads))
+    for out, _ in outs:
+        check_same(out, [None if each is None else each.detach() for each in whole])
+    check_same(torch.cat([grads["x"] for _, grads in outs], dim=-1), leaves["x"].grad)
+
+
+def loss_of_routed(by_place, group, lengths, out):
+    """Weights and tokens times numbers that belong to their places in the whole; past the end of a rank, 0."""
+    sums = 0.0
+    for name, grads in by_place.items():
+        own = sharded.part(group, lengths, grads, 2)
+        own = torch.cat((own, torch.zeros_like(own[:, :, :1])), dim=2)
+        places = out.indices.clamp(max=own.shape[2] - 1)
+        places = places if own.dim() == 3 else places[..., None].expand(*places.shape, own.shape[-1])
+        sums = sums + (getattr(out, name) * own.gather(2, places)).sum()
+    return sums
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("size", SIZES)
+def test_route(ranks, size, seed):
+    """Scores of one process and of several have the same bits where sums are exact in any order."""
+    rng = random.Random(seed)
+    arguments = arguments_of("route", rng)
+    arguments |= {"straight_through": rng.random() < 0.5, "cosine_sim_scale": None}
+    x, tokens = arguments["x"], arguments["routing_tokens"]
+    arguments |= {"x": exact(*x.shape), "routing_tokens": exact(*tokens.shape)}
+    (batch, n, d), routes = x.shape, tokens.shape[1]
+    if rng.random() < 0.5:
+        arguments["num_selected"] = rng.randint(1, arguments["block_size"] or n)
+    lengths = cut(rng, n, size)
+    by_place = {"weights": torch.randn(batch, routes, n), "tokens": torch.randn(batch, routes, n, d)}
+
+    use_triton = rng.random() < 0.5
+    whole, leaves = whole_of("route", arguments, use_triton)
+    loss_of_routed(by_place, sharded.Alone(), [n], whole).backward()
+    dims = {"x": 1} | ({} if arguments["mask"] is None else {"mask": 1})
+    loss = partial(loss_of_routed, by_place)
+    outs = ranks(size, sharded.operation, "route", lengths, {**arguments, "use_triton": use_triton}, dims, loss)
+    longest = max((owned(whole.indices, rank, lengths)).sum(-1).max() for rank in range(size))
+    for rank, ((indices, weights, routed), _) in enumerate(outs):
+        assert indices.shape[-1] == longest
+        for b in range(batch):
+            for r in range(routes):
+                own, there = owned(whole.indices[b, r], rank, lengths), indices[b, r] < lengths[rank]
+                check_same(there, torch.arange(longest) < own.sum())
+                check_same(indices[b, r][there] + sum(lengths[:rank]), whole.indices[b, r][own])
+                check_same(weights[b, r][there], whole.weights[b, r][own].detach())
+                check_same(routed[b, r][there], whole.tokens[b, r][own].detach())
+                assert not weights[b, r][~there].any()
+    torch.testing.assert_close(torch.cat([grads["x"] for _, grads in outs], dim=1), leaves["x"].grad)
+    shares = sum(grads["routing_tokens"] for _, grads in outs)
+    torch.testing.assert_close(shares, leaves["routing_tokens"].grad, rtol=1e-5, atol=1e-5)
+
+
+def owned(indices, rank, lengths):
+    start = sum(lengths[:rank])
+    return (indices >= start) & (indices < start + lengths[rank])
+
+
+@pytest.mark.parametrize("name", ["coor_descent", "soft_topk", "select", "topk", "route"])
+def test_a_mesh_is_taken_as_its_group_is(ranks, name):
+    rng = random.Random(0)
+    arguments = arguments_of(name, rng)
+    arguments["mask"] = None
+    tensor, dim = ("x", 1) if name == "route" else ("x", -1) if name == "topk" else ("scores", -1)
+    lengths = cut(rng, arguments[tensor].shape[dim], 2)
+    call = (name, lengths, arguments, {tensor: dim}, sharded.no_loss)
+    check_same(ranks(2, sharded.operation, *call, True), ranks(2, sharded.operation, *call))
+
+
+@pytest.mark.parametrize("masked", [0, 1])
+def test_ranks_without_a_mask_have_all_entries(ranks, masked):
+    scores, lengths = torch.randn(2, 9), [4, 5]
+    mask = torch.rand(2, 9) < 0.7
+    outs = ranks(2, sharded.masked_by_one, scores, mask, lengths, masked)
+    own = slice(0, 4) if masked == 0 else slice(4, 9)
+    everything = torch.ones_like(mask)
+    everything[:, own] = mask[:, own]
+    check_same(torch.cat(outs, dim=-1), reference.coor_descent(scores, n_iters=5, k=2, mask=everything))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "dtypes", "message"),
+    [
+        (
+            [(2, 4), (2, 0)],
+            2 * [torch.float32],
+            r"scores must be of at least one entry on each rank, got lengths \[4, 0\]",
+        ),
+        ([(2, 4), (3, 4)], 2 * [torch.float32], "scores must be of the dtype, and of the shape but for dimension -1"),
+        ([(4,), (2, 4)], 2 * [torch.float32], "scores must be of the dtype, and of the shape but for dimension -1"),
+        ([(4,), (4,)], [torch.float32, torch.float64], "scores must be of the dtype"),
+        ([(), ()], 2 * [torch.float32], "scores must be of a shape with the dimension -1"),
+    ],
+)
+def test_all_ranks_refuse_what_does_not_fit(ranks, shapes, dtypes, message):
+    outcomes = ranks.outcomes(2, sharded.of_shapes, shapes, dtypes)
+    assert all(failed and re.search(message, text) for failed, text in outcomes), outcomes
+
+
+def test_a_mesh_has_one_dimension(ranks):
+    outcomes = ranks.outcomes(3, sharded.on_mesh_of_two_dimensions)
+    assert all("mesh must be of one dimension" in text for _, text in outcomes), outcomes
+
+
+@pytest.mark.parametrize("mesh", [None, "cp", 2])
+def test_a_mesh_is_a_mesh(mesh):
+    with pytest.raises(ValueError, match="mesh must be a DeviceMesh or a ProcessGroup"):
+        parallel.coor_descent(torch.randn(4), n_iters=1, k=1, mesh=mesh)
