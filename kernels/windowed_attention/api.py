@@ -26,7 +26,8 @@ from kernels._common.attention import LARGEST_HEAD
 from kernels._common.launch import has_values, runs_triton
 from kernels._common.operation import Operation
 from kernels.windowed_attention import cpu
-from kernels.windowed_attention.triton import launch_backward, launch_forward
+from kernels.windowed_attention.backward import launch_backward
+from kernels.windowed_attention.forward import launch_forward
 from reference._shared.arguments import check_windows
 from reference._shared.autocast import autocast_dtype
 

@@ -31,7 +31,9 @@ from kernels.segmented_coor_descent import triton as segmented_kernels
 from kernels.select import triton as select_kernels
 from kernels.soft_topk import triton as soft_topk_kernels
 from kernels.topk import triton as topk_kernels
-from kernels.windowed_attention import triton as windowed_attention_kernels
+from kernels.windowed_attention import backward as windowed_backward
+from kernels.windowed_attention import bias_gradient
+from kernels.windowed_attention import forward as windowed_forward
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 """By the bytes of an entry."""
@@ -429,9 +431,9 @@ OPERATIONS = {
     ),
     "windowed_attention": Operation(
         (
-            windowed_attention_kernels._plan_forward,
-            windowed_attention_kernels._plan_backward,
-            windowed_attention_kernels._plan_bias_gradient,
+            windowed_forward._plan_forward,
+            windowed_backward._plan_backward,
+            bias_gradient._plan_bias_gradient,
         ),
         windowed_attention,
         _variants(masked=BOOL, causal=BOOL, kind=(None, "rotary", "bias")),
