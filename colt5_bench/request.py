@@ -70,6 +70,11 @@ _OPTIONS = {
         metavar="SECONDS",
         help=f"end the process of a case after this, and record an error (default: {TIME_LIMIT:g}); implies --isolate",
     ),
+    "energy": _option(
+        "--energy",
+        action="store_true",
+        help="measure the energy of calls on a GPU as well, by NVML; takes 4 seconds each",
+    ),
     "corpus": _option(
         "--corpus",
         type=Path,
@@ -92,7 +97,7 @@ SELECTING = ("suite", "impl", "cases")
 """Options that select from results."""
 
 MEASURING = (
-    *("preset", "impl", "cases", "device", "out", "resume", "shard", "isolate", "time_limit", "corpus"),
+    *("preset", "impl", "cases", "device", "out", "resume", "shard", "isolate", "time_limit", "energy", "corpus"),
     "compile_for",
 )
 """Options of a run, but for the suites."""
@@ -121,6 +126,7 @@ class Request:
     resume: bool = False
     isolate: bool = False
     time_limit: float | None = None
+    energy: bool = False
     corpus: Path | None = None
     """Data of suites that train, instead of their own."""
 
@@ -151,6 +157,7 @@ class Request:
             resume=options.resume,
             isolate=options.isolate,
             time_limit=None if options.time_limit is None else parse_seconds(options.time_limit),
+            energy=options.energy,
             corpus=None if options.corpus is None else options.corpus.absolute(),
             targets=tuple(options.compile_for),
         )
@@ -165,6 +172,7 @@ class Request:
             *(["--shard", str(self.shard)] if self.shard != WHOLE else []),
             *(["--isolate"] if self.isolate else []),
             *(["--time-limit", f"{self.time_limit:g}"] if self.time_limit is not None else []),
+            *(["--energy"] if self.energy else []),
             *(["--corpus", str(self.corpus)] if self.corpus is not None else []),
             *(f"--compile-for={target}" for target in self.targets),
         ]

@@ -39,6 +39,8 @@ class Session:
     def __init__(self, request: Request) -> None:
         self._request = request
         self._device = choose_device(request.device)
+        if request.energy:
+            self._refuse_without_meter()
         self._wanted = case_filter(request.cases)
         isolated = request.isolate or request.time_limit is not None
         self._measurer = Measurer(isolated=isolated, time_limit=request.time_limit or TIME_LIMIT)
@@ -137,6 +139,12 @@ class Session:
             if (group, name) not in self._records
         ]
 
+    def _refuse_without_meter(self) -> None:
+        try:
+            environment.EnergyMeter(self._device)
+        except environment.InstrumentError as error:
+            raise SelectionError(f"--energy needs a GPU whose energy NVML can tell: {error}.") from error
+
     def close(self) -> None:
         """See whether the code is still what it was, and let go of the results files."""
         for suite, before in self._environments.items():
@@ -176,6 +184,7 @@ class Session:
                 "",
                 max_seconds=MAX_SECONDS[self._request.preset],
                 targets=self._request.targets,
+                energy=self._request.energy,
             )
         return replace(
             self._conditions,

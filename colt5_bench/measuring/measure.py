@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from colt5_bench.case import Case
-from colt5_bench.measuring import memory, roofline, static_facts, timing, training
+from colt5_bench.measuring import energy, memory, roofline, static_facts, timing, training
 from colt5_bench.measuring.call import Call
 from colt5_bench.measuring.global_state import preserved
 from colt5_bench.measuring.oracle import Oracle
@@ -86,6 +88,9 @@ class Conditions:
     targets: tuple[int, ...] = ()
     """Compute capabilities times ten that kernels are compiled for where there is no GPU that they run on."""
 
+    energy: bool = False
+    """Whether to measure the energy of calls on a GPU."""
+
     corpus: Path | None = None
     """Data of suites that train, if the user names any."""
 
@@ -98,12 +103,10 @@ class Conditions:
         return GPU_COLUMNS if self.device.type == "cuda" else CPU_COLUMNS
 
     @classmethod
-    def on(
-        cls, device: torch.device, environment_key: str, *, max_seconds: float = 2.0, targets: Sequence[int] = ()
-    ) -> "Conditions":
-        """The conditions on a device, whose ceilings are measured for it."""
+    def on(cls, device: torch.device, environment_key: str, **options: Any) -> "Conditions":
+        """The conditions on a device, whose ceilings are measured for it. Options are the other fields."""
         ceilings = roofline.measure_ceilings(device)
-        return cls(device, environment.device_name(device), environment_key, ceilings, max_seconds, tuple(targets))
+        return cls(device, environment.device_name(device), environment_key, ceilings, **options)
 
 
 def measure(
@@ -276,6 +279,25 @@ def _measure_each(
             calls.pop(name, None)
             record.status, record.reason = "wrong", f"writes to its input {spoilt}"
     _time_correct(suite, calls, records, oracles, conditions, begin)
+    if conditions.energy:
+        correct = {name: call for name, call in calls.items() if records[name].status == "ok"}
+        _measure_energy(correct, records, conditions, begin)
+
+
+def _measure_energy(
+    calls: dict[str, Call], records: dict[str, Record], conditions: Conditions, begin: Callable[[str], None]
+) -> None:
+    """Without an answer of the instruments, times stand, and the disagreement of the instruments is infinite."""
+    meter = environment.EnergyMeter(conditions.device)
+    for name, call in calls.items():
+        begin(name)
+        with preserved(), _failing([records[name]], "energy: "):
+            call.renew()
+            try:
+                metrics = energy.measure_energy(call, meter, conditions.device).metrics()
+            except environment.InstrumentError:
+                metrics = {"energy_disagreement": inf}
+            records[name].metrics |= metrics
 
 
 def _time_correct(

@@ -66,6 +66,39 @@ def gpu_state(device: torch.device) -> GpuState | None:
     return GpuState(clock, reasons, **answers)
 
 
+class InstrumentError(RuntimeError):
+    """NVML cannot tell the energy or the power of a device; the message is for the user."""
+
+
+class EnergyMeter:
+    """NVML's counter of the energy that a GPU has taken, and its sensor of power.
+
+    Raises:
+        InstrumentError: the device has none.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._handle = _nvml_handle(device)
+        if self._handle is None:
+            raise InstrumentError(f"NVML knows no GPU {device}")
+        self.joules()
+        self.watts()
+
+    def joules(self) -> float:
+        """Reading of the counter, which begins anywhere."""
+        try:
+            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
+        except pynvml.NVMLError as error:
+            raise InstrumentError(f"NVML has no counter of energy: {error}") from error
+
+    def watts(self) -> float:
+        """Power at the moment, not the mean over a second that NVML has as well."""
+        (found,) = pynvml.nvmlDeviceGetFieldValues(self._handle, [pynvml.NVML_FI_DEV_POWER_INSTANT])
+        if found.nvmlReturn != pynvml.NVML_SUCCESS:
+            raise InstrumentError(f"NVML has no sensor of power: {pynvml.NVMLError(found.nvmlReturn)}")
+        return float(found.value.uiVal) / 1e3
+
+
 def device_name(device: torch.device) -> str:
     """Model name of a GPU, or of the processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()

@@ -14,10 +14,11 @@ import torch
 
 from colt5_bench.compare.findings import Verdict, verdict_on
 from colt5_bench.measuring import roofline
+from colt5_bench.measuring.energy import measure_energy
 from colt5_bench.measuring.rounds import CPU_COLUMNS, GPU_COLUMNS, Call
 from colt5_bench.measuring.spin import Spin
 from colt5_bench.measuring.timing import current, relative_interval, time_interleaved
-from colt5_bench.records.environment import device_name
+from colt5_bench.records.environment import EnergyMeter, InstrumentError, device_name
 from colt5_bench.records.samples import changes_in_turns, judge
 from colt5_bench.selftest import cuda_bench
 
@@ -44,6 +45,8 @@ WARM_GAIN = 0.1
 """Least extra time of a sum of numbers that come from memory over one of numbers in the L2."""
 
 LEAST_CHANGE = 0.02
+
+ENERGY_LIMIT = 0.05
 
 Outcome = Literal["passed", "failed", "unclear", "skipped"]
 
@@ -82,7 +85,7 @@ def verdict(before: Sequence[float], after: Sequence[float]) -> Verdict:
 
 
 def run(device: torch.device) -> Report:
-    """All checks, in about five seconds on a CPU and half a minute on a GPU."""
+    """All checks, in about five seconds on a CPU and 40 on a GPU."""
     with current(device):
         alarms, noise = check_equal(device)
         checks = [
@@ -91,6 +94,7 @@ def run(device: torch.device) -> Report:
             check_planted(device),
             check_copy(device),
             check_cold(device),
+            check_energy(device),
             *check_cuda_bench(device),
         ]
     return Report(device_name(device), noise, checks)
@@ -196,6 +200,22 @@ def check_cold(device: torch.device) -> Check:
     gain = fastest / warm
     outcome: Outcome = "passed" if gain >= 1 + WARM_GAIN and why is None else "failed"
     return Check(name, outcome, gain - 1, WARM_GAIN, "longer than with a warm one, at least", why or "")
+
+
+def check_energy(device: torch.device) -> Check:
+    """Twice the work takes twice the energy beyond the idle GPU's."""
+    name = "energy of twice the work"
+    try:
+        meter = EnergyMeter(device)
+        once = _work(device)
+        single, double = (measure_energy(call, meter, device) for call in (once, lambda: (once(), once())))
+    except InstrumentError as why:
+        return Check(name, "skipped", note=str(why))
+    if single.joules is None or double.joules is None:
+        disagreement = max(single.disagreement, double.disagreement)
+        return Check(name, "unclear", note=f"NVML's counter and sensor are {disagreement:.0%} apart")
+    error = double.joules / (2 * single.joules) - 1
+    return Check(name, "passed" if abs(error) <= ENERGY_LIMIT else "failed", error, ENERGY_LIMIT, "of it")
 
 
 def check_cuda_bench(device: torch.device) -> list[Check]:

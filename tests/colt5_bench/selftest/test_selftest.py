@@ -258,7 +258,7 @@ def test_all_checks_are_run(monkeypatch):
     monkeypatch.setattr(roofline, "CPU_COPY_BYTES", 2**24)
     report = checks.run(CPU)
     names = [check.name for check in report.checks]
-    assert len(names) == len(set(names)) == len(checks.DURATIONS["cpu"]) + 5
+    assert len(names) == len(set(names)) == len(checks.DURATIONS["cpu"]) + 6
     assert report.passed, report
 
 
