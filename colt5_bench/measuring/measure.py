@@ -287,7 +287,7 @@ def _measure_each(
 def _measure_energy(
     calls: dict[str, Call], records: dict[str, Record], conditions: Conditions, begin: Callable[[str], None]
 ) -> None:
-    """Without an answer of the instruments, times stand, and the disagreement of the instruments is infinite."""
+    """Add energy to the metrics. Times stand where an instrument fails, and the disagreement is infinite then."""
     meter = environment.EnergyMeter(conditions.device)
     for name, call in calls.items():
         begin(name)
