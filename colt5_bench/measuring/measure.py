@@ -89,7 +89,7 @@ class Conditions:
     """Compute capabilities times ten that kernels are compiled for where there is no GPU that they run on."""
 
     energy: bool = False
-    """Whether to measure the energy of calls on a GPU."""
+    """True if the energy of calls on a GPU is measured as well."""
 
     corpus: Path | None = None
     """Data of suites that train, if the user names any."""

@@ -174,8 +174,8 @@ def error_on_scale(record: Record) -> float | None:
 
 
 def reached(records: Sequence[Record], drawn: Sequence[Drawn]) -> list[float]:
-    """All that a vertical axis has to show: values, and the ends of their intervals as far as a decade beyond all
-    values. Noise may span many decades, and figures for these leave no room for the plot."""
+    """All that a vertical axis has to show: values, and the ends of intervals near them. Noise may span many decades,
+    and figures for these leave no room for the plot. So ends go a decade beyond all values at most."""
     pairs = [(record, each) for record in records for each in drawn]
     values = [value for record, each in pairs if (value := each.of(record)) is not None]
     ends = [end for record, each in pairs for end in each.interval(record) or () if 0 < end < inf]
