@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from colt5_bench.records.parts import read
 from colt5_bench.records.samples import runs_that_confirm
 from colt5_bench.request import declare
 from colt5_bench.selection import Guest, SelectionError, pick, split_guests
-from colt5_bench.startup import reports_of
+from colt5_bench.startup import is_outside, reports_of
 from colt5_bench.suite import Grid
 
 MOST_SHOWN = 4
@@ -41,13 +41,19 @@ def check_measuring(options: argparse.Namespace, suites: Mapping[str, Grid]) -> 
     """Refuse what cannot be measured, and tell guests from names.
 
     Raises:
-        SelectionError: no suite is named, one is named that there is not, the number of rounds is none, or a guest
-            cannot be loaded.
+        SelectionError: no suite is named, one is named that there is not or that a checkout has, the number of rounds
+            is none, or a guest cannot be loaded.
     """
     if not options.suite:
         raise SelectionError("revisions are measured: say which suites with --suite.")
     for name in options.suite:
         pick("suite", name, suites)
+    for name, file in options.files.items():
+        if not is_outside(file):
+            raise SelectionError(
+                f"{file} is in a folder suites/, and so of one checkout, where each revision has its own: move it to "
+                f"another folder, or name it as {name} if both revisions have it."
+            )
     if options.rounds < 1:
         raise SelectionError(f"--rounds has to be at least 1, got {options.rounds}.")
     options.impl, options.guests = split_guests(options.impl)
@@ -74,7 +80,8 @@ def compare_in_turns(
     """Measure two revisions in turns and compare them.
 
     Args:
-        options: those of `SELECTING` and `add_measuring`, and `device`.
+        options: those of `SELECTING` and `add_measuring`, `device`, and `files`, by the names of suites that stand
+            outside of the checkout. Such a file is the same for both revisions.
         checkout: of the repository.
         comparer: compares what was measured.
         revisions: the commit before and the one after.
@@ -88,9 +95,13 @@ def compare_in_turns(
         *(f"--impl={name}" for name in options.impl if name not in {guest.name for guest in options.guests}),
         *(f"--impl={_of_each(guest, checkout)}" for guest in options.guests),
     ]
-    with Alternating(checkout, revisions, selection, directory) as alternating:
+
+    def measure(suites: Iterable[str], cases: str) -> None:
         for _ in range(options.rounds):
-            alternating.measure(options.suite, options.cases)
+            alternating.measure([str(options.files.get(name, name)) for name in suites], cases)
+
+    with Alternating(checkout, revisions, selection, directory) as alternating:
+        measure(options.suite, options.cases)
         comparison = _compare(alternating, comparer, options)
         while alternating.turns < MOST_TURNS:
             # Every turn is a run more of what is unclear, or worse by few runs.
@@ -98,9 +109,7 @@ def compare_in_turns(
             if not (to_repeat := comparison.cases_to_repeat(runs)):
                 break
             _say_what_is_unsettled(comparison.unsettled(runs), alternating.turns)
-            cases = expression([case for cases in to_repeat.values() for case in cases])
-            for _ in range(options.rounds):
-                alternating.measure(list(to_repeat), cases)
+            measure(to_repeat, expression([case for cases in to_repeat.values() for case in cases]))
             comparison = _compare(alternating, comparer, options)
     return comparison
 

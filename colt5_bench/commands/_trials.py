@@ -149,6 +149,11 @@ def _slowed_columns(options: argparse.Namespace, suites: Mapping[str, Grid], rul
     if options.impl and OURS not in options.impl:
         raise SelectionError(f"--planted slows {OURS} down, which --impl leaves out.")
     for name in options.suite:
+        if name in options.files:
+            raise SelectionError(
+                f"--planted slows {OURS} down in a copy of the checkout, which {options.files[name]} is not part of: "
+                "name a suite of the checkout, or leave --planted out."
+            )
         if OURS not in suites[name].implementations or not suites[name].timed:
             raise SelectionError(f"--planted slows {OURS} down, which suite {name} does not time.")
         allowed = _most_allowed(name, device, columns, rules)

@@ -14,7 +14,7 @@ from colt5_bench.loading import load_suites
 from colt5_bench.records.parts import read
 from colt5_bench.report.comparison import FORMATS, append_summary, write
 from colt5_bench.request import SELECTING, declare
-from colt5_bench.selection import SelectionError, split_guests
+from colt5_bench.selection import SelectionError, split_guests, split_paths
 from colt5_bench.startup import check, find_checkout
 from colt5_bench.suite import Grid
 
@@ -22,6 +22,7 @@ EXAMPLES = f"""\
   python bench.py compare reports/baselines/nvidia-h200.jsonl reports/after
   python bench.py compare reports/before reports/after --suite coor_descent -k n=4096 --format markdown
   python bench.py compare main my-branch --suite coor_descent --impl reference --impl ours
+  python bench.py compare main my-branch --suite my_suite.py
 
 {STATUSES}"""
 
@@ -40,7 +41,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     checkout = find_checkout(Path.cwd().resolve())
     check(checkout)
-    suites = load_suites(checkout)
+    options.suite, options.files = split_paths(options.suite)
+    suites = load_suites(checkout, options.files)
     comparer = Comparer.of(options, suites)
     saved = [Path(name).exists() for name in (options.baseline, options.run)]
     if any(saved) and split_guests(options.impl)[1]:

@@ -13,7 +13,7 @@ from colt5_bench.commands import DONE, FAILURE, _trials
 from colt5_bench.compare import simulation
 from colt5_bench.loading import choose_device, load_suites
 from colt5_bench.request import declare
-from colt5_bench.selection import SelectionError
+from colt5_bench.selection import SelectionError, split_paths
 from colt5_bench.selftest import checks
 from colt5_bench.selftest.checks import Check, Report
 from colt5_bench.startup import check, find_checkout
@@ -54,7 +54,8 @@ def main(options: argparse.Namespace) -> int:
         print(simulation.markdown(rows))
         return DONE if all(map(simulation.meets_aim, rows)) else FAILURE
     if options.comparisons is not None:
-        return _trials.run(options, checkout, load_suites(checkout))
+        options.suite, options.files = split_paths(options.suite)
+        return _trials.run(options, checkout, load_suites(checkout, options.files))
     if options.suite or options.planted is not None:
         raise SelectionError("--suite and --planted are of --comparisons: say how many.")
     report = checks.run(choose_device(options.device))

@@ -105,6 +105,8 @@ class Alternating:
         """Where the results of each are."""
         self.turns = 0
         """Number of times that each was measured."""
+        self._suite_files: dict[str, str] = {}
+        """By the name of a suite that is of no checkout, a hash of its file."""
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -131,6 +133,10 @@ class Alternating:
 
     def measure(self, suites: Sequence[str], cases: str) -> None:
         """A round: all cases of the suites that satisfy the expression, once for each revision.
+
+        Args:
+            suites: names, and paths of those that are of no checkout.
+            cases: an expression.
 
         Raises:
             MeasuringError: a run ended otherwise than with results, or with those of other code.
@@ -163,7 +169,18 @@ class Alternating:
             if done.returncode not in MEASURED:
                 why = _last_line(done.stderr) or _last_line(done.stdout)
                 raise MeasuringError(f"{commit[:10]} ended with status {done.returncode}: {why}")
-            _refuse_other_code(read(out), commit)
+            run = read(out)
+            _refuse_other_code(run, commit)
+            self._refuse_other_files(run)
+
+    def _refuse_other_files(self, run: Run) -> None:
+        """All turns measure one suite, or there is nothing to compare."""
+        for environment in run.environments.values():
+            described: Any = environment
+            if (digest := described.get(provenance.SUITE_FILE)) is not None:
+                name = described["options"]["suite"]
+                if self._suite_files.setdefault(name, digest) != digest:
+                    raise MeasuringError(f"the file of suite {name} changed between two turns: start again")
 
 
 def _refuse_other_code(run: Run, commit: str) -> None:

@@ -61,6 +61,7 @@ OF_OURS = replace(
 """A suite of just what `ours()` and `reference()` are records of."""
 
 FAKE_BENCH = """
+import hashlib
 import json
 import random
 import subprocess
@@ -70,6 +71,9 @@ from pathlib import Path
 
 def vary(path, factor):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["options"] = {{"suite": suite.stem}}
+    if suite.suffix:
+        lines[0]["suite_file"] = hashlib.sha256(suite.read_bytes()).hexdigest()
     lines[0]["git"] = {{"revision": subprocess.check_output(["git", "rev-parse", "{head}"], text=True).strip()}}
     for line in lines:
         line["key" if "key" in line else "environment"] = str(path)
@@ -78,6 +82,7 @@ def vary(path, factor):
     path.write_text("".join(json.dumps(line) + chr(10) for line in lines))
 
 
+suite = Path(sys.argv[1].removeprefix("--suite="))
 out = Path(sys.argv[sys.argv.index("--out") + 1])
 out.mkdir(parents=True)
 here = Path(__file__).parent
@@ -85,6 +90,7 @@ here = Path(__file__).parent
 vary(out / "toy.jsonl", random.Random("/".join(out.parts[-3:])).gauss(1, {noise}))
 with Path("{log}").open("a") as log:
     print(here.name, *sys.argv[1:], file=log)
+{after}
 sys.exit({status})
 """
 """A bench.py that takes its results from a file beside it, each time with another offset, and says that it ran."""
@@ -193,10 +199,11 @@ class TestRevisions:
         monkeypatch.chdir(root)
         # In this process the packages are those of the real checkout.
         for name in ("check", "load_suites"):
-            monkeypatch.setattr(f"colt5_bench.commands.compare.{name}", lambda checkout: {"toy": toy.SUITE})
+            monkeypatch.setattr(f"colt5_bench.commands.compare.{name}", lambda *places: {"toy": toy.SUITE})
 
-        def commit(tag, *records, status=0, noise=0.001, head="HEAD", **more):
-            (root / "bench.py").write_text(FAKE_BENCH.format(log=log, status=status, noise=noise, head=head))
+        def commit(tag, *records, status=0, noise=0.001, head="HEAD", after="", **more):
+            text = FAKE_BENCH.format(log=log, status=status, noise=noise, head=head, after=after)
+            (root / "bench.py").write_text(text)
             (root / "results.jsonl").write_text(saved(f"{tag}.jsonl", *records, **more).read_text())
             git("add", ".")
             git("commit", "--message", tag)
@@ -243,6 +250,38 @@ class TestRevisions:
         compare("before", "after", "--suite", "toy", "--impl", guest, "--out", tmp_path / "out")
         seen = f"{tmp_path}/mine.py" if outside else "mine.py"
         assert all(f"--impl=mine={seen}:twice" in line for line in started())
+
+    @pytest.mark.parametrize("outside", [False, True])
+    def test_a_suite_of_ones_own_is_one_file_for_both(self, repository, tmp_path, outside):
+        commit, started = repository
+        file = (tmp_path if outside else Path()) / "toy.py"
+        file.touch()
+        commit("before", ours(1.0))
+        file.write_text("# Another, in the checkout of another revision.")
+        commit("after", ours(1.1))
+        assert compare("before", "after", "--suite", file, "--out", tmp_path / "out") == FAILURE
+        # As many turns more as confirm what is worse.
+        assert len(started()) > 2 * TURNS
+        assert all(f"--suite={file.absolute()} " in line for line in started())
+
+    def test_a_suite_that_changes_meanwhile_is_none(self, repository, tmp_path, capsys):
+        commit, _ = repository
+        (tmp_path / "toy.py").touch()
+        commit("before", ours(1.0), after="suite.write_text('# Now another.')")
+        commit("after", ours(1.0))
+        arguments = ("--suite", tmp_path / "toy.py", "--out", tmp_path / "out")
+        assert compare("before", "after", *arguments) == UNMEASURED
+        assert "the file of suite toy changed between two turns" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("command", [("compare", "before", "before"), ("selftest", "--comparisons", "1")])
+    def test_a_suite_of_a_checkout_is_that_of_each_revision(self, repository, tmp_path, capsys, monkeypatch, command):
+        commit, _ = repository
+        commit("before", ours(1.0))
+        for name in ("check", "load_suites"):
+            monkeypatch.setattr(f"colt5_bench.commands.selftest.{name}", lambda *places: {"toy": toy.SUITE})
+        file = tmp_path / "suites" / "toy.py"
+        assert cli.main([*command, "--suite", str(file), "--out", str(tmp_path / "out")]) == USAGE
+        assert f"{file} is in a folder suites/" in capsys.readouterr().err
 
     def test_saved_runs_have_no_guests(self, saved, capsys):
         run = saved("run.jsonl", ours(1.0))

@@ -152,6 +152,14 @@ class TestCommand:
         assert "slowed(SUITE, 'ours', 0.5)" in after
         assert "suites/combine.py" in after
 
+    def test_a_suite_of_ones_own_has_no_slower_copy(self, bench, tmp_path):
+        assert cli.main(["new-suite", str(tmp_path / "rows.py")]) == DONE
+        own = ("--suite", str(tmp_path / "rows.py"), "--preset", "smoke", "--comparisons", "1")
+        assert bench([Comparison([time("same")])], *own)[0] == DONE
+        status, printed, _ = bench([], *own, "--planted", "0.5")
+        assert status == USAGE
+        assert "name a suite of the checkout, or leave --planted out" in printed.err
+
     def test_on_a_gpu_its_own_times_have_to_show_it(self, bench, monkeypatch):
         """The host's clock has a wider threshold, and a longer kernel need not reach it."""
         monkeypatch.setattr(_trials, "choose_device", lambda name: torch.device("cuda"))
