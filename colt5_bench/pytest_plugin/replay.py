@@ -1,12 +1,11 @@
 """Reports of measured records to pytest and to pytest-benchmark."""
 
 from contextlib import suppress
-from dataclasses import asdict
-from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from colt5_bench.records.derived import summarised
 from colt5_bench.records.results import Record
 
 _now = 0.0
@@ -25,7 +24,7 @@ def replay(record: Record, benchmark: BenchmarkFixture) -> None:
     """
     if record.status == "skipped":
         pytest.skip(record.reason)
-    benchmark.extra_info.update(_extra_info(record))
+    benchmark.extra_info.update(summarised(record))
     if record.status != "ok":
         # A benchmark that raised is one that pytest-benchmark leaves out of its results.
         with suppress(_NotMeasured):
@@ -62,12 +61,3 @@ class _NotMeasured(Exception):
 
 def _raise_not_measured() -> None:
     raise _NotMeasured
-
-
-def _extra_info(record: Record) -> dict[str, Any]:
-    """The record without its samples, with the median of each time column in seconds."""
-    info = asdict(record)
-    for column, timing in info["timings"].items():
-        del timing["samples"]
-        timing["median"] = record.seconds(column)
-    return info

@@ -1,6 +1,7 @@
 """Figures derived from records: how cases are told apart, speed-ups, intervals, and short texts for all of these."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from math import inf, isfinite, isnan
 from statistics import geometric_mean
 from typing import Any, TypeVar
@@ -21,6 +22,15 @@ def group_by(records: Iterable[T], key: Callable[[T], object]) -> list[list[T]]:
     for record in records:
         groups.setdefault(key(record), []).append(record)
     return list(groups.values())
+
+
+def summarised(record: Record) -> dict[str, Any]:
+    """The record without its samples, with the median of each time column in seconds."""
+    info = asdict(record)
+    for column, timing in info["timings"].items():
+        del timing["samples"]
+        timing["median"] = record.seconds(column)
+    return info
 
 
 def varying_fields(records: Sequence[Record]) -> list[str]:

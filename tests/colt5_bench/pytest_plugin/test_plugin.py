@@ -12,9 +12,11 @@ import torch
 import torch._dynamo
 
 from colt5_bench.measuring import roofline
+from colt5_bench.records.lines import figures
 from colt5_bench.records.parts import merge
 from colt5_bench.records.provenance import Code
 from colt5_bench.records.results import Writer, load
+from colt5_bench.report.exchange import export
 from colt5_bench.startup import PACKAGES
 from tests.colt5_bench.repository import commit
 
@@ -87,6 +89,13 @@ def test_every_point_is_a_test_and_a_record(run, pytester):
         assert kept[point]["extra_info"]["column"] == "wall"
         assert kept[point]["extra_info"]["peak_bytes"] == record.peak_bytes
         assert kept[point]["group"] == f"rows=2,n=8 {record.direction}"
+    # So is what is made of the records later.
+    exported = {each["name"]: each for each in json.loads(export(taken, "pytest-benchmark"))["benchmarks"]}
+    assert len(exported) == len(benchmarks)
+    for benchmark in benchmarks:
+        made = exported[benchmark["name"]]
+        for entry in ("stats", "extra_info", "group", "param"):
+            assert figures(made[entry]) == benchmark[entry]
 
 
 def test_options_select(run, pytester):
