@@ -24,7 +24,7 @@ COMMANDS = {
     "compare": "say what became better or worse: between two saved runs, or two revisions that are measured in turns",
     "baseline": "make a run what later ones are compared with, and say what that changes",
     "merge": "join the results of `run --shard` into one file, if they belong together and none is missing",
-    "report": "write a run as one HTML page that needs no network, and as images, CSV or Parquet",
+    "report": "write a run as one HTML page that needs no network, as images, CSV or Parquet; several as a leaderboard",
     "export": "write a run as pytest-benchmark, github-action-benchmark, bencher.dev or flashinfer-bench read it",
     "history": "plot chosen cases over saved runs and revisions, oldest first",
     "selftest": "check that times are right on this machine: known durations, equal calls, a planted slowdown, a copy",

@@ -1,4 +1,4 @@
-"""`python bench.py report`: a run as a page, as images, and as a table for other programs."""
+"""`python bench.py report`: a run as a page, as images, and as a table for other programs; runs as a leaderboard."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,9 +10,10 @@ from colt5_bench.compare import Finding, read_baseline
 from colt5_bench.loading import load_suites
 from colt5_bench.records.derived import group_by
 from colt5_bench.records.parts import read
-from colt5_bench.records.results import Run, no_garbage
+from colt5_bench.records.results import Record, Run, no_garbage
 from colt5_bench.report.export import write_csv, write_parquet
 from colt5_bench.report.layout import View
+from colt5_bench.report.leaderboard import LEADERBOARD, write_leaderboard
 from colt5_bench.report.page import PAGE, write_page
 from colt5_bench.report.plots import write_plots
 from colt5_bench.selection import SelectionError
@@ -22,6 +23,7 @@ EXAMPLES = """\
   python bench.py report reports/baselines/nvidia-h200.jsonl --out reports/h200.html
   python bench.py report reports/gradients --out gradients.csv --out gradients.parquet
   python bench.py report reports/gradients --plots docs/figures
+  python bench.py report reports/h200 reports/h100 reports/laptop --out reports/leaderboard.html
   python bench.py report reports/after --baseline reports/baselines/nvidia-h200.jsonl
 """
 
@@ -29,14 +31,21 @@ ENDINGS = (".html", ".csv", ".parquet")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="a results file, or a directory with any")
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="a results file, or a directory with any; the page of several, of any machines, is a leaderboard",
+    )
     parser.add_argument(
         "--out",
         type=Path,
         action="append",
         default=[],
         metavar="FILE",
-        help=f"what to write, ending in {', '.join(ENDINGS)}; may be repeated (default: {PAGE} beside the results)",
+        help=f"what to write, ending in {', '.join(ENDINGS)}; may be repeated (default: {PAGE} beside the results, or "
+        f"{LEADERBOARD} here)",
     )
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write each plot there, as PNG and SVG")
     parser.add_argument(
@@ -50,17 +59,29 @@ def main(options: argparse.Namespace) -> int:
     for path in options.out:
         if path.suffix not in ENDINGS:
             raise SelectionError(f"--out {path} ends in {path.suffix!r}; it may end in {', '.join(ENDINGS)}.")
-    run = read(options.run)
-    if not run.records:
-        raise SelectionError(f"{options.run} holds no records.")
-    views = load_views()
+    runs = [read(path) for path in options.runs]
+    for run in runs:
+        if not run.records:
+            raise SelectionError(f"{run.path} holds no records.")
+    if len(runs) > 1:
+        return _leaderboard(options, runs)
+    (run,), views = runs, load_views()
     findings = _compare(options, run) if options.baseline else None
-    directory = options.run if options.run.is_dir() else options.run.parent
+    directory = run.path if run.path.is_dir() else run.path.parent
     for path in options.out or ([] if options.plots else [directory / PAGE]):
         print(_write(path, run, views, findings))
     if options.plots:
         for path in write_all_plots(run, views, options.plots):
             print(path)
+    return DONE
+
+
+def _leaderboard(options: argparse.Namespace, runs: Sequence[Run]) -> int:
+    if options.plots or options.baseline:
+        raise SelectionError(f"--plots and --baseline are for one run, got {len(runs)}.")
+    views, records = load_views(), [record for run in runs for record in run.records]
+    for path in options.out or [Path(LEADERBOARD)]:
+        print(write_leaderboard(path, runs, views) if path.suffix == ".html" else _write_table(path, records))
     return DONE
 
 
@@ -92,8 +113,12 @@ def write_all_plots(run: Run, views: dict[str, View], directory: Path) -> list[P
 def _write(path: Path, run: Run, views: dict[str, View], findings: Sequence[Finding] | None) -> Path:
     if path.suffix == ".html":
         return write_page(path, run, views, findings=findings)
+    return _write_table(path, run.records)
+
+
+def _write_table(path: Path, records: Sequence[Record]) -> Path:
     try:
-        return write_csv(path, run.records) if path.suffix == ".csv" else write_parquet(path, run.records)
+        return write_csv(path, records) if path.suffix == ".csv" else write_parquet(path, records)
     except ImportError as error:
         hint = "pip install -c constraints.txt -e '.[parquet]'"
         raise SelectionError(f"--out {path} needs pyarrow, which is not installed: {hint}") from error

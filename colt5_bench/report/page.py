@@ -7,7 +7,7 @@ from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
@@ -100,6 +100,15 @@ class Headline:
     note: str
 
 
+def template(name: str) -> Template:
+    """A template of a page."""
+    environment = Environment(
+        loader=PackageLoader("colt5_bench.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["short"] = short
+    return environment.get_template(name)
+
+
 def write_page(
     path: Path, run: Run, views: Mapping[str, View], *, title: str = "", findings: Sequence[Finding] | None = None
 ) -> Path:
@@ -112,13 +121,9 @@ def write_page(
         title: what the page calls itself, if not by its suites.
         findings: what a comparison with a baseline says, which stands at the top; None without a baseline.
     """
-    templates = Environment(
-        loader=PackageLoader("colt5_bench.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    templates.filters["short"] = short
     suites = group_by(run.records, lambda record: record.suite)
     sections = [_section(own, views.get(own[0].suite, View())) for own in suites]
-    page = templates.get_template("page.html").render(
+    page = template("page.html").render(
         title=title or ", ".join(section.name for section in sections) or "No records",
         subtitle=", ".join(dict.fromkeys(record.device for record in run.records)),
         endings=_count_endings(run.records),

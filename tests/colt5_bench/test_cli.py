@@ -181,7 +181,7 @@ def test_what_a_run_would_be_measured_under(here, capsys):
         (["--suite", "coor_descent", "--time-limit", "soon"], ["no time limit of 'soon'", "seconds above 0"]),
         (["--suite", "coor_descent", "--out", "/dev/null/results"], ["cannot use /dev/null/results: Not a directory"]),
         (["--suite", "topk", "--profile", "torch", "--shard", "1/2"], ["--profile records nothing", "--shard"]),
-        (["histroy"], ["no command 'histroy'", "report, history", "Did you mean history?"]),
+        (["histroy"], ["no command 'histroy'", "report, export, history", "Did you mean history?"]),
         ([], ["--suite", "coor_descent", "gradients"]),
     ],
 )

@@ -1,8 +1,4 @@
-"use strict";
-
 const data = JSON.parse(document.getElementById("data").textContent);
-const root = document.documentElement;
-const find = (selector, within = document) => within.querySelector(selector);
 
 /** An element with its properties and children. */
 function make(tag, properties = {}, ...children) {
@@ -11,40 +7,12 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-/* Theme: that of the system until the button says otherwise. */
-
-const dark = matchMedia("(prefers-color-scheme: dark)");
-const remember = (theme) => { try { localStorage.setItem("theme", theme); } catch { /* a page from disk may have no storage */ } };
-const remembered = () => { try { return localStorage.getItem("theme"); } catch { return null; } };
-
 /* Plots that are drawn, of all that there are. On paper every one is, dark on light, and as wide as the paper. */
 
 const figures = [], drawn = new Set();
-let printing = false, choice = remembered();
 
-function setTheme() {
-  root.dataset.theme = printing ? "light" : choice ?? (dark.matches ? "dark" : "light");
-  drawn.forEach((figure) => figure.draw());
-}
-
-setTheme();
-dark.addEventListener("change", setTheme);
-find("#theme").addEventListener("click", () => {
-  choice = root.dataset.theme === "dark" ? "light" : "dark";
-  remember(choice);
-  setTheme();
-});
-
-function setPrinting(on) {
-  if (printing === on) return;
-  printing = on;
-  figures.forEach((figure) => drawn.add(figure));
-  setTheme();
-}
-
-addEventListener("beforeprint", () => setPrinting(true));
-addEventListener("afterprint", () => setPrinting(false));
-matchMedia("print").addEventListener("change", (event) => setPrinting(event.matches));
+onTheme.push(() => drawn.forEach((figure) => figure.draw()));
+onPrinting.push(() => figures.forEach((figure) => drawn.add(figure)));
 
 /* Plots: a card is drawn when it comes near the window, and anew when a choice or the theme changes. */
 
@@ -241,7 +209,7 @@ for (const column of COMMON) {
 }
 find("#filters").addEventListener("submit", (event) => event.preventDefault());
 find("#words").addEventListener("input", (event) => {
-  state.words = event.target.value.toLowerCase().split(/\s+/).filter(Boolean);
+  state.words = wordsOf(event.target.value);
   restart();
 });
 find("#more").addEventListener("click", () => { state.shown += PAGE; show(); });

@@ -3,6 +3,7 @@
 import os
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from math import nan
 from time import perf_counter
 
@@ -12,6 +13,7 @@ from colt5_bench.compare import Finding
 from colt5_bench.records.results import Run
 from colt5_bench.report.colours import colour
 from colt5_bench.report.layout import View
+from colt5_bench.report.leaderboard import write_leaderboard
 from colt5_bench.report.page import write_page
 from tests.colt5_bench.made import BOTH, FORWARD, diverging, record, timed
 
@@ -360,3 +362,41 @@ def test_a_figure_shows_its_interval_and_none_that_may_be_1_is_a_change(opened, 
     assert page.locator(".tiles li").count() == 1 + page.locator(".tiles", has_text="gradient error").count()
     draw_all(page)
     assert page.locator(".card").first.locator(".errorbar").count() == 6
+
+
+@pytest.fixture(scope="module")
+def leaderboard(tmp_path_factory):
+    """500 points of two suites on three machines with names of any length."""
+    machines = ("Toy GPU", "A machine with a rather long name, such as processors have", "Other GPU")
+    records = [
+        replace(timed(name, factor * n, "cold", direction=direction, n=n), suite=suite, device=machine, environment="a")
+        for suite in ("toy", "a_rather_long_name_of_a_suite")
+        for n in range(1, 126)
+        for direction in (FORWARD, BOTH)
+        for machine in machines
+        for name, factor in (("ours", 1), ("reference", 2), ("a_rather_long_name_of_an_implementation", 2))
+    ]
+    path = tmp_path_factory.mktemp("leaderboard") / "leaderboard.html"
+    return write_leaderboard(path, [Run(path, {"a": ENVIRONMENT}, records)], {}).as_uri()
+
+
+@pytest.mark.parametrize(("viewport", "scheme"), [(WIDE, "light"), (PHONE, "dark")])
+def test_a_leaderboard_is_searched(browser, leaderboard, viewport, scheme):
+    with opening(browser, leaderboard) as opened:
+        page = opened(viewport, scheme)
+        count, rows = page.locator("#count"), page.locator(".board tbody tr:visible")
+        assert count.inner_text() == "500 of 500 points"
+        assert page.evaluate("document.documentElement.dataset.theme") == scheme
+        page.get_by_role("button", name="Switch between").click()
+        assert page.evaluate("document.documentElement.dataset.theme") != scheme
+        # Nothing but what scrolls by itself is wider than the window.
+        assert page.evaluate("document.documentElement.scrollWidth") == viewport["width"]
+        page.get_by_label("contains").fill("TOY n=7 backward")
+        assert count.inner_text() == f"{rows.count()} of 500 points"
+        assert rows.count() == len([n for n in range(1, 126) if str(n).startswith("7")])
+        assert page.locator("#boards section:visible h2").all_inner_texts() == ["toy"]
+        fastest = rows.first.locator("td:nth-child(3) li").first
+        assert fastest.locator(".name").inner_text() == "ours"
+        assert fastest.locator(".place").inner_text() == "first"
+        page.get_by_label("contains").fill("nowhere")
+        assert (count.inner_text(), rows.count()) == ("0 of 500 points", 0)
