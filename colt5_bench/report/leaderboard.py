@@ -160,7 +160,6 @@ def rank(records: Sequence[Record], column: str) -> dict[Group, list[Entry]]:
     timed = [record for record in records if record.seconds(column) is not None]
     timed.sort(key=lambda record: record.seconds(column) or 0.0)
     uncertain = dict(zip(map(id, timed), time_intervals(timed, column), strict=True))
-    # What other implementations do is less or something else if its least cost is not that of the operation.
     fastest = {own[0].group: own[0] for own in group_by(filter(_has_a_place, timed), lambda record: record.group)}
     behind = _behind(timed, fastest, column)
     tied = {record.group for record in timed if _has_a_place(record) and _is_tied(behind.get(id(record)))}
@@ -183,6 +182,7 @@ def rank(records: Sequence[Record], column: str) -> dict[Group, list[Entry]]:
 
 
 def _has_a_place(record: Record) -> bool:
+    """True if it does the work of the operation: the least cost of this is its own only then."""
     return record.minimum_bytes is not None
 
 
