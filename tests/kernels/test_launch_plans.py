@@ -3,10 +3,13 @@
 import itertools
 import os
 import random
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+import triton
 from triton.runtime.jit import JITFunction
 
 import kernels
@@ -14,6 +17,8 @@ from colt5_bench.measuring.static_facts import compiled_kernels
 from kernels._common.launch import INTERPRETED, PLANNERS, triton_for_cpu_tensors
 from tests.calls import inputs_of, layer_of, results
 from tests.kernels.plans import OPERATIONS, cases_of, sizes_of
+
+ROOT = Path(__file__).parents[2]
 
 EVERY = "EVERY_PLAN" in os.environ
 
@@ -44,12 +49,21 @@ class Spill(NamedTuple):
 
 HALF = {"BLOCK_D": 128, "PRECISION": "ieee", "TILE": 64}
 
+PINNED = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))["triton"]
+
+BY_ANOTHER_COMPILER = 64
+"""Bytes that a kernel may spill where the version of Triton is not the pinned one, of which `KNOWN` says all. Each
+version allocates registers in its own way."""
+
 KNOWN = (
     Spill("coor_descent", 120, "_backward_kernel", {"WIDTH": 1024, "HAS_K": True}, 8),
     Spill("topk", 120, "_topk_kernel", {"WIDTH": 512, "SELECTED": 32}, 8),
     *(Spill("select", 90, "_select_kernel", {"LISTED": listed}, 32) for listed in (2048, 4096)),
     *(Spill("select", 120, "_select_kernel", {"LISTED": listed}, 56) for listed in (1024, 2048, 4096)),
-    Spill("routing_scores", 120, "_gradient_kernel", {"ROUTES": 8}, 8),
+    *(Spill("routing_scores", 120, "_gradient_kernel", {"ROUTES": routes}, 8) for routes in (4, 8)),
+    Spill("routing_scores", 90, "_gradient_kernel", {"ROUTES": 2, "COSINE": True}, 8),
+    Spill("gathered_gradients", 90, "_gradient_kernel", {"ROUTES": 2, "COSINE": True}, 8),
+    Spill("gathered_gradients", 120, "_gradient_kernel", {"ROUTES": 8}, 8),
     *(Spill("gathered_gradients", target, "_gathered_kernel", {"ROUTES": 1}, 16) for target in SHARED),
     Spill("normalize", 120, "_backward_kernel", {"BLOCK_D": 8192}, 32),
     Spill("combine", 90, "_backward_kernel", {"BLOCK_D": 4}, 8),
@@ -62,8 +76,12 @@ KNOWN = (
     Spill("windowed_attention", 120, "_backward_kernel", {"BLOCK_D": 64, "BLOCK": 64, "TILE": 16}, 48),
     Spill("windowed_attention", 120, "_backward_kernel", {"BLOCK_D": 64, "BLOCK": 16}, 16),
     Spill("windowed_attention", 120, "_backward_kernel", {"BLOCK_D": 128, "BLOCK": 16}, 32),
+    Spill("gathered_attention", 80, "_query_kernel", {"DIM": 32, "PRECISION": "tf32"}, 8),
     Spill("gathered_attention", 80, "_key_value_kernel", {"DIM": 64, "PRECISION": "tf32", "WEIGH_KEYS": False}, 8),
-    Spill("gathered_attention", 120, "_key_value_kernel", {"DIM": 64, "PRECISION": "tf32", "WEIGH_KEYS": True}, 8),
+    Spill("gathered_attention", 80, "_key_value_kernel", {"DIM": 64, "PRECISION": "tf32", "WEIGH_KEYS": True}, 32),
+    Spill("gathered_attention", 120, "_key_value_kernel", {"DIM": 64, "PRECISION": "tf32", "WEIGH_KEYS": False}, 40),
+    Spill("gathered_attention", 120, "_key_value_kernel", {"DIM": 64, "PRECISION": "tf32", "WEIGH_KEYS": True}, 72),
+    Spill("gathered_attention", 120, "_key_value_kernel", {"DIM": 32, "PRECISION": "tf32x3"}, 24),
     Spill("routed_attention", 80, "_query_kernel", HALF, 8),
     Spill("routed_attention", 80, "_key_value_kernel", HALF, 8),
     Spill("routed_attention", 120, "_query_kernel", HALF, 8),
@@ -196,7 +214,8 @@ def faults_of_cases(name, cases):
         assert not plan.programs or any(follows(kernel, plan) for kernel in compiled), (name_of(planner), sizes)
         for kernel in compiled:
             known = [spill for spill in KNOWN if spill.is_of(name, kernel, target)]
-            found |= {f"{fault}: {kernel}" for fault in faults_of(kernel, target, sum(spill.most for spill in known))}
+            spared = sum(spill.most for spill in known) if triton.__version__ == PINNED else BY_ANOTHER_COMPILER
+            found |= {f"{fault}: {kernel}" for fault in faults_of(kernel, target, spared)}
             for spill in known:
                 spilled[str(spill)] = spilled.get(str(spill), 0) + kernel["spilled_bytes"]
     return found, [spill for spill, any_bytes in spilled.items() if not any_bytes]
