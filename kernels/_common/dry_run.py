@@ -68,7 +68,7 @@ def _launches_of(
     tells fewer launches, or none. One with hooks inside tells none. Nor does one that is called within a backward pass,
     as from a checkpoint: this holds the one thread of its GPU, which the backward pass of a dry run would wait for.
     """
-    if _has_hooks(layer) or torch._C._current_graph_task_id() != -1:
+    if _has_hooks(layer) or _is_sharded(layer) or torch._C._current_graph_task_id() != -1:
         return
 
     def step(dry_run: DryRun, lengths: Mapping[int, int]) -> None:
@@ -117,6 +117,11 @@ def _has_hooks(layer: nn.Module) -> bool:
         for each in layer.modules()
         if each is not layer
     ) or any(each._backward_hooks for each in layer.parameters())
+
+
+def _is_sharded(layer: nn.Module) -> bool:
+    """True if a call exchanges tensors with other processes, which take part in no dry run."""
+    return getattr(getattr(layer, "operations", None), "shards_of", None) is not None
 
 
 def _without_values(x: Tensor, lengths: Mapping[int, int]) -> Tensor:

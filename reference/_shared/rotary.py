@@ -20,9 +20,9 @@ def rotary_angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype)
     return torch.cat((angles, angles), dim=-1)
 
 
-def places(n: int, device: torch.device) -> Tensor:
-    """Positions `n 1` of a sequence."""
-    return torch.arange(n, device=device)[:, None]
+def places(n: int, device: torch.device, start: int = 0) -> Tensor:
+    """Positions `n 1` of a sequence, or from a start on."""
+    return torch.arange(start, start + n, device=device)[:, None]
 
 
 def places_of_map(height: int, width: int, device: torch.device) -> Tensor:

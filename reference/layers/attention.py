@@ -124,7 +124,7 @@ class ConditionalRoutedAttention(RoutedBranch):
             residual = together.x if residual is x else residual
         rotations = None
         if self.rotary_emb is not None:
-            angles = self.rotary_emb(x.shape[1])
+            angles = self.rotary_emb(x.shape[1], self.operations.start(x))
             rotations = Rotations(angles_at(angles, q.indices), angles_at(angles, kv.indices))
         light = None
         if self.light_attn is not None and together is not None:

@@ -138,28 +138,33 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         num_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
         num_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
         check_counts(num_heavy_tokens_q=num_q, num_heavy_tokens_kv=num_kv)
-        n, size = x.shape[1], self.heavy_window_size
-        if n <= size:
+        self.q_router.check_random(random_route)
+        size = self.heavy_window_size
+        if self.operations.length(x) <= size:
             return self.light_attn(x)
 
         rounded = self.round_weights(x, self.light_attn)
         light = self.light_attn(x, rounded=rounded)
+        x_from = self.operations.with_window_before(x, size)
+        n, before = x_from.shape[1], x_from.shape[1] - x.shape[1]
         more = missing(n, size)
-        padded = x if is_certain(more == 0) else F.pad(x, (0, 0, 0, more))
+        padded = x_from if is_certain(more == 0) else F.pad(x_from, (0, 0, 0, more))
         q = self._route_queries(padded, n, num_q, routing_tokens_q, random_route)
-        kv = self._route_windows(padded, num_kv, routing_tokens_kv, random_route)
-        return self._attend_windows(x, q, kv, rounded, light)
+        kv = self._route_windows(padded[:, before:], before, num_kv, routing_tokens_kv, random_route)
+        return self._attend_windows(x, before, q, kv, rounded, light)
 
-    def _attend_windows(self, x: Tensor, q: RouterReturn, kv: Selection, rounded: Rounded, light: Tensor) -> Tensor:
+    def _attend_windows(
+        self, x: Tensor, before: int, q: RouterReturn, kv: Selection, rounded: Rounded, light: Tensor
+    ) -> Tensor:
         """The heavy branch for tokens `b n d`, from the second window on, added to the light one. Tokens are as the
-        routers see them: q is `b w i` of each window, with its places in the sequence; kv are lists `b w r s` of tokens
-        of the sequence. Keys and values are projected once for all windows."""
+        routers see them: q is `b w i` of each window, with its places from `before` tokens ahead of x; kv are lists
+        `b w r s` of tokens of the sequence. Keys and values are projected once for all windows."""
         attention, size, n = self.heavy_attn, self.heavy_window_size, x.shape[1]
         key_value = attention.project(rearrange(x, "b n d -> b 1 n d"), self.kv_router.num_routing_tokens, rounded)
         rotations = None
         if self.rotary_emb is not None:
-            angles = self.rotary_emb(n)
-            rotations = Rotations(angles_at(angles, q.indices), angles)
+            angles = self.rotary_emb(before + n, self.operations.start(x) - before)
+            rotations = Rotations(angles_at(angles, q.indices), angles[before:])
         out = attention(
             q.routed_tokens,
             key_value=key_value,
@@ -171,9 +176,10 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             indices=kv.indices,
         )
         assert q.indices is not None
-        branches: dict[str, Any] = {"null": self.null_q_token, "light": light, "start": size}
-        out = out.flatten(1, 2)
-        return join(self.operations.combine, out, q.scores.flatten(1), q.indices.flatten(1), x, **branches)
+        branches: dict[str, Any] = {"null": self.null_q_token, "light": light, "start": size - before}
+        out, indices = out.flatten(1, 2), q.indices.flatten(1)
+        indices = indices - before if before else indices
+        return join(self.operations.combine, out, q.scores.flatten(1), indices, x, **branches)
 
     def _route_queries(
         self, padded: Tensor, n: int, num_tokens: int, routing_tokens: Tensor | None, random_route: bool
@@ -186,14 +192,15 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             places = torch.arange(size, padded.shape[1], device=padded.device).view(-1, size)
             return RouterReturn(places.expand(tokens.shape[:3]), tokens.new_ones(tokens.shape[:3]), tokens, None)
 
-        if not self.causal_query_routing and not random_route and router.takes_windows(size):
+        takes_windows = router.takes_windows(size) and self.operations.shards_of is None
+        if not self.causal_query_routing and not random_route and takes_windows:
             routed = router.route_windows(padded[:, size:n], size, num_tokens, routing_tokens)
             windows = padded.shape[1] // size - 1
             indices, weights, tokens = (rearrange(each, "b 1 (w i) ... -> b w i ...", w=windows) for each in routed)
             return RouterReturn(indices + size, weights.to(padded.dtype), tokens, None)
 
         scores = rearrange(router.score(padded, routing_tokens), "b 1 (w i) -> b w i", i=size)
-        starts = self._starts(n, padded.device)
+        starts = self._starts(ceil_div(n, size) - 1, padded.device)
         exists = starts + torch.arange(size, device=padded.device) < n
         if self.causal_query_routing:
             selection = self._select_causally(scores[:, :-1], scores[:, 1:], exists, num_tokens, random_route)
@@ -222,37 +229,42 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         return self.q_router.weighed(order.masked_fill(~chosen, scores.shape[-1]), weights, chosen)
 
     def _route_windows(
-        self, padded: Tensor, num_tokens: int, routing_tokens: Tensor | None, random_route: bool
+        self, padded: Tensor, before: int, num_tokens: int, routing_tokens: Tensor | None, random_route: bool
     ) -> Selection:
-        """Keys and values of each window but the first, from the tokens before it: `b w r s`.
+        """Keys and values of each window but the sequence's first, from the tokens before it: `b w r s`.
 
         On the way of the kernels, scores are not copied for each window; they take neither the exact solver nor blocks.
         """
-        batch, n, _ = padded.shape
+        operations = self.operations
+        n, first = operations.length(padded), operations.start(padded) - before
+        windows = (before + padded.shape[1]) // self.heavy_window_size - 1
         if n <= num_tokens:
-            before = self._before_windows(n, padded.device)
-            mask = before.expand(batch, before.shape[0], self.kv_router.num_routing_tokens, n)
+            is_before = self._before_windows(n, windows, padded.device, first)
+            mask = is_before.expand(padded.shape[0], windows, self.kv_router.num_routing_tokens, n)
             indices = torch.arange(n, device=padded.device).expand(mask.shape)
             return Selection(indices, padded.new_ones(mask.shape), mask)
-        selection = self._select_before(self.kv_router.score(padded, routing_tokens), num_tokens, random_route)
+        scores = operations.whole_rows(self.kv_router.score(padded, routing_tokens), padded)
+        selection = self._select_before(scores, windows, first, num_tokens, random_route)
         return selection._replace(weights=selection.weights.to(padded.dtype))
 
-    def _starts(self, n: int, device: torch.device) -> Tensor:
-        """Where each window of n tokens but the first begins: `w 1`."""
-        windows = ceil_div(n, self.heavy_window_size)
+    def _starts(self, windows: int, device: torch.device, first: int = 0) -> Tensor:
+        """Where so many windows begin, `w 1`, of which one more is ahead; that begins at `first`."""
         size = self.heavy_window_size
-        return torch.arange(size, windows * size, size, device=device)[:, None]
+        return torch.arange(first + size, first + (windows + 1) * size, size, device=device)[:, None]
 
-    def _before_windows(self, n: int, device: torch.device) -> Tensor:
-        """A mask `w 1 n` of the tokens, of n, that are before each window but the first."""
-        return (torch.arange(n, device=device) < self._starts(n, device)).unsqueeze(1)
+    def _before_windows(self, n: int, windows: int, device: torch.device, first: int) -> Tensor:
+        """A mask `w 1 n` of the tokens, of n, that are before each of these windows."""
+        return (torch.arange(n, device=device) < self._starts(windows, device, first)).unsqueeze(1)
 
-    def _select_before(self, scores: Tensor, num_tokens: int, random_route: bool) -> Selection:
-        """From scores `b r n` what each window but the first selects of the tokens before it: `b w r s`."""
+    def _select_before(
+        self, scores: Tensor, windows: int, first: int, num_tokens: int, random_route: bool
+    ) -> Selection:
+        """Selections `b w r s` of so many windows, from the tokens before each, by scores `b r n` of the sequence. The
+        window ahead of these begins at `first`."""
         router, n = self.kv_router, scores.shape[-1]
         if random_route or self._route_prefixes is None or not router.operations.are_fused_for(scores):
-            before = self._before_windows(n, scores.device)
-            rows = repeat(scores, "b r n -> b w r n", w=before.shape[0])
+            before = self._before_windows(n, windows, scores.device, first)
+            rows = repeat(scores, "b r n -> b w r n", w=windows)
             return router.select(rows, num_tokens, before, random_route)
         routed: PrefixSelection = self._route_prefixes(
             scores,
@@ -262,4 +274,8 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             **router.relaxation(num_tokens, n),
             straight_through=router.straight_through,
         )
-        return Selection(*routed)
+        if self.operations.shards_of is None:
+            return Selection(*routed)
+        own = slice(first // self.heavy_window_size, first // self.heavy_window_size + windows)
+        mask = None if routed.mask is None else routed.mask[:, own]
+        return Selection(routed.indices[:, own], routed.weights[:, own], mask)

@@ -107,5 +107,8 @@ class ConditionalRoutedCrossAttention(RoutedBranch):
         kv = self.route_context(context, num_kv, context_mask, routing_tokens_kv, rounded)
         rotations = None
         if self.rotary_emb:
-            rotations = self.rotations(q, kv, places(x.shape[1], x.device), places(context.shape[1], x.device))
+            of_tokens, of_context = (
+                places(each.shape[1], x.device, self.operations.start(each)) for each in (x, context)
+            )
+            rotations = self.rotations(q, kv, of_tokens, of_context)
         return self.attend_routed(x, q, kv, rounded, rotations)

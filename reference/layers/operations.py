@@ -64,6 +64,9 @@ class Operations:
     replay: Operation | None = None
     """Plays calls of layers with kernels from tapes, but where `kernels.played` has switched it off."""
 
+    shards_of: Operation | None = None
+    """Tells who holds which tokens of the sequence that `b n d` is a part of; None where sequences are whole."""
+
     @classmethod
     def of(cls, use_triton: "UseTriton") -> "Operations":
         """Kernels if `use_triton`, plain PyTorch if not, and for None kernels for CUDA tensors alone. `Operations` are
@@ -86,6 +89,22 @@ class Operations:
     def are_fused_for(self, x: Tensor) -> bool:
         """True if a tensor goes to the kernels."""
         return x.is_cuda if self.use_triton is None else self.use_triton
+
+    def length(self, x: Tensor) -> int:
+        """Number of tokens of the sequence that x `b n d` is, or is a part of."""
+        return x.shape[1] if self.shards_of is None else self.shards_of(x).total
+
+    def start(self, x: Tensor) -> int:
+        """Place of the first token of x `b n d` in its sequence."""
+        return 0 if self.shards_of is None else self.shards_of(x).start
+
+    def with_window_before(self, x: Tensor, window_size: int) -> Tensor:
+        """Tokens `b n d`, after those of the window before them that another rank holds."""
+        return x if self.shards_of is None else self.shards_of(x).with_window_before(x, window_size)
+
+    def whole_rows(self, scores: Tensor, x: Tensor) -> Tensor:
+        """Scores `b r n` of the whole sequence of x, from those of x `b n d`."""
+        return scores if self.shards_of is None else self.shards_of(x).gather_for_each(scores, -1, "scores")
 
     def path(self, name: str) -> str:
         """Who computes an operation, for people."""

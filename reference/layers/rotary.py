@@ -39,10 +39,10 @@ class RotaryEmbedding(nn.Module):
         exponents = torch.arange(0, dim, 2, dtype=torch.get_default_dtype()) / dim
         self.register_buffer("inv_freq", theta**-exponents)
 
-    def forward(self, seq_len: int) -> Tensor:
+    def forward(self, seq_len: int, start: int = 0) -> Tensor:
         # A module in half precision has its buffer rounded, by which later positions would be off by several turns.
         dtype = torch.promote_types(self.inv_freq.dtype, torch.float32)
-        return rotary_angles(places(seq_len, self.inv_freq.device), self.dim, self.theta, dtype)
+        return rotary_angles(places(seq_len, self.inv_freq.device, start), self.dim, self.theta, dtype)
 
 
 def angles_at(angles: Tensor, indices: Tensor | None) -> Tensor:

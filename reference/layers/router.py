@@ -53,6 +53,19 @@ class RouterReturn(NamedTuple):
     routed_mask: Tensor | None
 
 
+def is_selected(x: Tensor, mask: Tensor | None, indices: Tensor, more: int) -> Tensor | None:
+    """A mask of routed tokens of `b n d` from that of all, `b n`; None where all belong to the routed ones.
+
+    Args:
+        indices: `b r k`, of which some may be past the end by less than `more`.
+    """
+    if mask is None and is_certain(more == 0):
+        return None
+    there = x.new_ones((1, x.shape[1]), dtype=torch.bool) if mask is None else mask
+    filled_up = there if is_certain(more == 0) else F.pad(there, (0, more))
+    return filled_up[:, None].expand(*indices.shape[:2], -1).gather(-1, indices)
+
+
 # By this name a router that `torch.export` has saved is loaded.
 _register_namedtuple(RouterReturn, serialized_type_name="reference.router.RouterReturn")
 
@@ -172,13 +185,14 @@ class CoordinateDescentRouter(nn.Module):
         """
         check_tokens(x, self.dim, mask)
         check_counts(num_tokens=num_tokens)
-        routes = self.num_routing_tokens
-        if x.shape[1] <= num_tokens:
+        self.check_random(random_route)
+        routes, n = self.num_routing_tokens, self.operations.length(x)
+        if n <= num_tokens:
             routed_mask = None if mask is None else repeat(mask, "b n -> b r n", r=routes)
             scores = x.new_ones(x.shape[0], routes, x.shape[1])
             routed = RouterReturn(None, scores, repeat(x, "b n d -> b r n d", r=routes), routed_mask)
         else:
-            routed = self._route_some(x, self._routing_tokens(x, routing_tokens), num_tokens, mask, random_route)
+            routed = self._route_some(x, self._routing_tokens(x, routing_tokens), n, num_tokens, mask, random_route)
         if keep_one_route_dim or routes > 1:
             return routed
         indices, scores, tokens, routed_mask = routed
@@ -189,32 +203,38 @@ class CoordinateDescentRouter(nn.Module):
             None if routed_mask is None else routed_mask.squeeze(1),
         )
 
+    def check_random(self, random_route: bool) -> None:
+        """Ranks that hold parts of a sequence would draw other numbers each."""
+        if random_route and self.operations.shards_of is not None:
+            raise NotImplementedError("random_route must be False for a sequence that is sharded, got True")
+
     def _route_some(
-        self, x: Tensor, routing_tokens: Tensor, num_tokens: int, mask: Tensor | None, random_route: bool
+        self, x: Tensor, routing_tokens: Tensor, n: int, num_tokens: int, mask: Tensor | None, random_route: bool
     ) -> RouterReturn:
-        """Fewer tokens than there are, with a dimension of routes."""
+        """Fewer than the n tokens of the sequence, with a dimension of routes."""
         per_route = None if mask is None else rearrange(mask, "b n -> b 1 n")
         if random_route or self.checkpoint_segments is not None:
             selection = self.select(self._score(x, routing_tokens), num_tokens, per_route, random_route)
             tokens = gather_tokens(x, selection.indices)
             return RouterReturn(selection.indices, selection.weights.to(x.dtype), tokens, selection.mask)
 
-        n, size = x.shape[1], self._block_size(x.shape[1])
+        size = self._block_size(n)
         each = num_tokens if size is None else ceil_div(num_tokens, ceil_div(n, size))
-        indices, weights, tokens = self._route(x, routing_tokens, each, size, mask)
-        selected = None
-        if mask is not None or (size is not None and not is_certain(n % size == 0)):
-            there = x.new_ones((1, n), dtype=torch.bool) if mask is None else mask
-            more = 0 if size is None else missing(n, size)
-            filled_up = there if is_certain(more == 0) else F.pad(there, (0, more))
-            selected = filled_up[:, None].expand(*indices.shape[:2], -1).gather(-1, indices)
-        return RouterReturn(indices, weights.to(x.dtype), tokens, selected)
+        indices, weights, tokens = self._route(x, routing_tokens, each, n if size is None else size, size, mask)
+        # Lists of a rank with a part of a sequence are filled up with the first place past its end.
+        more = 1 if self.operations.shards_of is not None else 0 if size is None else missing(n, size)
+        return RouterReturn(indices, weights.to(x.dtype), tokens, is_selected(x, mask, indices, more))
 
     def _route(
-        self, x: Tensor, routing_tokens: Tensor, num_tokens: int, block_size: int | None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        routing_tokens: Tensor,
+        num_tokens: int,
+        width: int,
+        block_size: int | None,
+        mask: Tensor | None = None,
     ) -> RouteReturn:
-        """So many tokens, of each block if there are blocks, in one operation."""
-        width = x.shape[1] if block_size is None else block_size
+        """So many tokens of a row of that width, or of each block if there are blocks, in one operation."""
         options = self._choice(num_tokens, width)
         options |= {"cosine_sim_scale": self._cosine_sim_scale, "block_size": block_size, "mask": mask}
         routed: RouteReturn = self.operations.route(x, routing_tokens, **options)
@@ -238,7 +258,7 @@ class CoordinateDescentRouter(nn.Module):
 
     def route_windows(self, x: Tensor, window_size: int, num_tokens: int, routing_tokens: Tensor | None) -> RouteReturn:
         """As many tokens of each window of `b n d`, in one operation; `takes_windows` says whether there is one."""
-        return self._route(x, self._routing_tokens(x, routing_tokens), num_tokens, window_size)
+        return self._route(x, self._routing_tokens(x, routing_tokens), num_tokens, window_size, window_size)
 
     def takes_windows(self, window_size: int) -> bool:
         """True if one operation routes from windows of that size, and they are not divided into blocks."""

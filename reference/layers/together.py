@@ -11,7 +11,7 @@ from reference._shared.autocast import autocast_dtype
 from reference._shared.returns import NormalizedRouteReturn
 from reference.layers.linear import is_plain
 from reference.layers.norms import LayerNorm, RMSNorm
-from reference.layers.router import CoordinateDescentRouter
+from reference.layers.router import CoordinateDescentRouter, is_selected
 
 
 class Together(NamedTuple):
@@ -62,7 +62,8 @@ def route_together(
         return None
     if any(each is not None for each in routing_tokens):
         return None
-    choices = [each.choice_of_all(x.shape[1], count) for each, count in zip(routers, num_tokens, strict=True)]
+    n, is_whole = router.operations.length(x), router.operations.shards_of is None
+    choices = [each.choice_of_all(n, count) for each, count in zip(routers, num_tokens, strict=True)]
     if choices[0] is None or any(each != choices[0] for each in choices):
         return None
     own: list[Tensor] = [each.routing_token for each in routers if each.routing_token is not None]
@@ -75,7 +76,7 @@ def route_together(
         **{"norm_eps" if name == "eps" else name: each for name, each in norm.options().items()},
     )
     indices, scores, tokens, normalized, x = together
-    selected = None if mask is None else mask[:, None].expand(*indices.shape[:2], -1).gather(-1, indices)
+    selected = is_selected(x, mask, indices, more=0 if is_whole else 1)
     return Together(
         normalized,
         indices.transpose(0, 1),

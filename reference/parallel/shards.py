@@ -7,7 +7,7 @@ ranks. Values are of two kinds, and each autograd function leads from one to the
 - Common values: all ranks compute the same from the same, and each of them has the whole gradient.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -33,6 +33,10 @@ def group_of(mesh: Mesh) -> ProcessGroup:
         return mesh
     require(mesh.ndim == 1, "mesh", mesh, "of one dimension: that which sequences are sharded over, as mesh['cp']")
     return mesh.get_group()
+
+
+Stretch: TypeAlias = tuple[int, int]
+"""Places of a dimension from the first on, and before the second."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Shards:
     @property
     def start(self) -> int:
         """Place of this rank's first entry in the whole."""
-        return sum(self.lengths[: self.rank])
+        return self.own(self.rank)[0]
 
     @property
     def total(self) -> int:
@@ -97,12 +101,59 @@ class Shards:
         """This rank's entries of a common value, as a local one."""
         return _Keep.apply(whole, self, dim, name)
 
+    def gather_for_each(self, x: Tensor, dim: int, name: str) -> Tensor:
+        """All entries of local x, as a local value of each rank."""
+        return _GatherForEach.apply(x, self, dim, name)
+
+    def fetch(self, x: Tensor, stretches: Sequence[Stretch], name: str) -> Tensor:
+        """Entries in the stretch of the whole that each rank wants, of local x `b n ...`, as a local value.
+
+        Args:
+            stretches: of each rank; it has the rank's own entries within.
+        """
+        return _Fetch.apply(x, self, stretches, name)
+
+    def with_window_before(self, x: Tensor, window_size: int) -> Tensor:
+        """Local x `b n ...`, after the entries of the window before it if another rank holds these.
+
+        Raises:
+            NotImplementedError: a shard begins within a window.
+        """
+        if any(self.own(rank)[0] % window_size for rank in range(len(self.lengths))):
+            raise NotImplementedError(
+                f"heavy_window_size must divide the lengths of all shards but the last, got {window_size}, and lengths "
+                f"{list(self.lengths)}"
+            )
+        stretches = [self.own(rank) for rank in range(len(self.lengths))]
+        return self.fetch(x, [(max(first - window_size, 0), end) for first, end in stretches], "x")
+
+    def fetch_rows(self, x: Tensor, indices: Tensor, name: str) -> Tensor:
+        """Entries `b r m ...` of the whole of local x `b r n ...`, as a local value.
+
+        Args:
+            indices: `m`, the places that this rank asks for, in ascending order.
+        """
+        ranks = range(len(self.lengths))
+        owners = self.owners(indices)
+        counts = torch.stack([(owners == rank).sum() for rank in ranks])
+        one = torch.Size((1,))
+        asked = _all_to_all([*counts.split(1)], [one] * len(ranks), self.group, f"counts of {name}")
+        taken, sent = (each.tolist() for each in (counts, torch.cat(asked)))
+        shapes = [torch.Size((count,)) for count in sent]
+        places = _all_to_all([*indices.split(taken)], shapes, self.group, f"indices of {name}")
+        return _FetchRows.apply(x, [each - self.start for each in places], taken, self.group, name)
+
     def gather_mask(self, mask: Tensor | None, shape: torch.Size) -> Tensor | None:
         """All of a mask that broadcasts to the shape of this rank's scores. None where no rank has one."""
         if not self.some_are_masked:
             return None
         there = torch.ones((), dtype=torch.bool) if mask is None else mask
         return _gathered(there.expand(shape), self, -1, "mask")
+
+    def own(self, rank: int) -> Stretch:
+        """The entries of a rank."""
+        start = sum(self.lengths[:rank])
+        return start, start + self.lengths[rank]
 
 
 def share(x: Tensor, group: ProcessGroup, name: str) -> Tensor:
@@ -166,6 +217,119 @@ class _Sum(torch.autograd.Function):
         return _Share.apply(grad, *ctx.rest), None, None
 
 
+class _GatherForEach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shards: Shards, dim: int, name: str) -> Tensor:
+        ctx.rest = shards, dim, name
+        return _gathered(x, shards, dim, name)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        shards, dim, name = ctx.rest
+        return _SumAtOwner.apply(grad, shards, dim, f"the gradient of {name}"), None, None, None
+
+
+class _SumAtOwner(torch.autograd.Function):
+    """The sum of local values of all ranks for all entries, each at the rank that holds the entry."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shards: Shards, dim: int, name: str) -> Tensor:
+        ctx.rest = shards, dim, name
+        parts = [*x.split(shards.lengths, dim=dim)]
+        own = parts[shards.rank].shape
+        return _summed(_all_to_all(parts, [own] * len(parts), shards.group, name))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _GatherForEach.apply(grad, *ctx.rest), None, None, None
+
+
+class _Fetch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shards: Shards, stretches: Sequence[Stretch], name: str) -> Tensor:
+        ctx.rest = shards, stretches, name
+        sent, taken = _overlaps(shards, stretches)
+        parts = [x[:, first - shards.start : end - shards.start] for first, end in sent]
+        shapes = [torch.Size((x.shape[0], end - first, *x.shape[2:])) for first, end in taken]
+        parts = _all_to_all(parts, shapes, shards.group, name)
+        parts[shards.rank] = x
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        shards, stretches, name = ctx.rest
+        return _Return.apply(grad, shards, stretches, f"the gradient of {name}"), None, None, None
+
+
+class _Return(torch.autograd.Function):
+    """Entries that were fetched go back to their ranks, and are added up there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shards: Shards, stretches: Sequence[Stretch], name: str) -> Tensor:
+        ctx.rest = shards, stretches, name
+        sent, taken = _overlaps(shards, stretches)
+        sizes = [end - first for first, end in taken]
+        sizes[shards.rank] = shards.length
+        parts = [*x.split(sizes, dim=1)]
+        total = parts[shards.rank].to(torch.promote_types(x.dtype, torch.float32), copy=True)
+        parts[shards.rank] = x[:, :0]
+        shapes = [torch.Size((x.shape[0], end - first, *x.shape[2:])) for first, end in sent]
+        for (first, end), part in zip(sent, _all_to_all(parts, shapes, shards.group, name), strict=True):
+            total[:, first - shards.start : end - shards.start] += part
+        return total.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Fetch.apply(grad, *ctx.rest), None, None, None
+
+
+class _FetchRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: list[Tensor], taken: list[int], group: ProcessGroup, name: str) -> Tensor:
+        ctx.rest, ctx.n = (places, taken, group, name), x.shape[2]
+        shapes = [torch.Size((*x.shape[:2], count, *x.shape[3:])) for count in taken]
+        return torch.cat(_all_to_all([x[:, :, each] for each in places], shapes, group, name), dim=2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        places, taken, group, name = ctx.rest
+        return _ReturnRows.apply(grad, ctx.n, places, taken, group, f"the gradient of {name}"), None, None, None, None
+
+
+class _ReturnRows(torch.autograd.Function):
+    """Rows that were fetched go back to their ranks, and are added up there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, n: int, places: list[Tensor], taken: list[int], group: ProcessGroup, name: str
+    ) -> Tensor:
+        ctx.rest = places, taken, group, name
+        shape = [*x.shape]
+        shape[2] = n
+        total = x.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+        shapes = [torch.Size((*x.shape[:2], len(each), *x.shape[3:])) for each in places]
+        for each, part in zip(places, _all_to_all([*x.split(taken, dim=2)], shapes, group, name), strict=True):
+            # No two of a rank are the same, so that their order has no say.
+            total[:, :, each] += part
+        return total.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _FetchRows.apply(grad, *ctx.rest), None, None, None, None, None
+
+
+def _overlaps(shards: Shards, stretches: Sequence[Stretch]) -> tuple[list[Stretch], list[Stretch]]:
+    """Places that this rank sends to each rank, and those that it takes from each. Its own ones stay."""
+    ranks, me = range(len(shards.lengths)), shards.rank
+    sent = [_overlap(shards.own(me), stretches[rank], rank == me) for rank in ranks]
+    return sent, [_overlap(shards.own(rank), stretches[me], rank == me) for rank in ranks]
+
+
+def _overlap(held: Stretch, wanted: Stretch, is_own: bool) -> Stretch:
+    first, end = max(held[0], wanted[0]), min(held[1], wanted[1])
+    return (held[0], held[0]) if is_own or first >= end else (first, end)
+
+
 def _summed(parts: list[Tensor]) -> Tensor:
     """The sum of tensors of one shape, in their order, in fp32 at least."""
     wide = torch.promote_types(parts[0].dtype, torch.float32)
@@ -189,6 +353,16 @@ def _all_gather(x: Tensor, group: ProcessGroup, name: str) -> list[Tensor]:
     with _travelling(name, group):
         dist.all_gather(parts, x, group=group)
     return parts
+
+
+def _all_to_all(parts: list[Tensor], shapes: list[torch.Size], group: ProcessGroup, name: str) -> list[Tensor]:
+    """Tensors of these shapes that the ranks send to this one, which sends each of them its part."""
+    sent = torch.cat([part.flatten() for part in parts])
+    sizes = [shape.numel() for shape in shapes]
+    taken = sent.new_empty(sum(sizes))
+    with _travelling(name, group):
+        dist.all_to_all_single(taken, sent, sizes, [part.numel() for part in parts], group=group)
+    return [part.view(shape) for part, shape in zip(taken.split(sizes), shapes, strict=True)]
 
 
 @contextmanager

@@ -3,7 +3,11 @@
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
+from kernels._common.dry_run import announced, launches_of_layer
 from reference import parallel
 
 
@@ -72,3 +76,68 @@ def of_shapes(group, shapes, dtypes):
 def on_mesh_of_two_dimensions(group):
     mesh = DeviceMesh("cpu", [[*range(group.size())]])
     parallel.coor_descent(torch.zeros(4), n_iters=1, k=1, mesh=mesh)
+
+
+def layer(group, layer, lengths, tensors, grad, options):
+    """A layer's output for this rank's tokens, and gradients of tokens and parameters.
+
+    Args:
+        lengths: of each of the tensors.
+        grad: of the whole output.
+        options: of the call. Those that are tensors are cut as the first tensor is.
+    """
+    parallel.shard_sequences(layer, mesh=group)
+    own = [part(group, each, x, 1).detach().clone().requires_grad_() for each, x in zip(lengths, tensors, strict=True)]
+    options = {key: part(group, lengths[0], each, 1) for key, each in options.items()}
+    out = layer(*own, **options)
+    out.backward(part(group, lengths[0], grad, 1))
+    grads = {
+        name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in layer.named_parameters()
+    }
+    return out.detach(), [x.grad for x in own], grads
+
+
+def reduced(group, layer, how, lengths, tensors, grad):
+    """The output for this rank's tokens, and whole gradients of parameters as DDP or FSDP2 reduces them."""
+    parallel.shard_sequences(layer, mesh=group)
+    own = [part(group, each, x, 1) for each, x in zip(lengths, tensors, strict=True)]
+    model = layer
+    if how == "DDP":
+        model = DistributedDataParallel(layer, process_group=group)
+    else:
+        mesh = DeviceMesh.from_group(group, "cpu")
+        for each in layer.children():
+            # Some of these have parameters that their layer uses by itself.
+            if how == "FSDP2 of parts" and type(each).__name__.startswith("Conditional"):
+                fully_shard(each, mesh=mesh)
+        fully_shard(layer, mesh=mesh)
+    out = model(*own)
+    out.backward(part(group, lengths[0], grad, 1))
+    grads = {name: each.grad for name, each in layer.named_parameters()}
+    return out.detach(), {key: each.full_tensor() if isinstance(each, DTensor) else each for key, each in grads.items()}
+
+
+def call(group, layer, lengths, x, options):
+    return parallel.shard_sequences(layer, mesh=group)(part(group, lengths, x, 1), **options)
+
+
+def shard(group, model, times):
+    for _ in range(times):
+        parallel.shard_sequences(model, mesh=group)
+
+
+def dry_runs(group, layer, x):
+    """Whether a call of a layer has a dry run, before the layer is sharded and after it."""
+    return [_has_dry_run(layer, x), _has_dry_run(parallel.shard_sequences(layer, mesh=group), x)]
+
+
+def _has_dry_run(layer, x):
+    called = []
+
+    def forward(layer, x):
+        called.append(x)
+        return x
+
+    with announced(layer, forward, x):
+        list(launches_of_layer()())
+    return bool(called)

@@ -1,0 +1,175 @@
+"""Layers of sequences whose tokens are sharded over the ranks of a process group.
+
+They are the layers of `reference` with other operations at their seam. A rank routes its own tokens by the scores of
+all, and runs its own queries: these and their results do not travel. Keys and values that are routed go to all ranks,
+and tokens near the ends of a shard, as they are projected for the light attention, to the neighbours.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from reference._shared.returns import NormalizedRouteReturn
+from reference.layers.image import ConditionalRoutedImageAttention
+from reference.layers.operations import Operations
+from reference.layers.router import CoordinateDescentRouter
+from reference.parallel.operations import route
+from reference.parallel.shards import Mesh, Shards, group_of
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def shard_sequences(model: Module, *, mesh: Mesh) -> Module:
+    """Let the layers of a model take sequences `b n d` whose tokens are sharded over a mesh.
+
+    Each rank then passes its own tokens, in the order of ranks, with a mask and a residual for these, and gets their
+    results. Lengths may differ between ranks. Number of tokens to route, blocks and positions are those of the whole
+    sequence. Parameters and checkpoints stay as they are, the same on all ranks; `DistributedDataParallel` or
+    `fully_shard` reduce their gradients.
+
+    Like `fully_shard`, this changes a model that exists, by an argument of the same name.
+
+    Args:
+        model: a layer of `reference` or `kernels`, or any model that has some; changed in place.
+        mesh: the ranks that hold a sequence, in its order: a `DeviceMesh` of one dimension, as `mesh["cp"]`, or a
+            `ProcessGroup`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the mesh has several dimensions, or layers have one already.
+        NotImplementedError: a layer or an option has no parallel form yet.
+    """
+    group = group_of(mesh)
+    for name, module in model.named_modules():
+        operations = getattr(module, "operations", None)
+        if isinstance(operations, Operations):
+            _check(name, module, operations)
+    for module in model.modules():
+        operations = getattr(module, "operations", None)
+        if isinstance(operations, Operations):
+            module.operations = _sharded(operations, group)  # type: ignore[assignment]
+    return model
+
+
+def _check(name: str, module: nn.Module, operations: Operations) -> None:
+    """A module may be sharded."""
+    if operations.shards_of is not None:
+        raise ValueError(f"model must be of layers that have no mesh yet, got {name or type(module).__name__}")
+    if isinstance(module, ConditionalRoutedImageAttention):
+        raise NotImplementedError(f"model has a layer of feature maps, {name!r}: only sequences `b n d` are sharded")
+    if isinstance(module, CoordinateDescentRouter) and module.checkpoint_segments is not None:
+        segments = module.checkpoint_segments
+        raise NotImplementedError(f"model has a router with triton_checkpoint_segments={segments}: {name!r}")
+
+
+def _sharded(operations: Operations, group: ProcessGroup) -> Operations:
+    """The operations for this rank's part of a sequence."""
+    return replace(
+        operations,
+        flash_gathered_attention=partial(_gathered_attention, operations.flash_gathered_attention, group),
+        flash_routed_attention=partial(_routed_attention, operations.flash_routed_attention, group),
+        gathered_attention=partial(_gathered_attention, operations.gathered_attention, group),
+        normalize_and_route=partial(_normalize_and_route, operations, group),
+        replay=None,
+        route=partial(route, mesh=group, use_triton=operations),
+        routed_attention=partial(_routed_attention, operations.routed_attention, group),
+        shards_of=partial(Shards.of, dim=1, mesh=group),
+        windowed_attention=partial(_windowed_attention, operations.windowed_attention, group),
+    )
+
+
+def _normalize_and_route(
+    operations: Operations,
+    group: ProcessGroup,
+    x: Tensor,
+    routing_tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> NormalizedRouteReturn:
+    """`normalize_and_route` of this rank's tokens: `normalize`, and `route` by the scores of all."""
+    norm = {name: options.pop(each) for name, each in (("center", "center"), ("eps", "norm_eps")) if each in options}
+    normalized = operations.normalize(x, weight, bias, dtype=options.pop("dtype", None), **norm)
+    routed = route(x, routing_tokens, **options, mesh=group, use_triton=operations)
+    return NormalizedRouteReturn(*routed, normalized, x)
+
+
+def _routed_attention(
+    attend: Callable[..., Tensor],
+    group: ProcessGroup,
+    query: Tensor,
+    key_value: Tensor,
+    weights: Tensor,
+    null_kv: Tensor,
+    *,
+    mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """`routed_attention` of this rank's queries to the keys and values of all ranks."""
+    shards = Shards.of(key_value, 2, group, mask, "key_value")
+    mask = shards.gather_mask(mask, weights.shape)
+    key_value = shards.gather_for_each(key_value, 2, "key_value")
+    return attend(query, key_value, shards.gather_for_each(weights, 2, "weights"), null_kv, mask=mask, **options)
+
+
+def _gathered_attention(
+    attend: Callable[..., Tensor],
+    group: ProcessGroup,
+    query: Tensor,
+    key_value: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    null_kv: Tensor,
+    *,
+    mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """`gathered_attention` of this rank's windows to lists of tokens of the whole sequence, which it fetches."""
+    shards = Shards.of(key_value, 2, group, name="key_value")
+    listed = indices if mask is None else indices[mask]
+    fetched = listed.unique()
+    key_value = shards.fetch_rows(key_value, fetched, "key_value")
+    # Where the mask is False anything may stand.
+    indices = torch.searchsorted(fetched, indices)
+    return attend(query, key_value, indices, weights, null_kv, mask=mask, **options)
+
+
+def _windowed_attention(
+    attend: Callable[..., Tensor],
+    group: ProcessGroup,
+    qkv: Tensor,
+    *,
+    heads: int,
+    window_size: int,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """`windowed_attention` of this rank's tokens to those of all ranks that are in their reach.
+
+    Positions count from the first token in reach: rotary embedding and position bias are of distances.
+    """
+    shards = Shards.of(qkv, 1, group, mask, "qkv")
+    reaches = [_reach(shards.own(rank), shards.total, window_size, causal) for rank in range(len(shards.lengths))]
+    before = shards.start - reaches[shards.rank][0]
+    if shards.some_are_masked:
+        there = qkv.new_ones(qkv.shape[:2]) if mask is None else mask.to(qkv.dtype)
+        mask = shards.fetch(there, reaches, "mask").bool()
+    qkv = shards.fetch(qkv, reaches, "qkv")
+    out = attend(qkv, heads=heads, window_size=window_size, causal=causal, mask=mask, **options)
+    return out.narrow(1, before, shards.length)
+
+
+def _reach(own: tuple[int, int], total: int, window_size: int, causal: bool) -> tuple[int, int]:
+    """Tokens that those of a rank attend to. If causal, they begin with a window, as windows of the whole do."""
+    first, end = own
+    if causal:
+        return max((first // window_size - 1) * window_size, 0), end
+    return max(first - window_size, 0), min(end + window_size, total)
