@@ -16,7 +16,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "reference.parallel", "kernels", "tests.reference.parallel.sharded"])
 
 SECONDS = 30.0
-"""Timeout of an exchange; a rank that has an answer after it would have none on a busy machine."""
+"""Timeout of an exchange. It is long: on a busy machine a rank may have to wait for its turn."""
 
 
 class Ranks:
@@ -46,16 +46,16 @@ class Ranks:
         return [result for _, result in outcomes]
 
     def outcomes(self, size, function, *args):
-        """For each rank whether the call has raised, and its result or traceback; None for a rank that has ended."""
+        """For each rank whether the call has raised, and its result or traceback."""
+        self.send(size, function, *args)
+        return [self.receive(rank) for rank in range(size)]
+
+    def send(self, size, function, *args):
         for pipe in self.pipes[:size]:
             pipe.send_bytes(pickle.dumps((size, function, args)))
-        return [self._outcome(pipe) for pipe in self.pipes[:size]]
 
-    def _outcome(self, pipe):
-        try:
-            return pickle.loads(pipe.recv_bytes())
-        except EOFError:
-            return True, None
+    def receive(self, rank):
+        return pickle.loads(self.pipes[rank].recv_bytes())
 
     def end(self):
         for process in self.processes:
@@ -75,9 +75,9 @@ def started(store, size, seconds=SECONDS):
 def _serve(pipe, store, rank, size, seconds):
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    timeout = timedelta(seconds=seconds)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
-    groups = {n: dist.new_group(list(range(n)), timeout=timeout) for n in range(1, size + 1)}
+    together = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=SECONDS)}
+    dist.init_process_group("gloo", init_method=f"file://{store}", **together)
+    groups = {n: dist.new_group(list(range(n)), timeout=timedelta(seconds=seconds)) for n in range(1, size + 1)}
     while True:
         n, function, args = pickle.loads(pipe.recv_bytes())
         try:

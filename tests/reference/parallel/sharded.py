@@ -1,5 +1,9 @@
 """Calls that tests make in each rank: of a whole that all have, a rank takes its own part."""
 
+import os
+import signal
+import time
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -141,3 +145,23 @@ def _has_dry_run(layer, x):
     with announced(layer, forward, x):
         list(launches_of_layer()())
     return bool(called)
+
+
+def with_an_absent_rank(group, leave, when, x):
+    """A step of which the last rank does not take part in the forward or the backward pass."""
+    is_last = group.rank() == group.size() - 1
+    if is_last and when == "forward":
+        leave()
+    x = x.clone().requires_grad_()
+    out = parallel.coor_descent(x, n_iters=3, k=2, mesh=group)
+    if is_last:
+        leave()
+    out.sum().backward()
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang():
+    time.sleep(3600)
