@@ -70,9 +70,11 @@ def run(arguments, **environment):
     return done.stdout
 
 
-# test_wheel.py runs the block that imports what is installed, and kernels/test_guest.py the one that is a file.
+# Other tests run the blocks that import what is installed, or are files: test_wheel.py, kernels/test_guest.py and
+# reference/parallel/test_page.py.
 @pytest.mark.parametrize(
-    "source", [source for source in blocks("python") if "from colt5." not in source and "# mine.py" not in source]
+    "source",
+    [each for each in blocks("python") if not any(mark in each for mark in ("from colt5.", "# mine.py", "# train.py"))],
 )
 def test_python(source):
     source = source if torch.cuda.is_available() else reduce(source)
