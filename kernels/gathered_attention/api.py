@@ -1,6 +1,7 @@
 """Attention to keys and values that are taken by index, inside the kernel, from a sequence that holds them once.
 
-In the operator a list holds -1 where there is nothing to attend to: one load tells a kernel all it needs to fetch keys.
+The operator makes lists that hold -1 where there is nothing to attend to: one load tells a kernel all it needs to fetch
+keys.
 """
 
 import torch
@@ -16,30 +17,37 @@ from reference._shared.arguments import check_gathered
 
 
 def _forward(
-    query: Tensor, key_value: Tensor, lists: Tensor, weights: Tensor, null_kv: Tensor, multiply_keys: bool
-) -> tuple[Tensor, Tensor]:
-    """The output, and the lse of each query, to the base 2 if a kernel writes it.
+    query: Tensor,
+    key_value: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    null_kv: Tensor,
+    mask: Tensor | None,
+    multiply_keys: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the lse of each query, and lists, int32 of the shape of indices. A kernel writes lse to the base 2.
 
     In memory the heads of a query are side by side, as a projection makes and takes them.
     """
     batch, windows, heads, queries, dim = query.shape
     out = query.new_empty((batch, windows, queries, heads, dim)).transpose(2, 3)
     lse = query.new_empty((batch, windows, heads, queries), dtype=torch.promote_types(query.dtype, torch.float32))
+    lists = indices.new_empty(indices.shape, dtype=torch.int32)
     if has_values(out):
         attend = launch_forward if _runs_kernel(query) else cpu.forward
-        attend(query, key_value, lists, weights, null_kv, multiply_keys, out, lse)
-    return out, lse
+        attend(query, key_value, indices, weights, null_kv, mask, multiply_keys, out, lse, lists)
+    return out, lse, lists
 
 
 def _backward(
     grad_output: Tensor,
     query: Tensor,
     key_value: Tensor,
-    lists: Tensor,
     weights: Tensor,
     null_kv: Tensor,
     output: Tensor,
     lse: Tensor,
+    lists: Tensor,
     multiply_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, weights, and the learned pair."""
@@ -71,7 +79,7 @@ _operation = Operation(
     "gathered_attention",
     _forward,
     _backward,
-    outputs=("output", "lse"),
+    outputs=("output", "lse", "lists"),
     gradients=("query", "key_value", "weights", "null_kv"),
 )
 
@@ -112,13 +120,13 @@ def gathered_attention(
         NotImplementedError: a second derivative or forward mode is asked for.
     """
     check_gathered(query, key_value, indices, weights, null_kv, mask)
-    lists = indices if mask is None else torch.where(mask, indices, -1)
-    out, _ = _operation(
+    out, *_ = _operation(
         _dense_rows(query),
         _dense_rows(key_value),
-        lists.to(torch.int32).contiguous(),
+        indices.contiguous(),
         weights.contiguous(),
         null_kv.contiguous(),
+        None if mask is None else mask.contiguous(),
         multiply_keys_by_score,
     )
     return out

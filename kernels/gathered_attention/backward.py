@@ -4,8 +4,8 @@ The gradient of a key needs the queries of all windows that have its token in th
 by their token, are each token's windows in order. A program takes a block of tokens and goes through the windows from
 the first to the last that has any of them; each token has a pointer to its next entry, which is of the window at hand
 or of a later one. So a block is attended to by matrix products, and the rows of a window's queries are read for all of
-its tokens together. Tokens with the same last window share a block, in the order of their positions: what a prefix
-selects stays selected for some windows on end, and then some 1.5 times the windows are gone through that need be.
+its tokens together. Tokens with nearly the same last window share a block: what a prefix selects stays selected for
+some windows on end, and then some 1.5 times the windows are gone through that need be.
 """
 
 from collections.abc import Iterator
@@ -162,7 +162,17 @@ def load_entry(windows_ptr, weights_ptr, entry, end, n_windows):
     return windows, tl.load(weights_ptr + entry, mask=entry < end, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["n_windows", "n_tokens"])
+@triton.jit
+def _block_of(place, n_blocks, n_stretches, of_stretch):
+    """The block of a sequence at a place. First come the first blocks of all stretches, then the second ones; the last
+    stretch may have fewer."""
+    of_last = n_blocks - (n_stretches - 1) * of_stretch
+    later, others = place - of_last * n_stretches, tl.maximum(n_stretches - 1, 1)
+    stretch = tl.where(later < 0, place % n_stretches, later % others)
+    return stretch * of_stretch + tl.where(later < 0, place // n_stretches, of_last + later // others)
+
+
+@triton.jit(do_not_specialize=["n_windows", "n_tokens", "n_stretches", "of_stretch"])
 def _key_value_kernel(
     query_ptr,  # b w h i d
     key_value_ptr,  # b r n (h kv d)
@@ -187,6 +197,8 @@ def _key_value_kernel(
     grad_output_stride,
     n_batches,
     n_tokens,
+    n_stretches,
+    of_stretch,
     n_windows,
     n_blocks,
     n_heads,
@@ -203,7 +215,7 @@ def _key_value_kernel(
 ):
     """Keys and values of a block of tokens for one head, against the queries of their windows. Windows come one after
     the other, or two by two, if a block holds all queries of a window."""
-    # The first blocks of each sequence, of the last windows, have the most to do.
+    # The first blocks of each stretch, of the last windows, have the most to do.
     program = tl.program_id(0)
     head = program % n_heads
     batch = (program // n_heads % n_batches).to(tl.int64)
@@ -211,7 +223,8 @@ def _key_value_kernel(
     route = head // share
     sequence = batch * n_routes + route
     dims = tl.arange(0, BLOCK_D)
-    ranks = program // n_heads // n_batches * BLOCK_N + tl.arange(0, BLOCK_N)
+    of_tokens = _block_of(program // n_heads // n_batches, tl.cdiv(n_tokens, BLOCK_N), n_stretches, of_stretch)
+    ranks = of_tokens * BLOCK_N + tl.arange(0, BLOCK_N)
     present = ranks < n_tokens
     tokens = tl.load(order_ptr + sequence * n_tokens + ranks, mask=present, other=0)
     following = tl.load(ends_ptr + tokens, mask=present, other=0)
@@ -381,6 +394,7 @@ def _launch_keys(
     weights: Tensor,
     ends: Tensor,
     order: Tensor,
+    stretch: int,
     multiply_keys: bool,
     lse: Tensor,
     delta: Tensor,
@@ -411,6 +425,8 @@ def _launch_keys(
         *grad_output.stride()[:4],
         batch,
         n_tokens,
+        triton.cdiv(n_tokens, stretch),
+        max(stretch // plan.settings["BLOCK_N"], 1),
         **arguments(query, key_value, plan),
         WEIGH_KEYS=multiply_keys,
     )

@@ -48,13 +48,16 @@ class _Window:
 def forward(
     query: Tensor,
     key_value: Tensor,
-    lists: Tensor,
+    indices: Tensor,
     weights: Tensor,
     null_kv: Tensor,
+    mask: Tensor | None,
     multiply_keys: bool,
     out: Tensor,
     lse: Tensor,
+    lists: Tensor,
 ) -> None:
+    lists.copy_(indices if mask is None else torch.where(mask, indices, -1))
     with without_autocast(query):
         for window in range(query.shape[1]):
             at = _Window(window, query, key_value, lists, weights, null_kv, multiply_keys)

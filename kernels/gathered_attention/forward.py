@@ -22,6 +22,9 @@ from kernels._common.launch import Launch, Launcher, Plan, planner
 
 LN2 = tl.constexpr(0.6931471805599453)
 
+LISTS_BLOCK = 1024
+"""Entries of lists in a program."""
+
 
 @triton.jit
 def place(n_heads, n_blocks):
@@ -51,6 +54,23 @@ def load_null(null_ptr, n_heads, head, dims, DIM: tl.constexpr, kind: tl.constex
     key = tl.load(null_ptr, mask=dims < DIM, other=0.0).to(kind)
     value = tl.load(null_ptr + n_heads * DIM, mask=dims < DIM, other=0.0).to(kind)
     return key.to(tl.float32), value.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["n_entries"])
+def _lists_kernel(
+    indices_ptr,  # b w r s, int32 or int64
+    mask_ptr,  # b w r s, if there is one
+    lists_ptr,  # b w r s, int32
+    n_entries,
+    HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = entry < n_entries
+    token = tl.load(indices_ptr + entry, mask=exists, other=0).to(tl.int32)
+    if HAS_MASK:
+        token = tl.where(tl.load(mask_ptr + entry, mask=exists, other=0) != 0, token, -1)
+    tl.store(lists_ptr + entry, token, mask=exists)
 
 
 @triton.jit(do_not_specialize=["n_windows", "n_tokens"])
@@ -145,6 +165,11 @@ def plan_windows(
 
 
 @planner
+def _plan_lists(n_entries: int) -> Plan:
+    return Plan(triton.cdiv(n_entries, LISTS_BLOCK), {"BLOCK": LISTS_BLOCK})
+
+
+@planner
 def _plan(batch: int, n_windows: int, heads: int, n_queries: int, dim: int, itemsize: int) -> Plan:
     return plan_windows(FORWARD, batch, n_windows, heads, n_queries, dim, itemsize)
 
@@ -168,14 +193,19 @@ def arguments(query: Tensor, key_value: Tensor, plan: Plan) -> dict[str, Any]:
 def launch_forward(
     query: Tensor,
     key_value: Tensor,
-    lists: Tensor,
+    indices: Tensor,
     weights: Tensor,
     null_kv: Tensor,
+    mask: Tensor | None,
     multiply_keys: bool,
     out: Tensor,
     lse: Tensor,
+    lists: Tensor,
 ) -> Iterator[Launch]:
     batch, windows, heads, queries, dim = query.shape
+    n_entries = lists.numel()
+    given = (indices, indices if mask is None else mask, lists)
+    yield Launch(_lists_kernel, _plan_lists(n_entries), *given, n_entries, HAS_MASK=mask is not None)
     plan = _plan(batch, windows, heads, queries, dim, query.itemsize)
     yield Launch(
         _forward_kernel,

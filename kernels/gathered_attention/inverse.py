@@ -1,6 +1,8 @@
 """Lists of tokens by their tokens: entries of all lists sorted by token, and tokens by their last window.
 
-PyTorch sorts. A kernel before the first sort writes its keys, and one after it what it says of each entry and token.
+PyTorch sorts entries. A kernel before the sort writes its keys, and one after it what it says of each entry and token.
+That kernel also sorts tokens, by stretches, where lists are long enough: tokens that are near each other begin to be
+listed together as well. Of a stretch of a long sequence a list has few tokens, and PyTorch sorts all of them.
 """
 
 from collections.abc import Iterator
@@ -16,6 +18,10 @@ from kernels._common.launch import COUNTS, Launch, Launcher, Plan, planner
 BLOCK = 1024
 """Entries, or tokens, of a program."""
 
+LISTED = 32
+"""Fewest tokens of a stretch of `BLOCK` tokens that an average list has, for tokens to be sorted by stretches. With as
+many, blocks of `kernels.gathered_attention.backward` go through fewer windows than with all tokens sorted."""
+
 
 class Inverse(NamedTuple):
     """Lists `b w r s` of tokens of sequences `b r n`, by token."""
@@ -30,7 +36,11 @@ class Inverse(NamedTuple):
     """`b r n+1` flat: where the entries of each token begin, and so those of the one before end."""
 
     order: Tensor
-    """`b r n` flat: all tokens by their last window, later ones first and those without a window last."""
+    """`b r n` flat: the tokens of each sequence, or of each stretch of it, by their last window. Later windows are
+    first, and tokens without a window last."""
+
+    stretch: int
+    """Number of tokens that are in order."""
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "n_entries", "of_batch", "slots", "routes", "total"])
@@ -73,7 +83,7 @@ def _sorted_kernel(
     windows_ptr,  # entries, int32
     sorted_weights_ptr,  # entries
     ends_ptr,  # tokens+1
-    missed_ptr,  # tokens
+    order_ptr,  # tokens: their order, or keys to sort them by
     n_entries,
     total,
     n_tokens,
@@ -83,9 +93,10 @@ def _sorted_kernel(
     halvings_of_token,
     of_entries,
     BLOCK: tl.constexpr,
+    ORDERS: tl.constexpr,
 ):
     """The first programs write windows and weights of sorted entries. Others find where the entries of each token
-    begin, and how many windows there are after its last."""
+    begin, and how many windows there are after its last, and order a stretch of tokens by that."""
     program = tl.program_id(0).to(tl.int64)
     if program < of_entries:
         place = program * BLOCK + tl.arange(0, BLOCK)
@@ -104,7 +115,11 @@ def _sorted_kernel(
         missed = tl.where(begin < end, n_windows - 1 - last // of_window % n_windows, n_windows)
         missed += token // n_tokens * (n_windows + 1)
         tl.store(ends_ptr + token, begin.to(ends_ptr.dtype.element_ty), mask=token <= total)
-        tl.store(missed_ptr + token, missed.to(missed_ptr.dtype.element_ty), mask=token < total)
+        if ORDERS:
+            # Those past the end have the highest keys.
+            sorted_lanes = tl.sort(missed * BLOCK + tl.arange(0, BLOCK)) % BLOCK
+            missed = (program - of_entries) * BLOCK + sorted_lanes
+        tl.store(order_ptr + token, missed.to(order_ptr.dtype.element_ty), mask=token < total)
 
 
 @planner
@@ -124,16 +139,20 @@ def invert(lists: Tensor, weights: Tensor, n_tokens: int) -> Inverse:
     (batch, windows, routes, slots), device = lists.shape, lists.device
     n_entries, total = lists.numel(), batch * routes * n_tokens
     keys = torch.empty(n_entries, dtype=_narrow(total), device=device)
-    sizes = (windows * routes * slots, slots, routes, n_tokens, total)
-    _launch_keys(lists, keys, *sizes)
+    _launch_keys(lists, keys, windows * routes * slots, slots, routes, n_tokens, total)
     keys, entries = keys.sort(stable=True)
 
     windows_of = torch.empty(n_entries, dtype=torch.int32, device=device)
     sorted_weights = weights.new_empty(n_entries)
     ends = torch.empty(total + 1, dtype=torch.int32 if n_entries < 2**31 else torch.int64, device=device)
-    missed = torch.empty(total, dtype=_narrow(batch * routes * (windows + 1)), device=device)
-    _launch_sorted(keys, entries, weights, windows_of, sorted_weights, ends, missed, n_tokens, routes * slots, windows)
-    return Inverse(windows_of, sorted_weights, ends, missed.sort(stable=True).indices)
+    by_stretches = slots * BLOCK >= LISTED * n_tokens
+    kind = torch.int64 if by_stretches else _narrow(batch * routes * (windows + 1))
+    order = torch.empty(total, dtype=kind, device=device)
+    sizes = (n_tokens, routes * slots, windows)
+    _launch_sorted(keys, entries, weights, windows_of, sorted_weights, ends, order, *sizes, by_stretches)
+    if by_stretches:
+        return Inverse(windows_of, sorted_weights, ends, order, BLOCK)
+    return Inverse(windows_of, sorted_weights, ends, order.sort(stable=True).indices, n_tokens)
 
 
 @Launcher
@@ -150,12 +169,13 @@ def _launch_sorted(
     windows_of: Tensor,
     sorted_weights: Tensor,
     ends: Tensor,
-    missed: Tensor,
+    order: Tensor,
     n_tokens: int,
     in_window: int,
     windows: int,
+    by_stretches: bool,
 ) -> Iterator[Launch]:
-    n_entries, total = keys.shape[0], missed.shape[0]
+    n_entries, total = keys.shape[0], order.shape[0]
     plan = _plan_sorted(n_entries, total)
     yield Launch(
         _sorted_kernel,
@@ -166,7 +186,7 @@ def _launch_sorted(
         windows_of,
         sorted_weights,
         ends,
-        missed,
+        order,
         n_entries,
         total,
         n_tokens,
@@ -175,6 +195,7 @@ def _launch_sorted(
         n_entries.bit_length(),
         windows.bit_length(),
         plan.pieces,
+        ORDERS=by_stretches,
     )
 
 

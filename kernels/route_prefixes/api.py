@@ -30,24 +30,29 @@ def _forward(
     eps_decay: float,
     straight_through: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights and indices `b w r s`, counts, and the state of the descents. Counts are `b r n`: how many windows select
-    a token; empty where nothing is to be saved."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Weights and indices `b w r s`, a mask, counts, and the state of the descents. The mask is `b w r s`, and empty if
+    all prefixes have as many tokens as are selected. Counts are `b r n`: how many windows select a token; empty where
+    nothing is to be saved."""
     schedule = (n_iters, eps, first, eps_decay)
     batch, routes, n = scores.shape
     windows = windows_with_a_prefix(n, window_size)
     shape = (batch, windows, routes, num_selected)
     weights = scores.new_empty(shape, dtype=torch.promote_types(scores.dtype, torch.float32))
     indices = scores.new_empty(shape, dtype=torch.int64)
+    mask = scores.new_empty(shape if window_size < num_selected else (0,), dtype=torch.bool)
     counts = scores.new_zeros(scores.shape if save else (0,), dtype=torch.int32)
     state = scores.new_empty((batch * windows * routes + 1, 2, n_iters + 1), dtype=torch.float64)
     if not has_values(indices):
-        return weights, indices, counts, state
+        return weights, indices, mask, counts, state
     if runs_triton(scores):
-        launch_forward(as_rows(scores), window_size, k, schedule, straight_through, indices, weights, counts, state)
+        outputs = (indices, weights, mask, counts, state)
+        launch_forward(as_rows(scores), window_size, k, schedule, straight_through, *outputs)
     else:
         cpu.forward(scores, window_size, k, schedule, straight_through, indices, weights, state.zero_())
-    return weights, indices, counts, state
+        if (before := mask_of_prefixes(scores, window_size, num_selected)) is not None:
+            mask.copy_(before)
+    return weights, indices, mask, counts, state
 
 
 def _backward(
@@ -77,7 +82,7 @@ _operation = Operation(
     "route_prefixes",
     _forward,
     _backward,
-    outputs=("weights", "indices", "counts", "state"),
+    outputs=("weights", "indices", "mask", "counts", "state"),
     gradients=("scores",),
 )
 
@@ -119,7 +124,7 @@ def route_prefixes(
     """
     check_prefixes(scores, window_size, num_selected, k)
     check_schedule(n_iters, eps, eps_init, eps_decay)
-    weights, indices, *_ = _operation(
+    weights, indices, mask, *_ = _operation(
         scores,
         window_size,
         num_selected,
@@ -130,4 +135,4 @@ def route_prefixes(
         eps_decay,
         straight_through,
     )
-    return PrefixSelection(indices, weights, mask_of_prefixes(scores, window_size, num_selected))
+    return PrefixSelection(indices, weights, mask if window_size < num_selected else None)

@@ -201,6 +201,7 @@ def _select_kernel(
     state_ptr,  # prefixes+1 2 n_iters+1, fp64
     indices_ptr,  # prefixes selected, int64
     weights_ptr,  # prefixes selected
+    mask_ptr,  # prefixes selected, bool, if there is one
     counts_ptr,  # rows n, int32
     n_rows,
     n,
@@ -211,10 +212,11 @@ def _select_kernel(
     selected,
     RANKS: tl.constexpr,
     STRAIGHT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """The first of a row in the order of its scores that lie in a prefix, with their weights. For each token, one more
-    window that selects it. The shortest prefixes, which take longest, come first."""
+    """The first of a row in the order of its scores that lie in a prefix, with weights and mask. For each token, one
+    more window that selects it. The shortest prefixes, which take longest, come first."""
     row = (tl.program_id(0) % n_rows).to(tl.int64)
     window = tl.program_id(0) // n_rows
     length = (window + 1) * window_size
@@ -224,6 +226,7 @@ def _select_kernel(
     factor = tl.load(schedule_ptr + n_iters + 1)
     indices_ptr += prefix * selected
     weights_ptr += prefix * selected
+    mask_ptr += prefix * selected
 
     wanted = tl.minimum(length, selected)
     found = tl.zeros((), tl.int32)
@@ -240,6 +243,8 @@ def _select_kernel(
             weight = tl.where(weight == weight, 1.0, weight)
         tl.store(indices_ptr + slot, position, mask=chosen)
         tl.store(weights_ptr + slot, weight.to(weights_ptr.dtype.element_ty), mask=chosen)
+        if HAS_MASK:
+            tl.store(mask_ptr + slot, 1, mask=chosen)
         if SAVE:
             tl.atomic_add(counts_ptr + row * n + position, 1, mask=chosen, sem="relaxed")
         found += tl.sum(is_before, axis=0)
@@ -249,6 +254,8 @@ def _select_kernel(
         slot = start + tl.arange(0, RANKS)
         tl.store(indices_ptr + slot, slot.to(tl.int64), mask=slot < selected)
         tl.store(weights_ptr + slot, tl.zeros([RANKS], weights_ptr.dtype.element_ty), mask=slot < selected)
+        if HAS_MASK:
+            tl.store(mask_ptr + slot, 0, mask=slot < selected)
 
 
 @planner
@@ -282,15 +289,16 @@ def launch_forward(
     straight_through: bool,
     indices: Tensor,
     weights: Tensor,
+    mask: Tensor,
     counts: Tensor,
     state: Tensor,
 ) -> None:
-    """Select from scores `rows n`. Write indices and weights `b w r s`, the state and, where it has entries, `counts`
-    `b r n`, which are zeros before."""
+    """Select from scores `rows n`. Write indices and weights `b w r s`, the state and, where they have entries, the
+    mask `b w r s` and `counts` `b r n`, which are zeros before."""
     # Among equal scores the first comes first. Each prefix selects from the one order by position.
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
     sizes = (window_size, k, *schedule, straight_through)
-    _launch_descent_and_selection(scores, *sizes, ordered, order, indices, weights, counts, state)
+    _launch_descent_and_selection(scores, *sizes, ordered, order, indices, weights, mask, counts, state)
 
 
 @Launcher
@@ -307,6 +315,7 @@ def _launch_descent_and_selection(
     order: Tensor,
     indices: Tensor,
     weights: Tensor,
+    mask: Tensor,
     counts: Tensor,
     state: Tensor,
 ) -> Iterator[Launch]:
@@ -339,6 +348,7 @@ def _launch_descent_and_selection(
         state,
         indices,
         weights,
+        mask,
         counts,
         n_rows,
         n,
@@ -348,5 +358,6 @@ def _launch_descent_and_selection(
         n_iters,
         selected,
         STRAIGHT=straight_through,
+        HAS_MASK=mask.numel() > 0,
         SAVE=save,
     )

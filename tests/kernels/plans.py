@@ -299,6 +299,14 @@ def gathered_attention(
     _call_and_differentiate(True, lambda: kernels.gathered_attention(*arguments, multiply_keys_by_score=weighed))
 
 
+def listed(n_entries, masked=False, **_):
+    """One list, of one token again and again."""
+    indices = torch.zeros(1, 1, 1, n_entries, dtype=torch.int64)
+    mask = torch.ones(indices.shape, dtype=torch.bool) if masked else None
+    query, key_value, null_kv = torch.zeros(1, 1, 1, 16, 16), torch.zeros(1, 1, 1, 32), torch.zeros(2, 1, 16)
+    kernels.gathered_attention(query, key_value, indices, torch.zeros(indices.shape), null_kv, mask=mask)
+
+
 def invert(n_entries, total=None, **_):
     """One list, of any of so many tokens."""
     lists = torch.zeros(1, 1, 1, n_entries, dtype=torch.int32)
@@ -419,6 +427,7 @@ OPERATIONS = {
         gathered_attention,
         _variants(weighed=BOOL),
     ),
+    "lists": Operation((gathered_forward._plan_lists,), listed, _variants(masked=BOOL)),
     "inverse": Operation((inverse._plan_keys, inverse._plan_sorted), invert, _variants()),
     "routed_attention": Operation(
         (

@@ -10,7 +10,7 @@ from colt5_bench.measuring.static_facts import compiled_kernels
 from kernels._common.launch import triton_for_cpu_tensors
 from kernels.gathered_attention import backward as gathered_backward
 from kernels.gathered_attention import gathered_attention
-from kernels.gathered_attention.inverse import invert
+from kernels.gathered_attention import inverse as inverses
 from tests.correct import check_correct
 from tests.kernels.devices import DEVICES, capture
 
@@ -101,6 +101,14 @@ def test_prefixes(device, dtype):
     before = torch.arange(80, device=device) < 16 * torch.arange(1, 6, device=device)[:, None, None]
     largest = scores.masked_fill(~before, -torch.inf).topk(20, dim=-1)
     check({**tensors, "indices": largest.indices, "mask": largest.values > -torch.inf})
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 130, 200])
+@pytest.mark.parametrize("by_stretches", [False, True])
+def test_tokens_in_order_of_stretches_or_all_of_them(device, set_sizes, n, by_stretches):
+    """Each block of tokens has a program, whatever the order."""
+    set_sizes(inverses, BLOCK=64, LISTED=0 if by_stretches else 10**6)
+    check(make(device, b=2, w=3, n=n, s=min(n, 20), masked=False))
 
 
 def test_nothing_listed_leaves_the_learned_pair(device):
@@ -224,13 +232,20 @@ def test_is_bitwise_reproducible(device):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is not about kernels")
-def test_is_an_operator(device):
-    tensors = make(device, b=1, w=1, h=1, r=1, masked=False)
+@pytest.mark.parametrize("masked", [False, True])
+def test_is_an_operator(device, masked):
+    tensors = make(device, b=1, w=1, h=1, r=1, masked=masked)
     for name in DIFFERENTIABLE:
         tensors[name].requires_grad_()
-    tensors["indices"] = tensors["indices"].to(torch.int32)
-    inputs = [tensor for tensor in tensors.values() if tensor is not None]
-    torch.library.opcheck(torch.ops.colt5.gathered_attention, (*inputs, True))
+    torch.library.opcheck(torch.ops.colt5.gathered_attention, (*tensors.values(), True))
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+@pytest.mark.parametrize("masked", [False, True])
+def test_indices_are_int32_or_int64(device, kind, masked):
+    tensors = make(device, masked=masked)
+    expected = gathered_attention(**tensors)
+    assert torch.equal(gathered_attention(**{**tensors, "indices": tensors["indices"].to(kind)}), expected)
 
 
 def test_compiles_into_one_graph(device):
@@ -298,9 +313,12 @@ def test_nothing_is_copied_for_a_window(device):
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_lists_are_inverted(device, data):
+def test_lists_are_inverted(device, set_sizes, data):
+    """Tokens are in order within stretches, or all of a sequence where an average list has few of a stretch."""
     if device == "cpu" and not INTERPRETED:
         pytest.skip("a CPU has no kernels")
+    block, by_stretches = data.draw(st.sampled_from([2, 4, 1024])), data.draw(st.booleans())
+    set_sizes(inverses, BLOCK=block, LISTED=0 if by_stretches else 10**6)
     b, w, r, n = (data.draw(st.integers(1, most)) for most in (2, 4, 2, 9))
     s = data.draw(st.integers(1, n))
     lists = [data.draw(st.permutations(range(n)))[:s] for _ in range(b * w * r)]
@@ -308,7 +326,7 @@ def test_lists_are_inverted(device, data):
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=b * w * r * s, max_size=b * w * r * s)))
     mask = mask.to(device).view(b, w, r, s)
     weights = torch.rand(b, w, r, s, device=device)
-    inverse = invert(torch.where(mask, indices, -1).to(torch.int32), weights, n)
+    inverse = inverses.invert(torch.where(mask, indices, -1).to(torch.int32), weights, n)
     last = []
     for flat in range(b * r * n):
         batch, route, token = flat // n // r, flat // n % r, flat % n
@@ -317,8 +335,11 @@ def test_lists_are_inverted(device, data):
         assert inverse.windows[entries].tolist() == [window for window, _ in places]
         assert inverse.weights[entries].tolist() == [weights[batch, window, route, slot] for window, slot in places]
         last.append(places[-1][0] if places else -1)
-    for sequence, order in enumerate(inverse.order.view(b * r, n).tolist()):
-        assert order == sorted(range(sequence * n, (sequence + 1) * n), key=lambda token: (-last[token], token))
+    stretch = block if by_stretches else n
+    for start in range(0, b * r * n, stretch):
+        tokens = range(start, min(start + stretch, b * r * n))
+        expected = sorted(tokens, key=lambda token: (token // n, -last[token], token))
+        assert inverse.order[start : start + stretch].tolist() == expected
 
 
 @pytest.mark.compiled

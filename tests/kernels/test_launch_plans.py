@@ -128,6 +128,7 @@ MANY = {
         {"batch": 1, "n_windows": 1, "heads": 70001, "dim": 1, "itemsize": 4},
         {"batch": 1, "n_windows": 70001, "heads": 1, "dim": 1, "itemsize": 4},
     ],
+    "lists": [{"n_entries": 70001}],
     "inverse": [{"n_entries": 70001}],
     "routed_attention": [
         {"batch": 8192, "n": 1, "heads": 8, "head_dim": 1, "itemsize": 4},
