@@ -97,6 +97,10 @@ class Grid(Generic[C]):
     timed: bool = True
     """False for a suite without time columns: it measures divergence, or trains."""
 
+    serve: Callable[[], None] | None = None
+    """Does the part of each process but the first that `torchrun` has started, until the first has measured. None if
+    the suite is for one process."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Suite(Operation[C], Grid[C]):

@@ -83,6 +83,11 @@ def main(options: argparse.Namespace) -> int:
     suites = load_suites(checkout, paths)
     device = choose_device(request.device)
     _choose(options, request, suites)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        serve = _service(options, request, suites)
+        if int(os.environ["RANK"]) > 0:
+            serve()
+            return DONE
     suites |= {name: invite(suites[name], (*installed_guests(suites[name]), *request.guests)) for name in options.suite}
     _validate(options, request, suites, device)
     chosen = {name: suites[name] for name in options.suite}
@@ -102,6 +107,23 @@ def _choose(options: argparse.Namespace, request: Request, suites: dict[str, Gri
     training = [name for name, suite in suites.items() if isinstance(suite, TrainingSuite)]
     if request.corpus is not None and not {*training} & {*options.suite}:
         raise SelectionError(f"--corpus is for suites that train, which are: {', '.join(training) or 'none'}.")
+
+
+def _service(options: argparse.Namespace, request: Request, suites: dict[str, Grid]) -> Callable[[], None]:
+    """The work of the processes that `torchrun` has started, but for the first: this one measures.
+
+    Raises:
+        SelectionError: a suite is for one process, or there are several.
+    """
+    found = {suites[name].serve for name in options.suite}
+    if len(found) > 1 or None in found:
+        alone = [name for name in options.suite if suites[name].serve is None]
+        raise SelectionError(f"torchrun is for a suite of several processes, which {', '.join(alone)} is not.")
+    if request.isolate or request.time_limit is not None:
+        raise SelectionError("--isolate and --time-limit are for one process: leave them out under torchrun.")
+    (serve,) = found
+    assert serve is not None
+    return serve
 
 
 def _validate(options: argparse.Namespace, request: Request, suites: dict[str, Grid], device: torch.device) -> None:

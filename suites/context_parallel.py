@@ -1,0 +1,227 @@
+"""Layers of sequences that are sharded over several processes: strong and weak scaling, memory, and bytes sent.
+
+`torchrun --nproc-per-node=N bench.py --suite context_parallel` starts it. The first rank measures and writes; the
+others do their part of each call. Times are those of the first rank, from its word to the others until its own part is
+done. Its part of the output is compared with that of one process in fp64, and so are its gradients, for a loss of its
+own tokens: those of parameters are summed over ranks.
+
+Cases of one rank are the layer as it is, without a process group. `tokens` are those of a sequence on one rank. Where
+scaling is weak a sequence has so many for each rank, and as many times the routed ones.
+
+Metrics, of the latest call, its backward pass included if it has one:
+
+    rank_I_seconds             time of rank I for its latest pass, forward or backward
+    rank_I_process_peak_bytes  most memory of rank I until then: of its allocator on a GPU, else of the process
+    rank_I_bytes_sent          by rank I to others within the layer; sums of parameters' gradients are not counted
+    rank_I_sm_clock_mhz        clock of its GPU
+    bytes_sent                 by all ranks
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+import reference
+from colt5_bench.case import Problem, Truth
+from colt5_bench.pytest_plugin.replay import replay
+from colt5_bench.suite import Implementation, Suite
+from reference.parallel import shard_sequences
+from suites import _layers, _ranks
+from suites._descent import both_directions, implementations, lenient
+from suites._layers import Layer, LayerCase, as_function, seeded_problem, truth_of, without_memory
+from suites._ours import by_kernels
+from suites._ranks import WORLD
+
+HEAVY_SHARE = 16
+"""One of so many tokens is routed."""
+
+KINDS = ("attention", "feed_forward", "cross_attention", "autoregressive")
+
+
+@dataclass(frozen=True)
+class ParallelCase(LayerCase):
+    """A layer, the number of ranks, and the tokens that one rank has alone."""
+
+    kind: str
+    scaling: str
+    tokens: int
+    ranks: int
+    dim: int
+    dtype: str = "float32"
+
+    @property
+    def length(self) -> int:
+        """Tokens of the whole sequence."""
+        return self.tokens * (self.ranks if self.scaling == "weak" else 1)
+
+    @property
+    def layer(self) -> Layer:
+        """The layer for the first rank's part of the sequence."""
+        shape = (1, self.length // self.ranks, self.dim)
+        inputs = {"x": shape, "context": shape} if self.kind == "cross_attention" else {"x": shape}
+        return Layer(
+            lambda package, use_triton: MAKE[self.kind](package, self, use_triton), inputs, shape, dtype=self.dtype
+        )
+
+    @property
+    def routed(self) -> int:
+        return self.length // HEAVY_SHARE
+
+
+def _attention(package: ModuleType, case: ParallelCase, use_triton: bool) -> nn.Module:
+    routed = {"num_heavy_tokens_q": case.routed, "num_heavy_tokens_kv": case.routed}
+    return package.ConditionalRoutedAttention(case.dim, **routed, **_heads(case), use_triton=use_triton)
+
+
+def _heads(case: ParallelCase) -> dict[str, int]:
+    heads = max(case.dim // 64, 1)
+    return {"light_heads": heads, "heavy_heads": heads}
+
+
+def _feed_forward(package: ModuleType, case: ParallelCase, use_triton: bool) -> nn.Module:
+    return package.ConditionalRoutedFeedForward(case.dim, num_heavy_tokens=case.routed, use_triton=use_triton)
+
+
+def _cross_attention(package: ModuleType, case: ParallelCase, use_triton: bool) -> nn.Module:
+    """Tokens and context are of one length."""
+    routed = {"num_tokens_q": case.routed, "num_tokens_kv": case.routed, "heads": max(case.dim // 64, 1)}
+    return package.ConditionalRoutedCrossAttention(case.dim, **routed, use_triton=use_triton)
+
+
+def _autoregressive(package: ModuleType, case: ParallelCase, use_triton: bool) -> nn.Module:
+    window = 128
+    return package.ConditionalRoutedAutoregressiveAttention(
+        case.dim,
+        num_heavy_tokens_q=window // HEAVY_SHARE,
+        num_heavy_tokens_kv=case.routed,
+        light_window_size=window,
+        **_heads(case),
+        use_triton=use_triton,
+    )
+
+
+MAKE = {
+    "attention": _attention,
+    "feed_forward": _feed_forward,
+    "cross_attention": _cross_attention,
+    "autoregressive": _autoregressive,
+}
+
+
+def cases(preset: str, device: torch.device) -> list[ParallelCase]:
+    """From one rank to as many as there are, in powers of two."""
+    if WORLD > 1:
+        # The others wait for this before they can be told anything.
+        _ranks.rank()
+    counts = [2**power for power in range(WORLD.bit_length()) if 2**power <= WORLD]
+    counts = counts if WORLD > 1 else [1, 2]
+    if preset == "smoke":
+        kinds = ("attention", "autoregressive")
+        return [ParallelCase(kind, "strong", 512, ranks, 32) for kind in kinds for ranks in counts]
+    on_gpu = device.type == "cuda"
+    tokens, dim = (2**20, 512) if on_gpu else (2**13, 64)
+    lengths = [tokens, 4 * tokens] if preset == "full" else [tokens]
+    return [
+        ParallelCase(kind, scaling, length, ranks, dim)
+        for kind in KINDS
+        for scaling in ("strong", "weak")
+        for length in lengths
+        for ranks in counts
+    ]
+
+
+def inputs_of(case: ParallelCase, rank: int, device: torch.device) -> Mapping[str, Tensor]:
+    """Tokens of a rank that is not the first."""
+    generator = torch.Generator().manual_seed(rank)
+    shapes = case.layer.inputs.items()
+    return {name: torch.randn(shape, generator=generator).to(device) for name, shape in shapes}
+
+
+def whole(case: ParallelCase, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The first rank's output, by one process that has all tokens."""
+
+    def function(**tensors: Tensor) -> Tensor:
+        for name in case.layer.inputs:
+            own = tensors[name]
+            others = [inputs_of(case, rank, own.device)[name].to(own.dtype) for rank in range(1, case.ranks)]
+            tensors[name] = torch.cat((own, *others), dim=1)
+        return call(**tensors)[:, : case.layer.output[1]]
+
+    return function
+
+
+def part(
+    case: ParallelCase, group: ProcessGroup, device: torch.device, use_triton: bool
+) -> tuple[Callable[..., Tensor], Mapping[str, Tensor], Tensor]:
+    """The call of a rank. Only the first has a loss; others have its parameters as soon as it shares them."""
+    module = without_memory(lambda: case.layer.make(reference, use_triton))
+    parameters = {name: torch.empty_like(each, device=device) for name, each in module.named_parameters()}
+    inputs = {**inputs_of(case, group.rank(), device), **parameters}
+    return as_function(shard_sequences(module, mesh=group)), inputs, torch.zeros(case.layer.output, device=device)
+
+
+def sharded(use_triton: bool) -> Callable[[ParallelCase], Callable[..., Tensor]]:
+    """The layer on all ranks of a case."""
+
+    def build(case: ParallelCase) -> Callable[..., Tensor]:
+        module = without_memory(lambda: case.layer.make(reference, use_triton))
+        if case.ranks == 1:
+            return as_function(module)
+        shared = tuple(name for name, _ in module.named_parameters())
+        return _ranks.together(part, case, case.ranks, use_triton, shared)
+
+    return build
+
+
+def unavailable(case: ParallelCase, device: torch.device) -> str | None:
+    if case.ranks <= WORLD:
+        return None
+    start = f"torchrun --nproc-per-node={case.ranks} bench.py --suite context_parallel"
+    return f"needs {case.ranks} processes, of which {WORLD} are there; start them with: {start}"
+
+
+def metrics(case: ParallelCase, problem: Problem) -> Mapping[str, float]:
+    return {} if case.ranks == 1 else _ranks.figures(case.ranks)
+
+
+def plain(case: ParallelCase) -> Callable[..., Tensor]:
+    return whole(case, as_function(without_memory(lambda: case.layer.make(reference, False))))
+
+
+def problem(case: ParallelCase, device: torch.device) -> Problem:
+    layer = case.layer
+    return seeded_problem(case, layer, lambda: layer.make(reference, False), device)
+
+
+def truth(case: ParallelCase, problem: Problem, direction: str) -> Truth:
+    return truth_of(plain(case), problem, direction)
+
+
+COMMON: dict[str, Any] = {"unavailable": unavailable, "metrics": metrics, "bound": lenient}
+
+SUITE = Suite(
+    name="context_parallel",
+    description="layers of sequences that are sharded over several processes",
+    cases=cases,
+    directions=both_directions,
+    implementations=implementations(
+        Implementation("reference", sharded(use_triton=False), **COMMON),
+        by_kernels(sharded(use_triton=True), **COMMON),
+    ),
+    reference="reference",
+    problem=problem,
+    truth=truth,
+    plain=plain,
+    cost=_layers.cost,
+    x_axis="ranks",
+    serve=_ranks.serve,
+)
+
+
+def test_context_parallel(record, benchmark):
+    replay(record, benchmark)
