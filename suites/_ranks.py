@@ -28,7 +28,8 @@ WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 Inputs = Mapping[str, Tensor]
 
 Part = Callable[[Any, ProcessGroup, torch.device, bool], tuple[Callable[..., Tensor], Inputs, Tensor]]
-"""Makes a rank's function, its inputs and the gradient of its output, of a case, its group, a device and `use_triton`.
+"""Makes a rank's function, its inputs and the gradient of its output. It takes a case, a group, a device and
+`use_triton`.
 
 It is a function of a module, so that other ranks can be told of it."""
 
