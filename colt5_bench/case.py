@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from secrets import token_hex
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ _salt = ContextVar("salt", default="")
 
 @contextmanager
 def other_values() -> Iterator[None]:
-    """While this lasts, the generators of cases give other random numbers."""
-    token = _salt.set(":other")
+    """While this lasts, the generators of cases give other random numbers, which nobody can know beforehand."""
+    token = _salt.set(f":{token_hex()}")
     try:
         yield
     finally:

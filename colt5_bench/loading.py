@@ -10,10 +10,12 @@ from functools import cache, reduce
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from colt5_bench.process.functions import Functions
+from colt5_bench.process.settings import preserved
 from colt5_bench.selection import Guest, SelectionError, pick, suite_files
 from colt5_bench.startup import is_outside, prefix_of
 from colt5_bench.suite import Grid, Implementation, Suite, Trainee, TrainingSuite
@@ -117,7 +119,7 @@ def invite(suite: Grid, guests: Iterable[Guest]) -> Grid:
             raise SelectionError(f"suite {suite.name} takes no implementations by --impl NAME=...: --impl {guest}.")
         if guest.name in suite.implementations:
             raise SelectionError(f"suite {suite.name} has its own {guest.name}: give --impl {guest} another name.")
-        made = replace(make(_function_of(guest)), name=guest.name)
+        made = replace(make(_function_of(guest)), name=guest.name, **_traces[guest.place]._asdict())
         suite = replace(suite, implementations={**suite.implementations, guest.name: made})
     return suite
 
@@ -150,6 +152,30 @@ def _module_of(guest: Guest) -> ModuleType:
     Raises:
         SelectionError: there is none, or it fails.
     """
+    if guest.place not in _traces:
+        functions = Functions()
+        with preserved() as changed:
+            module = _imported(guest)
+        replaced = functions.restore()
+        _traces[guest.place] = _Traces(
+            tuple(changed), f"it replaces {replaced} when it is imported" if replaced else ""
+        )
+        return module
+    return _imported(guest)
+
+
+class _Traces(NamedTuple):
+    """Changes that the import of a module had made to the process, and that were undone: fields of implementations."""
+
+    changed_settings: tuple[str, ...]
+    refused: str
+
+
+_traces: dict[str, _Traces] = {}
+"""By the place of a guest. A module is run once."""
+
+
+def _imported(guest: Guest) -> ModuleType:
     try:
         if guest.file is None:
             return importlib.import_module(guest.place)

@@ -67,6 +67,12 @@ class Implementation(Generic[C]):
     metrics: Callable[[C, Problem], Mapping[str, float]] = _no_metrics
     """Further figures of what it does with the problem of a case, by name."""
 
+    refused: str = ""
+    """Reason for which nothing of it is measured; empty for most."""
+
+    changed_settings: tuple[str, ...] = ()
+    """Settings that the import of its module had changed. They were put back."""
+
     launching: Callable[[], AbstractContextManager[None]] | None = None
     """A context in which its calls launch their Triton kernels with tensors on a CPU. These can then be compiled where
     there is no GPU. None if it has no kernels that could."""

@@ -155,7 +155,7 @@ def _of_status(old: Measured | None, new: Measured | None) -> Iterator[tuple[Any
     """Findings of a point that has no values on one side, or on both."""
     before, after = old.record.status if old else None, new.record.status if new else None
     why = new.record.reason if new else ""
-    if after in FAILED and before not in (None, *FAILED):
+    if after == "refused" or (after in FAILED and before not in (None, *FAILED)):
         verdict: Verdict = "failed"
     elif before == "ok":
         verdict, why = "missing", why or "the run has no record of it"

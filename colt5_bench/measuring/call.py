@@ -1,7 +1,6 @@
 """One call of an implementation, which is timed."""
 
-from collections.abc import Callable
-from random import Random
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,21 +20,12 @@ class Call:
         self._problem = problem
         self._upstream = problem.upstream
         self._wanted = () if direction == FORWARD else problem.differentiable
-        self._random, self._calls = Random(0), 0
-        self._latest: Tensor | None = None
         self._stream: torch.Stream | None = None
         self._inputs: dict[str, Tensor] = {}
-        self.sample: Tensor | None = None
         self.renew()
 
     def renew(self) -> None:
-        """Forget the graphs of earlier calls. Here, which is not timed, the latest output may become the `sample`: one
-        in all, each with the same probability."""
-        if self._latest is not None:
-            self._calls += 1
-            if self._random.random() * self._calls < 1:
-                self.sample = self._latest.detach()
-            self._latest = None
+        """Forget the graphs of earlier calls."""
         stream = torch.cuda.current_stream() if self._upstream.is_cuda else None
         if not self._inputs or stream != self._stream:
             # Remains of a graph belong to its stream, and would keep a call in another one from being captured.
@@ -50,11 +40,7 @@ class Call:
     def __call__(self) -> tuple[Tensor, ...]:
         """The output, then the gradients."""
         output = self.forward()
-        gradients = self.backward(output)
-        # A tensor from within a capture belongs to the graph.
-        if not (output.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self._latest = output
-        return output, *gradients
+        return output, *self.backward(output)
 
     def forward(self) -> Tensor:
         if not self._sources:
@@ -73,7 +59,11 @@ class Call:
         return sum(sizes.values())
 
     def results(self) -> dict[str, Tensor]:
-        return dict(zip(("output", *self._wanted), self(), strict=True))
+        return self.named(self())
+
+    def named(self, results: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The results of a call by name: `output`, and gradients by the names of their inputs."""
+        return dict(zip(("output", *self._wanted), results, strict=True))
 
     def saved_bytes(self) -> int | None:
         if not self._sources:

@@ -11,16 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from colt5_bench.case import Case
 from colt5_bench.measuring import energy, memory, roofline, static_facts, timing, training
 from colt5_bench.measuring.call import Call
-from colt5_bench.measuring.global_state import preserved
+from colt5_bench.measuring.inputs import Inputs, shares_memory
 from colt5_bench.measuring.oracle import Oracle
 from colt5_bench.measuring.roofline import Ceilings
 from colt5_bench.measuring.rounds import CPU_COLUMNS, GPU_COLUMNS
+from colt5_bench.measuring.watch import RefusedError, Watch, unusual, works_elsewhere
+from colt5_bench.measuring.work import left_out_in_repeats
+from colt5_bench.process.functions import Functions
+from colt5_bench.process.settings import preserved
 from colt5_bench.records import environment
-from colt5_bench.records.results import Record, Status
+from colt5_bench.records.results import Divergence, Record, Status
 from colt5_bench.suite import Grid, Implementation, Suite, Trainee, TrainingSuite
 from colt5_bench.texts import describe_error, printable
 
@@ -153,7 +158,10 @@ def _measure_all(
     running: dict[str, Record] = {}
     for name, record in records.items():
         with _failing([record], "whether it is available: "):
-            if why := not_applicable(suite.implementations[name], case, direction, conditions.device):
+            implementation = suite.implementations[name]
+            if implementation.refused:
+                raise RefusedError(implementation.refused)
+            if why := not_applicable(implementation, case, direction, conditions.device):
                 record.status, record.reason = "skipped", printable(str(why))
             else:
                 running[name] = record
@@ -164,7 +172,8 @@ def _measure_all(
         own = [name for name in running if operations[name] is operation]
         with _failing([running[name] for name in own], "fp64 truth: ", out_of_memory="error"):
             _describe_cost(suite, case, direction, [running[name] for name in own], conditions.ceilings)
-            oracles.update(dict.fromkeys(own, Oracle.consult(operation or suite, case, direction, conditions.device)))
+            oracle = Oracle.consult(operation or suite, case, direction, conditions.device, timed=suite.timed)
+            oracles.update(dict.fromkeys(own, oracle))
     _measure_each(suite, case, direction, {name: running[name] for name in oracles}, oracles, conditions, begin)
 
 
@@ -258,134 +267,192 @@ def _measure_each(
     conditions: Conditions,
     begin: Callable[[str], None],
 ) -> None:
-    calls: dict[str, Call] = {}
+    watches: dict[str, Watch] = {}
+    functions = Functions()
     for name, record in records.items():
         begin(name)
         implementation, oracle = suite.implementations[name], oracles[name]
-        with preserved() as record.changed_settings, _failing([record]):
+        inputs = oracle.inputs
+        with preserved() as changed, _failing([record]):
             function = implementation.build(case)
-            call = Call(function, oracle.problem, direction)
-            record.accuracy, record.reason = oracle.judge(implementation, call.results())
+            call = Call(function, inputs.problem, direction)
+            record.accuracy, record.reason = _judge_first(implementation, oracle, call.results())
             record.status = "wrong" if record.reason else "ok"
-            metrics = implementation.metrics(case, oracle.problem)
+            metrics = implementation.metrics(case, inputs.problem)
             record.metrics = {str(metric): float(value) for metric, value in metrics.items()}
             if record.status == "ok" and suite.timed:
-                record.peak_bytes = memory.measure_memory(call, device=conditions.device)
-                record.saved_bytes = call.saved_bytes()
-                record.kernels = _static_facts(implementation, call, conditions)
-                # A new one: outputs of calls whose kernels were compiled but not launched are no samples.
-                calls[name] = Call(function, oracle.problem, direction)
-        if spoilt := oracle.restore():
-            calls.pop(name, None)
+                _describe_call(implementation, call, inputs, record, conditions)
+        record.changed_settings = [*dict.fromkeys((*implementation.changed_settings, *changed))]
+        if spoilt := inputs.restore():
             record.status, record.reason = "wrong", f"writes to its input {spoilt}"
-    _time_correct(suite, calls, records, oracles, conditions, begin)
+        if replaced := functions.restore():
+            record.status, record.reason = "refused", f"it replaces {replaced}"
+        if record.status == "ok" and suite.timed:
+            # A new call: one whose kernels were compiled but not launched has graphs of nothing.
+            call = Call(function, inputs.problem, direction)
+            watches[name] = Watch(call, inputs, functions, record.changed_settings)
+    _time_correct(suite, watches, records, oracles, conditions, begin)
     if conditions.energy:
-        correct = {name: call for name, call in calls.items() if records[name].status == "ok"}
-        _measure_energy(correct, records, conditions, begin)
+        correct = {name: watch for name, watch in watches.items() if records[name].status == "ok"}
+        _measure_energy(correct, oracles, records, conditions, begin)
 
 
 def _measure_energy(
-    calls: dict[str, Call], records: dict[str, Record], conditions: Conditions, begin: Callable[[str], None]
+    watches: dict[str, Watch],
+    oracles: dict[str, Oracle],
+    records: dict[str, Record],
+    conditions: Conditions,
+    begin: Callable[[str], None],
 ) -> None:
     """Add energy to the metrics. Times stand where an instrument fails, and the disagreement is infinite then."""
     meter = environment.EnergyMeter(conditions.device)
-    for name, call in calls.items():
+    for name, watch in watches.items():
         begin(name)
+        oracles[name].inputs.renew()
         with preserved(), _failing([records[name]], "energy: "):
-            call.renew()
+            watch.call.renew()
             try:
-                metrics = energy.measure_energy(call, meter, conditions.device).metrics()
+                metrics = energy.measure_energy(watch.call, meter, conditions.device).metrics()
             except environment.InstrumentError:
                 metrics = {"energy_disagreement": inf}
             records[name].metrics |= metrics
+        oracles[name].inputs.restore()
+
+
+def _describe_call(
+    implementation: Implementation, call: Call, inputs: Inputs, record: Record, conditions: Conditions
+) -> None:
+    # With inputs that it has not seen.
+    inputs.renew()
+    record.peak_bytes = memory.measure_memory(call, device=conditions.device)
+    record.saved_bytes = call.saved_bytes()
+    record.kernels = _static_facts(implementation, call, conditions)
+
+
+def _judge_first(
+    implementation: Implementation, oracle: Oracle, results: dict[str, Tensor]
+) -> tuple[dict[str, Divergence], str]:
+    """The judgement on the results of the first call.
+
+    Raises:
+        RefusedError: they are none, or those of the caller.
+    """
+    if why := unusual([*results.values()]):
+        raise RefusedError(why)
+    judgement = oracle.judge(implementation, results)
+    for name, given in oracle.inputs.problem.inputs.items():
+        if not oracle.is_view and shares_memory([results["output"]], [given]):
+            raise RefusedError(f"its output is in the memory of its input {name}")
+    return judgement
 
 
 def _time_correct(
     suite: Suite,
-    calls: dict[str, Call],
+    watches: dict[str, Watch],
     records: dict[str, Record],
     oracles: dict[str, Oracle],
     conditions: Conditions,
     begin: Callable[[str], None],
 ) -> None:
-    """Take the times of implementations, and keep those of the ones that go on to be correct.
-
-    If one spoils the inputs of all while they are timed, nobody knows which: they are timed again, each on its own.
-    """
+    """Take the times of implementations, and keep those of the ones that were correct and fair all the while."""
     begin("")
-    _time_apart(calls, records, conditions)
-    calls = {name: call for name, call in calls.items() if records[name].status == "ok"}
-    spoilt = [name for name in calls if oracles[name].restore()]
-    others: dict[int, Oracle] = {}
-    for name, call in calls.items():
-        begin(name)
+    _time_apart(watches, records, conditions)
+    truths: dict[tuple[int, float], Oracle] = {}
+    for name, watch in watches.items():
         record, oracle = records[name], oracles[name]
-        with preserved(), _failing([record], "after it was timed: "):
-            call.renew()
-            if spoilt:
-                call.sample = None
-                _time_apart({name: call}, records, conditions)
-            if id(oracle) not in others:
-                others[id(oracle)] = oracle.with_other_values()
-            fault = _late_fault(suite.implementations[name], call, oracle, others[id(oracle)])
-            if record.status == "ok" and fault:
-                record.status, record.reason = "wrong", fault
-        if record.status == "wrong":
+        if record.status == "ok":
+            begin(name)
+            with preserved(), _failing([record], "after it was timed: "):
+                watch.finish()
+                fault = _timed_fault(suite.implementations[name], watch, oracle, truths)
+                oracle.inputs.restore()
+                if not fault:
+                    _refuse_unfair(watch, oracle.inputs, conditions.device)
+                    if spoilt := oracle.inputs.restore():
+                        fault = f"writes to its input {spoilt}, but not at first"
+                if fault:
+                    record.status, record.reason = "wrong", fault
+        oracle.inputs.restore()
+        if record.status in ("wrong", "refused"):
             record.timings = {}
 
 
-def _late_fault(implementation: Implementation, call: Call, oracle: Oracle, other: Oracle) -> str:
+def _timed_fault(
+    implementation: Implementation, watch: Watch, oracle: Oracle, truths: dict[tuple[int, float], Oracle]
+) -> str:
     """The fault of an implementation that was right at first; an empty text if it has none."""
-    if spoilt := oracle.restore():
-        return f"writes to its input {spoilt} while it is timed"
-    if call.sample is not None:
-        _, wrong = oracle.judge(implementation, {"output": call.sample})
+    if watch.spoilt:
+        return f"writes to its input {watch.spoilt} while it is timed"
+    if watch.kept is None:
+        return ""
+    kept, key = watch.kept, (id(oracle), watch.kept.factor)
+    if key not in truths:
+        truths[key] = oracle.for_factor(kept.factor)
+    for when, results in (("while it is timed", kept.results), ("later", kept.later)):
+        _, wrong = truths[key].judge(implementation, results)
         if wrong:
-            return f"right at first, while it is timed {wrong}"
-    _, wrong = oracle.judge(implementation, call.results())
-    if wrong:
-        return f"right at first, later {wrong}"
-    if spoilt := oracle.restore():
-        return f"writes to its input {spoilt}, but not at first"
-    with oracle.given(other):
-        _, wrong = other.judge(implementation, {"output": call.forward().detach()})
-    return f"for other values in the same tensors {wrong}" if wrong else ""
+            truths[key] = truths[key].with_own_tolerances(kept.factor)
+            _, wrong = truths[key].judge(implementation, results)
+        if wrong:
+            _, wrong_at_first = oracle.judge(implementation, results)
+            earlier = "" if wrong_at_first else "; it is right for other values, which it was given first"
+            return f"right at first, {when} {wrong}{earlier}"
+    return ""
 
 
-def _time_apart(calls: dict[str, Call], records: dict[str, Record], conditions: Conditions) -> None:
+def _refuse_unfair(watch: Watch, inputs: Inputs, device: torch.device) -> None:
+    """Look for work that is not done in each call, or not within it.
+
+    Raises:
+        RefusedError: there is some.
+    """
+    if operations := left_out_in_repeats(watch.call, inputs):
+        raise RefusedError(
+            f"it does without {', '.join(operations[:5])} when it is called again with the same inputs: "
+            "it keeps results of earlier calls"
+        )
+    inputs.renew()
+    if device.type == "cuda" and works_elsewhere(watch.call, device):
+        raise RefusedError("its results are not there when its stream is done: another stream works on them")
+    if replaced := watch.functions.restore():
+        raise RefusedError(f"it replaces {replaced}")
+
+
+def _time_apart(watches: dict[str, Watch], records: dict[str, Record], conditions: Conditions) -> None:
     """Take times interleaved, but of each call that changes settings on its own: they would hold for all."""
-    alone = [name for name in calls if records[name].changed_settings]
-    for names in ([name for name in calls if name not in alone], *([name] for name in alone)):
+    alone = [name for name in watches if records[name].changed_settings]
+    for names in ([name for name in watches if name not in alone], *([name] for name in alone)):
         if names:
             with preserved(), _failing([records[name] for name in names], "timing: "):
-                _time({name: calls[name] for name in names}, records, conditions)
-    for name, call in calls.items():
+                _time({name: watches[name] for name in names}, records, conditions)
+    for name, watch in watches.items():
         if records[name].status == "ok":
             with _failing([records[name]], "timing: "):
-                _refuse_impossible(records[name], call, conditions)
+                _refuse_impossible(records[name], watch.call, conditions)
 
 
-def _time(calls: dict[str, Call], records: dict[str, Record], conditions: Conditions) -> None:
+def _time(watches: dict[str, Watch], records: dict[str, Record], conditions: Conditions) -> None:
     """Interleaved. If one of several fails, nobody knows which: they are timed again, each on its own."""
     taken = None
     try:
         taken = timing.time_interleaved(
-            calls,
+            {name: watch.call for name, watch in watches.items()},
             device=conditions.device,
             columns=conditions.columns,
-            before={name: call.renew for name, call in calls.items()},
+            before={name: watch.before for name, watch in watches.items()},
+            after={name: watch.after for name, watch in watches.items()},
             max_seconds=conditions.max_seconds,
         )
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        if len(calls) == 1 or _breaks_context(describe_error(error)):
+        if len(watches) == 1 or _breaks_context(describe_error(error)):
             raise
     if taken is None:
         _free_memory()
-        for name, call in calls.items():
+        for name, watch in watches.items():
             with _failing([records[name]], "timing: "):
-                _time({name: call}, records, conditions)
+                _time({name: watch}, records, conditions)
         return
     for name, timings in taken.items():
         records[name].timings = timings
@@ -428,6 +495,8 @@ def _failing(records: Sequence[Record], where: str = "", *, out_of_memory: Statu
         text = describe_error(error)
         status: Status = out_of_memory if _is_out_of_memory(error, text) else "error"
         message = where + text[:LONGEST_REASON]
+        if isinstance(error, RefusedError):
+            status, message = "refused", printable(str(error))
         broken = _breaks_context(text)
         if len(records) == 1 or not broken:
             for record in records:

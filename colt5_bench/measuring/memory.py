@@ -57,7 +57,8 @@ def _peak_on_cpu(call: Callable[[], object]) -> int:
     # Not `torch.profiler.profile`, which makes Python objects of all events: that takes longer than the call.
     with torch.autograd.profiler.profile(profile_memory=True) as profiler:
         result = call()
-    del result
+        # Here: the profiler takes the next tensor at that address for this one, if it does not see it go.
+        del result
     assert profiler.kineto_results is not None
     events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())

@@ -1,17 +1,17 @@
 """The answer that a case should give, and whether an implementation gives it: at first, and after it was timed."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import isnan
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from colt5_bench.case import FORWARD, Case, Problem, Truth, other_values
+from colt5_bench.case import Case, Truth, other_values
 from colt5_bench.measuring import accuracy
 from colt5_bench.measuring.call import Call
+from colt5_bench.measuring.inputs import Inputs, shares_memory
 from colt5_bench.records.results import Divergence
 from colt5_bench.suite import Implementation, Operation
 from colt5_bench.tolerance import Tolerance
@@ -23,24 +23,42 @@ class Oracle:
 
     operation: Operation
     case: Case
-    problem: Problem
-    pristine: dict[str, Tensor]
-    """A copy of the inputs."""
-
+    direction: str
+    inputs: Inputs
     truth: Truth
+    """Right results for the values that the inputs held when this was made."""
+
     tolerances: dict[str, Tolerance]
+    is_view: bool
+    """True if plain PyTorch gives a view of an input."""
 
     @classmethod
-    def consult(cls, operation: Operation, case: Case, direction: str, device: torch.device) -> Self:
+    def consult(cls, operation: Operation, case: Case, direction: str, device: torch.device, *, timed: bool) -> Self:
         problem = operation.problem(case, device)
+        with other_values():
+            inputs = Inputs(problem, operation.problem(case, device) if timed else None)
         truth = operation.truth(case, problem, direction)
-        pristine = {name: tensor.clone() for name, tensor in problem.inputs.items()}
+        plain, is_view = Call(operation.plain(case), problem, direction), []
 
-        def plain() -> dict[str, Tensor]:
-            return Call(operation.plain(case), problem, direction).results()
+        def results() -> dict[str, Tensor]:
+            found = plain.results()
+            is_view.append(shares_memory([found["output"]], [*problem.inputs.values()]))
+            return found
 
-        tolerances = accuracy.tolerances(plain, truth.tensors(), truth.at_kink)
-        return cls(operation, case, problem, pristine, truth, tolerances)
+        tolerances = accuracy.tolerances(results, truth.tensors(), truth.at_kink)
+        return cls(operation, case, direction, inputs, truth, tolerances, any(is_view))
+
+    def for_factor(self, factor: float) -> Self:
+        """The oracle of other values of the inputs, which holds them. Correct results are about as far from the truth
+        as from that of the first values."""
+        self.inputs.renew(factor)
+        return replace(self, truth=self.operation.truth(self.case, self.inputs.problem, self.direction))
+
+    def with_own_tolerances(self, factor: float) -> Self:
+        """The same, where the values of this factor may make a correct computation err by more."""
+        self.inputs.renew(factor)
+        plain = Call(self.operation.plain(self.case), self.inputs.problem, self.direction)
+        return replace(self, tolerances=accuracy.tolerances(plain.results, self.truth.tensors(), self.truth.at_kink))
 
     def judge(self, implementation: Implementation, results: Mapping[str, Tensor]) -> tuple[dict[str, Divergence], str]:
         """The distance of each result from the truth, and what is wrong with them; an empty text if nothing is."""
@@ -56,35 +74,6 @@ class Oracle:
                 elements = expected.numel() - divergences[tensor].kinks
                 wrong = f"{named} is off by {_excess(divergences[tensor], elements)}"
         return divergences, wrong
-
-    def restore(self) -> str:
-        """Undo what was done to the inputs that all implementations share, and name the inputs that were spoilt."""
-        spoilt = [name for name, tensor in self.problem.inputs.items() if not _same(tensor, self.pristine[name])]
-        for name in spoilt:
-            self.problem.inputs[name].copy_(self.pristine[name])
-        return ", ".join(spoilt)
-
-    def with_other_values(self) -> "Oracle":
-        """The oracle of the forward pass for a problem of the same case and other values."""
-        with other_values():
-            return Oracle.consult(self.operation, self.case, FORWARD, self.problem.upstream.device)
-
-    @contextmanager
-    def given(self, other: "Oracle") -> Iterator[None]:
-        """While this lasts, the inputs hold the values of another oracle's."""
-        for name, tensor in self.problem.inputs.items():
-            tensor.copy_(other.pristine[name])
-        try:
-            yield
-        finally:
-            for name, tensor in self.problem.inputs.items():
-                tensor.copy_(self.pristine[name])
-
-
-def _same(tensor: Tensor, other: Tensor) -> bool:
-    """True if the bits are the same, of NaN as well."""
-    first, second = (each.reshape(-1).view(torch.uint8) for each in (tensor, other))
-    return torch.equal(first, second)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -16,7 +16,10 @@ import torch
 
 from colt5_bench.texts import first_line
 
-Call = Callable[[], object]
+Call = Callable[[], Any]
+Look = Callable[[Any], None]
+"""Is given what a call returned, when its time has been taken."""
+
 Round = Callable[[Sequence[str]], list[float]]
 """Runs the named calls in the order given and returns the seconds of each."""
 
@@ -51,19 +54,25 @@ FLUSHED_CACHES = 2
 
 @contextmanager
 def rounds(
-    column: str, calls: Mapping[str, Call], before: Mapping[str, Call], device: torch.device
+    column: str,
+    calls: Mapping[str, Call],
+    before: Mapping[str, Call],
+    after: Mapping[str, Look],
+    device: torch.device,
 ) -> Iterator[tuple[Round, dict[str, str]]]:
     """The round of a column, and the calls that it cannot take, with the reason."""
     if column == "wall":
-        yield HostRound(calls, before, device), {}
+        yield HostRound(calls, before, after, device), {}
     elif column == "eager":
-        yield EagerRound(calls, before, device), {}
+        yield EagerRound(calls, before, after, device), {}
     elif column in ("cold", "warm"):
-        yield GpuRound(calls, before, device, cold=column == "cold"), {}
+        yield GpuRound(calls, before, after, device, cold=column == "cold"), {}
     else:
         graphs, refused = _capture_all(calls, before, device)
+        looks = {name: _look_at(graph, after[name]) for name, graph in graphs.items()}
         try:
-            yield GpuRound({name: graph.replay for name, graph in graphs.items()}, before, device, cold=True), refused
+            replays = {name: graph.replay for name, graph in graphs.items()}
+            yield GpuRound(replays, before, looks, device, cold=True), refused
         finally:
             for graph in graphs.values():
                 graph.reset()
@@ -78,8 +87,10 @@ class HostRound:
     whole backward pass of a model: to wake it takes longer than to launch a kernel, and says nothing about the call.
     """
 
-    def __init__(self, calls: Mapping[str, Call], before: Mapping[str, Call], device: torch.device) -> None:
-        self._calls, self._before, self._device = calls, before, device
+    def __init__(
+        self, calls: Mapping[str, Call], before: Mapping[str, Call], after: Mapping[str, Look], device: torch.device
+    ) -> None:
+        self._calls, self._before, self._after, self._device = calls, before, after, device
         self._in_a_row = dict.fromkeys(calls, 1)
         if device.type == "cuda":
             self._in_a_row = {name: self._fitting(name) for name in calls}
@@ -106,7 +117,7 @@ class HostRound:
             result = call()
             seconds = (perf_counter() - start) / in_a_row
         # Only now: what it takes to free the last result is not the call's.
-        del result
+        self._after[name](result)
         return seconds
 
 
@@ -114,8 +125,10 @@ class EagerRound:
     """Time that a caller waits for a call, of one in a train of calls. The train ends when the GPU has done them all.
     Host and GPU work side by side, and PyTorch runs backward passes in a thread of its own, as for any caller."""
 
-    def __init__(self, calls: Mapping[str, Call], before: Mapping[str, Call], device: torch.device) -> None:
-        self._calls, self._before, self._device = calls, before, device
+    def __init__(
+        self, calls: Mapping[str, Call], before: Mapping[str, Call], after: Mapping[str, Look], device: torch.device
+    ) -> None:
+        self._calls, self._before, self._after, self._device = calls, before, after, device
         self._in_train = dict.fromkeys(calls, 2)
         for name in calls:
             count = int(TRAIN_SECONDS / min(self.seconds(name) for _ in range(3)))
@@ -130,10 +143,13 @@ class EagerRound:
         _synchronize(self._device)
         with _no_garbage_collection():
             start = perf_counter()
-            for _ in range(in_train):
+            for _ in range(in_train - 1):
                 call()
+            result = call()
             _synchronize(self._device)
-            return (perf_counter() - start) / in_train
+            seconds = (perf_counter() - start) / in_train
+        self._after[name](result)
+        return seconds
 
 
 @contextmanager
@@ -155,9 +171,15 @@ class GpuRound:
     """
 
     def __init__(
-        self, calls: Mapping[str, Call], before: Mapping[str, Call], device: torch.device, *, cold: bool
+        self,
+        calls: Mapping[str, Call],
+        before: Mapping[str, Call],
+        after: Mapping[str, Look],
+        device: torch.device,
+        *,
+        cold: bool,
     ) -> None:
-        self._calls, self._before, self._device, self._cold = calls, before, device, cold
+        self._calls, self._before, self._after, self._device, self._cold = calls, before, after, device, cold
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self._flushing = torch.empty(FLUSHED_CACHES * l2_bytes // 4, dtype=torch.float32, device=device)
         self._cycles_per_second = _spin_cycles_per_second()
@@ -193,11 +215,13 @@ class GpuRound:
             self._calls[name]()
         torch.cuda._sleep(int(self._spin[name] * self._cycles_per_second))
         start.record()
-        self._calls[name]()
+        result = self._calls[name]()
         end.record()
         if start.query():
             # The GPU got there before all was launched.
             self._spin[name] = min(2 * self._spin[name], self._longest_spin[name])
+        # In the same stream, and before it waits for others.
+        self._after[name](result)
         return start, end
 
 
@@ -214,9 +238,9 @@ def _spin_cycles_per_second() -> float:
 
 def _capture_all(
     calls: Mapping[str, Call], before: Mapping[str, Call], device: torch.device
-) -> tuple[dict[str, torch.cuda.CUDAGraph], dict[str, str]]:
+) -> tuple[dict[str, "_Captured"], dict[str, str]]:
     """The graphs of the calls that can be captured, and why the others cannot."""
-    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    graphs: dict[str, _Captured] = {}
     refused: dict[str, str] = {}
     for name, call in calls.items():
         try:
@@ -229,7 +253,28 @@ def _capture_all(
     return graphs, refused
 
 
-def _capture(call: Call, before: Call) -> torch.cuda.CUDAGraph:
+def _look_at(graph: "_Captured", look: Look) -> Look:
+    return lambda _: look(graph.results())
+
+
+class _Captured:
+    """The graph of a call, with the results that each replay writes anew."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, results: Sequence[torch.Tensor]) -> None:
+        self._graph = graph
+        self._results = [each.detach() for each in results]
+        self.replay = graph.replay
+
+    def results(self) -> list[torch.Tensor]:
+        """Copies: the next replay is free to write in the same memory."""
+        return [each.clone() for each in self._results]
+
+    def reset(self) -> None:
+        self._results.clear()
+        self._graph.reset()
+
+
+def _capture(call: Call, before: Call) -> _Captured:
     side, current = torch.cuda.Stream(), torch.cuda.current_stream()
     side.wait_stream(current)
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
@@ -241,13 +286,13 @@ def _capture(call: Call, before: Call) -> torch.cuda.CUDAGraph:
         torch.cuda.synchronize()
         try:
             graph.capture_begin(pool=pool)
-            call()
+            results = call()
             graph.capture_end()
         except BaseException:
             _abandon(graph, pool)
             raise
     current.wait_stream(side)
-    return graph
+    return _Captured(graph, results)
 
 
 _abandoned: list[torch.cuda.CUDAGraph] = []

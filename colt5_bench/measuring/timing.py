@@ -39,6 +39,7 @@ def time_interleaved(
     device: torch.device,
     columns: Sequence[str],
     before: Mapping[str, Callable[[], None]] | None = None,
+    after: Mapping[str, Callable[[Any], None]] | None = None,
     target: float = 0.01,
     min_samples: int = 10,
     max_samples: int = 200,
@@ -59,6 +60,7 @@ def time_interleaved(
         device: where the calls run.
         columns: `cold`, `warm`, `graph`, `wall` and `eager` on a GPU, `wall` on a CPU.
         before: by name, what runs untimed before each sample, and before a call is captured.
+        after: by name, what is given the results of a call, untimed, when a sample of it has been taken.
         target: relative width of the interval at which a call is known well enough.
         min_samples: fewest samples of a call. An interval exists from six.
         max_samples: most samples of a call, and most rounds that are repeated.
@@ -76,14 +78,15 @@ def time_interleaved(
     if unknown := set(columns) - set(offered):
         raise ValueError(f"columns on {device.type} are {', '.join(offered)}, got {', '.join(sorted(unknown))}")
     prepare = {name: (before or {}).get(name, _nothing) for name in calls}
+    look = {name: (after or {}).get(name, _nothing) for name in calls}
     timings: dict[str, dict[str, Timing]] = {name: {} for name in calls}
     with current(device):
         for name in calls:
             for _ in range(WARM_UP_CALLS):
                 prepare[name]()
-                calls[name]()
+                look[name](calls[name]())
         for column in columns:
-            with rounds(column, calls, prepare, device) as (take, refused):
+            with rounds(column, calls, prepare, look, device) as (take, refused):
                 taken = _sample(
                     take,
                     [name for name in calls if name not in refused],
@@ -211,7 +214,7 @@ class _Watch:
         }
 
 
-def _nothing() -> None:
+def _nothing(*_: Any) -> None:
     pass
 
 

@@ -17,9 +17,10 @@ from colt5_bench.texts import Plain
 
 SCHEMA_VERSION = 2
 
-Status = Literal["ok", "wrong", "out_of_memory", "error", "skipped"]
-STATUSES: tuple[Status, ...] = ("ok", "wrong", "out_of_memory", "error", "skipped")
-FAILED: tuple[Status, ...] = ("wrong", "out_of_memory", "error")
+Status = Literal["ok", "wrong", "refused", "out_of_memory", "error", "skipped"]
+STATUSES: tuple[Status, ...] = ("ok", "wrong", "refused", "out_of_memory", "error", "skipped")
+FAILED: tuple[Status, ...] = ("wrong", "refused", "out_of_memory", "error")
+"""`refused`: results may be right, and times say nothing."""
 
 SuiteName = Annotated[str, msgspec.Meta(pattern=r"^[^/\\.][^/\\]*\Z", max_length=100)]
 """Names a directory as well."""

@@ -54,7 +54,7 @@ STEADY_CLOCK = 0.01
 
 NOTHING = "-"
 
-STYLES = {"ok": "", "skipped": "dim", "wrong": "red", "out_of_memory": "yellow", "error": "red"}
+STYLES = {"ok": "", "skipped": "dim", "wrong": "red", "refused": "red", "out_of_memory": "yellow", "error": "red"}
 
 Group = list[Record]
 """The records of one case and direction."""

@@ -245,9 +245,9 @@ class TestEndings:
     @pytest.mark.parametrize("before", [None, *STATUSES])
     @pytest.mark.parametrize("after", [None, *STATUSES])
     def test_every_pair_of_endings(self, against, before, after):
-        failing = ("wrong", "out_of_memory", "error")
+        failing = ("wrong", "refused", "out_of_memory", "error")
         expected = {}
-        if after in failing and before in ("ok", "skipped"):
+        if after == "refused" or (after in failing and before in ("ok", "skipped")):
             expected = {"status": "failed"}
         elif before == "ok" and after in (None, "skipped"):
             expected = {"status": "missing"}

@@ -301,20 +301,22 @@ class FakeBuffer:
 class TestColumnsOfAGpu:
     def test_cold_finds_an_empty_cache_and_warm_what_the_call_left(self, monkeypatch):
         cuda = FakeCuda(monkeypatch)
-        before = {"a": lambda: cuda.log.append("prepared")}
+        before, after = {"a": lambda: cuda.log.append("prepared")}, {"a": lambda result: cuda.log.append("looked at")}
         seconds = {}
         for column in ("cold", "warm"):
-            with rounds.rounds(column, {"a": cuda.call}, before, GPU) as (take, refused):
+            with rounds.rounds(column, {"a": cuda.call}, before, after, GPU) as (take, refused):
                 cuda.log.clear()
                 seconds[column] = take(["a"])
             assert refused == {}
             settled = ["written", "read"] if column == "cold" else ["call"]
-            assert cuda.log == ["prepared", *settled, "spin", "event", "call", "event"]
+            assert cuda.log == ["prepared", *settled, "spin", "event", "call", "event", "looked at"]
         assert seconds == {"cold": [3.0], "warm": [1.0]}
 
     def test_the_flush_is_larger_than_the_cache(self, monkeypatch):
         cuda = FakeCuda(monkeypatch)
-        assert rounds.GpuRound({"a": cuda.call}, {"a": lambda: None}, GPU, cold=True)._flushing.nbytes >= 2 * 64
+        assert (
+            rounds.GpuRound({"a": cuda.call}, *[{"a": lambda *_: None}] * 2, GPU, cold=True)._flushing.nbytes >= 2 * 64
+        )
 
 
 class TestArguments:
@@ -354,7 +356,8 @@ def test_a_train_takes_as_long_as_its_calls(seconds):
         started.append(None)
         spin()
 
-    train = rounds.EagerRound({"call": call}, {"call": lambda: None}, CPU)
+    nothing = {"call": lambda *_: None}
+    train = rounds.EagerRound({"call": call}, nothing, nothing, CPU)
     started.clear()
     (measured,) = train(["call"])
     durations = spin.durations(len(started))

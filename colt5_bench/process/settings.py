@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -57,18 +57,37 @@ SETTINGS: Mapping[str, Setting] = {
 }
 
 
+RANDOM = frozenset(name for name in SETTINGS if "random numbers" in name)
+"""States of random numbers. Whoever draws one changes them."""
+
+
+class Settings:
+    """Values of settings, as they are when this is made.
+
+    Args:
+        left_out: names of settings that do not count.
+    """
+
+    def __init__(self, left_out: Container[str] = ()) -> None:
+        self._values = {name: setting.read() for name, setting in SETTINGS.items() if name not in left_out}
+
+    def restore(self) -> list[str]:
+        """Put back what has changed, and name it."""
+        changed = [name for name, value in self._values.items() if not _same(SETTINGS[name].read(), value)]
+        for name in changed:
+            SETTINGS[name].write(self._values[name])
+        return changed
+
+
 @contextmanager
 def preserved() -> Iterator[list[str]]:
     """Put all settings back when this ends; the list then names those that had changed."""
-    before = {name: setting.read() for name, setting in SETTINGS.items()}
+    before = Settings()
     changed: list[str] = []
     try:
         yield changed
     finally:
-        for name, setting in SETTINGS.items():
-            if not _same(setting.read(), before[name]):
-                setting.write(before[name])
-                changed.append(name)
+        changed += before.restore()
 
 
 def _flushes_denormals() -> bool:

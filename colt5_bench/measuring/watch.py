@@ -1,0 +1,160 @@
+"""A look at the calls of an implementation that are timed, while the clock stands still."""
+
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from colt5_bench.measuring.call import Call
+from colt5_bench.measuring.inputs import Inputs, Plan, same_bits, shares_memory
+from colt5_bench.process.functions import Functions
+from colt5_bench.process.settings import RANDOM, Settings
+
+LONGEST_WAIT = 0.1
+"""Seconds to wait for a thread that a call has started, before its results are looked at again."""
+
+SHORT_WAIT = 0.005
+"""Seconds to wait for threads that were there before."""
+
+SPIN_CYCLES = 20_000_000
+"""Cycles for which other streams are held up: about ten milliseconds."""
+
+STREAMS_OF_A_POOL = 32
+"""PyTorch hands out streams from a pool of so many of each priority, in turn."""
+
+
+class RefusedError(Exception):
+    """The times of an implementation say nothing about it: the message says what was noticed, and where."""
+
+
+class Kept(NamedTuple):
+    """Copies of results, by name, and the factor of the inputs that they were computed from."""
+
+    factor: float
+    results: Mapping[str, Tensor]
+    later: Mapping[str, Tensor] = MappingProxyType({})
+    """Those of one more call, when all times had been taken."""
+
+
+class Watch:
+    """Gives each call inputs of its own, and looks at what it leaves behind.
+
+    Args:
+        call: is timed between `before` and `after`.
+        inputs: of all calls that are timed beside it.
+        functions: as they were before anything was called.
+        changed: settings that are known to be changed by it.
+    """
+
+    def __init__(self, call: Call, inputs: Inputs, functions: Functions, changed: Iterable[str]) -> None:
+        self.call, self._inputs, self.functions = call, inputs, functions
+        self._settings = Settings(left_out=RANDOM.union(changed))
+        self._calls = 0
+        self._plan = inputs.plan(0)
+        self._threads: set[threading.Thread] = set()
+        self._latest: list[tuple[Tensor, Tensor]] = []
+        """The results that were kept last, as they were returned, and copies. Nothing may change them any more."""
+        self.kept: Kept | None = None
+        self.spoilt = ""
+        self.noticed = ""
+
+    def before(self) -> None:
+        """New inputs for the call that comes now."""
+        plan = self._inputs.plan(self._calls)
+        self._calls += 1
+        self._begin(plan)
+
+    def after(self, results: Sequence[Tensor]) -> None:
+        """Look at what a call has left behind. The first thing that is noticed stays."""
+        strange = unusual(results) if self._plan.kept else ""
+        # At once, in the stream of the call and without waiting for others: late results are not in the copies.
+        copies = [each.detach().clone() for each in results] if self._plan.kept and not strange else []
+        self._notice(self._look_around())
+        self._notice(strange)
+        if shares_memory(results[:1], [latest for latest, _ in self._latest]):
+            self._notice("its output is in the memory of results of an earlier call, which it overwrites")
+        self._latest.clear()
+        if copies:
+            self._keep(results, copies)
+
+    def finish(self) -> None:
+        """Call once more with the inputs of the call that was kept. A trick may begin after that one.
+
+        Raises:
+            RefusedError: something was noticed.
+        """
+        if self.kept is not None:
+            self._begin(Plan(self.kept.factor, kept=True))
+            timed = self.kept.results
+            self.after(self.call())
+            self.kept = Kept(self.kept.factor, timed, self.kept.results)
+        if threading.active_count() > 1:
+            time.sleep(SHORT_WAIT)
+        self._look_again()
+        self._latest.clear()
+        if self.noticed:
+            raise RefusedError(self.noticed)
+
+    def _begin(self, plan: Plan) -> None:
+        self._look_again()
+        self.call.renew()
+        self._plan = plan
+        self._inputs.renew(plan.factor)
+        self._threads = {*threading.enumerate()} if plan.kept else set()
+
+    def _keep(self, results: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+        self.kept = Kept(self._plan.factor, self.call.named(copies))
+        # Gradients may be the upstream gradient itself, which changes.
+        self._latest = [pair for pair in zip(results, copies, strict=True) if not self._inputs.are_in(pair[0])]
+        if results[0].is_cuda:
+            torch.cuda.synchronize(results[0].device)
+            self._look_again()
+            # The output of a CUDA graph is valid until the graph is replayed.
+            self._latest.clear()
+        for thread in {*threading.enumerate()} - self._threads:
+            thread.join(LONGEST_WAIT)
+        self.spoilt = self.spoilt or self._inputs.spoilt()
+
+    def _look_again(self) -> None:
+        if not all(same_bits(latest, copy) for latest, copy in self._latest):
+            self._notice("its results change after it has returned: a thread or a stream of its own works on")
+
+    def _look_around(self) -> str:
+        changed = ", ".join(self._settings.restore())
+        replaced = self.functions.restore() if self._plan.kept else self.functions.restore_clock()
+        if replaced:
+            return f"it replaces {replaced} while it is timed"
+        return f"it changes settings while it is timed, and not before: {changed}" if changed else ""
+
+    def _notice(self, what: str) -> None:
+        self.noticed = self.noticed or what
+
+
+def unusual(results: Sequence[Tensor]) -> str:
+    """Says if a result is none that lies in memory; an empty text if all do."""
+    for result in results:
+        if type(result) not in (Tensor, torch.nn.Parameter):
+            return f"it returns a {type(result).__name__}, whose values may be computed later, and no plain tensor"
+        if result.is_meta or result.layout != torch.strided:
+            return f"it returns a tensor without values of its own: {result.layout} on {result.device}"
+    return ""
+
+
+def works_elsewhere(call: Call, device: torch.device) -> bool:
+    """True if the stream of a call on a GPU is done before its results are there.
+
+    Other streams are held up before. Results that a call waits for come late, and are right. Others are not there yet.
+    """
+    own = torch.cuda.current_stream(device)
+    pools = (torch.cuda.Stream(device, priority=priority) for priority in (0, -1) for _ in range(STREAMS_OF_A_POOL))
+    for stream in {each.cuda_stream: each for each in pools if each != own}.values():
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(SPIN_CYCLES)
+    results = call()
+    copies = [each.detach().clone() for each in results]
+    torch.cuda.synchronize(device)
+    return not all(same_bits(result, copy) for result, copy in zip(results, copies, strict=True))

@@ -1,0 +1,149 @@
+"""Functions that times and truths rely on. Whoever replaces one of them is noticed, and it is put back."""
+
+import gc
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch.utils._device import DeviceContext
+
+PACKAGES = ("colt5_bench", "kernels", "reference", "suites")
+"""Packages whose functions and constants measure, are measured, or judge."""
+
+OWNERS: tuple[Any, ...] = (
+    *(gc, statistics, threading, time),
+    *(torch, torch.autograd, torch.backends.cuda, torch.cuda, torch.linalg, torch.nn.functional, torch.special),
+    *(torch.Tensor, torch.nn.Module, torch.autograd.Function),
+    *(torch.cuda.CUDAGraph, torch.cuda.Event, torch.cuda.Stream),
+)
+"""Modules and classes of others whose functions they call."""
+
+CLOCK = ("colt5_bench.measuring.rounds", "colt5_bench.measuring.timing", "time")
+"""Modules of the clock, which are looked at after each sample."""
+
+
+class _Owner:
+    """A module, class or object with its attributes, as they are when this is made."""
+
+    def __init__(self, owner: Any) -> None:
+        self.name, self._owner = _name(owner), owner
+        self._attributes = dict(vars(owner))
+        self._codes = [
+            (name, value, value.__code__, value.__defaults__)
+            for name, value in self._attributes.items()
+            if type(value) is FunctionType
+        ]
+
+    def restore(self) -> list[str]:
+        """Put back what was replaced. Each text names one, and the function that stood in its place."""
+        now = vars(self._owner)
+        replaced = [name for name, value in self._attributes.items() if now.get(name) is not value]
+        texts = [self._put_back(name) for name in replaced if self._counts(name, now.get(name))]
+        for name, function, code, defaults in self._codes:
+            if function.__code__ is not code or function.__defaults__ is not defaults:
+                texts.append(f"{self.name}.{name} by {_place(function)}")
+                function.__code__, function.__defaults__ = code, defaults
+        return texts
+
+    def _counts(self, name: str, now: Any) -> bool:
+        """True for functions, classes and constants. PyTorch itself wraps functions of its own when it is needed."""
+        value = self._attributes[name]
+        # The default dtype decides what torch.Storage is.
+        if name.startswith("__") or isinstance(value, ModuleType) or (self.name, name) == ("torch", "Storage"):
+            return False
+        within = getattr(now, "__globals__", {}).get("__name__", "").startswith("torch.")
+        if within and getattr(now, "__wrapped__", None) is value:
+            return False
+        return callable(value) or isinstance(value, classmethod | staticmethod | property) or name.isupper()
+
+    def _put_back(self, name: str) -> str:
+        text = f"{self.name}.{name} by {_place(vars(self._owner).get(name))}"
+        if isinstance(self._owner, type):
+            setattr(self._owner, name, self._attributes[name])
+        else:
+            vars(self._owner)[name] = self._attributes[name]
+        return text
+
+
+class Functions:
+    """Functions, classes and constants of OWNERS and PACKAGES, as they are when this is made."""
+
+    def __init__(self) -> None:
+        self._owners = [_Owner(owner) for owner in _owners()]
+        self._clock = [each for each in self._owners if each.name in CLOCK]
+        self._kernels = _kernels_of_pytorch()
+
+    def restore(self) -> str:
+        """Put back what was replaced, and name it; an empty text if nothing was."""
+        replaced = [text for owner in self._owners for text in owner.restore()]
+        replaced += [*_uncovered(), *(f"functions of PyTorch by a {mode}" for mode in _left_modes())]
+        replaced += [f"{name} of PyTorch" for name in sorted(_kernels_of_pytorch() - self._kernels)]
+        return _listed(replaced)
+
+    def restore_clock(self) -> str:
+        """The same for the modules of the clock alone. It takes microseconds."""
+        return _listed([text for owner in self._clock for text in owner.restore()])
+
+
+def _owners() -> Iterator[Any]:
+    yield from OWNERS
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in PACKAGES and isinstance(module, ModuleType):
+            yield module
+            yield from (each for each in vars(module).values() if isinstance(each, type) and each.__module__ == name)
+
+
+def _uncovered() -> list[str]:
+    """Methods of a tensor that hide those of its base class, which cannot be replaced. They are taken away."""
+    hiding = [name for name in vars(torch.Tensor).keys() - _METHODS if hasattr(torch._C.TensorBase, name)]
+    texts = [f"torch.Tensor.{name} by {_place(vars(torch.Tensor)[name])}" for name in hiding]
+    for name in hiding:
+        delattr(torch.Tensor, name)
+    return texts
+
+
+_METHODS = frozenset(vars(torch.Tensor))
+
+
+def _left_modes() -> list[str]:
+    """Modes through which all calls of PyTorch go until they are left, but for the default device. They are left."""
+    function_modes = [
+        each for each in torch.overrides._get_current_function_mode_stack() if type(each) is not DeviceContext
+    ]
+    dispatch_modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    for mode in (*reversed(function_modes), *reversed(dispatch_modes)):
+        mode.__exit__(None, None, None)
+    return [type(mode).__name__ for mode in (*function_modes, *dispatch_modes)]
+
+
+def _kernels_of_pytorch() -> set[str]:
+    """Kernels of PyTorch's own operators that were registered from Python, for devices or for autograd."""
+    return {
+        name
+        for name in torch.library._impls
+        if name.startswith("aten/") and name.rpartition("/")[2].startswith(("CPU", "CUDA", "Autograd"))
+    }
+
+
+def _name(owner: Any) -> str:
+    module = getattr(owner, "__module__", "")
+    return f"{module}.{owner.__qualname__}" if isinstance(owner, type) else owner.__name__
+
+
+def _place(value: Any) -> str:
+    """Function and line, without a directory; the type of what is no function."""
+    code = getattr(value, "__code__", None)
+    if code is None:
+        return f"{value!r:.60}" if isinstance(value, int | float | str) else f"a {type(value).__name__}"
+    return f"{code.co_qualname} of {code.co_filename.rpartition('/')[2]}:{code.co_firstlineno}"
+
+
+def _listed(texts: Iterable[str], most: int = 3) -> str:
+    found = list(texts)
+    more = f", and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(found[:most]) + more

@@ -1,0 +1,101 @@
+"""Guests that try to look faster or more accurate than they are. None of them has a time in the end."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from colt5_bench.case import FORWARD, FORWARD_BACKWARD
+from colt5_bench.loading import invite
+from colt5_bench.measuring.measure import Conditions, measure
+from colt5_bench.process.functions import Functions
+from colt5_bench.process.settings import RANDOM, Settings
+from colt5_bench.selection import Guest
+from tests.colt5_bench import toy
+
+FOLDER = Path(__file__).parent
+
+REFUSED = {
+    "keeps_by_content": "does without .*aten::mul.* when it is called again with the same inputs",
+    "keeps_by_version": "does without .*aten::mul.* when it is called again with the same inputs",
+    "keeps_what_it_was_given_last": "does without .*aten::mul.* when it is called again with the same inputs",
+    "works_in_a_thread": "its results change after it has returned",
+    "leaves_it_to_a_worker": "its results change after it has returned",
+    "is_lazy": "it returns a Lazy",
+    "is_lazy_later": "it returns a Lazy",
+    "is_meta": "a tensor without values of its own: torch.strided on meta",
+    "is_fake": "it returns a FakeTensor",
+    "has_one_buffer": "its output is in the memory of results of an earlier call",
+    "replaces_the_clock": r"it replaces colt5_bench.measuring.rounds.perf_counter by fast_clock of calls.py:\d+",
+    "replaces_the_clock_later": "it replaces colt5_bench.measuring.rounds.perf_counter by .* while it is timed",
+    "replaces_the_clock_of_python": "it replaces time.perf_counter by fast_clock",
+    "replaces_a_function_of_pytorch": "it replaces torch.equal by everything_is_right",
+    "replaces_a_method_of_tensors": "it replaces torch.Tensor.isfinite by everything_is_right",
+    "replaces_the_judge": "it replaces colt5_bench.measuring.accuracy.passes by everything_is_right",
+    "replaces_the_code_of_the_judge": "it replaces colt5_bench.measuring.accuracy.passes by",
+    "replaces_the_margin": "it replaces colt5_bench.measuring.accuracy.MARGIN by 1000000000.0",
+    "leaves_a_mode_on": "it replaces functions of PyTorch by a Halving",
+    "takes_threads_later": "changes settings while it is timed, and not before: threads",
+    "takes_precision_later": "changes settings while it is timed, and not before: float32 matmul precision",
+    "changes_the_default_dtype_later": "changes settings while it is timed, and not before: default dtype",
+    "clock_replaced_at_import": "it replaces time.perf_counter by .* when it is imported",
+    "operator_replaced_at_import": "it replaces aten/digamma/CPU of PyTorch when it is imported",
+}
+WRONG = {
+    "keeps_by_address": "(while it is timed|later) output is off .* right for other values",
+    "keeps_by_shape": "(while it is timed|later) output is off .* right for other values",
+    "keeps_its_gradient": "(while it is timed|later) gradient of scores is off .*",
+    "answers_made_at_import": "(while it is timed|later) output is off .* right for other values",
+    "does_nothing_later": "(while it is timed|later) output is off",
+    "does_nothing_for_the_clock": "(while it is timed|later) output is off",
+    "takes_the_truth": "(while it is timed|later) output is off",
+    "writes_to_its_input_later": "writes to its input scores",
+    "writes_its_output_to_its_input": "writes to its input scores",
+}
+ON_A_GPU = {
+    "works_in_another_stream": ("refused", "another one works on them|results change after it has returned"),
+    "is_captured_without_work": ("wrong", "(while it is timed|later) output is off"),
+}
+EXPECTED = {
+    **{name: ("refused", why) for name, why in REFUSED.items()},
+    **{name: ("wrong", why) for name, why in WRONG.items()},
+}
+
+
+@pytest.fixture(scope="module")
+def conditions():
+    return Conditions.on(torch.device("cpu"), "abc", max_seconds=0.02)
+
+
+def measured(name, conditions):
+    """Records of the toy suite with a cheat, which joins as by `--impl NAME=FILE:FUNCTION`."""
+    own = FOLDER / f"{name}.py"
+    place = f"{own}:double" if own.exists() else f"{FOLDER}/calls.py:{name}"
+    suite = invite(toy.suite(), [Guest.parse(f"{name}={place}")])
+    direction = FORWARD_BACKWARD if name == "keeps_its_gradient" else FORWARD
+    records = measure(suite, toy.ToyCase(2, 8), direction, [name, "reference"], conditions)
+    return {record.implementation: record for record in records}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_cheat_is_found_and_costs_nobody_else_anything(conditions, name):
+    functions, settings = Functions(), Settings(left_out=RANDOM)
+    records = measured(name, conditions)
+    status, why = EXPECTED[name]
+    assert (records[name].status, records[name].timings) == (status, {}), records[name].reason
+    assert re.search(why, records[name].reason)
+    assert (records["reference"].status, records["reference"].reason) == ("ok", "")
+    # A kernel that was registered stays.
+    assert functions.restore() in ("", "aten/digamma/CPU of PyTorch")
+    assert settings.restore() == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_a_cheat_on_a_gpu_is_found(name):
+    records = measured(name, Conditions.on(torch.device("cuda"), "abc", max_seconds=0.02))
+    status, why = ON_A_GPU[name]
+    assert (records[name].status, records[name].timings) == (status, {}), records[name].reason
+    assert re.search(why, records[name].reason)
+    assert records["reference"].status == "ok"
