@@ -53,10 +53,10 @@ EXAMPLES = """\
 
 what follows `--` is passed on to pytest
 
-exit status: 0 all is measured; 1 an implementation missed its accuracy bound or failed, or with --check, something is
-worse than in the baseline; 2 wrong usage; 3 could not measure, or not all; 4 with --check, nothing is worse for
-certain, but a time may be: it is too noisy to tell; 130 interrupted, with everything kept that was measured until then;
-141 nobody reads the output any more
+exit status: 0 all is measured; 1 an implementation missed its accuracy bound, was refused or failed, or with --check,
+something is worse than in the baseline; 2 wrong usage; 3 could not measure, or not all; 4 with --check, nothing is
+worse for certain, but a time may be: it is too noisy to tell; 130 interrupted, with everything kept that was measured
+until then; 141 nobody reads the output any more
 """
 
 

@@ -371,10 +371,12 @@ def _time_correct(
                     if spoilt := oracle.inputs.restore():
                         fault = f"writes to its input {spoilt}, but not at first"
                 if fault:
+                    # Or not there yet.
+                    watch.wait()
                     record.status, record.reason = "wrong", fault
+            if record.status in ("wrong", "refused"):
+                record.timings = {}
         oracle.inputs.restore()
-        if record.status in ("wrong", "refused"):
-            record.timings = {}
 
 
 def _timed_fault(
@@ -477,7 +479,7 @@ def _refuse_impossible(record: Record, call: Call, conditions: Conditions) -> No
         if why := roofline.too_fast(seconds, size=size, ceilings=conditions.ceilings):
             broken = record.timings[column]
             broken.samples, broken.refused, broken.stopped = [], broken.samples, f"refused: {why}"
-            record.status, record.reason = "error", f"{column} time is refused: {why}"
+            record.status, record.reason = "refused", f"{column} time: {why}"
 
 
 @contextmanager

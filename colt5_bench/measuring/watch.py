@@ -92,10 +92,17 @@ class Watch:
             timed = self.kept.results
             self.after(self.call())
             self.kept = Kept(self.kept.factor, timed, self.kept.results)
+        self.wait(SHORT_WAIT)
+
+    def wait(self, seconds: float = LONGEST_WAIT) -> None:
+        """Look once more at the last results, after a while if threads may be at work on them.
+
+        Raises:
+            RefusedError: something was noticed.
+        """
         if threading.active_count() > 1:
-            time.sleep(SHORT_WAIT)
+            time.sleep(seconds)
         self._look_again()
-        self._latest.clear()
         if self.noticed:
             raise RefusedError(self.noticed)
 

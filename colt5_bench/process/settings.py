@@ -49,6 +49,7 @@ SETTINGS: Mapping[str, Setting] = {
     "cuda.matmul.allow_bf16_reduced_precision_reduction": _attribute(
         torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
     ),
+    "allocator": Setting(torch._C._accelerator_getAllocatorSettings, torch._C._accelerator_setAllocatorSettings),
     "flush denormal": Setting(lambda: _flushes_denormals(), lambda flush: _flush_denormals(flush)),
     "torch's random numbers": Setting(torch.get_rng_state, torch.set_rng_state),
     "random numbers of CUDA": Setting(lambda: _cuda_random_state(), torch.cuda.set_rng_state_all),

@@ -49,6 +49,13 @@ def raising(scores):
     raise RuntimeError("not today")
 
 
+def sly(scores):
+    from colt5_bench.measuring import rounds
+
+    rounds.perf_counter = lambda: 0.0
+    return FACTOR * scores
+
+
 NUMBER = 3
 """
 
@@ -115,7 +122,7 @@ def test_a_function_of_a_file_joins_a_suite(place, attribute, tmp_path):
     ("text", "why"),
     [
         ("mine={place}/none.py:f", "cannot read .*none.py: No such file"),
-        ("mine={place}/mine.py:none", "there is no none; there is .*good, wrong, raising"),
+        ("mine={place}/mine.py:none", "there is no none; there is .*good, wrong, raising, sly"),
         ("mine={place}/mine.py:good.deeper", "there is no good.deeper"),
         ("mine={place}/mine.py:NUMBER", "NUMBER is no function and no class, but 3"),
         ("mine={place}/broken.py:f", "cannot be imported: .*invalid syntax"),
@@ -184,7 +191,7 @@ def bench(checkout, place, *options):
 def test_guests_are_measured_like_others(tmp_path, place, road):
     checkout = make_checkout(tmp_path)
     path = os.path.relpath(place, checkout)
-    asked = [f"--impl={name}={path}/mine.py:{name}" for name in ("wrong", "raising")]
+    asked = [f"--impl={name}={path}/mine.py:{name}" for name in ("wrong", "raising", "sly")]
     run = bench(checkout, place, "--out=out", f"--impl=mine={path}/mine.py:good", *asked, *road)
     assert run.returncode == commands.FAILURE, run.stderr
     results = load(tmp_path / "out" / "toy.jsonl")
@@ -192,8 +199,19 @@ def test_guests_are_measured_like_others(tmp_path, place, road):
     assert environment["guests"]["mine"]["function"] == "mine.py:good"
     statuses = {(record.implementation, record.status) for record in results.records}
     assert statuses == {
-        *(("reference", "ok"), ("good", "ok"), ("mine", "ok"), ("wrong", "wrong"), ("raising", "error"))
+        *(
+            ("reference", "ok"),
+            ("good", "ok"),
+            ("mine", "ok"),
+            ("wrong", "wrong"),
+            ("raising", "error"),
+            ("sly", "refused"),
+        )
     }
+    assert {record.reason for record in results.records if record.status == "refused"} == {
+        "it replaces colt5_bench.measuring.rounds.perf_counter by sly.<locals>.<lambda> of mine.py:28"
+    }
+    assert all(word in run.stdout for word in ("sly", "refused", "perf_counter"))
     wrong = {record.reason for record in results.records if record.status == "wrong"}
     (reason,) = {why for why in wrong if why.startswith("output")}
     assert re.search(r"at \[\d, 7\], and 2 of 16 elements by too much", reason)

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from colt5_bench.case import FORWARD, FORWARD_BACKWARD
+from colt5_bench.case import FORWARD, FORWARD_BACKWARD, Truth
 from colt5_bench.loading import invite
 from colt5_bench.measuring.measure import Conditions, measure
 from colt5_bench.process.functions import Functions
 from colt5_bench.process.settings import RANDOM, Settings
 from colt5_bench.selection import Guest
+from colt5_bench.suite import Implementation
 from tests.colt5_bench import toy
 
 FOLDER = Path(__file__).parent
@@ -99,3 +100,50 @@ def test_a_cheat_on_a_gpu_is_found(name):
     assert (records[name].status, records[name].timings) == (status, {}), records[name].reason
     assert re.search(why, records[name].reason)
     assert records["reference"].status == "ok"
+
+
+def copied(scores):
+    return scores.clone()
+
+
+def given(scores):
+    return scores
+
+
+@pytest.mark.parametrize("plain", [copied, given])
+def test_an_output_in_the_memory_of_an_input_is_for_those_whose_operation_is_a_view(conditions, plain):
+    """As it is for plain PyTorch."""
+
+    def truth(case, problem, direction):
+        return Truth(problem.inputs["scores"].double())
+
+    functions = {each.__name__: Implementation(each.__name__, lambda case, each=each: each) for each in (copied, given)}
+    suite = toy.suite(implementations=functions, truth=truth, plain=lambda case: plain, reference="copied")
+    made, view = measure(suite, toy.ToyCase(2, 8), FORWARD, [*functions], conditions)
+    assert made.status == "ok", made.reason
+    assert view.status == ("ok" if plain is given else "refused"), view.reason
+    assert view.reason == ("" if plain is given else "its output is in the memory of its input scores")
+
+
+def test_a_setting_that_an_import_changes_is_put_back_and_said(conditions, tmp_path):
+    """For it may be an accident: scripts often begin like this."""
+    (tmp_path / "mine.py").write_text("""
+import torch
+
+torch.manual_seed(12345)
+torch.set_default_dtype(torch.float64)
+torch.set_float32_matmul_precision("high")
+torch.set_num_threads(torch.get_num_threads() + 1)
+
+
+def double(scores):
+    return 2 * scores
+""")
+    settings = Settings()
+    suite = invite(toy.suite(), [Guest.parse(f"mine={tmp_path}/mine.py:double")])
+    assert settings.restore() == []
+    (record,) = measure(suite, toy.ToyCase(2, 8), FORWARD, ["mine"], conditions)
+    assert (record.status, record.reason) == ("ok", "")
+    assert set(record.changed_settings) == {
+        *("threads", "default dtype", "float32 matmul precision", "torch's random numbers")
+    }

@@ -1,0 +1,116 @@
+from collections import Counter
+from contextlib import contextmanager
+from itertools import count
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from colt5_bench.measuring import inputs as giving
+from colt5_bench.measuring import watch
+from colt5_bench.measuring.inputs import UPSTREAM, Inputs, same_bits
+from tests.colt5_bench import toy
+
+CASE, CPU, GPU = toy.ToyCase(2, 8), torch.device("cpu"), torch.device("cuda")
+
+
+class Streams:
+    """Streams of a GPU, of which the current one has number 0 and the others do their work when all are waited for."""
+
+    def __init__(self, monkeypatch):
+        self.waiting, self.held, self._numbers, self._current = [], Counter(), count(), 0
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+        monkeypatch.setattr(torch.cuda, "Stream", self.make)
+        monkeypatch.setattr(torch.cuda, "stream", self.enter)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.held.update([self._current]))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: [work() for work in self.waiting])
+
+    def make(self, device, priority):
+        number = next(self._numbers) % watch.STREAMS_OF_A_POOL
+        return SimpleNamespace(cuda_stream=1 + number - priority * watch.STREAMS_OF_A_POOL)
+
+    @contextmanager
+    def enter(self, stream):
+        before, self._current = self._current, stream.cuda_stream
+        yield
+        self._current = before
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_work_in_another_stream_is_found_if_the_call_does_not_wait_for_it(monkeypatch, elsewhere):
+    streams = Streams(monkeypatch)
+    x = torch.randn(8)
+
+    def call():
+        y = torch.zeros(8)
+        streams.waiting.append(lambda: y.copy_(2 * x))
+        if not elsewhere:
+            streams.waiting.pop()()
+        return (y,)
+
+    assert watch.works_elsewhere(call, GPU) is elsewhere
+    # Each of both pools once, and not its own.
+    assert streams.held == Counter(range(1, 2 * watch.STREAMS_OF_A_POOL + 1))
+
+
+def made(other=True):
+    problem = toy.problem(CASE, CPU)
+    problem.inputs |= {"mask": torch.ones(3, dtype=torch.bool), "places": torch.arange(3.0)}
+    second = toy.problem(toy.ToyCase(2, 8), CPU)
+    second.inputs |= {"mask": torch.zeros(3, dtype=torch.bool), "places": torch.arange(3.0) + 5}
+    second.inputs["scores"] += 1
+    return Inputs(problem, second if other else None)
+
+
+def test_inputs_get_values_that_no_call_had_and_their_first_ones_back():
+    given = made()
+    first = {name: tensor.clone() for name, tensor in given.problem.inputs.items()}
+    seen = [first["scores"]]
+    for number in range(20):
+        given.renew(given.plan(number).factor)
+        assert given.spoilt() == ""
+        assert not any(torch.equal(given.problem.inputs["scores"], each) for each in seen)
+        seen.append(given.problem.inputs["scores"].clone())
+        # A factor is for what gradients are asked for: it would make other numbers of places.
+        assert torch.equal(given.problem.inputs["places"], first["places"] + 5)
+        assert not given.problem.inputs["mask"].any()
+    assert given.restore() == ""
+    assert all(torch.equal(tensor, first[name]) for name, tensor in given.problem.inputs.items())
+
+
+@pytest.mark.parametrize("renewed", [False, True])
+@pytest.mark.parametrize("name", ["scores", "mask", "places", UPSTREAM])
+def test_inputs_that_are_written_to_are_named_and_put_back(name, renewed):
+    given = made()
+    tensors = {**given.problem.inputs, UPSTREAM: given.problem.upstream}
+    first = tensors[name].clone()
+    if renewed:
+        given.renew()
+    tensors[name].flatten()[0] = ~tensors[name].flatten()[0] if name == "mask" else torch.nan
+    assert given.restore() == name
+    assert torch.equal(tensors[name], first)
+
+
+def test_each_call_is_as_probable_to_be_the_last_that_is_kept():
+    """And all implementations have the same plan, whoever asks first."""
+    last = Counter()
+    for _ in range(2000):
+        given = made(other=False)
+        plans = [given.plan(number) for number in range(5)]
+        assert [given.plan(number) for number in range(5)] == plans
+        assert all(giving.LEAST_FACTOR <= plan.factor <= 1 for plan in plans)
+        last[max(number for number, plan in enumerate(plans) if plan.kept)] += 1
+    # Each is expected 400 times, with a standard deviation of 18.
+    assert all(300 < last[number] < 500 for number in range(5)), last
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int64, torch.bool], ids=str)
+def test_bits_are_the_same_or_not(dtype):
+    one = torch.ones(4, dtype=dtype)
+    assert same_bits(one, one.clone())
+    assert not same_bits(one, torch.zeros(4, dtype=dtype))
+    assert not same_bits(one, one.reshape(2, 2))
+    if dtype.is_floating_point:
+        one[0] = torch.nan
+        assert same_bits(one, one.clone())
+        assert not same_bits(torch.zeros(1, dtype=dtype), -torch.zeros(1, dtype=dtype))
