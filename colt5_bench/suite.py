@@ -100,6 +100,9 @@ class Grid(Generic[C]):
     lines: Sequence[str] = ()
     """Case fields each combination of which is a line in plots of metrics, and no panel."""
 
+    crossover: bool = False
+    """True if the page says from which value of `x_axis` on each implementation is faster than the reference."""
+
     timed: bool = True
     """False for a suite without time columns: it measures divergence, or trains."""
 

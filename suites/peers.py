@@ -147,3 +147,70 @@ DENSE_FLASH = Implementation[LayerCase](
     operation=_dense_operation("bfloat16"),
 )
 """In bf16 whatever the dtype of the case, judged by fp64 on the inputs rounded to bf16."""
+
+
+def not_installed(module: str, package: str, *, gpu: bool) -> Callable[[Case, torch.device], str | None]:
+    """Why a package cannot be measured, or None.
+
+    Args:
+        module: what is imported.
+        package: what is installed.
+        gpu: it runs on a GPU only.
+    """
+
+    def missing(case: Case, device: torch.device) -> str | None:
+        if gpu and device.type != "cuda":
+            return f"{package} runs on a GPU only"
+        return None if find_spec(module) else f"{package} is not installed (pip install {package})"
+
+    return missing
+
+
+ADASPLASH = not_installed("adasplash", "adasplash", gpu=True)
+ATTN_GYM = not_installed("attn_gym", "attn-gym", gpu=False)
+FLASH_ATTN = not_installed("flash_attn", "flash-attn", gpu=True)
+FLA = not_installed("fla", "flash-linear-attention", gpu=True)
+
+
+def attend_with_adasplash(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+    """Attention `b h n d` with the 1.5-entmax; its kernels take half precision."""
+    return import_module("adasplash").adasplash(query, key, value, alpha=1.5, is_causal=causal)
+
+
+def native_sparse_with_fla(
+    query: Tensor, key: Tensor, value: Tensor, gates: Tensor, *, size: int, blocks: int, window: int
+) -> Tensor:
+    """As `suites._sparse.native_sparse`."""
+    means, selected, near = (gate.squeeze(-1).transpose(1, 2).contiguous() for gate in gates)
+    attended = import_module("fla.ops.nsa").parallel_nsa(
+        *(each.transpose(1, 2).contiguous() for each in (query, key, value)),
+        g_cmp=means,
+        g_slc=selected,
+        g_swa=near,
+        block_counts=blocks,
+        block_size=size,
+        window_size=window,
+    )
+    return attended.transpose(1, 2)
+
+
+def to_blocks_with_fla(query: Tensor, key: Tensor, value: Tensor, causal: bool, *, size: int, blocks: int) -> Tensor:
+    """As `suites._sparse.to_blocks`, of one sequence."""
+    assert causal
+    length = query.shape[2]
+    attended = import_module("fla.ops.moba").parallel_moba(
+        *(each.transpose(1, 2).contiguous() for each in (query, key, value)),
+        cu_seqlens=torch.tensor([0, length], dtype=torch.int32, device=query.device),
+        max_seqlen=length,
+        chunk_size=size,
+        topk=blocks,
+    )
+    return attended.transpose(1, 2)
+
+
+def to_selected_with_attn_gym(query: Tensor, key: Tensor, places: Tensor, *, window: int) -> Tensor:
+    """As `suites._sparse.to_selected`, with the places `i m` of the selected keys. On a CPU it is plain PyTorch."""
+    gather_attn = import_module("attn_gym.sparse.gather_attn").gather_attn
+    places = places.expand(len(query), -1, -1).contiguous()
+    impl = "fused" if query.is_cuda else "reference"
+    return gather_attn(query, key, key, places, sliding_window_size=window, impl=impl)

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import takewhile
 from math import inf, isfinite, isnan
 from statistics import geometric_mean
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -108,6 +109,32 @@ def speed_up_intervals(records: Sequence[Record], reference: str, column: str) -
     ]
     known = iter(_intervals(ratios))
     return [next(known) if pair and pair[0] is not pair[1] else None for pair in pairs]
+
+
+def faster_from(records: Sequence[Record], reference: str, column: str, x: str) -> dict[tuple[str, str], str]:
+    """The least value of a field from which on each implementation is faster than the reference, for certain.
+
+    Args:
+        records: of one suite.
+        reference: the name of the implementation that others are compared with.
+        column: the time column.
+        x: the field, of numbers.
+
+    Returns:
+        By implementation and line, which is the rest of the case and the direction: that value, `not to` the largest
+        one that both were timed at, or nothing if there is none.
+    """
+    bounds = dict(zip(map(id, records), speed_up_intervals(records, reference, column), strict=True))
+    fields = [name for name in varying_fields(records) if name != x]
+    lines = group_by(records, lambda each: (each.implementation, each.direction, label(each.fields, fields)))
+    found = {}
+    for own in lines:
+        compared = sorted((each for each in own if bounds[id(each)]), key=lambda each: cast(float, each.fields[x]))
+        faster = list(takewhile(lambda each: (bounds[id(each)] or (0.0,))[0] > 1, reversed(compared)))
+        line = f"{label(own[0].fields, fields)} {own[0].direction}".strip()
+        last = text(compared[-1].fields[x]) if compared else ""
+        found[own[0].implementation, line] = text(faster[-1].fields[x]) if faster else f"not to {last}" if last else ""
+    return found
 
 
 def spans_one(interval: Interval | None) -> bool:

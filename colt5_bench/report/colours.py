@@ -23,8 +23,15 @@ TRAINED = (
 """Kinds of attention that are trained side by side, and beside `dense`. They share colours with implementations that
 are never in one plot with them."""
 
+SPARSE = (
+    *("mosa", "mixture_of_depths", "moba", "fla_moba", "nsa", "fla_nsa"),
+    *("selected", "attn_gym_gather", "entmax", "adasplash"),
+)
+"""Sparse attention beside `dense` and `dense_flash`, likewise."""
+
 _PLACES = {
     **{name: place for place, name in enumerate(NAMED)},
+    **dict(zip(SPARSE, (each for each in range(2, len(PALETTE)) if not NAMED[each].startswith("dense")), strict=False)),
     **dict(zip(TRAINED, (each for each in range(2, len(PALETTE)) if NAMED[each] != "dense"), strict=True)),
 }
 

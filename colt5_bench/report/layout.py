@@ -56,10 +56,13 @@ class View:
 
     description: str = ""
 
+    crossover: bool = False
+    """True if the page says from which x on each implementation is faster than the reference."""
+
     @classmethod
     def of(cls, suite: Grid) -> "View":
         """The view that a suite asks for."""
-        return cls(suite.x_axis, suite.lines, suite.reference, suite.description)
+        return cls(suite.x_axis, suite.lines, suite.reference, suite.description, suite.crossover)
 
 
 @dataclass(frozen=True)

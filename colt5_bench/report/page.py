@@ -17,6 +17,7 @@ from colt5_bench.files import atomic_write
 from colt5_bench.records.columns import GRADIENT_ERROR, SHARE_OF_LIMIT, SPEED_UP, time
 from colt5_bench.records.derived import (
     Interval,
+    faster_from,
     format_ratio,
     group_by,
     main_column,
@@ -88,7 +89,19 @@ class SuiteSection:
     endings: Sequence[str]
     """Endings other than ok: each reason once."""
 
+    crossover: "Crossover | None"
+
     cards: Sequence[Card]
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """Values of a field from which on implementations are faster than the reference."""
+
+    field: str
+    lines: Sequence[str]
+    rows: Mapping[str, Sequence[str]]
+    """By implementation, a value for each line."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +194,16 @@ def _section(records: Sequence[Record], view: View) -> SuiteSection:
             for (implementation, status, reason), count in reasons.items()
             if status != "ok"
         ],
+        crossover=_crossover(records, view) if view.crossover else None,
         cards=cards(records, view),
     )
+
+
+def _crossover(records: Sequence[Record], view: View) -> Crossover:
+    found = faster_from(records, view.reference, main_column(records), view.x)
+    lines = list(dict.fromkeys(line for _, line in found))
+    names = dict.fromkeys(name for name, _ in found if name != view.reference)
+    return Crossover(view.x, lines, {name: [found.get((name, line), "") for line in lines] for name in names})
 
 
 def _standings(records: Sequence[Record], reference: str, dtype: str) -> list[Standing]:

@@ -1,12 +1,16 @@
 import json
+import random
 import re
 from math import nan
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from colt5_bench.compare import Finding
+from colt5_bench.records.derived import faster_from
 from colt5_bench.records.results import Run
 from colt5_bench.report.layout import View
 from colt5_bench.report.page import _fastest, write_page
@@ -21,6 +25,17 @@ ENVIRONMENT = {
     "git": {"revision": "a900dda5a226fe45", "dirty": True},
     "gpu": None,
 }
+
+
+RELATIONS = st.sampled_from([0.3, 0.8, 1.0, 1.2, 4.0])
+"""Times over those of the reference."""
+
+
+def noisy(name, milliseconds, **fields):
+    """Samples with a noise of one percent, which the reference in the same rounds does not share."""
+    made, chance = timed(name, milliseconds, **fields), random.Random(f"{name} {fields}")
+    made.timings["wall"].samples = [milliseconds / 1e3 * (1 + 0.01 * chance.choice((-1, 1))) for _ in range(30)]
+    return made
 
 
 def run_of(*records, **more):
@@ -76,6 +91,34 @@ class TestPage:
         assert "ours over reference, wall: geometric mean of 2 pairs, 4x±0.37% to 9x±0.37%" in text
         assert "25±0.37%" in text
         assert "3.0e-05" in text
+
+    @given(st.dictionaries(st.sampled_from([2**power for power in range(10, 21)]), RELATIONS, min_size=1))
+    @settings(max_examples=30, deadline=None)
+    def test_it_says_from_where_on_an_implementation_is_faster(self, relations):
+        """A tie is no longer faster, and neither is what is faster at shorter lengths alone."""
+        records = []
+        for n, relation in relations.items():
+            records += [noisy("reference", 8.0, n=n), noisy("ours", 8.0 * relation, n=n)]
+        faster = [n for n in relations if all(relations[longer] < 0.9 for longer in relations if longer >= n)]
+        expected = str(min(faster)) if faster else f"not to {max(relations)}"
+        assert faster_from(records, "reference", "wall", "n") == {
+            ("ours", FORWARD): expected,
+            ("reference", FORWARD): "",
+        }
+
+    def test_a_suite_that_asks_for_it_has_a_table_of_that(self, tmp_path):
+        records = [
+            noisy(name, ms, n=n) for n in (1, 2) for name, ms in (("reference", 8.0), ("ours", 3.0 if n > 1 else 9.0))
+        ]
+        records.append(record("other", status="skipped", reason="no GPU", n=1))
+        views = {"toy": View(crossover=True)}
+        page = visible(write_page(tmp_path / "page.html", run_of(*records), views).read_text())
+        table = re.search(r'<table class="crossover">(.*?)</table>', page, re.DOTALL)[1]
+        assert re.findall(r"<th scope=.row.>(\w+)</th><td class=.number.>(.*?)</td>", table) == [
+            ("ours", "2"),
+            ("other", chr(8211)),
+        ]
+        assert "crossover" not in visible(page_of(tmp_path, run_of(*records)))
 
     def test_a_lower_bound_is_no_headline(self, tmp_path):
         records = [timed("reference", 8), timed("ours", 2), timed("bound", 1)]
