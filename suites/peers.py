@@ -166,6 +166,10 @@ def not_installed(module: str, package: str, *, gpu: bool) -> Callable[[Case, to
     return missing
 
 
+FLASHINFER = not_installed("flashinfer", "flashinfer-python", gpu=True)
+QUACK = not_installed("quack", "quack-kernels", gpu=True)
+ENTMAX = not_installed("entmax", "entmax", gpu=False)
+SOFTTORCH = not_installed("softtorch", "softtorch", gpu=False)
 ADASPLASH = not_installed("adasplash", "adasplash", gpu=True)
 ATTN_GYM = not_installed("attn_gym", "attn-gym", gpu=False)
 FLASH_ATTN = not_installed("flash_attn", "flash-attn", gpu=True)

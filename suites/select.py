@@ -9,8 +9,8 @@ distance shows: a value that is right but comes twice, or one that is next to th
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from colt5_bench.suite import Implementation, Suite
 from colt5_bench.tolerance import Tolerance
 from suites._descent import implementations
 from suites._ours import by_kernels
+from suites.peers import FLASHINFER, QUACK
 
 
 @dataclass(frozen=True)
@@ -140,14 +141,31 @@ def exact(case: SelectCase, tensor: str, expected: Tensor, tolerance: Tolerance)
     return tolerance.at_most(0.0)
 
 
-def selecting(select: Select, name: str, **options: Any) -> Implementation[SelectCase]:
-    """An implementation that is held to the values, and whose wrong ones are counted."""
+def held(implementation: Implementation[SelectCase]) -> Implementation[SelectCase]:
+    """The implementation, held to the values, with its wrong ones counted."""
 
     def metrics(case: SelectCase, problem: Problem) -> Mapping[str, float]:
         scores = problem.inputs["scores"]
-        return {"not_largest": count_not_largest(select(case)(scores), scores)}
+        return {"not_largest": count_not_largest(implementation.build(case)(scores), scores)}
 
-    return by_kernels(select, name=name, bound=exact, metrics=metrics, **options)
+    return replace(implementation, bound=exact, metrics=metrics)
+
+
+def by_quack(case: SelectCase) -> Callable[..., Tensor]:
+    topk = import_module("quack.topk").topk
+    return lambda scores: topk(scores, case.k)[0]
+
+
+def by_flashinfer(case: SelectCase) -> Callable[..., Tensor]:
+    topk = import_module("flashinfer").top_k
+    return lambda scores: topk(scores, case.k, sorted=True)[0]
+
+
+def quack_missing(case: SelectCase, device: torch.device) -> str | None:
+    powers = all(size.bit_count() == 1 for size in (case.n, case.k))
+    if not powers or case.n > 4096 or case.k > 128:
+        return "its rows are of at most 4096 scores and 128 selected, both powers of two"
+    return QUACK(case, device)
 
 
 SUITE = Suite(
@@ -156,16 +174,18 @@ SUITE = Suite(
     cases=cases,
     directions=lambda case: (FORWARD,),
     implementations=implementations(
-        selecting(values(reference.select), "reference"),
-        selecting(values(kernels.select), "ours"),
-        selecting(lambda case: lambda scores: scores.topk(case.k, dim=-1).values, "torch_topk"),
+        held(Implementation("reference", values(reference.select))),
+        held(by_kernels(values(kernels.select))),
+        held(Implementation("torch_topk", lambda case: lambda scores: scores.topk(case.k, dim=-1).values)),
+        held(Implementation("flashinfer_topk", by_flashinfer, FLASHINFER)),
+        held(Implementation("quack_topk", by_quack, quack_missing)),
     ),
     reference="reference",
     problem=problem,
     truth=truth,
     plain=values(reference.select),
     cost=cost,
-    guest=lambda function: selecting(values(function), "guest"),
+    guest=lambda function: held(by_kernels(values(function), name="guest")),
 )
 
 

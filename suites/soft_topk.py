@@ -1,8 +1,19 @@
-"""The exact soft top-k by the spread of the scores and the temperature. These decide how hard it is to solve."""
+"""The exact soft top-k by the spread of the scores and the temperature. These decide how hard it is to solve.
+
+Beside it stand other relaxations of the top-k, whose k entries are soft in another way, with the temperature as their
+softness. Each is judged by itself in fp64, entmax by its closed form:
+
+    entmax        the projection of scores / eps to the k-subsets (budget_bisect)
+    softtorch     the sum of the k rows that SoftTorch's top-k gives (2602.08824)
+
+difftopk and torchsort are not among them: the one holds n x n matrices for each layer of a sorting network and has no
+fp64, the other gives ranks and no selection.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from itertools import product
 
 import torch
@@ -12,9 +23,16 @@ import kernels
 import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.pytest_plugin.replay import replay
-from colt5_bench.suite import Implementation, Suite
-from suites._descent import HEAVY_SHARE, both_directions, implementations
+from colt5_bench.suite import Implementation, Operation, Suite
+from suites._descent import HEAVY_SHARE, both_directions, implementations, lenient
 from suites._ours import by_kernels, guest
+from suites.peers import ENTMAX, SOFTTORCH
+
+HALVINGS = 100
+"""More than numbers of fp64 have bits."""
+
+MOST_OF_MATRICES = 2**26
+"""Elements of k x n matrices, of all rows, that SoftTorch may hold."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +69,19 @@ def problem(case: SoftTopkCase, device: torch.device) -> Problem:
     return Problem({"scores": (case.std * scores).to(device)}, upstream.to(device))
 
 
-def relaxing(function: Callable[..., Tensor]) -> Callable[[SoftTopkCase], Callable[..., Tensor]]:
+Relax = Callable[[SoftTopkCase], Callable[..., Tensor]]
+"""From a case to a function from scores to the relaxed selection, both `rows n`."""
+
+
+def relaxing(function: Callable[..., Tensor]) -> Relax:
     return lambda case: partial(function, k=case.k, eps=case.eps)
 
 
 plain = relaxing(reference.soft_topk)
 
 
-def truth(case: SoftTopkCase, problem: Problem, direction: str) -> Truth:
-    """The closed form in fp64, by autograd."""
+def truth(case: SoftTopkCase, problem: Problem, direction: str, plain: Relax = plain) -> Truth:
+    """A closed form in fp64, by autograd."""
     scores = problem.inputs["scores"].detach().double().requires_grad_(direction != FORWARD)
     y = plain(case)(scores)
     if direction == FORWARD:
@@ -77,6 +99,53 @@ def cost(case: SoftTopkCase, direction: str) -> Cost:
     return Cost(bytes=entries * 4 * (2 if direction == FORWARD else 5), exponentials=2 * entries)
 
 
+def projected(case: SoftTopkCase) -> Callable[..., Tensor]:
+    """The nearest point to scores / eps with entries from 0 to 1 that sum to k: (s / eps - t) between 0 and 1."""
+
+    def function(scores: Tensor) -> Tensor:
+        scaled = scores / case.eps
+        with torch.no_grad():
+            low, high = scaled.amin(-1, keepdim=True) - 1, scaled.amax(-1, keepdim=True)
+            for _ in range(HALVINGS):
+                middle = (low + high) / 2
+                too_many = (scaled - middle).clamp(0, 1).sum(-1, keepdim=True) > case.k
+                low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
+            whole, inside = scaled - high >= 1, (scaled - high > 0) & (scaled - high < 1)
+        # The entries between are those of which t is the mean, less what they have to sum to.
+        count = inside.sum(-1, keepdim=True)
+        rest = case.k - whole.sum(-1, keepdim=True)
+        t = (scaled.masked_fill(~inside, 0).sum(-1, keepdim=True) - rest) / count.clamp(min=1)
+        return torch.where(inside, scaled - t, whole.to(scaled))
+
+    return function
+
+
+def by_entmax(case: SoftTopkCase) -> Callable[..., Tensor]:
+    budget_bisect = import_module("entmax").budget_bisect
+    return lambda scores: budget_bisect(scores / case.eps, budget=case.k)
+
+
+def by_softtorch(case: SoftTopkCase) -> Callable[..., Tensor]:
+    topk = import_module("softtorch").topk
+    return lambda scores: topk(scores, case.k, softness=case.eps, standardize=False)[1].sum(dim=-2)
+
+
+def softtorch_missing(case: SoftTopkCase, device: torch.device) -> str | None:
+    elements = case.rows * case.n * case.k
+    if elements > MOST_OF_MATRICES:
+        return f"holds k x n matrices of {elements} elements, which take too long"
+    return SOFTTORCH(case, device)
+
+
+def _relaxation(
+    name: str, build: Relax, missing: Callable[..., str | None], define: Relax | None = None
+) -> Implementation[SoftTopkCase]:
+    """Another relaxation, judged by its definition in fp64; without one by itself."""
+    define = build if define is None else define
+    operation = Operation(problem, partial(truth, plain=define), define)
+    return Implementation(name, build, missing, bound=lenient, operation=operation)
+
+
 SUITE = Suite(
     name="soft_topk",
     description="the exact soft top-k by spread of the scores and temperature",
@@ -85,6 +154,8 @@ SUITE = Suite(
     implementations=implementations(
         Implementation("reference", plain),
         by_kernels(relaxing(kernels.soft_topk)),
+        _relaxation("entmax", by_entmax, ENTMAX, projected),
+        _relaxation("softtorch", by_softtorch, softtorch_missing),
     ),
     reference="reference",
     problem=problem,

@@ -8,14 +8,20 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 from typing import Any
 
 import pynvml
 import torch
 
-PACKAGES = ("numpy", "pytest-benchmark", "colt5-attention")
+PEERS = (
+    *("adasplash", "attn-gym", "colt5-attention", "entmax", "flash-attn", "flash-linear-attention"),
+    *("flashinfer-python", "quack-kernels", "softtorch"),
+)
+"""Packages that bring implementations, each of them optional."""
+
+PACKAGES = ("numpy", "pytest-benchmark", *PEERS)
 """Packages besides torch and Triton whose version a result may depend on."""
 
 THROTTLE_REASONS = {
@@ -119,11 +125,20 @@ def describe(device: torch.device) -> dict[str, object]:
         "triton": _version("triton"),
         "cuda": torch.version.cuda,
         "packages": {name: _version(name) for name in PACKAGES},
+        "licences": {name: _licence(name) for name in PEERS if _version(name)},
         "gpu": _gpu(device) if device.type == "cuda" else None,
         # To the millisecond: two runs that begin in one second are two runs, and have keys of their own.
         "utc": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "command": " ".join(_without_directory(argument) for argument in sys.argv),
     }
+
+
+def _licence(package: str) -> str | None:
+    """The licence that an installed package names in its metadata."""
+    about = metadata(package)
+    classifiers = [each.split(" :: ")[-1] for each in about.get_all("Classifier", []) if each.startswith("License ::")]
+    named = about.get_all("License-Expression") or classifiers or about.get_all("License") or []
+    return ", ".join(named).strip().partition("\n")[0] or None
 
 
 def flat(described: dict[str, Any], prefix: str = "") -> dict[str, Any]:

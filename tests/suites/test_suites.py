@@ -135,7 +135,9 @@ def test_every_implementation_that_runs_here_passes_its_gate(name, case, conditi
 
 OWN = {
     "gradients": "coor_descent",
-    **dict.fromkeys(("layers", "heads", "sequence_length", "training_step"), "ConditionalRoutedAttention"),
+    **dict.fromkeys(
+        ("layers", "heads", "sequence_length", "sparse_attention", "training_step"), "ConditionalRoutedAttention"
+    ),
 }
 """Names in `kernels` of our own implementations of suites, if not those of the suites."""
 

@@ -1,0 +1,130 @@
+"""Other people's implementations: what is said of them where they are not, and definitions that they are judged by."""
+
+import re
+from dataclasses import replace
+from email.message import Message
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colt5_bench.loading import load_suites
+from colt5_bench.records import environment
+from colt5_bench.suite import Suite
+from suites import peers
+from suites.select import SUITE as SELECT
+from suites.soft_topk import SUITE as SOFT_TOPK
+from suites.soft_topk import SoftTopkCase, projected
+
+ROOT = Path(__file__).parents[2]
+SUITES = {name: suite for name, suite in load_suites(ROOT).items() if isinstance(suite, Suite)}
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def reasons(suite, device):
+    """Why implementations of a suite cannot run its smallest cases, without any package but the dependencies."""
+    return {
+        each.unavailable(case, device)
+        for each in suite.implementations.values()
+        for case in suite.cases("smoke", device)
+    } - {None}
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_package_that_is_missing_is_named_and_its_version_is_recorded(name, monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda module: None)
+    told = " ".join(map(str, reasons(SUITES[name], CUDA)))
+    extras = re.findall(r"pip install '\.\[(\w+)\]'", told)
+    assert set(extras) <= {"peers"}
+    missing = set(re.findall(r"pip install ([\w-]+)", told))
+    assert missing <= set(environment.PEERS)
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert all(f'"{package}>=' in pyproject for package in missing)
+    if name in ("select", "soft_topk", "sparse_attention"):
+        assert missing
+
+
+@pytest.mark.parametrize("name", ["select", "sparse_attention"])
+def test_without_a_gpu_kernels_say_so_whatever_is_installed(name, monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda module: "there")
+    assert any("runs on a GPU only" in reason for reason in reasons(SUITES[name], CPU))
+    assert not any("GPU only" in reason or "not installed" in reason for reason in reasons(SUITES[name], CUDA))
+
+
+@pytest.mark.parametrize(("n", "k", "takes"), [(4096, 128, True), (4097, 128, False), (8192, 8, False), (64, 6, False)])
+def test_quack_takes_few_scores(n, k, takes, monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda module: "there")
+    case = replace(SELECT.cases("smoke", CUDA)[0], n=n, k=k)
+    assert (SELECT.implementations["quack_topk"].unavailable(case, CUDA) is None) == takes
+
+
+def test_softtorch_takes_what_fits(monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda module: "there")
+    taken = {
+        case: SOFT_TOPK.implementations["softtorch"].unavailable(case, CUDA) is None
+        for case in SOFT_TOPK.cases("full", CUDA)
+    }
+    assert set(taken.values()) == {True, False} or not any(taken.values())
+    assert all(
+        SOFT_TOPK.implementations["softtorch"].unavailable(c, CPU) is None for c in SOFT_TOPK.cases("smoke", CPU)
+    )
+
+
+@given(st.lists(st.floats(-20, 20), min_size=2, max_size=12), st.data(), st.sampled_from([0.05, 0.5, 4.0]))
+@settings(max_examples=60, deadline=None)
+def test_the_projection_sums_to_k_and_moves_along_the_simplex(row, data, eps):
+    """Its gradient is that of scores, less their mean, where entries are between 0 and 1."""
+    k = data.draw(st.integers(1, len(row) - 1))
+    scores = torch.tensor([row], dtype=torch.float64, requires_grad=True)
+    y = projected(SoftTopkCase(1, len(row), k, eps, 1.0))(scores)
+    assert (y >= -1e-9).all()
+    assert (y <= 1 + 1e-9).all()
+    torch.testing.assert_close(y.sum(), torch.tensor(float(k), dtype=torch.float64), atol=1e-6, rtol=0)
+    # Entries between 0 and 1 differ as their scores do; those at 1 have larger scores and those at 0 smaller ones.
+    shift = scores / eps - y
+    inside = (y > 1e-9) & (y < 1 - 1e-9)
+    if inside.any():
+        t = shift[inside].mean()
+        torch.testing.assert_close(shift[inside], t.expand(int(inside.sum())), atol=1e-6, rtol=0)
+        assert (scores / eps - t >= 1 - 1e-6)[y > 1 - 1e-9].all()
+        assert (scores / eps - t <= 1e-6)[y < 1e-9].all()
+        upstream = torch.arange(1.0, len(row) + 1, dtype=torch.float64)[None]
+        (gradient,) = torch.autograd.grad(y, scores, upstream)
+        mean = upstream[inside].mean()
+        torch.testing.assert_close(gradient[inside], (upstream[inside] - mean) / eps, atol=1e-6 / eps, rtol=1e-6)
+        assert (gradient[~inside] == 0).all()
+
+
+@pytest.mark.parametrize("case", SOFT_TOPK.cases("smoke", CPU), ids=lambda case: case.id)
+def test_entmax_is_the_projection(case):
+    pytest.importorskip("entmax")
+    scores = SOFT_TOPK.problem(case, CPU).inputs["scores"].double()
+    theirs = SOFT_TOPK.implementations["entmax"].build(case)(scores)
+    torch.testing.assert_close(theirs, projected(case)(scores), atol=1e-9, rtol=0)
+
+
+def metadata(**entries):
+    message = Message()
+    for name, value in entries.items():
+        for each in value if isinstance(value, list) else [value]:
+            message[name.replace("_", "-")] = each
+    return message
+
+
+@pytest.mark.parametrize(
+    ("entries", "licence"),
+    [
+        ({"License_Expression": "Apache-2.0", "License": "other"}, "Apache-2.0"),
+        ({"Classifier": ["Topic :: X", "License :: OSI Approved :: BSD License"], "License": "text"}, "BSD License"),
+        ({"License": "MIT License\n\nwith its text"}, "MIT License"),
+        ({"Classifier": ["Topic :: X"]}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_a_licence_is_what_the_metadata_names(entries, licence, monkeypatch):
+    monkeypatch.setattr(environment, "metadata", lambda package: metadata(**entries))
+    monkeypatch.setattr(environment, "_version", lambda package: "1.0" if package == "entmax" else None)
+    assert environment.describe(CPU)["licences"] == {"entmax": licence}
