@@ -1,8 +1,9 @@
-"""RMSNorm and LayerNorm for a linear layer to come next, beside PyTorch's own and a conversion of its result."""
+"""RMSNorm and LayerNorm for a linear layer to come next, beside PyTorch's and Liger's own with a conversion."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from colt5_bench.suite import Implementation, Suite
 from suites._descent import both_directions, implementations
 from suites._layers import truth_of
 from suites._ours import by_kernels, guest
+from suites.peers import LIGER
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,20 @@ def in_torch(case: NormalizeCase) -> Callable[..., Tensor]:
     return function
 
 
+def by_liger(case: NormalizeCase) -> Callable[..., Tensor]:
+    """Liger's kernels add the epsilon as PyTorch's do. In fp32 inside, as all others are here."""
+    functional = import_module("liger_kernel.transformers.functional")
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if case.center:
+            out = functional.liger_layer_norm(x, weight, bias, case.eps)
+        else:
+            out = functional.liger_rms_norm(x, weight, case.eps**2 / case.d, casting_mode="gemma", in_place=False)
+        return out.to(getattr(torch, case.result))
+
+    return function
+
+
 def cost(case: NormalizeCase, direction: str) -> Cost:
     """Tokens read and the result written; then tokens and upstream gradient read and the gradient written."""
     size, result = (getattr(torch, dtype).itemsize for dtype in (case.dtype, case.result))
@@ -106,6 +122,7 @@ SUITE = Suite(
         Implementation("reference", plain),
         by_kernels(normalizing(kernels.normalize)),
         Implementation("torch", in_torch),
+        Implementation("liger", by_liger, LIGER),
     ),
     reference="reference",
     problem=problem,

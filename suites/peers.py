@@ -168,6 +168,7 @@ def not_installed(module: str, package: str, *, gpu: bool) -> Callable[[Case, to
 
 FLASHINFER = not_installed("flashinfer", "flashinfer-python", gpu=True)
 QUACK = not_installed("quack", "quack-kernels", gpu=True)
+LIGER = not_installed("liger_kernel", "liger-kernel", gpu=True)
 ENTMAX = not_installed("entmax", "entmax", gpu=False)
 SOFTTORCH = not_installed("softtorch", "softtorch", gpu=False)
 ADASPLASH = not_installed("adasplash", "adasplash", gpu=True)

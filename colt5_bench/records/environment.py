@@ -17,7 +17,7 @@ import torch
 
 PEERS = (
     *("adasplash", "attn-gym", "colt5-attention", "entmax", "flash-attn", "flash-linear-attention"),
-    *("flashinfer-python", "quack-kernels", "softtorch"),
+    *("flashinfer-python", "liger-kernel", "quack-kernels", "softtorch"),
 )
 """Packages that bring implementations, each of them optional."""
 

@@ -42,11 +42,11 @@ def test_a_package_that_is_missing_is_named_and_its_version_is_recorded(name, mo
     assert missing <= set(environment.PEERS)
     pyproject = (ROOT / "pyproject.toml").read_text()
     assert all(f'"{package}>=' in pyproject for package in missing)
-    if name in ("select", "soft_topk", "sparse_attention"):
+    if name in ("select", "soft_topk", "sparse_attention", "normalize"):
         assert missing
 
 
-@pytest.mark.parametrize("name", ["select", "sparse_attention"])
+@pytest.mark.parametrize("name", ["select", "sparse_attention", "normalize"])
 def test_without_a_gpu_kernels_say_so_whatever_is_installed(name, monkeypatch):
     monkeypatch.setattr(peers, "find_spec", lambda module: "there")
     assert any("runs on a GPU only" in reason for reason in reasons(SUITES[name], CPU))
