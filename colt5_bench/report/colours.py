@@ -7,11 +7,13 @@ PALETTE = (
     *("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
     # Others that are seen on light and on dark.
     *("#999933", "#C2456F", "#44AA99", "#8C7AE6", "#B0603A", "#3E8E41", "#A05195", "#8C6D4B", "#6B7A8F"),
+    *("#B8860B", "#6A5ACD", "#E07A5F", "#2F8F9D"),
 )
 
 NAMED = (
     *("reference", "ours", "colt5_triton", "colt5_plain", "segmented", "compile", "colt5_triton_segmented"),
     *("dense", "dense_flash", "sdpa", "flex", "torch", "torch_topk", "masked_rows", "t5", "longt5"),
+    *("flashinfer_topk", "quack_topk", "softtorch", "liger"),
 )
 """Implementations that have a colour each, in the order of the palette. Others take one by their name alone, and none
 that belongs to the first two."""
@@ -19,6 +21,7 @@ that belongs to the first two."""
 TRAINED = (
     *("light", "light_wide", "hybrid", "published", "zero", "cosine", "exact", "cosine_exact"),
     *("sets_2", "sets_4", "frozen", "random", "noncausal"),
+    *("rotary", "light_rotary", "zero_fp32", "zero_plain"),
 )
 """Kinds of attention that are trained side by side, and beside `dense`. They share colours with implementations that
 are never in one plot with them."""
