@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -82,23 +83,34 @@ def on_mesh_of_two_dimensions(group):
     parallel.coor_descent(torch.zeros(4), n_iters=1, k=1, mesh=mesh)
 
 
-def layer(group, layer, lengths, tensors, grad, options):
+def layer(group, layer, lengths, tensors, grad, options, context=nullcontext, run=None):
     """A layer's output for this rank's tokens, and gradients of tokens and parameters.
 
     Args:
         lengths: of each of the tensors.
         grad: of the whole output.
         options: of the call. Those that are tensors are cut as the first tensor is.
+        context: makes one that the layer is called in.
+        run: calls the layer with its arguments.
     """
     parallel.shard_sequences(layer, mesh=group)
     own = [part(group, each, x, 1).detach().clone().requires_grad_() for each, x in zip(lengths, tensors, strict=True)]
     options = {key: part(group, lengths[0], each, 1) for key, each in options.items()}
-    out = layer(*own, **options)
+    with context():
+        out = layer(*own, **options) if run is None else run(layer, *own, **options)
     out.backward(part(group, lengths[0], grad, 1))
     grads = {
         name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in layer.named_parameters()
     }
     return out.detach(), [x.grad for x in own], grads
+
+
+def second_derivatives(group, layer, lengths, tensors, grad):
+    """Derivatives of the squared norm of the gradient of all ranks' tokens, with respect to this rank's."""
+    parallel.shard_sequences(layer, mesh=group)
+    own = [part(group, each, x, 1).detach().clone().requires_grad_() for each, x in zip(lengths, tensors, strict=True)]
+    first = torch.autograd.grad(layer(*own), own, part(group, lengths[0], grad, 1), create_graph=True)
+    return torch.autograd.grad(sum(each.square().sum() for each in first), own)
 
 
 def reduced(group, layer, how, lengths, tensors, grad):

@@ -2,10 +2,13 @@
 
 import copy
 import random
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from tests.calls import inputs_of, layer_of
@@ -23,9 +26,10 @@ LAYERS = [
 AUTOREGRESSIVE = "ConditionalRoutedAutoregressiveAttention"
 
 
-def whole_of(layer, tensors, grad, options):
+def whole_of(layer, tensors, grad, options, context=nullcontext):
     tensors = [x.clone().requires_grad_() for x in tensors]
-    out = layer(*tensors, **options)
+    with context():
+        out = layer(*tensors, **options)
     out.backward(grad)
     grads = {
         name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in layer.named_parameters()
@@ -72,24 +76,49 @@ def test_layer(ranks, name, seed, size):
     check_layer(ranks, size, layer, lengths, call)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", [*LAYERS, AUTOREGRESSIVE])
-def test_accuracy(ranks, name, seed):
-    """By the gate for one process, whose plain fp32 says what may be off."""
-    layer = layer_of(name, random.Random(seed), block_sizes=(None,), router_straight_through=False)
+def test_accuracy(ranks, name, autocast):
+    """By the gate for one process, whose plain PyTorch in the same dtypes says what may be off."""
+    layer = layer_of(name, random.Random(0), block_sizes=(None,), router_straight_through=False)
     tensors = inputs_of(name, layer)[0]
     lengths = [[24, x.shape[1] - 24] for x in tensors]
     grad = torch.randn_like(tensors[0])
+    context = partial(torch.autocast, "cpu", torch.bfloat16, enabled=autocast)
 
     def named(out, x_grads, grads):
         return {"out": out, **{f"x {i}": each for i, each in enumerate(x_grads)}, **grads}
 
     exact = named(*whole_of(copy.deepcopy(layer).double(), [x.double() for x in tensors], grad.double(), {}))
-    outs = ranks(2, sharded.layer, layer, lengths, tensors, grad, {})
+    outs = ranks(2, sharded.layer, layer, lengths, tensors, grad, {}, context)
     x_grads = [torch.cat(parts, dim=1) for parts in zip(*(each for _, each, _ in outs), strict=True)]
     reduced = {key: sum(each[key] for _, _, each in outs) for key in outs[0][2]}
     found = named(torch.cat([each for each, _, _ in outs], dim=1), x_grads, reduced)
-    check_correct(found, lambda: named(*whole_of(copy.deepcopy(layer), tensors, grad, {})), exact)
+    check_correct(found, lambda: named(*whole_of(copy.deepcopy(layer), tensors, grad, {}, context)), exact)
+
+
+@pytest.mark.parametrize("name", [*LAYERS, AUTOREGRESSIVE])
+def test_second_derivatives(ranks, name):
+    layer = build(name, router_straight_through=False).double()
+    tensors = [x.double().requires_grad_() for x in inputs_of(name, layer)[0]]
+    lengths = [[24, 16, x.shape[1] - 40] for x in tensors]
+    grad = torch.randn_like(tensors[0])
+    first = torch.autograd.grad(layer(*tensors), tensors, grad, create_graph=True)
+    expected = torch.autograd.grad(sum(each.square().sum() for each in first), tensors)
+    outs = ranks(3, sharded.second_derivatives, layer, lengths, [x.detach() for x in tensors], grad)
+    for parts, whole in zip(zip(*outs, strict=True), expected, strict=True):
+        check_close(torch.cat(parts, dim=1), whole)
+
+
+@pytest.mark.parametrize("name", [*LAYERS, AUTOREGRESSIVE])
+def test_checkpoints_of_activations(ranks, name):
+    """The forward pass of the backward pass exchanges again."""
+    layer = build(name).double()
+    tensors = [x.double() for x in inputs_of(name, layer)[0]]
+    lengths = [[24, x.shape[1] - 24] for x in tensors]
+    call = (layer, lengths, tensors, torch.randn_like(tensors[0]), {})
+    run = partial(checkpoint, use_reentrant=False)
+    check_close(ranks(2, sharded.layer, *call, nullcontext, run), ranks(2, sharded.layer, *call))
 
 
 @pytest.mark.parametrize("how", ["DDP", "FSDP2", "FSDP2 of parts"])
