@@ -40,8 +40,6 @@ from suites._ranks import WORLD
 HEAVY_SHARE = 16
 """One of so many tokens is routed."""
 
-KINDS = ("attention", "feed_forward", "cross_attention", "autoregressive")
-
 
 @dataclass(frozen=True)
 class ParallelCase(LayerCase):
@@ -64,9 +62,8 @@ class ParallelCase(LayerCase):
         """The layer for the first rank's part of the sequence."""
         shape = (1, self.length // self.ranks, self.dim)
         inputs = {"x": shape, "context": shape} if self.kind == "cross_attention" else {"x": shape}
-        return Layer(
-            lambda package, use_triton: MAKE[self.kind](package, self, use_triton), inputs, shape, dtype=self.dtype
-        )
+        output = (*shape[:2], 1) if self.kind == "router" else shape
+        return Layer(lambda package, triton: MAKE[self.kind](package, self, triton), inputs, output, dtype=self.dtype)
 
     @property
     def routed(self) -> int:
@@ -105,7 +102,33 @@ def _autoregressive(package: ModuleType, case: ParallelCase, use_triton: bool) -
     )
 
 
+class Routed(nn.Module):
+    """A router alone: of each token that it routes the weight times the mean, and 0 of all others.
+
+    The result has a place for each token, and so a part for each rank, and is no larger than it has to be.
+    """
+
+    def __init__(self, router: nn.Module, num_tokens: int) -> None:
+        super().__init__()
+        self.router, self.num_tokens = router, num_tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens `b n d` to `b n 1`."""
+        n, routed = x.shape[1], self.router(x, num_tokens=self.num_tokens)
+        means = routed.scores * routed.routed_tokens.mean(dim=-1)
+        # Past the end is no place.
+        places = x.new_zeros(x.shape[0], n + 1).scatter(1, routed.indices.clamp(max=n), means)
+        return places[:, :n].unsqueeze(-1)
+
+
+def _router(package: ModuleType, case: ParallelCase, use_triton: bool) -> nn.Module:
+    """Without its straight-through weights, so that the output shows what they are."""
+    router = package.CoordinateDescentRouter(case.dim, straight_through=False, use_triton=use_triton)
+    return Routed(router, case.routed)
+
+
 MAKE = {
+    "router": _router,
     "attention": _attention,
     "feed_forward": _feed_forward,
     "cross_attention": _cross_attention,
@@ -121,14 +144,14 @@ def cases(preset: str, device: torch.device) -> list[ParallelCase]:
     counts = [2**power for power in range(WORLD.bit_length()) if 2**power <= WORLD]
     counts = counts if WORLD > 1 else [1, 2]
     if preset == "smoke":
-        kinds = ("attention", "autoregressive")
+        kinds = ("router", "attention", "autoregressive")
         return [ParallelCase(kind, "strong", 512, ranks, 32) for kind in kinds for ranks in counts]
     on_gpu = device.type == "cuda"
     tokens, dim = (2**20, 512) if on_gpu else (2**13, 64)
     lengths = [tokens, 4 * tokens] if preset == "full" else [tokens]
     return [
         ParallelCase(kind, scaling, length, ranks, dim)
-        for kind in KINDS
+        for kind in MAKE
         for scaling in ("strong", "weak")
         for length in lengths
         for ranks in counts

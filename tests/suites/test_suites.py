@@ -126,11 +126,13 @@ def test_every_implementation_that_runs_here_passes_its_gate(name, case, conditi
     """On the first case of each suite it is timed as well: nobody who is honest is refused."""
     is_first = case == SUITES[name].cases("smoke", DEVICES[0])[0]
     suite = replace(SUITES[name], timed=is_first and SUITES[name].timed)
+    # Ours runs everywhere, but for cases of several processes.
+    of_several = getattr(case, "ranks", 1) > 1
     for direction in suite.directions(case):
         records = measure(suite, case, direction, list(suite.implementations), conditions)
         statuses = {record.implementation: (record.status, record.reason) for record in records}
         assert {status for status, _ in statuses.values()} <= {"ok", "skipped"}, statuses
-        assert statuses["ours"][0] == "ok"
+        assert statuses["ours"][0] == ("skipped" if of_several else "ok")
 
 
 OWN = {
