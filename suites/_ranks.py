@@ -7,7 +7,7 @@ import atexit
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from colt5_bench.records.environment import gpu_state
@@ -25,13 +25,11 @@ from colt5_bench.records.environment import gpu_state
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 """Processes that `torchrun` has started."""
 
-Inputs = Mapping[str, Tensor]
+Part = Callable[[Any, ProcessGroup | None, torch.device, bool], tuple[nn.Module, dict[str, Tensor], Tensor]]
+"""Makes a rank's module, its inputs and the gradient of its output. It takes a case, a group, a device and
+`use_triton`. There is no group for one process.
 
-Part = Callable[[Any, ProcessGroup, torch.device, bool], tuple[Callable[..., Tensor], Inputs, Tensor]]
-"""Makes a rank's function, its inputs and the gradient of its output. It takes a case, a group, a device and
-`use_triton`.
-
-It is a function of a module, so that other ranks can be told of it."""
+It is a function of a file, so that other ranks can be told of it."""
 
 
 @dataclass
@@ -39,21 +37,23 @@ class Rank:
     """One of the processes, and the call that it makes at present."""
 
     device: torch.device
-    groups: dict[int, ProcessGroup]
+    groups: dict[int, ProcessGroup | None]
     """Those of the first so many ranks."""
 
-    control: ProcessGroup
-    group: ProcessGroup | None = None
-    """The ranks of the call; None if this one has no part in it."""
+    control: ProcessGroup | None = None
+    ranks: int = 1
+    """Number of those that take part in the call."""
 
-    function: Callable[..., Tensor] | None = None
+    module: nn.Module | None = None
+    """None if this rank takes no part."""
+
     inputs: dict[str, Tensor] = field(default_factory=dict)
     upstream: Tensor | None = None
-    shared: tuple[str, ...] = ()
-    """Inputs that are the same on all ranks: parameters."""
-
     output: Tensor | None = None
-    sources: list[Tensor] = field(default_factory=list)
+    leaves: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+    """Those of the leaves, which are the inputs that have one."""
+
     seconds: float = 0.0
     """Time of the latest pass, forward or backward."""
 
@@ -61,48 +61,43 @@ class Rank:
     """By this rank to others, since the latest forward pass began."""
 
     def prepare(self, part: Part, case: Any, ranks: int, use_triton: bool) -> None:
-        self.group, self.output, self.sources = None, None, []
-        if dist.get_rank() < ranks:
-            self.group = self.groups[ranks]
-            self.function, inputs, self.upstream = part(case, self.group, self.device, use_triton)
-            self.inputs = dict(inputs)
+        """Get ready for calls of another kind."""
+        self.ranks, self.module = ranks, None
+        if self.number < ranks:
+            self.module, self.inputs, self.upstream = part(case, self.groups[ranks], self.device, use_triton)
 
-    def share(self, names: tuple[str, ...]) -> None:
-        """Take the first rank's values of some inputs."""
-        self.shared = names
-        for name in names if self.group is not None else ():
-            dist.broadcast(self.inputs[name].detach(), 0, group=self.group)
+    @property
+    def number(self) -> int:
+        """This process among all."""
+        return dist.get_rank() if WORLD > 1 else 0
 
     def forward(self, wanted: tuple[str, ...]) -> None:
-        """Call the function. Inputs that are wanted will have gradients."""
-        if self.group is None:
+        """Call the module. Inputs that are wanted will have gradients."""
+        if self.module is None:
             return
-        assert self.function is not None
         self.bytes_sent = 0
-        leaves = {name: each.detach().requires_grad_(name in wanted) for name, each in self.inputs.items()}
-        self.sources = [leaves[name] for name in wanted]
+        given = {name: each.detach().requires_grad_(name in wanted) for name, each in self.inputs.items()}
+        self.leaves = [given[name] for name in wanted]
         with self._watched(), torch.set_grad_enabled(bool(wanted)):
-            self.output = self.function(**leaves)
+            self.output = self.module(**given)
 
-    def backward(self, wanted: tuple[str, ...]) -> None:
-        """Gradients of the wanted inputs. Those of parameters are summed over ranks, as data parallel training does."""
-        if self.group is None:
+    def backward(self) -> None:
+        """Gradients of inputs and parameters. Those of parameters are summed over ranks, as in training."""
+        if self.module is None:
             return
         assert self.output is not None
+        parameters = [*self.module.parameters()]
         with self._watched():
-            grads = dict(zip(wanted, torch.autograd.grad(self.output, self.sources, self.upstream), strict=True))
-            shared = [grads[name] for name in wanted if name in self.shared]
-            if shared:
-                flat = torch.cat([each.flatten() for each in shared])
-                dist.all_reduce(flat, group=self.group)
-                for each, total in zip(shared, flat.split([each.numel() for each in shared]), strict=True):
-                    each.copy_(total.view_as(each))
-        self.output, self.sources = None, [*grads.values()]
+            grads = torch.autograd.grad(self.output, [*self.leaves, *parameters], self.upstream)
+            if self.ranks > 1:
+                flat = torch.cat([each.flatten() for each in grads[len(self.leaves) :]])
+                dist.all_reduce(flat, group=self.groups[self.ranks])
+        self.output, self.gradients = None, [*grads[: len(self.leaves)]]
 
     def figures(self) -> list[dict[str, float]]:
         """Figures of all ranks, for the first."""
-        state = gpu_state(self.device) if self.device.type == "cuda" else None
         on_gpu = self.device.type == "cuda"
+        state = gpu_state(self.device) if on_gpu else None
         peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
         own = {"seconds": self.seconds, "bytes_sent": float(self.bytes_sent), "process_peak_bytes": float(peak)}
         own |= {} if state is None else {"sm_clock_mhz": float(state.sm_clock_mhz)}
@@ -114,15 +109,14 @@ class Rank:
     def _watched(self) -> Iterator[None]:
         """Take the time, and count the bytes that go to other ranks."""
         gather, to_all = dist.all_gather, dist.all_to_all_single
-        others = self.group.size() - 1 if self.group is not None else 0
+        others = self.ranks - 1
 
         def counted_gather(parts: list[Tensor], x: Tensor, **options: Any) -> Any:
             self.bytes_sent += others * x.nbytes
             return gather(parts, x, **options)
 
         def counted_to_all(taken: Tensor, sent: Tensor, takes: list[int], sends: list[int], **options: Any) -> Any:
-            own = sends[self.group.rank()] if self.group is not None else 0
-            self.bytes_sent += (sent.numel() - own) * sent.itemsize
+            self.bytes_sent += (sent.numel() - sends[self.number]) * sent.itemsize
             return to_all(taken, sent, takes, sends, **options)
 
         with patch.object(dist, "all_gather", counted_gather), patch.object(dist, "all_to_all_single", counted_to_all):
@@ -134,11 +128,17 @@ class Rank:
 @cache
 def rank() -> Rank:
     """This process. All ranks of the run have to ask for it."""
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+    if WORLD == 1:
+        return Rank(device, {1: None})
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    groups = {ranks: dist.new_group([*range(ranks)]) for ranks in range(1, WORLD + 1)}
+    groups = {1: None, **{ranks: dist.new_group([*range(ranks)]) for ranks in range(2, WORLD + 1)}}
     if dist.get_rank() == 0:
         atexit.register(_end)
         # When another rank has ended, `torchrun` gives this one half a minute: it writes its records.
@@ -172,35 +172,29 @@ def _end() -> None:
     dist.destroy_process_group()
 
 
-def _together(name: str, *arguments: Any) -> Any:
-    """Call a method of all ranks."""
-    _tell(name, *arguments)
-    return getattr(rank(), name)(*arguments)
+def _together(name: str, *arguments: Any, ranks: int) -> None:
+    """Call a method of all ranks that take part, or of this one alone."""
+    if ranks > 1:
+        _tell(name, *arguments)
+    getattr(rank(), name)(*arguments)
 
 
-def together(part: Part, case: Any, ranks: int, use_triton: bool, shared: tuple[str, ...]) -> Callable[..., Tensor]:
-    """A function of the first rank's inputs that gives its output, while others call theirs.
-
-    Args:
-        shared: inputs that are the same on all ranks.
-    """
-    _together("prepare", part, case, ranks, use_triton)
-    latest: list[object] = []
+def together(part: Part, case: Any, ranks: int, use_triton: bool) -> Callable[..., Tensor]:
+    """A function of the first rank's inputs that gives its output, while other ranks do their part."""
+    _together("prepare", part, case, ranks, use_triton, ranks=ranks)
 
     def function(**inputs: Tensor) -> Tensor:
-        versions: list[object] = [(inputs[name].data_ptr(), inputs[name]._version) for name in shared]
-        rank().inputs = dict(inputs)
-        if versions != latest:
-            _together("share", shared)
-            latest[:] = versions
-        names = tuple(name for name in inputs if inputs[name].requires_grad)
-        return _Step.apply(names, *(inputs[name] for name in names)) if names else _without_gradient()
+        rank().inputs = inputs
+        wanted = tuple(name for name, each in inputs.items() if each.requires_grad)
+        if wanted:
+            return _Step.apply(wanted, ranks, *(inputs[name] for name in wanted))
+        return _forward(wanted, ranks)
 
     return function
 
 
-def _without_gradient() -> Tensor:
-    _together("forward", ())
+def _forward(wanted: tuple[str, ...], ranks: int) -> Tensor:
+    _together("forward", wanted, ranks=ranks)
     output = rank().output
     assert output is not None
     return output
@@ -208,22 +202,20 @@ def _without_gradient() -> Tensor:
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, names: tuple[str, ...], *inputs: Tensor) -> Tensor:
-        ctx.names = names
-        _together("forward", names)
-        output = rank().output
-        assert output is not None
-        return output.detach()
+    def forward(ctx: Any, wanted: tuple[str, ...], ranks: int, *inputs: Tensor) -> Tensor:
+        ctx.ranks = ranks
+        return _forward(wanted, ranks).detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rank().upstream = grad
-        _together("backward", ctx.names)
-        return None, *rank().sources
+        _together("backward", ranks=ctx.ranks)
+        return None, None, *rank().gradients
 
 
 def figures(ranks: int) -> dict[str, float]:
     """Figures of each rank of the latest call, by name, and the bytes that all have sent."""
-    every = _together("figures")[:ranks]
+    _tell("figures")
+    every = rank().figures()[:ranks]
     found = {f"rank_{number}_{name}": each for number, own in enumerate(every) for name, each in own.items()}
     return {**found, "bytes_sent": sum(own["bytes_sent"] for own in every)}

@@ -2,10 +2,10 @@
 
 `torchrun --nproc-per-node=N bench.py --suite context_parallel` starts it. The first rank measures and writes; the
 others do their part of each call. Times are those of the first rank, from its word to the others until its own part is
-done. Its part of the output is compared with that of one process in fp64, and so are its gradients, for a loss of its
-own tokens: those of parameters are summed over ranks.
+done. Its part of the output is compared with that of one process in fp64, and so is the gradient of its tokens, for a
+loss of these. Backward passes have the gradients of parameters too, which are summed over ranks.
 
-Cases of one rank are the layer as it is, without a process group. `tokens` are those of a sequence on one rank. Where
+Cases of one rank have the layer as it is, and no process group. `tokens` are those of a sequence on one rank. Where
 scaling is weak a sequence has so many for each rank, and as many times the routed ones.
 
 Metrics, of the latest call, its backward pass included if it has one:
@@ -19,6 +19,7 @@ Metrics, of the latest call, its backward pass included if it has one:
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from types import ModuleType
 from typing import Any
 
@@ -33,7 +34,7 @@ from colt5_bench.suite import Implementation, Suite
 from reference.parallel import shard_sequences
 from suites import _layers, _ranks
 from suites._descent import both_directions, implementations, lenient
-from suites._layers import Layer, LayerCase, as_function, seeded_problem, truth_of, without_memory
+from suites._layers import SCORE_STD, Layer, LayerCase, truth_of
 from suites._ours import by_kernels
 from suites._ranks import WORLD
 
@@ -158,47 +159,43 @@ def cases(preset: str, device: torch.device) -> list[ParallelCase]:
     ]
 
 
-def inputs_of(case: ParallelCase, rank: int, device: torch.device) -> Mapping[str, Tensor]:
-    """Tokens of a rank that is not the first."""
-    generator = torch.Generator().manual_seed(rank)
+def module_of(case: ParallelCase, use_triton: bool, device: torch.device) -> nn.Module:
+    """The layer, with the same parameters in each process, and of scores as narrow as those of other suites."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = case.layer.make(reference, use_triton)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith("routing_token"):
+                parameter.mul_(SCORE_STD / parameter.shape[-1] ** 0.5)
+    return module.to(device)
+
+
+def inputs_of(case: ParallelCase, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
+    """The tokens of one rank."""
     shapes = case.layer.inputs.items()
     return {name: torch.randn(shape, generator=generator).to(device) for name, shape in shapes}
 
 
-def whole(case: ParallelCase, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The first rank's output, by one process that has all tokens."""
-
-    def function(**tensors: Tensor) -> Tensor:
-        for name in case.layer.inputs:
-            own = tensors[name]
-            others = [inputs_of(case, rank, own.device)[name].to(own.dtype) for rank in range(1, case.ranks)]
-            tensors[name] = torch.cat((own, *others), dim=1)
-        return call(**tensors)[:, : case.layer.output[1]]
-
-    return function
+def inputs_of_other(case: ParallelCase, rank: int, device: torch.device) -> dict[str, Tensor]:
+    """The tokens of a rank that is not the first."""
+    return inputs_of(case, torch.Generator().manual_seed(rank), device)
 
 
 def part(
-    case: ParallelCase, group: ProcessGroup, device: torch.device, use_triton: bool
-) -> tuple[Callable[..., Tensor], Mapping[str, Tensor], Tensor]:
-    """The call of a rank. Only the first has a loss; others have its parameters as soon as it shares them."""
-    module = without_memory(lambda: case.layer.make(reference, use_triton))
-    parameters = {name: torch.empty_like(each, device=device) for name, each in module.named_parameters()}
-    inputs = {**inputs_of(case, group.rank(), device), **parameters}
-    return as_function(shard_sequences(module, mesh=group)), inputs, torch.zeros(case.layer.output, device=device)
+    case: ParallelCase, group: ProcessGroup | None, device: torch.device, use_triton: bool
+) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+    """The call of a rank. Only the first has a loss."""
+    module = module_of(case, use_triton, device)
+    upstream = torch.zeros(case.layer.output, device=device)
+    if group is None:
+        return module, {}, upstream
+    return shard_sequences(module, mesh=group), inputs_of_other(case, group.rank(), device), upstream
 
 
 def sharded(use_triton: bool) -> Callable[[ParallelCase], Callable[..., Tensor]]:
     """The layer on all ranks of a case."""
-
-    def build(case: ParallelCase) -> Callable[..., Tensor]:
-        module = without_memory(lambda: case.layer.make(reference, use_triton))
-        if case.ranks == 1:
-            return as_function(module)
-        shared = tuple(name for name, _ in module.named_parameters())
-        return _ranks.together(part, case, case.ranks, use_triton, shared)
-
-    return build
+    return lambda case: _ranks.together(part, case, case.ranks, use_triton)
 
 
 def unavailable(case: ParallelCase, device: torch.device) -> str | None:
@@ -213,12 +210,25 @@ def metrics(case: ParallelCase, problem: Problem) -> Mapping[str, float]:
 
 
 def plain(case: ParallelCase) -> Callable[..., Tensor]:
-    return whole(case, as_function(without_memory(lambda: case.layer.make(reference, False))))
+    """The first rank's output, by one process that has all tokens."""
+
+    def function(**own: Tensor) -> Tensor:
+        x = own["x"]
+        others = [inputs_of_other(case, rank, x.device) for rank in range(1, case.ranks)]
+        whole = {
+            name: torch.cat((each, *(other[name].to(x.dtype) for other in others)), 1) for name, each in own.items()
+        }
+        return module_of(case, False, x.device).to(x.dtype)(**whole)[:, : x.shape[1]]
+
+    return function
 
 
 def problem(case: ParallelCase, device: torch.device) -> Problem:
-    layer = case.layer
-    return seeded_problem(case, layer, lambda: layer.make(reference, False), device)
+    """Normally distributed tokens of the first rank, and the gradient of its output."""
+    generator, output = case.generator(), case.layer.output
+    inputs = inputs_of(case, generator, device)
+    upstream = torch.randn(output, generator=generator) / prod(output[:-1]) ** 0.5
+    return Problem(inputs, upstream.to(device), tuple(inputs))
 
 
 def truth(case: ParallelCase, problem: Problem, direction: str) -> Truth:
