@@ -1,6 +1,6 @@
 """The inputs of a case, which get new values before each call that is timed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from random import SystemRandom
 from typing import NamedTuple
 
@@ -40,11 +40,11 @@ class Inputs:
 
     def __init__(self, problem: Problem, other: Problem | None) -> None:
         self.problem = problem
-        self._others = {} if other is None else _tensors(other)
         self._tensors = _tensors(problem)
         self._first = {name: tensor.clone() for name, tensor in self._tensors.items()}
-        self._factor: float | None = None
-        """None while they hold what they held at first."""
+        self._others = {} if other is None else _tensors(other)
+        self._held: Mapping[str, Tensor] = self._first
+        self._factor = 1.0
         self._random = SystemRandom()
         self._plans: list[Plan] = []
 
@@ -61,38 +61,46 @@ class Inputs:
 
     def renew(self, factor: float | None = None) -> None:
         """Put other values in, with this factor or with one of their own."""
-        self._factor = self._random.uniform(LEAST_FACTOR, 1) if factor is None else factor
-        for name, tensor in self._tensors.items():
-            if self._is_multiplied(name):
-                torch.mul(self._others[name], self._factor, out=tensor)
-            else:
-                tensor.copy_(self._others[name])
+        self._hold(self._others, factor)
+
+    def renew_slightly(self) -> None:
+        """Put the first values in, with a factor of their own. Whatever is chosen by them stays the same."""
+        self._hold(self._first, None)
 
     def restore(self) -> str:
         """Put the first values back, and name the inputs that somebody else has written to."""
         spoilt = self.spoilt()
-        if spoilt or self._factor is not None:
-            self._factor = None
-            for name, tensor in self._tensors.items():
-                tensor.copy_(self._first[name])
+        if spoilt or self._held is not self._first or self._factor != 1:
+            self._hold(self._first, 1.0)
         return spoilt
+
+    def _hold(self, values: Mapping[str, Tensor], factor: float | None) -> None:
+        self._held = values
+        self._factor = self._random.uniform(LEAST_FACTOR, 1) if factor is None else factor
+        for name, tensor in self._tensors.items():
+            if self._is_multiplied(name):
+                torch.mul(values[name], self._factor, out=tensor)
+            else:
+                tensor.copy_(values[name])
 
     def spoilt(self) -> str:
         """Names of the inputs that hold other values than were put in."""
         return ", ".join(name for name, tensor in self._tensors.items() if not same_bits(tensor, self._expected(name)))
 
     def _expected(self, name: str) -> Tensor:
-        if self._factor is None:
-            return self._first[name]
-        return self._others[name] * self._factor if self._is_multiplied(name) else self._others[name]
+        values = self._held[name]
+        return values * self._factor if self._is_multiplied(name) else values
 
     def _is_multiplied(self, name: str) -> bool:
         """Others may be of kinds that a factor would take them out of: positions, or masks of zeros and ones."""
-        return name == UPSTREAM or (name in self.problem.differentiable and self._tensors[name].is_floating_point())
+        is_real = name in (UPSTREAM, *self.problem.differentiable) and self._tensors[name].is_floating_point()
+        return is_real and self._factor != 1
 
 
 def _tensors(problem: Problem) -> dict[str, Tensor]:
-    return {**problem.inputs, UPSTREAM: problem.upstream}
+    """Those that can be written to: one that repeats its memory stays as it is."""
+    tensors = {**problem.inputs, UPSTREAM: problem.upstream}
+    return {name: each for name, each in tensors.items() if torch._debug_has_internal_overlap(each) != 1}
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

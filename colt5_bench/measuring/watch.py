@@ -52,7 +52,7 @@ class Watch:
 
     def __init__(self, call: Call, inputs: Inputs, functions: Functions, changed: Iterable[str]) -> None:
         self.call, self._inputs, self.functions = call, inputs, functions
-        self._settings = Settings(left_out=RANDOM.union(changed))
+        self._settings, self._changed = Settings(left_out=RANDOM), {*changed}
         self._calls = 0
         self._plan = inputs.plan(0)
         self._threads: set[threading.Thread] = set()
@@ -131,7 +131,7 @@ class Watch:
             self._notice("its results change after it has returned: a thread or a stream of its own works on")
 
     def _look_around(self) -> str:
-        changed = ", ".join(self._settings.restore())
+        changed = ", ".join(name for name in self._settings.restore() if name not in self._changed)
         replaced = self.functions.restore() if self._plan.kept else self.functions.restore_clock()
         if replaced:
             return f"it replaces {replaced} while it is timed"

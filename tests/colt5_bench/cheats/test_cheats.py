@@ -69,10 +69,10 @@ def conditions():
     return Conditions.on(torch.device("cpu"), "abc", max_seconds=0.02)
 
 
-def measured(name, conditions):
-    """Records of the toy suite with a cheat, which joins as by `--impl NAME=FILE:FUNCTION`."""
+def measured(name, conditions, file="calls"):
+    """Records of the toy suite with a guest, which joins as by `--impl NAME=FILE:FUNCTION`."""
     own = FOLDER / f"{name}.py"
-    place = f"{own}:double" if own.exists() else f"{FOLDER}/calls.py:{name}"
+    place = f"{own}:double" if own.exists() else f"{FOLDER}/{file}.py:{name}"
     suite = invite(toy.suite(), [Guest.parse(f"{name}={place}")])
     direction = FORWARD_BACKWARD if name == "keeps_its_gradient" else FORWARD
     records = measure(suite, toy.ToyCase(2, 8), direction, [name, "reference"], conditions)
@@ -100,6 +100,25 @@ def test_a_cheat_on_a_gpu_is_found(name):
     assert (records[name].status, records[name].timings) == (status, {}), records[name].reason
     assert re.search(why, records[name].reason)
     assert records["reference"].status == "ok"
+
+
+HONEST = re.findall(r"^def (\w+)\(scores\)", (FOLDER / "honest.py").read_text(), re.MULTILINE)
+
+
+@pytest.mark.filterwarnings("ignore:slow path")
+@pytest.mark.parametrize("name", HONEST)
+def test_nobody_who_is_honest_is_refused(conditions, name):
+    records = measured(name, conditions, "honest")
+    assert {each: (record.status, record.reason) for each, record in records.items()} == {
+        name: ("ok", ""),
+        "reference": ("ok", ""),
+    }
+
+
+def test_no_cheat_is_forgotten():
+    """Each function of a scores tensor, and each file that does something when it is imported."""
+    written = re.findall(r"^def (\w+)\(scores\)", (FOLDER / "calls.py").read_text(), re.MULTILINE)
+    assert {*written, *(file.stem for file in FOLDER.glob("*_at_import.py"))} == {*EXPECTED, *ON_A_GPU}
 
 
 def copied(scores):

@@ -104,6 +104,26 @@ def test_each_call_is_as_probable_to_be_the_last_that_is_kept():
     assert all(300 < last[number] < 500 for number in range(5)), last
 
 
+def test_an_input_that_repeats_its_memory_stays_as_it_is():
+    problem = toy.problem(CASE, CPU)
+    problem.upstream = torch.ones(1).expand(2, 8)
+    given = Inputs(problem, toy.problem(CASE, CPU))
+    given.renew()
+    assert given.problem.upstream.eq(1).all()
+    assert given.restore() == ""
+
+
+def test_memory_is_measured_with_the_first_values_nearly():
+    given = made()
+    first = {name: tensor.clone() for name, tensor in given.problem.inputs.items()}
+    given.renew_slightly()
+    factors = given.problem.inputs["scores"] / first["scores"]
+    assert torch.allclose(factors, factors[0, 0])
+    assert giving.LEAST_FACTOR <= factors[0, 0] < 1
+    assert all(torch.equal(given.problem.inputs[name], first[name]) for name in ("mask", "places"))
+    assert given.restore() == ""
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int64, torch.bool], ids=str)
 def test_bits_are_the_same_or_not(dtype):
     one = torch.ones(4, dtype=dtype)
