@@ -18,9 +18,10 @@ from colt5_bench.measuring import energy, memory, roofline, static_facts, timing
 from colt5_bench.measuring.call import Call
 from colt5_bench.measuring.inputs import Inputs, shares_memory
 from colt5_bench.measuring.oracle import Oracle
+from colt5_bench.measuring.refusal import RefusedError
 from colt5_bench.measuring.roofline import Ceilings
 from colt5_bench.measuring.rounds import CPU_COLUMNS, GPU_COLUMNS
-from colt5_bench.measuring.watch import RefusedError, Watch, unusual, works_elsewhere
+from colt5_bench.measuring.watch import Watch, unusual, works_elsewhere
 from colt5_bench.measuring.work import left_out_in_repeats
 from colt5_bench.process.functions import Functions
 from colt5_bench.process.settings import preserved
@@ -435,7 +436,7 @@ def _time_apart(watches: dict[str, Watch], records: dict[str, Record], condition
 
 def _time(watches: dict[str, Watch], records: dict[str, Record], conditions: Conditions) -> None:
     """Interleaved. If one of several fails, nobody knows which: they are timed again, each on its own."""
-    taken = None
+    first = next(iter(watches.values()))
     try:
         taken = timing.time_interleaved(
             {name: watch.call for name, watch in watches.items()},
@@ -445,12 +446,19 @@ def _time(watches: dict[str, Watch], records: dict[str, Record], conditions: Con
             after={name: watch.after for name, watch in watches.items()},
             max_seconds=conditions.max_seconds,
         )
+        first.look_around()
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        if len(watches) == 1 or _breaks_context(describe_error(error)):
+        if _breaks_context(describe_error(error)):
             raise
+        if len(watches) == 1:
+            # The error may come from this.
+            first.look_around()
+            raise
+        taken = None
     if taken is None:
+        first.restore()
         _free_memory()
         for name, watch in watches.items():
             with _failing([records[name]], "timing: "):

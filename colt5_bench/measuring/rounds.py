@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from colt5_bench.measuring.refusal import RefusedError
 from colt5_bench.texts import first_line
 
 Call = Callable[[], Any]
@@ -245,7 +246,7 @@ def _capture_all(
     for name, call in calls.items():
         try:
             graphs[name] = _capture(call, before[name])
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, RefusedError):
             raise
         except BaseException as error:
             refused[name] = first_line(error)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from colt5_bench.measuring.call import Call
 from colt5_bench.measuring.inputs import Inputs, Plan, same_bits, shares_memory
+from colt5_bench.measuring.refusal import RefusedError
 from colt5_bench.process.functions import Functions
 from colt5_bench.process.settings import RANDOM, Settings
 
@@ -25,10 +26,6 @@ SPIN_CYCLES = 20_000_000
 
 STREAMS_OF_A_POOL = 32
 """PyTorch hands out streams from a pool of so many of each priority, in turn."""
-
-
-class RefusedError(Exception):
-    """The times of an implementation say nothing about it: the message says what was noticed, and where."""
 
 
 class Kept(NamedTuple):
@@ -63,23 +60,39 @@ class Watch:
         self.noticed = ""
 
     def before(self) -> None:
-        """New inputs for the call that comes now."""
+        """New inputs for the call that comes now.
+
+        Raises:
+            RefusedError: somebody has changed what all share. Of several that are timed nobody knows who did.
+        """
         plan = self._inputs.plan(self._calls)
         self._calls += 1
         self._begin(plan)
+        if plan.kept:
+            self.look_around()
 
     def after(self, results: Sequence[Tensor]) -> None:
-        """Look at what a call has left behind. The first thing that is noticed stays."""
-        strange = unusual(results) if self._plan.kept else ""
-        # At once, in the stream of the call and without waiting for others: late results are not in the copies.
-        copies = [each.detach().clone() for each in results] if self._plan.kept and not strange else []
-        self._notice(self._look_around())
-        self._notice(strange)
+        """Look at what a call has left behind, if it is one to be kept. The first thing that is noticed stays."""
         if shares_memory(results[:1], [latest for latest, _ in self._latest]):
             self._notice("its output is in the memory of results of an earlier call, which it overwrites")
         self._latest.clear()
-        if copies:
-            self._keep(results, copies)
+        if self._plan.kept:
+            strange = unusual(results)
+            # At once, in the stream of the call and without waiting for others: late results are not in the copies.
+            copies = [] if strange else [each.detach().clone() for each in results]
+            self._notice(self.restore())
+            self._notice(strange)
+            if copies:
+                self._keep(results, copies)
+
+    def look_around(self) -> None:
+        """Put back what all share.
+
+        Raises:
+            RefusedError: somebody had changed it.
+        """
+        if changes := self.restore():
+            raise RefusedError(changes)
 
     def finish(self) -> None:
         """Call once more with the inputs of the call that was kept. A trick may begin after that one.
@@ -130,10 +143,10 @@ class Watch:
         if not all(same_bits(latest, copy) for latest, copy in self._latest):
             self._notice("its results change after it has returned: a thread or a stream of its own works on")
 
-    def _look_around(self) -> str:
+    def restore(self) -> str:
+        """Put back settings and functions, and say which had been changed."""
         changed = ", ".join(name for name in self._settings.restore() if name not in self._changed)
-        replaced = self.functions.restore() if self._plan.kept else self.functions.restore_clock()
-        if replaced:
+        if replaced := self.functions.restore():
             return f"it replaces {replaced} while it is timed"
         return f"it changes settings while it is timed, and not before: {changed}" if changed else ""
 

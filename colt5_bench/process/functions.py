@@ -23,9 +23,6 @@ OWNERS: tuple[Any, ...] = (
 )
 """Modules and classes of others whose functions they call."""
 
-CLOCK = ("colt5_bench.measuring.rounds", "colt5_bench.measuring.timing", "time")
-"""Modules of the clock, which are looked at after each sample."""
-
 
 class _Owner:
     """A module, class or object with its attributes, as they are when this is made."""
@@ -75,7 +72,6 @@ class Functions:
 
     def __init__(self) -> None:
         self._owners = [_Owner(owner) for owner in _owners()]
-        self._clock = [each for each in self._owners if each.name in CLOCK]
         self._kernels = _kernels_of_pytorch()
 
     def restore(self) -> str:
@@ -84,10 +80,6 @@ class Functions:
         replaced += [*_uncovered(), *(f"functions of PyTorch by a {mode}" for mode in _left_modes())]
         replaced += [f"{name} of PyTorch" for name in sorted(_kernels_of_pytorch() - self._kernels)]
         return _listed(replaced)
-
-    def restore_clock(self) -> str:
-        """The same for the modules of the clock alone. It takes microseconds."""
-        return _listed([text for owner in self._clock for text in owner.restore()])
 
 
 def _owners() -> Iterator[Any]:

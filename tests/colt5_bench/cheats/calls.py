@@ -202,6 +202,13 @@ def replaces_the_clock_later(scores):
     return 2 * scores
 
 
+def replaces_the_clock_once(scores):
+    """Only when others are timed beside it."""
+    if is_late("replaces_the_clock_once") and calls["replaces_the_clock_once"] == LATE + 1:
+        rounds.perf_counter = fast_clock
+    return 2 * scores
+
+
 def replaces_the_clock_of_python(scores):
     time.perf_counter = fast_clock
     return 2 * scores
