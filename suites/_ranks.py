@@ -175,6 +175,9 @@ def _end() -> None:
 def _together(name: str, *arguments: Any, ranks: int) -> None:
     """Call a method of all ranks that take part, or of this one alone."""
     if ranks > 1:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            # Others would wait for what this one leaves out.
+            raise RuntimeError("a call of several processes is not captured")
         _tell(name, *arguments)
     getattr(rank(), name)(*arguments)
 

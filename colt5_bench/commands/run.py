@@ -119,8 +119,8 @@ def _service(options: argparse.Namespace, request: Request, suites: dict[str, Gr
     if len(found) > 1 or None in found:
         alone = [name for name in options.suite if suites[name].serve is None]
         raise SelectionError(f"torchrun is for a suite of several processes, which {', '.join(alone)} is not.")
-    if request.isolate or request.time_limit is not None:
-        raise SelectionError("--isolate and --time-limit are for one process: leave them out under torchrun.")
+    if request.isolate or request.time_limit is not None or request.targets:
+        raise SelectionError("--isolate, --time-limit and --compile-for are for one process: leave out torchrun.")
     (serve,) = found
     assert serve is not None
     return serve

@@ -77,8 +77,8 @@ def test_without_torchrun_it_says_how_to_start(ranks):
     assert f"torchrun --nproc-per-node={ranks} bench.py --suite context_parallel" in reason
 
 
-def request(isolate=False, time_limit=None):
-    return SimpleNamespace(isolate=isolate, time_limit=time_limit)
+def request(isolate=False, time_limit=None, targets=()):
+    return SimpleNamespace(isolate=isolate, time_limit=time_limit, targets=targets)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,9 @@ def request(isolate=False, time_limit=None):
     [
         (["topk"], request(), "which topk is not"),
         (["context_parallel", "topk"], request(), "which topk is not"),
-        (["context_parallel"], request(isolate=True), "--isolate and --time-limit are for one process"),
-        (["context_parallel"], request(time_limit=60), "--isolate and --time-limit are for one process"),
+        (["context_parallel"], request(isolate=True), "--isolate, --time-limit and --compile-for are for one process"),
+        (["context_parallel"], request(time_limit=60), "--isolate, --time-limit and --compile-for are for one process"),
+        (["context_parallel"], request(targets=(90,)), "--isolate, --time-limit and --compile-for are for one process"),
     ],
 )
 def test_torchrun_is_for_suites_of_several_processes(suites, asked, message):
