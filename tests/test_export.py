@@ -48,6 +48,12 @@ class Call(nn.Module):
         return results(self.operation(**tensors, **self.options))
 
 
+@pytest.fixture(autouse=True)
+def without_a_cache_of_fake_tensors(monkeypatch):
+    """Its keys of open sizes take longer than what they find."""
+    monkeypatch.setattr(torch._dynamo.config, "fake_tensor_cache_enabled", False)
+
+
 def exported(layer, inputs, options, open_dims, strict):
     """What comes back from a file of the layer for any size of these dimensions of each input."""
     names = inspect.signature(layer.forward).parameters

@@ -16,6 +16,7 @@ from colt5_bench import commands, loading
 from colt5_bench.loading import describe_guest, invite
 from colt5_bench.measuring.call import Call
 from colt5_bench.records.results import load
+from colt5_bench.request import NO_REPORT, REPORT
 from colt5_bench.selection import Guest, SelectionError, split_guests, split_paths
 from tests.colt5_bench import toy
 from tests.colt5_bench.test_cli import ROOT, make_checkout
@@ -179,7 +180,7 @@ def bench(checkout, place, *options):
     return subprocess.run(
         [sys.executable, ROOT / "bench.py", "--suite", "toy", "--preset", "smoke", "--device", "cpu", *options],
         cwd=checkout,
-        env={**environment, "TOY": "good"},
+        env={**environment, "TOY": "good", REPORT: NO_REPORT},
         capture_output=True,
         text=True,
         check=False,

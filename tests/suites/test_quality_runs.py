@@ -11,6 +11,7 @@ import pytest
 
 from colt5_bench import cli, commands
 from colt5_bench.records.results import load
+from colt5_bench.request import NO_REPORT, REPORT
 from colt5_bench.session import CHECKPOINTS
 
 ROOT = Path(__file__).parents[2]
@@ -28,8 +29,13 @@ def command(out, *options):
 
 
 def run(out, *options):
-    ended = subprocess.run([sys.executable, *command(out, *options)], capture_output=True, text=True)
-    return ended, {record.implementation: record for record in load(out).records} if out.exists() else {}
+    """In this process: its status, and its records by implementation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv(REPORT, NO_REPORT)
+        _, *words = command(out, *options)
+        status = cli.main(words)
+    return status, {record.implementation: record for record in load(out).records}
 
 
 def processor_seconds():
@@ -47,8 +53,8 @@ def course(record):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
-    ended, records = run(out, *QUICK, "--impl=light", "--impl=random")
-    assert ended.returncode == commands.DONE, ended.stderr
+    status, records = run(out, *QUICK, "--impl=light", "--impl=random")
+    assert status == commands.DONE
     return SimpleNamespace(out=out, records=records)
 
 
@@ -65,25 +71,26 @@ def killed(out, *options):
 
 
 @pytest.mark.parametrize("way", [[], ["--isolate"]], ids=["in the run", "isolated"])
-def test_a_killed_run_is_completed_bit_for_bit(tmp_path, whole, way):
+def test_a_killed_run_is_completed_bit_for_bit(tmp_path, whole, way, capfd):
     out, options = tmp_path / "out", [*QUICK, "--impl=light", "--impl=random", *way]
     killed(out, *options)
     # One that is finished, and one under way.
     assert len([*(out / CHECKPOINTS).iterdir()]) == 2
-    ended, records = run(out, *options, "--resume", "-v")
-    assert ended.returncode == commands.DONE, ended.stderr
+    status, records = run(out, *options, "--resume", "-v")
+    told = capfd.readouterr().err
+    assert status == commands.DONE, told
     assert {*records} == {*whole.records}
     assert all(course(record) == course(whole.records[name]) for name, record in records.items())
-    assert next(line for line in ended.stderr.splitlines() if ": step" in line).startswith("random: step 16,")
+    assert next(line for line in told.splitlines() if ": step" in line).startswith("random: step 16,")
     assert not [*(out / CHECKPOINTS).iterdir()]
 
 
-def test_a_run_is_not_completed_with_other_data(whole):
+def test_a_run_is_not_completed_with_other_data(whole, capfd):
     options = [*QUICK, "--impl=light", "--impl=random"]
     other = [each if each != str(CORPUS) else str(ROOT / "suites") for each in options]
-    ended, records = run(whole.out, *other, "--resume")
-    assert ended.returncode == commands.USAGE
-    assert "differ data" in ended.stderr
+    status, records = run(whole.out, *other, "--resume")
+    assert status == commands.USAGE
+    assert "differ data" in capfd.readouterr().err
     assert records == whole.records
 
 
@@ -112,6 +119,8 @@ def test_smoke_takes_less_than_a_minute_and_every_loss_falls(tmp_path):
     ended = subprocess.run([sys.executable, *command(tmp_path / "out")], capture_output=True, text=True)
     assert processor_seconds() - begun < 60
     assert ended.returncode == commands.DONE, ended.stderr
-    for record in load(tmp_path / "out").records:
+    records = [record for record in load(tmp_path / "out").records if record.status != "skipped"]
+    assert {record.status for record in records} == {"ok"}
+    for record in records:
         curve = record.curves["training_loss"]
         assert curve[-1] < curve[0], (record.case, record.implementation)

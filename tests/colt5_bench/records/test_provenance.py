@@ -20,6 +20,7 @@ from colt5_bench.records import provenance
 from colt5_bench.records.parts import differences, merge
 from colt5_bench.records.provenance import Code, Origin
 from colt5_bench.records.results import load
+from colt5_bench.request import NO_REPORT, REPORT
 from colt5_bench.selection import SelectionError
 from tests.colt5_bench.repository import commit, git
 
@@ -390,7 +391,7 @@ class TestStarting:
             return subprocess.run(
                 [places / "venv" / "bin" / program, *rest, *arguments],
                 cwd=places / place,
-                env={**variables, "TOY": toy, "SEEN": str(tmp_path / "seen")},
+                env={**variables, "TOY": toy, "SEEN": str(tmp_path / "seen"), REPORT: NO_REPORT},
                 capture_output=True,
                 text=True,
                 check=False,
