@@ -23,6 +23,23 @@ def _patch_lang_once(fn):
 
 interpreter._patch_lang = _patch_lang_once
 
+_get_np_dtype = interpreter._get_np_dtype
+_np_dtypes = {}
+
+
+def _get_np_dtype_once(dtype):
+    """NumPy's dtype of numbers or blocks, remembered by name.
+
+    Triton's interpreter makes a table of all dtypes each time that it asks for one, several times an operation.
+    """
+    scalar = dtype.scalar
+    if scalar.name not in _np_dtypes:
+        _np_dtypes[scalar.name] = _get_np_dtype(scalar)
+    return _np_dtypes[scalar.name]
+
+
+interpreter._get_np_dtype = _get_np_dtype_once
+
 
 @pytest.fixture
 def set_sizes(monkeypatch):
