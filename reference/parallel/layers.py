@@ -114,7 +114,7 @@ def _routed_attention(
 ) -> Tensor:
     """`routed_attention` of this rank's queries to the keys and values of all ranks."""
     shards = Shards.of(key_value, 2, group, mask, "key_value")
-    mask = shards.gather_mask(mask, weights.shape)
+    mask = shards.gather_mask(mask, weights)
     key_value = shards.gather_for_each(key_value, 2, "key_value")
     return attend(query, key_value, shards.gather_for_each(weights, 2, "weights"), null_kv, mask=mask, **options)
 

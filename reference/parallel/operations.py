@@ -37,7 +37,7 @@ class Rows:
         """The rows `... n` of which this rank has scores, and a mask that broadcasts to them."""
         shards = Shards.of(scores, -1, mesh, mask, name)
         check_scores(scores, mask)
-        return cls(shards, shards.gather(scores, name=name), shards.gather_mask(mask, scores.shape))
+        return cls(shards, shards.gather(scores, name=name), shards.gather_mask(mask, scores))
 
 
 def coor_descent(
@@ -200,7 +200,7 @@ def route(
     check_route(x, routing_tokens, *checked, length=shards.total)
     scores = operations.routing_scores(x, routing_tokens, cosine_sim_scale=cosine_sim_scale)
     per_route = None if mask is None else rearrange(mask, "b n -> b 1 n")
-    rows = Rows(shards, shards.gather(scores), shards.gather_mask(per_route, scores[:, :1].shape))
+    rows = Rows(shards, shards.gather(scores), shards.gather_mask(per_route, scores[:, :1]))
     relax: Callable[..., Tensor] = partial(operations.soft_topk, k=k, eps=eps)
     if solver == "coor_descent":
         schedule: dict[str, Any] = {"n_iters": n_iters, "eps": eps, "eps_init": eps_init, "eps_decay": eps_decay}

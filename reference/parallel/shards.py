@@ -143,12 +143,12 @@ class Shards:
         places = _all_to_all([*indices.split(taken)], shapes, self.group, f"indices of {name}")
         return _FetchRows.apply(x, [each - self.start for each in places], taken, self.group, name)
 
-    def gather_mask(self, mask: Tensor | None, shape: torch.Size) -> Tensor | None:
-        """All of a mask that broadcasts to the shape of this rank's scores. None where no rank has one."""
+    def gather_mask(self, mask: Tensor | None, scores: Tensor) -> Tensor | None:
+        """All of a mask that broadcasts to this rank's scores. None where no rank has one."""
         if not self.some_are_masked:
             return None
-        there = torch.ones((), dtype=torch.bool) if mask is None else mask
-        return _gathered(there.expand(shape), self, -1, "mask")
+        there = scores.new_ones((), dtype=torch.bool) if mask is None else mask
+        return _gathered(there.expand(scores.shape), self, -1, "mask")
 
     def own(self, rank: int) -> Stretch:
         """The entries of a rank."""

@@ -89,13 +89,15 @@ def layer(group, layer, lengths, tensors, grad, options, context=nullcontext, ru
     Args:
         lengths: of each of the tensors.
         grad: of the whole output.
-        options: of the call. Those that are tensors are cut as the first tensor is.
+        options: of the call. Those that are tensors are cut as the first tensor is. A mask that is all True is none.
         context: makes one that the layer is called in.
         run: calls the layer with its arguments.
     """
     parallel.shard_sequences(layer, mesh=group)
     own = [part(group, each, x, 1).detach().clone().requires_grad_() for each, x in zip(lengths, tensors, strict=True)]
     options = {key: part(group, lengths[0], each, 1) for key, each in options.items()}
+    if "mask" in options and options["mask"].all():
+        del options["mask"]
     with context():
         out = layer(*own, **options) if run is None else run(layer, *own, **options)
     out.backward(part(group, lengths[0], grad, 1))

@@ -66,6 +66,8 @@ def test_layer(ranks, name, seed, size):
         n = tensors[0].shape[1]
         options["mask"] = torch.rand(2, n) < 0.7
         options["mask"][0] = torch.arange(n) >= lengths[0][0]
+        if rng.random() < 0.5:
+            options["mask"][:, lengths[0][0] :] = True
     if "Cross" not in name and rng.random() < 0.5:
         options["residual"] = torch.randn_like(tensors[0])
     if "Block" in name:
