@@ -1,6 +1,8 @@
 """Functions that times and truths rely on. Whoever replaces one of them is noticed, and it is put back."""
 
 import gc
+import random
+import secrets
 import statistics
 import sys
 import threading
@@ -16,7 +18,7 @@ PACKAGES = ("colt5_bench", "kernels", "reference", "suites")
 """Packages whose functions and constants measure, are measured, or judge."""
 
 OWNERS: tuple[Any, ...] = (
-    *(gc, statistics, threading, time),
+    *(gc, random, random.Random, random.SystemRandom, secrets, statistics, threading, time),
     *(torch, torch.autograd, torch.backends.cuda, torch.cuda, torch.linalg, torch.nn.functional, torch.special),
     *(torch.Tensor, torch.nn.Module, torch.autograd.Function),
     *(torch.cuda.CUDAGraph, torch.cuda.Event, torch.cuda.Stream),

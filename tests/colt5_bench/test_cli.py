@@ -18,7 +18,7 @@ from rich.console import Console
 from colt5_bench import cli, commands, startup
 from colt5_bench.commands import env, run
 from colt5_bench.loading import choose_device, load_suites
-from colt5_bench.records.results import load
+from colt5_bench.records.results import FAILED, load
 from colt5_bench.report.table import endings
 from colt5_bench.selection import SelectionError, case_filter, pick
 from colt5_bench.startup import StartupError, check, find_checkout
@@ -277,15 +277,18 @@ def test_without_its_library_completion_says_what_to_install(monkeypatch, capsys
     assert "pip install shtab" in capsys.readouterr().err
 
 
-def test_without_colour_a_terminal_gets_none(monkeypatch):
+@pytest.mark.parametrize("ending", FAILED)
+def test_without_colour_a_terminal_gets_none(monkeypatch, ending):
     def shown():
         console = Console(file=StringIO(), force_terminal=True)
-        endings([made.record(status="error", reason="no luck")], console)
-        return console.file.getvalue()
+        endings([made.record(status=ending, reason="no luck")], console)
+        text = console.file.getvalue()
+        assert f"{ending.replace('_', ' ')}: no luck" in text
+        return text
 
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
-    assert "\x1b[31m" in shown()
+    assert re.search(r"\x1b\[3[13]m", shown())
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in shown()
 

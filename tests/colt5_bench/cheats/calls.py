@@ -1,6 +1,7 @@
 """Tricks of functions that are to return twice their argument, each in a function named after it."""
 
 import queue
+import random
 import sys
 import threading
 import time
@@ -211,6 +212,11 @@ def replaces_the_clock_once(scores):
 
 def replaces_the_clock_of_python(scores):
     time.perf_counter = fast_clock
+    return 2 * scores
+
+
+def replaces_chance(scores):
+    random.SystemRandom.random = fast_clock
     return 2 * scores
 
 

@@ -31,6 +31,7 @@ REFUSED = {
     "replaces_the_clock": r"it replaces colt5_bench.measuring.rounds.perf_counter by fast_clock of calls.py:\d+",
     "replaces_the_clock_later": "it replaces colt5_bench.measuring.rounds.perf_counter by .* while it is timed",
     "replaces_the_clock_of_python": "it replaces time.perf_counter by fast_clock",
+    "replaces_chance": "it replaces random.SystemRandom.random by fast_clock",
     "replaces_a_function_of_pytorch": "it replaces torch.equal by everything_is_right",
     "replaces_a_method_of_tensors": "it replaces torch.Tensor.isfinite by everything_is_right",
     "replaces_the_judge": "it replaces colt5_bench.measuring.accuracy.passes by everything_is_right",

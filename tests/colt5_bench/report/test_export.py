@@ -2,6 +2,7 @@ from math import isnan
 
 import pandas as pd
 
+from colt5_bench.records.results import STATUSES
 from colt5_bench.report.export import write_csv, write_parquet
 from tests.colt5_bench.made import diverging, record, timed
 
@@ -14,6 +15,13 @@ def test_csv_has_a_line_a_record(tmp_path):
     assert frame["wall_ms"][0] == 2
     assert isnan(frame["wall_ms"][2])
     assert frame["scores_error"][1] == 1e-3
+
+
+def test_csv_tells_every_ending(tmp_path):
+    endings = [record(status=status, reason=f"why {status}") for status in STATUSES]
+    frame = pd.read_csv(write_csv(tmp_path / "records.csv", endings))
+    assert list(frame["status"]) == [*STATUSES]
+    assert list(frame["reason"]) == [f"why {status}" for status in STATUSES]
 
 
 def test_parquet_keeps_types_and_what_is_missing(tmp_path):

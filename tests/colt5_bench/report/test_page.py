@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from colt5_bench.compare import Finding
 from colt5_bench.records.derived import faster_from
-from colt5_bench.records.results import Run
+from colt5_bench.records.results import STATUSES, Run
 from colt5_bench.report.layout import View
 from colt5_bench.report.page import _fastest, write_page
 from colt5_bench.report.rows import columns
@@ -66,15 +66,19 @@ class TestPage:
         assert not re.search(r"\bsrc=|@import|url\(", outside)
         assert {target[:5] for target in re.findall(r'href="([^"#]+)', outside)} == {"data:"}
 
-    def test_every_record_has_a_row_and_what_it_opens(self, tmp_path):
-        records = [timed("ours", 1), timed("reference", 4), record("other", status="skipped", reason="no GPU")]
+    @pytest.mark.parametrize("status", [status for status in STATUSES if status != "ok"])
+    def test_every_record_has_a_row_and_what_it_opens(self, tmp_path, status):
+        records = [timed("ours", 1), timed("reference", 4), record("other", status=status, reason="no GPU")]
         page = page_of(tmp_path, run_of(*records))
         data = data_of(page)
         assert [row[1] for row in data["rows"]] == ["ours", "reference", "other"]
         assert all(len(row) == len(columns(records)) for row in data["rows"])
         assert data["details"][2]["reason"] == "no GPU"
-        assert "2 ok, 1 skipped" in page
-        assert "other: skipped: no GPU" in page
+        said = status.replace("_", " ")
+        assert data["rows"][2][4] == said
+        assert f"2 ok, 1 {said}" in page
+        assert f"other: {said}: no GPU" in page
+        assert f".status-{said.split()[0]}" in page
 
     def test_what_records_say_is_no_markup(self, tmp_path):
         nasty = "<!--<script></script><img src=x onerror=alert(1)>"
