@@ -73,11 +73,11 @@ class Watch:
 
     def after(self, results: Sequence[Tensor]) -> None:
         """Look at what a call has left behind, if it is one to be kept. The first thing that is noticed stays."""
-        if shares_memory(results[:1], [latest for latest, _ in self._latest]):
+        strange = unusual(results) if self._latest or self._plan.kept else ""
+        if self._latest and not strange and shares_memory(results[:1], [latest for latest, _ in self._latest]):
             self._notice("its output is in the memory of results of an earlier call, which it overwrites")
         self._latest.clear()
         if self._plan.kept:
-            strange = unusual(results)
             # At once, in the stream of the call and without waiting for others: late results are not in the copies.
             copies = [] if strange else [each.detach().clone() for each in results]
             self._notice(self.restore())
