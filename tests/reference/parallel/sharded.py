@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -131,8 +131,24 @@ def reduced(group, layer, how, lengths, tensors, grad):
         fully_shard(layer, mesh=mesh)
     out = model(*own)
     out.backward(part(group, lengths[0], grad, 1))
+    return out.detach(), whole_gradients(layer)
+
+
+def whole_gradients(layer):
     grads = {name: each.grad for name, each in layer.named_parameters()}
-    return out.detach(), {key: each.full_tensor() if isinstance(each, DTensor) else each for key, each in grads.items()}
+    return {key: each.full_tensor() if isinstance(each, DTensor) else each for key, each in grads.items()}
+
+
+def reduced_over_batch_and_tokens(group, layer, how, lengths, x, grad):
+    """The output for this rank's tokens of its half of the batch, and gradients as they are reduced over all ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    x, grad = (each.chunk(2)[mesh["dp"].get_local_rank()] for each in (x, grad))
+    sequence = mesh["cp"].get_group()
+    parallel.shard_sequences(layer, mesh=mesh["cp"])
+    model = DistributedDataParallel(layer) if how == "DDP" else fully_shard(layer, mesh=mesh)
+    out = model(part(sequence, lengths, x, 1))
+    out.backward(part(sequence, lengths, grad, 1))
+    return out.detach(), whole_gradients(layer)
 
 
 def call(group, layer, lengths, x, options):

@@ -154,6 +154,19 @@ def test_autoregressive_layer(ranks, seed, size):
     check_layer(ranks, size, layer, [lengths], call)
 
 
+@pytest.mark.parametrize("how", ["DDP", "FSDP2"])
+def test_sequences_and_batch_are_sharded(ranks, how):
+    """Parameters are the same on all four ranks, or are sharded over sequences and the same over the batch."""
+    layer, x = build("ConditionalRoutedTransformerBlock").double(), torch.randn(4, 60, 16).double()
+    grad = torch.randn_like(x)
+    out, _, grads = whole_of(copy.deepcopy(layer), [x], grad / 4, {})
+    outs = ranks(4, sharded.reduced_over_batch_and_tokens, layer, how, [37, 23], x, grad)
+    first, second, third, fourth = (each for each, _ in outs)
+    check_close(torch.cat((torch.cat((first, second), dim=1), torch.cat((third, fourth), dim=1))), out)
+    for _, reduced in outs:
+        check_close(reduced, grads)
+
+
 def test_shards_begin_with_a_window(ranks):
     layer = build(AUTOREGRESSIVE)
     outcomes = ranks.outcomes(2, sharded.layer, layer, [[7, 33]], [torch.randn(1, 40, 16)], torch.randn(1, 40, 16), {})
