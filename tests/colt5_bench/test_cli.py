@@ -69,6 +69,23 @@ def bench(checkout):
     return partial(start, checkout)
 
 
+@pytest.fixture
+def bench_here(tmp_path, monkeypatch, capfd):
+    """The same in this process, for the suite by its path: its exit status and its output."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    file = tmp_path / "toy.py"
+
+    def bench_here(implementations, *options, more=""):
+        file.write_text(TOY.read_text() + more)
+        monkeypatch.setenv("TOY", implementations)
+        where = ("--suite", str(file), "--device", "cpu", "--out", str(tmp_path / "out"))
+        status = cli.main([*where, *options])
+        return subprocess.CompletedProcess(where, status, *capfd.readouterr())
+
+    return bench_here
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A whole run with its results. It says what it imports, and options for other tests stand in its environment."""
@@ -95,8 +112,8 @@ def test_a_run_prints_a_table_and_says_where_results_are(bench, checkout):
     assert "\x1b" not in run.stdout + run.stderr
 
 
-def test_a_failed_accuracy_gate_is_the_exit_status(bench, checkout):
-    run = bench("good,wrong,raising", "--preset", "smoke", "--verbose")
+def test_a_failed_accuracy_gate_is_the_exit_status(bench_here, tmp_path):
+    run = bench_here("good,wrong,raising", "--preset", "smoke", "--verbose")
     assert run.returncode == commands.FAILURE
     # All but of which code it is.
     lines = [line for line in run.stderr.splitlines() if not line.startswith("warning: ")]
@@ -107,7 +124,7 @@ def test_a_failed_accuracy_gate_is_the_exit_status(bench, checkout):
     assert "output is off by" in run.stdout
     assert "no luck with this" in run.stdout
     assert "Traceback" not in run.stdout + run.stderr
-    records = load(checkout / "out" / "toy.jsonl").records
+    records = load(tmp_path / "out" / "toy.jsonl").records
     assert {record.implementation: record.status for record in records} == {
         "reference": "ok",
         "good": "ok",
@@ -116,17 +133,15 @@ def test_a_failed_accuracy_gate_is_the_exit_status(bench, checkout):
     }
 
 
-def test_an_interrupted_run_keeps_what_it_has(bench, checkout):
-    run = bench("interrupting")
+def test_an_interrupted_run_keeps_what_it_has(bench_here, tmp_path):
+    run = bench_here("interrupting")
     assert run.returncode == commands.INTERRUPTED
-    records = load(checkout / "out" / "toy.jsonl").records
+    records = load(tmp_path / "out" / "toy.jsonl").records
     assert {record.case for record in records} == {"rows=2,n=8"}
     assert len(records) == 4
     assert "toy.jsonl" in run.stdout
-    assert (
-        "interrupted; this completes it: python bench.py --suite toy --preset default --device cpu --out out --resume"
-        in run.stderr
-    )
+    again = f"--suite {tmp_path}/toy.py --preset default --device cpu --out {tmp_path}/out --resume"
+    assert f"interrupted; this completes it: python bench.py {again}" in run.stderr
 
 
 FAILING_ONCE = """
@@ -145,11 +160,9 @@ Measurer.measure = failing_once
 """
 
 
-def test_a_failure_of_the_harness_is_shown_and_fails(bench, checkout):
+def test_a_failure_of_the_harness_is_shown_and_fails(bench_here):
     """It costs what was under way and no more."""
-    with (checkout / "suites" / "toy.py").open("a") as file:
-        file.write(FAILING_ONCE)
-    run = bench("good", "--preset", "smoke", "--quiet")
+    run = bench_here("good", "--preset", "smoke", "--quiet", more=FAILING_ONCE)
     assert run.returncode == commands.UNMEASURED
     assert "no luck in the harness" in run.stderr
     assert [line.partition(":")[0] for line in run.stdout.splitlines()] == ["2 ok", "results", "plots", "report"]

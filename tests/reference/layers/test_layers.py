@@ -97,6 +97,8 @@ def test_compiles_in_one_graph(build, name, options):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+# Keys of its cache, of open sizes, take longer than what they find.
+@torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
 @pytest.mark.parametrize("name", [name for name in SINGLE if "Image" not in name])
 def test_compiles_once_for_any_length(build, name):
     layer = build(name, use_triton=True)
