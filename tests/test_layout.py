@@ -83,7 +83,9 @@ def test_only_the_harness_is_distributed():
 
 
 def test_every_dependency_has_a_tested_version(project, tested_versions):
-    requirements = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    # Peers that `make install` leaves out are measured in whatever version there is, which the record names.
+    extras = [each for name, each in project["optional-dependencies"].items() if not name.startswith("peers-")]
+    requirements = [*project["dependencies"], *chain(*extras)]
     names = [re.match(r"[\w-]+", requirement)[0] for requirement in requirements]
     assert [name for name in names if name not in tested_versions] == []
 
