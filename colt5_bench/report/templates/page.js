@@ -36,7 +36,9 @@ const PRINTED = 640;
 function themed(layout) {
   const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   const ink = colour("--ink");
-  const axis = (own) => ({ ...own, gridcolor: colour("--grid"), linecolor: colour("--line"), zeroline: false, automargin: true });
+  const grid = { gridcolor: colour("--grid") };
+  const lines = { ...grid, linecolor: colour("--line"), zeroline: false, automargin: true };
+  const axis = (own) => ({ ...own, ...lines, ...(own.minor ? { minor: { ...own.minor, ...grid } } : {}) });
   return {
     ...layout, ...(printing ? { width: PRINTED } : {}), xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
     font: { color: ink, size: 12, family: getComputedStyle(document.body).fontFamily },

@@ -162,6 +162,10 @@ def test_every_plot_is_drawn(opened, viewport, scheme):
         card.scroll_into_view_if_needed()
         card.locator(".main-svg").first.wait_for()
         assert card.locator(".trace, .hm").count() > 0
+    # Lines between those of the grid are no brighter.
+    assert page.locator(".minor-gridlayer path").count() > 0
+    lines = "document.querySelectorAll('.gridlayer path, .minor-gridlayer path')"
+    assert len(set(page.evaluate(f"[...{lines}].map(line => getComputedStyle(line).stroke)"))) == 1
     # Nothing but what scrolls by itself is wider than the window.
     assert page.evaluate("document.documentElement.scrollWidth") == viewport["width"]
 
