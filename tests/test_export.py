@@ -49,9 +49,10 @@ class Call(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def without_a_cache_of_fake_tensors(monkeypatch):
+def without_a_cache_of_fake_tensors():
     """Its keys of open sizes take longer than what they find."""
-    monkeypatch.setattr(torch._dynamo.config, "fake_tensor_cache_enabled", False)
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        yield
 
 
 def exported(layer, inputs, options, open_dims, strict):
