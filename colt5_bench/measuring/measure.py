@@ -4,7 +4,7 @@ import gc
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -417,8 +417,7 @@ def _refuse_unfair(watch: Watch, inputs: Inputs, device: torch.device) -> None:
     inputs.renew()
     if device.type == "cuda" and works_elsewhere(watch.call, device):
         raise RefusedError("its results are not there when its stream is done: another stream works on them")
-    if replaced := watch.functions.restore():
-        raise RefusedError(f"it replaces {replaced}")
+    watch.look_around()
 
 
 def _time_apart(watches: dict[str, Watch], records: dict[str, Record], conditions: Conditions) -> None:
@@ -458,7 +457,8 @@ def _time(watches: dict[str, Watch], records: dict[str, Record], conditions: Con
             raise
         taken = None
     if taken is None:
-        first.restore()
+        with suppress(RefusedError):
+            first.look_around()
         _free_memory()
         for name, watch in watches.items():
             with _failing([records[name]], "timing: "):

@@ -68,8 +68,8 @@ class Watch:
         plan = self._inputs.plan(self._calls)
         self._calls += 1
         self._begin(plan)
-        if plan.kept:
-            self.look_around()
+        if plan.kept and (changes := self._changes(self.functions.restore_clock())):
+            raise RefusedError(changes)
 
     def after(self, results: Sequence[Tensor]) -> None:
         """Look at what a call has left behind, if it is one to be kept. The first thing that is noticed stays."""
@@ -80,7 +80,7 @@ class Watch:
         if self._plan.kept:
             # At once, in the stream of the call and without waiting for others: late results are not in the copies.
             copies = [] if strange else [each.detach().clone() for each in results]
-            self._notice(self.restore())
+            self._notice(self._changes(self.functions.restore_clock()))
             self._notice(strange)
             if copies:
                 self._keep(results, copies)
@@ -91,7 +91,7 @@ class Watch:
         Raises:
             RefusedError: somebody had changed it.
         """
-        if changes := self.restore():
+        if changes := self._changes(self.functions.restore()):
             raise RefusedError(changes)
 
     def finish(self) -> None:
@@ -143,10 +143,10 @@ class Watch:
         if not all(same_bits(latest, copy) for latest, copy in self._latest):
             self._notice("its results change after it has returned: a thread or a stream of its own works on")
 
-    def restore(self) -> str:
-        """Put back settings and functions, and say which had been changed."""
+    def _changes(self, replaced: str) -> str:
+        """Changes of settings, which are put back, and of functions."""
         changed = ", ".join(name for name in self._settings.restore() if name not in self._changed)
-        if replaced := self.functions.restore():
+        if replaced:
             return f"it replaces {replaced} while it is timed"
         return f"it changes settings while it is timed, and not before: {changed}" if changed else ""
 
