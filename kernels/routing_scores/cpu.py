@@ -11,14 +11,15 @@ def scores(
     x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_norms: Tensor | None, slots: Tensor | None
 ) -> None:
     """As `launch_scores`."""
-    n = x.shape[1]
+    n, is_padded = x.shape[1], x.shape[1] < scores.shape[-1]
     if slots is not None:
         slots.fill_(-1)
     x = x.to(scores.dtype)
-    products = scores[..., :n]
+    products = scores[..., :n] if is_padded else scores
     with without_autocast(x):
         torch.matmul(routing_tokens.to(scores.dtype), x.mT, out=products)
-    scores[..., n:] = 0.0
+    if is_padded:
+        scores[..., n:] = 0.0
     if inverse_norms is None:
         return
     inverse_norms[:, n:] = 0.0
