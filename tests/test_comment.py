@@ -105,7 +105,7 @@ def test_it_follows_the_workflows_that_measure_and_gets_their_verdict():
 
 
 def test_it_runs_nothing_of_the_pull_request_and_has_the_standard_token_alone():
-    """What a stranger may name, a branch, reaches the script as a variable."""
+    """A branch, which a stranger may name, reaches the script as a variable."""
     text = (WORKFLOWS / "comment.yml").read_text()
     assert "checkout" not in text
     assert "secrets." not in text

@@ -1,7 +1,7 @@
 """Parts of both passes: which positions are in reach, tiles of rows, and the place of a program.
 
-What queries may attend to is an interval of positions, and so is what attends to a key. Its two ends decide which tiles
-a program looks at and which entries of a tile count.
+Positions that queries may attend to are an interval, and so are those that attend to a key. Its two ends decide which
+tiles a program looks at and which entries of a tile count.
 """
 
 from typing import Any

@@ -94,7 +94,7 @@ def test_a_cheat_is_found_and_costs_nobody_else_anything(conditions, name):
 
 
 def test_a_clock_that_is_replaced_once_gives_nobody_a_time(conditions):
-    """Of several nobody knows who did it. Each is timed again on its own, by the true clock."""
+    """Nobody knows which of several did it. Each is timed again on its own, by the true clock."""
     records = measured("replaces_the_clock_once", conditions)
     assert records["replaces_the_clock_once"].status in ("ok", "refused")
     assert records["reference"].status == "ok"

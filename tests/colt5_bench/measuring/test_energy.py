@@ -22,7 +22,7 @@ CPU, CASE = torch.device("cpu"), toy_suite.ToyCase(2, 8)
 
 
 def readings_of(watts, *, step, between, seconds=2.0, sensed=1.0):
-    """What a thread reads every so often of a counter that moves in steps, and of a sensor that may be off."""
+    """Readings of a counter that moves in steps, and of a sensor that may be off."""
     moments = [at * between for at in range(int(seconds / between))]
     return [Reading(at, 7.0 + watts * (at // step) * step, watts * sensed) for at in moments]
 

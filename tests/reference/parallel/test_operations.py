@@ -34,7 +34,7 @@ def loss_of_parts(grad, dim, group, lengths, out):
 
 
 def loss_of_all(grads, group, lengths, out):
-    """Of values that all ranks have, each rank uses some in another way."""
+    """Each rank uses some of the values that all ranks have, in a way of its own."""
     if out.gates is None:
         return (out.values * grads["values"][group.rank()]).sum()
     return sum((getattr(out, name) * each[group.rank()]).sum() for name, each in grads.items())
