@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ def _set_default_device(device: torch.device) -> None:
     torch.set_default_device(None if device == torch.device("cpu") else device)
 
 
-SETTINGS: Mapping[str, Setting] = {
+SETTINGS: dict[str, Setting] = {
     "current directory": Setting(os.getcwd, os.chdir),
     "threads": Setting(torch.get_num_threads, torch.set_num_threads),
     "default dtype": Setting(torch.get_default_dtype, torch.set_default_dtype),
@@ -49,14 +49,16 @@ SETTINGS: Mapping[str, Setting] = {
     "cuda.matmul.allow_bf16_reduced_precision_reduction": _attribute(
         torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
     ),
-    "allocator": Setting(torch._C._accelerator_getAllocatorSettings, torch._C._accelerator_setAllocatorSettings),
     "flush denormal": Setting(lambda: _flushes_denormals(), lambda flush: _flush_denormals(flush)),
     "torch's random numbers": Setting(torch.get_rng_state, torch.set_rng_state),
     "random numbers of CUDA": Setting(lambda: _cuda_random_state(), torch.cuda.set_rng_state_all),
     "numpy's random numbers": Setting(np.random.get_state, np.random.set_state),
     "Python's random numbers": Setting(random.getstate, random.setstate),
 }
-
+if hasattr(torch._C, "_accelerator_getAllocatorSettings"):  # from PyTorch 2.12 on
+    SETTINGS["allocator"] = Setting(
+        torch._C._accelerator_getAllocatorSettings, torch._C._accelerator_setAllocatorSettings
+    )
 
 RANDOM = frozenset(name for name in SETTINGS if "random numbers" in name)
 """States of random numbers. Whoever draws one changes them."""

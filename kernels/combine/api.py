@@ -59,11 +59,12 @@ def _backward(
     token, or this, bias and bias of routed tokens, one below the other, or none."""
     drouted, dscores = routed.new_empty(routed.shape), scores.new_empty(scores.shape)
     dlight = None if light_dtype is None else grad_output.new_empty(grad_output.shape, dtype=light_dtype)
+    n_sums = 3 if has_bias or routed_bias is not None else int(has_null)
+    sums = grad_output.new_empty((n_sums, routed.shape[2]), dtype=torch.float32)
     if not has_values(grad_output):
-        sums = grad_output.new_zeros((3, routed.shape[2]), dtype=torch.float32)
-        return drouted, dscores.zero_(), sums, dlight
+        return drouted, dscores.zero_(), sums.zero_(), dlight
     given = (as_rows(grad_output), as_rows(routed), scores, indices, routed_bias, kept_slots, arrivals)
-    sums = launch_backward(*given, start, has_null, has_bias, drouted, dscores, dlight)
+    launch_backward(*given, start, has_null, has_bias, drouted, dscores, dlight, sums)
     return drouted, dscores, sums, dlight
 
 

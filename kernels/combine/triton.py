@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -296,15 +295,15 @@ def launch_backward(
     drouted: Tensor,
     dscores: Tensor,
     dlight: Tensor | None,
-) -> Tensor:
-    """Write the gradients of routed tokens, of their scores and, if that is wanted, of the light branch. Return those
-    of the null token, or of all three vectors, if there is a bias, or none."""
-    d, n_sums = grad_output.shape[1], 3 if has_bias or routed_bias is not None else int(has_null)
+    sums: Tensor,
+) -> None:
+    """Write the gradients of routed tokens, of their scores, of the light branch, if that is wanted, and of vectors, of
+    which there may be none."""
+    n_sums, d = sums.shape
     programs = _plan(grad_output, indices, n_sums > 0).pieces if n_sums else 0
-    shares, sums = new_shares(n_sums, programs, d, grad_output), grad_output.new_empty((n_sums, d), dtype=torch.float32)
+    shares = new_shares(n_sums, programs, d, grad_output)
     inputs = (grad_output, routed, scores, indices, routed_bias, slots, arrivals)
     _launch_backward(*inputs, start, has_null, has_bias, drouted, dscores, dlight, shares, sums)
-    return sums
 
 
 def _plan(grad_output: Tensor, indices: Tensor, sweeps: bool) -> Plan:

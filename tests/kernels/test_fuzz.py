@@ -15,6 +15,7 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.fake_utils import CrossRefFakeMode
 from torch.utils._pytree import tree_map
 
 import kernels
@@ -56,6 +57,24 @@ def test_follows_the_definition(case):
     if verdict.status == "undecided":
         pytest.skip(str(verdict))
     assert verdict.status == "ok", verdict
+
+
+SHAPES = [
+    draw_case(5, index, SCALES[SCALE], name)
+    for name in sorted(OPERATIONS)
+    # More of them where more arguments may be left out.
+    for index in range(2 + 2 * str(inspect.signature(getattr(kernels, name))).count("Tensor | None = None"))
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", SHAPES, ids=[case.name for case in SHAPES])
+def test_a_compiler_is_told_the_shapes_of_results(case, device):
+    """Shapes, strides and dtypes of what an operator gives, without values and with them."""
+    function, parameters = ours(case, torch.device(device), Watched())
+    tensors = {**build(case, torch.device(device)).tensors, **parameters}
+    with CrossRefFakeMode(lambda operator: operator.namespace != "colt5", check_aliasing=False):
+        execute(function, tensors, replace(case, grad=True))
 
 
 FOUND = [

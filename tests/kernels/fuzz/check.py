@@ -236,7 +236,7 @@ def _promised(promise: float, of_truth: Watched, truth: Tensor) -> Tensor:
     rows = [error_handed_on(*each) for each in of_truth.relaxed]
     if len(rows) == 1 and rows[0].shape == (*truth.shape[:-1], 1):
         return rows[0].clamp(min=promise)
-    return torch.tensor(max([promise, *(each.max().item() for each in rows if each.numel())]))
+    return truth.new_tensor(max([promise, *(each.max().item() for each in rows if each.numel())]))
 
 
 def _spreads(of_truth: Sequence[tuple], of_moved: Sequence[Sequence[tuple]]) -> list[float]:
