@@ -54,15 +54,17 @@ class Rank:
     gradients: list[Tensor] = field(default_factory=list)
     """Those of the leaves, which are the inputs that have one."""
 
-    seconds: float = 0.0
-    """Time of the latest pass, forward or backward."""
+    latest: "tuple[Moment, Moment]" = (0.0, 0.0)
+    """Begin and end of the latest pass, forward or backward."""
 
     bytes_sent: int = 0
     """By this rank to others, since the latest forward pass began."""
 
     def prepare(self, part: Part, case: Any, ranks: int, use_triton: bool) -> None:
         """Get ready for calls of another kind."""
-        self.ranks, self.module = ranks, None
+        self.ranks, self.module, self.inputs, self.upstream = ranks, None, {}, None
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         if self.number < ranks:
             self.module, self.inputs, self.upstream = part(case, self.groups[ranks], self.device, use_triton)
 
@@ -92,14 +94,16 @@ class Rank:
             if self.ranks > 1:
                 flat = torch.cat([each.flatten() for each in grads[len(self.leaves) :]])
                 dist.all_reduce(flat, group=self.groups[self.ranks])
-        self.output, self.gradients = None, [*grads[: len(self.leaves)]]
+        self.gradients = [*grads[: len(self.leaves)]]
+        self.output, self.leaves = None, []
 
     def figures(self) -> list[dict[str, float]]:
         """Figures of all ranks, for the first."""
         on_gpu = self.device.type == "cuda"
+        begin, end = self.latest
         state = gpu_state(self.device) if on_gpu else None
         peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
-        own = {"seconds": self.seconds, "bytes_sent": float(self.bytes_sent), "process_peak_bytes": float(peak)}
+        own = {"seconds": _seconds(begin, end), "bytes_sent": float(self.bytes_sent), "process_peak_bytes": float(peak)}
         own |= {} if state is None else {"sm_clock_mhz": float(state.sm_clock_mhz)}
         every: list[Any] = [None] * WORLD
         dist.all_gather_object(every, own, group=self.control)
@@ -120,9 +124,30 @@ class Rank:
             return to_all(taken, sent, takes, sends, **options)
 
         with patch.object(dist, "all_gather", counted_gather), patch.object(dist, "all_to_all_single", counted_to_all):
-            start = time.perf_counter()
+            begin = _moment(self.device)
             yield
-            self.seconds = time.perf_counter() - start
+            self.latest = begin, _moment(self.device)
+
+
+Moment = float | torch.cuda.Event
+"""On a GPU, where its stream is: a pass is not done when the host is."""
+
+
+def _moment(device: torch.device) -> Moment:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(begin: Moment, end: Moment) -> float:
+    if isinstance(begin, float) or isinstance(end, float):
+        assert isinstance(begin, float)
+        assert isinstance(end, float)
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3
 
 
 @cache

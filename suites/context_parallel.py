@@ -5,21 +5,25 @@ others do their part of each call. Times are those of the first rank, from its w
 done. Its part of the output is compared with that of one process in fp64, and so is the gradient of its tokens, for a
 loss of these. Backward passes have the gradients of parameters too, which are summed over ranks.
 
+Sequences on GPUs are so long that their fp64 answer takes more memory than a GPU has, or minutes. They are compared
+with one process that runs the same kernels in the same dtype. The problem of such a case is every so many-th token of
+the first rank: these get new values in each call, and are looked at. All other tokens stay where they are.
+
 Cases of one rank have the layer as it is, and no process group. `tokens` are those of a sequence on one rank. Where
 scaling is weak a sequence has so many for each rank, and as many times the routed ones.
 
 Metrics, of the latest call, its backward pass included if it has one:
 
-    rank_I_seconds             time of rank I for its latest pass, forward or backward
-    rank_I_process_peak_bytes  most memory of rank I until then: of its allocator on a GPU, else of the process
+    rank_I_seconds             time of rank I for its latest pass, forward or backward: of a GPU, that of its stream
+    rank_I_process_peak_bytes  most memory of rank I: of its allocator on a GPU, in this case; else of the process
     rank_I_bytes_sent          by rank I to others within the layer; sums of parameters' gradients are not counted
     rank_I_sm_clock_mhz        clock of its GPU
     bytes_sent                 by all ranks
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -28,9 +32,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 import reference
-from colt5_bench.case import Problem, Truth
+from colt5_bench.case import FORWARD_BACKWARD, Problem, Truth
+from colt5_bench.measuring.call import Call
 from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
+from colt5_bench.tolerance import Tolerance
+from reference._shared.sizes import ceil_div
 from reference.parallel import shard_sequences
 from suites import _layers, _ranks
 from suites._descent import both_directions, implementations, lenient
@@ -39,7 +46,27 @@ from suites._ours import by_kernels
 from suites._ranks import WORLD
 
 HEAVY_SHARE = 16
-"""One of so many tokens is routed."""
+"""One of so many tokens is routed, but of millions fewer."""
+
+QUERY_SHARE = 64
+"""Memories of cross attention for each of its tokens."""
+
+LONG = (
+    ("router", "strong", 2**24),
+    ("router", "weak", 2**22),
+    ("cross_attention", "strong", 2**24),
+    ("autoregressive", "strong", 2**20),
+    ("attention", "weak", 2**20),
+    ("feed_forward", "weak", 2**20),
+)
+"""Kind, scaling and tokens of the sequences on GPUs."""
+
+SHARE_OF_LONG, EVERY = 1024, 1021
+"""One of so many of their tokens is routed, and is of the problem. No block or window has the same places as another if
+the latter is a prime."""
+
+SAME = 1e-5
+"""Allowed error of an output beside that of the same kernels in one process, as a share of the largest."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +76,16 @@ class ParallelCase(LayerCase):
     kind: str
     scaling: str
     tokens: int
+    """Tokens of the sequence, or of a rank if scaling is weak; memories of cross attention."""
+
     ranks: int
     dim: int
+    heavy_share: int = HEAVY_SHARE
+    """One of so many tokens is routed."""
+
+    every: int = 1
+    """The problem has one of so many tokens of the first rank. One that has all is judged in fp64."""
+
     dtype: str = "float32"
 
     @property
@@ -62,13 +97,26 @@ class ParallelCase(LayerCase):
     def layer(self) -> Layer:
         """The layer for the first rank's part of the sequence."""
         shape = (1, self.length // self.ranks, self.dim)
-        inputs = {"x": shape, "context": shape} if self.kind == "cross_attention" else {"x": shape}
-        output = (*shape[:2], 1) if self.kind == "router" else shape
+        inputs, output = {"x": shape}, shape
+        if self.kind == "cross_attention":
+            output = (1, shape[1] // QUERY_SHARE, self.dim)
+            inputs = {"x": output, "context": shape}
+        elif self.kind == "router":
+            output = (*shape[:2], 1)
         return Layer(lambda package, triton: MAKE[self.kind](package, self, triton), inputs, output, dtype=self.dtype)
 
     @property
     def routed(self) -> int:
-        return self.length // HEAVY_SHARE
+        return self.length // self.heavy_share
+
+    @property
+    def is_long(self) -> bool:
+        """True if one process with kernels says what is right."""
+        return self.every > 1
+
+    def places(self, n: int) -> slice:
+        """Tokens of the problem among n of the first rank."""
+        return slice(0, n, self.every)
 
 
 def _attention(package: ModuleType, case: ParallelCase, use_triton: bool) -> nn.Module:
@@ -86,9 +134,9 @@ def _feed_forward(package: ModuleType, case: ParallelCase, use_triton: bool) -> 
 
 
 def _cross_attention(package: ModuleType, case: ParallelCase, use_triton: bool) -> nn.Module:
-    """Tokens and context are of one length."""
-    routed = {"num_tokens_q": case.routed, "num_tokens_kv": case.routed, "heads": max(case.dim // 64, 1)}
-    return package.ConditionalRoutedCrossAttention(case.dim, **routed, use_triton=use_triton)
+    routed = {"num_tokens_q": case.length // QUERY_SHARE // HEAVY_SHARE, "num_tokens_kv": case.routed}
+    heads = max(case.dim // 64, 1)
+    return package.ConditionalRoutedCrossAttention(case.dim, **routed, heads=heads, use_triton=use_triton)
 
 
 def _autoregressive(package: ModuleType, case: ParallelCase, use_triton: bool) -> nn.Module:
@@ -146,17 +194,23 @@ def cases(preset: str, device: torch.device) -> list[ParallelCase]:
     counts = counts if WORLD > 1 else [1, 2]
     if preset == "smoke":
         kinds = ("router", "attention", "autoregressive")
-        return [ParallelCase(kind, "strong", 512, ranks, 32) for kind in kinds for ranks in counts]
-    on_gpu = device.type == "cuda"
-    tokens, dim = (2**20, 512) if on_gpu else (2**13, 64)
-    lengths = [tokens, 4 * tokens] if preset == "full" else [tokens]
-    return [
-        ParallelCase(kind, scaling, length, ranks, dim)
-        for kind in MAKE
-        for scaling in ("strong", "weak")
-        for length in lengths
-        for ranks in counts
-    ]
+        small = [ParallelCase(kind, "strong", 512, ranks, 32) for kind in kinds for ranks in counts]
+        return [*small, *(ParallelCase("cross_attention", "weak", 4096, ranks, 32, every=7) for ranks in counts)]
+    every_kind = list(product(MAKE, ("strong", "weak")))
+    if device.type == "cuda":
+        longer = [(*kind, 2**22) for kind in every_kind] if preset == "full" else []
+        sizes = dict.fromkeys((*LONG, *longer))
+        return [
+            ParallelCase(kind, scaling, tokens, ranks, 512, SHARE_OF_LONG, EVERY)
+            for (kind, scaling, tokens), ranks in product(sizes, counts)
+        ]
+    lengths = [2**13, 2**15] if preset == "full" else [2**13]
+    return [ParallelCase(*kind, length, ranks, 64) for kind, length, ranks in product(every_kind, lengths, counts)]
+
+
+def directions(case: ParallelCase) -> Sequence[str]:
+    """Long sequences are there to be trained with."""
+    return (FORWARD_BACKWARD,) if case.is_long else both_directions(case)
 
 
 def module_of(case: ParallelCase, use_triton: bool, device: torch.device) -> nn.Module:
@@ -171,31 +225,63 @@ def module_of(case: ParallelCase, use_triton: bool, device: torch.device) -> nn.
     return module.to(device)
 
 
-def inputs_of(case: ParallelCase, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
-    """The tokens of one rank."""
-    shapes = case.layer.inputs.items()
-    return {name: torch.randn(shape, generator=generator).to(device) for name, shape in shapes}
+def held(case: ParallelCase, ranks: range, device: torch.device) -> dict[str, Tensor]:
+    """Normally distributed tokens of some ranks, in their order."""
+    shapes = case.layer.inputs
+    tokens = {name: torch.empty(1, n * len(ranks), dim, device=device) for name, (_, n, dim) in shapes.items()}
+    for number, rank in enumerate(ranks):
+        generator = torch.Generator(device).manual_seed(rank)
+        for name, (_, n, _) in shapes.items():
+            tokens[name].narrow(1, number * n, n).normal_(generator=generator)
+    return tokens
 
 
-def inputs_of_other(case: ParallelCase, rank: int, device: torch.device) -> dict[str, Tensor]:
-    """The tokens of a rank that is not the first."""
-    return inputs_of(case, torch.Generator().manual_seed(rank), device)
+class _Placed(torch.autograd.Function):
+    """Tokens with some given ones among them."""
+
+    @staticmethod
+    def forward(ctx: Any, some: Tensor, tokens: Tensor, places: slice) -> Tensor:
+        ctx.places = places
+        placed = tokens.detach()
+        placed[:, places] = some
+        return placed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad[:, ctx.places].clone(), None, None
+
+
+def placed(case: ParallelCase, some: Mapping[str, Tensor], tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tokens of the first rank, and of others if they come after it, with those of the problem among them."""
+    return {
+        name: _Placed.apply(some[name], tokens[name].to(some[name].dtype), case.places(n))
+        for name, (_, n, _) in case.layer.inputs.items()
+    }
 
 
 def part(
     case: ParallelCase, group: ProcessGroup | None, device: torch.device, use_triton: bool
 ) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
-    """The call of a rank. Only the first has a loss."""
+    """The call of a rank. Only the first has a loss, and gets its tokens with each call."""
     module = module_of(case, use_triton, device)
-    upstream = torch.zeros(case.layer.output, device=device)
     if group is None:
-        return module, {}, upstream
-    return shard_sequences(module, mesh=group), inputs_of_other(case, group.rank(), device), upstream
+        return module, {}, torch.empty(0)
+    rank = group.rank()
+    tokens = held(case, range(rank, rank + 1), device) if rank > 0 else {}
+    return shard_sequences(module, mesh=group), tokens, torch.zeros(case.layer.output, device=device)
 
 
 def sharded(use_triton: bool) -> Callable[[ParallelCase], Callable[..., Tensor]]:
     """The layer on all ranks of a case."""
-    return lambda case: _ranks.together(part, case, case.ranks, use_triton)
+
+    def build(case: ParallelCase) -> Callable[..., Tensor]:
+        step = _ranks.together(part, case, case.ranks, use_triton)
+        if not case.is_long:
+            return step
+        tokens = held(case, range(1), _ranks.rank().device)
+        return lambda **some: step(**placed(case, some, tokens))[:, case.places(case.layer.output[1])]
+
+    return build
 
 
 def unavailable(case: ParallelCase, device: torch.device) -> str | None:
@@ -209,42 +295,59 @@ def metrics(case: ParallelCase, problem: Problem) -> Mapping[str, float]:
     return {} if case.ranks == 1 else _ranks.figures(case.ranks)
 
 
+def too_long(case: ParallelCase, device: torch.device) -> str | None:
+    if case.is_long:
+        return "is for all tokens at once: plain PyTorch of millions takes more memory than a GPU has, or minutes"
+    return unavailable(case, device)
+
+
 def plain(case: ParallelCase) -> Callable[..., Tensor]:
     """The first rank's output, by one process that has all tokens."""
 
-    def function(**own: Tensor) -> Tensor:
-        x = own["x"]
-        others = [inputs_of_other(case, rank, x.device) for rank in range(1, case.ranks)]
-        whole = {
-            name: torch.cat((each, *(other[name].to(x.dtype) for other in others)), 1) for name, each in own.items()
-        }
-        return module_of(case, False, x.device).to(x.dtype)(**whole)[:, : x.shape[1]]
+    def function(**some: Tensor) -> Tensor:
+        x = some["x"]
+        whole = placed(case, some, held(case, range(case.ranks), x.device))
+        module = module_of(case, case.is_long, x.device).to(x.dtype)
+        return module(**whole)[:, case.places(case.layer.output[1])]
 
     return function
 
 
 def problem(case: ParallelCase, device: torch.device) -> Problem:
     """Normally distributed tokens of the first rank, and the gradient of its output."""
-    generator, output = case.generator(), case.layer.output
-    inputs = inputs_of(case, generator, device)
-    upstream = torch.randn(output, generator=generator) / prod(output[:-1]) ** 0.5
-    return Problem(inputs, upstream.to(device), tuple(inputs))
+    generator = case.generator(device)
+
+    def drawn(shape: Sequence[int]) -> Tensor:
+        return torch.randn(1, ceil_div(shape[1], case.every), shape[2], generator=generator, device=device)
+
+    inputs = {name: drawn(shape) for name, shape in case.layer.inputs.items()}
+    upstream = drawn(case.layer.output)
+    return Problem(inputs, upstream / upstream.shape[1] ** 0.5, tuple(inputs))
 
 
 def truth(case: ParallelCase, problem: Problem, direction: str) -> Truth:
-    return truth_of(plain(case), problem, direction)
+    if not case.is_long:
+        return truth_of(plain(case), problem, direction)
+    output, *gradients = (each.double() for each in Call(plain(case), problem, direction)())
+    return Truth(output.detach(), dict(zip(problem.differentiable, gradients, strict=False)))
 
 
-COMMON: dict[str, Any] = {"unavailable": unavailable, "metrics": metrics, "bound": lenient}
+def bound(case: ParallelCase, tensor: str, expected: Tensor, tolerance: Tolerance) -> Tolerance:
+    if case.is_long and tensor == "output":
+        return tolerance.at_least(SAME * expected.abs().max().item())
+    return lenient(case, tensor, expected, tolerance)
+
+
+COMMON: dict[str, Any] = {"metrics": metrics, "bound": bound}
 
 SUITE = Suite(
     name="context_parallel",
     description="layers of sequences that are sharded over several processes",
     cases=cases,
-    directions=both_directions,
+    directions=directions,
     implementations=implementations(
-        Implementation("reference", sharded(use_triton=False), **COMMON),
-        by_kernels(sharded(use_triton=True), **COMMON),
+        Implementation("reference", sharded(use_triton=False), unavailable=too_long, **COMMON),
+        by_kernels(sharded(use_triton=True), unavailable=unavailable, **COMMON),
     ),
     reference="reference",
     problem=problem,

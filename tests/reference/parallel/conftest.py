@@ -1,10 +1,19 @@
 import pytest
+import torch
 
 from tests.reference.parallel.ranks import started
 
 
-@pytest.fixture(scope="session")
-def ranks(tmp_path_factory):
-    """Four ranks, of which a call takes the first so many."""
-    with started(tmp_path_factory.mktemp("ranks") / "store", 4) as ranks:
+@pytest.fixture(scope="session", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def started_ranks(request, tmp_path_factory):
+    """Four ranks, or one on each GPU, of which a call takes the first so many."""
+    size = torch.cuda.device_count() if request.param == "nccl" else 4
+    with started(tmp_path_factory.mktemp("ranks") / "store", size, backend=request.param) as ranks:
         yield ranks
+
+
+@pytest.fixture
+def ranks(started_ranks):
+    """Ranks that have started. The test makes its tensors on the device of the first."""
+    with started_ranks.device:
+        yield started_ranks

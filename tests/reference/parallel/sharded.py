@@ -49,7 +49,9 @@ def operation(group, name, lengths, arguments, dims, loss_of, on_mesh=False):
     """
     own = {key: part(group, lengths, each, dims[key]) if key in dims else each for key, each in arguments.items()}
     own = leaves(own)
-    out = getattr(parallel, name)(**own, mesh=DeviceMesh.from_group(group, "cpu") if on_mesh else group)
+    out = getattr(parallel, name)(
+        **own, mesh=DeviceMesh.from_group(group, torch.get_default_device().type) if on_mesh else group
+    )
     loss = loss_of(group, lengths, out)
     if loss is not None:
         loss.backward()
@@ -79,7 +81,7 @@ def of_shapes(group, shapes, dtypes):
 
 
 def on_mesh_of_two_dimensions(group):
-    mesh = DeviceMesh("cpu", [[*range(group.size())]])
+    mesh = DeviceMesh(torch.get_default_device().type, [[*range(group.size())]])
     parallel.coor_descent(torch.zeros(4), n_iters=1, k=1, mesh=mesh)
 
 
@@ -123,7 +125,7 @@ def reduced(group, layer, how, lengths, tensors, grad):
     if how == "DDP":
         model = DistributedDataParallel(layer, process_group=group)
     else:
-        mesh = DeviceMesh.from_group(group, "cpu")
+        mesh = DeviceMesh.from_group(group, torch.get_default_device().type)
         for each in layer.children():
             # Some of these have parameters that their layer uses by itself.
             if how == "FSDP2 of parts" and type(each).__name__.startswith("Conditional"):
@@ -141,7 +143,7 @@ def whole_gradients(layer):
 
 def reduced_over_batch_and_tokens(group, layer, how, lengths, x, grad):
     """The output for this rank's tokens of its half of the batch, and gradients as they are reduced over all ranks."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    mesh = init_device_mesh(torch.get_default_device().type, (2, 2), mesh_dim_names=("dp", "cp"))
     x, grad = (each.chunk(2)[mesh["dp"].get_local_rank()] for each in (x, grad))
     sequence = mesh["cp"].get_group()
     parallel.shard_sequences(layer, mesh=mesh["cp"])

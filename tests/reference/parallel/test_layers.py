@@ -78,25 +78,28 @@ def test_layer(ranks, name, seed, size):
     check_layer(ranks, size, layer, lengths, call)
 
 
+@pytest.mark.parametrize("use_triton", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", [*LAYERS, AUTOREGRESSIVE])
-def test_accuracy(ranks, name, autocast):
+def test_accuracy(ranks, name, autocast, use_triton):
     """By the gate for one process, whose plain PyTorch in the same dtypes says what may be off."""
-    layer = layer_of(name, random.Random(0), block_sizes=(None,), router_straight_through=False)
+    options = {"block_sizes": (None,), "router_straight_through": False}
+    layer, plain = (layer_of(name, random.Random(0), triton, **options) for triton in (use_triton, False))
+    plain.load_state_dict(layer.state_dict())
     tensors = inputs_of(name, layer)[0]
     lengths = [[24, x.shape[1] - 24] for x in tensors]
     grad = torch.randn_like(tensors[0])
-    context = partial(torch.autocast, "cpu", torch.bfloat16, enabled=autocast)
+    context = partial(torch.autocast, ranks.device.type, torch.bfloat16, enabled=autocast)
 
     def named(out, x_grads, grads):
         return {"out": out, **{f"x {i}": each for i, each in enumerate(x_grads)}, **grads}
 
-    exact = named(*whole_of(copy.deepcopy(layer).double(), [x.double() for x in tensors], grad.double(), {}))
+    exact = named(*whole_of(copy.deepcopy(plain).double(), [x.double() for x in tensors], grad.double(), {}))
     outs = ranks(2, sharded.layer, layer, lengths, tensors, grad, {}, context)
     x_grads = [torch.cat(parts, dim=1) for parts in zip(*(each for _, each, _ in outs), strict=True)]
     reduced = {key: sum(each[key] for _, _, each in outs) for key in outs[0][2]}
     found = named(torch.cat([each for each, _, _ in outs], dim=1), x_grads, reduced)
-    check_correct(found, lambda: named(*whole_of(copy.deepcopy(layer), tensors, grad, {}, context)), exact)
+    check_correct(found, lambda: named(*whole_of(copy.deepcopy(plain), tensors, grad, {}, context)), exact)
 
 
 @pytest.mark.parametrize("name", [*LAYERS, AUTOREGRESSIVE])
