@@ -6,11 +6,14 @@ The first rank measures, and tells the others what to do: each serves until the 
 import atexit
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import count
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
 from unittest.mock import patch
@@ -25,7 +28,7 @@ from colt5_bench.records.environment import gpu_state
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 """Processes that `torchrun` has started."""
 
-Part = Callable[[Any, ProcessGroup | None, torch.device, bool], tuple[nn.Module, dict[str, Tensor], Tensor]]
+Part = Callable[[Any, ProcessGroup | None, torch.device, bool], tuple[nn.Module, dict[str, Tensor], Tensor | None]]
 """Makes a rank's module, its inputs and the gradient of its output. It takes a case, a group, a device and
 `use_triton`. There is no group for one process.
 
@@ -33,90 +36,122 @@ It is a function of a file, so that other ranks can be told of it."""
 
 
 @dataclass
-class Rank:
-    """One of the processes, and the call that it makes at present."""
+class Prepared:
+    """One rank's part of a function's calls."""
 
-    device: torch.device
-    groups: dict[int, ProcessGroup | None]
-    """Those of the first so many ranks."""
-
-    control: ProcessGroup | None = None
-    ranks: int = 1
-    """Number of those that take part in the call."""
+    ranks: int
+    """Number of those that take part."""
 
     module: nn.Module | None = None
     """None if this rank takes no part."""
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     upstream: Tensor | None = None
+    """Gradient of the output. The first rank gets its own, and its inputs, with each call."""
+
+
+@dataclass
+class Rank:
+    """One of the processes, and the call that it makes at present."""
+
+    groups: dict[int, ProcessGroup | None]
+    """Those of the first so many ranks."""
+
+    control: ProcessGroup | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    case: Any = None
+    prepared: dict[int, Prepared] = field(default_factory=dict)
+    """Functions of the case, by number: their calls may take turns."""
+
+    given: dict[str, Tensor] = field(default_factory=dict)
+    """Inputs of the first rank for the call that comes."""
+
+    upstream: Tensor | None = None
+    """Gradient of its output."""
+
     output: Tensor | None = None
     leaves: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
     """Those of the leaves, which are the inputs that have one."""
 
-    latest: "tuple[Moment, Moment]" = (0.0, 0.0)
-    """Begin and end of the latest pass, forward or backward."""
+    passes: "list[tuple[Moment, Moment]]" = field(default_factory=list)
+    """Begin and end of each pass of the latest call, forward or backward."""
 
     bytes_sent: int = 0
     """By this rank to others, since the latest forward pass began."""
 
-    def prepare(self, part: Part, case: Any, ranks: int, use_triton: bool) -> None:
-        """Get ready for calls of another kind."""
-        self.ranks, self.module, self.inputs, self.upstream = ranks, None, {}, None
-        if self.device.type == "cuda":
+    def prepare(self, number: int, part: Part, case: Any, ranks: int, use_triton: bool, device_type: str) -> None:
+        """Get ready for the calls of one more function. Functions of another case are forgotten."""
+        if case != self.case:
+            self.prepared.clear()
+        self.case, self.device = case, _device(device_type)
+        if device_type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        self.prepared[number] = Prepared(ranks)
         if self.number < ranks:
-            self.module, self.inputs, self.upstream = part(case, self.groups[ranks], self.device, use_triton)
+            made = part(case, self.groups[ranks], self.device, use_triton)
+            self.prepared[number] = Prepared(ranks, *made)
 
     @property
     def number(self) -> int:
         """This process among all."""
         return dist.get_rank() if WORLD > 1 else 0
 
-    def forward(self, wanted: tuple[str, ...]) -> None:
+    def forward(self, number: int, wanted: tuple[str, ...]) -> None:
         """Call the module. Inputs that are wanted will have gradients."""
-        if self.module is None:
+        prepared = self.prepared[number]
+        if prepared.module is None:
             return
-        self.bytes_sent = 0
-        given = {name: each.detach().requires_grad_(name in wanted) for name, each in self.inputs.items()}
-        self.leaves = [given[name] for name in wanted]
-        with self._watched(), torch.set_grad_enabled(bool(wanted)):
-            self.output = self.module(**given)
+        self.bytes_sent, self.passes = 0, []
+        inputs, self.given = self.given or prepared.inputs, {}
+        leaves = {name: each.detach().requires_grad_(name in wanted) for name, each in inputs.items()}
+        self.leaves = [leaves[name] for name in wanted]
+        with self._watched(prepared.ranks), torch.set_grad_enabled(bool(wanted)):
+            self.output = prepared.module(**leaves)
 
-    def backward(self) -> None:
+    def backward(self, number: int) -> None:
         """Gradients of inputs and parameters. Those of parameters are summed over ranks, as in training."""
-        if self.module is None:
+        prepared = self.prepared[number]
+        if prepared.module is None:
             return
         assert self.output is not None
-        parameters = [*self.module.parameters()]
-        with self._watched():
-            grads = torch.autograd.grad(self.output, [*self.leaves, *parameters], self.upstream)
-            if self.ranks > 1:
+        upstream = prepared.upstream if self.upstream is None else self.upstream
+        sources = [*self.leaves, *prepared.module.parameters()]
+        with self._watched(prepared.ranks):
+            grads = torch.autograd.grad(self.output, sources, upstream)
+            if prepared.ranks > 1:
                 flat = torch.cat([each.flatten() for each in grads[len(self.leaves) :]])
-                dist.all_reduce(flat, group=self.groups[self.ranks])
+                dist.all_reduce(flat, group=self.groups[prepared.ranks])
         self.gradients = [*grads[: len(self.leaves)]]
-        self.output, self.leaves = None, []
+        self.output, self.leaves, self.upstream = None, [], None
+
+    def taken(self) -> tuple[Tensor, ...]:
+        """Gradients of the latest call, which are not kept here: they may be as large as a GPU's memory."""
+        gradients, self.gradients = self.gradients, []
+        return tuple(gradients)
 
     def figures(self) -> list[dict[str, float]]:
         """Figures of all ranks, for the first."""
         on_gpu = self.device.type == "cuda"
-        begin, end = self.latest
         state = gpu_state(self.device) if on_gpu else None
         peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
-        own = {"seconds": _seconds(begin, end), "bytes_sent": float(self.bytes_sent), "process_peak_bytes": float(peak)}
+        own = {
+            "seconds": sum(_seconds(begin, end) for begin, end in self.passes),
+            "bytes_sent": float(self.bytes_sent),
+            "process_peak_bytes": float(peak),
+        }
         own |= {} if state is None else {"sm_clock_mhz": float(state.sm_clock_mhz)}
         every: list[Any] = [None] * WORLD
         dist.all_gather_object(every, own, group=self.control)
         return every
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
+    def _watched(self, ranks: int) -> Iterator[None]:
         """Take the time, and count the bytes that go to other ranks."""
         gather, to_all = dist.all_gather, dist.all_to_all_single
-        others = self.ranks - 1
 
         def counted_gather(parts: list[Tensor], x: Tensor, **options: Any) -> Any:
-            self.bytes_sent += others * x.nbytes
+            self.bytes_sent += (ranks - 1) * x.nbytes
             return gather(parts, x, **options)
 
         def counted_to_all(taken: Tensor, sent: Tensor, takes: list[int], sends: list[int], **options: Any) -> Any:
@@ -126,7 +161,7 @@ class Rank:
         with patch.object(dist, "all_gather", counted_gather), patch.object(dist, "all_to_all_single", counted_to_all):
             begin = _moment(self.device)
             yield
-            self.latest = begin, _moment(self.device)
+            self.passes.append((begin, _moment(self.device)))
 
 
 Moment = float | torch.cuda.Event
@@ -150,25 +185,47 @@ def _seconds(begin: Moment, end: Moment) -> float:
     return begin.elapsed_time(end) * 1e-3
 
 
+def _device(device_type: str) -> torch.device:
+    """This process's device of a type."""
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device_type == "cuda" else torch.device("cpu")
+    )
+
+
 @cache
 def rank() -> Rank:
     """This process. All ranks of the run have to ask for it."""
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
     if WORLD == 1:
-        return Rank(device, {1: None})
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return Rank({1: None})
+    if torch.cuda.is_available():
+        torch.cuda.set_device(_device("cuda"))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     groups = {1: None, **{ranks: dist.new_group([*range(ranks)]) for ranks in range(2, WORLD + 1)}}
     if dist.get_rank() == 0:
         atexit.register(_end)
-        # When another rank has ended, `torchrun` gives this one half a minute: it writes its records.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return Rank(device, groups, dist.new_group(backend="gloo"))
+        _outlive_others([group for group in groups.values() if group is not None])
+    return Rank(groups, dist.new_group(backend="gloo"))
+
+
+def _outlive_others(groups: list[ProcessGroup]) -> None:
+    """Write the records when another rank has ended: `torchrun` tells this one, and gives it half a minute.
+
+    A GPU would wait for that rank, and its host with it, unless a thread aborts what they exchange.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    if not torch.cuda.is_available():
+        return
+    hearing, telling = socket.socketpair()
+    telling.setblocking(False)
+    signal.set_wakeup_fd(telling.detach())
+
+    def abort() -> None:
+        while signal.SIGTERM not in hearing.recv(1):
+            pass
+        for group in groups:
+            group._get_backend(torch.device("cuda")).abort()
+
+    threading.Thread(target=abort, daemon=True).start()
 
 
 def serve() -> None:
@@ -208,21 +265,31 @@ def _together(name: str, *arguments: Any, ranks: int) -> None:
 
 
 def together(part: Part, case: Any, ranks: int, use_triton: bool) -> Callable[..., Tensor]:
-    """A function of the first rank's inputs that gives its output, while other ranks do their part."""
-    _together("prepare", part, case, ranks, use_triton, ranks=ranks)
+    """A function of the first rank's inputs that gives its output, while other ranks do their part.
+
+    It is for the calls until the first one of another case."""
+    number = next(_numbers)
+
+    @cache
+    def prepare(device_type: str) -> None:
+        _together("prepare", number, part, case, ranks, use_triton, device_type, ranks=ranks)
 
     def function(**inputs: Tensor) -> Tensor:
-        rank().inputs = inputs
         wanted = tuple(name for name, each in inputs.items() if each.requires_grad)
+        prepare(next(iter(inputs.values())).device.type)
+        rank().given = inputs
         if wanted:
-            return _Step.apply(wanted, ranks, *(inputs[name] for name in wanted))
-        return _forward(wanted, ranks)
+            return _Step.apply(number, wanted, ranks, *(inputs[name] for name in wanted))
+        return _forward(number, wanted, ranks)
 
     return function
 
 
-def _forward(wanted: tuple[str, ...], ranks: int) -> Tensor:
-    _together("forward", wanted, ranks=ranks)
+_numbers = count()
+
+
+def _forward(number: int, wanted: tuple[str, ...], ranks: int) -> Tensor:
+    _together("forward", number, wanted, ranks=ranks)
     output = rank().output
     assert output is not None
     return output
@@ -230,15 +297,16 @@ def _forward(wanted: tuple[str, ...], ranks: int) -> Tensor:
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, wanted: tuple[str, ...], ranks: int, *inputs: Tensor) -> Tensor:
-        ctx.ranks = ranks
-        return _forward(wanted, ranks).detach()
+    def forward(ctx: Any, number: int, wanted: tuple[str, ...], ranks: int, *inputs: Tensor) -> Tensor:
+        ctx.call = number, ranks
+        return _forward(number, wanted, ranks).detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        number, ranks = ctx.call
         rank().upstream = grad
-        _together("backward", ranks=ctx.ranks)
-        return None, None, *rank().gradients
+        _together("backward", number, ranks=ranks)
+        return None, None, None, *rank().taken()
 
 
 def figures(ranks: int) -> dict[str, float]:

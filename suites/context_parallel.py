@@ -14,7 +14,7 @@ scaling is weak a sequence has so many for each rank, and as many times the rout
 
 Metrics, of the latest call, its backward pass included if it has one:
 
-    rank_I_seconds             time of rank I for its latest pass, forward or backward: of a GPU, that of its stream
+    rank_I_seconds             time of rank I for its passes: of its stream on a GPU, else of the host
     rank_I_process_peak_bytes  most memory of rank I: of its allocator on a GPU, in this case; else of the process
     rank_I_bytes_sent          by rank I to others within the layer; sums of parameters' gradients are not counted
     rank_I_sm_clock_mhz        clock of its GPU
@@ -23,6 +23,7 @@ Metrics, of the latest call, its backward pass included if it has one:
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import product
 from types import ModuleType
 from typing import Any
@@ -261,14 +262,16 @@ def placed(case: ParallelCase, some: Mapping[str, Tensor], tokens: Mapping[str, 
 
 def part(
     case: ParallelCase, group: ProcessGroup | None, device: torch.device, use_triton: bool
-) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+) -> tuple[nn.Module, dict[str, Tensor], Tensor | None]:
     """The call of a rank. Only the first has a loss, and gets its tokens with each call."""
     module = module_of(case, use_triton, device)
     if group is None:
-        return module, {}, torch.empty(0)
+        return module, {}, None
+    shard_sequences(module, mesh=group)
     rank = group.rank()
-    tokens = held(case, range(rank, rank + 1), device) if rank > 0 else {}
-    return shard_sequences(module, mesh=group), tokens, torch.zeros(case.layer.output, device=device)
+    if rank == 0:
+        return module, {}, None
+    return module, held(case, range(rank, rank + 1), device), torch.zeros(case.layer.output, device=device)
 
 
 def sharded(use_triton: bool) -> Callable[[ParallelCase], Callable[..., Tensor]]:
@@ -278,8 +281,9 @@ def sharded(use_triton: bool) -> Callable[[ParallelCase], Callable[..., Tensor]]
         step = _ranks.together(part, case, case.ranks, use_triton)
         if not case.is_long:
             return step
-        tokens = held(case, range(1), _ranks.rank().device)
-        return lambda **some: step(**placed(case, some, tokens))[:, case.places(case.layer.output[1])]
+        tokens = cache(partial(held, case, range(1)))
+        places = case.places(case.layer.output[1])
+        return lambda **some: step(**placed(case, some, tokens(some["x"].device)))[:, places]
 
     return build
 

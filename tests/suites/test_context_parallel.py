@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import torch
 from colt5_bench.commands import run
 from colt5_bench.request import NO_REPORT, REPORT
 from colt5_bench.selection import SelectionError
-from suites import context_parallel
+from suites import _ranks, context_parallel
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120
@@ -41,9 +42,12 @@ def process_of(rank, started):
     raise AssertionError(f"there is no rank {rank}")
 
 
-def test_a_run_and_a_rank_that_ends(tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_run_and_a_rank_that_ends(tmp_path, device):
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
     out = tmp_path / "out"
-    words = ["--nproc-per-node=2", "bench.py", "--suite", "context_parallel", "--preset", "smoke", "--device", "cpu"]
+    words = ["--nproc-per-node=2", "bench.py", "--suite", "context_parallel", "--preset", "smoke", "--device", device]
     words += ["--impl", "ours", "-k", "kind=attention", "--out", str(out)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", REPORT: NO_REPORT}
@@ -100,3 +104,24 @@ def test_torchrun_is_for_suites_of_several_processes(suites, asked, message):
 def test_other_ranks_serve():
     every = {"context_parallel": context_parallel.SUITE}
     assert run._service(Namespace(suite=["context_parallel"]), request(), every) is context_parallel.SUITE.serve
+
+
+def times(factor, case, group, device, use_triton):
+    """A rank's part of a function that multiplies."""
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(module.weight, factor)
+    return module, {}, None
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_functions_of_a_case_take_turns(wants_gradient):
+    """Calls of implementations are timed in turns: none is that of another."""
+    factors = [2.0, 3.0, 5.0]
+    functions = [_ranks.together(partial(times, factor), "case", 1, False) for factor in factors]
+    for number in (0, 2, 1, 2, 0):
+        x = torch.ones(4, 1, requires_grad=wants_gradient)
+        out = functions[number](input=x)
+        assert (out == factors[number]).all()
+        if wants_gradient:
+            out.sum().backward()
+            assert (x.grad == factors[number]).all()

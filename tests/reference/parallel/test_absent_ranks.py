@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.reference.parallel import sharded
-from tests.reference.parallel.ranks import started
+from tests.reference.parallel.ranks import LONGEST, started
 
 TIMEOUT = 3.0
 
@@ -26,3 +26,16 @@ def test_the_others_end(tmp_path, leave, when):
         assert failed
         exchanged = "scores" if when == "forward" else "the gradient of scores"
         assert f"RuntimeError: rank {rank} of 3 got no answer where all exchange {exchanged}: another rank" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("leave", [sharded.die, sharded.hang])
+def test_nccl_ends_a_process_that_waits(tmp_path, leave):
+    """Its watchdog does, when the timeout is over: the host has gone on, and nobody else could."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    with started(tmp_path / "store", 2, TIMEOUT, "nccl") as ranks:
+        ranks(2, sharded.of_shapes, [(4,), (5,)], 2 * [torch.float32])
+        ranks.send(2, sharded.with_an_absent_rank, leave, "forward", torch.randn(2, 9))
+        ranks.processes[0].join(LONGEST)
+        assert ranks.processes[0].exitcode not in (None, 0)
