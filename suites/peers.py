@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from colt5_bench.case import Case, Problem, Truth
 from colt5_bench.suite import Implementation, Operation
@@ -178,25 +180,38 @@ FLA = not_installed("fla", "flash-linear-attention", gpu=True)
 
 
 def attend_with_adasplash(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-    """Attention `b h n d` with the 1.5-entmax; its kernels take half precision."""
-    return import_module("adasplash").adasplash(query, key, value, alpha=1.5, is_causal=causal)
+    """Attention `b h n d` with the 1.5-entmax."""
+    contiguous = (each.contiguous() for each in (query, key, value))
+    return import_module("adasplash").adasplash(*contiguous, alpha=1.5, is_causal=causal)
 
 
-def native_sparse_with_fla(
-    query: Tensor, key: Tensor, value: Tensor, gates: Tensor, *, size: int, blocks: int, window: int
-) -> Tensor:
-    """As `suites._sparse.native_sparse`."""
-    means, selected, near = (gate.squeeze(-1).transpose(1, 2).contiguous() for gate in gates)
-    attended = import_module("fla.ops.nsa").parallel_nsa(
-        *(each.transpose(1, 2).contiguous() for each in (query, key, value)),
-        g_cmp=means,
-        g_slc=selected,
-        g_swa=near,
-        block_counts=blocks,
-        block_size=size,
-        window_size=window,
-    )
-    return attended.transpose(1, 2)
+def native_sparse_with_fla(size: int, blocks: int, window: int) -> Callable[..., Tensor]:
+    """As `suites._sparse.native_sparse`. The window is FlexAttention's: fla's own needs flash-attn."""
+    parallel_nsa = import_module("fla.ops.nsa").parallel_nsa
+    # A function is compiled for a few sets of arguments only.
+    torch.compiler.reset()
+    flex = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+    def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key > query - window)
+
+    @cache
+    def last_keys(length: int, device: torch.device) -> BlockMask:
+        return create_block_mask(near, None, None, length, length, device=device)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, gates: Tensor) -> Tensor:
+        gate_means, gate_selected, gate_near = gates
+        attended = parallel_nsa(
+            *(each.transpose(1, 2) for each in (query, key, value)),
+            g_cmp=gate_means.squeeze(-1).transpose(1, 2),
+            g_slc=gate_selected.squeeze(-1).transpose(1, 2),
+            block_counts=blocks,
+            block_size=size,
+        )
+        keys = last_keys(query.shape[2], query.device)
+        return attended.transpose(1, 2) + gate_near * flex(query, key, value, block_mask=keys, enable_gqa=True)
+
+    return attend
 
 
 def to_blocks_with_fla(query: Tensor, key: Tensor, value: Tensor, causal: bool, *, size: int, blocks: int) -> Tensor:

@@ -31,8 +31,8 @@ from suites.peers import ENTMAX, SOFTTORCH
 HALVINGS = 100
 """More than numbers of fp64 have bits."""
 
-MOST_OF_MATRICES = 2**26
-"""Elements of k x n matrices, of all rows, that SoftTorch may hold."""
+MOST_OF_MATRICES = {"cuda": 2**30, "cpu": 2**26}
+"""Elements of k x n matrices, of all rows, that SoftTorch may hold, by type of device."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def by_softtorch(case: SoftTopkCase) -> Callable[..., Tensor]:
 
 def softtorch_missing(case: SoftTopkCase, device: torch.device) -> str | None:
     elements = case.rows * case.n * case.k
-    if elements > MOST_OF_MATRICES:
+    if elements > MOST_OF_MATRICES[device.type]:
         return f"holds k x n matrices of {elements} elements, which take too long"
     return SOFTTORCH(case, device)
 

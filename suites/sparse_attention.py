@@ -243,8 +243,8 @@ def _parts(case: SparseCase) -> dict[str, int]:
     return {"size": size, "blocks": case.keys // 2 // size, "window": case.keys // 2}
 
 
-def _nsa(attend: Callable[..., Tensor]) -> Build:
-    return lambda case: NativeSparseAttention(partial(attend, **_parts(case)), case.dim, case.heads)
+def _nsa(attend: Callable[..., Callable[..., Tensor]]) -> Build:
+    return lambda case: NativeSparseAttention(attend(**_parts(case)), case.dim, case.heads)
 
 
 def _keys_of_nsa(case: SparseCase) -> int:
@@ -293,6 +293,10 @@ def _any_of(*reasons: Unavailable) -> Unavailable:
 
 def _not_causal(case: SparseCase, device: torch.device) -> str | None:
     return None if case.causal else "is causal alone"
+
+
+def _few_heads(case: SparseCase, device: torch.device) -> str | None:
+    return None if case.heads >= 16 else f"its kernels take 16 heads or more for a key, got {case.heads}"
 
 
 def _too_long(case: SparseCase, device: torch.device) -> str | None:
@@ -347,9 +351,9 @@ SPARSE = (
         "nsa",
         "fla_nsa",
         _nsa(native_sparse_with_fla),
-        _nsa(native_sparse),
+        _nsa(partial(partial, native_sparse)),
         _keys_of_nsa,
-        missing=_any_of(FLA, FLASH_ATTN),
+        missing=_any_of(FLA, _few_heads),
         unavailable=_any_of(_not_causal, _too_long),
         bound=not_gated,
     ),

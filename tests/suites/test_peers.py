@@ -3,7 +3,9 @@
 import re
 from dataclasses import replace
 from email.message import Message
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +16,12 @@ from colt5_bench.loading import load_suites
 from colt5_bench.records import environment
 from colt5_bench.suite import Suite
 from suites import peers
+from suites._dense import DenseAttention
+from suites._sparse import entmax, native_sparse
 from suites.select import SUITE as SELECT
 from suites.soft_topk import SUITE as SOFT_TOPK
 from suites.soft_topk import SoftTopkCase, projected
+from suites.sparse_attention import SUITE as SPARSE
 
 ROOT = Path(__file__).parents[2]
 SUITES = {name: suite for name, suite in load_suites(ROOT).items() if isinstance(suite, Suite)}
@@ -60,16 +65,72 @@ def test_quack_takes_few_scores(n, k, takes, monkeypatch):
     assert (SELECT.implementations["quack_topk"].unavailable(case, CUDA) is None) == takes
 
 
-def test_softtorch_takes_what_fits(monkeypatch):
+@pytest.mark.parametrize("preset", ["smoke", "default", "full"])
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_softtorch_takes_what_fits(device, preset, monkeypatch):
     monkeypatch.setattr(peers, "find_spec", lambda module: "there")
-    taken = {
-        case: SOFT_TOPK.implementations["softtorch"].unavailable(case, CUDA) is None
-        for case in SOFT_TOPK.cases("full", CUDA)
-    }
-    assert set(taken.values()) == {True, False} or not any(taken.values())
-    assert all(
-        SOFT_TOPK.implementations["softtorch"].unavailable(c, CPU) is None for c in SOFT_TOPK.cases("smoke", CPU)
-    )
+    softtorch = SOFT_TOPK.implementations["softtorch"]
+    taken = {case.n: softtorch.unavailable(case, device) is None for case in SOFT_TOPK.cases(preset, device)}
+    assert taken[min(taken)] or (preset, device) == ("full", CPU)
+    assert preset != "full" or not taken[max(taken)]
+
+
+@pytest.mark.parametrize("name", ["adasplash", "fla_nsa", "attn_gym_gather"])
+@pytest.mark.parametrize("case", [each for each in SPARSE.cases("default", CUDA) if each.n == 4096], ids=lambda c: c.id)
+def test_sparse_attention_of_packages_runs_at_one_setting_at_least(case, name, monkeypatch):
+    """Packages that need flash-attn apart, which is compiled as it is installed."""
+    monkeypatch.setattr(peers, "find_spec", lambda module: None if module == "flash_attn" else "there")
+    why = SPARSE.implementations[name].unavailable(case, CUDA)
+    if name == "adasplash":
+        assert (why is None) == (case.settings == "published")
+    else:
+        assert (why is None) == case.causal
+
+
+@pytest.mark.parametrize("heads", [1, 8, 15, 16, 32])
+def test_kernels_for_many_heads_say_how_many(heads, monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda module: "there")
+    case = next(each for each in SPARSE.cases("default", CUDA) if each.causal)
+    why = SPARSE.implementations["fla_nsa"].unavailable(replace(case, heads=heads), CUDA)
+    assert (why is None) == (heads >= 16)
+    assert why is None or f"got {heads}" in why
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_adasplash_gets_what_lies_in_a_row(causal, heads, monkeypatch):
+    """Its kernels take no other memory, and heads are a view of what a linear layer makes."""
+    taken = []
+
+    def adasplash(query, key, value, *, alpha, is_causal):
+        taken.extend([query, key, value])
+        assert (alpha, is_causal) == (1.5, causal)
+        return entmax(query, key, value, is_causal)
+
+    monkeypatch.setattr(peers, "import_module", lambda name: SimpleNamespace(adasplash=adasplash))
+    layer = DenseAttention(peers.attend_with_adasplash, 8, heads, 16, causal)
+    layer(torch.randn(1, 32, 8))
+    assert all(each.is_contiguous() for each in taken)
+
+
+@pytest.mark.parametrize(("size", "blocks", "window"), [(8, 3, 16), (16, 2, 8), (4, 5, 24)])
+@pytest.mark.parametrize("length", [32, 64])
+def test_native_sparse_attention_with_fla_is_the_definition(size, blocks, window, length, monkeypatch):
+    """With its two attentions by the definition, the sum is the definition: the window and the gates are right."""
+
+    def parallel_nsa(query, key, value, *, g_cmp, g_slc, block_counts, block_size):
+        tensors = (each.transpose(1, 2) for each in (query, key, value))
+        gates = torch.stack([g_cmp, g_slc, torch.zeros_like(g_cmp)]).transpose(2, 3).unsqueeze(-1)
+        attended = native_sparse(*tensors, gates, size=block_size, blocks=block_counts, window=window)
+        return attended.transpose(1, 2)
+
+    monkeypatch.setattr(peers, "import_module", lambda name: SimpleNamespace(parallel_nsa=parallel_nsa))
+    monkeypatch.setattr(peers.torch, "compile", partial(torch.compile, backend="eager"))
+    query, key, value = torch.randn(2, 4, length, 16), *(torch.randn(2, 1, length, 16) for _ in range(2))
+    gates = torch.rand(3, 2, 4, length, 1)
+    settings = {"size": size, "blocks": blocks, "window": window}
+    theirs = peers.native_sparse_with_fla(**settings)(query, key, value, gates)
+    torch.testing.assert_close(theirs, native_sparse(query, key, value, gates, **settings))
 
 
 @given(st.lists(st.floats(-20, 20), min_size=2, max_size=12), st.data(), st.sampled_from([0.05, 0.5, 4.0]))
