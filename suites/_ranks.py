@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
@@ -28,26 +28,24 @@ from colt5_bench.records.environment import gpu_state
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 """Processes that `torchrun` has started."""
 
-Part = Callable[[Any, ProcessGroup | None, torch.device, bool], tuple[nn.Module, dict[str, Tensor], Tensor | None]]
-"""Makes a rank's module, its inputs and the gradient of its output. It takes a case, a group, a device and
-`use_triton`. There is no group for one process.
-
-It is a function of a file, so that other ranks can be told of it."""
-
 
 @dataclass
-class Prepared:
+class Part:
     """One rank's part of a function's calls."""
 
-    ranks: int
-    """Number of those that take part."""
-
-    module: nn.Module | None = None
-    """None if this rank takes no part."""
-
+    module: nn.Module
     inputs: dict[str, Tensor] = field(default_factory=dict)
     upstream: Tensor | None = None
     """Gradient of the output. The first rank gets its own, and its inputs, with each call."""
+
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Makes a context that forward and backward passes are in."""
+
+
+MakePart = Callable[[Any, ProcessGroup | None, torch.device], Part]
+"""Makes a rank's part from a case, a group and a device. There is no group for one process.
+
+It is a function of a file, with some arguments or none, so that other ranks can be told of it."""
 
 
 @dataclass
@@ -60,8 +58,9 @@ class Rank:
     control: ProcessGroup | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     case: Any = None
-    prepared: dict[int, Prepared] = field(default_factory=dict)
-    """Functions of the case, by number: their calls may take turns."""
+    parts: dict[int, tuple[int, Part | None]] = field(default_factory=dict)
+    """Functions of the case, by number: their calls may take turns. Each has its number of ranks, and no part for those
+    beyond."""
 
     given: dict[str, Tensor] = field(default_factory=dict)
     """Inputs of the first rank for the call that comes."""
@@ -80,17 +79,14 @@ class Rank:
     bytes_sent: int = 0
     """By this rank to others, since the latest forward pass began."""
 
-    def prepare(self, number: int, part: Part, case: Any, ranks: int, use_triton: bool, device_type: str) -> None:
+    def prepare(self, number: int, make: MakePart, case: Any, ranks: int, device_type: str) -> None:
         """Get ready for the calls of one more function. Functions of another case are forgotten."""
         if case != self.case:
-            self.prepared.clear()
+            self.parts.clear()
         self.case, self.device = case, _device(device_type)
         if device_type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.prepared[number] = Prepared(ranks)
-        if self.number < ranks:
-            made = part(case, self.groups[ranks], self.device, use_triton)
-            self.prepared[number] = Prepared(ranks, *made)
+        self.parts[number] = ranks, make(case, self.groups[ranks], self.device) if self.number < ranks else None
 
     @property
     def number(self) -> int:
@@ -99,29 +95,29 @@ class Rank:
 
     def forward(self, number: int, wanted: tuple[str, ...]) -> None:
         """Call the module. Inputs that are wanted will have gradients."""
-        prepared = self.prepared[number]
-        if prepared.module is None:
+        ranks, part = self.parts[number]
+        if part is None:
             return
         self.bytes_sent, self.passes = 0, []
-        inputs, self.given = self.given or prepared.inputs, {}
+        inputs, self.given = self.given or part.inputs, {}
         leaves = {name: each.detach().requires_grad_(name in wanted) for name, each in inputs.items()}
         self.leaves = [leaves[name] for name in wanted]
-        with self._watched(prepared.ranks), torch.set_grad_enabled(bool(wanted)):
-            self.output = prepared.module(**leaves)
+        with self._watched(ranks), part.around(), torch.set_grad_enabled(bool(wanted)):
+            self.output = part.module(**leaves)
 
     def backward(self, number: int) -> None:
         """Gradients of inputs and parameters. Those of parameters are summed over ranks, as in training."""
-        prepared = self.prepared[number]
-        if prepared.module is None:
+        ranks, part = self.parts[number]
+        if part is None:
             return
         assert self.output is not None
-        upstream = prepared.upstream if self.upstream is None else self.upstream
-        sources = [*self.leaves, *prepared.module.parameters()]
-        with self._watched(prepared.ranks):
+        upstream = part.upstream if self.upstream is None else self.upstream
+        sources = [*self.leaves, *part.module.parameters()]
+        with self._watched(ranks), part.around():
             grads = torch.autograd.grad(self.output, sources, upstream)
-            if prepared.ranks > 1:
+            if ranks > 1:
                 flat = torch.cat([each.flatten() for each in grads[len(self.leaves) :]])
-                dist.all_reduce(flat, group=self.groups[prepared.ranks])
+                dist.all_reduce(flat, group=self.groups[ranks])
         self.gradients = [*grads[: len(self.leaves)]]
         self.output, self.leaves, self.upstream = None, [], None
 
@@ -264,7 +260,7 @@ def _together(name: str, *arguments: Any, ranks: int) -> None:
     getattr(rank(), name)(*arguments)
 
 
-def together(part: Part, case: Any, ranks: int, use_triton: bool) -> Callable[..., Tensor]:
+def together(make: MakePart, case: Any, ranks: int) -> Callable[..., Tensor]:
     """A function of the first rank's inputs that gives its output, while other ranks do their part.
 
     It is for the calls until the first one of another case."""
@@ -272,7 +268,7 @@ def together(part: Part, case: Any, ranks: int, use_triton: bool) -> Callable[..
 
     @cache
     def prepare(device_type: str) -> None:
-        _together("prepare", number, part, case, ranks, use_triton, device_type, ranks=ranks)
+        _together("prepare", number, make, case, ranks, device_type, ranks=ranks)
 
     def function(**inputs: Tensor) -> Tensor:
         wanted = tuple(name for name, each in inputs.items() if each.requires_grad)

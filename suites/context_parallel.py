@@ -12,6 +12,8 @@ the first rank: these get new values in each call, and are looked at. All other 
 Cases of one rank have the layer as it is, and no process group. `tokens` are those of a sequence on one rank. Where
 scaling is weak a sequence has so many for each rank, and as many times the routed ones.
 
+Beside self-attention is dense attention by PyTorch's context parallelism, in bf16, at lengths that it reaches.
+
 Metrics, of the latest call, its backward pass included if it has one:
 
     rank_I_seconds             time of rank I for its passes: of its stream on a GPU, else of the host
@@ -21,30 +23,35 @@ Metrics, of the latest call, its backward pass included if it has one:
     bytes_sent                 by all ranks
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 import reference
 from colt5_bench.case import FORWARD_BACKWARD, Problem, Truth
 from colt5_bench.measuring.call import Call
 from colt5_bench.pytest_plugin.replay import replay
-from colt5_bench.suite import Implementation, Suite
+from colt5_bench.suite import Implementation, Operation, Suite
 from colt5_bench.tolerance import Tolerance
 from reference._shared.sizes import ceil_div
 from reference.parallel import shard_sequences
 from suites import _layers, _ranks
+from suites._dense import Attend, DenseAttention, attend_plainly, attend_with_flash
 from suites._descent import both_directions, implementations, lenient
 from suites._layers import SCORE_STD, Layer, LayerCase, truth_of
 from suites._ours import by_kernels
-from suites._ranks import WORLD
+from suites._ranks import WORLD, MakePart, Part
+from suites.peers import MOST_DENSE_PAIRS
 
 HEAVY_SHARE = 16
 """One of so many tokens is routed, but of millions fewer."""
@@ -58,6 +65,7 @@ LONG = (
     ("cross_attention", "strong", 2**24),
     ("autoregressive", "strong", 2**20),
     ("attention", "weak", 2**20),
+    ("attention", "strong", 2**17),
     ("feed_forward", "weak", 2**20),
 )
 """Kind, scaling and tokens of the sequences on GPUs."""
@@ -226,7 +234,7 @@ def module_of(case: ParallelCase, use_triton: bool, device: torch.device) -> nn.
     return module.to(device)
 
 
-def held(case: ParallelCase, ranks: range, device: torch.device) -> dict[str, Tensor]:
+def held(case: ParallelCase, ranks: range, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Normally distributed tokens of some ranks, in their order."""
     shapes = case.layer.inputs
     tokens = {name: torch.empty(1, n * len(ranks), dim, device=device) for name, (_, n, dim) in shapes.items()}
@@ -234,7 +242,7 @@ def held(case: ParallelCase, ranks: range, device: torch.device) -> dict[str, Te
         generator = torch.Generator(device).manual_seed(rank)
         for name, (_, n, _) in shapes.items():
             tokens[name].narrow(1, number * n, n).normal_(generator=generator)
-    return tokens
+    return {name: each.to(dtype) for name, each in tokens.items()}
 
 
 class _Placed(torch.autograd.Function):
@@ -255,35 +263,36 @@ class _Placed(torch.autograd.Function):
 def placed(case: ParallelCase, some: Mapping[str, Tensor], tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tokens of the first rank, and of others if they come after it, with those of the problem among them."""
     return {
-        name: _Placed.apply(some[name], tokens[name].to(some[name].dtype), case.places(n))
-        for name, (_, n, _) in case.layer.inputs.items()
+        name: _Placed.apply(some[name], tokens[name], case.places(n)) for name, (_, n, _) in case.layer.inputs.items()
     }
 
 
-def part(
-    case: ParallelCase, group: ProcessGroup | None, device: torch.device, use_triton: bool
-) -> tuple[nn.Module, dict[str, Tensor], Tensor | None]:
-    """The call of a rank. Only the first has a loss, and gets its tokens with each call."""
+def part(case: ParallelCase, group: ProcessGroup | None, device: torch.device, *, use_triton: bool) -> Part:
+    """A routed layer on a rank."""
     module = module_of(case, use_triton, device)
-    if group is None:
-        return module, {}, None
-    shard_sequences(module, mesh=group)
-    rank = group.rank()
+    return of_rank(case, module if group is None else shard_sequences(module, mesh=group), group)
+
+
+def of_rank(case: ParallelCase, module: nn.Module, group: ProcessGroup | None, **more: Any) -> Part:
+    """A layer, and the tokens of a rank. Only the first has a loss, and gets its tokens with each call."""
+    rank = 0 if group is None else group.rank()
     if rank == 0:
-        return module, {}, None
-    return module, held(case, range(rank, rank + 1), device), torch.zeros(case.layer.output, device=device)
+        return Part(module, **more)
+    first = next(module.parameters())
+    tokens = held(case, range(rank, rank + 1), first.device, first.dtype)
+    return Part(module, tokens, first.new_zeros(case.layer.output), **more)
 
 
-def sharded(use_triton: bool) -> Callable[[ParallelCase], Callable[..., Tensor]]:
-    """The layer on all ranks of a case."""
+def sharded(make: MakePart) -> Callable[[ParallelCase], Callable[..., Tensor]]:
+    """A layer on all ranks of a case."""
 
     def build(case: ParallelCase) -> Callable[..., Tensor]:
-        step = _ranks.together(part, case, case.ranks, use_triton)
+        step = _ranks.together(make, case, case.ranks)
         if not case.is_long:
             return step
         tokens = cache(partial(held, case, range(1)))
         places = case.places(case.layer.output[1])
-        return lambda **some: step(**placed(case, some, tokens(some["x"].device)))[:, places]
+        return lambda **some: step(**placed(case, some, tokens(some["x"].device, some["x"].dtype)))[:, places]
 
     return build
 
@@ -299,41 +308,48 @@ def metrics(case: ParallelCase, problem: Problem) -> Mapping[str, float]:
     return {} if case.ranks == 1 else _ranks.figures(case.ranks)
 
 
+def metrics_of_dense(case: ParallelCase, problem: Problem) -> Mapping[str, float]:
+    """All but bytes: PyTorch's context parallelism sends them in its own ways."""
+    return {name: each for name, each in metrics(case, problem).items() if "bytes_sent" not in name}
+
+
 def too_long(case: ParallelCase, device: torch.device) -> str | None:
     if case.is_long:
         return "is for all tokens at once: plain PyTorch of millions takes more memory than a GPU has, or minutes"
     return unavailable(case, device)
 
 
-def plain(case: ParallelCase) -> Callable[..., Tensor]:
-    """The first rank's output, by one process that has all tokens."""
+def operation(judge: Callable[[ParallelCase, torch.device], nn.Module], dtype: torch.dtype) -> Operation[ParallelCase]:
+    """The first rank's output, by a layer in one process that has all tokens."""
 
-    def function(**some: Tensor) -> Tensor:
-        x = some["x"]
-        whole = placed(case, some, held(case, range(case.ranks), x.device))
-        module = module_of(case, case.is_long, x.device).to(x.dtype)
-        return module(**whole)[:, case.places(case.layer.output[1])]
+    def plain(case: ParallelCase) -> Callable[..., Tensor]:
+        def function(**some: Tensor) -> Tensor:
+            x = some["x"]
+            whole = placed(case, some, held(case, range(case.ranks), x.device, x.dtype))
+            return judge(case, x.device).to(x.dtype)(**whole)[:, case.places(case.layer.output[1])]
 
-    return function
+        return function
+
+    def truth(case: ParallelCase, problem: Problem, direction: str) -> Truth:
+        if not case.is_long:
+            return truth_of(plain(case), problem, direction)
+        output, *gradients = (each.double() for each in Call(plain(case), problem, direction)())
+        return Truth(output.detach(), dict(zip(problem.differentiable, gradients, strict=False)))
+
+    return Operation(partial(problem, dtype=dtype), truth, plain)
 
 
-def problem(case: ParallelCase, device: torch.device) -> Problem:
+def problem(case: ParallelCase, device: torch.device, *, dtype: torch.dtype) -> Problem:
     """Normally distributed tokens of the first rank, and the gradient of its output."""
     generator = case.generator(device)
 
     def drawn(shape: Sequence[int]) -> Tensor:
-        return torch.randn(1, ceil_div(shape[1], case.every), shape[2], generator=generator, device=device)
+        drawn = torch.randn(1, ceil_div(shape[1], case.every), shape[2], generator=generator, device=device)
+        return drawn.to(dtype)
 
     inputs = {name: drawn(shape) for name, shape in case.layer.inputs.items()}
     upstream = drawn(case.layer.output)
     return Problem(inputs, upstream / upstream.shape[1] ** 0.5, tuple(inputs))
-
-
-def truth(case: ParallelCase, problem: Problem, direction: str) -> Truth:
-    if not case.is_long:
-        return truth_of(plain(case), problem, direction)
-    output, *gradients = (each.double() for each in Call(plain(case), problem, direction)())
-    return Truth(output.detach(), dict(zip(problem.differentiable, gradients, strict=False)))
 
 
 def bound(case: ParallelCase, tensor: str, expected: Tensor, tolerance: Tolerance) -> Tolerance:
@@ -342,7 +358,52 @@ def bound(case: ParallelCase, tensor: str, expected: Tensor, tolerance: Toleranc
     return lenient(case, tensor, expected, tolerance)
 
 
-COMMON: dict[str, Any] = {"metrics": metrics, "bound": bound}
+def dense(case: ParallelCase, attend: Attend, device: torch.device) -> nn.Module:
+    """Dense attention of the width of the heavy branch, with the same parameters in each process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return DenseAttention(attend, case.dim, max(case.dim // 64, 1)).to(device, torch.bfloat16)
+
+
+def dense_part(case: ParallelCase, group: ProcessGroup | None, device: torch.device) -> Part:
+    """Dense attention on a rank, by PyTorch's context parallelism if there are several."""
+    module = dense(case, attend_with_flash, device)
+    if group is None:
+        return of_rank(case, module, group)
+    return of_rank(case, module, group, around=partial(_in_a_ring, DeviceMesh.from_group(group, device.type)))
+
+
+@contextmanager
+def _in_a_ring(mesh: DeviceMesh) -> Iterator[None]:
+    """PyTorch's attention is of all ranks of a mesh while this lasts."""
+    # The import takes longer than many cases.
+    from torch.distributed.tensor.experimental import context_parallel
+    from torch.distributed.tensor.experimental._attention import _cp_options
+
+    # The context wants a tensor to shard. Balance is for causal attention, and refused here.
+    nothing = torch.empty(mesh.size(), device=mesh.device_type)
+    sharding: dict[str, Any] = {"buffers": [nothing], "buffer_seq_dims": [0], "no_restore_buffers": {nothing}}
+    with patch.object(_cp_options, "enable_load_balance", False), context_parallel(mesh, **sharding):
+        yield
+
+
+def dense_missing(case: ParallelCase, device: torch.device) -> str | None:
+    if case.kind != "attention":
+        return "there is no dense layer of this kind here"
+    if device.type != "cuda":
+        return "PyTorch's context parallelism has attention for GPUs only"
+    most = MOST_DENSE_PAIRS["cuda"]
+    if case.length**2 > most:
+        return f"dense attention of more than {most} pairs takes too long"
+    return unavailable(case, device)
+
+
+ROUTED = operation(lambda case, device: module_of(case, case.is_long, device), torch.float32)
+"""Millions of tokens by kernels."""
+
+DENSE = operation(
+    lambda case, device: dense(case, attend_with_flash if case.is_long else attend_plainly, device), torch.bfloat16
+)
 
 SUITE = Suite(
     name="context_parallel",
@@ -350,13 +411,21 @@ SUITE = Suite(
     cases=cases,
     directions=directions,
     implementations=implementations(
-        Implementation("reference", sharded(use_triton=False), unavailable=too_long, **COMMON),
-        by_kernels(sharded(use_triton=True), unavailable=unavailable, **COMMON),
+        Implementation("reference", sharded(partial(part, use_triton=False)), too_long, metrics=metrics, bound=bound),
+        by_kernels(sharded(partial(part, use_triton=True)), unavailable=unavailable, metrics=metrics, bound=bound),
+        Implementation(
+            "dense_parallel",
+            sharded(dense_part),
+            dense_missing,
+            metrics=metrics_of_dense,
+            bound=bound,
+            operation=DENSE,
+        ),
     ),
     reference="reference",
-    problem=problem,
-    truth=truth,
-    plain=plain,
+    problem=ROUTED.problem,
+    truth=ROUTED.truth,
+    plain=ROUTED.plain,
     cost=_layers.cost,
     x_axis="ranks",
     serve=_ranks.serve,

@@ -106,18 +106,18 @@ def test_other_ranks_serve():
     assert run._service(Namespace(suite=["context_parallel"]), request(), every) is context_parallel.SUITE.serve
 
 
-def times(factor, case, group, device, use_triton):
+def times(factor, case, group, device):
     """A rank's part of a function that multiplies."""
     module = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(module.weight, factor)
-    return module, {}, None
+    return _ranks.Part(module)
 
 
 @pytest.mark.parametrize("wants_gradient", [False, True])
 def test_functions_of_a_case_take_turns(wants_gradient):
     """Calls of implementations are timed in turns: none is that of another."""
     factors = [2.0, 3.0, 5.0]
-    functions = [_ranks.together(partial(times, factor), "case", 1, False) for factor in factors]
+    functions = [_ranks.together(partial(times, factor), "case", 1) for factor in factors]
     for number in (0, 2, 1, 2, 0):
         x = torch.ones(4, 1, requires_grad=wants_gradient)
         out = functions[number](input=x)
