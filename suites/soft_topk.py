@@ -4,7 +4,8 @@ Beside it stand other relaxations of the top-k, whose k entries are soft in anot
 softness. Each is judged by itself in fp64, entmax by its closed form:
 
     entmax        the projection of scores / eps to the k-subsets (budget_bisect)
-    softtorch     the sum of the k rows that SoftTorch's top-k gives (2602.08824)
+    softtorch     the sum of the k rows that SoftTorch's top-k gives (2602.08824), by SoftSort (2006.16038): others of
+                  its methods hold n x n matrices
 
 difftopk and torchsort are not among them: the one holds n x n matrices for each layer of a sorting network and has no
 fp64, the other gives ranks and no selection.
@@ -127,7 +128,8 @@ def by_entmax(case: SoftTopkCase) -> Callable[..., Tensor]:
 
 def by_softtorch(case: SoftTopkCase) -> Callable[..., Tensor]:
     topk = import_module("softtorch").topk
-    return lambda scores: topk(scores, case.k, softness=case.eps, standardize=False)[1].sum(dim=-2)
+    options = {"softness": case.eps, "standardize": False, "method": "softsort"}
+    return lambda scores: topk(scores, case.k, **options)[1].sum(dim=-2)
 
 
 def softtorch_missing(case: SoftTopkCase, device: torch.device) -> str | None:

@@ -9,7 +9,8 @@ All are as wide and have as many heads. With `settings=published` each attends a
     mosa                  each head attends among a thirty-second of the tokens (2505.00315)
     mixture_of_depths     an eighth of the tokens attend to each other (2404.02258)
     moba, fla_moba        blocks of 512 keys, 3 of them for a query (2502.13189); causal alone
-    nsa, fla_nsa          means of blocks of 64 keys, 16 selected ones and the last 512 keys (2502.11089); causal alone
+    nsa, fla_nsa          means of blocks of 64 keys, 16 selected ones and the last 512 keys (2502.11089); causal alone;
+                          fla's with the window by FlexAttention, since its own needs flash-attn
     selected,             the last 512 keys and 512 others for each query, which are given; causal alone, and a key is
       attn_gym_gather     its own value
     entmax, adasplash     1.5-entmax (1905.05702, 2502.12082), by which scores decide how many keys a query attends to
