@@ -141,6 +141,13 @@ class Rank:
         dist.all_gather_object(every, own, group=self.control)
         return every
 
+    def end(self) -> None:
+        """Leave the others. Threads of groups that are still held could end the interpreter by an error."""
+        self.groups.clear()
+        self.parts.clear()
+        self.control = None
+        dist.destroy_process_group()
+
     @contextmanager
     def _watched(self, ranks: int) -> Iterator[None]:
         """Take the time, and count the bytes that go to other ranks."""
@@ -199,11 +206,11 @@ def rank() -> Rank:
     groups = {1: None, **{ranks: dist.new_group([*range(ranks)]) for ranks in range(2, WORLD + 1)}}
     if dist.get_rank() == 0:
         atexit.register(_end)
-        _outlive_others([group for group in groups.values() if group is not None])
+        _outlive_others()
     return Rank(groups, dist.new_group(backend="gloo"))
 
 
-def _outlive_others(groups: list[ProcessGroup]) -> None:
+def _outlive_others() -> None:
     """Write the records when another rank has ended: `torchrun` tells this one, and gives it half a minute.
 
     A GPU would wait for that rank, and its host with it, unless a thread aborts what they exchange.
@@ -218,7 +225,7 @@ def _outlive_others(groups: list[ProcessGroup]) -> None:
     def abort() -> None:
         while signal.SIGTERM not in hearing.recv(1):
             pass
-        for group in groups:
+        for group in filter(None, rank().groups.values()):
             group._get_backend(torch.device("cuda")).abort()
 
     threading.Thread(target=abort, daemon=True).start()
@@ -226,15 +233,12 @@ def _outlive_others(groups: list[ProcessGroup]) -> None:
 
 def serve() -> None:
     """Do as the first rank says, until it ends."""
-    me = rank()
-    while True:
+    name = ""
+    while name != "end":
         message: list[Any] = [None]
-        dist.broadcast_object_list(message, 0, group=me.control)
+        dist.broadcast_object_list(message, 0, group=rank().control)
         name, arguments = message[0]
-        if name == "end":
-            dist.destroy_process_group()
-            return
-        getattr(me, name)(*arguments)
+        getattr(rank(), name)(*arguments)
 
 
 def _tell(name: str, *arguments: Any) -> None:
@@ -247,7 +251,7 @@ def _tell(name: str, *arguments: Any) -> None:
 def _end() -> None:
     with suppress(RuntimeError):
         _tell("end")
-    dist.destroy_process_group()
+    rank().end()
 
 
 def _together(name: str, *arguments: Any, ranks: int) -> None:
