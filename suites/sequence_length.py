@@ -124,6 +124,7 @@ def _autoregressive(case: LengthCase) -> Layer:
         sparing=by_window if case.n > LONGEST_AT_ONCE else in_pieces,
         dense=lambda attend: DenseAttention(attend, case.dim, heads=8, causal=True),
         dense_pairs=case.n**2,
+        colt5_raises="with two sets of keys, it gives each window the mask of another one",
     )
 
 

@@ -78,6 +78,18 @@ def test_3_several_routes_and_masks(create):
         assert torch.equal(routed.routed_mask[b], mask[b][routed.indices[b]])
 
 
+@pytest.mark.parametrize("window", [3, 4, 5])
+@packages(AssertionError)
+def test_3_several_routes_and_windows(create, window):
+    """A later window sees all windows before it. Each but the last token of the sequence is routed, so none is left."""
+    options = {"num_heavy_tokens_kv": 8 * (window + 1) - 1, "num_routed_kv": 2}
+    attention = create("ConditionalRoutedAutoregressiveAttention", **options)
+    torch.nn.init.zeros_(attention.light_attn.to_out.weight)
+    x = torch.randn(1, 8 * (window + 1), 16)
+    changed = torch.cat([x[:, : -2 * 8], torch.randn(1, 8, 16), x[:, -8:]], dim=1)
+    assert (attention(x)[:, -8:] != attention(changed)[:, -8:]).any()
+
+
 @packages(RuntimeError)
 def test_4_the_vit(create):
     """As in its example, as many tokens are routed as there are in a window."""
