@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from colt5_bench.commands import DONE
+from colt5_bench.commands.report import load_views
 from colt5_bench.files import atomic_write
 from colt5_bench.records.parts import read
 from colt5_bench.records.results import no_garbage
@@ -26,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 @no_garbage()
 def main(options: argparse.Namespace) -> int:
-    exported = export(read(options.run), options.format)
+    exported = export(read(options.run), options.format, load_views())
     if options.out is None:
         sys.stdout.write(exported.decode())
         return DONE

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import isfinite, nan
+from types import MappingProxyType
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
@@ -16,10 +17,8 @@ from colt5_bench.records.columns import LARGEST_ERROR, time
 from colt5_bench.records.derived import Interval, main_column, plus_minus, summarised, time_intervals, worst
 from colt5_bench.records.lines import encode
 from colt5_bench.records.results import Record, Run
+from colt5_bench.report.layout import View
 from colt5_bench.selection import SelectionError
-
-REFERENCE = "reference"
-"""The implementation by whose time flashinfer-bench's traces measure the others."""
 
 LATENCY = "latency"
 """Bencher's own measure of time, in ns."""
@@ -94,13 +93,20 @@ def bencher(run: Run) -> bytes:
     )
 
 
-def flashinfer_bench(run: Run) -> bytes:
+def flashinfer_bench(run: Run, views: Mapping[str, View]) -> bytes:
     """Traces of flashinfer-bench, one a line. What was skipped or not timed has none.
 
     A definition is a suite, with the fields of its case that are words; axes are the fields that are whole numbers.
+
+    Args:
+        views: by the names of suites, which implementation the others are measured by.
     """
     column = main_column(run.records)
-    reference = {record.group: record.seconds(column) for record in _ok(run.records) if _is_reference(record)}
+    reference = {
+        record.group: record.seconds(column)
+        for record in _ok(run.records)
+        if record.implementation == views.get(record.suite, View()).reference
+    }
     shown = [each for each in run.records if each.status != "skipped" and (each.status != "ok" or each.seconds(column))]
     return b"".join(
         encode(
@@ -115,16 +121,19 @@ def flashinfer_bench(run: Run) -> bytes:
     )
 
 
-FORMATS: Mapping[str, Callable[[Run], bytes]] = {
-    "pytest-benchmark": pytest_benchmark,
-    "github-action-benchmark": github_action_benchmark,
-    "bencher": bencher,
+FORMATS: Mapping[str, Callable[[Run, Mapping[str, View]], bytes]] = {
+    "pytest-benchmark": lambda run, views: pytest_benchmark(run),
+    "github-action-benchmark": lambda run, views: github_action_benchmark(run),
+    "bencher": lambda run, views: bencher(run),
     "flashinfer-bench": flashinfer_bench,
 }
 
 
-def export(run: Run, form: str) -> bytes:
+def export(run: Run, form: str, views: Mapping[str, View] = MappingProxyType({})) -> bytes:
     """The run in one of `FORMATS`.
+
+    Args:
+        views: how each suite asks to be looked at, by its name.
 
     Raises:
         SelectionError: the run has no records, is of several machines, or has several records of one point.
@@ -137,15 +146,11 @@ def export(run: Run, form: str) -> bytes:
     key, count = Counter(record.key for record in run.records).most_common(1)[0]
     if count > 1:
         raise SelectionError(f"{run.path} holds {count} records of {' '.join(key)}: export one run.")
-    return FORMATS[form](run)
+    return FORMATS[form](run, views)
 
 
 def _ok(records: Sequence[Record]) -> Iterator[Record]:
     return (record for record in records if record.status == "ok")
-
-
-def _is_reference(record: Record) -> bool:
-    return record.implementation == REFERENCE
 
 
 def _environment(run: Run, record: Record) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from math import inf, isnan, nan
+from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
 
@@ -13,11 +14,14 @@ from hypothesis import strategies as st
 from pytest_benchmark.cli import main as pytest_benchmark_cli
 
 from colt5_bench import cli, commands
+from colt5_bench.loading import load_suites
 from colt5_bench.records.results import STATUSES, Divergence, Run, Timing, write
 from colt5_bench.report.exchange import FORMATS, export
+from colt5_bench.report.layout import View
 from colt5_bench.selection import SelectionError
 from tests.colt5_bench.made import BOTH, FORWARD, record
 
+ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {"key": "a", "utc": "2026-11-23T22:05:36+00:00", "torch": "2.13.0", "cuda": None, "packages": {"x": None}}
 
 
@@ -163,10 +167,11 @@ def test_bencher_gets_latencies_with_their_interval(run):
             assert benchmarks[title(each)]["lost"].value == each.metrics["lost"]
 
 
-@given(runs())
+@given(runs(), st.sampled_from(["reference", "ours", "theirs"]))
 @settings(max_examples=25, deadline=None)
-def test_flashinfer_bench_gets_a_trace_of_whatever_ran(run):
-    lines = export(run, "flashinfer-bench").splitlines()
+def test_flashinfer_bench_gets_a_trace_of_whatever_ran(run, reference_name):
+    views = {each.suite: View(reference=reference_name) for each in run.records}
+    lines = export(run, "flashinfer-bench", views).splitlines()
     traces = [msgspec.json.decode(line, type=Trace) for line in lines]
     main = "cold" if any("cold" in each.timings for each in run.records) else "wall"
     ran = [e for e in run.records if e.status not in ("ok", "skipped") or (e.status == "ok" and main in e.timings)]
@@ -177,11 +182,21 @@ def test_flashinfer_bench_gets_a_trace_of_whatever_ran(run):
         assert (evaluation.performance is not None) == (evaluation.status == "PASSED") == (each.status == "ok")
         assert all(trace.workload.axes[name] == each.fields[name] for name in trace.workload.axes)
         assert trace.solution == each.implementation
-    reference = {e.group: e for e in ran if e.implementation == "reference" and e.status == "ok"}
+    reference = {e.group: e for e in ran if e.implementation == reference_name and e.status == "ok"}
     for each, trace in zip(ran, traces, strict=True):
         if each.status == "ok" and each.group in reference:
             speed_up = reference[each.group].seconds(main) / each.seconds(main)
             assert trace.evaluation.performance.speedup_factor == pytest.approx(speed_up)
+
+
+@pytest.mark.parametrize("name", ["coor_descent", "segments", "sparse_attention"])
+def test_the_command_knows_what_a_suite_is_measured_by(name, tmp_path, capsys):
+    reference = load_suites(ROOT)[name].reference
+    made = [replace(record(each, times={"wall": 1e-3 * at}), suite=name) for at, each in enumerate((reference, "x"), 1)]
+    write(tmp_path / "run.jsonl", [], made)
+    assert cli.main(["export", str(tmp_path / "run.jsonl"), "--format", "flashinfer-bench"]) == commands.DONE
+    traces = [msgspec.json.decode(line, type=Trace) for line in capsys.readouterr().out.splitlines()]
+    assert [each.evaluation.performance.reference_latency_ms for each in traces] == [pytest.approx(1.0)] * 2
 
 
 def timed_run(path, factor):
