@@ -8,7 +8,9 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from contextlib import redirect_stdout
 from functools import cache
+from io import StringIO
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,8 +21,10 @@ import yaml
 
 import reference
 from colt5_bench import cli
+from colt5_bench.commands import DONE
 from colt5_bench.loading import load_suites
 from colt5_bench.records.results import load
+from colt5_bench.request import NO_REPORT, REPORT
 
 SHORT = ["--preset", "smoke", "--impl", "ours"]
 """Appended to what measures; of an option that is given twice the last counts."""
@@ -62,7 +66,7 @@ def lines(language):
 def run(arguments, **environment):
     # Neither the interpreter nor what pytest tells its own workers is meant for a command of its own.
     inherited = {name: v for name, v in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INTERPRET"))}
-    environment = {**inherited, **environment}
+    environment = {**inherited, REPORT: NO_REPORT, **environment}
     done = subprocess.run(
         arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
@@ -202,8 +206,9 @@ def make(arguments, environment):
 
 
 def python(arguments, environment):
+    assert (arguments[0], environment) == ("bench.py", {})
     if "--suite" not in arguments:
-        assert run([sys.executable, *arguments], **environment).strip()
+        assert bench(arguments).strip()
         return
     if "--preset" in arguments:
         position = arguments.index("--preset")
@@ -216,16 +221,31 @@ def measure(arguments):
     """Commands that differ in the preset alone are one and the same here."""
     few, written = ([], "*.trace.json.gz") if "--profile" in arguments else (FEW, "*.jsonl")
     with TemporaryDirectory() as directory:
-        run([sys.executable, *arguments, *SHORT, *few, "--out", directory])
+        bench([*arguments, *SHORT, *few, "--out", directory])
         assert list(Path(directory).rglob(written))
 
 
+def bench(arguments):
+    """Text that `python bench.py` prints, run in this process: it has imported already what a command waits for."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.chdir(ROOT)
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        patch.setenv(REPORT, NO_REPORT)
+        try:
+            status = cli.main(arguments[1:])
+        except SystemExit as end:
+            status = end.code
+    assert status == DONE, f"{shlex.join(arguments)}\n{printed.getvalue()}"
+    return printed.getvalue()
+
+
 def pytest_(arguments, environment):
-    """Suites run; the tests, of which this is one, are collected."""
-    suites = arguments[0].startswith("suites")
-    arguments = [*arguments, *SHORT, *FEW] if suites else ["--collect-only", "-q", *arguments]
-    output = run([sys.executable, "-m", "pytest", *arguments], **environment)
-    assert re.search(r"\d+ passed" if suites else r"\d+ tests? collected|\d+/\d+ tests collected", output)
+    """Suites run; the tests, of which this is one, are there."""
+    if arguments[0].startswith("suites"):
+        output = run([sys.executable, "-m", "pytest", *arguments, *SHORT, *FEW], **environment)
+        assert re.search(r"\d+ passed", output)
+    else:
+        assert all(next((ROOT / folder).rglob("test_*.py")) for folder in arguments)
 
 
 def enter(arguments, environment):
