@@ -22,7 +22,7 @@ OTHERS = [(3, 101, 33), (5, 32, 128), (2, 23, 13), (4, 27, 49)]
 MADE_OF_OTHERS = {"ConditionalRoutedTransformerBlock", "ConditionalRoutedViT"}
 AUTOREGRESSIVE = "ConditionalRoutedAutoregressiveAttention"
 CASES = [(name, True, True, {}) for name in LAYERS if name != AUTOREGRESSIVE]
-CASES += [(name, False, False, {}) for name in sorted({*LAYERS} - MADE_OF_OTHERS)]
+CASES += [(name, False, False, {}) for name in sorted({*LAYERS} - MADE_OF_OTHERS - {AUTOREGRESSIVE})]
 CASES += [("ConditionalRoutedImageAttention", False, True, {})]
 # Either way to route queries, with and without kernels, in either way of export.
 CASES += [
