@@ -20,6 +20,7 @@ from colt5_bench.commands import env, run
 from colt5_bench.loading import choose_device, load_suites
 from colt5_bench.records.results import FAILED, load
 from colt5_bench.report.table import endings
+from colt5_bench.request import NO_REPORT, REPORT
 from colt5_bench.selection import SelectionError, case_filter, pick
 from colt5_bench.startup import StartupError, check, find_checkout
 from tests.colt5_bench import made
@@ -527,11 +528,11 @@ def test_runs_that_begin_in_one_second_have_a_directory_each(tmp_path):
 
 def test_less_than_all_records_is_no_success(bench, checkout, whole):
     """Whether options are named for pytest here, or stand in the environment for other tests."""
-    partial = bench("wrong,good", "--", "-x")
+    partial = bench("wrong,good", "--", "-x", **{REPORT: NO_REPORT})
     assert partial.returncode == commands.UNMEASURED, partial.stdout
     assert "not all records that were expected are there" in partial.stderr
     assert len(load(checkout / "out" / "toy.jsonl").records) < 12
-    none = bench("good", "--out", "none", "--", "--collect-only")
+    none = bench("good", "--out", "none", "--", "--collect-only", **{REPORT: NO_REPORT})
     assert none.returncode == commands.UNMEASURED
     run, results = whole
     assert run.returncode == commands.DONE, run.stderr

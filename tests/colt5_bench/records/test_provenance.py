@@ -7,7 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from itertools import combinations, count
+from itertools import combinations, count, product
 from pathlib import Path
 from time import perf_counter
 
@@ -407,8 +407,11 @@ class TestStarting:
     def of(self, root):
         return Code.of(root / "suites" / "__init__.py").described
 
-    @pytest.mark.parametrize("situation", ["clean", "changed", "an export"])
-    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize(
+        ("way", "situation"),
+        # A situation does not depend on the way, but on whose the harness is.
+        [*((way, "changed") for way in WAYS), *product(("bench.py", "-I"), ("clean", "an export"))],
+    )
     def test_in_any_way_names_the_revision_of_what_is_measured(self, places, start, request, way, situation):
         here, installed = places / "here", places / "installed"
         if situation == "changed":
@@ -426,11 +429,11 @@ class TestStarting:
         assert shown.stderr.count("the harness is of ") == (way not in OWN_HARNESS)
         assert shown.stderr.count(f"the revision of {here} is unknown") == (situation == "an export")
 
-    @pytest.mark.parametrize("isolated", [[], ["--isolate"]])
     @pytest.mark.parametrize("way", ["bench.py", "colt5-bench", "-I"])
-    def test_measures_with_the_harness_that_is_recorded(self, places, start, tmp_path, way, isolated):
+    def test_measures_with_the_harness_that_is_recorded(self, places, start, tmp_path, way):
+        """In the process of the run, which imports the suite too, and in processes of their own."""
         options = ("--suite", "toy", "--preset", "smoke", "--device", "cpu", "--quiet", "--out", str(tmp_path / "out"))
-        run = start(way, *options, *isolated)
+        run = start(way, *options, "--isolate")
         assert run.returncode == DONE, run.stderr
         (environment,) = load(tmp_path / "out").environments.values()
         harness = places / ("here" if way in OWN_HARNESS else "installed")
