@@ -16,7 +16,10 @@ OPERATIONS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/api.
 OTHER_SUITE = {"normalize_and_route": "layers", "segmented_coor_descent": "segments"}
 """Operations whose suite is about something else than the operation's name says."""
 
-VARIANT_OF = {"segmented_coor_descent": ("coor_descent", {"checkpoint_segments"})}
+VARIANT_OF = {
+    "route_prefixes": ("route_prefixes", {"ranks"}),
+    "segmented_coor_descent": ("coor_descent", {"checkpoint_segments"}),
+}
 """Operations that compute what another one does: which one's reference is theirs, and what they take besides."""
 
 

@@ -13,14 +13,16 @@ from kernels._common.launch import as_rows, has_values, runs_triton
 from kernels._common.operation import Operation
 from kernels.route_prefixes import cpu
 from kernels.route_prefixes.backward import launch_backward
-from kernels.route_prefixes.forward import launch_forward
+from kernels.route_prefixes.forward import launch_forward, launch_part
 from reference._shared.arguments import check_prefixes, check_schedule, first_temperature
+from reference._shared.ranks import Ranks
 from reference._shared.returns import PrefixSelection
 from reference._shared.sizes import mask_of_prefixes, windows_with_a_prefix
 
 
 def _forward(
     scores: Tensor,
+    descents: Tensor | None,
     window_size: int,
     num_selected: int,
     k: float,
@@ -31,9 +33,11 @@ def _forward(
     straight_through: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Weights and indices `b w r s`, a mask, counts, and the state of the descents. The mask is `b w r s`, and empty if
-    all prefixes have as many tokens as are selected. Counts are `b r n`: how many windows select a token; empty where
-    nothing is to be saved."""
+    """Weights and indices `b w r s`, a mask, counts, and the state of the descents.
+
+    The mask is `b w r s`, and empty if all prefixes have as many tokens as are selected. Counts are `b r n`: how many
+    windows select a token; empty where nothing is to be saved. The state may be known, from `descents`.
+    """
     schedule = (n_iters, eps, first, eps_decay)
     batch, routes, n = scores.shape
     windows = windows_with_a_prefix(n, window_size)
@@ -42,11 +46,13 @@ def _forward(
     indices = scores.new_empty(shape, dtype=torch.int64)
     mask = scores.new_empty(shape if window_size < num_selected else (0,), dtype=torch.bool)
     counts = scores.new_zeros(scores.shape if save else (0,), dtype=torch.int32)
-    state = scores.new_empty((batch * windows * routes + 1, 2, n_iters + 1), dtype=torch.float64)
+    state = scores.new_empty(_state_shape(batch * windows * routes, n_iters), dtype=torch.float64)
     if not has_values(indices):
         return weights, indices, mask, counts, state
     if runs_triton(scores):
-        outputs = (indices, weights, mask, counts, state)
+        if descents is not None:
+            state.copy_(descents)
+        outputs = (indices, weights, mask, counts, state, descents is not None)
         launch_forward(as_rows(scores), window_size, k, schedule, straight_through, *outputs)
     else:
         cpu.forward(scores, window_size, k, schedule, straight_through, indices, weights, state.zero_())
@@ -87,6 +93,30 @@ _operation = Operation(
 )
 
 
+def _state_shape(prefixes: int, n_iters: int) -> tuple[int, int, int]:
+    """The shape of the state of descents: thresholds and ratios of each prefix, and the schedule behind them."""
+    return prefixes + 1, 2, n_iters + 1
+
+
+def _descend_together(
+    scores: Tensor, window_size: int, k: float, schedule: tuple[int, float, float, float], save: bool, ranks: Ranks
+) -> Tensor:
+    """The state of the descents on all prefixes of scores `b r n`, of which each rank computes a part.
+
+    Long prefixes take longer, and every rank has as many long ones. The state is 2 n_iters + 2 numbers a prefix.
+    """
+    batch, routes, n = scores.shape
+    windows = windows_with_a_prefix(n, window_size)
+    shape = _state_shape(batch * windows * routes, schedule[0])
+    state = scores.new_zeros(shape, dtype=torch.float64)
+    launch_part(as_rows(scores), routes, windows, window_size, k, *schedule, ranks.number, ranks.size, save, state)
+    # As integers: where a rank has nothing there are zeros, to which any bits may be added.
+    every = torch.stack(ranks.gather(state.view(torch.int64)))
+    together = every.sum(dim=0).view(torch.float64)
+    together[-1] = state[-1]
+    return together
+
+
 def route_prefixes(
     scores: Tensor,
     *,
@@ -98,6 +128,7 @@ def route_prefixes(
     eps_init: float | None = None,
     eps_decay: float = 1.0,
     straight_through: bool = False,
+    ranks: Ranks | None = None,
 ) -> PrefixSelection:
     """`reference.route_prefixes` without a copy of the scores for each window, with a closed-form gradient.
 
@@ -112,6 +143,8 @@ def route_prefixes(
         k: how many entries a row of coordinate descent should sum to, whatever its length.
         n_iters, eps, eps_init, eps_decay: of coordinate descent; `reference.coor_descent` explains them.
         straight_through: weights are 1, with the gradient of the relaxed selection.
+        ranks: processes that call this together, with the same scores and options. They share the descents, where
+            kernels compute these. Results are those of one process.
 
     Returns:
         Indices, weights and mask, `b w r s` for the w = ceil(n / window_size) - 1 windows after the first. Weights have
@@ -124,15 +157,11 @@ def route_prefixes(
     """
     check_prefixes(scores, window_size, num_selected, k)
     check_schedule(n_iters, eps, eps_init, eps_decay)
-    weights, indices, mask, *_ = _operation(
-        scores,
-        window_size,
-        num_selected,
-        float(k),
-        n_iters,
-        eps,
-        first_temperature(eps, eps_init),
-        eps_decay,
-        straight_through,
-    )
+    schedule = (n_iters, eps, first_temperature(eps, eps_init), eps_decay)
+    descents = None
+    if ranks is not None and runs_triton(scores):
+        save = torch.is_grad_enabled() and scores.requires_grad
+        descents = _descend_together(scores.detach(), window_size, float(k), schedule, save, ranks)
+    sizes = (window_size, num_selected, float(k))
+    weights, indices, mask, *_ = _operation(scores, descents, *sizes, *schedule, straight_through)
     return PrefixSelection(indices, weights, mask if window_size < num_selected else None)

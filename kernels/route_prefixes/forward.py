@@ -107,6 +107,8 @@ def _descend_kernel(
     routes,
     n_windows,
     window_size,
+    part,
+    parts,
     n_iters,
     k: "fp64",
     first: "fp64",
@@ -117,16 +119,19 @@ def _descend_kernel(
     WIDTH: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """All iterations on up to GROUP prefixes of one row; the longest prefixes come first."""
+    """All iterations on up to GROUP prefixes of one row; the longest prefixes come first. One of `parts` such groups is
+    computed, from the one of number `part` on."""
     row = (tl.program_id(0) % n_rows).to(tl.int64)
-    last = n_windows - tl.program_id(0) // n_rows * GROUP
+    group = tl.program_id(0) // n_rows
+    is_own = group % parts == part
+    last = n_windows - group * GROUP
     window = last - GROUP + tl.arange(0, GROUP)
     n_prefixes = tl.cast(n_rows, tl.int64) * n_windows
-    prefixes = tl.where(window >= 0, prefix_row(row, window, routes, n_windows), n_prefixes)
+    prefixes = tl.where((window >= 0) & is_own, prefix_row(row, window, routes, n_windows), n_prefixes)
     # One that does not exist is as long as the first.
     lengths = (tl.maximum(window, 0) + 1) * window_size
-    common = (tl.maximum(last - GROUP, 0) + 1) * window_size
-    longest = last * window_size
+    common = tl.where(is_own, (tl.maximum(last - GROUP, 0) + 1) * window_size, 0)
+    longest = tl.where(is_own, last * window_size, 0)
 
     max_of_thread = tl.full([1, WIDTH // 4], -float("inf"), tl.float32)
     n_valid_of_thread = tl.zeros([1, WIDTH // 4], tl.int32)
@@ -292,13 +297,34 @@ def launch_forward(
     mask: Tensor,
     counts: Tensor,
     state: Tensor,
+    is_descended: bool,
 ) -> None:
-    """Select from scores `rows n`. Write indices and weights `b w r s`, the state and, where they have entries, the
-    mask `b w r s` and `counts` `b r n`, which are zeros before."""
+    """Select from scores `rows n`. Write indices and weights `b w r s`, the state unless it is there, and, where they
+    have entries, the mask `b w r s` and `counts` `b r n`, which are zeros before."""
     # Among equal scores the first comes first. Each prefix selects from the one order by position.
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-    sizes = (window_size, k, *schedule, straight_through)
+    sizes = (window_size, k, *schedule, straight_through, is_descended)
     _launch_descent_and_selection(scores, *sizes, ordered, order, indices, weights, mask, counts, state)
+
+
+@Launcher
+def launch_part(
+    scores: Tensor,
+    routes: int,
+    n_windows: int,
+    window_size: int,
+    k: float,
+    n_iters: int,
+    eps: float,
+    first: float,
+    eps_decay: float,
+    part: int,
+    parts: int,
+    save: bool,
+    state: Tensor,
+) -> Iterator[Launch]:
+    """Descend on one of so many parts of the prefixes of scores `rows n`, and write their state."""
+    yield _descent(scores, routes, n_windows, window_size, k, n_iters, eps, first, eps_decay, part, parts, save, state)
 
 
 @Launcher
@@ -311,6 +337,7 @@ def _launch_descent_and_selection(
     first: float,
     eps_decay: float,
     straight_through: bool,
+    is_descended: bool,
     ordered: Tensor,
     order: Tensor,
     indices: Tensor,
@@ -322,24 +349,9 @@ def _launch_descent_and_selection(
     n_rows, n = scores.shape
     _, n_windows, routes, selected = indices.shape
     save = counts.numel() > 0
-    aligned = (address(scores) | scores.stride(0)) % 16 == 0
-    yield Launch(
-        _descend_kernel,
-        _plan_descent(n_rows, n_windows, window_size, aligned, multiprocessors(scores.device)),
-        scores,
-        state,
-        scores.stride(0),
-        n_rows,
-        routes,
-        n_windows,
-        window_size,
-        n_iters,
-        k,
-        first,
-        eps_decay,
-        eps,
-        COUNT=save,
-    )
+    if not is_descended:
+        schedule = (n_iters, eps, first, eps_decay)
+        yield _descent(scores, routes, n_windows, window_size, k, *schedule, 0, 1, save, state)
     yield Launch(
         _select_kernel,
         _plan_selection(n_rows, n_windows),
@@ -360,4 +372,43 @@ def _launch_descent_and_selection(
         STRAIGHT=straight_through,
         HAS_MASK=mask.numel() > 0,
         SAVE=save,
+    )
+
+
+def _descent(
+    scores: Tensor,
+    routes: int,
+    n_windows: int,
+    window_size: int,
+    k: float,
+    n_iters: int,
+    eps: float,
+    first: float,
+    eps_decay: float,
+    part: int,
+    parts: int,
+    save: bool,
+    state: Tensor,
+) -> Launch:
+    n_rows = scores.shape[0]
+    aligned = (address(scores) | scores.stride(0)) % 16 == 0
+    return Launch(
+        _descend_kernel,
+        # The plan is for all prefixes: results have the same bits, whoever computes them.
+        _plan_descent(n_rows, n_windows, window_size, aligned, multiprocessors(scores.device)),
+        scores,
+        state,
+        scores.stride(0),
+        n_rows,
+        routes,
+        n_windows,
+        window_size,
+        part,
+        parts,
+        n_iters,
+        k,
+        first,
+        eps_decay,
+        eps,
+        COUNT=save,
     )

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
+from reference._kernels import Operation
 from reference._shared.arguments import check_counts, check_tokens
 from reference._shared.returns import PrefixSelection
 from reference._shared.sizes import ceil_div, is_certain, missing
@@ -106,8 +107,12 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         self.rotary_emb = RotaryEmbedding(heavy_dim_head) if rotary_emb else None
 
         router, segments = self.kv_router, (router_kwargs or {}).get("triton_checkpoint_segments")
-        covered = router.solver == "coor_descent" and router.route_block_size is None and segments is None
-        self._route_prefixes = router.operations.route_prefixes if covered else None
+        self._has_prefixes = router.solver == "coor_descent" and router.route_block_size is None and segments is None
+
+    @property
+    def _route_prefixes(self) -> Operation | None:
+        """The operation that routes prefixes of a row without a copy of each; None if this layer has none."""
+        return self.kv_router.operations.route_prefixes if self._has_prefixes else None
 
     def extra_repr(self) -> str:
         path = "rows with a mask" if self._route_prefixes is None else "kernels.route_prefixes unless random_route"

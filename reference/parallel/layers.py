@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from reference._shared.ranks import Ranks
 from reference._shared.returns import NormalizedRouteReturn
 from reference.layers.image import ConditionalRoutedImageAttention
 from reference.layers.operations import Operations
 from reference.layers.router import CoordinateDescentRouter
 from reference.parallel.operations import route
-from reference.parallel.shards import Mesh, Shards, group_of
+from reference.parallel.shards import Mesh, Shards, all_gather, group_of
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -71,6 +72,10 @@ def _check(name: str, module: nn.Module, operations: Operations) -> None:
 
 def _sharded(operations: Operations, group: ProcessGroup) -> Operations:
     """The operations for this rank's part of a sequence."""
+    route_prefixes = operations.route_prefixes
+    if route_prefixes is not None:
+        gather = partial(all_gather, group=group, name="descents on prefixes")
+        route_prefixes = partial(route_prefixes, ranks=Ranks(group.rank(), group.size(), gather))
     return replace(
         operations,
         flash_gathered_attention=partial(_gathered_attention, operations.flash_gathered_attention, group),
@@ -79,6 +84,7 @@ def _sharded(operations: Operations, group: ProcessGroup) -> Operations:
         normalize_and_route=partial(_normalize_and_route, operations, group),
         replay=None,
         route=partial(route, mesh=group, use_triton=operations),
+        route_prefixes=route_prefixes,
         routed_attention=partial(_routed_attention, operations.routed_attention, group),
         shards_of=partial(Shards.of, dim=1, mesh=group),
         windowed_attention=partial(_windowed_attention, operations.windowed_attention, group),

@@ -62,7 +62,7 @@ class Shards:
         others = [size for each, size in enumerate(x.shape) if each != dim % x.ndim]
         kind = crc32(repr((x.dtype, others)).encode())
         header = torch.tensor([x.shape[dim], mask is not None, kind], device=x.device)
-        lengths, masked, kinds = torch.stack(_all_gather(header, group, name)).T.tolist()
+        lengths, masked, kinds = torch.stack(all_gather(header, group, name)).T.tolist()
         allowed = "of the dtype, and of the shape but for dimension {}, of all ranks of the group"
         require(len(set(kinds)) == 1, name, (x.dtype, tuple(x.shape)), allowed, dim)
         require(min(lengths) >= 1, name, f"lengths {lengths}", "of at least one entry on each rank")
@@ -210,7 +210,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup, name: str) -> Tensor:
         ctx.rest = group, name
-        return _summed(_all_gather(x, group, name))
+        return _summed(all_gather(x, group, name))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -342,11 +342,11 @@ def _gathered(x: Tensor, shards: Shards, dim: int, name: str) -> Tensor:
     shape[dim] = max(shards.lengths)
     filled_up = x.new_zeros(shape)
     filled_up.narrow(dim, 0, x.shape[dim]).copy_(x)
-    parts = _all_gather(filled_up, shards.group, name)
+    parts = all_gather(filled_up, shards.group, name)
     return torch.cat([part.narrow(dim, 0, n) for part, n in zip(parts, shards.lengths, strict=True)], dim=dim)
 
 
-def _all_gather(x: Tensor, group: ProcessGroup, name: str) -> list[Tensor]:
+def all_gather(x: Tensor, group: ProcessGroup, name: str) -> list[Tensor]:
     """x of each rank, all of one shape."""
     x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(group.size())]

@@ -12,6 +12,7 @@ import reference
 from kernels.route_prefixes import backward as prefix_backward
 from kernels.route_prefixes import forward as prefix_forward
 from kernels.route_prefixes import route_prefixes
+from reference._shared.ranks import Ranks
 from tests.correct import check_correct
 from tests.kernels.devices import DEVICES, capture
 
@@ -172,7 +173,7 @@ def test_thresholds_ascend(device, numbers, window_size, k):
     """From window to window, in each iteration: the backward pass searches among them."""
     scores = torch.tensor(numbers, dtype=torch.float32, device=device).view(1, 1, -1)
     schedule = (DECAYING["n_iters"], DECAYING["eps"], DECAYING["eps_init"], DECAYING["eps_decay"])
-    *_, state = torch.ops.colt5.route_prefixes(scores, window_size, 1, k, *schedule, False, True)
+    *_, state = torch.ops.colt5.route_prefixes(scores, None, window_size, 1, k, *schedule, False, True)
     a = state[:-1, 0, :-1]
     assert len(a) == math.ceil(len(numbers) / window_size) - 1
     assert (a.diff(dim=0) <= 1e-6 * a[1:].abs().clamp(min=1)).all()
@@ -230,10 +231,45 @@ def test_is_bitwise_reproducible(device):
     assert torch.equal(first_ds, second_ds)
 
 
+def of_ranks(count, scores, grad, **arguments):
+    """What each of several processes would get, which this one is in turn."""
+    states = []
+
+    def first_gather(x):
+        states.append(x.clone())
+        return [torch.zeros_like(x)] * count
+
+    for number in range(count):
+        differentiate(route_prefixes, scores, grad, ranks=Ranks(number, count, first_gather), **arguments)
+    every = [
+        differentiate(route_prefixes, scores, grad, ranks=Ranks(number, count, lambda x: states), **arguments)
+        for number in range(count)
+    ]
+    return states, every
+
+
+@pytest.mark.parametrize("schedule", [CONSTANT, DECAYING])
+@pytest.mark.parametrize(
+    ("count", "shape", "window_size"), [(1, (1, 1, 32), 4), (2, (2, 2, 48), 3), (5, (1, 2, 96), 8)]
+)
+def test_ranks_share_descents(device, small_tiles, count, shape, window_size, schedule):
+    """All have the bits of one process. Kernels compute no prefix twice."""
+    scores = torch.randn(shape, device=device)
+    arguments = {"window_size": window_size, "num_selected": 6, "k": 7.5, **schedule}
+    grad = torch.randn(shape[0], math.ceil(shape[2] / window_size) - 1, shape[1], 6, device=device)
+    selection, ds = differentiate(route_prefixes, scores, grad, **arguments)
+    states, every = of_ranks(count, scores, grad, **arguments)
+    for shared, shared_ds in every:
+        torch.testing.assert_close((*shared, shared_ds), (*selection, ds), rtol=0, atol=0)
+    if states:
+        of_prefixes = torch.stack(states)[:, :-1].flatten(2).any(dim=-1)
+        assert (of_prefixes.sum(dim=0) == 1).all()
+
+
 @ONCE
 def test_is_an_operator(device):
     scores = torch.randn(1, 1, 9, device=device, requires_grad=True)
-    torch.library.opcheck(torch.ops.colt5.route_prefixes, (scores, 8, 2, 2.0, 2, 0.3, 0.3, 1.0, True, True))
+    torch.library.opcheck(torch.ops.colt5.route_prefixes, (scores, None, 8, 2, 2.0, 2, 0.3, 0.3, 1.0, True, True))
 
 
 @ONCE

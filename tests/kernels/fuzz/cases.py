@@ -23,6 +23,7 @@ NAMES = [*KERNELS, *LAYERS]
 EXCLUDED = {
     "use_triton": "is what is compared: True for ours, False for the plain one",
     "router_use_triton": "the same",
+    "ranks": "is for several processes",
 }
 """Options that are not drawn, and why."""
 
