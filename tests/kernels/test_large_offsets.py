@@ -1,5 +1,6 @@
 """Entries that lie more than 2**31 entries apart, which 32 bits do not count, though there are few of them."""
 
+import mmap
 import random
 
 import pytest
@@ -19,12 +20,15 @@ WRAPPED = 2**32
 """By how much an offset is wrong in 32 bits: so many zeros before the entries are read for them, no foreign memory."""
 
 
+NO_RESERVE = 0x4000
+"""Linux's MAP_NORESERVE, which Python 3.11 has no name for: there may be less memory than addresses."""
+
+
 @pytest.fixture
-def far_apart(tmp_path, monkeypatch):
-    """Copies of tensors with some stride that is large, in files of which nearly nothing is on the disk."""
+def far_apart(monkeypatch):
+    """Copies of tensors with some stride that is large, in memory of which nearly nothing is ever touched."""
     # What the interpreter would copy to a GPU and back is all that is between the entries, too.
     monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
-    files = []
 
     def copy(x, rng):
         wanted = [dim for dim in range(x.dim()) if x.shape[dim] > 1]
@@ -34,13 +38,10 @@ def far_apart(tmp_path, monkeypatch):
         strides = list(x.contiguous().stride())
         strides[far] = NEAR if x.shape[far] > 2 else FAR
         entries = WRAPPED + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
-        files.append(tmp_path / str(len(files)))
-        memory = torch.from_file(str(files[-1]), shared=True, size=entries, dtype=x.dtype)
-        return memory.as_strided(x.shape, strides, WRAPPED).copy_(x)
+        pages = mmap.mmap(-1, entries * x.element_size(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
+        return torch.frombuffer(pages, dtype=x.dtype).as_strided(x.shape, strides, WRAPPED).copy_(x)
 
-    yield copy
-    for file in files:
-        file.unlink()
+    return copy
 
 
 def run(name, arguments, upstream=None):
