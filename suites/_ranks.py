@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
 from resource import RUSAGE_SELF, getrusage
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -41,11 +41,25 @@ class Part:
     around: Callable[[], AbstractContextManager[None]] = nullcontext
     """Makes a context that forward and backward passes are in."""
 
+    warm: set[str] = field(default_factory=set)
+    """Passes that have been done before: the first one compiles, and its time says nothing."""
+
 
 MakePart = Callable[[Any, ProcessGroup | None, torch.device], Part]
 """Makes a rank's part from a case, a group and a device. There is no group for one process.
 
 It is a function of a file, with some arguments or none, so that other ranks can be told of it."""
+
+
+class Graph(NamedTuple):
+    """A forward pass that may be differentiated."""
+
+    output: Tensor
+    leaves: list[Tensor]
+    """Inputs that have a gradient."""
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -68,10 +82,9 @@ class Rank:
     upstream: Tensor | None = None
     """Gradient of its output."""
 
-    output: Tensor | None = None
-    leaves: list[Tensor] = field(default_factory=list)
+    graph: "Graph | None" = None
     gradients: list[Tensor] = field(default_factory=list)
-    """Those of the leaves, which are the inputs that have one."""
+    """Those of the leaves."""
 
     passes: "list[tuple[Moment, Moment]]" = field(default_factory=list)
     """Begin and end of each pass of the latest call, forward or backward."""
@@ -101,25 +114,38 @@ class Rank:
         self.bytes_sent, self.passes = 0, []
         inputs, self.given = self.given or part.inputs, {}
         leaves = {name: each.detach().requires_grad_(name in wanted) for name, each in inputs.items()}
-        self.leaves = [leaves[name] for name in wanted]
-        with self._watched(ranks), part.around(), torch.set_grad_enabled(bool(wanted)):
-            self.output = part.module(**leaves)
+        with part.around(), torch.set_grad_enabled(bool(wanted)):
+            output = self._timed("forward", ranks, part, lambda: part.module(**leaves))
+        self.graph = Graph(output, [leaves[name] for name in wanted])
 
     def backward(self, number: int) -> None:
         """Gradients of inputs and parameters. Those of parameters are summed over ranks, as in training."""
         ranks, part = self.parts[number]
         if part is None:
             return
-        assert self.output is not None
+        assert self.graph is not None
+        output, leaves = self.graph
         upstream = part.upstream if self.upstream is None else self.upstream
-        sources = [*self.leaves, *part.module.parameters()]
-        with self._watched(ranks), part.around():
-            grads = torch.autograd.grad(self.output, sources, upstream)
+        sources = [*leaves, *part.module.parameters()]
+
+        def differentiate() -> list[Tensor]:
+            retain = "backward" not in part.warm
+            grads = torch.autograd.grad(output, sources, upstream, retain_graph=retain)
             if ranks > 1:
-                flat = torch.cat([each.flatten() for each in grads[len(self.leaves) :]])
+                flat = torch.cat([each.flatten() for each in grads[len(leaves) :]])
                 dist.all_reduce(flat, group=self.groups[ranks])
-        self.gradients = [*grads[: len(self.leaves)]]
-        self.output, self.leaves, self.upstream = None, [], None
+            return [*grads[: len(leaves)]]
+
+        with part.around():
+            self.gradients = self._timed("backward", ranks, part, differentiate)
+        self.graph, self.upstream = None, None
+
+    def _timed(self, name: str, ranks: int, part: Part, compute: Callable[[], T]) -> T:
+        if name not in part.warm:
+            compute()
+            part.warm.add(name)
+        with self._watched(ranks):
+            return compute()
 
     def taken(self) -> tuple[Tensor, ...]:
         """Gradients of the latest call, which are not kept here: they may be as large as a GPU's memory."""
@@ -280,7 +306,7 @@ def together(make: MakePart, case: Any, ranks: int) -> Callable[..., Tensor]:
         rank().given = inputs
         if wanted:
             return _Step.apply(number, wanted, ranks, *(inputs[name] for name in wanted))
-        return _forward(number, wanted, ranks)
+        return _forward(number, wanted, ranks).output
 
     return function
 
@@ -288,23 +314,25 @@ def together(make: MakePart, case: Any, ranks: int) -> Callable[..., Tensor]:
 _numbers = count()
 
 
-def _forward(number: int, wanted: tuple[str, ...], ranks: int) -> Tensor:
+def _forward(number: int, wanted: tuple[str, ...], ranks: int) -> Graph:
     _together("forward", number, wanted, ranks=ranks)
-    output = rank().output
-    assert output is not None
-    return output
+    # Nothing of a call stays here that the caller has done with.
+    graph, rank().graph = rank().graph, None
+    assert graph is not None
+    return graph
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, number: int, wanted: tuple[str, ...], ranks: int, *inputs: Tensor) -> Tensor:
-        ctx.call = number, ranks
-        return _forward(number, wanted, ranks).detach()
+        ctx.call, ctx.graph = (number, ranks), _forward(number, wanted, ranks)
+        output: Tensor = ctx.graph.output.detach()
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         number, ranks = ctx.call
-        rank().upstream = grad
+        rank().upstream, rank().graph, ctx.graph = grad, ctx.graph, None
         _together("backward", number, ranks=ranks)
         return None, None, None, *rank().taken()
 

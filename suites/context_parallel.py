@@ -31,6 +31,7 @@ from itertools import product
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -234,15 +235,30 @@ def module_of(case: ParallelCase, use_triton: bool, device: torch.device) -> nn.
     return module.to(device)
 
 
-def held(case: ParallelCase, ranks: range, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Normally distributed tokens of some ranks, in their order."""
+class Tokens(dict[str, Tensor]):
+    """Tokens of some ranks, by the names of inputs."""
+
+
+_held: WeakValueDictionary[Any, Tokens] = WeakValueDictionary()
+
+
+def held(case: ParallelCase, ranks: range, device: torch.device, dtype: torch.dtype) -> Tokens:
+    """Normally distributed tokens of some ranks, in their order. They are the same ones while somebody holds them."""
+    key = case, ranks, device, dtype
+    tokens = _held.get(key)
+    if tokens is None:
+        tokens = _held[key] = _made(case, ranks, device, dtype)
+    return tokens
+
+
+def _made(case: ParallelCase, ranks: range, device: torch.device, dtype: torch.dtype) -> Tokens:
     shapes = case.layer.inputs
     tokens = {name: torch.empty(1, n * len(ranks), dim, device=device) for name, (_, n, dim) in shapes.items()}
     for number, rank in enumerate(ranks):
         generator = torch.Generator(device).manual_seed(rank)
         for name, (_, n, _) in shapes.items():
             tokens[name].narrow(1, number * n, n).normal_(generator=generator)
-    return {name: each.to(dtype) for name, each in tokens.items()}
+    return Tokens({name: each.to(dtype) for name, each in tokens.items()})
 
 
 class _Placed(torch.autograd.Function):
@@ -323,9 +339,12 @@ def operation(judge: Callable[[ParallelCase, torch.device], nn.Module], dtype: t
     """The first rank's output, by a layer in one process that has all tokens."""
 
     def plain(case: ParallelCase) -> Callable[..., Tensor]:
+        # With the first call, in which no operands are moved.
+        tokens = cache(partial(held, case, range(case.ranks)))
+
         def function(**some: Tensor) -> Tensor:
             x = some["x"]
-            whole = placed(case, some, held(case, range(case.ranks), x.device, x.dtype))
+            whole = placed(case, some, tokens(x.device, x.dtype))
             return judge(case, x.device).to(x.dtype)(**whole)[:, case.places(case.layer.output[1])]
 
         return function

@@ -105,7 +105,8 @@ def _tensors(problem: Problem) -> dict[str, Tensor]:
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """True for tensors of one shape and equal bits, those of NaN as well."""
-    first, second = (each.detach().reshape(-1).view(torch.uint8) for each in (one, other))
+    # A reshaped tensor may still have holes between its elements.
+    first, second = (each.detach().reshape(-1).contiguous().view(torch.uint8) for each in (one, other))
     return one.shape == other.shape and torch.equal(first, second)
 
 

@@ -297,8 +297,9 @@ def launch_backward(
     dlight: Tensor | None,
     sums: Tensor,
 ) -> None:
-    """Write the gradients of routed tokens, of their scores, of the light branch, if that is wanted, and of vectors, of
-    which there may be none."""
+    """Write the gradients of routed tokens and of their scores.
+
+    That of the light branch is written if it is wanted. There may be vectors, whose gradients are sums."""
     n_sums, d = sums.shape
     programs = _plan(grad_output, indices, n_sums > 0).pieces if n_sums else 0
     shares = new_shares(n_sums, programs, d, grad_output)

@@ -1,6 +1,6 @@
 from collections import Counter
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, product
 from types import SimpleNamespace
 
 import pytest
@@ -134,3 +134,13 @@ def test_bits_are_the_same_or_not(dtype):
         one[0] = torch.nan
         assert same_bits(one, one.clone())
         assert not same_bits(torch.zeros(1, dtype=dtype), -torch.zeros(1, dtype=dtype))
+
+
+@pytest.mark.parametrize(("shape", "step"), product([(40,), (1, 40, 1), (40, 2), (1, 40), (3, 40)], [1, 2, 7]))
+def test_bits_with_holes_between_them(shape, step):
+    """Outputs may be views of any strides."""
+    view = torch.randn(shape)[tuple(slice(None, None, step if size == 40 else 1) for size in shape)]
+    other = view.clone()
+    assert same_bits(view, other)
+    other.view(-1)[-1] += 1
+    assert not same_bits(view, other)

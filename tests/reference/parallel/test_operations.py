@@ -180,7 +180,11 @@ def test_route(ranks, size, seed):
                 check_same(weights[b, r][there], whole.weights[b, r][own].detach())
                 check_same(routed[b, r][there], whole.tokens[b, r][own].detach())
                 assert not weights[b, r][~there].any()
-    torch.testing.assert_close(torch.cat([grads["x"] for _, grads in outs], dim=1), leaves["x"].grad)
+    # Sums of the same numbers, which one process may round only once.
+    atol = max(1e-5, torch.finfo(dtype).eps * leaves["x"].grad.abs().max().item())
+    torch.testing.assert_close(
+        torch.cat([grads["x"] for _, grads in outs], dim=1), leaves["x"].grad, rtol=1e-5, atol=atol
+    )
     shares = torch.stack([grads["routing_tokens"] for _, grads in outs])
     # Each is rounded, and is a sum over its tokens.
     atol = torch.finfo(dtype).eps * shares.abs().sum(dim=0).max().item() + 1e-6 * n**0.5
