@@ -1,6 +1,6 @@
 from collections import Counter
 from contextlib import contextmanager
-from itertools import count, product
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -136,7 +136,8 @@ def test_bits_are_the_same_or_not(dtype):
         assert not same_bits(torch.zeros(1, dtype=dtype), -torch.zeros(1, dtype=dtype))
 
 
-@pytest.mark.parametrize(("shape", "step"), product([(40,), (1, 40, 1), (40, 2), (1, 40), (3, 40)], [1, 2, 7]))
+@pytest.mark.parametrize("step", [1, 2, 7])
+@pytest.mark.parametrize("shape", [(40,), (1, 40, 1), (40, 2), (1, 40), (3, 40)])
 def test_bits_with_holes_between_them(shape, step):
     """Outputs may be views of any strides."""
     view = torch.randn(shape)[tuple(slice(None, None, step if size == 40 else 1) for size in shape)]
