@@ -1,11 +1,13 @@
 """A run of several processes: the first writes what all of them do, also that one has ended."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -125,3 +127,25 @@ def test_functions_of_a_case_take_turns(wants_gradient):
         if wants_gradient:
             out.sum().backward()
             assert (x.grad == factors[number]).all()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_nothing_of_a_call_stays(backward):
+    """Sequences may be as large as half of a GPU's memory: a call holds nothing when its caller does not."""
+    seen = []
+
+    def make(case, group, device):
+        module = torch.nn.Linear(1, 1, bias=False)
+        module.register_forward_hook(lambda module, inputs, output: seen.append(weakref.ref(output)))
+        return _ranks.Part(module)
+
+    function = _ranks.together(make, "case", 1)
+    x = torch.ones(4, 1, requires_grad=True)
+    for _ in range(2):
+        out = function(input=x)
+        if backward:
+            out.sum().backward()
+        del out
+    gc.collect()
+    assert seen
+    assert all(ref() is None for ref in seen)
