@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from colt5_bench.records.results import load
+from colt5_bench.request import NO_REPORT, REPORT
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -119,7 +120,7 @@ def test_a_layer_trains_beside_packages_of_the_same_names(python, tmp_path):
 
 def test_suites_are_measured_outside_of_a_checkout(python, tmp_path):
     command = ("-m", "colt5_bench", "--suite", "coor_descent", "--preset", "smoke", "--device", "cpu")
-    run(python, *command, "--impl", "reference", "--impl", "ours", cwd=tmp_path)
+    run(python, *command, "--impl", "reference", "--impl", "ours", cwd=tmp_path, **{REPORT: NO_REPORT})
     (results,) = (tmp_path / "reports").rglob("*.jsonl")
     measured = load(results)
     assert {record.status for record in measured.records} == {"ok"}

@@ -422,9 +422,9 @@ def test_what_cannot_be_said_is_no_success_and_no_regression(redirection, status
     script = """
 import sys
 from colt5_bench import cli, commands, startup
-from colt5_bench.commands import env
-env.main = lambda options: print("x" * int(sys.argv.pop())) or 0
-sys.exit(cli.main(["env"]))
+from colt5_bench.commands import list as listed
+listed.main = lambda options: print("x" * int(sys.argv.pop())) or 0
+sys.exit(cli.main(["list"]))
 """
     command = f"for size in 10 300000; do {shlex.join([sys.executable, '-c', script])} $size {redirection}; "
     command += "echo ${PIPESTATUS[0]} >&3; done 3>&1"

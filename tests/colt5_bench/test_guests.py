@@ -270,7 +270,9 @@ def test_a_suite_of_ones_own_has_a_name_of_its_own(tmp_path):
     assert split_paths(["toy", "a/rows.py"]) == (["toy", "rows"], {"rows": Path("a/rows.py").absolute()})
 
 
-def test_a_new_suite_runs_where_it_is_written(tmp_path, place):
+def test_a_new_suite_runs_where_it_is_written(tmp_path, place, monkeypatch):
+    monkeypatch.setenv(REPORT, NO_REPORT)
+
     def start(*words):
         command = [sys.executable, ROOT / "bench.py", *words]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240)

@@ -11,6 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kernels._common.dry_run import announced, launches_of_layer
 from reference import parallel
@@ -151,6 +153,32 @@ def reduced_over_batch_and_tokens(group, layer, how, lengths, x, grad):
     out = model(part(sequence, lengths, x, 1))
     out.backward(part(sequence, lengths, grad, 1))
     return out.detach(), whole_gradients(layer)
+
+
+class Made(TorchDispatchMode):
+    """Memory of so many bytes or more that operations make."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.operations = least, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        held = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        for each in tree_leaves(out):
+            if isinstance(each, Tensor) and each.nbytes >= self.least and each.untyped_storage().data_ptr() not in held:
+                self.operations.append(str(func))
+        return out
+
+
+def made_in_backward(group, lengths, x, tokens, options):
+    """Operations that make tensors as large as this rank's tokens in a backward pass of `route`."""
+    own = part(group, lengths, x, 1).clone().requires_grad_()
+    out = parallel.route(own, tokens.clone().requires_grad_(), mesh=group, **options)
+    loss = (out.tokens * out.weights.unsqueeze(-1)).sum()
+    with Made(own.nbytes) as made:
+        loss.backward()
+    return made.operations
 
 
 def call(group, layer, lengths, x, options):

@@ -191,6 +191,16 @@ def test_route(ranks, size, seed):
     torch.testing.assert_close(shares.sum(dim=0), leaves["routing_tokens"].grad, rtol=1e-5, atol=atol)
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("routes", [1, 3])
+def test_one_gradient_is_as_large_as_the_tokens(ranks, routes, size):
+    """Neither gathered tokens nor their sum with scored ones need another one."""
+    x, tokens = torch.randn(2, 90, 64), torch.randn(1, routes, 64)
+    options = {"num_selected": 5, "k": 6.0, "n_iters": 3}
+    for made in ranks(size, sharded.made_in_backward, size * [90 // size], x, tokens, options):
+        assert len(made) == 1, made
+
+
 def owned(indices, rank, lengths):
     start = sum(lengths[:rank])
     return (indices >= start) & (indices < start + lengths[rank])
