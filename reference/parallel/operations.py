@@ -198,6 +198,8 @@ def route(
     shards, operations = Shards.of(x, 1, mesh, mask), Operations.of(use_triton)
     checked = (num_selected, k, (n_iters, eps, eps_init, eps_decay), solver, block_size, mask)
     check_route(x, routing_tokens, *checked, length=shards.total)
+    given: list[tuple[Tensor, Tensor]] = []
+    x = _Joined.apply(x, given)
     scores = operations.routing_scores(x, routing_tokens, cosine_sim_scale=cosine_sim_scale)
     per_route = None if mask is None else rearrange(mask, "b n -> b 1 n")
     rows = Rows(shards, shards.gather(scores), shards.gather_mask(per_route, scores[:, :1]))
@@ -210,7 +212,53 @@ def route(
     slots, there = _own(indices, shards)
     places = (indices.gather(-1, slots) - shards.start).masked_fill(~there, shards.length)
     weights = share(weights, shards.group, "weights").gather(-1, slots).masked_fill(~there, 0.0)
-    return RouteReturn(places, weights, gather_tokens(x, places))
+    return RouteReturn(places, weights, _Gathered.apply(x, places, given))
+
+
+class _Gathered(torch.autograd.Function):
+    """Tokens that are gathered from joined ones, to which their gradient is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, indices: Tensor, given: list[tuple[Tensor, Tensor]]) -> Tensor:
+        ctx.shape, ctx.given = x.shape, given
+        ctx.save_for_backward(indices)
+        return gather_tokens(x, indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # It will be differentiated.
+            return _add_tokens(grad.new_zeros(ctx.shape), indices, grad), None, None
+        ctx.given.append((indices, grad))
+        return None, None, None
+
+
+class _Joined(torch.autograd.Function):
+    """Tokens that are scored and gathered. Gradients of gathered ones are added to the others in their place.
+
+    A tensor of the size of all tokens would take as long to fill and to add as all else of a router.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, given: list[tuple[Tensor, Tensor]]) -> Tensor:
+        ctx.given = given
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad.contiguous()
+        for indices, of_gathered in ctx.given:
+            _add_tokens(grad, indices, of_gathered, in_place=True)
+        ctx.given.clear()
+        return grad, None
+
+
+def _add_tokens(total: Tensor, indices: Tensor, x: Tensor, *, in_place: bool = False) -> Tensor:
+    """Tokens `b n d`, to which those of x `b ... k d` are added at indices `b ... k`; past the end is the last one."""
+    batch = torch.arange(total.shape[0], device=total.device).view(-1, *(1,) * (indices.dim() - 1))
+    add = total.index_put_ if in_place else total.index_put
+    return add((batch, indices.clamp(max=total.shape[1] - 1)), x, accumulate=True)
 
 
 def _own(indices: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
