@@ -74,29 +74,40 @@ def run(arguments, **environment):
     return done.stdout
 
 
+RECIPE = blocks("python", ["docs/training.md"])
+
+
 # Other tests run the blocks that import what is installed, or are files: test_wheel.py, kernels/test_guest.py and
 # reference/parallel/test_page.py.
 @pytest.mark.parametrize(
     "source",
-    [each for each in blocks("python") if not any(mark in each for mark in ("from colt5.", "# mine.py", "# train.py"))],
+    [
+        each
+        for each in blocks("python")
+        if each not in RECIPE and not any(mark in each for mark in ("from colt5.", "# mine.py", "# train.py"))
+    ],
 )
 def test_python(source):
-    source = source if torch.cuda.is_available() else reduce(source)
+    execute(source if torch.cuda.is_available() else reduce(source))
+
+
+def test_the_recipe_of_training_learns():
+    """In few steps, from the 8 bits of a byte that nothing is known about."""
+    (source,) = RECIPE
+    namespace = execute(reduce(source))
+    assert namespace["step"] < 100
+    assert namespace["loss"].item() / math.log(2) < 6
+
+
+def execute(source):
+    """Names that a block defines, after tensors were found to have the shapes that it tells."""
     namespace = {"__name__": "docs"}
     exec(compile(source, "a block of the docs", "exec"), namespace)
     shapes = re.findall(r"^(\w+)\b.*  # \((\d+(?:, \d+)+)\)", source, flags=re.MULTILINE)
     assert shapes or "ConditionalRouted" not in source
     for name, shape in shapes:
         assert tuple(namespace[name].shape) == ast.literal_eval(shape), name
-
-
-def test_the_recipe_of_training_learns():
-    """In few steps, from the 8 bits of a byte that nothing is known about."""
-    (source,) = blocks("python", ["docs/training.md"])
-    namespace = {"__name__": "docs"}
-    exec(compile(reduce(source), "the recipe", "exec"), namespace)
-    assert namespace["step"] < 100
-    assert namespace["loss"].item() / math.log(2) < 6
+    return namespace
 
 
 def reduce(source):
