@@ -32,7 +32,8 @@ def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
         storage = tensor.untyped_storage()
         # Held until the end, so that no address is given to another storage meanwhile.
         saved[storage.data_ptr()] = storage
-        return tensor
+        # An output that its own graph holds would never be freed.
+        return tensor.detach()
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()

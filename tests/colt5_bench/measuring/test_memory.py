@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -132,6 +135,34 @@ class TestSaved:
 
         x = torch.zeros(100, requires_grad=True)
         assert saved_bytes(lambda: Keep.apply(x), [x]) == 40
+
+    @pytest.mark.parametrize("saved", ["input", "output", "both"])
+    @pytest.mark.parametrize("calls", [1, 3])
+    def test_nothing_stays(self, saved, calls):
+        """Functions may save what they give, and so may those that come after them."""
+        outputs = []
+
+        class Keep(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                y = 2 * x
+                ctx.save_for_backward(*([x] if saved != "output" else []), *([y] if saved != "input" else []))
+                return y
+
+            @staticmethod
+            def backward(ctx, grad):
+                return grad
+
+        def forward():
+            y = torch.zeros(100, requires_grad=True)
+            for _ in range(calls):
+                y = Keep.apply(y)
+                outputs.append(weakref.ref(y))
+            return y
+
+        saved_bytes(forward, [])
+        gc.collect()
+        assert all(ref() is None for ref in outputs)
 
     def test_gradients_are_on_even_where_they_were_off(self):
         x = torch.zeros(100, requires_grad=True)
