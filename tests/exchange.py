@@ -1,0 +1,95 @@
+"""Two ways to descend on a row of scores that is sharded: gather all scores, or exchange one number an iteration.
+
+`torchrun --nproc-per-node=2 -m tests.exchange` takes the times of the parts that either way is made of, and adds them:
+
+    gathered  scores and their gradients are gathered, and each rank descends on the whole row
+    one number  each rank descends on its part; in each iteration, forward and backward, numbers of all are added up
+
+The latter is a lower bound: a kernel would have to end, or to wait, for each exchange. Numbers are added up by NCCL, or
+by a one-shot all-reduce through symmetric memory. Without GPUs it runs on gloo, to be tried.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric
+
+import kernels
+
+ITERATIONS, SAMPLES, WARM_UP = 20, 20, 3
+SHARE = 1024
+"""One of so many entries is selected."""
+
+ON_GPU = torch.cuda.is_available()
+LENGTHS = [2**power for power in (range(18, 27, 2) if ON_GPU else (12, 14))]
+
+
+def seconds(call: Callable[[], object], in_a_row: int = 1) -> float:
+    """Median time of a call, of one among so many in a row. All ranks begin together."""
+    samples = []
+    for _ in range(WARM_UP + SAMPLES):
+        dist.barrier()
+        _wait()
+        start = time.perf_counter()
+        for _ in range(in_a_row):
+            call()
+        _wait()
+        samples.append((time.perf_counter() - start) / in_a_row)
+    return median(samples[WARM_UP:])
+
+
+def _wait() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def exchanges_of_a_number(device: torch.device) -> dict[str, Callable[[], object]]:
+    """Ways to add up one number of each rank."""
+    number = torch.zeros(1, dtype=torch.float64, device=device)
+    ways: dict[str, Callable[[], object]] = {"all-reduce": lambda: dist.all_reduce(number)}
+    if ON_GPU:
+        # It takes no fp64, and 16 bytes at least.
+        shared = symmetric.empty(4, dtype=torch.float32, device=device)
+        symmetric.rendezvous(shared, dist.group.WORLD)
+        name = dist.group.WORLD.group_name
+        ways["one-shot"] = lambda: torch.ops.symm_mem.one_shot_all_reduce(shared, "sum", name)
+    return ways
+
+
+def descent(n: int, k: int, device: torch.device) -> Callable[[], object]:
+    """Coordinate descent on a row, forward and backward."""
+    scores, upstream = torch.randn(1, n, device=device, requires_grad=True), torch.randn(1, n, device=device)
+
+    def step() -> object:
+        return torch.autograd.grad(kernels.coor_descent(scores, n_iters=ITERATIONS, k=k), scores, upstream)
+
+    return step
+
+
+def main() -> None:
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if ON_GPU else torch.device("cpu")
+    if ON_GPU:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if ON_GPU else "gloo")
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    of_a_number = {name: seconds(way, ITERATIONS) for name, way in exchanges_of_a_number(device).items()}
+    lines = [f"{name} of a number: {1e6 * each:.1f} us" for name, each in of_a_number.items()]
+    for n in LENGTHS:
+        k, own = n // SHARE, torch.randn(n // ranks, device=device)
+        every = [torch.empty_like(own) for _ in range(ranks)]
+        gather = seconds(lambda every=every, own=own: dist.all_gather(every, own))
+        whole, part = (seconds(descent(length, k, device)) for length in (n, n // ranks))
+        totals = {"gathered": 2 * gather + whole}
+        totals |= {f"one number, {name}": 2 * ITERATIONS * each + part for name, each in of_a_number.items()}
+        lines.append(f"{n} entries: " + ", ".join(f"{name} {1e6 * total:.0f} us" for name, total in totals.items()))
+    if rank == 0:
+        print("\n".join(lines))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
