@@ -7,7 +7,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from operator import attrgetter, is_
 from types import FunctionType, ModuleType
 from typing import Any
@@ -36,11 +36,6 @@ CLOCK = (
 _INSIDE = attrgetter("__code__", "__defaults__")
 
 
-def _same_objects(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    """True for the same objects under the same names."""
-    return len(now) == len(before) and all(map(is_, now.values(), before.values()))
-
-
 class _Owner:
     """A module, class or object with its attributes, as they are when this is made."""
 
@@ -53,15 +48,26 @@ class _Owner:
     def restore(self) -> list[str]:
         """Put back what was replaced. Each text names one, and the function that stood in its place."""
         now, texts = vars(self._owner), []
-        if not _same_objects(now, self._attributes):
+        if not self._has_same_attributes():
             replaced = [name for name, value in self._attributes.items() if now.get(name) is not value]
             texts = [self._put_back(name) for name in replaced if self._counts(name, now.get(name))]
-        if [*map(_INSIDE, self._functions.values())] != self._insides:
+        if not self._has_same_insides():
             for (name, function), inside in zip(self._functions.items(), self._insides, strict=True):
                 if _INSIDE(function) != inside:
                     texts.append(f"{self.name}.{name} by {_place(function)}")
                     function.__code__, function.__defaults__ = inside
         return texts
+
+    def is_up_to_date(self) -> bool:
+        """True if nothing was replaced, added or taken away."""
+        return self._has_same_attributes() and self._has_same_insides()
+
+    def _has_same_attributes(self) -> bool:
+        now = vars(self._owner)
+        return len(now) == len(self._attributes) and all(map(is_, now.values(), self._attributes.values()))
+
+    def _has_same_insides(self) -> bool:
+        return [*map(_INSIDE, self._functions.values())] == self._insides
 
     def _counts(self, name: str, now: Any) -> bool:
         """True for functions, classes and constants. PyTorch itself wraps functions of its own when it is needed."""
@@ -87,7 +93,7 @@ class Functions:
     """Functions, classes and constants of OWNERS and PACKAGES, as they are when this is made."""
 
     def __init__(self) -> None:
-        self._owners = [_Owner(owner) for owner in _owners()]
+        self._owners = [*map(_seen, _owners())]
         self._clock = [each for each in self._owners if each.name.removeprefix("colt5_bench.measuring.") in CLOCK]
         self._kernels = {*torch.library._impls}
 
@@ -101,6 +107,18 @@ class Functions:
     def restore_clock(self) -> str:
         """The same for what takes part while times are taken. It is done in a tenth of the time."""
         return _listed([text for owner in self._clock for text in owner.restore()])
+
+
+def _seen(owner: Any) -> _Owner:
+    """The owner as it was seen before, if it is still like that. To look is a third of the work."""
+    seen = _OWNERS_SEEN.get(id(owner))
+    if seen is None or not seen.is_up_to_date():
+        seen = _OWNERS_SEEN[id(owner)] = _Owner(owner)
+    return seen
+
+
+_OWNERS_SEEN: dict[int, _Owner] = {}
+"""By their ids, which are nobody else's while they are kept here."""
 
 
 def _owners() -> Iterator[Any]:

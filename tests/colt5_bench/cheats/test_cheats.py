@@ -8,6 +8,7 @@ import torch
 
 from colt5_bench.case import FORWARD, FORWARD_BACKWARD, Truth
 from colt5_bench.loading import invite
+from colt5_bench.measuring import call
 from colt5_bench.measuring.measure import Conditions, measure
 from colt5_bench.process.functions import Functions
 from colt5_bench.process.settings import RANDOM, Settings
@@ -91,6 +92,20 @@ def test_a_cheat_is_found_and_costs_nobody_else_anything(conditions, name):
     # A kernel that was registered stays.
     assert functions.restore() in ("", "aten/digamma/CPU of PyTorch")
     assert settings.restore() == []
+
+
+@pytest.mark.parametrize("name", ["memory", "Call", "a_new_one"])
+def test_a_second_look_starts_from_how_things_are_then(name, monkeypatch):
+    """It takes over what the first one saw where that is still so, and nothing else."""
+    Functions()
+    now, later = (lambda: 1), (lambda: 2)
+    monkeypatch.setattr(call, name, now, raising=False)
+    functions = Functions()
+    assert functions.restore() == ""
+    assert getattr(call, name) is now
+    setattr(call, name, later)
+    assert f"colt5_bench.measuring.call.{name}" in functions.restore()
+    assert getattr(call, name) is now
 
 
 def test_a_clock_that_is_replaced_once_gives_nobody_a_time(conditions):

@@ -101,7 +101,7 @@ class TestDiverge:
         actual, expected, kinks = (torch.tensor(column) for column in zip(*elements, strict=True))
         whole = diverge(actual.double(), expected.double(), kinks)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(accuracy, "CHUNK", chunk)
+            patch.setitem(accuracy.CHUNK, "cpu", chunk)
             pieces = diverge(actual.double(), expected.double(), kinks)
         assert pieces == Divergence(**{**asdict(whole), "relative": pytest.approx(whole.relative)})
 
@@ -117,7 +117,7 @@ class TestDiverge:
         kink = data.draw(place)
         kinks[kink] = kink not in wrong
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(accuracy, "CHUNK", chunk)
+            patch.setitem(accuracy.CHUNK, "cpu", chunk)
             found = diverge(actual, expected, kinks, tolerance=LAX.at_most(0.5))
             right = diverge(expected, expected, kinks, tolerance=LAX.at_most(0.5))
         assert found.off == len(wrong)
@@ -238,7 +238,7 @@ class TestTolerances:
         moved = (expected * 1.001).float().clamp(-3e38, 3e38)
         whole.add(moved)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(accuracy, "CHUNK", chunk)
+            patch.setitem(accuracy.CHUNK, "cpu", chunk)
             pieces.add(moved)
         assert torch.equal(whole.tolerance().of(expected), pieces.tolerance().of(expected))
 
