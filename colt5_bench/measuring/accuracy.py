@@ -14,8 +14,8 @@ from colt5_bench.records.results import Divergence
 from colt5_bench.tolerance import LEAST_POWER, MOST_POWER, Tolerance, magnitudes
 
 CHUNK = {"cuda": 2**22, "cpu": 2**17}
-"""Elements compared at a time, by type of device. The fp64 copies of a whole long tensor may not fit beside it. Those of
-a chunk fit into the cache of a CPU, where it takes a third of the time."""
+"""Elements compared at a time, by type of device. The fp64 copies of a whole long tensor may not fit beside it. Those
+of a chunk fit into the cache of a CPU, where it takes a third of the time."""
 
 DRAWS = 3
 """Computations with moved operands that set what others may be off by, beside plain PyTorch as it is."""
