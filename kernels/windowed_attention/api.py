@@ -9,8 +9,8 @@ o and delta = sum g o,
 
 which one kernel computes: its even programs accumulate dq over keys, its odd programs dk and dv over queries.
 
-With rotary position embedding, queries and keys are rotated in registers as they are loaded, and their gradients are
-rotated back before they are written.
+With rotary position embedding, a first kernel rotates the keys. Queries are rotated by their program, and kept for the
+backward pass; gradients are rotated back before they are written.
 
 The gradient of a position bias is the sum of ds of all pairs at a distance. Tiles of ds at the same place beside the
 diagonal have the same distances, so that a second kernel adds up such tiles of many blocks, and then their diagonals.
@@ -40,15 +40,17 @@ def _forward(
     mask: Tensor | None,
     rotary_theta: float | None,
     position_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The output, and the lse of each query to the base 2."""
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the lse of each query to the base 2, and rotated keys and queries `b n t (h d)`, if there are any."""
     batch, n, width = qkv.shape
     out = qkv.new_empty(batch, n, width // 3)
     lse = qkv.new_empty(batch, heads, n, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    turned = qkv.new_empty(batch, n, 0 if rotary_theta is None else 1 + save, width // 3)
     if has_values(qkv):
         options = (heads, window_size, causal, _contiguous(mask), rotary_theta, _contiguous(position_bias))
-        launch_forward(qkv.contiguous(), *options, out, lse)
-    return out, lse
+        launch_forward(qkv.contiguous(), *options, out, lse, turned)
+    return out, lse, turned
 
 
 def _backward(
@@ -58,6 +60,7 @@ def _backward(
     position_bias: Tensor | None,
     output: Tensor,
     lse: Tensor,
+    turned: Tensor,
     heads: int,
     window_size: int,
     causal: bool,
@@ -70,7 +73,7 @@ def _backward(
         dbias = torch.zeros_like(position_bias, memory_format=torch.contiguous_format)
     if has_values(qkv):
         options = (heads, window_size, causal, _contiguous(mask), rotary_theta, _contiguous(position_bias))
-        launch_backward(grad_output.contiguous(), qkv.contiguous(), *options, output, lse, dqkv, dbias)
+        launch_backward(grad_output.contiguous(), qkv.contiguous(), *options, output, lse, turned, dqkv, dbias)
     return dqkv, dbias
 
 
@@ -84,7 +87,7 @@ def _runs_kernel(qkv: Tensor, heads: int) -> bool:
 
 
 _operation = Operation(
-    "windowed_attention", _forward, _backward, outputs=("output", "lse"), gradients=("qkv", "position_bias")
+    "windowed_attention", _forward, _backward, outputs=("output", "lse", "turned"), gradients=("qkv", "position_bias")
 )
 
 
@@ -152,5 +155,5 @@ def windowed_attention(
     qkv = qkv if lowered is None else qkv.to(lowered)
     if not _runs_kernel(qkv, heads):
         return cpu.windowed_attention(qkv, heads, window_size, causal, mask, rotary_theta, position_bias)
-    out, _ = _operation(qkv, heads, window_size, causal, mask, rotary_theta, position_bias)
+    out, *_ = _operation(qkv, heads, window_size, causal, mask, rotary_theta, position_bias)
     return out

@@ -11,11 +11,10 @@ from kernels._common.launch import Launch, Launcher, Plan, planner
 from kernels._common.primitives import LOG2_E
 from kernels.windowed_attention.positions import (
     bias_of_head,
+    launch_turn_keys,
     launch_turns,
+    load_and_turn,
     load_bias,
-    load_turned,
-    load_turned_by,
-    load_turns,
 )
 from kernels.windowed_attention.tiles import (
     NOWHERE,
@@ -37,17 +36,18 @@ def _forward_kernel(
     out_ptr,  # b n h d
     lse_ptr,  # b h n, fp32, to the base 2
     bias_ptr,  # h 2r+1
-    turns_ptr,  # positions 2 d/2, fp32, or None
+    turns_ptr,  # STRETCH+stretches 2 d/2, fp32
+    turned_ptr,  # b n TURNED h d: rotated keys, and queries, if they are kept
     n,
     window_size,
     scale,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BIAS_REACH: tl.constexpr,
+    TURNED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -62,35 +62,30 @@ def _forward_kernel(
     first_key, _ = keys_of(start, n, window_size, CAUSAL)
     _, end_key = keys_of(tl.minimum(start + BLOCK, n) - 1, n, window_size, CAUSAL)
 
-    if turns_ptr is None:
+    if TURNED == 0:
         own, owned = tile_at(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
         q = tl.load(own, mask=owned, other=0.0)
     else:
-        q, q2 = load_turned(qkv_ptr, start, n, turns_ptr, start - first_key, BLOCK, HEAD_DIM, BLOCK_H, 3 * WIDTH)
-        cos, sin = load_turns(turns_ptr, 0, TILE, HEAD_DIM, BLOCK_H)
-        step_cos, step_sin = load_turns(turns_ptr, TILE, 1, HEAD_DIM, BLOCK_H)
+        turned_ptr += row * (TURNED * WIDTH) + column
+        q = load_and_turn(qkv_ptr, turns_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        if TURNED == 2:
+            own, owned = tile_at(turned_ptr + WIDTH, start, n, BLOCK, HEAD_DIM, BLOCK_D, 2 * WIDTH)
+            tl.store(own, q, mask=owned)
     max_logit = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     out = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for tile in range(tl.cdiv(end_key - first_key, TILE)):
         start_n = first_key + tile * TILE
         at, inside = tile_at(qkv_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-        if turns_ptr is None:
+        if TURNED == 0:
             k = tl.load(at + WIDTH, mask=inside, other=0.0)
         else:
-            k, k2 = load_turned_by(qkv_ptr + WIDTH, start_n, n, cos, sin, TILE, HEAD_DIM, BLOCK_H, 3 * WIDTH)
-            if qkv_ptr.dtype.element_ty == tl.float32:
-                cos, sin = load_turns(turns_ptr, (tile + 1) * TILE, TILE, HEAD_DIM, BLOCK_H)
-            else:
-                # Asynchronous loads of the table would go past the L1 cache for each tile. Errors grow with tiles:
-                # to 4e-5 over 32768 keys, and to 1e-3 over a million.
-                cos, sin = cos * step_cos - sin * step_sin, sin * step_cos + cos * step_sin
+            turned, inside = tile_at(turned_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, TURNED * WIDTH)
+            k = tl.load(turned, mask=inside, other=0.0)
         v = tl.load(at + 2 * WIDTH, mask=inside, other=0.0)
         key = start_n + tl.arange(0, TILE)
         key = tl.where(are_present(mask_ptr + row, key, n, HAS_MASK), key, NOWHERE)
         logits = dot(q, k.T, None, PRECISION)
-        if turns_ptr is not None:
-            logits = dot(q2, k2.T, logits, PRECISION)
         if BIAS_REACH is not None:
             logits += load_bias(bias_ptr, key[None, :] - query[:, None], HEAD_DIM, BIAS_REACH)
         logits = tl.where(within(key[None, :], first[:, None], end[:, None]), logits, float("-inf"))
@@ -120,13 +115,11 @@ FORWARD = {
     (4, 64): Settings(32, 32, 4, 1),
     (4, 128): Settings(16, 32, 4, 1),
 }
-FORWARD_BIAS = {**FORWARD, (4, 64): Settings(16, 32, 4, 1)}
 
 
 @planner
-def _plan_forward(batch: int, n: int, heads: int, head_dim: int, itemsize: int, biased: bool) -> Plan:
-    by_size = FORWARD_BIAS if biased else FORWARD
-    settings = settings_for(by_size, head_dim, itemsize, ragged=by_size)
+def _plan_forward(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
+    settings = settings_for(FORWARD, head_dim, itemsize, ragged=FORWARD)
     return plan_blocks(settings, batch * heads, n, head_dim, itemsize)
 
 
@@ -141,22 +134,28 @@ def launch_forward(
     position_bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    turned: Tensor,
 ) -> Iterator[Launch]:
-    """Fill in the output `b n (h d)` and the logarithms `b h n`, from contiguous tensors."""
+    """Fill in the output `b n (h d)`, the logarithms `b h n`, and rotated keys and queries `b n t (h d)`, from
+    contiguous tensors. Without rotary position embedding t is 0; queries are not kept where t is 1."""
     batch, n, width = out.shape
     head_dim = width // heads
-    turns = yield from launch_turns(rotary_theta, n, head_dim // 2, window_size)
+    turns = yield from launch_turns(rotary_theta, n, head_dim)
+    if turns is not None:
+        yield launch_turn_keys(qkv, heads, turns, turned)
     yield Launch(
         _forward_kernel,
-        _plan_forward(batch, n, heads, head_dim, out.itemsize, position_bias is not None),
+        _plan_forward(batch, n, heads, head_dim, out.itemsize),
         qkv,
         qkv if mask is None else mask,
         out,
         lse,
         qkv if position_bias is None else position_bias,
-        turns,
+        qkv if turns is None else turns,
+        qkv if turns is None else turned,
         n,
         min(window_size, n),
         LOG2_E.value * head_dim**-0.5,
         **constants_of(heads, head_dim, causal, mask, position_bias),
+        TURNED=turned.shape[2],
     )

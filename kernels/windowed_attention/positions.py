@@ -1,9 +1,10 @@
 """Positions in both passes: rotary embedding, and the position bias.
 
-Rotary position embedding depends on distances alone. A program counts positions from the first row of its first tile,
-so that a short table of cosines and sines serves all programs. Its queries and keys are then of two halves, each
-`rows d/2`, whose products add up. In the forward pass in half precision, cosines and sines of a tile come from those
-of the tile before.
+With rotary position embedding, a kernel of its own rotates all keys, since each block of queries would have to rotate
+the same keys again. The forward kernel rotates its queries, and keeps them for the backward pass.
+
+A row of cosines and sines is made of two: that of the place in a stretch of positions, which the L1 cache holds, and
+that of the first position of the stretch.
 """
 
 import math
@@ -12,14 +13,15 @@ from collections.abc import Generator
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from kernels._common.launch import Launch, Plan, Scratch
-from kernels.windowed_attention.tiles import tile_at
+from kernels._common.launch import Launch, Plan, Scratch, planner
+from kernels.windowed_attention.tiles import place_of, tile_at
 
 QUARTER_TURN = tl.constexpr(math.pi / 2)
 
-MOST_ROWS = 64
-"""A block or a tile has no more."""
+STRETCH = tl.constexpr(64)
+"""Positions of a stretch. Blocks of rows divide it."""
 
 
 @triton.jit
@@ -39,93 +41,98 @@ def _cos_and_sin(angle):
 
 @triton.jit
 def _turns_kernel(
-    turns_ptr,  # positions 2 d/2, fp32: cosines, sines
-    positions,
+    turns_ptr,  # STRETCH+stretches 2 d/2, fp32: cosines, sines
+    rows,
     LOG2_THETA: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Cosines and sines of the angles of the first positions."""
-    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """Cosines and sines of the angles at each position of the first stretch, and where each stretch begins."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    position = tl.where(row < STRETCH, row, (row - STRETCH) * STRETCH)
     column = tl.arange(0, BLOCK_H)
     frequency = tl.exp2(column.to(tl.float64) * (-LOG2_THETA / HALF))
     cos, sin = _cos_and_sin(position.to(tl.float64)[:, None] * frequency[None, :])
-    at = turns_ptr + position.to(tl.int64)[:, None] * (2 * HALF) + column[None, :]
-    inside = (position < positions)[:, None] & (column < HALF)[None, :]
+    at = turns_ptr + row.to(tl.int64)[:, None] * (2 * HALF) + column[None, :]
+    inside = (row < rows)[:, None] & (column < HALF)[None, :]
     tl.store(at, cos, mask=inside)
     tl.store(at + HALF, sin, mask=inside)
 
 
 @triton.jit
-def load_turns(ptr, position, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Cosines and sines `ROWS BLOCK_H` from a position on."""
+def _load_turns(ptr, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Cosines and sines `ROWS BLOCK_D` of the angles from position start on. Sines of the first half are negative."""
     HALF: tl.constexpr = HEAD_DIM // 2
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_H)[None, :]
-    at = ptr + (position + row) * HEAD_DIM + column
-    if HALF == BLOCK_H:
-        return tl.load(at), tl.load(at + HALF)
-    return tl.load(at, mask=column < HALF, other=0.0), tl.load(at + HALF, mask=column < HALF, other=0.0)
+    column = tl.arange(0, BLOCK_D)
+    of_pair = tl.where(column < HALF, column, column - HALF)
+    there = column < HEAD_DIM
+    first = ptr + (STRETCH + start // STRETCH) * HEAD_DIM + of_pair
+    first_cos, first_sin = tl.load(first, mask=there, other=0.0), tl.load(first + HALF, mask=there, other=0.0)
+    row = start % STRETCH + tl.arange(0, ROWS)
+    at = ptr + row[:, None] * HEAD_DIM + of_pair[None, :]
+    cos, sin = tl.load(at, mask=there[None, :], other=0.0), tl.load(at + HALF, mask=there[None, :], other=0.0)
+    sign = tl.where(column < HALF, -1.0, 1.0)[None, :]
+    return cos * first_cos - sin * first_sin, (sin * first_cos + cos * first_sin) * sign
 
 
 @triton.jit
-def load_turned_by(
-    ptr,
-    start,
-    n,
-    cos,
-    sin,
-    ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    STRIDE: tl.constexpr,
-):
-    """Both halves `ROWS BLOCK_H` of rotated queries or keys."""
+def _partners(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """For each dimension of a head the one that it rotates with."""
     HALF: tl.constexpr = HEAD_DIM // 2
-    at, inside = tile_at(ptr, start, n, ROWS, HALF, BLOCK_H, STRIDE)
-    first = tl.load(at, mask=inside, other=0.0)
-    second = tl.load(at + HALF, mask=inside, other=0.0)
-    x, y = first.to(tl.float32), second.to(tl.float32)
-    return (x * cos - y * sin).to(first.dtype), (y * cos + x * sin).to(first.dtype)
+    column = tl.arange(0, BLOCK_D)
+    partner = tl.where(column < HALF, column + HALF, column - HALF)
+    return tl.where(column < HEAD_DIM, partner, column)
 
 
 @triton.jit
-def load_turned(
+def load_and_turn(
     ptr,
-    start,
-    n,
     turns_ptr,
-    position,
+    start,
+    n,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     STRIDE: tl.constexpr,
 ):
-    """The same for rows at a position of the table, which the L1 cache holds."""
-    cos, sin = load_turns(turns_ptr, position, ROWS, HEAD_DIM, BLOCK_H)
-    return load_turned_by(ptr, start, n, cos, sin, ROWS, HEAD_DIM, BLOCK_H, STRIDE)
+    """Rotated queries or keys `ROWS BLOCK_D` from position start on."""
+    at, inside = tile_at(ptr, start, n, ROWS, HEAD_DIM, BLOCK_D, STRIDE)
+    x = tl.load(at, mask=inside, other=0.0)
+    partner = tl.load(at + (_partners(HEAD_DIM, BLOCK_D) - tl.arange(0, BLOCK_D))[None, :], mask=inside, other=0.0)
+    cos, sin = _load_turns(turns_ptr, start, ROWS, HEAD_DIM, BLOCK_D)
+    return (x.to(tl.float32) * cos + partner.to(tl.float32) * sin).to(x.dtype)
 
 
 @triton.jit
-def store_turned_back(
-    ptr,
-    start,
-    n,
-    x,
-    y,
+def turn_back(x, turns_ptr, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The gradient `ROWS BLOCK_D` of queries or keys from that of the rotated ones."""
+    cos, sin = _load_turns(turns_ptr, start, ROWS, HEAD_DIM, BLOCK_D)
+    index = tl.broadcast_to(_partners(HEAD_DIM, BLOCK_D)[None, :], [ROWS, BLOCK_D])
+    return x * cos - tl.gather(x, index, axis=1) * sin
+
+
+@triton.jit
+def _turn_keys_kernel(
+    qkv_ptr,  # b n 3 h d
     turns_ptr,
-    position,
-    ROWS: tl.constexpr,
+    turned_ptr,  # b n TURNED h d: keys, and queries, if they are kept
+    n,
+    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    STRIDE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TURNED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Write the gradient of rows from that of both halves of the rotated rows."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    at, inside = tile_at(ptr, start, n, ROWS, HALF, BLOCK_H, STRIDE)
-    cos, sin = load_turns(turns_ptr, position, ROWS, HEAD_DIM, BLOCK_H)
-    tl.store(at, (x * cos + y * sin).to(ptr.dtype.element_ty), mask=inside)
-    tl.store(at + HALF, (y * cos - x * sin).to(ptr.dtype.element_ty), mask=inside)
+    """Rotated keys of a block and head."""
+    WIDTH: tl.constexpr = HEADS * HEAD_DIM
+    start, row, column, _ = place_of(tl.program_id(0), n, HEADS, HEAD_DIM, BLOCK)
+    keys_ptr = qkv_ptr + row * (3 * WIDTH) + (WIDTH + column)
+    keys = load_and_turn(keys_ptr, turns_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    own, owned = tile_at(
+        turned_ptr + row * (TURNED * WIDTH) + column, start, n, BLOCK, HEAD_DIM, BLOCK_D, TURNED * WIDTH
+    )
+    tl.store(own, keys, mask=owned)
 
 
 @triton.jit
@@ -143,20 +150,36 @@ def load_bias(ptr, distance, HEAD_DIM: tl.constexpr, BIAS_REACH: tl.constexpr):
     return tl.load(ptr + near).to(tl.float32) * (HEAD_DIM**0.5)
 
 
-def _plan_turns(positions: int, half: int) -> Plan:
+def _plan_turns(rows: int, half: int) -> Plan:
     columns = triton.next_power_of_2(half)
     block = max(128 // columns, 1)
     settings = {"BLOCK": block, "BLOCK_H": columns, "num_warps": 4, "num_stages": 1}
-    return Plan(triton.cdiv(positions, block), settings)
+    return Plan(triton.cdiv(rows, block), settings)
 
 
-def launch_turns(theta: float | None, n: int, half: int, window_size: int) -> Generator[Launch, None, Scratch | None]:
-    """Cosines and sines `positions 2 d/2` of as many positions as a program reaches from its first tile on."""
+def launch_turns(theta: float | None, n: int, head_dim: int) -> Generator[Launch, None, Scratch | None]:
+    """Cosines and sines of angles, as `load_and_turn` reads them; None without rotary position embedding."""
     if theta is None:
         return None
-    # The last tile is read past its end, and the tile after it in advance.
-    positions = min(2 * window_size, n) + 3 * MOST_ROWS
-    turns = Scratch(positions, 2 * half, dtype=torch.float32)
-    options = {"LOG2_THETA": math.log2(theta), "HALF": half}
-    yield Launch(_turns_kernel, _plan_turns(positions, half), turns, positions, **options)
+    rows = STRETCH.value + triton.cdiv(n, STRETCH.value)
+    turns = Scratch(rows, head_dim, dtype=torch.float32)
+    options = {"LOG2_THETA": math.log2(theta), "HALF": head_dim // 2}
+    yield Launch(_turns_kernel, _plan_turns(rows, head_dim // 2), turns, rows, **options)
     return turns
+
+
+@planner
+def _plan_turn_keys(batch: int, n: int, heads: int, head_dim: int) -> Plan:
+    columns = max(triton.next_power_of_2(head_dim), 16)
+    block = min(2048 // columns, STRETCH.value)
+    return Plan(
+        batch * heads * triton.cdiv(n, block), {"BLOCK": block, "BLOCK_D": columns, "num_warps": 4, "num_stages": 1}
+    )
+
+
+def launch_turn_keys(qkv: Tensor, heads: int, turns: Scratch, turned: Tensor) -> Launch:
+    """Write rotated keys to `turned`, `b n t (h d)`, of which they are the first and rotated queries may follow."""
+    batch, n, width = qkv.shape
+    head_dim = width // (3 * heads)
+    options = {"HEADS": heads, "HEAD_DIM": head_dim, "TURNED": turned.shape[2]}
+    return Launch(_turn_keys_kernel, _plan_turn_keys(batch, n, heads, head_dim), qkv, turns, turned, n, **options)

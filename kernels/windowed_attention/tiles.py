@@ -88,7 +88,6 @@ def constants_of(
     return {
         "HEADS": heads,
         "HEAD_DIM": head_dim,
-        "BLOCK_H": max(triton.next_power_of_2(head_dim) // 2, 16),
         "CAUSAL": causal,
         "HAS_MASK": mask is not None,
         "BIAS_REACH": None if position_bias is None else position_bias.shape[1] // 2,

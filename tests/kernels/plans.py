@@ -32,7 +32,7 @@ from kernels.select import triton as select_kernels
 from kernels.soft_topk import triton as soft_topk_kernels
 from kernels.topk import triton as topk_kernels
 from kernels.windowed_attention import backward as windowed_backward
-from kernels.windowed_attention import bias_gradient
+from kernels.windowed_attention import bias_gradient, positions
 from kernels.windowed_attention import forward as windowed_forward
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
@@ -54,7 +54,6 @@ def around(*borders: int, most: int = 2**22) -> tuple[int, ...]:
 COUNTS = {
     "aligned": BOOL,
     "available": (132, 1, 58, 72, 108),
-    "biased": BOOL,
     "batch": (1, 2, 4, 33, 132, 4000, 65535, 65537, 2**31, 2**33),
     "chunks": (1, 2, 64),
     "d": around(96, 384, 768, 5120, most=8192),
@@ -71,7 +70,7 @@ COUNTS = {
     "n_tokens": around(),
     "n_windows": around(most=2048),
     "pairs": BOOL,
-    "positions": BOOL,
+    "rotary": BOOL,
     "routes": tuple(range(1, score_kernels.MOST_ROUTES + 1)),
     "selected": around(select_kernels.LISTED, select_kernels.MOST_RANKED, most=2**17),
     "simple": BOOL,
@@ -86,10 +85,10 @@ COUNTS = {
 NOT_A_COUNT = {
     "aligned",
     "available",
-    "biased",
     "itemsize",
     "n_iters",
     "pairs",
+    "rotary",
     "positions",
     "simple",
     "sweeps",
@@ -329,15 +328,25 @@ def routed_attention(batch, n, heads, head_dim, itemsize, masked=False, weighed=
 
 
 def windowed_attention(
-    head_dim, itemsize, batch=2, n=7, heads=2, masked=False, causal=False, kind=None, biased=None, positions=None, **_
+    head_dim,
+    itemsize=None,
+    batch=2,
+    n=7,
+    heads=2,
+    masked=False,
+    causal=False,
+    kind=None,
+    rotary=None,
+    chunks=None,
+    **_,
 ):
-    """Arguments with a kind of positions that the planner counts on."""
-    if biased is not None:
-        kind = "bias" if biased else "rotary" if kind == "rotary" else None
-    elif positions is not None:
-        kind = (kind or "bias") if positions else None
-    else:
+    """Arguments with the kind of positions that a planner is for."""
+    if itemsize is None:
+        itemsize, rotary = 2, True
+    if chunks is not None:
         kind = "bias"
+    elif rotary is not None:
+        kind = "rotary" if rotary else "bias" if kind == "bias" else None
     head_dim += head_dim % 2 if kind == "rotary" else 0
     qkv = torch.zeros(batch, n, 3 * heads * head_dim, dtype=DTYPES[itemsize], requires_grad=True)
     mask = torch.ones(batch, n, dtype=torch.bool) if masked else None
@@ -442,6 +451,7 @@ OPERATIONS = {
         (
             windowed_forward._plan_forward,
             windowed_backward._plan_backward,
+            positions._plan_turn_keys,
             bias_gradient._plan_bias_gradient,
         ),
         windowed_attention,
@@ -458,7 +468,7 @@ def _kind_of(sizes: Mapping[str, Any]) -> dict[str, Any]:
     """What the sizes of a plan make another kernel by, at the same settings."""
     kind = {name: sizes[name] for name in ("aligned", "simple", "itemsize") if name in sizes}
     dim = sizes.get("dim", sizes.get("head_dim"))
-    return kind if dim is None else {**kind, "ragged": is_ragged(dim, sizes["itemsize"])}
+    return {**kind, "ragged": is_ragged(dim, sizes["itemsize"])} if dim is not None and "itemsize" in sizes else kind
 
 
 def _smallest(planner: Callable[..., Plan], operation: Operation) -> list[tuple[dict[str, Any], Plan]]:
