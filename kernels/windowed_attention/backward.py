@@ -10,7 +10,7 @@ from kernels._common.attention import Settings, dot, settings_for
 from kernels._common.launch import Launch, Launcher, Plan, planner
 from kernels._common.primitives import LOG2_E
 from kernels.windowed_attention.bias_gradient import launch_bias_gradient
-from kernels.windowed_attention.positions import bias_of_head, launch_turns, load_bias, turn_back
+from kernels.windowed_attention.positions import bias_of_head, launch_turns, load_arranged, load_bias, store_turned_back
 from kernels.windowed_attention.tiles import (
     NOWHERE,
     PRECISION,
@@ -65,10 +65,10 @@ def _query_gradient(
     delta = tl.sum(grad_output.to(tl.float32) * out.to(tl.float32), axis=1)
     lse = tl.load(lse_ptr + query, mask=query < n, other=float("inf"))
     if ROTARY:
-        own, owned = tile_at(turned_ptr + WIDTH, start, n, BLOCK, HEAD_DIM, BLOCK_D, 2 * WIDTH)
+        q = load_arranged(turned_ptr + WIDTH, start, n, BLOCK, HEAD_DIM, BLOCK_D, 2 * WIDTH)
     else:
         own, owned = tile_at(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-    q = tl.load(own, mask=owned, other=0.0)
+        q = tl.load(own, mask=owned, other=0.0)
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for tile in range(tl.cdiv(end_key - first_key, TILE)):
         start_n = first_key + tile * TILE
@@ -76,8 +76,7 @@ def _query_gradient(
         key = tl.where(are_present(mask_ptr, key, n, HAS_MASK), key, NOWHERE)
         at, inside = tile_at(qkv_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
         if ROTARY:
-            turned, inside = tile_at(turned_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, 2 * WIDTH)
-            k = tl.load(turned, mask=inside, other=0.0)
+            k = load_arranged(turned_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, 2 * WIDTH)
         else:
             k = tl.load(at + WIDTH, mask=inside, other=0.0)
         v = tl.load(at + 2 * WIDTH, mask=inside, other=0.0)
@@ -90,9 +89,10 @@ def _query_gradient(
         dlogits = p * (dp - delta[:, None])
         dq = dot(dlogits.to(k.dtype), k, dq, PRECISION)
     if ROTARY:
-        dq = turn_back(dq, turns_ptr, start, BLOCK, HEAD_DIM, BLOCK_D)
-    own, owned = tile_at(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-    tl.store(own, (dq * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=owned)
+        store_turned_back(dqkv_ptr, start, n, dq * dim_scale, turns_ptr, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    else:
+        own, owned = tile_at(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        tl.store(own, (dq * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=owned)
 
 
 @triton.jit
@@ -131,8 +131,7 @@ def _key_value_gradient(
 
     own, owned = tile_at(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
     if ROTARY:
-        turned, owned = tile_at(turned_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 2 * WIDTH)
-        k = tl.load(turned, mask=owned, other=0.0)
+        k = load_arranged(turned_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 2 * WIDTH)
     else:
         k = tl.load(own + WIDTH, mask=owned, other=0.0)
     dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
@@ -142,10 +141,10 @@ def _key_value_gradient(
         start_m = first_query + tile * TILE
         query = start_m + tl.arange(0, TILE)
         if ROTARY:
-            at, inside = tile_at(turned_ptr + WIDTH, start_m, n, TILE, HEAD_DIM, BLOCK_D, 2 * WIDTH)
+            q = load_arranged(turned_ptr + WIDTH, start_m, n, TILE, HEAD_DIM, BLOCK_D, 2 * WIDTH)
         else:
             at, inside = tile_at(qkv_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-        q = tl.load(at, mask=inside, other=0.0)
+            q = tl.load(at, mask=inside, other=0.0)
         at, inside = tile_at(grad_output_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, WIDTH)
         grad_output = tl.load(at, mask=inside, other=0.0)
         at, inside = tile_at(out_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, WIDTH)
@@ -161,10 +160,11 @@ def _key_value_gradient(
         dp = dot(v, grad_output.T, None, PRECISION)
         dlogits = p * (dp - delta[None, :])
         dk = dot(dlogits.to(q.dtype), q, dk, PRECISION)
-    if ROTARY:
-        dk = turn_back(dk, turns_ptr, start, BLOCK, HEAD_DIM, BLOCK_D)
     own, owned = tile_at(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-    tl.store(own + WIDTH, (dk * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=owned)
+    if ROTARY:
+        store_turned_back(dqkv_ptr + WIDTH, start, n, dk * dim_scale, turns_ptr, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    else:
+        tl.store(own + WIDTH, (dk * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=owned)
     tl.store(own + 2 * WIDTH, dv.to(dqkv_ptr.dtype.element_ty), mask=owned)
 
 
@@ -275,15 +275,11 @@ BACKWARD_RAGGED = {
 }
 """Settings for heads that take registers to load."""
 
-BACKWARD_ROTARY = {**BACKWARD, (2, 128): Settings(32, 16, 4, 1)}
-"""Settings where gradients are rotated back, in which wide heads would spill."""
-
 
 @planner
-def _plan_backward(batch: int, n: int, heads: int, head_dim: int, itemsize: int, rotary: bool) -> Plan:
+def _plan_backward(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
     """Two programs for each block: for its queries, and for its keys."""
-    by_size = BACKWARD_ROTARY if rotary else BACKWARD
-    settings = settings_for(by_size, head_dim, itemsize, ragged=BACKWARD_RAGGED)
+    settings = settings_for(BACKWARD, head_dim, itemsize, ragged=BACKWARD_RAGGED)
     return plan_blocks(settings, 2 * batch * heads, n, head_dim, itemsize)
 
 
@@ -309,7 +305,7 @@ def launch_backward(
     turns = yield from launch_turns(rotary_theta, n, head_dim)
     yield Launch(
         _backward_kernel,
-        _plan_backward(batch, n, heads, head_dim, out.itemsize, turns is not None),
+        _plan_backward(batch, n, heads, head_dim, out.itemsize),
         grad_output,
         qkv,
         qkv if mask is None else mask,

@@ -13,8 +13,9 @@ from kernels.windowed_attention.positions import (
     bias_of_head,
     launch_turn_keys,
     launch_turns,
-    load_and_turn,
+    load_arranged,
     load_bias,
+    turned_queries,
 )
 from kernels.windowed_attention.tiles import (
     NOWHERE,
@@ -67,10 +68,7 @@ def _forward_kernel(
         q = tl.load(own, mask=owned, other=0.0)
     else:
         turned_ptr += row * (TURNED * WIDTH) + column
-        q = load_and_turn(qkv_ptr, turns_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-        if TURNED == 2:
-            own, owned = tile_at(turned_ptr + WIDTH, start, n, BLOCK, HEAD_DIM, BLOCK_D, 2 * WIDTH)
-            tl.store(own, q, mask=owned)
+        q = turned_queries(qkv_ptr, turns_ptr, turned_ptr, start, n, BLOCK, HEADS, HEAD_DIM, BLOCK_D, TURNED)
     max_logit = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     out = tl.zeros([BLOCK, BLOCK_D], tl.float32)
@@ -80,8 +78,7 @@ def _forward_kernel(
         if TURNED == 0:
             k = tl.load(at + WIDTH, mask=inside, other=0.0)
         else:
-            turned, inside = tile_at(turned_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, TURNED * WIDTH)
-            k = tl.load(turned, mask=inside, other=0.0)
+            k = load_arranged(turned_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, TURNED * WIDTH)
         v = tl.load(at + 2 * WIDTH, mask=inside, other=0.0)
         key = start_n + tl.arange(0, TILE)
         key = tl.where(are_present(mask_ptr + row, key, n, HAS_MASK), key, NOWHERE)

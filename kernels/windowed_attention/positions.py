@@ -61,55 +61,109 @@ def _turns_kernel(
 
 
 @triton.jit
-def _load_turns(ptr, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Cosines and sines `ROWS BLOCK_D` of the angles from position start on. Sines of the first half are negative."""
+def _load_turns(ptr, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Cosines and sines `ROWS BLOCK_H` of the angles from position start on."""
     HALF: tl.constexpr = HEAD_DIM // 2
-    column = tl.arange(0, BLOCK_D)
-    of_pair = tl.where(column < HALF, column, column - HALF)
-    there = column < HEAD_DIM
-    first = ptr + (STRETCH + start // STRETCH) * HEAD_DIM + of_pair
-    first_cos, first_sin = tl.load(first, mask=there, other=0.0), tl.load(first + HALF, mask=there, other=0.0)
-    row = start % STRETCH + tl.arange(0, ROWS)
-    at = ptr + row[:, None] * HEAD_DIM + of_pair[None, :]
+    column = tl.arange(0, BLOCK_H)
+    there = column < HALF
+    first = ptr + (STRETCH + start // STRETCH) * HEAD_DIM + column
+    first_cos = tl.load(first, mask=there, other=0.0)[None, :]
+    first_sin = tl.load(first + HALF, mask=there, other=0.0)[None, :]
+    at = ptr + (start % STRETCH + tl.arange(0, ROWS))[:, None] * HEAD_DIM + column[None, :]
     cos, sin = tl.load(at, mask=there[None, :], other=0.0), tl.load(at + HALF, mask=there[None, :], other=0.0)
-    sign = tl.where(column < HALF, -1.0, 1.0)[None, :]
-    return cos * first_cos - sin * first_sin, (sin * first_cos + cos * first_sin) * sign
+    return cos * first_cos - sin * first_sin, sin * first_cos + cos * first_sin
 
 
 @triton.jit
-def _partners(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """For each dimension of a head the one that it rotates with."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    column = tl.arange(0, BLOCK_D)
-    partner = tl.where(column < HALF, column + HALF, column - HALF)
-    return tl.where(column < HEAD_DIM, partner, column)
-
-
-@triton.jit
-def load_and_turn(
+def _load_and_turn(
     ptr,
     turns_ptr,
     start,
     n,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     STRIDE: tl.constexpr,
 ):
-    """Rotated queries or keys `ROWS BLOCK_D` from position start on."""
-    at, inside = tile_at(ptr, start, n, ROWS, HEAD_DIM, BLOCK_D, STRIDE)
-    x = tl.load(at, mask=inside, other=0.0)
-    partner = tl.load(at + (_partners(HEAD_DIM, BLOCK_D) - tl.arange(0, BLOCK_D))[None, :], mask=inside, other=0.0)
-    cos, sin = _load_turns(turns_ptr, start, ROWS, HEAD_DIM, BLOCK_D)
-    return (x.to(tl.float32) * cos + partner.to(tl.float32) * sin).to(x.dtype)
+    """Both halves `ROWS BLOCK_H` of rotated queries or keys from position start on."""
+    at, inside = tile_at(ptr, start, n, ROWS, HEAD_DIM // 2, BLOCK_H, STRIDE)
+    first, second = tl.load(at, mask=inside, other=0.0), tl.load(at + HEAD_DIM // 2, mask=inside, other=0.0)
+    cos, sin = _load_turns(turns_ptr, start, ROWS, HEAD_DIM, BLOCK_H)
+    x, y = first.to(tl.float32), second.to(tl.float32)
+    return (x * cos - y * sin).to(first.dtype), (y * cos + x * sin).to(first.dtype)
 
 
 @triton.jit
-def turn_back(x, turns_ptr, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The gradient `ROWS BLOCK_D` of queries or keys from that of the rotated ones."""
-    cos, sin = _load_turns(turns_ptr, start, ROWS, HEAD_DIM, BLOCK_D)
-    index = tl.broadcast_to(_partners(HEAD_DIM, BLOCK_D)[None, :], [ROWS, BLOCK_D])
-    return x * cos - tl.gather(x, index, axis=1) * sin
+def _store_halves(
+    ptr,
+    start,
+    n,
+    first,
+    second,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    at, inside = tile_at(ptr, start, n, ROWS, HEAD_DIM // 2, BLOCK_H, STRIDE)
+    tl.store(at, first.to(ptr.dtype.element_ty), mask=inside)
+    tl.store(at + HEAD_DIM // 2, second.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def turned_queries(
+    qkv_ptr,
+    turns_ptr,
+    turned_ptr,
+    start,
+    n,
+    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TURNED: tl.constexpr,
+):
+    """Rotated queries `BLOCK BLOCK_D` of a block, which are kept if there is room, arranged as by `load_arranged`."""
+    WIDTH: tl.constexpr = HEADS * HEAD_DIM
+    BLOCK_H: tl.constexpr = BLOCK_D // 2
+    first, second = _load_and_turn(qkv_ptr, turns_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_H, 3 * WIDTH)
+    if TURNED == 2:
+        _store_halves(turned_ptr + WIDTH, start, n, first, second, BLOCK, HEAD_DIM, BLOCK_H, 2 * WIDTH)
+    return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [BLOCK, BLOCK_D])
+
+
+@triton.jit
+def load_arranged(
+    ptr, start, n, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE: tl.constexpr
+):
+    """Rows `ROWS BLOCK_D` whose halves each begin in half of the columns, where there are more of these."""
+    if HEAD_DIM == BLOCK_D:
+        at, inside = tile_at(ptr, start, n, ROWS, HEAD_DIM, BLOCK_D, STRIDE)
+        return tl.load(at, mask=inside, other=0.0)
+    row, column = start + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    in_half = column % (BLOCK_D // 2)
+    at = ptr + row.to(tl.int64)[:, None] * STRIDE + (column // (BLOCK_D // 2) * (HEAD_DIM // 2) + in_half)[None, :]
+    return tl.load(at, mask=(row < n)[:, None] & (in_half < HEAD_DIM // 2)[None, :], other=0.0)
+
+
+@triton.jit
+def store_turned_back(
+    ptr,
+    start,
+    n,
+    x,
+    turns_ptr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """Write the gradient of queries or keys from that of the rotated ones, arranged as these."""
+    BLOCK_H: tl.constexpr = BLOCK_D // 2
+    first, second = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, BLOCK_H]), (0, 2, 1)))
+    cos, sin = _load_turns(turns_ptr, start, ROWS, HEAD_DIM, BLOCK_H)
+    back = first * cos + second * sin
+    _store_halves(ptr, start, n, back, second * cos - first * sin, ROWS, HEAD_DIM, BLOCK_H, STRIDE)
 
 
 @triton.jit
@@ -120,7 +174,7 @@ def _turn_keys_kernel(
     n,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     TURNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -128,11 +182,9 @@ def _turn_keys_kernel(
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     start, row, column, _ = place_of(tl.program_id(0), n, HEADS, HEAD_DIM, BLOCK)
     keys_ptr = qkv_ptr + row * (3 * WIDTH) + (WIDTH + column)
-    keys = load_and_turn(keys_ptr, turns_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-    own, owned = tile_at(
-        turned_ptr + row * (TURNED * WIDTH) + column, start, n, BLOCK, HEAD_DIM, BLOCK_D, TURNED * WIDTH
-    )
-    tl.store(own, keys, mask=owned)
+    first, second = _load_and_turn(keys_ptr, turns_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_H, 3 * WIDTH)
+    turned_ptr += row * (TURNED * WIDTH) + column
+    _store_halves(turned_ptr, start, n, first, second, BLOCK, HEAD_DIM, BLOCK_H, TURNED * WIDTH)
 
 
 @triton.jit
@@ -158,7 +210,7 @@ def _plan_turns(rows: int, half: int) -> Plan:
 
 
 def launch_turns(theta: float | None, n: int, head_dim: int) -> Generator[Launch, None, Scratch | None]:
-    """Cosines and sines of angles, as `load_and_turn` reads them; None without rotary position embedding."""
+    """Cosines and sines of angles, as other kernels read them; None without rotary position embedding."""
     if theta is None:
         return None
     rows = STRETCH.value + triton.cdiv(n, STRETCH.value)
@@ -170,11 +222,10 @@ def launch_turns(theta: float | None, n: int, head_dim: int) -> Generator[Launch
 
 @planner
 def _plan_turn_keys(batch: int, n: int, heads: int, head_dim: int) -> Plan:
-    columns = max(triton.next_power_of_2(head_dim), 16)
+    columns = triton.next_power_of_2(triton.cdiv(head_dim, 2))
     block = min(2048 // columns, STRETCH.value)
-    return Plan(
-        batch * heads * triton.cdiv(n, block), {"BLOCK": block, "BLOCK_D": columns, "num_warps": 4, "num_stages": 1}
-    )
+    settings = {"BLOCK": block, "BLOCK_H": columns, "num_warps": 4, "num_stages": 1}
+    return Plan(batch * heads * triton.cdiv(n, block), settings)
 
 
 def launch_turn_keys(qkv: Tensor, heads: int, turns: Scratch, turned: Tensor) -> Launch:

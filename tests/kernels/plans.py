@@ -70,7 +70,6 @@ COUNTS = {
     "n_tokens": around(),
     "n_windows": around(most=2048),
     "pairs": BOOL,
-    "rotary": BOOL,
     "routes": tuple(range(1, score_kernels.MOST_ROUTES + 1)),
     "selected": around(select_kernels.LISTED, select_kernels.MOST_RANKED, most=2**17),
     "simple": BOOL,
@@ -88,7 +87,6 @@ NOT_A_COUNT = {
     "itemsize",
     "n_iters",
     "pairs",
-    "rotary",
     "positions",
     "simple",
     "sweeps",
@@ -336,17 +334,14 @@ def windowed_attention(
     masked=False,
     causal=False,
     kind=None,
-    rotary=None,
     chunks=None,
     **_,
 ):
     """Arguments with the kind of positions that a planner is for."""
     if itemsize is None:
-        itemsize, rotary = 2, True
+        itemsize, kind = 2, "rotary"
     if chunks is not None:
         kind = "bias"
-    elif rotary is not None:
-        kind = "rotary" if rotary else "bias" if kind == "bias" else None
     head_dim += head_dim % 2 if kind == "rotary" else 0
     qkv = torch.zeros(batch, n, 3 * heads * head_dim, dtype=DTYPES[itemsize], requires_grad=True)
     mask = torch.ones(batch, n, dtype=torch.bool) if masked else None

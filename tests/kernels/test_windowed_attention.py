@@ -280,7 +280,7 @@ def test_is_an_operator(device):
     qkv, mask = tokens(1, 9, 1, 16, device).requires_grad_(), torch.rand(1, 9, device=device) > 0.2
     bias = torch.randn(1, 5, device=device)
     for theta, position_bias in ((None, None), (10000.0, None), (None, bias), (None, bias.clone().requires_grad_())):
-        torch.library.opcheck(torch.ops.colt5.windowed_attention, (qkv, 1, 3, False, mask, theta, position_bias))
+        torch.library.opcheck(torch.ops.colt5.windowed_attention, (qkv, 1, 3, False, mask, theta, position_bias, True))
 
 
 @around_the_kernels
