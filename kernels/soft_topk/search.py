@@ -97,7 +97,9 @@ def survey(scores, WIDTH: tl.constexpr):
     present = tl.where(hidden, 0.0, tl.where(scores < float("inf"), 1.0, float("nan")))
     known = tl.where(hidden, 0.0, scores)
     n_valid, total = sum_pair(present, known, WIDTH)
-    squares = tl.sum(tl.sum(known * known, axis=0).to(tl.float64), axis=0)
+    # A bare product would be fused with the addition of another lane's, and lanes would get sums that differ. They have
+    # to agree on all that a search depends on.
+    squares = tl.sum(tl.sum(tl.where(hidden, 0.0, scores * scores), axis=0).to(tl.float64), axis=0)
     return least, largest, n_valid, total, squares
 
 

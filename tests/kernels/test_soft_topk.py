@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 import reference
+from colt5_bench.measuring import static_facts
+from kernels._common.launch import triton_for_cpu_tensors
 from kernels.soft_topk import soft_topk
 from kernels.soft_topk import triton as soft_topk_kernels
 from tests.kernels.devices import DEVICES, capture
@@ -251,3 +254,40 @@ def test_ten_passes_suffice_for_a_row_of_chunks(device, set_sizes):
     if INTERPRETED:
         set_sizes(soft_topk_kernels, CHUNK=2**19)
     assert passes(torch.randn(1, 2**20, device=device) * 25, 2**17, 0.02) <= 10
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("n", [256, 400, 1024, 40000])
+def test_lanes_agree_on_what_a_search_depends_on(device, n, masked):
+    """In a sum over lanes, each adds what it has to what another sends. If that is a product that one fuses with the
+    addition, and the other one rounds and sends, both get another sum, and may leave the loop after another pass."""
+    kernels = {}
+    with static_facts._observed(kernels, compile_only=True), static_facts.driver_for(90), triton_for_cpu_tensors():
+        scores, mask = torch.zeros(3, n), torch.ones(3, n, dtype=torch.bool) if masked else None
+        soft_topk(scores, k=2, eps=0.1, mask=mask)
+    assert kernels
+    for kernel in kernels.values():
+        sent, taken = set(), set()
+        for to, source in re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)(?:\|%p\d+)?, (%\w+)", kernel.asm["ptx"]):
+            taken.add(to)
+            sent.add(source)
+        assert sent, "no sum over lanes was found"
+        added = re.findall(r"fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+);", kernel.asm["ptx"])
+        products = re.findall(r"mul\.(?:rn\.)?f32\s+(%\w+)", kernel.asm["ptx"])
+        assert not taken.intersection(added), kernel.name
+        assert not sent.intersection(products), kernel.name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("n", [100, 256, 400, 512, 1024, 4096, 16384])
+def test_many_rows_sum_to_k(device, n, masked):
+    """Faults that one row in 100,000 shows."""
+    rows = 2**20 if n <= 512 else 2**29 // n
+    for k, eps, spread in ((1.0, 0.1, 1.0), (2.0, 0.03, 4.0), (1.5, 0.3, 25.0)):
+        scores = torch.randn(rows, n, device=device) * spread
+        mask = torch.rand(rows, n, device=device) < 0.6 if masked else None
+        y = soft_topk(scores, k=k, eps=eps, mask=mask)
+        assert ((y >= 0) & (y <= 1)).all()
+        assert ((y.sum(-1) - k).abs() <= 1e-4).all()
