@@ -77,6 +77,8 @@ KNOWN = (
     Spill("combine", 120, "_forward_kernel", {"BLOCK_D": 4}, 8),
     Spill("combine", 120, "_forward_kernel", {"BLOCK_D": 8}, 8),
     Spill("windowed_attention", 90, "_forward_kernel", {"BLOCK_D": 64, "BLOCK": 32}, 16),
+    Spill("windowed_attention", 80, "_backward_kernel", {"BLOCK_D": 32, "ROTARY": True}, 8),
+    Spill("windowed_attention", 80, "_backward_kernel", {"BLOCK_D": 128, "BLOCK": 64}, 16),
     Spill("windowed_attention", 80, "_backward_kernel", {"BLOCK_D": 128, "BLOCK": 16}, 32),
     Spill("windowed_attention", 80, "_forward_kernel", {"BLOCK_D": 128, "BLOCK": 64}, 8),
     Spill("windowed_attention", 120, "_forward_kernel", {"BLOCK_D": 128, "BLOCK": 16}, 8),
