@@ -1,4 +1,5 @@
-"""The light branch's attention by length, window and dtype, beside PyTorch's FlexAttention with the same mask."""
+"""The light branch's attention by length, window, dtype and kind of positions, beside PyTorch's FlexAttention with the
+same mask."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,8 +38,20 @@ class WindowedAttentionCase(Case):
         return getattr(torch, self.dtype)
 
 
+@dataclass(frozen=True)
+class PositionsCase(WindowedAttentionCase):
+    """The same with positions."""
+
+    positions: str
+    """rotary, or bias: one for each distance up to 128."""
+
+
+BIAS_REACH = 128
+
+
 def cases(preset: str, device: torch.device) -> list[WindowedAttentionCase]:
-    """The layers of the system's document: a radius of 64, and causal windows of 128, with 8 heads of 64."""
+    """The layers of the system's document: a radius of 64, and causal windows of 128, with 8 heads of 64. Those of the
+    first dtype have positions as well."""
     batch, n, heads, dim_heads, dtypes = 2, 32768, 8, [64], ["bfloat16", "float32"]
     if preset == "smoke":
         batch, n, heads, dim_heads = 1, 300, 2, [16]
@@ -48,9 +61,14 @@ def cases(preset: str, device: torch.device) -> list[WindowedAttentionCase]:
     if preset == "full":
         lengths, dim_heads = [n // 4, n, 4 * n], [32, 64, 128]
         windows += [(16, False), (256, False)]
+    sizes = [
+        (batch, n, heads, dim_head, *window, dtype)
+        for dtype, window, dim_head, n in product(dtypes, windows, dim_heads, lengths)
+    ]
+    of_first = [each for each in sizes if each[-1] == dtypes[0]]
     return [
-        WindowedAttentionCase(batch, n, heads, dim_head, window_size, causal, dtype)
-        for dtype, (window_size, causal), dim_head, n in product(dtypes, windows, dim_heads, lengths)
+        *(WindowedAttentionCase(*each) for each in sizes),
+        *(PositionsCase(*each, positions) for each in of_first for positions in ("rotary", "bias")),
     ]
 
 
@@ -59,11 +77,22 @@ def problem(case: WindowedAttentionCase, device: torch.device) -> Problem:
     generator, width = case.generator(), case.heads * case.dim_head
     qkv = torch.randn(case.batch, case.n, 3 * width, generator=generator)
     upstream = torch.randn(case.batch, case.n, width, generator=generator)
-    return Problem({"qkv": qkv.to(device, case.torch_dtype)}, upstream.to(device, case.torch_dtype), ("qkv",))
+    inputs = {"qkv": qkv.to(device, case.torch_dtype)}
+    if positions_of(case) == "bias":
+        inputs["position_bias"] = torch.randn(case.heads, 2 * BIAS_REACH + 1, generator=generator).to(device)
+    return Problem(inputs, upstream.to(device, case.torch_dtype), tuple(inputs))
+
+
+def positions_of(case: WindowedAttentionCase) -> str | None:
+    return case.positions if isinstance(case, PositionsCase) else None
 
 
 def attending(function: Callable[..., Tensor]) -> Callable[[WindowedAttentionCase], Callable[..., Tensor]]:
-    return lambda case: partial(function, heads=case.heads, window_size=case.window_size, causal=case.causal)
+    def build(case: WindowedAttentionCase) -> Callable[..., Tensor]:
+        rotary = {"rotary_theta": 10000.0} if positions_of(case) == "rotary" else {}
+        return partial(function, heads=case.heads, window_size=case.window_size, causal=case.causal, **rotary)
+
+    return build
 
 
 plain = attending(reference.windowed_attention)
@@ -94,13 +123,16 @@ def flex(case: WindowedAttentionCase) -> Callable[..., Tensor]:
     return function
 
 
-def needs_gpu(case: WindowedAttentionCase, device: torch.device) -> str | None:
+def no_flex(case: WindowedAttentionCase, device: torch.device) -> str | None:
+    if positions_of(case) is not None:
+        return "is measured without positions"
     return None if device.type == "cuda" else "has a backward pass on a GPU alone"
 
 
 def cost(case: WindowedAttentionCase, direction: str) -> Cost:
     """Queries, keys and values read and the output written; then those and the upstream gradient read and gradients
-    written. Pairs within reach have an exponential and two products, whose four factors have a gradient each."""
+    written. Positions cost nothing here: they could be computed. Pairs within reach have an exponential and two
+    products, whose four factors have a gradient each."""
     width = case.heads * case.dim_head
     pairs = case.batch * pairs_in_reach(case.n, case.window_size, case.causal)
     tensor = case.torch_dtype.itemsize * case.batch * case.n * width
@@ -118,7 +150,7 @@ SUITE = Suite(
     implementations=implementations(
         Implementation("reference", plain),
         by_kernels(attending(kernels.windowed_attention)),
-        Implementation[WindowedAttentionCase]("flex", flex, needs_gpu),
+        Implementation[WindowedAttentionCase]("flex", flex, no_flex),
     ),
     reference="reference",
     problem=problem,
