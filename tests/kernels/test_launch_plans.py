@@ -61,7 +61,7 @@ KNOWN = (
     *(Spill("select", 90, "_select_kernel", {"LISTED": listed}, 32) for listed in (2048, 4096)),
     *(Spill("select", 120, "_select_kernel", {"LISTED": listed}, 56) for listed in (1024, 2048, 4096)),
     *(Spill("routing_scores", 120, "_gradient_kernel", {"ROUTES": routes}, 8) for routes in (4, 8)),
-    Spill("soft_topk", 90, "_resident_kernel", {"WIDTH": 2048, "REPEATS": 8, "HAS_MASK": False}, 8),
+    Spill("soft_topk", 120, "_resident_kernel", {"WIDTH": 2048, "REPEATS": 8, "HAS_MASK": False}, 8),
     Spill("routing_scores", 90, "_gradient_kernel", {"ROUTES": 2, "COSINE": True}, 8),
     Spill("gathered_gradients", 90, "_gradient_kernel", {"ROUTES": 2, "COSINE": True}, 8),
     Spill("gathered_gradients", 120, "_gradient_kernel", {"ROUTES": 8}, 8),
