@@ -55,7 +55,7 @@ SETTINGS: dict[str, Setting] = {
     "numpy's random numbers": Setting(np.random.get_state, np.random.set_state),
     "Python's random numbers": Setting(random.getstate, random.setstate),
 }
-if hasattr(torch._C, "_accelerator_getAllocatorSettings"):  # from PyTorch 2.12 on
+if hasattr(torch._C, "_accelerator_getAllocatorSettings"):  # PyTorch 2.11 has none
     SETTINGS["allocator"] = Setting(
         torch._C._accelerator_getAllocatorSettings, torch._C._accelerator_setAllocatorSettings
     )

@@ -299,7 +299,8 @@ def launch_backward(
 ) -> None:
     """Write the gradients of routed tokens and of their scores.
 
-    That of the light branch is written if it is wanted. There may be vectors, whose gradients are sums."""
+    A light branch has one as well, if it is wanted. Those of vectors are the sums `sums d`, of which there may be none.
+    """
     n_sums, d = sums.shape
     programs = _plan(grad_output, indices, n_sums > 0).pieces if n_sums else 0
     shares = new_shares(n_sums, programs, d, grad_output)

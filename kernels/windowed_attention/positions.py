@@ -64,6 +64,7 @@ def _turns_kernel(
 def _load_turns(ptr, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr):
     """Cosines and sines `ROWS BLOCK_H` of the angles from position start on."""
     HALF: tl.constexpr = HEAD_DIM // 2
+    tl.static_assert(STRETCH % ROWS == 0, "a block may not reach into another stretch")
     column = tl.arange(0, BLOCK_H)
     there = column < HALF
     first = ptr + (STRETCH + start // STRETCH) * HEAD_DIM + column

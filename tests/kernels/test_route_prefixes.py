@@ -232,7 +232,7 @@ def test_is_bitwise_reproducible(device):
 
 
 def of_ranks(count, scores, grad, **arguments):
-    """What each of several processes would get, which this one is in turn."""
+    """Results of several processes, each of which this one is in turn."""
     states = []
 
     def first_gather(x):
