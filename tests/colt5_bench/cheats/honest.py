@@ -18,7 +18,7 @@ def works_in_a_thread_and_waits(scores):
 
 def keeps_what_depends_on_shapes(scores):
     if scores.shape not in masks:
-        masks[scores.shape] = torch.full(scores.shape, 2.0)
+        masks[scores.shape] = torch.full_like(scores, 2.0)
     return scores * masks[scores.shape]
 
 
@@ -41,7 +41,7 @@ def is_made_in_inference_mode(scores):
 
 
 def works_in_numpy(scores):
-    return torch.from_numpy(np.multiply(scores.detach().numpy(), 2))
+    return torch.from_numpy(np.multiply(scores.detach().cpu().numpy(), 2)).to(scores.device)
 
 
 def counts_its_calls(scores):

@@ -66,9 +66,9 @@ EXPECTED = {
 }
 
 
-@pytest.fixture(scope="module")
-def conditions():
-    return Conditions.on(torch.device("cpu"), "abc", max_seconds=0.02)
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def conditions(request):
+    return Conditions.on(torch.device(request.param), "abc", max_seconds=0.02)
 
 
 def measured(name, conditions, file="calls"):
@@ -116,7 +116,7 @@ def test_a_clock_that_is_replaced_once_gives_nobody_a_time(conditions):
     assert all(0 < sample < 1 for each in records.values() for t in each.timings.values() for sample in t.samples)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ON_A_GPU)
 def test_a_cheat_on_a_gpu_is_found(name):
     records = measured(name, Conditions.on(torch.device("cuda"), "abc", max_seconds=0.02))
