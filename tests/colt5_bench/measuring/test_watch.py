@@ -1,14 +1,20 @@
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
+from threading import Event, Thread
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from colt5_bench.case import FORWARD
 from colt5_bench.measuring import inputs as giving
 from colt5_bench.measuring import watch
+from colt5_bench.measuring.call import Call
 from colt5_bench.measuring.inputs import UPSTREAM, Inputs, same_bits
+from colt5_bench.measuring.refusal import RefusedError
+from colt5_bench.process.functions import Functions
 from tests.colt5_bench import toy
 
 CASE, CPU, GPU = toy.ToyCase(2, 8), torch.device("cpu"), torch.device("cuda")
@@ -51,6 +57,66 @@ def test_work_in_another_stream_is_found_if_the_call_does_not_wait_for_it(monkey
     assert watch.works_elsewhere(call, GPU) is elsewhere
     # Each of both pools once, and not its own.
     assert streams.held == Counter(range(1, 2 * watch.STREAMS_OF_A_POOL + 1))
+
+
+def timed(function):
+    """A watch, once its call was timed."""
+    given = Inputs(toy.problem(CASE, CPU), toy.problem(CASE, CPU))
+    watched = watch.Watch(Call(function, given.problem, FORWARD), given, Functions(), ())
+    watched.before()
+    watched.after(watched.call())
+    return watched
+
+
+def in_a_new_thread(work):
+    Thread(target=work).start()
+
+
+@pytest.mark.parametrize("quick", [0, 1, 2, watch.MOST_REPEATS - 1])
+@pytest.mark.parametrize("start", [in_a_new_thread, "worker"], ids=["new thread", "worker"])
+def test_work_in_a_thread_is_found_however_often_the_thread_was_quicker(monkeypatch, start, quick):
+    """It is so on a busy machine, where the calling thread may wait for a core before it has copied the results."""
+    copied, written, calls = Event(), Event(), count()
+    keep = watch.Watch._keep
+
+    def keep_and_go_on(self, results, copies):
+        copied.set()
+        assert written.wait(10)
+        keep(self, results, copies)
+
+    monkeypatch.setattr(watch.Watch, "_keep", keep_and_go_on)
+    with ThreadPoolExecutor(1) as pool:
+
+        def function(scores):
+            y = torch.zeros_like(scores)
+            copied.clear()
+            written.clear()
+            late = next(calls) > quick
+
+            def work():
+                if late:
+                    copied.wait(10)
+                y.copy_(2 * scores)
+                written.set()
+
+            pool.submit(work) if start == "worker" else start(work)
+            if not late:
+                written.wait(10)
+            return y
+
+        watched = timed(function)
+        with pytest.raises(RefusedError, match="its results change after it has returned"):
+            watched.finish()
+    assert next(calls) == quick + 2
+
+
+def test_a_call_without_threads_is_repeated_once():
+    """Or a few times, as other threads of this process may do something meanwhile."""
+    calls, finished = count(), 20
+    watched = timed(lambda scores: (next(calls), 2 * scores)[1])
+    for _ in range(finished):
+        watched.finish()
+    assert finished < next(calls) < 3 * finished
 
 
 def made(other=True):
