@@ -56,9 +56,11 @@ BY_ANOTHER_COMPILER = 64
 version allocates registers in its own way."""
 
 KNOWN = (
+    Spill("coor_descent", 90, "_resident_kernel", {"WIDTH": 1024, "PROGRAMS": 4}, 40),
+    Spill("coor_descent", 90, "_streaming_kernel", {"PROGRAMS": 1}, 16),
     Spill("coor_descent", 120, "_backward_kernel", {"WIDTH": 1024, "HAS_K": True}, 8),
     *(Spill("topk", 90, "_topk_kernel", {"WIDTH": width, "SAVE": False}, 24) for width in (256, 512, 1024)),
-    Spill("topk", 120, "_topk_kernel", {"WIDTH": 512, "SELECTED": 32}, 8),
+    *(Spill("topk", 120, "_topk_kernel", {"WIDTH": width}, 8) for width in (256, 512)),
     *(Spill("select", 90, "_select_kernel", {"LISTED": listed}, 32) for listed in (2048, 4096)),
     *(Spill("select", 120, "_select_kernel", {"LISTED": listed}, 56) for listed in (1024, 2048, 4096)),
     *(Spill("routing_scores", 120, "_gradient_kernel", {"ROUTES": routes}, 8) for routes in (4, 8)),
