@@ -450,7 +450,8 @@ class Launcher:
     """
 
     def __init__(self, choose: Callable[..., Iterator[Launch]]) -> None:
-        self._choose = choose
+        self.choose = choose
+        """For another launcher, which yields these launches among its own."""
         self._kept: dict[tuple[Any, ...], _Call] = {}
         self.__doc__ = choose.__doc__
         LAUNCHERS.append(self)
@@ -462,7 +463,7 @@ class Launcher:
     def __call__(self, *arguments: Any) -> None:
         dry_run = dry_run_of(arguments[0])
         if dry_run is not None:
-            dry_run.launches += self._choose(*arguments)
+            dry_run.launches += self.choose(*arguments)
             return
         index = arguments[0].get_device()
         if index >= 0 and index != torch._C._cuda_getDevice():
@@ -488,7 +489,7 @@ class Launcher:
         known = self._kept.get(tuple(key))
         if known is None:
             # In a context of its own, where nobody else's mode of compiling is.
-            Context().run(compile_side_by_side, self._choose(*arguments), launches_of_layer(), index)
+            Context().run(compile_side_by_side, self.choose(*arguments), launches_of_layer(), index)
             self._keep(tuple(key), *self._launch_by_triton(arguments))
             return
         # It lives until the kernels are in their stream, which its next owner comes after.
@@ -519,7 +520,7 @@ class Launcher:
         stand_ins = [each.detach() if isinstance(each, Tensor) else each for each in arguments]
         memory = _Memory([each for each in stand_ins if isinstance(each, Tensor)], arguments[0].device)
         launched = []
-        for launch in self._choose(*stand_ins):
+        for launch in self.choose(*stand_ins):
             places = [memory.place_of(each) for each in launch.pointers]
             tensors = [memory.tensor_at(*place) for place in places]
             compiled = launch.kernel[launch.grid](*tensors, *launch.numbers, **launch.named)

@@ -324,7 +324,28 @@ def launch_part(
     state: Tensor,
 ) -> Iterator[Launch]:
     """Descend on one of so many parts of the prefixes of scores `rows n`, and write their state."""
-    yield _descent(scores, routes, n_windows, window_size, k, n_iters, eps, first, eps_decay, part, parts, save, state)
+    n_rows = scores.shape[0]
+    aligned = (address(scores) | scores.stride(0)) % 16 == 0
+    yield Launch(
+        _descend_kernel,
+        # The plan is for all prefixes: results have the same bits, whoever computes them.
+        _plan_descent(n_rows, n_windows, window_size, aligned, multiprocessors(scores.device)),
+        scores,
+        state,
+        scores.stride(0),
+        n_rows,
+        routes,
+        n_windows,
+        window_size,
+        part,
+        parts,
+        n_iters,
+        k,
+        first,
+        eps_decay,
+        eps,
+        COUNT=save,
+    )
 
 
 @Launcher
@@ -351,7 +372,7 @@ def _launch_descent_and_selection(
     save = counts.numel() > 0
     if not is_descended:
         schedule = (n_iters, eps, first, eps_decay)
-        yield _descent(scores, routes, n_windows, window_size, k, *schedule, 0, 1, save, state)
+        yield from launch_part.choose(scores, routes, n_windows, window_size, k, *schedule, 0, 1, save, state)
     yield Launch(
         _select_kernel,
         _plan_selection(n_rows, n_windows),
@@ -372,43 +393,4 @@ def _launch_descent_and_selection(
         STRAIGHT=straight_through,
         HAS_MASK=mask.numel() > 0,
         SAVE=save,
-    )
-
-
-def _descent(
-    scores: Tensor,
-    routes: int,
-    n_windows: int,
-    window_size: int,
-    k: float,
-    n_iters: int,
-    eps: float,
-    first: float,
-    eps_decay: float,
-    part: int,
-    parts: int,
-    save: bool,
-    state: Tensor,
-) -> Launch:
-    n_rows = scores.shape[0]
-    aligned = (address(scores) | scores.stride(0)) % 16 == 0
-    return Launch(
-        _descend_kernel,
-        # The plan is for all prefixes: results have the same bits, whoever computes them.
-        _plan_descent(n_rows, n_windows, window_size, aligned, multiprocessors(scores.device)),
-        scores,
-        state,
-        scores.stride(0),
-        n_rows,
-        routes,
-        n_windows,
-        window_size,
-        part,
-        parts,
-        n_iters,
-        k,
-        first,
-        eps_decay,
-        eps,
-        COUNT=save,
     )
