@@ -5,7 +5,7 @@ import torch
 
 import kernels
 from kernels._common.launch import INTERPRETED
-from tests.launches import counted, launches, launches_on_a_gpu
+from tests.measurements.launches import counted, launches, launches_on_a_gpu
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter takes what kernels are launched by")
 

@@ -27,8 +27,8 @@ from colt5_bench.measuring.memory import measure_memory
 from kernels._common import replay
 from kernels._common.launch import INTERPRETED
 from reference.layers.operations import Operations
-from tests import host_time
 from tests.calls import LAYERS, inputs_of, layer_of
+from tests.measurements import host_time
 
 PLAYED = [name for name in LAYERS if hasattr(getattr(reference, name).forward, "__wrapped__")]
 

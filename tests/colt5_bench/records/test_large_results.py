@@ -5,7 +5,7 @@ Seconds are processor time: the time of a clock is that of all programs on the m
 
 import pytest
 
-from tests.colt5_bench.records.large_results import CSV, FILE_BYTES, LOAD, RECORDS, measure, write_large
+from tests.measurements.large_results import CSV, FILE_BYTES, LOAD, RECORDS, measure, write_large
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -1,6 +1,6 @@
 """What 200,000 records (287 MB) take to load and to write as CSV, each in a fresh process.
 
-python -m tests.colt5_bench.records.large_results
+python -m tests.measurements.large_results
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 
 from colt5_bench.records.results import Divergence, Record, Timing, write
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 RECORDS, FILE_BYTES = 200_000, 287e6
 
 GROUP = 10_000

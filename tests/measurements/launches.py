@@ -1,8 +1,8 @@
 """Kernels and copies that a step of a layer would launch on a GPU, counted without one.
 
-`python -m tests.launches attention` lists them. Kernels of Triton are counted where they would be launched, and nothing
-is compiled; operators of PyTorch as they run on the CPU, below autocast and autograd. Both see the path of an eager
-call. A matrix product may take one kernel more on a GPU, where cuBLAS divides a long sum.
+`python -m tests.measurements.launches attention` lists them. Kernels of Triton are counted where they would be
+launched, and nothing is compiled; operators of PyTorch as they run on the CPU, below autocast and autograd. Both see
+the path of an eager call. A matrix product may take one kernel more on a GPU, where cuBLAS divides a long sum.
 """
 
 import argparse

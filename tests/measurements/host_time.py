@@ -1,9 +1,9 @@
 """Host time of a training step of a layer, measured where there is no GPU.
 
-`python -m tests.host_time attention` measures a step as it is written and as it is played from tapes. CPU tensors go to
-the launchers, whose kernels are replaced by functions that do nothing; layers are so small that PyTorch's operators
-compute next to nothing. The time is that of Python, autograd and PyTorch's dispatcher. Launches of a driver come on
-top: the more, the slower the host.
+`python -m tests.measurements.host_time attention` measures a step as it is written and as it is played from tapes. CPU
+tensors go to the launchers, whose kernels are replaced by functions that do nothing; layers are so small that PyTorch's
+operators compute next to nothing. The time is that of Python, autograd and PyTorch's dispatcher. Launches of a driver
+come on top: the more, the slower the host.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 import kernels
 from kernels._common import launch
 from kernels._common.launch import triton_for_cpu_tensors
-from tests.launches import training_step
+from tests.measurements.launches import training_step
 
 BATCH, LENGTH, DIM = 1, 256, 16
 

@@ -1,6 +1,7 @@
 """Two ways to descend on a row of scores that is sharded: gather all scores, or exchange one number an iteration.
 
-`torchrun --nproc-per-node=2 -m tests.exchange` takes the times of the parts that either way is made of, and adds them:
+`torchrun --nproc-per-node=2 -m tests.measurements.exchange` takes the times of the parts that either way is made of,
+and adds them:
 
     gathered  scores and their gradients are gathered, and each rank descends on the whole row
     one number  each rank descends on its part; in each iteration, forward and backward, numbers of all are added up
