@@ -3,7 +3,7 @@
 import gc
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import inf
@@ -386,19 +386,21 @@ def _timed_fault(
     """The fault of an implementation that was right at first; an empty text if it has none."""
     if watch.spoilt:
         return f"writes to its input {watch.spoilt} while it is timed"
-    if watch.kept is None:
-        return ""
-    kept, key = watch.kept, (id(oracle), watch.kept.factor)
-    if key not in truths:
-        truths[key] = oracle.for_factor(kept.factor)
-    judged = [("while it is timed", kept.results)]
-    # A second judgement of the same results would take as long as the first.
-    if not all(same_bits(later, kept.results[name]) for name, later in kept.later.items()):
-        judged.append(("later", kept.later))
-    for when, results in judged:
+    judged: list[tuple[str, float, Mapping[str, Tensor]]] = []
+    if (kept := watch.kept) is not None:
+        judged.append(("while it is timed", kept.factor, kept.results))
+        # A second judgement of the same results would take as long as the first.
+        if not all(same_bits(later, kept.results[name]) for name, later in kept.later.items()):
+            judged.append(("later", kept.factor, kept.later))
+    if watch.replayed is not None:
+        judged.append(("as a CUDA graph", watch.replayed.factor, watch.replayed.results))
+    for when, factor, results in judged:
+        key = id(oracle), factor
+        if key not in truths:
+            truths[key] = oracle.for_factor(factor)
         _, wrong = truths[key].judge(implementation, results)
         if wrong:
-            truths[key] = truths[key].with_own_tolerances(kept.factor)
+            truths[key] = truths[key].with_own_tolerances(factor)
             _, wrong = truths[key].judge(implementation, results)
         if wrong:
             _, wrong_at_first = oracle.judge(implementation, results)

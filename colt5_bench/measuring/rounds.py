@@ -13,13 +13,14 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from colt5_bench.measuring.refusal import RefusedError
 from colt5_bench.texts import first_line
 
 Call = Callable[[], Any]
-Look = Callable[[Any], None]
-"""Is given what a call returned, when its time has been taken."""
+Look = Callable[[Any, bool], None]
+"""Is given what a call returned, when its time has been taken, and whether the replay of a graph wrote it."""
 
 Round = Callable[[Sequence[str]], list[float]]
 """Runs the named calls in the order given and returns the seconds of each."""
@@ -118,7 +119,7 @@ class HostRound:
             result = call()
             seconds = (perf_counter() - start) / in_a_row
         # Only now: what it takes to free the last result is not the call's.
-        self._after[name](result)
+        self._after[name](result, False)
         return seconds
 
 
@@ -149,7 +150,7 @@ class EagerRound:
             result = call()
             _synchronize(self._device)
             seconds = (perf_counter() - start) / in_train
-        self._after[name](result)
+        self._after[name](result, False)
         return seconds
 
 
@@ -222,7 +223,7 @@ class GpuRound:
             # The GPU got there before all was launched.
             self._spin[name] = min(2 * self._spin[name], self._longest_spin[name])
         # In the same stream, and before it waits for others.
-        self._after[name](result)
+        self._after[name](result, False)
         return start, end
 
 
@@ -255,15 +256,15 @@ def _capture_all(
 
 
 def _look_at(graph: "_Captured", look: Look) -> Look:
-    return lambda _: look(graph.results())
+    return lambda *_: look(graph.results(), True)
 
 
 class _Captured:
-    """The graph of a call, with the results that each replay writes anew."""
+    """The graph of a call, with the results that each replay writes anew: tensors, however the call returns them."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, results: Sequence[torch.Tensor]) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, results: Any) -> None:
         self._graph = graph
-        self._results = [each.detach() for each in results]
+        self._results = [each.detach() for each in tree_leaves(results) if isinstance(each, torch.Tensor)]
         self.replay = graph.replay
 
     def results(self) -> list[torch.Tensor]:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from scipy.special import bdtr
 
-from colt5_bench.measuring.rounds import CPU_COLUMNS, GPU_COLUMNS, WARM_UP_CALLS, Call, Round, rounds
+from colt5_bench.measuring.rounds import CPU_COLUMNS, GPU_COLUMNS, WARM_UP_CALLS, Call, Look, Round, rounds
 from colt5_bench.records.environment import GpuState, gpu_state
 from colt5_bench.records.results import Timing
 
@@ -39,7 +39,7 @@ def time_interleaved(
     device: torch.device,
     columns: Sequence[str],
     before: Mapping[str, Callable[[], None]] | None = None,
-    after: Mapping[str, Callable[[Any], None]] | None = None,
+    after: Mapping[str, Look] | None = None,
     target: float = 0.01,
     min_samples: int = 10,
     max_samples: int = 200,
@@ -60,7 +60,8 @@ def time_interleaved(
         device: where the calls run.
         columns: `cold`, `warm`, `graph`, `wall` and `eager` on a GPU, `wall` on a CPU.
         before: by name, what runs untimed before each sample, and before a call is captured.
-        after: by name, what is given the results of a call, untimed, when a sample of it has been taken.
+        after: by name, what is given the results of a call, untimed, when a sample of it has been taken, and True if
+            the replay of a graph wrote them.
         target: relative width of the interval at which a call is known well enough.
         min_samples: fewest samples of a call. An interval exists from six.
         max_samples: most samples of a call, and most rounds that are repeated.
@@ -84,7 +85,7 @@ def time_interleaved(
         for name in calls:
             for _ in range(WARM_UP_CALLS):
                 prepare[name]()
-                look[name](calls[name]())
+                look[name](calls[name](), False)
         for column in columns:
             with rounds(column, calls, prepare, look, device) as (take, refused):
                 taken = _sample(

@@ -64,6 +64,8 @@ class Watch:
         self._latest: list[tuple[Tensor, Tensor]] = []
         """The results that were kept last, as they were returned, and copies. Nothing may change them any more."""
         self.kept: Kept | None = None
+        self.replayed: Kept | None = None
+        """The results of the first replay of a CUDA graph, while no call is known to have the same."""
         self.spoilt = ""
         self.noticed = ""
 
@@ -79,18 +81,21 @@ class Watch:
         if plan.kept and (changes := self._changes(self.functions.restore_clock())):
             raise RefusedError(changes)
 
-    def after(self, results: Sequence[Tensor]) -> None:
+    def after(self, results: Sequence[Tensor], replayed: bool = False) -> None:
         """Look at what a call has left behind, if it is one to be kept. The first thing that is noticed stays."""
-        strange = unusual(results) if self._latest or self._plan.kept else ""
+        first_replay = replayed and self.replayed is None
+        strange = unusual(results) if self._latest or self._plan.kept or first_replay else ""
         if self._latest and not strange and shares_memory(results[:1], [latest for latest, _ in self._latest]):
             self._notice("its output is in the memory of results of an earlier call, which it overwrites")
         self._latest.clear()
-        if self._plan.kept:
+        if self._plan.kept or first_replay:
             # At once, in the stream of the call and without waiting for others: late results are not in the copies.
             copies = [] if strange else [each.detach().clone() for each in results]
             self._notice(self._changes(self.functions.restore_clock()))
             self._notice(strange)
-            if copies:
+            if copies and first_replay:
+                self.replayed = Kept(self._plan.factor, self.call.named(copies))
+            if copies and self._plan.kept:
                 self._keep(results, copies)
 
     def look_around(self) -> None:
@@ -111,6 +116,8 @@ class Watch:
             RefusedError: something was noticed.
         """
         self.wait(0)
+        if self.replayed is not None and self._is_repeated(self.replayed):
+            self.replayed = None
         if self.kept is None:
             return
         timed, begun = self.kept, thread_time()
@@ -139,6 +146,12 @@ class Watch:
             self._look_again()
         if self.noticed:
             raise RefusedError(self.noticed)
+
+    def _is_repeated(self, kept: Kept) -> bool:
+        """True if a call with the same inputs has the same results."""
+        self._begin(Plan(kept.factor, kept=False))
+        results = self.call.named(self.call())
+        return all(same_bits(results[name], result) for name, result in kept.results.items())
 
     def _begin(self, plan: Plan) -> None:
         self._look_again()

@@ -40,7 +40,7 @@ def keeps_by_shape(scores):
 
 
 def keeps_by_content(scores):
-    key = scores.detach().numpy().tobytes()
+    key = scores.detach().cpu().numpy().tobytes()
     if key not in by_content:
         by_content[key] = 2 * scores
     return by_content[key].clone()

@@ -202,4 +202,6 @@ def test_the_selftest_expects_twice_the_energy_of_twice_the_work(monkeypatch, fa
 @pytest.mark.gpu
 @pytest.mark.alone
 def test_twice_the_work_takes_twice_the_energy_on_a_gpu():
-    assert checks.check_energy(torch.device("cuda")).outcome == "passed"
+    check = checks.check_energy(torch.device("cuda"))
+    # Where the instruments disagree no energy is shown, and nothing can be said of it.
+    assert check.outcome in ("passed", "unclear"), check

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
+from torch.utils._pytree import tree_leaves
 
 from colt5_bench.measuring import rounds, timing
 from colt5_bench.measuring.spin import Spin
@@ -301,7 +302,7 @@ class FakeBuffer:
 class TestColumnsOfAGpu:
     def test_cold_finds_an_empty_cache_and_warm_what_the_call_left(self, monkeypatch):
         cuda = FakeCuda(monkeypatch)
-        before, after = {"a": lambda: cuda.log.append("prepared")}, {"a": lambda result: cuda.log.append("looked at")}
+        before, after = {"a": lambda: cuda.log.append("prepared")}, {"a": lambda *_: cuda.log.append("looked at")}
         seconds = {}
         for column in ("cold", "warm"):
             with rounds.rounds(column, {"a": cuda.call}, before, after, GPU) as (take, refused):
@@ -311,6 +312,35 @@ class TestColumnsOfAGpu:
             settled = ["written", "read"] if column == "cold" else ["call"]
             assert cuda.log == ["prepared", *settled, "spin", "event", "call", "event", "looked at"]
         assert seconds == {"cold": [3.0], "warm": [1.0]}
+
+    @pytest.mark.parametrize(
+        "results",
+        [
+            None,
+            torch.tensor(3.0),
+            torch.zeros(2**40, device="meta"),
+            torch.ones(2, 3),
+            (torch.ones(2), None, torch.zeros(0)),
+            [torch.ones(1), {"more": (torch.tensor(2), "text")}],
+        ],
+        ids=["none", "scalar", "many rows", "tensor", "with holes", "nested"],
+    )
+    def test_a_graph_has_whatever_tensors_its_call_returns(self, monkeypatch, results):
+        cuda, looked = FakeCuda(monkeypatch), []
+        graph = SimpleNamespace(replay=cuda.call, reset=lambda: None)
+        monkeypatch.setattr(rounds, "_capture", lambda call, before: rounds._Captured(graph, call()))
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        before, after = {"a": lambda: None}, {"a": lambda *given: looked.append(given)}
+        with rounds.rounds("graph", {"a": lambda: results}, before, after, GPU) as (take, refused):
+            looked.clear()
+            assert take(["a"]) == [3.0]
+        assert refused == {}
+        tensors = [each for each in tree_leaves(results) if isinstance(each, torch.Tensor)]
+        ((copies, replayed),) = looked
+        assert replayed
+        for copy, tensor in zip(copies, tensors, strict=True):
+            assert (copy.shape, copy.dtype) == (tensor.shape, tensor.dtype)
+            assert copy is not tensor
 
     def test_the_flush_is_larger_than_the_cache(self, monkeypatch):
         cuda = FakeCuda(monkeypatch)

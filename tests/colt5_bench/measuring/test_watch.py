@@ -10,9 +10,10 @@ import torch
 
 from colt5_bench.case import FORWARD
 from colt5_bench.measuring import inputs as giving
-from colt5_bench.measuring import watch
+from colt5_bench.measuring import measure, watch
 from colt5_bench.measuring.call import Call
 from colt5_bench.measuring.inputs import UPSTREAM, Inputs, same_bits
+from colt5_bench.measuring.oracle import Oracle
 from colt5_bench.measuring.refusal import RefusedError
 from colt5_bench.process.functions import Functions
 from tests.colt5_bench import toy
@@ -211,3 +212,24 @@ def test_bits_with_holes_between_them(shape, step):
     assert same_bits(view, other)
     other.view(-1)[-1] += 1
     assert not same_bits(view, other)
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("kept", [True, False], ids=["a kept call", "another call"])
+def test_results_of_a_graph_are_compared_with_those_of_a_call(monkeypatch, right, kept):
+    """Whichever calls chance keeps: a graph may have been captured without the work."""
+    oracle = Oracle.consult(toy.suite(), CASE, FORWARD, CPU, timed=True)
+    given = oracle.inputs
+    monkeypatch.setattr(given, "plan", lambda number: giving.Plan(0.99, kept))
+    watched = watch.Watch(Call(toy.good, given.problem, FORWARD), given, Functions(), ())
+    for _ in range(3):
+        watched.before()
+        watched.after([(2.0 if right else 0.0) * given.problem.inputs["scores"]], replayed=True)
+    for _ in range(3):
+        watched.before()
+        watched.after(watched.call())
+    watched.finish()
+    assert (watched.replayed is None) == right
+    fault = measure._timed_fault(toy.suite().implementations["reference"], watched, oracle, {})
+    assert bool(fault) != right
+    assert right or "as a CUDA graph output is off" in fault
