@@ -9,6 +9,7 @@ costs one buffer of twice the cache and reaches everything.
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -186,7 +187,7 @@ class GpuRound:
         self._flushing = torch.empty(FLUSHED_CACHES * l2_bytes // 4, dtype=torch.float32, device=device)
         self._cycles_per_second = _spin_cycles_per_second()
         self._spin = {
-            name: min(SPIN_MARGIN * max(self._host_seconds(name) for _ in range(3)) + SPIN_EXTRA, LONGEST_SPIN)
+            name: min(SPIN_MARGIN * median(self._host_seconds(name) for _ in range(3)) + SPIN_EXTRA, LONGEST_SPIN)
             for name in calls
         }
         self._longest_spin = {name: SPIN_GROWTH * spin for name, spin in self._spin.items()}

@@ -23,11 +23,24 @@ import numpy as np
 import torch
 from scipy.special import bdtr
 
-from colt5_bench.measuring.rounds import CPU_COLUMNS, GPU_COLUMNS, WARM_UP_CALLS, Call, Look, Round, rounds
+from colt5_bench.measuring.rounds import (
+    CPU_COLUMNS,
+    GPU_COLUMNS,
+    GPU_TIME_COLUMNS,
+    WARM_UP_CALLS,
+    Call,
+    Look,
+    Round,
+    rounds,
+)
 from colt5_bench.records.environment import GpuState, gpu_state
 from colt5_bench.records.results import Timing
 
 CONFIDENCE = 0.95
+
+HOST_SHARE = 0.25
+"""Share of the time of a column for one of host time on a GPU. Such times differ more from process to process than
+within one, so that more samples of one process make them no surer."""
 
 FEWEST_SAMPLES = 3
 """Least number of samples of a call that takes longer than all samples together should."""
@@ -65,7 +78,8 @@ def time_interleaved(
         target: relative width of the interval at which a call is known well enough.
         min_samples: fewest samples of a call. An interval exists from six.
         max_samples: most samples of a call, and most rounds that are repeated.
-        max_seconds: time for one column, all calls together, warming up not counted.
+        max_seconds: time for one column, all calls together, warming up not counted; a quarter of it for `wall` and
+            `eager` on a GPU.
 
     Returns:
         By name and column. What cannot be captured into a graph has a `graph` column without samples, and `stopped`
@@ -87,6 +101,7 @@ def time_interleaved(
                 prepare[name]()
                 look[name](calls[name](), False)
         for column in columns:
+            on_host = device.type == "cuda" and column not in GPU_TIME_COLUMNS
             with rounds(column, calls, prepare, look, device) as (take, refused):
                 taken = _sample(
                     take,
@@ -96,7 +111,7 @@ def time_interleaved(
                     target=target,
                     min_samples=min_samples,
                     max_samples=max_samples,
-                    max_seconds=max_seconds,
+                    max_seconds=max_seconds * (HOST_SHARE if on_host else 1),
                 )
             for name in calls:
                 timings[name][column] = (

@@ -282,12 +282,14 @@ def test_lanes_agree_on_what_a_search_depends_on(device, n, masked):
 @pytest.mark.gpu
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("n", [100, 256, 400, 512, 1024, 4096, 16384])
-def test_many_rows_sum_to_k(n, masked):
-    """Faults that one row in 100,000 shows."""
+def test_many_rows_sum_to_k(device, n, masked):
+    """Faults that one row in 100,000 shows. On a CPU that many take minutes."""
+    if device == "cpu":
+        pytest.skip("is for a GPU")
     rows = 2**20 if n <= 512 else 2**29 // n
     for k, eps, spread in ((1.0, 0.1, 1.0), (2.0, 0.03, 4.0), (1.5, 0.3, 25.0)):
-        scores = torch.randn(rows, n, device="cuda") * spread
-        mask = torch.rand(rows, n, device="cuda") < 0.6 if masked else None
+        scores = torch.randn(rows, n, device=device) * spread
+        mask = torch.rand(rows, n, device=device) < 0.6 if masked else None
         y = soft_topk(scores, k=k, eps=eps, mask=mask)
         assert ((y >= 0) & (y <= 1)).all()
         assert ((y.sum(-1) - k).abs() <= 1e-4).all()
