@@ -21,7 +21,7 @@ from colt5_bench.texts import first_line
 
 Call = Callable[[], Any]
 Look = Callable[[Any, bool], None]
-"""Is given what a call returned, when its time has been taken, and whether the replay of a graph wrote it."""
+"""Is given the results of a call, when its time has been taken, and True if the replay of a graph wrote them."""
 
 Round = Callable[[Sequence[str]], list[float]]
 """Runs the named calls in the order given and returns the seconds of each."""
@@ -261,7 +261,7 @@ def _look_at(graph: "_Captured", look: Look) -> Look:
 
 
 class _Captured:
-    """The graph of a call, with the results that each replay writes anew: tensors, however the call returns them."""
+    """The graph of a call, with the tensors that each replay writes anew. A call may return them in any structure."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, results: Any) -> None:
         self._graph = graph
