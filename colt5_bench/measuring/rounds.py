@@ -21,7 +21,7 @@ from colt5_bench.texts import first_line
 
 Call = Callable[[], Any]
 Look = Callable[[Any, bool], None]
-"""Is given the results of a call, when its time has been taken, and True if the replay of a graph wrote them."""
+"""Is given the results of a call that was timed. The second argument is True if the replay of a graph wrote them."""
 
 Round = Callable[[Sequence[str]], list[float]]
 """Runs the named calls in the order given and returns the seconds of each."""
