@@ -57,8 +57,8 @@ WRONG = {
     "writes_its_output_to_its_input": "writes to its input scores",
 }
 ON_A_GPU = {
-    "works_in_another_stream": ("refused", "another stream works on them|results change after it has returned"),
-    "is_captured_without_work": ("wrong", "(while it is timed|later|as a CUDA graph) output is off"),
+    "works_in_another_stream": "another stream works on them|results change after it has returned|output is off",
+    "is_captured_without_work": "(while it is timed|later|as a CUDA graph) output is off",
 }
 HONEST_ON_A_GPU = {"has_one_buffer"}
 """CUDA graphs, which others may replay as well, write all outputs to the same place."""
@@ -132,10 +132,11 @@ def test_a_clock_that_is_replaced_once_gives_nobody_a_time(conditions):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ON_A_GPU)
 def test_a_cheat_on_a_gpu_is_found(name):
+    """Results of another stream may be late even for the first judgement, or for a later one alone."""
     records = measured(name, Conditions.on(torch.device("cuda"), "abc", max_seconds=0.02))
-    status, why = ON_A_GPU[name]
-    assert (records[name].status, records[name].timings) == (status, {}), records[name].reason
-    assert re.search(why, records[name].reason)
+    assert records[name].status in ("refused", "wrong")
+    assert records[name].timings == {}
+    assert re.search(ON_A_GPU[name], records[name].reason)
     assert records["reference"].status == "ok"
 
 
