@@ -436,6 +436,14 @@ class TestThresholds:
         assert of_cpu.speed_up > of_gpu.speed_up
         assert of_gpu.peak == of_gpu.registers == 0
 
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_host_times_of_the_reference_on_a_gpu_have_nothing_beside_them(self, device):
+        rules = load_rules(ROOT / "suites" / "thresholds.toml")
+        of_ours, of_reference = rules.of(ours(), device), rules.of(replace(ours(), implementation="reference"), device)
+        for column in ("cold", "warm", "graph", "wall", "eager"):
+            wider = device == "cuda" and column in ("wall", "eager")
+            assert (getattr(of_reference, column) > getattr(of_ours, column)) == wider, column
+
     def test_metrics_that_they_name_are_there(self):
         """A metric that was renamed would be held to nothing."""
         rules = load_rules(ROOT / "suites" / "thresholds.toml")
