@@ -56,6 +56,8 @@ BY_ANOTHER_COMPILER = 64
 version allocates registers in its own way."""
 
 KNOWN = (
+    Spill("coor_descent", 80, "_streaming_kernel", {"HAS_MASK": True}, 24),
+    Spill("coor_descent", 80, "_backward_kernel", {"WIDTH": 32, "HAS_K": True}, 8),
     Spill("coor_descent", 90, "_resident_kernel", {"WIDTH": 1024, "PROGRAMS": 4}, 40),
     Spill("coor_descent", 90, "_streaming_kernel", {"PROGRAMS": 1}, 16),
     Spill("coor_descent", 120, "_backward_kernel", {"WIDTH": 1024, "HAS_K": True}, 8),
@@ -76,6 +78,10 @@ KNOWN = (
     Spill("normalize", 120, "_backward_kernel", {"BLOCK_D": 1, "CENTER": True}, 16),
     Spill("normalize", 120, "_backward_kernel", {"BLOCK_D": 4096, "CENTER": False}, 8),
     Spill("normalize", 120, "_backward_kernel", {"BLOCK_D": 8192}, 32),
+    Spill("normalize_and_route", 90, "_forward_kernel", {"BLOCK_D": 1, "ROUTES": 4}, 48),
+    *(Spill("normalize_and_route", 90, "_forward_kernel", {"BLOCK_D": d}, 8) for d in (16, 32)),
+    *(Spill("normalize_and_route", 90, "_backward_kernel", {"BLOCK_D": d}, 8) for d in (1, 4, 16, 32, 512)),
+    *(Spill("normalize_and_route", 90, "_backward_kernel", {"BLOCK_D": d}, 16) for d in (8, 1024, 2048)),
     Spill("combine", 80, "_forward_kernel", {"BLOCK_D": 128}, 8),
     Spill("combine", 80, "_backward_kernel", {"BLOCK_D": 2}, 16),
     Spill("combine", 90, "_forward_kernel", {"BLOCK_D": 256}, 8),
