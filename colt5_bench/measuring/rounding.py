@@ -6,6 +6,7 @@ https://doi.org/10.1016/0378-4754(93)90003-D).
 """
 
 from contextlib import nullcontext
+from functools import lru_cache
 from random import Random
 from typing import Any
 
@@ -57,9 +58,7 @@ class MovedOperands(TorchDispatchMode):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self._random = Random(seed)
-        self._uniform = torch.empty(NUMBERS, dtype=torch.float64, device="cpu")
-        self._uniform.uniform_(-1.0, 1.0, generator=torch.Generator("cpu").manual_seed(seed))
-        self._drawn: dict[tuple[torch.device, torch.dtype, float], Tensor] = {}
+        self._seed = seed
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -100,15 +99,25 @@ class MovedOperands(TorchDispatchMode):
 
     def _draw(self, x: Tensor, middle: float, most: float) -> Tensor:
         """Numbers in `middle` +- `most`, of the shape of x: those that were once made, from a random place on."""
-        key = x.device, x.dtype, middle
-        if key not in self._drawn:
-            self._drawn[key] = (middle + most * self._uniform).to(*key[:2])
-        numbers, size = self._drawn[key], x.numel()
+        numbers, size = _numbers(self._seed, middle, most, x.device, x.dtype), x.numel()
         start = self._random.randrange(NUMBERS)
-        if start + size > NUMBERS:
-            times = -(-(start + size) // NUMBERS)
-            numbers = numbers.repeat(times)
-        return numbers[start : start + size].view(x.shape)
+        drawn = numbers[start : start + size]
+        if rest := size - drawn.numel():
+            drawn = torch.cat([drawn, *[numbers] * (rest // NUMBERS), numbers[: rest % NUMBERS]])
+        return drawn.view(x.shape)
+
+
+@lru_cache(maxsize=4)
+def _uniform(seed: int) -> Tensor:
+    numbers = torch.empty(NUMBERS, dtype=torch.float64, device="cpu")
+    return numbers.uniform_(-1.0, 1.0, generator=torch.Generator("cpu").manual_seed(seed))
+
+
+# Each judgement needs the numbers of the same few seeds.
+@lru_cache(maxsize=16)
+def _numbers(seed: int, middle: float, most: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """NUMBERS in `middle` +- `most`."""
+    return (middle + most * _uniform(seed)).to(device, dtype)
 
 
 def _is_written(declared: torch.Argument) -> bool:
