@@ -6,7 +6,7 @@ https://doi.org/10.1016/0378-4754(93)90003-D).
 """
 
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
 from random import Random
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 COMPARING = "eq equal ge gt isfinite isinf isnan le lt ne searchsorted"
 CHOOSING = (
@@ -37,6 +36,9 @@ in the kernel, and do so exactly by luck alone: a GPU makes a multiplication and
 
 MASKS = ("attn_mask", "attn_bias")
 """Arguments that stay: they are of zeros and infinities, and kernels insist on their strides."""
+
+MOVED, WRITTEN, KEPT = "moved", "written", "kept"
+"""Roles of arguments: a result is written to those of the second kind."""
 
 NUMBERS = 1048573
 """Random numbers that are made, then used again and again from other places on. How many is a prime, so that rows get
@@ -69,20 +71,20 @@ class MovedOperands(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.is_view or func.overloadpacket.__name__ in EXACT:
+        roles = _roles(func)
+        if roles is None:
             return func(*args, **kwargs)
         # An operation in place has its operand moved when it is done.
-        arguments = func._schema.arguments[: len(args)]
-        operands = [
-            each if _is_written(declared) or declared.name in MASKS else tree_map(self._move, each)
-            for each, declared in zip(args, arguments, strict=True)
-        ]
+        operands = [self._moved(each) if role == MOVED else each for each, role in zip(args, roles, strict=False)]
         with self if func in IN_PIECES else nullcontext():
             result = IN_PIECES.get(func, func)(*operands, **kwargs)
-        for each, declared in zip(operands, arguments, strict=True):
-            if _is_written(declared) and _moves(each):
+        for each, role in zip(operands, roles, strict=False):
+            if role == WRITTEN and _moves(each):
                 each.copy_(self._move(each))
         return result
+
+    def _moved(self, argument: Any) -> Any:
+        return [*map(self._move, argument)] if isinstance(argument, list | tuple) else self._move(argument)
 
     def _move(self, x: Any) -> Any:
         if not _moves(x):
@@ -120,8 +122,18 @@ def _numbers(seed: int, middle: float, most: float, device: torch.device, dtype:
     return (middle + most * _uniform(seed)).to(device, dtype)
 
 
-def _is_written(declared: torch.Argument) -> bool:
-    return declared.alias_info is not None and declared.alias_info.is_write
+@cache
+def _roles(func: Any) -> tuple[str, ...] | None:
+    """A role for each argument of an operation; None if the operation rounds nothing."""
+    if func.is_view or func.overloadpacket.__name__ in EXACT:
+        return None
+    return tuple(_role(declared) for declared in func._schema.arguments)
+
+
+def _role(declared: torch.Argument) -> str:
+    if declared.alias_info is not None and declared.alias_info.is_write:
+        return WRITTEN
+    return KEPT if declared.name in MASKS else MOVED
 
 
 def _moves(x: Any) -> bool:

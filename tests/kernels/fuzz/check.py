@@ -213,7 +213,7 @@ def _tolerances(
     spreads = {name: Spread(expected) for name, expected in truth.items() if expected.is_floating_point()}
     moving = _AllMoved if dtype == torch.float64 else MovedOperands
     seen, dtypes = [], {}
-    for context in (nullcontext(), *(moving(case.seed + draw) for draw in range(DRAWS))):
+    for context in (nullcontext(), *map(moving, range(DRAWS))):
         seen.append(Watched(of_truth.selections))
         with context:
             results = execute(definition(case, device, seen[-1]), tensors, case)
