@@ -17,7 +17,6 @@ from colt5_bench.compare.conditions import Conditions
 from colt5_bench.records.results import Run, load
 from colt5_bench.report.comparison import append_summary, show
 from colt5_bench.report.layout import View
-from colt5_bench.report.page import PAGE, write_page
 from colt5_bench.selection import WHOLE, SelectionError, Shard
 from colt5_bench.suite import Grid
 
@@ -131,6 +130,8 @@ class Check:
         return self.comparer(self.baseline, run, in_scope(self.options))
 
     def _write_page(self, directory: Path, suite: Grid, comparison: Comparison) -> None:
+        from colt5_bench.report.page import PAGE, write_page  # Takes long to import, and comes last.
+
         results = directory / f"{suite.name}.jsonl"
         if results.exists():
             own = [finding for finding in comparison.findings if finding.suite == suite.name]

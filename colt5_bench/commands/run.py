@@ -26,9 +26,6 @@ from colt5_bench.records import provenance
 from colt5_bench.records.environment import cores
 from colt5_bench.records.parts import missing
 from colt5_bench.records.results import FAILED, Run, load
-from colt5_bench.report.layout import View
-from colt5_bench.report.page import PAGE, write_page
-from colt5_bench.report.plots import write_plots
 from colt5_bench.report.progress import Watcher
 from colt5_bench.report.table import endings, summary
 from colt5_bench.request import MEASURING, NO_REPORT, REPORT, Request, declare
@@ -260,7 +257,7 @@ def _through_pytest(request: Request, file: Path, arguments: list[str]) -> int:
 
 
 def _show(run: Run, suite: Grid, crowded: str, *, quiet: bool) -> None:
-    directory, console = run.path.parent, Console()
+    console = Console()
     if quiet:
         endings(run.records, console)
     else:
@@ -268,8 +265,17 @@ def _show(run: Run, suite: Grid, crowded: str, *, quiet: bool) -> None:
         if crowded:
             console.print(f"warning: {crowded}", soft_wrap=True, highlight=False)
     console.print(f"results: {run.path}", soft_wrap=True, highlight=False)
-    if os.environ.get(REPORT) == NO_REPORT:
-        return
+    if os.environ.get(REPORT) != NO_REPORT:
+        _draw(run, suite, console)
+
+
+def _draw(run: Run, suite: Grid, console: Console) -> None:
+    # These take long to import, and a run is measured before.
+    from colt5_bench.report.layout import View
+    from colt5_bench.report.page import PAGE, write_page
+    from colt5_bench.report.plots import write_plots
+
+    directory = run.path.parent
     draw = partial(write_plots, run.records, directory, x=suite.x_axis, lines=suite.lines)
     plots = attempt("plots", draw) if run.records else []
     if plots:

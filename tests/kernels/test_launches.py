@@ -13,6 +13,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -425,7 +426,11 @@ def test_operations_launch_what_triton_chooses(name, recorder, monkeypatch):
 
 
 def zeroed(allocate):
-    return lambda *args, **given: allocate(*args, **given).zero_()
+    def allocated(*args, **given):
+        x = allocate(*args, **given)
+        return x if isinstance(x, FakeTensor) else x.zero_()
+
+    return allocated
 
 
 def at_offset(x, offset, device="cpu"):

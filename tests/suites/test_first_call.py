@@ -21,14 +21,14 @@ FIRST_STEPS = """
 import os, sys
 from suites import first_call
 
-first_call.LENGTHS = 1
+first_call.LENGTHS = 0
 for kind in sys.argv[1:]:
     if not os.fork():
         print(first_call.steps(first_call.StepCase(kind, "tiny"), "cpu")["kernels"], flush=True)
         os._exit(0)
     os.wait()
 """
-"""A process for each kind, with a step at one new length after it: test_suites.py takes all of them."""
+"""A process for each kind. Steps at new lengths are for test_suites.py and tests/kernels/test_dry_run.py."""
 
 
 @pytest.fixture(scope="module")
