@@ -65,7 +65,8 @@ class Watch:
         """The results that were kept last, as they were returned, and copies. Nothing may change them any more."""
         self.kept: Kept | None = None
         self.replayed: Kept | None = None
-        """The results of the first replay of a CUDA graph, while no call is known to have the same."""
+        """The results of the first replay of a CUDA graph, if a call with the same inputs had others."""
+        self._has_replayed = False
         self.spoilt = ""
         self.noticed = ""
 
@@ -83,20 +84,21 @@ class Watch:
 
     def after(self, results: Sequence[Tensor], replayed: bool = False) -> None:
         """Look at what a call has left behind, if it is one to be kept. The first thing that is noticed stays."""
-        first_replay = replayed and self.replayed is None
-        strange = unusual(results) if self._latest or self._plan.kept or first_replay else ""
+        strange = unusual(results) if self._latest or self._plan.kept else ""
         if self._latest and not strange and shares_memory(results[:1], [latest for latest, _ in self._latest]):
             self._notice("its output is in the memory of results of an earlier call, which it overwrites")
         self._latest.clear()
-        if self._plan.kept or first_replay:
+        if self._plan.kept:
             # At once, in the stream of the call and without waiting for others: late results are not in the copies.
             copies = [] if strange else [each.detach().clone() for each in results]
             self._notice(self._changes(self.functions.restore_clock()))
             self._notice(strange)
-            if copies and first_replay:
-                self.replayed = Kept(self._plan.factor, self.call.named(copies))
-            if copies and self._plan.kept:
+            if copies:
                 self._keep(results, copies)
+        if replayed and not self._has_replayed:
+            self._has_replayed = True
+            if not all(map(same_bits, self.call(), results)):
+                self.replayed = Kept(self._plan.factor, self.call.named(results))
 
     def look_around(self) -> None:
         """Put back what all share.
@@ -116,8 +118,6 @@ class Watch:
             RefusedError: something was noticed.
         """
         self.wait(0)
-        if self.replayed is not None and self._is_repeated(self.replayed):
-            self.replayed = None
         if self.kept is None:
             return
         timed, begun = self.kept, thread_time()
@@ -146,12 +146,6 @@ class Watch:
             self._look_again()
         if self.noticed:
             raise RefusedError(self.noticed)
-
-    def _is_repeated(self, kept: Kept) -> bool:
-        """True if a call with the same inputs has the same results."""
-        self._begin(Plan(kept.factor, kept=False))
-        results = self.call.named(self.call())
-        return all(same_bits(results[name], result) for name, result in kept.results.items())
 
     def _begin(self, plan: Plan) -> None:
         self._look_again()
