@@ -60,6 +60,11 @@ KNOWN = (
     Spill("coor_descent", 80, "_backward_kernel", {"WIDTH": 32, "HAS_K": True}, 8),
     Spill("coor_descent", 90, "_resident_kernel", {"WIDTH": 1024, "PROGRAMS": 4}, 40),
     Spill("coor_descent", 90, "_streaming_kernel", {"PROGRAMS": 1}, 16),
+    # Rows that are not aligned. The first kernel loads spilled registers again in each iteration.
+    Spill("coor_descent", 120, "_resident_kernel", {"WIDTH": 2048, "HAS_MASK": False, "PROGRAMS": 1}, 504),
+    Spill("coor_descent", 120, "_resident_kernel", {"WIDTH": 1024, "HAS_MASK": False, "PROGRAMS": 4}, 128),
+    Spill("coor_descent", 120, "_streaming_kernel", {"PROGRAMS": 132}, 72),
+    *(Spill("coor_descent", 120, "_backward_kernel", {"WIDTH": width}, 24) for width in (16, 32, 64)),
     Spill("coor_descent", 120, "_backward_kernel", {"WIDTH": 1024, "HAS_K": True}, 8),
     *(Spill("topk", 90, "_topk_kernel", {"WIDTH": width, "SAVE": False}, 24) for width in (256, 512, 1024)),
     *(Spill("topk", 120, "_topk_kernel", {"WIDTH": width}, 8) for width in (256, 512)),
