@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colt5_bench import commands, loading
+from colt5_bench import cli, commands, loading
 from colt5_bench.loading import describe_guest, invite
 from colt5_bench.measuring.call import Call
 from colt5_bench.records.results import load
@@ -217,10 +217,18 @@ def test_guests_are_measured_like_others(tmp_path, place, road):
     (reason,) = {why for why in wrong if why.startswith("output")}
     assert re.search(r"at \[\d, 7\], and 2 of 16 elements by too much", reason)
 
+
+def test_a_run_is_not_completed_with_other_code_of_a_guest(tmp_path, place, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv(REPORT, NO_REPORT)
+    arguments = ["--suite", toy.__file__, "--preset", "smoke", "--device", "cpu", "--out", str(tmp_path / "out")]
+    arguments.append(f"--impl=mine={place}/mine.py:good")
+    assert cli.main(arguments) == commands.DONE
+    capsys.readouterr()
     (place / "mine.py").write_text(MINE + "\n")
-    again = bench(checkout, place, "--out=out", f"--impl=mine={path}/mine.py:good", *asked, "--resume")
-    assert again.returncode == commands.USAGE
-    assert "guests.mine.sha256" in again.stderr
+    assert cli.main([*arguments, "--resume"]) == commands.USAGE
+    assert "guests.mine.sha256" in capsys.readouterr().err
 
 
 OURS = toy.SUITE.implementations["reference"]
