@@ -61,6 +61,7 @@ class MovedOperands(TorchDispatchMode):
         super().__init__()
         self._random = Random(seed)
         self._seed = seed
+        self._drawn: dict[tuple[torch.device, torch.dtype, float], Tensor] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -101,7 +102,10 @@ class MovedOperands(TorchDispatchMode):
 
     def _draw(self, x: Tensor, middle: float, most: float) -> Tensor:
         """Numbers in `middle` +- `most`, of the shape of x: those that were once made, from a random place on."""
-        numbers, size = _numbers(self._seed, middle, most, x.device, x.dtype), x.numel()
+        key = x.device, x.dtype, middle
+        if key not in self._drawn:
+            self._drawn[key] = _numbers(self._seed, middle, most, x.dtype).to(x.device)
+        numbers, size = self._drawn[key], x.numel()
         start = self._random.randrange(NUMBERS)
         drawn = numbers[start : start + size]
         if rest := size - drawn.numel():
@@ -115,11 +119,11 @@ def _uniform(seed: int) -> Tensor:
     return numbers.uniform_(-1.0, 1.0, generator=torch.Generator("cpu").manual_seed(seed))
 
 
-# Each judgement needs the numbers of the same few seeds.
+# Each judgement needs the numbers of the same few seeds. A GPU holds none between judgements: it may break.
 @lru_cache(maxsize=16)
-def _numbers(seed: int, middle: float, most: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """NUMBERS in `middle` +- `most`."""
-    return (middle + most * _uniform(seed)).to(device, dtype)
+def _numbers(seed: int, middle: float, most: float, dtype: torch.dtype) -> Tensor:
+    """NUMBERS in `middle` +- `most`, in the memory of the host."""
+    return (middle + most * _uniform(seed)).to(dtype)
 
 
 @cache
