@@ -60,7 +60,7 @@ WINDOWED = {"radius 64": 64, "causal windows of 128": 128}
 NUMBER = r"\d+(?:\.\d+)?"
 
 Records = Mapping[tuple[str, str], Record]
-"""Of one case, by implementation and direction."""
+"""Records of one case, by implementation and direction."""
 
 
 class Baseline:
