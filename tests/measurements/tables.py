@@ -243,27 +243,27 @@ WRITTEN: Sequence[Table | Sentence] = (
     Table(RESULTS, "tokens", _by_length),
     Sentence(
         RESULTS,
-        "Routing pays from somewhere between {below} and {pays} tokens on.",
+        "Routing pays from a length between {below} and {pays} tokens on.",
         partial(_crossover, _on_the_gpu),
     ),
     Sentence(
         RESULTS,
-        "Called eagerly, routing pays from somewhere between {below} and {pays} tokens.",
+        "Called eagerly, routing pays from a length between {below} and {pays} tokens on.",
         partial(_crossover, _as_called),
     ),
     Sentence(
         QUESTIONS,
-        "it pays from somewhere between {below} and {pays} tokens on in GPU time",
+        "it pays from a length between {below} and {pays} tokens on in GPU time",
         partial(_crossover, _on_the_gpu),
     ),
     Sentence(
         QUESTIONS,
-        "from {below} to {pays} tokens on when layers are called eagerly",
+        "and between {below} and {pays} tokens if layers are called eagerly",
         partial(_crossover, _as_called),
     ),
     Sentence(
         RESULTS,
-        "takes the host {ours} ms for 16384 tokens of self-attention, where the dense one takes {dense}",
+        "a call takes the host {ours} ms with routing, and {dense} ms with the dense layer",
         _host_times,
     ),
     Table(PERFORMANCE, "2 x 32768, 8 heads of 64", _windowed),
