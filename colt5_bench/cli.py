@@ -19,18 +19,18 @@ from colt5_bench.startup import StartupError, ending_at_once
 from colt5_bench.texts import describe_error, printable
 
 COMMANDS = {
-    "run": "measure suites; what is meant where no command is named",
-    "list": "say which suites there are, and what they measure",
-    "compare": "say what became better or worse: between two saved runs, or two revisions that are measured in turns",
-    "baseline": "make a run what later ones are compared with, and say what that changes",
-    "merge": "join the results of `run --shard` into one file, if they belong together and none is missing",
-    "report": "write a run as one HTML page that needs no network, as images, CSV or Parquet; several as a leaderboard",
-    "export": "write a run as pytest-benchmark, github-action-benchmark, bencher.dev or flashinfer-bench read it",
+    "run": "measure suites; the default command",
+    "list": "list the suites and what they measure",
+    "compare": "say what became better or worse between two saved runs, or between two revisions, measured in turns",
+    "baseline": "make a run the baseline of later runs, and print the differences",
+    "merge": "join the results of all shards of a run into one file",
+    "report": "write a run as an HTML page, plots, CSV or Parquet, or several runs as a leaderboard",
+    "export": "write a run in the format of pytest-benchmark, github-action-benchmark, bencher.dev or flashinfer-bench",
     "history": "plot chosen cases over saved runs and revisions, oldest first",
-    "selftest": "check that times are right on this machine: known durations, equal calls, a planted slowdown, a copy",
-    "new-suite": "write a suite that runs into a file, to be changed into one's own",
-    "env": "show what a run here would be measured under, for a report of a problem",
-    "completion": "print a script that completes the command line of `colt5-bench` in a shell",
+    "selftest": "check that times are right on this machine, and that verdicts can be trusted",
+    "new-suite": "write a working suite to a file, as a start for your own",
+    "env": "print the hardware and the versions of a run on this machine, for a bug report",
+    "completion": "print a script for completion of `colt5-bench` in a shell",
 }
 """Each is a module of `commands`, with `EXAMPLES`, `configure(parser)` and `main(options)`, imported if it is named."""
 
@@ -140,7 +140,7 @@ def _with_command(arguments: Sequence[str]) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in a line, and not also every option there is. Takes no option by half its name."""
+    """A parser that reports an error in one line, without all options. Options cannot be abbreviated."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
@@ -166,7 +166,7 @@ def _version() -> str:
 def _parser(wanted: Iterable[str]) -> argparse.ArgumentParser:
     """The parser of all commands, of which those that are wanted have their options."""
     parser = _Parser(
-        description="Measure implementations of the operations of conditionally routed attention.",
+        description="Measure implementations of conditionally routed attention (CoLT5): time, memory and accuracy.",
         epilog=f"examples:\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

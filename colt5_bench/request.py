@@ -29,57 +29,66 @@ _OPTIONS = {
         action="append",
         default=[],
         metavar="NAME",
-        help="only this; may be repeated; all is every suite; a path of a Python file is a suite of yours",
+        help="a suite by name, all for every suite, or the path of a Python file with your own suite; may be repeated",
     ),
-    "preset": _option("--preset", choices=PRESETS, default="default", help="how much (default: %(default)s)"),
+    "preset": _option(
+        "--preset", choices=PRESETS, default="default", help="how many cases, of which sizes (default: %(default)s)"
+    ),
     "impl": _option(
         "--impl",
         action="append",
         default=[],
         metavar="NAME",
-        help="only this one; may be repeated. NAME=file.py:FUNCTION or NAME=module:FUNCTION measures yours as well",
+        help="an implementation by name; may be repeated (default: all). NAME=file.py:FUNCTION or NAME=module:FUNCTION "
+        "adds your own",
     ),
     "cases": _option(
-        "-k", "--cases", default="", metavar="EXPR", help="only cases with this in their id; and, or, not, ( )"
+        "-k",
+        "--cases",
+        default="",
+        metavar="EXPR",
+        help="only cases whose id contains this, such as n=4096; terms are combined by and, or, not and ( )",
     ),
     "device": _option(
         "--device",
         default="auto",
-        help="auto (a GPU where there is one), cpu, cuda or cuda:<index>",
+        help="auto (a GPU if there is one), cpu, cuda or cuda:<index> (default: auto)",
     ),
-    "out": _option("--out", type=Path, metavar="DIR", help="where results go"),
+    "out": _option(
+        "--out", type=Path, metavar="DIR", help="directory for the results (default: a new one under reports/)"
+    ),
     "resume": _option(
         "--resume",
         action="store_true",
-        help="complete the run in --out, begun with the same options; what ended with an error is measured again",
+        help="complete the run in --out, begun with the same options; records with an error are measured again",
     ),
     "shard": _option(
         "--shard",
         default=str(WHOLE),
         metavar="I/N",
-        help="only this one of N shares of the cases; `merge` joins the results of all",
+        help="measure shard I of N of the cases; `merge` joins the results of all shards",
     ),
     "isolate": _option(
         "--isolate",
         action="store_true",
-        help="measure each case in a process of its own, so that the run survives whatever one does; where a CUDA "
-        "context breaks, the run goes on like this by itself",
+        help="measure each case in its own process, so that the run survives crashes and hangs; a run without it "
+        "switches to this if its CUDA context breaks",
     ),
     "time_limit": _option(
         "--time-limit",
         metavar="SECONDS",
-        help=f"end the process of a case after this, and record an error (default: {TIME_LIMIT:g}); implies --isolate",
+        help=f"end the process of a case after this and record an error (default: {TIME_LIMIT:g}); implies --isolate",
     ),
     "energy": _option(
         "--energy",
         action="store_true",
-        help="measure the energy of calls on a GPU as well, by NVML; takes 4 seconds each",
+        help="also measure the energy of each call on a GPU, with NVML; takes 4 seconds per call",
     ),
     "corpus": _option(
         "--corpus",
         type=Path,
         metavar="PATH",
-        help="file or folder whose bytes suites that train learn (default: the Python source of installed packages)",
+        help="file or folder with the data of suites that train (default: the Python source of installed packages)",
     ),
     "compile_for": _option(
         "--compile-for",
@@ -88,8 +97,8 @@ _OPTIONS = {
         type=int,
         choices=TARGETS,
         metavar="SM",
-        help=f"without a GPU, record what the compiler makes of kernels for it: {', '.join(map(str, TARGETS))}; may be "
-        "repeated",
+        help="without a GPU, compile kernels for this compute capability and record facts such as registers: "
+        f"{', '.join(map(str, TARGETS))}; may be repeated",
     ),
 }
 

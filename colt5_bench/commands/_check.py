@@ -29,9 +29,9 @@ Measure = Callable[[Grid, str, Path], int]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--baseline", type=Path, metavar="RUN", help="compare with this results file, or directory")
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help="compare with this results file or directory")
     parser.add_argument(
-        "--check", action="store_true", help="fail if anything is worse than in the baseline, and for nothing else"
+        "--check", action="store_true", help="exit with 1 if anything is worse than in the baseline, and only then"
     )
     add_options(parser)
 

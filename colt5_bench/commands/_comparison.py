@@ -13,9 +13,12 @@ from colt5_bench.startup import find_checkout
 from colt5_bench.suite import Grid
 
 STATUSES = """\
-exit status: 0 no regression; 1 there is one: what failed, is missing or became worse; 2 wrong usage; 3 nothing could be
-compared, or measuring failed; 4 undecided: nothing is worse for certain, but a time is unclear whose interval reaches
-beyond its threshold, on a machine that is too noisy or with too few runs
+exit status:
+  0  no regression
+  1  a regression: something failed, is missing or became worse
+  2  wrong usage
+  3  nothing could be compared, or measuring failed
+  4  undecided: nothing is certainly worse, but a time may be; the machine is too noisy, or there are too few runs
 """
 
 
@@ -24,7 +27,7 @@ def add_thresholds(parser: argparse.ArgumentParser) -> None:
         "--thresholds",
         type=Path,
         metavar="FILE",
-        help="what a regression is (default: suites/thresholds.toml of the checkout)",
+        help="file with the thresholds of regressions (default: suites/thresholds.toml of the checkout)",
     )
 
 
@@ -38,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--any-machine",
         action="store_true",
-        help="compare what holds on any machine: speed-ups over the reference in place of times",
+        help="compare speed-ups over the reference instead of times, for runs from different machines",
     )
 
 

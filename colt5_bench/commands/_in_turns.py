@@ -29,11 +29,11 @@ def add_measuring(parser: argparse._ArgumentGroup) -> None:
         type=int,
         default=TURNS,
         metavar="N",
-        help="turns of each (default: %(default)s); cases that are unclear then, or worse, get as many more "
-        f"until they are settled, but no more than {MOST_TURNS} in all",
+        help="turns of each revision (default: %(default)s); unclear or worse cases get as many more turns, until "
+        f"they are settled, up to {MOST_TURNS} in all",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where results go (default: reports/<utc-timestamp>-<command>)"
+        "--out", type=Path, metavar="DIR", help="directory for the results (default: reports/<utc-timestamp>-<command>)"
     )
 
 

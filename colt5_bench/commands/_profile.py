@@ -19,7 +19,7 @@ from colt5_bench.suite import Grid, Suite
 def add_option(parser: argparse.ArgumentParser) -> None:
     modes = "; ".join(f"{mode}: {gives}" for mode, gives in profiler.MODES.items())
     parser.add_argument(
-        "--profile", choices=profiler.MODES, metavar="MODE", help=f"profile in place of measuring. {modes}"
+        "--profile", choices=profiler.MODES, metavar="MODE", help=f"profile instead of measuring. {modes}"
     )
 
 

@@ -45,15 +45,15 @@ def configure(parser: argparse.ArgumentParser, kinds: argparse._MutuallyExclusiv
         "--comparisons",
         type=int,
         metavar="N",
-        help="so many times, compare HEAD with itself as `compare HEAD HEAD` does: is equal code called worse?",
+        help="compare HEAD with itself N times, as `compare HEAD HEAD` does; count false alarms",
     )
-    group = parser.add_argument_group("of --comparisons")
+    group = parser.add_argument_group("options of --comparisons")
     group.add_argument(
         "--planted",
         type=float,
         metavar="SHARE",
-        help=f"compare with a copy in which each call of {OURS} takes longer by so much, 0.1 for 10 %%: how often that "
-        "is found. Host or GPU spin as long",
+        help=f"compare HEAD with a copy in which each call of {OURS} takes longer by this share, 0.1 for 10 %%; count "
+        "how often this is found",
     )
     declare(parser.add_argument, SELECTING)
     add_measuring(group)

@@ -21,14 +21,14 @@ from colt5_bench.startup import check, find_checkout
 EXAMPLES = """\
   python bench.py baseline reports/nvidia-h200 reports/baselines/nvidia-h200.jsonl
 
-records of the suites that the run has take the place of theirs in the file; those of other suites stay. A directory
-with several runs of one revision makes a baseline that knows how far runs lie apart: for machines that are noisy
+The records of the run replace those of the same suites in the file; records of other suites stay. On a noisy machine,
+use a directory with several runs of one revision: such a baseline knows how much equal runs differ.
 """
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="a results file, or a directory with any")
-    parser.add_argument("file", type=Path, metavar="FILE", help="the baseline, which is made if it is not there")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a results file, or a directory with results")
+    parser.add_argument("file", type=Path, metavar="FILE", help="the baseline; created if it does not exist")
     add_options(parser)
 
 

@@ -28,12 +28,14 @@ EXAMPLES = f"""\
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("baseline", metavar="A", help="what was: a results file, a directory with any, or a revision")
-    parser.add_argument("run", metavar="B", help="what is: likewise")
+    parser.add_argument(
+        "baseline", metavar="A", help="the old side: a results file, a directory with results, or a revision"
+    )
+    parser.add_argument("run", metavar="B", help="the new side, of the same kind")
     declare(parser.add_argument, SELECTING)
-    parser.add_argument("--format", choices=FORMATS, default="text", help="of the output (default: %(default)s)")
+    parser.add_argument("--format", choices=FORMATS, default="text", help="format of the output (default: %(default)s)")
     add_options(parser)
-    measuring = parser.add_argument_group("of revisions, which are measured")
+    measuring = parser.add_argument_group("options for revisions, which are measured")
     add_measuring(measuring)
     declare(measuring.add_argument, ("device",))
 

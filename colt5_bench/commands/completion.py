@@ -13,7 +13,7 @@ EXAMPLES = """\
   colt5-bench completion zsh > ~/.zfunc/_colt5-bench
   colt5-bench completion fish > ~/.config/fish/completions/colt5-bench.fish
 
-`colt5-bench` is what pip installs: the same as `python bench.py`, for which no shell completes
+pip installs the command `colt5-bench`. It is the same as `python bench.py`, which shells cannot complete.
 """
 
 SHELLS = ("bash", "zsh", "fish")
@@ -23,7 +23,7 @@ SUITES = "grep -rls '^SUITE =' suites --include='*.py' | xargs -r basename -a -s
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=SHELLS, help="which")
+    parser.add_argument("shell", choices=SHELLS, help="the shell")
 
 
 def main(options: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ EXAMPLES = """\
 
 def configure(parser: argparse.ArgumentParser) -> None:
     declare(parser.add_argument, ("device",))
-    parser.add_argument("--json", action="store_true", help="as results files hold it")
+    parser.add_argument("--json", action="store_true", help="print the environment as in results files")
 
 
 def main(options: argparse.Namespace) -> int:

@@ -20,9 +20,9 @@ EXAMPLES = """\
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="a results file, or a directory with any: of one run")
-    parser.add_argument("--format", choices=FORMATS, required=True, help="what reads the file")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where it goes (default: the standard output)")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a results file, or a directory with results, of one run")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="the tool that reads the file")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: the standard output)")
 
 
 @no_garbage()

@@ -31,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[SAVED],
         metavar="RUN",
-        help="results files, or directories with any (default: all of %(default)s)",
+        help=f"results files, or directories with results (default: {SAVED})",
     )
     declare(parser.add_argument, SELECTING)
     parser.add_argument(
@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=SAVED / "history",
         metavar="DIR",
-        help="where history.html and the plots go (default: %(default)s)",
+        help="directory for history.html and the plots (default: %(default)s)",
     )
 
 

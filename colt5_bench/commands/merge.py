@@ -9,15 +9,15 @@ from colt5_bench.records import parts
 EXAMPLES = """\
   python bench.py merge reports/layers-1 reports/layers-2 --out reports/layers.jsonl
 
-parts belong together if suite, options, revision, versions, GPU and schema are the same
+All shards must be there, with the same suite, options, revision, versions, GPU and schema.
 """
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "parts", type=Path, nargs="+", metavar="PART", help="results files, or directories with any: one a shard"
+        "parts", type=Path, nargs="+", metavar="PART", help="results files, or directories with results, one per shard"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, ending in .jsonl")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write, ending in .jsonl")
 
 
 def main(options: argparse.Namespace) -> int:

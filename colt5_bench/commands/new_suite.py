@@ -15,7 +15,7 @@ EXAMPLE = Path(__file__).with_name("_example_suite.py")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help="a new Python file; the suite is called as the file")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a new Python file; the suite gets its name")
 
 
 def main(options: argparse.Namespace) -> int:

@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="RUN",
-        help="a results file, or a directory with any; the page of several, of any machines, is a leaderboard",
+        help="a results file, or a directory with results; several, from any machines, make a leaderboard",
     )
     parser.add_argument(
         "--out",
@@ -44,12 +44,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help=f"what to write, ending in {', '.join(ENDINGS)}; may be repeated (default: {PAGE} beside the results, or "
-        f"{LEADERBOARD} here)",
+        help=f"file to write, ending in {', '.join(ENDINGS)}; may be repeated (default without --plots: {PAGE} beside "
+        f"the results, or {LEADERBOARD} in the current directory)",
     )
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="write each plot there, as PNG and SVG")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="write each plot to this directory, as PNG and SVG")
     parser.add_argument(
-        "--baseline", type=Path, metavar="RUN", help="what the page compares with, of the suites that are in both"
+        "--baseline",
+        type=Path,
+        metavar="RUN",
+        help="results file or directory that the run is compared with, on the page",
     )
     add_options(parser)
 

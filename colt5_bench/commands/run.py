@@ -48,12 +48,17 @@ EXAMPLES = """\
   python bench.py --suite coor_descent --baseline reports/baselines/nvidia-h200.jsonl --check
   python bench.py --suite coor_descent -- --benchmark-json=benchmark.json
 
-what follows `--` is passed on to pytest
+Arguments after `--` are passed on to pytest.
 
-exit status: 0 all is measured; 1 an implementation missed its accuracy bound, was refused or failed, or with --check,
-something is worse than in the baseline; 2 wrong usage; 3 could not measure, or not all; 4 with --check, nothing is
-worse for certain, but a time may be: it is too noisy to tell; 130 interrupted, with everything kept that was measured
-until then; 141 nobody reads the output any more
+exit status:
+  0    everything is measured
+  1    an implementation missed its accuracy gate, was refused or failed; with --check, something is worse than in the
+       baseline
+  2    wrong usage
+  3    something could not be measured or compared
+  4    with --check: nothing is certainly worse, but a time may be; noise hides the answer
+  130  interrupted; everything measured so far is kept
+  141  the program that reads the output has ended
 """
 
 
@@ -65,8 +70,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="the same as the command `list`")
     declare(parser.add_argument, ("suite", *MEASURING))
     shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("-q", "--quiet", action="store_true", help="no progress and no table, just how it ended")
-    shown.add_argument("-v", "--verbose", action="store_true", help="a line for each record as it is taken")
+    shown.add_argument("-q", "--quiet", action="store_true", help="print only how the run ended")
+    shown.add_argument("-v", "--verbose", action="store_true", help="print a line for each record when it is measured")
     _check.configure(parser)
     _profile.add_option(parser)
 

@@ -25,9 +25,15 @@ EXAMPLES = """\
   python bench.py selftest --comparisons 30 --suite combine --preset smoke --device cpu
   python bench.py selftest --comparisons 10 --planted 0.5 --suite combine --preset smoke --device cpu
 
-exit status: 0 no check failed; 1 one did; 2 wrong usage; of --comparisons 3 could not measure, 4 too few planted
-slowdowns are found, and noise hides the others, 130 interrupted, with all said that is known. A check that noise makes
-undecidable is unclear and does not fail: on an idle machine none is
+A check is unclear if noise hides the answer; this is no failure. On an idle machine no check is unclear.
+
+exit status:
+  0    no check failed
+  1    a check failed
+  2    wrong usage
+  3    with --comparisons: something could not be measured
+  4    with --comparisons: too few planted slowdowns are found, and noise hides the others
+  130  with --comparisons: interrupted; the complete comparisons are summarised
 """
 
 STYLES = {"passed": "green", "failed": "red", "unclear": "yellow", "skipped": "dim"}
@@ -39,10 +45,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     kinds.add_argument(
         "--statistics",
         action="store_true",
-        help="measure nothing, but simulate how far verdicts on times can be trusted under several kinds of noise: how "
-        "many comparisons have false alarms, and of slowdowns the share that is found / called the same, as Markdown",
+        help="measure nothing; simulate comparisons under several kinds of noise, and print as Markdown how many have "
+        "false alarms, and the shares of slowdowns that are found / called the same",
     )
-    kinds.add_argument("--json", action="store_true", help="figures and limits for programs")
+    kinds.add_argument("--json", action="store_true", help="print figures and limits for programs")
     _trials.configure(parser, kinds)
 
 

@@ -25,12 +25,12 @@ from colt5_bench.selection import case_filter
 from colt5_bench.suite import Suite
 
 MODES = {
-    "nvtx": "ranges for a tool that this is run under",
+    "nvtx": "NVTX ranges for a profiler that you start yourself",
     "torch": "a Chrome trace and a table of operators",
-    "ncu": "hardware metrics of each kernel, by Nsight Compute",
-    "nsys": "a timeline and the time of each kernel, by Nsight Systems",
+    "ncu": "hardware metrics of each kernel, from Nsight Compute",
+    "nsys": "a timeline and the time of each kernel, from Nsight Systems",
     "memory": "a snapshot of the GPU's memory for https://pytorch.org/memory_viz",
-    "proton": "the kernels of each range, by Triton's profiler",
+    "proton": "the kernels of each range, from Triton's profiler Proton",
 }
 
 NEEDS_GPU = ("ncu", "nsys", "memory", "proton")
