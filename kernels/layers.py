@@ -23,17 +23,17 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def played(layer: Module, play: bool = True) -> Module:
-    """Switch on or off that a layer records the second of its calls of a kind, and plays later ones.
+    """Switch on or off that a layer records its second call of a kind, and plays later ones.
 
-    Layers are made with it switched on. Each call is one autograd function then. One that is played has no Python
-    between the launches of forward or backward: this saves host time where the same shapes come again and again, as in
-    training. All calls of a layer have the same bits. A call that somebody watches, by hooks, modes or transforms, runs
-    as it is written: it adds up gradients of a tensor in another order, so the two can differ by a rounding. So does
-    every call of a layer some of whose operations are no kernels, but functions of Python.
+    It is on by default. Each call is then one autograd function. A played call runs no Python between the launches of
+    forward or backward: this saves host time if the same shapes come again and again, as in training. All these calls
+    give the same bits. A call under hooks, modes or transforms runs the code of the layer: it adds up gradients of a
+    tensor in another order, so the two can differ by a rounding. So does every call of a layer in which some operations
+    are Python functions instead of kernels.
 
     Args:
-        layer: a layer with kernels, or a model that has some; changed in place.
-        play: False: have it run as it is written.
+        layer: a layer with kernels, or a model that contains such layers; changed in place.
+        play: if False, calls run the code of the layer.
 
     Returns:
         The layer.

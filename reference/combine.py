@@ -22,19 +22,20 @@ def combine(
     start: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The output of a routed layer: `light + heavy + residual + bias`. In the places of routed tokens, heavy is routed
-    token times score, and in all others null (CoLT5, 2303.09752, 3.2).
+    """The output of a routed layer: `light + heavy + residual + bias`. At the places of routed tokens, heavy is the
+    routed token times its score; elsewhere it is null (CoLT5, 2303.09752, 3.2).
 
     Args:
-        routed: `b k d`, what comes out of the heavy branch.
+        routed: `b k d`, the output of the heavy branch.
         scores: `b k`.
-        indices: `b k`, int32 or int64: the places, no two of a row the same; past the end for tokens that have none.
+        indices: `b k`, int32 or int64: places of the routed tokens, all different within a row; past the end for tokens
+            without a place.
         length: n, of the sequence.
-        null: `d`; None stands for 0.
-        light, residual: `b n d`; None stands for 0.
-        bias, routed_bias: `d`, of a light branch and of routed tokens that come without; None stands for 0.
-        start: the first token that null stands for.
-        dtype: of the result; by default the one that all of these promote to.
+        null: `d`; None means 0.
+        light, residual: `b n d`; None means 0.
+        bias, routed_bias: `d`, of a light branch and of routed tokens that lack them; None means 0.
+        start: the first token that null applies to.
+        dtype: dtype of the result, by default the one that all of these promote to.
 
     Returns:
         `b n d`.

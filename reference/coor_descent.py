@@ -37,17 +37,15 @@ def coor_descent(
     Args:
         scores: `... n`, any float dtype.
         n_iters: number of iterations, at least 1.
-        k: how many entries a row should sum to. A number, or a tensor that broadcasts to `...`, one k a row; it has a
-            gradient.
+        k: the sum that each row approaches: a number, or a tensor that broadcasts to `...`, with a gradient.
         eps: last temperature, in units of the scores.
-        eps_init: first temperature; None or anything below eps stands for eps.
-        eps_decay: factor in (0, 1] on the temperature after each iteration, until it reaches eps.
-        mask: bool, broadcasts to `... n`; entries that are False take part in nothing and come out as 0. So do
-            those of a score of -inf.
+        eps_init: first temperature; None, or a value below eps, means eps.
+        eps_decay: factor in (0, 1] by which the temperature decays after each iteration, until it reaches eps.
+        mask: bool, broadcasts to `... n`; False entries are left out and give 0. So do entries with a score of -inf.
 
     Returns:
-        `... n`, in the dtype of the scores. A row with NaN or +inf among its valid scores is NaN, and so is a row
-        whose k (from a tensor) is not positive.
+        `... n`, in the dtype of the scores. A row is NaN if a valid score is NaN or +inf, or if its k, from a tensor,
+        is not positive.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.

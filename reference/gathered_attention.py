@@ -21,18 +21,18 @@ def gathered_attention(
 ) -> Tensor:
     """Softmax attention of the queries of each window to a list of tokens, and to a learned pair.
 
-    This is the heavy branch of CoLT5's attention (2303.09752, 3.2) where each window of a sequence has routed keys and
-    values of its own. Each route serves its share of the heads. A window with nothing in its list attends to the
-    learned key alone.
+    This is the heavy branch of CoLT5's attention (2303.09752, 3.2), if each window of a sequence has its own routed
+    keys and values. Each route serves an equal share of the heads. A window with an empty list attends only to the
+    learned key.
 
     Args:
         query: `b w h i d`, any float dtype: the queries of w windows, h heads of d dimensions.
-        key_value: `b r n (h kv d)`, in the dtype of the queries: of each token and route, for the heads of the route,
-            a key and a value side by side.
-        indices: `b w r s`, integers: which tokens the window attends to. Where the mask is False anything may stand;
-            elsewhere all entries of a list are different, and are of the sequence.
+        key_value: `b r n (h kv d)`, in the dtype of the queries. Each token has a key and a value side by side, per
+            route and head of the route.
+        indices: `b w r s`, integers: the tokens that the window attends to. Entries that the mask leaves out may have
+            any value; all other entries of a list are different, and within the sequence.
         weights: `b w r s`, any float dtype: multiplied with values, and with keys if `multiply_keys_by_score`.
-        null_kv: `2 h d`, any float dtype: a key and a value that every query attends to, too.
+        null_kv: `2 h d`, any float dtype: a key and a value that every query also attends to.
         mask: `b w r s`, bool; False for entries that are not attended to.
 
     Returns:

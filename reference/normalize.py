@@ -25,9 +25,9 @@ def normalize(
         x: `... d`, any float dtype.
         weight, bias: `d`.
         center: whether the mean is subtracted.
-        eps: the least norm to divide by; if `center`, what is added to the variance.
-        dtype: of the result; by default the one that x, weight and bias promote to. What comes next may want less than
-            they have, as a linear layer under autocast does.
+        eps: the smallest norm to divide by; with `center`, the number added to the variance.
+        dtype: dtype of the result, by default the one that x, weight and bias promote to. The next operation may need
+            less precision, as a linear layer under autocast does.
 
     Returns:
         `... d`.

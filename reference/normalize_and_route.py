@@ -32,10 +32,10 @@ def normalize_and_route(
 
     Args:
         x: tokens `b n d`, any float dtype.
-        routing_tokens: `b r d`, or `1 r d` for all of a batch.
+        routing_tokens: `b r d`, or `1 r d` for the whole batch.
         weight, bias: `d`, of the norm.
-        num_selected, k, n_iters, eps, eps_init, eps_decay, solver, straight_through, mask: of `route`.
-        center, norm_eps, dtype: of `normalize`.
+        num_selected, k, n_iters, eps, eps_init, eps_decay, solver, straight_through, mask: as in `route`.
+        center, norm_eps, dtype: as in `normalize`.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.

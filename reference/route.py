@@ -41,15 +41,16 @@ def route(
 
     Args:
         x: tokens `b n d`, any float dtype.
-        routing_tokens: `b r d`, or `1 r d` for all of a batch.
-        num_selected: how many tokens each route selects, from each block if there are blocks.
-        k: what the relaxed selection of a route sums to, in each block.
-        n_iters, eps, eps_init, eps_decay: of coordinate descent; `reference.coor_descent` explains them.
+        routing_tokens: `b r d`, or `1 r d` for the whole batch.
+        num_selected: number of tokens that each route selects, from each block if there are blocks.
+        k: sum of the relaxed selection of a route, in each block.
+        n_iters, eps, eps_init, eps_decay: as in `reference.coor_descent`.
         solver: `coor_descent`, or `exact`: `reference.soft_topk` at temperature eps.
-        cosine_sim_scale: score by the cosine times this, instead of by the product.
-        block_size: select from blocks of so many tokens. A last one that is shorter is filled up with masked tokens.
+        cosine_sim_scale: the score is the cosine times this, instead of the product.
+        block_size: number of tokens per block, if each block is selected from. A shorter last block is padded with
+            masked tokens.
         straight_through: weights are 1, with the gradient of the relaxed selection.
-        mask: bool `b n`, False for tokens that take part in nothing, as tokens of a score of -inf do.
+        mask: bool `b n`, False for tokens that are left out. So are tokens with a score of -inf.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.

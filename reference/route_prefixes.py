@@ -26,21 +26,21 @@ def route_prefixes(
     """Select, for each window but the first, the largest scores before it, weighted by coordinate descent over these.
 
     A row of coordinate descent is a prefix of the scores, window by window (CoLT5, https://arxiv.org/abs/2303.09752,
-    section 3.1, with a mask of what is before a window). Of equal scores the first is selected. A token that is
-    selected by some windows is so by all from the first after it to the last of them: more tokens only take places.
+    section 3.1, with a mask of what is before a window). Of equal scores the first is selected. If a window selects a
+    token, so do all windows between the token and that window: later tokens can only displace it.
 
     Args:
         scores: `b r n`, any float dtype.
         window_size: tokens of a window; the last one may be shorter.
-        num_selected: s, how many are selected, from 1 to n.
-        k: how many entries a row of coordinate descent should sum to, whatever its length.
-        n_iters, eps, eps_init, eps_decay: of coordinate descent; `reference.coor_descent` explains them.
+        num_selected: s, number of tokens to select, from 1 to n.
+        k: the sum that each row of coordinate descent approaches, whatever its length.
+        n_iters, eps, eps_init, eps_decay: as in `reference.coor_descent`.
         straight_through: weights are 1, with the gradient of the relaxed selection.
 
     Returns:
         Indices, weights and mask, `b w r s` for the w = ceil(n / window_size) - 1 windows after the first. Weights have
-        a gradient; weight and gradient of a score of -inf are 0. All of a window's weights are NaN if there is NaN or
-        +inf before it; NaN counts as the largest score.
+        a gradient; weight and gradient of a score of -inf are 0. All weights of a window are NaN if a score before it
+        is NaN or +inf; NaN counts as the largest score.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.

@@ -13,11 +13,11 @@ def routing_scores(x: Tensor, routing_tokens: Tensor, *, cosine_sim_scale: float
 
     Args:
         x: tokens `b n d`, any float dtype.
-        routing_tokens: `b r d`, or `1 r d` for all of a batch; any float dtype.
-        cosine_sim_scale: score by the cosine times this, instead of by the product.
+        routing_tokens: `b r d`, or `1 r d` for the whole batch; any float dtype.
+        cosine_sim_scale: the score is the cosine times this, instead of the product.
 
     Returns:
-        `b r n` in fp32 at least, autocast or not: rounded to half precision, too many would be equal.
+        `b r n` in fp32 at least, even under autocast: in half precision, too many scores would be equal.
 
     Raises:
         ValueError: shapes do not match.

@@ -13,9 +13,9 @@ def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> 
 
     Args:
         scores: `... n`, any float dtype.
-        num_selected: how many, from 1 to n.
-        mask: bool, broadcasts to `... n`; entries that are False come after all others, in the order of their indices,
-            and those of -inf just before them.
+        num_selected: number of entries to select, from 1 to n.
+        mask: bool, broadcasts to `... n`; False entries come last, in the order of their indices, and entries of -inf
+            just before them.
 
     Returns:
         int64 `... num_selected`; it has no gradient.

@@ -23,16 +23,14 @@ def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | N
 
     Args:
         scores: `... n`, any float dtype.
-        k: how many entries a row sums to. A number, or a tensor that broadcasts to `...`, one k a row; it has a
-            gradient.
+        k: the sum of each row: a number, or a tensor that broadcasts to `...`, with a gradient.
         eps: temperature, in units of the scores.
-        mask: bool, broadcasts to `... n`; entries that are False take part in nothing and come out as 0. So do
-            those of a score of -inf.
+        mask: bool, broadcasts to `... n`; False entries are left out and give 0. So do entries with a score of -inf.
 
     Returns:
-        `... n`, in the dtype of the scores. A row with no more than k valid entries is 1 at each of them, with gradient
-        0. A row with NaN or +inf among its valid scores is NaN at its valid entries, and so is a row whose k (from a
-        tensor) is not positive.
+        `... n`, in the dtype of the scores. In a row with no more than k valid entries each of them is 1, with a
+        gradient of 0. The valid entries of a row are NaN if one of their scores is NaN or +inf, or if its k, from a
+        tensor, is not positive.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.

@@ -22,15 +22,15 @@ def topk(
 ) -> TopkReturn:
     """The k largest entries of each row with gates that carry a gradient.
 
-    Selection is by x itself, of which the relaxed selection is a monotone function: where that function saturates, its
-    values tie and x does not. Masked entries, and those of -inf, are selected only where a row has fewer than k others;
-    then value, coordinate descent value and gate of the surplus are 0.
+    Entries are selected by x itself. The relaxed selection is a monotone function of x; where it saturates, its values
+    tie and x does not. Masked entries, and those of -inf, are selected only if a row has fewer than k others. Their
+    value, coordinate descent value and gate are 0.
 
     Args:
         x: `... n`, any float dtype.
         k: how many to select, from 1 to n.
-        coor_descent_k_ratio: at least 1: coordinate descent sums to `min(k * ratio, n)`, since fetching a few more
-            than k gives the next candidates a gradient (CoLT5, https://arxiv.org/abs/2303.09752, section 3.1).
+        coor_descent_k_ratio: at least 1. Coordinate descent sums to `min(k * ratio, n)`, because a sum above k gives
+            the next candidates a gradient (CoLT5, https://arxiv.org/abs/2303.09752, section 3.1).
         n_iters, eps, eps_init, eps_decay, mask: as in `coor_descent`.
         fused: compute the relaxation with the fused kernel.
         non_differentiable: skip the relaxation.

@@ -23,23 +23,23 @@ def windowed_attention(
 ) -> Tensor:
     """Softmax attention of each token to those near it: the light branch of CoLT5 (2303.09752, section 3.2).
 
-    Without `causal` a token at i attends to those at j with |i - j| <= window_size. With it tokens are in windows of
-    that size, and one attends to what is not after it in its window and to all of the window before. Windows of
-    queries see their neighbours, by PyTorch's scaled_dot_product_attention, which autocast lowers to its dtype.
+    Without `causal` a token at i attends to those at j with |i - j| <= window_size. With `causal` tokens are in windows
+    of that size. A token attends to its own window, up to itself, and to all of the window before. PyTorch's
+    scaled_dot_product_attention computes it per window of queries; autocast lowers it to its dtype.
 
     Args:
-        qkv: `b n (3 h d)`, any float dtype: queries, keys and values, each with the heads one after the other.
+        qkv: `b n (3 h d)`, any float dtype: queries, keys and values, each as consecutive heads.
         heads: number of heads h.
         window_size: at least 1, in tokens.
-        causal: whether a token attends to nothing after it.
+        causal: whether attention is causal.
         mask: bool, `b n`, False for tokens that nothing attends to.
-        rotary_theta: of rotary position embedding (2104.09864), if there is one: dimensions i and i + d / 2 of queries
-            and keys turn by theta^(-2 i / d) radians a position. d is then even.
+        rotary_theta: theta of rotary position embedding (2104.09864), None for no embedding. Dimensions i and i + d / 2
+            of queries and keys rotate by theta^(-2 i / d) radians per position. d must be even.
         position_bias: `h (2 r + 1)`, any float dtype: entry r + j - i of its head is added to the logit of a query at i
             and a key at j; those of distances beyond r are those of r.
 
     Returns:
-        `b n (h d)`, in the dtype of qkv. A token that may attend to nothing gives 0, with gradient 0.
+        `b n (h d)`, in the dtype of qkv. A token that attends to nothing gives 0, with gradient 0.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.

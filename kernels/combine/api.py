@@ -109,26 +109,27 @@ def combine(
 ) -> Tensor:
     """`reference.combine` in one pass, in fp32 and rounded once.
 
-    Results are bitwise equal from run to run. CPU tensors, fp64 ones, and tokens of more than 8192 features get the
-    same mathematics in PyTorch.
+    Results are bitwise equal from run to run. PyTorch computes CPU tensors, fp64, and tokens of more than 8192 features
+    by the same mathematics.
 
     Args:
         routed: `b k d`, any float dtype.
         scores: `b k`.
-        indices: `b k`, int32 or int64: the places, no two of a row the same; past the end for tokens that have none.
+        indices: `b k`, int32 or int64: places of the routed tokens, all different within a row; past the end for tokens
+            without a place.
         length: n, of the sequence.
-        null: `d`; None stands for 0.
-        light, residual: `b n d`; None stands for 0. Any strides.
-        bias, routed_bias: `d`, of a light branch and of routed tokens that come without; None stands for 0.
-        start: the first token that null stands for.
-        dtype: of the result; by default the one that all of these promote to.
+        null: `d`; None means 0.
+        light, residual: `b n d`; None means 0. Any strides.
+        bias, routed_bias: `d`, of a light branch and of routed tokens that lack them; None means 0.
+        start: the first token that null applies to.
+        dtype: dtype of the result, by default the one that all of these promote to.
 
     Returns:
         `b n d`.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match.
-        NotImplementedError: a second derivative or forward mode is asked for, but on the CPU.
+        NotImplementedError: for a second derivative or forward mode, except on the CPU.
     """
     check_combine(routed, scores, indices, length, null, light, residual, bias, routed_bias, start, dtype)
     tensors = (routed, scores, null, light, residual, bias, routed_bias)

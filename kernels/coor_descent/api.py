@@ -89,29 +89,27 @@ def coor_descent(
     eps_decay: float = 1.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """`reference.coor_descent` in one kernel, with fp64 where it counts and a closed-form gradient.
+    """`reference.coor_descent` in one kernel, with fp64 scalars and a closed-form gradient.
 
-    The backward pass needs the scores and 16 bytes a row and iteration. Results are bitwise equal from run to run.
-    A CPU tensor gets the same mathematics in PyTorch.
+    The backward pass needs the scores, and 16 bytes per row and iteration. Results are bitwise equal from run to run.
+    PyTorch computes a CPU tensor by the same mathematics.
 
     Args:
         scores: `... n`: fp32, bf16 or fp16, and fp64 on the CPU (computed in fp32 on a GPU). Any strides.
         n_iters: number of iterations, at least 1.
-        k: how many entries a row should sum to. A number, or a tensor that broadcasts to `...`, one k a row; it has a
-            gradient.
+        k: the sum that each row approaches: a number, or a tensor that broadcasts to `...`, with a gradient.
         eps: last temperature, in units of the scores.
-        eps_init: first temperature; None or anything below eps stands for eps.
-        eps_decay: factor in (0, 1] on the temperature after each iteration, until it reaches eps.
-        mask: bool, broadcasts to `... n`; entries that are False take part in nothing and come out as 0. So do
-            those of a score of -inf.
+        eps_init: first temperature; None, or a value below eps, means eps.
+        eps_decay: factor in (0, 1] by which the temperature decays after each iteration, until it reaches eps.
+        mask: bool, broadcasts to `... n`; False entries are left out and give 0. So do entries with a score of -inf.
 
     Returns:
-        `... n`, in the dtype of the scores. A row with NaN or +inf among its valid scores is NaN, and so is a row
-        whose k (from a tensor) is not positive.
+        `... n`, in the dtype of the scores. A row is NaN if a valid score is NaN or +inf, or if its k, from a tensor,
+        is not positive.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
-        NotImplementedError: a second derivative or forward mode is asked for.
+        NotImplementedError: for a second derivative or forward mode.
     """
     check_scores(scores, mask)
     check_k(k, scores)

@@ -97,19 +97,19 @@ def gathered_attention(
     """`reference.gathered_attention` without a copy of any key or value, in memory linear in their number.
 
     Keys and values are read by index while a softmax goes over the list of a window. The backward pass sorts the
-    entries of all lists by their token: it is right for any lists, and fast where a token that is in a list stays in
-    those of the windows after it, as what is routed of ever longer prefixes does. It keeps the output and one number a
-    query and head. Results are bitwise equal from run to run. A CPU tensor, and any of fp64 or of heads of
-    more than 128 dimensions, goes window by window through PyTorch.
+    entries of all lists by their token. It is right for any lists, and fast if a token stays in the lists of the
+    following windows, as with routing from prefixes. It keeps the output and one number per query and head. Results are
+    bitwise equal from run to run. PyTorch computes CPU tensors, fp64, and heads of more than 128 dimensions, window by
+    window.
 
     Args:
         query: `b w h i d`, any float dtype: the queries of w windows, h heads of d dimensions.
-        key_value: `b r n (h kv d)`, in the dtype of the queries: of each token and route, for the heads of the route,
-            a key and a value side by side.
-        indices: `b w r s`, integers: which tokens the window attends to. Where the mask is False anything may stand;
-            elsewhere all entries of a list are different, and are of the sequence.
+        key_value: `b r n (h kv d)`, in the dtype of the queries. Each token has a key and a value side by side, per
+            route and head of the route.
+        indices: `b w r s`, integers: the tokens that the window attends to. Entries that the mask leaves out may have
+            any value; all other entries of a list are different, and within the sequence.
         weights: `b w r s`, any float dtype: multiplied with values, and with keys if `multiply_keys_by_score`.
-        null_kv: `2 h d`, any float dtype: a key and a value that every query attends to, too.
+        null_kv: `2 h d`, any float dtype: a key and a value that every query also attends to.
         mask: `b w r s`, bool; False for entries that are not attended to.
 
     Returns:
@@ -117,7 +117,7 @@ def gathered_attention(
 
     Raises:
         ValueError: an argument is of a wrong dtype, or shapes do not match.
-        NotImplementedError: a second derivative or forward mode is asked for.
+        NotImplementedError: for a second derivative or forward mode.
     """
     check_gathered(query, key_value, indices, weights, null_kv, mask)
     out, *_ = _operation(

@@ -71,22 +71,22 @@ def normalize(
 ) -> Tensor:
     """`reference.normalize` in one read and one write, and in one sweep backward.
 
-    The backward pass needs x and one or two numbers a row. Results are bitwise equal from run to run. A CPU tensor, one
-    of fp64, and rows of more than 8192 features get the same mathematics in PyTorch.
+    The backward pass needs x and one or two numbers per row. Results are bitwise equal from run to run. PyTorch
+    computes CPU tensors, fp64, and rows of more than 8192 features by the same mathematics.
 
     Args:
         x: `... d`, any float dtype. Any strides.
         weight, bias: `d`.
         center: LayerNorm, else RMSNorm.
-        eps: the least norm to divide by; if `center`, what is added to the variance.
-        dtype: of the result; by default the one that x, weight and bias promote to.
+        eps: the smallest norm to divide by; with `center`, the number added to the variance.
+        dtype: dtype of the result, by default the one that x, weight and bias promote to.
 
     Returns:
         `... d`. A row with a NaN is NaN.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
-        NotImplementedError: a second derivative or forward mode is asked for, but on the CPU.
+        NotImplementedError: for a second derivative or forward mode, except on the CPU.
     """
     check_normalize(x, weight, bias, eps, dtype)
     result = result_dtype(dtype, x, weight, bias)

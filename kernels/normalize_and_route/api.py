@@ -169,23 +169,22 @@ def normalize_and_route(
 ) -> NormalizedRouteReturn:
     """`reference.normalize_and_route` with each token read once, and once more for all gradients.
 
-    Results are bitwise equal from run to run. A CPU tensor, one of fp64, tokens of more than 2048 features, more than 4
-    routes, and routing tokens of each of a batch get the same from `kernels.route` and `kernels.normalize`.
+    Results are bitwise equal from run to run. `kernels.route` and `kernels.normalize` compute CPU tensors, fp64, tokens
+    of more than 2048 features, more than 4 routes, and routing tokens that differ in a batch, with the same results.
 
     Args:
         x: tokens `b n d`, any float dtype, any strides.
-        routing_tokens: `b r d`, or `1 r d` for all of a batch; any float dtype.
+        routing_tokens: `b r d`, or `1 r d` for the whole batch; any float dtype.
         weight, bias: `d`, of the norm.
-        num_selected, k, n_iters, eps, eps_init, eps_decay, solver, straight_through, mask: of routing; `kernels.route`
-            explains them.
-        center, norm_eps, dtype: of the norm; `kernels.normalize` explains them.
+        num_selected, k, n_iters, eps, eps_init, eps_decay, solver, straight_through, mask: as in `kernels.route`.
+        center, norm_eps, dtype: as in `kernels.normalize`.
 
     Returns:
         indices, weights and tokens as of `kernels.route`, normalized tokens `b n d`, and x.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
-        NotImplementedError: a second derivative or forward mode is asked for, but on the CPU.
+        NotImplementedError: for a second derivative or forward mode, except on the CPU.
     """
     check_positive(norm_eps=norm_eps)
     check_normalize(x, weight, bias, norm_eps, dtype)

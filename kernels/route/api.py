@@ -215,28 +215,28 @@ def route(
 ) -> RouteReturn:
     """`reference.route` with each token read once, and once more for the gradients of tokens and routing tokens.
 
-    The backward pass needs tokens and scores, and 16 bytes a row of scores and iteration. Results are bitwise equal
-    from run to run. A CPU tensor gets the same mathematics in PyTorch.
+    The backward pass needs tokens and scores, and 16 bytes per row of scores and iteration. Results are bitwise equal
+    from run to run. PyTorch computes a CPU tensor by the same mathematics.
 
     Args:
         x: tokens `b n d`, any float dtype, any strides.
-        routing_tokens: `b r d`, or `1 r d` for all of a batch; any float dtype.
-        num_selected: how many tokens each route selects, from each block if there are blocks.
-        k: what the relaxed selection of a route sums to, in each block.
-        n_iters, eps, eps_init, eps_decay: of coordinate descent; `kernels.coor_descent` explains them.
+        routing_tokens: `b r d`, or `1 r d` for the whole batch; any float dtype.
+        num_selected: number of tokens that each route selects, from each block if there are blocks.
+        k: sum of the relaxed selection of a route, in each block.
+        n_iters, eps, eps_init, eps_decay: as in `kernels.coor_descent`.
         solver: `coor_descent`, or `exact`: `kernels.soft_topk` at temperature eps.
-        cosine_sim_scale: score by the cosine times this, instead of by the product.
-        block_size: select from blocks of so many tokens. A last one that is shorter is filled up with masked tokens.
+        cosine_sim_scale: the score is the cosine times this, instead of the product.
+        block_size: number of tokens per block, if each block is selected from. A shorter last block is padded with
+            masked tokens.
         straight_through: weights are 1, with the gradient of the relaxed selection.
-        mask: bool `b n`, False for tokens that take part in nothing.
+        mask: bool `b n`, False for tokens that are left out.
 
     Returns:
-        indices int64 `b r s`, weights `b r s` in fp32 at least, and tokens `b r s d`; `reference.route.RouteReturn`
-        says more.
+        indices int64 `b r s`, weights `b r s` in fp32 at least, and tokens `b r s d`: a `RouteReturn`.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
-        NotImplementedError: a second derivative or forward mode is asked for.
+        NotImplementedError: for a second derivative or forward mode.
     """
     check_route(x, routing_tokens, num_selected, k, (n_iters, eps, eps_init, eps_decay), solver, block_size, mask)
     weights, tokens, indices, *_ = _operation(

@@ -132,28 +132,28 @@ def route_prefixes(
 ) -> PrefixSelection:
     """`reference.route_prefixes` without a copy of the scores for each window, with a closed-form gradient.
 
-    Memory is linear in n and in what is selected, plus some 700 bytes a window, route and batch element for 20
-    iterations. Results are bitwise equal from run to run. A CPU tensor gets the same mathematics in PyTorch, window by
-    window.
+    Memory is linear in n and in the number of selected tokens, plus some 700 bytes per window, route and batch element
+    for 20 iterations. Results are bitwise equal from run to run. PyTorch computes a CPU tensor by the same mathematics,
+    window by window.
 
     Args:
         scores: `b r n`: fp32, bf16 or fp16, and fp64 on the CPU (computed in fp32 on a GPU). Any strides.
         window_size: tokens of a window; the last one may be shorter.
-        num_selected: s, how many are selected, from 1 to n.
-        k: how many entries a row of coordinate descent should sum to, whatever its length.
-        n_iters, eps, eps_init, eps_decay: of coordinate descent; `reference.coor_descent` explains them.
+        num_selected: s, number of tokens to select, from 1 to n.
+        k: the sum that each row of coordinate descent approaches, whatever its length.
+        n_iters, eps, eps_init, eps_decay: as in `reference.coor_descent`.
         straight_through: weights are 1, with the gradient of the relaxed selection.
-        ranks: processes that call this together, with the same scores and options. They share the descents, where
-            kernels compute these. Results are those of one process.
+        ranks: processes that call this together, with the same scores and options. If kernels compute the descents, the
+            processes share them. Results are those of one process.
 
     Returns:
         Indices, weights and mask, `b w r s` for the w = ceil(n / window_size) - 1 windows after the first. Weights have
-        a gradient; weight and gradient of a score of -inf are 0. All of a window's weights are NaN if there is NaN or
-        +inf before it; NaN counts as the largest score.
+        a gradient; weight and gradient of a score of -inf are 0. All weights of a window are NaN if a score before it
+        is NaN or +inf; NaN counts as the largest score.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
-        NotImplementedError: a second derivative or forward mode is asked for.
+        NotImplementedError: for a second derivative or forward mode.
     """
     check_prefixes(scores, window_size, num_selected, k)
     check_schedule(n_iters, eps, eps_init, eps_decay)

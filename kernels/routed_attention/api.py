@@ -75,17 +75,17 @@ def routed_attention(
     mask: Tensor | None = None,
     multiply_keys_by_score: bool = False,
 ) -> Tensor:
-    """`reference.routed_attention` in one kernel, and in two backward, with nothing copied.
+    """`reference.routed_attention` in one kernel forward and two backward, without copies.
 
-    Products are of the dtype of queries, keys and values, sums and the softmax in fp32. Results are bitwise equal from
-    run to run. CPU tensors, fp64 ones, and heads of more than 128 dimensions get the same mathematics in PyTorch.
+    Products are in the dtype of queries, keys and values, sums and the softmax in fp32. Results are bitwise equal from
+    run to run. PyTorch computes CPU tensors, fp64, and heads of more than 128 dimensions by the same mathematics.
 
     Args:
         query: `b i (h d)`, any float dtype.
-        key_value: `b r j (h kv d)`, in the dtype of the queries: of each token and route, for the heads of the route, a
-            key and a value side by side. Any strides but the last.
+        key_value: `b r j (h kv d)`, in the dtype of the queries. Each token has a key and a value side by side, per
+            route and head of the route. Any strides but the last.
         weights: `b r j`, multiplied with values, and with keys if `multiply_keys_by_score`.
-        null_kv: `2 h d`: a key and a value that every query attends to, too.
+        null_kv: `2 h d`: a key and a value that every query also attends to.
         mask: `b r j`, bool; False for tokens that are not attended to.
 
     Returns:
@@ -93,7 +93,7 @@ def routed_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices do not match.
-        NotImplementedError: a second derivative or forward mode is asked for, but on the CPU.
+        NotImplementedError: for a second derivative or forward mode, except on the CPU.
     """
     check_routed(query, key_value, weights, null_kv, mask)
     tensors = (query, key_value, weights, null_kv)

@@ -97,22 +97,22 @@ def as_kernels_take(x: Tensor, routing_tokens: Tensor, cosine_sim_scale: float |
 
 
 def routing_scores(x: Tensor, routing_tokens: Tensor, *, cosine_sim_scale: float | None = None) -> Tensor:
-    """`reference.routing_scores` in one read of the tokens, of which nothing is copied or converted in memory.
+    """`reference.routing_scores` in one read of the tokens, which are not copied or converted in memory.
 
-    The gradients of both are made in one pass, bitwise equal from run to run. Products and sums are fp32, and fp64 for
-    fp64 tokens, which PyTorch computes with; it does so, too, where there are more than 8 routes, and on a CPU.
+    One pass computes the gradients of both, bitwise equal from run to run. Products and sums are fp32. PyTorch computes
+    fp64 tokens, more than 8 routes, and CPU tensors.
 
     Args:
         x: tokens `b n d`, any float dtype.
-        routing_tokens: `b r d`, or `1 r d` for all of a batch; any float dtype.
-        cosine_sim_scale: score by the cosine times this, instead of by the product.
+        routing_tokens: `b r d`, or `1 r d` for the whole batch; any float dtype.
+        cosine_sim_scale: the score is the cosine times this, instead of the product.
 
     Returns:
         `b r n` in fp32 at least.
 
     Raises:
         ValueError: shapes do not match.
-        NotImplementedError: a second derivative or forward mode is asked for.
+        NotImplementedError: for a second derivative or forward mode.
     """
     check_routing_tokens(x, routing_tokens)
     inputs = as_kernels_take(x, routing_tokens, cosine_sim_scale)

@@ -117,32 +117,31 @@ def segmented_coor_descent(
     mask: Tensor | None = None,
     checkpoint_segments: int = 1,
 ) -> Tensor:
-    """`reference.coor_descent` by the algorithm that the CoLT5 system published, to be measured against.
+    """`reference.coor_descent` by the published algorithm of colt5-attention, for comparisons.
 
     CoLT5: https://arxiv.org/abs/2303.09752, section 3.1; checkpointing by segments: Chen et al. 2016,
     https://arxiv.org/abs/1604.06174, section 4.1. The forward pass keeps `segments ... n` numbers for the backward
-    pass, which takes a time linear in the number of iterations and in the length of a segment. Results are bitwise
-    equal from run to run. A CPU tensor gets the same algorithm in PyTorch.
+    pass. Its time is linear in the number of iterations and in the length of a segment. Results are bitwise equal from
+    run to run. PyTorch computes a CPU tensor by the same algorithm.
 
     Args:
         scores: `... n` with n up to 131072: fp32, bf16 or fp16, computed in fp32, or fp64. Any strides.
         n_iters: number of iterations, at least 1.
-        k: how many entries a row should sum to. A number, or a tensor that broadcasts to `...`, one k a row; it has a
-            gradient.
+        k: the sum that each row approaches: a number, or a tensor that broadcasts to `...`, with a gradient.
         eps: last temperature, in units of the scores.
-        eps_init: first temperature; None or anything below eps stands for eps.
-        eps_decay: factor in (0, 1] on the temperature after each iteration, until it reaches eps.
-        mask: bool, broadcasts to `... n`; entries that are False take part in nothing and come out as 0. So do
-            those of a score of -inf.
-        checkpoint_segments: from 1 to n_iters: into how many segments the iterations are split, as evenly as possible.
+        eps_init: first temperature; None, or a value below eps, means eps.
+        eps_decay: factor in (0, 1] by which the temperature decays after each iteration, until it reaches eps.
+        mask: bool, broadcasts to `... n`; False entries are left out and give 0. So do entries with a score of -inf.
+        checkpoint_segments: number of segments into which the iterations are split as evenly as possible, from 1 to
+            n_iters.
 
     Returns:
-        `... n`, in the dtype of the scores. A row with NaN or +inf among its valid scores is NaN, and so is a row
-        whose k (from a tensor) is not positive.
+        `... n`, in the dtype of the scores. A row is NaN if a valid score is NaN or +inf, or if its k, from a tensor,
+        is not positive.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
-        NotImplementedError: a second derivative or forward mode is asked for.
+        NotImplementedError: for a second derivative or forward mode.
     """
     check_scores(scores, mask)
     check_k(k, scores)

@@ -24,15 +24,15 @@ _operation = Operation("select", select_rows)
 
 
 def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> Tensor:
-    """`reference.select` by a radix search over each row, of which only what is selected is sorted.
+    """`reference.select` by a radix search over each row. Only the selected entries are sorted.
 
-    A CPU tensor gets the same from PyTorch, and so does any of fp64. Results are equal from run to run.
+    PyTorch selects from a CPU tensor and from fp64, with the same results. Results are equal from run to run.
 
     Args:
         scores: `... n`, any float dtype. Any strides.
-        num_selected: how many, from 1 to n.
-        mask: bool, broadcasts to `... n`; entries that are False come after all others, in the order of their indices,
-            and those of -inf just before them.
+        num_selected: number of entries to select, from 1 to n.
+        mask: bool, broadcasts to `... n`; False entries come last, in the order of their indices, and entries of -inf
+            just before them.
 
     Returns:
         int64 `... num_selected`, the largest first, of equal ones the first by index; NaN counts as larger than any

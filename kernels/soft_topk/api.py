@@ -61,25 +61,23 @@ def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | N
     """`reference.soft_topk` in a few passes over each row, with the gradient of the implicit function.
 
     Where y < 1, ds_i = (y_i / eps) (g_i - sum g y / sum y), and dk = sum g y / sum y, both sums over y < 1
-    (docs/design.md, section 5). The backward pass needs the scores and three numbers a row. Results are bitwise equal
-    from run to run. A CPU tensor, and any of fp64, is solved by PyTorch, through its largest scores in order.
+    (docs/design.md, section 5). The backward pass needs the scores and three numbers per row. Results are bitwise equal
+    from run to run. For a CPU tensor or fp64, PyTorch solves it by sorting the largest scores.
 
     Args:
         scores: `... n`, any float dtype. Any strides.
-        k: how many entries a row sums to. A number, or a tensor that broadcasts to `...`, one k a row; it has a
-            gradient.
+        k: the sum of each row: a number, or a tensor that broadcasts to `...`, with a gradient.
         eps: temperature, in units of the scores.
-        mask: bool, broadcasts to `... n`; entries that are False take part in nothing and come out as 0. So do
-            those of a score of -inf.
+        mask: bool, broadcasts to `... n`; False entries are left out and give 0. So do entries with a score of -inf.
 
     Returns:
-        `... n`, in the dtype of the scores. A row with no more than k valid entries is 1 at each of them, with gradient
-        0. A row with NaN or +inf among its valid scores is NaN at its valid entries, and so is a row whose k (from a
-        tensor) is not positive.
+        `... n`, in the dtype of the scores. In a row with no more than k valid entries each of them is 1, with a
+        gradient of 0. The valid entries of a row are NaN if one of their scores is NaN or +inf, or if its k, from a
+        tensor, is not positive.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
-        NotImplementedError: a second derivative or forward mode is asked for.
+        NotImplementedError: for a second derivative or forward mode.
     """
     check_scores(scores, mask)
     check_k(k, scores)

@@ -99,9 +99,9 @@ def topk(
     fused: bool = False,
     non_differentiable: bool = False,
 ) -> TopkReturn:
-    """`reference.topk` with kernels: `coor_descent` and `select`. With `fused` it is a single one for rows of up to
-    4096 entries, of which up to 32 are selected. Of equal entries the first is selected. A CPU tensor, and one of fp64,
-    is selected from by torch.topk.
+    """`reference.topk` with the kernels `coor_descent` and `select`. With `fused` it is one kernel if rows have up to
+    4096 entries and up to 32 are selected. The first of equal entries is selected. For a CPU tensor or fp64, torch.topk
+    selects.
 
     Arguments, results and errors are those of `reference.topk`.
     """

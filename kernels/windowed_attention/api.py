@@ -127,28 +127,28 @@ def windowed_attention(
 ) -> Tensor:
     """`reference.windowed_attention` tile by tile, forward and backward, in memory linear in n whatever the window.
 
-    Products are of the dtype of qkv, sums and the softmax in fp32. Results are bitwise equal from run to run: the
-    backward pass has no atomic additions. Autocast lowers qkv to its dtype. A CPU tensor, one of fp64, and heads of
-    more than 128 dimensions get the definition, which is a kernel of PyTorch.
+    Products are in the dtype of qkv, sums and the softmax in fp32. Results are bitwise equal from run to run: the
+    backward pass has no atomic additions. Autocast lowers qkv to its dtype. The definition, which is a kernel of
+    PyTorch, computes CPU tensors, fp64, and heads of more than 128 dimensions.
 
     Args:
-        qkv: `b n (3 h d)`, any float dtype: queries, keys and values, each with the heads one after the other.
+        qkv: `b n (3 h d)`, any float dtype: queries, keys and values, each as consecutive heads.
         heads: number of heads h.
-        window_size: at least 1, in tokens. Without `causal`, how far away a token attends to; else the size of windows,
-            and a token attends to what is not after it in its window and to all of the window before.
-        causal: whether a token attends to nothing after it.
+        window_size: at least 1, in tokens. It is the radius without `causal`, else the size of windows. A token then
+            attends to its own window, up to itself, and to all of the window before.
+        causal: whether attention is causal.
         mask: bool, `b n`, False for tokens that nothing attends to.
-        rotary_theta: of rotary position embedding (2104.09864), if there is one: dimensions i and i + d / 2 of queries
-            and keys turn by theta^(-2 i / d) radians a position. d is then even.
+        rotary_theta: theta of rotary position embedding (2104.09864), None for no embedding. Dimensions i and i + d / 2
+            of queries and keys rotate by theta^(-2 i / d) radians per position. d must be even.
         position_bias: `h (2 r + 1)`, any float dtype: entry r + j - i of its head is added to the logit of a query at i
             and a key at j; those of distances beyond r are those of r.
 
     Returns:
-        `b n (h d)`, in the dtype of qkv. A token that may attend to nothing gives 0, with gradient 0.
+        `b n (h d)`, in the dtype of qkv. A token that attends to nothing gives 0, with gradient 0.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
-        NotImplementedError: a second derivative or forward mode is asked for, but on the CPU.
+        NotImplementedError: for a second derivative or forward mode, except on the CPU.
     """
     check_windows(qkv, heads, window_size, mask, rotary_theta, position_bias)
     lowered = autocast_dtype(qkv)

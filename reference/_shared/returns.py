@@ -6,10 +6,11 @@ from torch import Tensor
 
 
 class TopkReturn(NamedTuple):
-    """Results of `topk`, each `... k`; the last two are None where `non_differentiable` was asked for.
+    """Results of `topk`, each `... k`; the last two are None with `non_differentiable`.
 
-    values: the selected entries of x times their gates; indices: int64, where they stand in x, largest first;
-    coor_descent_values: the relaxed selection at these indices; gates: 1 in value, with its gradient.
+    values: the selected entries of x times their gates; indices: int64, their indices in x, largest first;
+    coor_descent_values: the relaxed selection at these indices; gates: 1 in value, with the gradient of the relaxed
+    selection.
     """
 
     values: Tensor
@@ -19,7 +20,7 @@ class TopkReturn(NamedTuple):
 
 
 class RouteReturn(NamedTuple):
-    """Tokens that are routed of `b n d`: s for each of r routes, block after block, the largest score first."""
+    """Routed tokens of `b n d`: s for each of r routes, block after block, the largest score first."""
 
     indices: Tensor
     """int64 `b r s`. From n on where a block that fills up the tokens has none left to select."""
@@ -33,7 +34,7 @@ class RouteReturn(NamedTuple):
 
 
 class NormalizedRouteReturn(NamedTuple):
-    """Tokens that are routed, as in `RouteReturn`, and all tokens normalized."""
+    """Routed tokens, as in `RouteReturn`, and all tokens normalized."""
 
     indices: Tensor
     weights: Tensor

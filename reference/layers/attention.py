@@ -20,18 +20,19 @@ from reference.layers.together import Together, route_together
 
 
 class ConditionalRoutedAttention(RoutedBranch):
-    """Attention within a radius for all tokens, and dense attention from routed to routed ones (2303.09752, 3.2).
+    """Attention within a radius for all tokens, and dense attention between routed tokens (2303.09752, 3.2).
 
     Args:
         dim: size of a token.
-        num_heavy_tokens_q, num_heavy_tokens_kv: how many tokens are routed as queries, and as keys and values.
-        has_light_attn: whether there is the first of the two.
-        light_dim_head, light_heads: of that.
-        light_window_size: a token attends to those at most half as far away; at least 2.
+        num_heavy_tokens_q, num_heavy_tokens_kv: number of tokens that are routed as queries, and as keys and values.
+        has_light_attn: whether the layer has the attention within a radius.
+        light_dim_head, light_heads: of the attention within a radius.
+        light_window_size: at least 2; a token attends to those at a distance of at most half of this.
         heavy_dim_head, heavy_heads: of the dense attention.
         rotary_emb: rotary position embedding in the dense attention.
         light_rotary_emb: the same in the attention within a radius.
-        position_bias: T5's relative position bias there instead, learned for each head and bucket of distances.
+        position_bias: T5's relative position bias instead of `light_rotary_emb`, learned per head and bucket of
+            distances.
         num_routed_kv, router_straight_through, router_kwargs: as in `RoutedBranch`.
         multiply_keys_by_score, multiply_queries_by_score: as in `RoutedBranch`.
         use_triton, use_null_q_tokens, use_flash_attn, init: as in `RoutedBranch`.

@@ -25,28 +25,30 @@ from reference.route import gather_tokens
 
 
 class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
-    """Windowed causal attention for all tokens, and dense attention for routed ones. Routed queries of each window
-    attend to the tokens that are routed of all windows before it.
+    """Windowed causal attention for all tokens, and dense attention for routed tokens. Routed queries of each window
+    attend to tokens that are routed from all windows before it.
 
-    By default the choice of the queries of a window looks at all its tokens, as published: a token that comes later may
-    take the place of an earlier one, whose output then changes. With `causal_query_routing` nothing after a token has a
-    say in whether it is routed: it is if its score is above the least of the `num_heavy_tokens_q` largest of the window
-    before, and if fewer than so many of its own window were routed before it. Its weight is that of its score among
-    those of the window before. A `route_block_size` of the routers is then for keys and values alone.
+    By default the choice of the queries of a window depends on all its tokens, as published: a later token may displace
+    an earlier one, whose output then changes. With `causal_query_routing` the choice does not depend on later tokens. A
+    token is routed if its score is above the least of the `num_heavy_tokens_q` largest scores of the window before, and
+    if fewer than `num_heavy_tokens_q` tokens of its own window were routed before it. Its weight is that of its score
+    among the scores of the window before. A `route_block_size` of the routers then applies only to keys and values.
 
     Args:
         dim: size of a token.
-        num_heavy_tokens_q: how many tokens of a window are routed as queries.
-        num_heavy_tokens_kv: how many tokens before a window are routed as its keys and values.
+        num_heavy_tokens_q: number of tokens per window that are routed as queries.
+        num_heavy_tokens_kv: number of tokens before a window that are routed as its keys and values.
         light_dim_head, light_heads: of the windowed attention.
-        light_window_size: its windows: a token attends to its own, up to itself, and the one before.
-        heavy_window_size: windows of the routed attention; by default the same. If they are larger, some tokens are
-            in reach of neither.
+        light_window_size: size of its windows: a token attends to its own window, up to itself, and to the window
+            before.
+        heavy_window_size: size of the windows of the routed attention, by default the same. If it is larger, some
+            tokens are out of reach of both.
         heavy_dim_head, heavy_heads: of the routed attention.
         rotary_emb: rotary position embedding in the routed attention.
         light_rotary_emb: the same in the windowed attention.
-        position_bias: T5's relative position bias there instead, learned for each head and bucket of distances.
-        causal_query_routing: whether a query is chosen by nothing that comes after it.
+        position_bias: T5's relative position bias instead of `light_rotary_emb`, learned per head and bucket of
+            distances.
+        causal_query_routing: whether the choice of a query is independent of later tokens.
         num_routed_kv, router_straight_through, router_kwargs: as in `RoutedBranch`.
         multiply_keys_by_score, multiply_queries_by_score: as in `RoutedBranch`.
         use_triton, use_null_q_tokens, use_flash_attn, init: as in `RoutedBranch`.

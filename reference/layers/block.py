@@ -13,7 +13,7 @@ from reference.layers.start import Start
 
 
 class ConditionalRoutedTransformerBlock(nn.Module):
-    """`ConditionalRoutedAttention` and `ConditionalRoutedFeedForward`, whose arguments it takes."""
+    """`ConditionalRoutedAttention` and `ConditionalRoutedFeedForward`; it takes the arguments of both."""
 
     def __init__(
         self,

@@ -19,13 +19,13 @@ class ConditionalRoutedCrossAttention(RoutedBranch):
 
     Args:
         dim: size of a token.
-        num_tokens_q, num_tokens_kv: how many tokens are routed, of the sequence and of the context.
-        num_sets_kv: 1 or kv_routing_tokens, which says the same.
+        num_tokens_q, num_tokens_kv: number of tokens that are routed, of the sequence and of the context.
+        num_sets_kv: 1, or the same as kv_routing_tokens; it has no further effect.
         dim_head, heads: of the attention.
-        rotary_emb: rotary position embedding. Tokens and context are both counted from 0, so that it is for those that
-            go side by side.
-        kv_routing_tokens: sets of keys and values, each with a routing token and its share of the heads.
-        route_block_size: select keys and values from blocks of so many tokens.
+        rotary_emb: rotary position embedding, for aligned sequences: positions of tokens and of the context both count
+            from 0.
+        kv_routing_tokens: number of sets of keys and values, each with its routing token and its share of the heads.
+        route_block_size: number of tokens per block, if keys and values are selected from each block.
         router_straight_through, router_kwargs, multiply_keys_by_score: as in `RoutedBranch`.
         use_triton, use_null_q_tokens, use_flash_attn, init: as in `RoutedBranch`.
     """

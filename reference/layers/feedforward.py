@@ -19,15 +19,15 @@ from reference.layers.together import Together, route_together
 
 
 class ConditionalRoutedFeedForward(nn.Module):
-    """A narrow feed-forward layer for all tokens, and a wide one for those that are routed (2303.09752, 3.2).
+    """A narrow feed-forward layer for all tokens, and a wide one for routed tokens (2303.09752, 3.2).
 
     Args:
         dim: size of a token.
-        num_heavy_tokens: how many tokens are routed through the wide layer.
-        light_ff_mult, heavy_ff_mult: hidden size of either over dim.
+        num_heavy_tokens: number of tokens that are routed through the wide layer.
+        light_ff_mult, heavy_ff_mult: hidden size of each layer, as a multiple of dim.
         router_straight_through: weights of routed tokens are 1 in value and keep their gradient.
         router_kwargs: further arguments of `CoordinateDescentRouter`.
-        use_triton: as in `CoordinateDescentRouter`, for all operations that there are kernels for.
+        use_triton: as in `CoordinateDescentRouter`, for all operations that have kernels.
         init: `published`, or `zero`: the output of the wide layer starts at 0.
     """
 

@@ -20,11 +20,11 @@ from reference.layers.start import Start
 
 
 class ConditionalRoutedImageAttention(RoutedBranch):
-    """Dense attention within square windows for all positions, and from routed to routed positions of the whole map.
+    """Dense attention within square windows for all positions, and between routed positions of the whole map.
 
     Args:
-        dim: size of a position's features.
-        num_heavy_tokens_q, num_heavy_tokens_kv: how many positions are routed as queries, and as keys and values.
+        dim: number of features of a position.
+        num_heavy_tokens_q, num_heavy_tokens_kv: number of positions that are routed as queries, and as keys and values.
         light_dim_head, light_heads: of the attention within windows.
         light_window_size: height and width of a window. Windows at the lower and right edge may be smaller.
         heavy_dim_head, heavy_heads: of the attention between routed positions.

@@ -18,21 +18,21 @@ from reference.layers.start import Start, start
 
 
 class RoutedBranch(nn.Module):
-    """Base of the routed attention layers. It has two routers, the dense attention between the tokens they route, and
-    an output for the tokens that are not routed.
+    """Base of the routed attention layers. It has two routers, the dense attention between routed tokens, and an output
+    for tokens that are not routed.
 
     Args:
         dim: size of a token.
-        num_routed_kv: sets of keys and values, each with a routing token and its share of the heads.
+        num_routed_kv: number of sets of keys and values, each with its routing token and its share of the heads.
         dim_head, heads: of the dense attention.
         router_straight_through: weights of routed tokens are 1 in value and keep their gradient.
-        router_kwargs: further arguments of both routers; `kv_router_kwargs`: of the one for keys and values.
-        multiply_keys_by_score, multiply_queries_by_score: beside the values, which always are.
-        use_triton: as in `CoordinateDescentRouter`, for all operations that there are kernels for.
-        use_null_q_tokens: tokens that are not routed get a learned output, else 0.
-        use_flash_attn: PyTorch's scaled_dot_product_attention, where there is no kernel.
+        router_kwargs: further arguments of both routers; `kv_router_kwargs`: only of the router for keys and values.
+        multiply_keys_by_score, multiply_queries_by_score: multiply these by the weights, too; values always are.
+        use_triton: as in `CoordinateDescentRouter`, for all operations that have kernels.
+        use_null_q_tokens: tokens that are not routed get a learned output instead of 0.
+        use_flash_attn: use PyTorch's scaled_dot_product_attention if no kernel is used.
         init: `published`, or `zero`: null token and output of the dense attention start at 0, so that a layer starts as
-            its light branch alone. With `published` the null token, as wide as randn, is added to most tokens.
+            its light branch alone. With `published` the null token, drawn from randn, is added to most tokens.
     """
 
     def __init__(

@@ -40,11 +40,11 @@ class Selection(NamedTuple):
 
 
 class RouterReturn(NamedTuple):
-    """Tokens that are routed, each tensor with a dimension of routes after the batch if there are several.
+    """Routed tokens. If there are several routes, each tensor has a dimension of routes after the batch.
 
-    indices: `b (r) k`, None where all tokens are routed because there are no more of them; scores: `b (r) k`, what to
-    multiply the result of the heavy branch with; routed_tokens: `b (r) k d`; routed_mask: `b (r) k`, False for tokens
-    that are routed only because there are too few others, None where there are none of these.
+    indices: `b (r) k`, None if all tokens are routed because there are no more than k; scores: `b (r) k`, factors for
+    the results of the heavy branch; routed_tokens: `b (r) k d`; routed_mask: `b (r) k`, False for tokens that are
+    routed only because there are too few others, None if there are no such tokens.
     """
 
     indices: Tensor | None
@@ -71,32 +71,33 @@ _register_namedtuple(RouterReturn, serialized_type_name="reference.router.Router
 
 
 class CoordinateDescentRouter(nn.Module):
-    """Routes the tokens with the largest scores, with a gradient for the scores of all (CoLT5, 2303.09752, 3.1).
+    """Routes the tokens with the largest scores, with a gradient for all scores (CoLT5, 2303.09752, 3.1).
 
-    A token's score is its product with a routing token. Selection is by score; the weight of what is selected comes
-    from coordinate descent over all scores, and is 1 in value if `straight_through`.
+    A token's score is its product with a routing token. Tokens are selected by score. The weights of selected tokens
+    come from coordinate descent over all scores, and are 1 in value if `straight_through`.
 
     Args:
         dim: size of a token.
         straight_through: weights are 1 in value and keep their gradient.
-        n_iters, eps, eps_decay, eps_init: of coordinate descent; `reference.coor_descent` explains them.
+        n_iters, eps, eps_decay, eps_init: as in `reference.coor_descent`.
         fetch_k_ratio: at least 1; see `normalize_to`.
-        num_routing_tokens: routes; each has a routing token of its own and selects for itself.
-        learned_routing_tokens: the routing tokens are passed to `forward`; the router has none.
-        use_triton: True: kernels, which have a CPU path too; False: plain PyTorch; None: kernels for CUDA tensors. One
-            operation, `route`, does it all, but for `random_route`, where scores, relaxed selection and choice are
-            operations of their own. A layer hands the `Operations` that it has chosen on to those it is made of.
-        cosine_sim_routing, cosine_sim_scale: score by the cosine instead of the product, times this.
-        route_block_size: select from blocks of so many tokens, from each as many. The last block may be shorter. How
-            many that is depends on the length: exported with kernels, a router takes lengths of which it is as many.
-        triton_checkpoint_segments: with `use_triton`, compute coordinate descent with the kernel that saves
-            intermediates in so many segments. It is there for comparison: the other one saves a number an iteration.
-            The operations around it are then separate, too.
-        solver: `coor_descent`, or `exact`: what it converges to at temperature eps. After too few iterations all that
-            is selected may be at 1, where it has no gradient.
-        normalize_to: what the relaxed selection sums to. `fetched`: to fetch_k_ratio times the number of tokens that
-            are selected. `selected`: to the number asked for, while fetch_k_ratio times as many are selected and carry
-            weight, as in the paper. With the exact solver some of these are then below 1, whatever the scores.
+        num_routing_tokens: number of routes; each has its own routing token and its own selection.
+        learned_routing_tokens: routing tokens are passed to `forward`; the router has none.
+        use_triton: True: kernels, which also have a CPU path; False: plain PyTorch; None: kernels for CUDA tensors. The
+            operation `route` does everything, except with `random_route`: then scores, relaxed selection and choice are
+            separate operations. A layer passes its `Operations` on to the layers that it contains.
+        cosine_sim_routing, cosine_sim_scale: the score is the cosine times this scale, instead of the product.
+        route_block_size: number of tokens per block, if the same number of tokens is selected from each block. The last
+            block may be shorter. That number depends on the length, so a router exported with kernels takes only
+            lengths with the same number per block.
+        triton_checkpoint_segments: number of segments, for comparisons with the published algorithm: with `use_triton`,
+            coordinate descent uses the kernel that saves the state of each segment. The default kernel saves one number
+            per iteration. The operations around it are then separate, too.
+        solver: `coor_descent`, or `exact`: the solution that it converges to at temperature eps. After too few
+            iterations all selected entries may be 1, where they have no gradient.
+        normalize_to: sum of the relaxed selection. `fetched`: fetch_k_ratio times the number of selected tokens.
+            `selected`: the number of tokens to route, while fetch_k_ratio times as many are selected and carry weight,
+            as in the paper. With the exact solver some weights are then below 1, whatever the scores.
 
     Raises:
         ValueError: an argument is out of its range.

@@ -20,11 +20,11 @@ class ConditionalRoutedViT(nn.Module):
 
     Args:
         image_size, patch_size: height and width, one number for both or a pair. Patches divide an image.
-        num_classes: logits.
-        dim: size of a patch's features, a multiple of 4.
-        depth: pairs of layers.
-        channels: of images.
-        default_coor_descent_eps: temperature of the routers, if `router_kwargs` have none.
+        num_classes: number of logits.
+        dim: number of features of a patch, a multiple of 4.
+        depth: number of pairs of layers.
+        channels: number of channels of the images.
+        default_coor_descent_eps: temperature of the routers, unless `router_kwargs` has one.
         attn_*, ff_*, router_*, flash_attn, init: arguments of the two layers.
 
     Raises:

@@ -28,15 +28,15 @@ Module = TypeVar("Module", bound=nn.Module)
 def shard_sequences(model: Module, *, mesh: Mesh) -> Module:
     """Let the layers of a model take sequences `b n d` whose tokens are sharded over a mesh.
 
-    Each rank then passes its own tokens, in the order of ranks, with a mask and a residual for these, and gets their
-    results. Lengths may differ between ranks. Number of tokens to route, blocks and positions are those of the whole
-    sequence. Parameters and checkpoints stay as they are, the same on all ranks; `DistributedDataParallel` or
-    `fully_shard` reduce their gradients.
+    Each rank then passes its own tokens, in the order of ranks, with their mask and residual, and gets their results.
+    Lengths may differ between ranks. Numbers of tokens to route, blocks and positions refer to the whole sequence.
+    Parameters and checkpoints do not change and are the same on all ranks; `DistributedDataParallel` or `fully_shard`
+    reduces the gradients.
 
-    Like `fully_shard`, this changes a model that exists, by an argument of the same name.
+    Like `fully_shard`, this changes an existing model and takes an argument `mesh`.
 
     Args:
-        model: a layer of `reference` or `kernels`, or any model that has some; changed in place.
+        model: a layer of `reference` or `kernels`, or any model that contains such layers; changed in place.
         mesh: the ranks that hold a sequence, in its order: a `DeviceMesh` of one dimension, as `mesh["cp"]`, or a
             `ProcessGroup`.
 

@@ -52,13 +52,13 @@ def coor_descent(
     mesh: Mesh,
     use_triton: UseTriton = False,
 ) -> Tensor:
-    """`reference.coor_descent` of sharded rows: each rank passes its entries, and gets the result for these.
+    """`reference.coor_descent` of sharded rows: each rank passes its entries, and gets their results.
 
     Args:
         scores: `... n`, any float dtype. n may differ between ranks, and is at least 1.
-        k: of the whole row, the same on all ranks. Of a tensor's gradient each rank gets an equal share.
+        k: of the whole row, the same on all ranks. If it is a tensor, each rank gets an equal share of its gradient.
         n_iters, eps, eps_init, eps_decay: as in `reference.coor_descent`.
-        mask: bool, broadcasts to `... n`. None stands for True where other ranks have one.
+        mask: bool, broadcasts to `... n`. None means True everywhere, if other ranks have a mask.
         mesh: the ranks that hold the rows, in order: a `DeviceMesh` of one dimension, or a `ProcessGroup`.
         use_triton: as in the layers.
 
@@ -67,7 +67,7 @@ def coor_descent(
 
     Raises:
         ValueError: as in `reference.coor_descent`, or ranks differ in dtype or in the other dimensions.
-        RuntimeError: another rank has ended, or does not come.
+        RuntimeError: another rank has ended or hangs.
     """
     rows, descend = Rows.of(scores, mask, mesh), Operations.of(use_triton).coor_descent
     schedule: dict[str, Any] = {"n_iters": n_iters, "eps": eps, "eps_init": eps_init, "eps_decay": eps_decay}
@@ -83,7 +83,7 @@ def soft_topk(
     mesh: Mesh,
     use_triton: UseTriton = False,
 ) -> Tensor:
-    """`reference.soft_topk` of sharded rows: each rank passes its entries, and gets the result for these.
+    """`reference.soft_topk` of sharded rows: each rank passes its entries, and gets their results.
 
     Args:
         eps: as in `reference.soft_topk`.
@@ -94,7 +94,7 @@ def soft_topk(
 
     Raises:
         ValueError: as in `reference.soft_topk`, or ranks differ in dtype or in the other dimensions.
-        RuntimeError: another rank has ended, or does not come.
+        RuntimeError: another rank has ended or hangs.
     """
     rows, solve = Rows.of(scores, mask, mesh), Operations.of(use_triton).soft_topk
     return rows.shards.keep(solve(rows.scores, k=common(k, rows.shards.group), eps=eps, mask=rows.mask))
@@ -106,15 +106,15 @@ def select(
     """`reference.select` of sharded rows: all ranks get all indices.
 
     Args:
-        num_selected: how many of the whole row.
+        num_selected: number of entries to select from the whole row.
         scores, mask, mesh, use_triton: as in `coor_descent`.
 
     Returns:
-        int64 `... num_selected`: places in the whole row, the same on all ranks.
+        int64 `... num_selected`: indices into the whole row, the same on all ranks.
 
     Raises:
         ValueError: as in `reference.select`, or ranks differ in dtype or in the other dimensions.
-        RuntimeError: another rank has ended, or does not come.
+        RuntimeError: another rank has ended or hangs.
     """
     rows, choice = Rows.of(scores.detach(), mask, mesh), Operations.of(use_triton).select
     indices: Tensor = choice(rows.scores, num_selected=num_selected, mask=rows.mask)
@@ -135,19 +135,19 @@ def topk(
     *,
     mesh: Mesh,
 ) -> TopkReturn:
-    """`reference.topk` of sharded rows: all ranks get all that is selected, with places in the whole row as indices.
+    """`reference.topk` of sharded rows: all ranks get all selected entries, with indices into the whole row.
 
-    A loss that every rank computes of the same values counts once for each of them.
+    If every rank computes a loss from the same values, the loss counts once per rank.
 
     Args:
         x: `... n`, any float dtype. n may differ between ranks, and is at least 1.
-        k: how many of the whole row.
+        k: number of entries to select from the whole row.
         coor_descent_k_ratio, n_iters, eps, eps_init, eps_decay, fused, non_differentiable: as in `reference.topk`.
         mask, mesh: as in `coor_descent`.
 
     Raises:
         ValueError: as in `reference.topk`, or ranks differ in dtype or in the other dimensions.
-        RuntimeError: another rank has ended, or does not come.
+        RuntimeError: another rank has ended or hangs.
     """
     rows = Rows.of(x, mask, mesh, "x")
     schedule: dict[str, Any] = {"n_iters": n_iters, "eps": eps, "eps_init": eps_init, "eps_decay": eps_decay}
@@ -176,24 +176,25 @@ def route(
     mesh: Mesh,
     use_triton: UseTriton = False,
 ) -> RouteReturn:
-    """`reference.route` of a sharded sequence: each rank gets those of its own tokens that are selected.
+    """`reference.route` of a sharded sequence: each rank gets the selected tokens among its own.
 
     Args:
         x: this rank's tokens `b n d`, any float dtype. n may differ between ranks, and is at least 1.
-        routing_tokens: `b r d`, or `1 r d` for all of a batch; the same on all ranks.
-        num_selected: how many of the whole sequence each route selects, from each block if there are blocks.
-        block_size: select from blocks of so many tokens of the whole sequence.
+        routing_tokens: `b r d`, or `1 r d` for the whole batch; the same on all ranks.
+        num_selected: number of tokens of the whole sequence that each route selects, from each block if there are
+            blocks.
+        block_size: number of tokens of the whole sequence per block, if each block is selected from.
         k, n_iters, eps, eps_init, eps_decay, solver, cosine_sim_scale, straight_through: as in `reference.route`.
-        mask: bool `b n`, False for tokens that take part in nothing. None stands for True where other ranks have one.
+        mask: bool `b n`, False for tokens that are left out. None means True everywhere, if other ranks have a mask.
         mesh, use_triton: as in `coor_descent`.
 
     Returns:
-        As `reference.route`, with lists `b r s` as long as the longest of any rank. Indices are places among the rank's
-        own tokens. A list that is shorter is filled up with index n and weight 0.
+        As `reference.route`, with lists `b r s` as long as the longest of any rank. Indices are those of the rank's own
+        tokens. A shorter list is padded with index n and weight 0.
 
     Raises:
         ValueError: as in `reference.route`, or ranks differ in dtype or in the other dimensions.
-        RuntimeError: another rank has ended, or does not come.
+        RuntimeError: another rank has ended or hangs.
     """
     shards, operations = Shards.of(x, 1, mesh, mask), Operations.of(use_triton)
     checked = (num_selected, k, (n_iters, eps, eps_init, eps_decay), solver, block_size, mask)
