@@ -52,7 +52,7 @@ Arguments after `--` are passed on to pytest.
 
 exit status:
   0    everything is measured
-  1    an implementation missed its accuracy gate, was refused or failed; with --check, something is worse than in the
+  1    an implementation failed its accuracy gate, was refused or failed; with --check, something is worse than in the
        baseline
   2    wrong usage
   3    something could not be measured or compared
