@@ -133,7 +133,7 @@ def _without_a_gpu(layer: nn.Module) -> Callable[[dict[str, Tensor]], None]:
 
 SUITE = Suite(
     name="first_call",
-    description="the first step of a layer, and its steps at new lengths, with nothing compiled before",
+    description="kernels that the first step of a layer compiles, and stalls at new lengths",
     cases=cases,
     directions=lambda case: (FORWARD_BACKWARD,),
     implementations=implementations(REFERENCE, replace(OURS, metrics=metrics)),

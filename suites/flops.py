@@ -328,7 +328,7 @@ def cases(preset: str, device: torch.device) -> list[FlopsCase]:
 
 SUITE = Suite(
     name="flops",
-    description="counted multiply-adds of T5, LongT5 and CoLT5 layers over the formulas of the paper, term by term",
+    description="multiply-adds of T5, LongT5 and CoLT5 layers compared with the formulas of the paper, term by term",
     cases=cases,
     directions=lambda case: (FORWARD,),
     implementations=implementations(

@@ -45,7 +45,7 @@ def cases(preset: str, device: torch.device) -> list[DescentCase]:
 
 SUITE = Suite(
     name="gradients",
-    description="divergence of outputs and gradients from fp64, elements at a kink apart",
+    description="divergence of outputs and gradients from fp64, with elements at a kink counted separately",
     cases=cases,
     directions=lambda case: (FORWARD_BACKWARD,),
     implementations=implementations(REFERENCE, OURS),

@@ -379,7 +379,7 @@ def directions(case: LayerCase) -> tuple[str, ...]:
 
 SUITE = Suite(
     name="layers",
-    description="every layer at the sizes of colt5-attention's README and of CoLT5 Base, Large and XL, beside dense layers",
+    description="every layer at the sizes of colt5-attention's README and CoLT5 Base, Large and XL, beside dense ones",
     cases=cases,
     directions=directions,
     implementations=implementations(REFERENCE, OURS, DENSE, DENSE_FLASH, COLT5_LAYER_PLAIN, COLT5_LAYER_TRITON),

@@ -115,7 +115,7 @@ def cost(case: NormalizeCase, direction: str) -> Cost:
 
 SUITE = Suite(
     name="normalize",
-    description="RMSNorm and LayerNorm for a linear layer to come next",
+    description="RMSNorm and LayerNorm in front of a linear layer",
     cases=cases,
     directions=both_directions,
     implementations=implementations(

@@ -202,7 +202,7 @@ def cases(preset: str, device: torch.device) -> list[RoutingCase]:
 
 SUITE = Suite(
     name="routing",
-    description="which settings of a router select what it scores highest, and train it",
+    description="settings with which a router selects the highest scores, and trains",
     cases=cases,
     directions=lambda case: (FORWARD_BACKWARD,),
     implementations=implementations(

@@ -52,7 +52,7 @@ def cases(preset: str, device: torch.device) -> list[SegmentCase]:
 
 SUITE = Suite(
     name="segments",
-    description="time and memory of the published algorithm by segments, beside the kernel that needs none",
+    description="time and memory of the published algorithm by number of segments, beside the kernel without segments",
     cases=cases,
     directions=both_directions,
     implementations=implementations(

@@ -179,7 +179,7 @@ OURS_REDUCE_OVERHEAD = Implementation[StepCase](
 
 SUITE = Suite(
     name="training_step",
-    description="a training step as called, eager and by CUDA graphs, beside dense attention",
+    description="a training step called eagerly and by CUDA graphs, beside dense attention",
     cases=cases,
     directions=lambda case: (FORWARD_BACKWARD,),
     implementations=implementations(REFERENCE, OURS, OURS_GRAPHED, OURS_REDUCE_OVERHEAD, DENSE_FLASH),
