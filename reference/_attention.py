@@ -1,4 +1,4 @@
-"""Softmax attention, from which the attentions of the system are made."""
+"""Softmax attention, from which the attentions of the layers are made."""
 
 from torch import Tensor
 

@@ -28,7 +28,7 @@ class Temperature:
 
 
 CONSTANT = Temperature(0.1)
-"""The default of the system's document."""
+"""The default of colt5-attention's README."""
 
 COLD = Temperature(0.03)
 

@@ -40,7 +40,7 @@ class Layer:
     """A layer and the shapes of what it is called with."""
 
     make: Callable[[Any, bool], nn.Module]
-    """From a package that has the system's classes and whether to use Triton to the module."""
+    """From a package with the classes of colt5-attention, and whether to use Triton, to the module."""
 
     inputs: Mapping[str, tuple[int, ...]]
     """Shapes of the tensors that it is called with, by the names of its arguments."""

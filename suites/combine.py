@@ -41,7 +41,8 @@ class CombineCase(Case):
 
 
 def cases(preset: str, device: torch.device) -> list[CombineCase]:
-    """The sizes of the document's attention and feed-forward layers; these have a null token, and none."""
+    """The sizes of the attention and feed-forward layers in colt5-attention's README; these have a null token, and
+    none."""
     sizes, dtypes = (2, 32768, 1024, 512), ["autocast"]
     if preset == "smoke":
         sizes = (2, 96, 5, 24)

@@ -1,4 +1,4 @@
-"""Every layer of the system. Sizes are those of its document's examples, and of the models of the CoLT5 paper.
+"""Every layer of colt5-attention. Sizes are those of the examples in its README, and of the models of the CoLT5 paper.
 
 Beside them are the dense layers in whose place they stand, as wide as the heavy branch. These compute something else,
 with weights of their own, and each is judged by its own fp64 answer.
@@ -83,7 +83,7 @@ ENCODERS = {
 
 
 class Example(NamedTuple):
-    """Sizes of the document's other examples, and by how much they are smaller here."""
+    """Sizes of the other examples in colt5-attention's README, and by how much they are smaller here."""
 
     context: int
     side: int

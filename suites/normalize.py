@@ -44,7 +44,7 @@ class NormalizeCase(Case):
 
 
 def cases(preset: str, device: torch.device) -> list[NormalizeCase]:
-    """The tokens of the document's feed-forward and image layers, and those of CoLT5 XL."""
+    """The tokens of the feed-forward and image layers in colt5-attention's README, and those of CoLT5 XL."""
     shapes, dtypes = [(65536, 512)], [("float32", "bfloat16")]
     if preset == "smoke":
         shapes, dtypes = [(64, 48)], [*dtypes, ("float32", "float32")]

@@ -22,10 +22,10 @@ from suites._layers import SCORE_STD, truth_of
 from suites._ours import by_kernels, guest
 
 FETCH_K_RATIO = 9 / 8
-"""The default of the system's router: the relaxed selection sums to 9 / 8 of what is selected."""
+"""The default of colt5-attention's router: the relaxed selection sums to 9 / 8 of the number of selected tokens."""
 
 N_ITERS = 20
-"""The default number of iterations of the system's router."""
+"""The default number of iterations of colt5-attention's router."""
 
 
 @dataclass(frozen=True)

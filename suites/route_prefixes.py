@@ -18,7 +18,7 @@ from suites._descent import DECAYING, DescentCase, both_directions, implementati
 from suites._ours import by_kernels, guest
 
 ROUTES, WINDOW, SELECTED = 2, 128, 1024
-"""Sizes of the example of the system's document."""
+"""Sizes of the example in colt5-attention's README."""
 
 
 @dataclass(frozen=True)

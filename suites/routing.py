@@ -1,8 +1,8 @@
 """The health of a router: does it select what it scores highest, and does what it selects train it?
 
-At the start of training the scores of a router are as wide as its routing token is long: `score_std`, 22.6 for the
-system's randn(512). Metrics, over the rows of a case and for a gradient of the selected weights that is normally
-distributed with norm 1:
+At the start of training the scores of a router are as wide as its routing token is long: `score_std`, 22.6 for
+colt5-attention's randn(512). Metrics, over the rows of a case and for a gradient of the selected weights that is
+normally distributed with norm 1:
 
     sum_error   |sum y - k| of the relaxed selection y, where k is what it is normalised to
     agreement   share of the tokens with the k largest scores, in fp64, that are among the selected
@@ -37,7 +37,7 @@ from suites.peers import colt5_not_installed
 
 FETCH_K_RATIO = 9 / 8
 EPS_INIT, EPS_DECAY = 4.0, 0.7
-"""Defaults of the system's document."""
+"""Defaults of colt5-attention's README."""
 
 NEGLIGIBLE = 1e-6
 """A gradient of a score that trains nothing, for a gradient of the weights that has norm 1."""

@@ -17,7 +17,7 @@ from suites._layers import truth_of
 from suites._ours import by_kernels, guest
 
 COSINE_SIM_SCALE = 8.0
-"""The default of the system's router."""
+"""The default of colt5-attention's router."""
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def _self_attention(case: LengthCase) -> Layer:
 
 
 def _autoregressive(case: LengthCase) -> Layer:
-    """As in the document's example."""
+    """As in the example of colt5-attention's README."""
     shape = (1, case.n, case.dim)
     return Layer(
         lambda package, use_triton: package.ConditionalRoutedAutoregressiveAttention(

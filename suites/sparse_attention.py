@@ -5,7 +5,7 @@ All are as wide and have as many heads. With `settings=published` each attends a
 
     ours                  CoLT5 (2303.09752): a sixteenth of the tokens are queries and an eighth keys of the heavy
                           branch, as many as of 65,536 tokens at most, the longest input of the paper; causal: windows
-                          with 1,024 keys for each of two routes, as in the example of the system's document
+                          with 1,024 keys for each of two routes, as in the example of colt5-attention's README
     mosa                  each head attends among a thirty-second of the tokens (2505.00315)
     mixture_of_depths     an eighth of the tokens attend to each other (2404.02258)
     moba, fla_moba        blocks of 512 keys, 3 of them for a query (2502.13189); causal alone

@@ -1,4 +1,4 @@
-"""The differentiable top-k of the system's document, beside the hard one that it cannot be faster than."""
+"""The differentiable top-k of colt5-attention's README, beside the hard one that it cannot be faster than."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +19,7 @@ from suites._ours import by_kernels, guest
 from suites.peers import colt5_not_installed, colt5_topk, in_triton_missing
 
 COOR_DESCENT_K_RATIO = 9 / 8
-"""The default of the system's document: coordinate descent sums to 9 / 8 of what is selected."""
+"""The default of colt5-attention's README: coordinate descent sums to 9 / 8 of the number of selected entries."""
 
 
 def cases(preset: str, device: torch.device) -> list[DescentCase]:

@@ -50,8 +50,8 @@ BIAS_REACH = 128
 
 
 def cases(preset: str, device: torch.device) -> list[WindowedAttentionCase]:
-    """The layers of the system's document: a radius of 64, and causal windows of 128, with 8 heads of 64. Those of the
-    first dtype have positions as well."""
+    """The layers of colt5-attention's README: a radius of 64, and causal windows of 128, with 8 heads of 64. Those of
+    the first dtype have positions as well."""
     batch, n, heads, dim_heads, dtypes = 2, 32768, 8, [64], ["bfloat16", "float32"]
     if preset == "smoke":
         batch, n, heads, dim_heads = 1, 300, 2, [16]

@@ -44,7 +44,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
         DIM, num_heavy_tokens_q=32, num_heavy_tokens_kv=1024, num_routed_kv=2, use_triton=True, use_flash_attn=True
     ),
 }
-"""Layers with as many routed tokens as in the examples of the system's document."""
+"""Layers with as many routed tokens as in the examples of colt5-attention's README."""
 
 FREE = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach"),

@@ -1,5 +1,5 @@
-"""The layers with kernels on a GPU: the same bits however often and in CUDA graphs, at the sizes of the document; small
-ones compiled."""
+"""The layers with kernels on a GPU: the same bits in every call and in CUDA graphs, at the sizes of colt5-attention's
+README; small ones compiled."""
 
 import pytest
 import torch
