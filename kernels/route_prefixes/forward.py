@@ -36,6 +36,7 @@ from kernels._common.primitives import (
     tile_columns,
 )
 from kernels.coor_descent import MAX_SHIFT, cool, first_step, row_state, save_step, soft_selection
+from kernels.select import sort_rows
 
 GROUP = 4
 """Most prefixes that a program descends on."""
@@ -302,7 +303,7 @@ def launch_forward(
     """Select from scores `rows n`. Write indices and weights `b w r s`, the state unless it is there, and, where they
     have entries, the mask `b w r s` and `counts` `b r n`, which are zeros before."""
     # Among equal scores the first comes first. Each prefix selects from the one order by position.
-    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    ordered, order = sort_rows(scores)
     sizes = (window_size, k, *schedule, straight_through, is_descended)
     _launch_descent_and_selection(scores, *sizes, ordered, order, indices, weights, mask, counts, state)
 

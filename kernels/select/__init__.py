@@ -1,5 +1,6 @@
-"""`kernels.select`, and the part of it that other operations take."""
+"""`kernels.select`, and the parts of it that other operations take."""
 
 from kernels.select.api import select, select_rows
+from kernels.select.order import sort_rows
 
-__all__ = ["select", "select_rows"]
+__all__ = ["select", "select_rows", "sort_rows"]

@@ -75,7 +75,7 @@ def words_of(listed: int) -> int:
 
 
 @triton.jit
-def _load_ordered(scores_ptr, mask_ptr, columns, n, HAS_MASK: tl.constexpr):
+def load_ordered(scores_ptr, mask_ptr, columns, n, HAS_MASK: tl.constexpr):
     """uint32 in the order of the scores of a row: NaN above all, masked entries, as 0, below all."""
     exists = columns < n
     scores = tl.load(tl.max_contiguous(scores_ptr + columns, 4), mask=exists, other=0.0).to(tl.float32)
@@ -103,7 +103,7 @@ def _is_listed(ordered, columns, n, value, tie):
 
 
 @triton.jit
-def _keys_of(ordered, columns, n):
+def keys_of(ordered, columns, n):
     """int64 in the order of the entries of a row."""
     return ((ordered ^ 0x80000000).to(tl.int32, bitcast=True).to(tl.int64) << 32) | _before_end(columns, n).to(tl.int64)
 
@@ -151,7 +151,7 @@ def _count(
     tl.debug_barrier()
     for chunk in range(begin, end):
         columns = chunk * BLOCK + tl.arange(0, BLOCK)
-        digits = _load_ordered(scores_ptr, mask_ptr, columns, n, HAS_MASK)
+        digits = load_ordered(scores_ptr, mask_ptr, columns, n, HAS_MASK)
         counts = columns < n
         if AMONG_EQUAL:
             counts = counts & (digits == value)
@@ -341,9 +341,9 @@ def _select_kernel(
         tl.debug_barrier()
         for chunk in range(begin, end):
             columns = chunk * BLOCK + tl.arange(0, BLOCK)
-            ordered = _load_ordered(scores_ptr, mask_ptr, columns, n, HAS_MASK)
+            ordered = load_ordered(scores_ptr, mask_ptr, columns, n, HAS_MASK)
             is_listed = _is_listed(ordered, columns, n, value, tie)
-            store_pair(words, take_place(words, COUNTER, is_listed), _keys_of(ordered, columns, n), is_listed)
+            store_pair(words, take_place(words, COUNTER, is_listed), keys_of(ordered, columns, n), is_listed)
         tl.debug_barrier()
         place = tl.arange(0, LISTED)
         own = load_word(words, COUNTER) if SHARED else candidates
@@ -382,13 +382,13 @@ def _collect_kernel(
     """The selected keys of a part of a row, in any order."""
     row = (tl.program_id(0) // parts).to(tl.int64)
     columns = (tl.program_id(0) % parts) * BLOCK + tl.arange(0, BLOCK)
-    ordered = _load_ordered(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
+    ordered = load_ordered(scores_ptr + row * scores_stride, mask_ptr + row * mask_stride, columns, n, HAS_MASK)
     value, tie = tl.load(last_ptr + 2 * row).to(tl.uint32), tl.load(last_ptr + 2 * row + 1).to(tl.uint32)
     is_listed = _is_listed(ordered, columns, n, value, tie)
     up_to_here = tl.cumsum(is_listed.to(tl.int32), axis=0)
     start = tl.atomic_add(taken_ptr + row, tl.max(up_to_here, axis=0), sem="relaxed")
     place = row * selected + start + up_to_here - 1
-    tl.store(keys_ptr + place, _keys_of(ordered, columns, n), mask=is_listed)
+    tl.store(keys_ptr + place, keys_of(ordered, columns, n), mask=is_listed)
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -28,6 +28,7 @@ from kernels.route_prefixes import forward as prefix_forward
 from kernels.routed_attention import triton as routed_attention_kernels
 from kernels.routing_scores import triton as score_kernels
 from kernels.segmented_coor_descent import triton as segmented_kernels
+from kernels.select import order as order_kernels
 from kernels.select import triton as select_kernels
 from kernels.soft_topk import triton as soft_topk_kernels
 from kernels.topk import triton as topk_kernels
@@ -419,6 +420,8 @@ OPERATIONS = {
         (
             prefix_forward._plan_descent,
             prefix_forward._plan_selection,
+            order_kernels._plan_runs,
+            order_kernels._plan_merge,
             prefix_backward._plan_thresholds,
             prefix_backward._plan_sums,
             prefix_backward._plan_tokens,

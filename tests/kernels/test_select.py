@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import reference
-from kernels.select import select
+from kernels.select import order as order_kernels
+from kernels.select import select, sort_rows
 from kernels.select import triton as select_kernels
 from tests.kernels.devices import DEVICES, capture
 
@@ -182,3 +183,53 @@ def test_any_numbers(device, numbers, data):
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(numbers), max_size=len(numbers))), device=device)
     scores = torch.tensor(numbers, dtype=torch.float32, device=device)
     check(scores, data.draw(st.integers(1, len(numbers))), mask)
+
+
+@pytest.fixture(params=[16, 1024])
+def run(request, set_sizes):
+    """Rows of these tests' length are one run, or several that are merged a few at a time."""
+    set_sizes(order_kernels, RUN=request.param, RANKED_AGAINST=8, MERGED_RUNS=2)
+
+
+def check_order(scores):
+    """Exactly PyTorch's order, where it has but one NaN and one zero."""
+    if not (scores.is_cuda or INTERPRETED):
+        pytest.skip("a CPU sorts by PyTorch alone")
+    ordered, order = sort_rows(scores)
+    alike = (scores.float() + 0.0).masked_fill(scores.isnan(), math.nan)
+    expected = alike.sort(dim=1, descending=True, stable=True).indices
+    assert torch.equal(order, expected)
+    assert torch.equal(ordered.isnan(), scores.gather(1, expected).isnan())
+    assert torch.equal(ordered.nan_to_num(0.0), scores.gather(1, expected).nan_to_num(0.0))
+
+
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize("n", [2, 15, 16, 17, 31, 32, 33, 100])
+def test_order_of_all(device, n):
+    check_order(torch.randn(3, n, device=device))
+    check_order((torch.randn(2, n, device=device) * 2).round())
+
+
+@pytest.mark.usefixtures("run")
+def test_order_of_extremes(device):
+    scores = torch.randn(3, 70, device=device)
+    scores[0, 5::9], scores[0, 7], scores[1, 3:], scores[2, 4] = math.nan, -math.nan, -math.inf, math.inf
+    scores[2, ::2], scores[2, 1] = -0.0, 0.0
+    check_order(scores)
+
+
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_order_of_other_dtypes_and_layouts(device, dtype):
+    storage = torch.randn(3 * 41 + 1, device=device).to(dtype)
+    for scores in (storage[1:83].view(2, 41), storage[:123].view(3, 41)[:, :37], storage[:41].expand(2, 41)):
+        check_order(scores)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n_rows", "n"), [(4, 8192), (300, 1025), (1, order_kernels.LONGEST), (2, 20000)])
+def test_order_of_long_rows(device, n_rows, n):
+    scores = (torch.randn(n_rows, n, device=device) * 1e3).round()
+    check_order(scores)
+    check_order(scores[:, 1:])
+    assert torch.equal(sort_rows(scores)[1], sort_rows(scores)[1])
