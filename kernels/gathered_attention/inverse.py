@@ -43,6 +43,12 @@ class Inverse(NamedTuple):
     """Number of tokens that are in order."""
 
 
+@triton.jit
+def _lowest(keys_ptr):
+    """The number that keys count from: the least of their type, all of whose bits they use."""
+    return -(1 << (keys_ptr.dtype.element_ty.primitive_bitwidth - 1))
+
+
 @triton.jit(do_not_specialize=[*COUNTS, "n_entries", "of_batch", "slots", "routes", "total"])
 def _keys_kernel(
     lists_ptr,  # b w r s, int32
@@ -59,13 +65,14 @@ def _keys_kernel(
     entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(lists_ptr + entry, mask=entry < n_entries, other=-1)
     sequence = entry // of_batch * routes + entry // slots % routes
-    key = tl.where(token >= 0, sequence * n_tokens + token, total)
+    key = tl.where(token >= 0, sequence * n_tokens + token, total) + _lowest(keys_ptr)
     tl.store(keys_ptr + entry, key.to(keys_ptr.dtype.element_ty), mask=entry < n_entries)
 
 
 @triton.jit
 def _first_at_least(keys_ptr, key, low, high, halvings):
-    """The place of the first of sorted keys, from low to high, that is not less than a key."""
+    """The place of the first of sorted keys, from low to high, that is not less than a key, counted from 0."""
+    key += _lowest(keys_ptr)
     for _ in range(halvings):
         middle = (low + high) // 2
         is_less = tl.load(keys_ptr + middle, mask=low < high, other=0).to(tl.int64) < key
@@ -119,6 +126,8 @@ def _sorted_kernel(
             # Those past the end have the highest keys.
             sorted_lanes = tl.sort(missed * BLOCK + tl.arange(0, BLOCK)) % BLOCK
             missed = (program - of_entries) * BLOCK + sorted_lanes
+        else:
+            missed += _lowest(order_ptr)
         tl.store(order_ptr + token, missed.to(order_ptr.dtype.element_ty), mask=token < total)
 
 
@@ -138,7 +147,7 @@ def invert(lists: Tensor, weights: Tensor, n_tokens: int) -> Inverse:
     """The inverse of lists `b w r s`, int32 and -1 where there is nothing, with their weights; both contiguous."""
     (batch, windows, routes, slots), device = lists.shape, lists.device
     n_entries, total = lists.numel(), batch * routes * n_tokens
-    keys = torch.empty(n_entries, dtype=_narrow(total), device=device)
+    keys = torch.empty(n_entries, dtype=_narrow(total + 1), device=device)
     _launch_keys(lists, keys, windows * routes * slots, slots, routes, n_tokens, total)
     keys, entries = keys.sort(stable=True)
 
@@ -199,7 +208,7 @@ def _launch_sorted(
     )
 
 
-def _narrow(most: int) -> torch.dtype:
-    """A type for keys up to `most`: a sort takes its time by the bits of it."""
+def _narrow(n_keys: int) -> torch.dtype:
+    """A type of so many numbers: a sort takes its time by the bits of it."""
     types = (torch.int16, torch.int32, torch.int64)
-    return next(dtype for dtype in types if most <= torch.iinfo(dtype).max)
+    return next(dtype for dtype in types if n_keys <= 2**torch.iinfo(dtype).bits)

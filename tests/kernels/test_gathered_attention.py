@@ -342,6 +342,19 @@ def test_lists_are_inverted(device, set_sizes, data):
         assert inverse.order[start : start + stretch].tolist() == expected
 
 
+@pytest.mark.parametrize("n", [2**15, 2**16 - 1, 2**16])
+def test_lists_of_as_many_tokens_as_keys_can_tell_apart(device, n):
+    """Keys are narrow where they can be, and use all numbers of their type."""
+    if device == "cpu" and not INTERPRETED:
+        pytest.skip("a CPU has no kernels")
+    lists = torch.tensor([n - 1, 0, n // 2, -1, n // 2 - 1], device=device, dtype=torch.int32).view(1, 1, 1, 5)
+    weights = torch.arange(5.0, device=device).view(lists.shape)
+    inverse = inverses.invert(lists, weights, n)
+    assert inverse.weights[:4].tolist() == [1, 4, 2, 0]
+    assert inverse.ends[[1, n // 2, n // 2 + 1, n - 1, n]].tolist() == [1, 2, 3, 3, 4]
+    assert inverse.order[:5].tolist() == [0, n // 2 - 1, n // 2, n - 1, 1]
+
+
 @pytest.mark.compiled
 @pytest.mark.parametrize("target", [80, 90])
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 64), (torch.float32, 128)])
