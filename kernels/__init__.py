@@ -1,6 +1,7 @@
 """Fused Triton kernels for the operations of `reference`, with the same signatures, and its layers made of them."""
 
 from kernels._common.replay import replay as replay
+from kernels.biased_gelu import biased_gelu
 from kernels.combine import combine
 from kernels.coor_descent import coor_descent
 from kernels.gathered_attention import gathered_attention
@@ -36,6 +37,7 @@ __all__ = [
     "ConditionalRoutedTransformerBlock",
     "ConditionalRoutedViT",
     "CoordinateDescentRouter",
+    "biased_gelu",
     "combine",
     "coor_descent",
     "gathered_attention",

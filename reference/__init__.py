@@ -1,6 +1,7 @@
 """The CoLT5 system in plain PyTorch: the definition every kernel is compared with."""
 
 from reference._shared.returns import NormalizedRouteReturn, PrefixSelection, RouteReturn, TopkReturn
+from reference.biased_gelu import biased_gelu
 from reference.combine import combine
 from reference.coor_descent import coor_descent
 from reference.gathered_attention import gathered_attention
@@ -37,6 +38,7 @@ __all__ = [
     "RouteReturn",
     "RouterReturn",
     "TopkReturn",
+    "biased_gelu",
     "combine",
     "coor_descent",
     "gathered_attention",

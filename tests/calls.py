@@ -93,6 +93,11 @@ def _normalize(rng):
     return {"x": x, "weight": torch.randn(d), "bias": _maybe(rng, torch.randn(d)), **flags}
 
 
+def _biased_gelu(rng):
+    d = rng.randint(1, 20)
+    return {"x": torch.randn(*_rows(rng), d), "bias": torch.randn(d)}
+
+
 def _routing_scores(rng):
     b, n, d = rng.randint(1, 3), rng.randint(1, 20), rng.randint(1, 8)
     routing_tokens = torch.randn(rng.choice([1, b]), rng.randint(1, 3), d)

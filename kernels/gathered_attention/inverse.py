@@ -71,7 +71,7 @@ def _keys_kernel(
 
 @triton.jit
 def _first_at_least(keys_ptr, key, low, high, halvings):
-    """The place of the first of sorted keys, from low to high, that is not less than a key, counted from 0."""
+    """The place of the first of sorted keys, from low to high, that is not less than a key. This counts from 0."""
     key += _lowest(keys_ptr)
     for _ in range(halvings):
         middle = (low + high) // 2
@@ -211,4 +211,4 @@ def _launch_sorted(
 def _narrow(n_keys: int) -> torch.dtype:
     """A type of so many numbers: a sort takes its time by the bits of it."""
     types = (torch.int16, torch.int32, torch.int64)
-    return next(dtype for dtype in types if n_keys <= 2**torch.iinfo(dtype).bits)
+    return next(dtype for dtype in types if n_keys <= 2 ** torch.iinfo(dtype).bits)

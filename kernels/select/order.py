@@ -1,4 +1,4 @@
-"""All entries of rows in the order of their scores, in two kernels: one ranks the entries of runs, one merges the runs.
+"""All entries of rows in the order of their scores: one kernel ranks the entries of runs, one merges the runs.
 
 Keys are those of `triton.py`, no two of which are equal. A key's rank is the number of larger ones in all runs; in a
 run that is in order, a binary search finds it. Neighbours in their run search side by side: they read the same lines.

@@ -247,6 +247,15 @@ def check_normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, 
     require(dtype is None or dtype in FLOAT_DTYPES, "dtype", dtype, "None or a float dtype")
 
 
+def check_biased_gelu(x: Tensor, bias: Tensor) -> None:
+    """x is `... d` with d >= 1, and the bias is `d` on its device."""
+    check_float("x", x)
+    check_float("bias", bias)
+    require(x.ndim >= 1 and x.shape[-1] >= 1, "x", x.shape, "of shape (..., d) with d >= 1")
+    require(bias.shape == x.shape[-1:], "bias", bias.shape, "of shape {}, one entry a feature of x", x.shape[-1:])
+    require(bias.device == x.device, "bias", bias.device, "on {} as x is", x.device)
+
+
 def check_combine(
     routed: Tensor,
     scores: Tensor,

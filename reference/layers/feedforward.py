@@ -1,6 +1,6 @@
 """The routed feed-forward layer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -84,13 +84,13 @@ class ConditionalRoutedFeedForward(nn.Module):
         together = self._route_together(x, num_heavy_tokens, mask, routing_tokens)
         if together is None:
             routed = self.router(x, num_tokens=num_heavy_tokens, mask=mask, routing_tokens=routing_tokens)
-            light, bias = _run(self.light_ff, x, rounded)
+            light, bias = self._run(self.light_ff, x, rounded)
         else:
             scores, tokens = together.scores.squeeze(0), together.tokens.squeeze(0)
             routed = RouterReturn(together.indices.squeeze(0), scores, tokens, None)
-            light, bias = _run(self.light_ff, together.normalized, rounded, normalized=True)
+            light, bias = self._run(self.light_ff, together.normalized, rounded, normalized=True)
             residual = together.x if residual is x else residual
-        heavy, routed_bias = _run(self.heavy_ff, routed.routed_tokens, rounded)
+        heavy, routed_bias = self._run(self.heavy_ff, routed.routed_tokens, rounded)
         branches: dict[str, Any] = {"light": light, "residual": residual, "bias": bias, "routed_bias": routed_bias}
         return join(self.operations.combine, heavy, routed.scores, routed.indices, x, **branches)
 
@@ -102,20 +102,38 @@ class ConditionalRoutedFeedForward(nn.Module):
             return None
         return route_together(x, self.light_ff[0], (self.router,), (num_tokens,), mask, (routing_tokens,))
 
+    def _run(
+        self, layers: nn.Sequential, x: Tensor, rounded: Rounded, normalized: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layers' result for x, which may have been through the first of them, the norm. It may come without the
+        bias of the last, which is then the second result."""
+        if not normalized and (not rounded or not is_plain(layers, nn.Sequential)):
+            return layers(x), None
+        *inner, last = islice(layers, int(normalized), len(layers))
+        if self.operations.are_fused_for(x) and _end_with_biased_gelu(inner, rounded):
+            *inner, widening, _ = inner
+            x = F.linear(_through(inner, x, rounded), rounded[widening][0])
+            x = self.operations.biased_gelu(x, widening._parameters["bias"])
+        else:
+            x = _through(inner, x, rounded)
+        if last in rounded:
+            return F.linear(x, rounded[last][0]), last._parameters["bias"]
+        return linear(last, x, rounded), None
+
 
 def _feed_forward(dim: int, mult: float, operations: Operations) -> nn.Sequential:
     hidden = int(dim * mult)
     return nn.Sequential(RMSNorm(dim, operations), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
 
-def _run(layers: nn.Sequential, x: Tensor, rounded: Rounded, normalized: bool = False) -> tuple[Tensor, Tensor | None]:
-    """The layers' result for x, which may have been through the first of them, the norm. It may come without the bias
-    of the last, which is then the second result."""
-    if not normalized and (not rounded or not is_plain(layers, nn.Sequential)):
-        return layers(x), None
-    last = layers[-1]
-    for layer in islice(layers, int(normalized), len(layers) - 1):
+def _through(layers: Sequence[nn.Module], x: Tensor, rounded: Rounded) -> Tensor:
+    for layer in layers:
         x = linear(layer, x, rounded)
-    if last in rounded:
-        return F.linear(x, rounded[last][0]), last._parameters["bias"]
-    return linear(last, x, rounded), None
+    return x
+
+
+def _end_with_biased_gelu(layers: Sequence[nn.Module], rounded: Rounded) -> bool:
+    """True if nobody can tell a call of the last two layers from a product and `biased_gelu`."""
+    if len(layers) < 2 or not is_plain(layers[-1], nn.GELU) or layers[-1].approximate != "none":
+        return False
+    return layers[-2] in rounded and layers[-2]._parameters["bias"] is not None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from reference._kernels import Operation, kernel
+from reference.biased_gelu import biased_gelu
 from reference.combine import combine
 from reference.coor_descent import coor_descent
 from reference.gathered_attention import gather_and_attend
@@ -39,6 +40,7 @@ class Operations:
     """True if these are kernels. None: for CUDA tensors alone."""
 
     attend_to_all: Operation
+    biased_gelu: Operation
     combine: Operation
     coor_descent: Operation
     flash_gathered_attention: Operation
@@ -142,6 +144,7 @@ def _plain() -> dict[str, Any]:
     """The definitions by the names of the fields of `Operations`."""
     return {
         "attend_to_all": attend_to_all,
+        "biased_gelu": biased_gelu,
         "combine": combine,
         "coor_descent": coor_descent,
         "flash_gathered_attention": _flash_gathered_attention,

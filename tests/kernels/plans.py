@@ -243,6 +243,12 @@ def normalize(n_rows, d, center, biased, itemsize, **_):
     _call_and_differentiate(True, lambda: kernels.normalize(x, weight, bias, center=center))
 
 
+def biased_gelu(n_rows, d, itemsize, **_):
+    x = torch.zeros(n_rows, d, dtype=DTYPES[itemsize], requires_grad=True)
+    bias = torch.zeros(d, requires_grad=True)
+    _call_and_differentiate(True, lambda: kernels.biased_gelu(x, bias))
+
+
 def normalize_and_route(n_rows, d, center, biased, itemsize, routes=1, **_):
     """Sequences of one token."""
     x = torch.zeros(n_rows, 1, d, dtype=DTYPES[itemsize], requires_grad=True)
@@ -405,6 +411,7 @@ OPERATIONS = {
         normalize,
         _variants(center=BOOL, biased=BOOL, itemsize=(2, 4)),
     ),
+    "biased_gelu": Operation((launch.plan_rows, launch.plan_sweep), biased_gelu, _variants(itemsize=(2, 4))),
     "normalize_and_route": Operation(
         (launch.plan_rows, normalize_kernels._plan_routed),
         normalize_and_route,

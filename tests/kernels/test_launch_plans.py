@@ -160,6 +160,7 @@ MANY = {
     "gather": [{"n_rows": 70001, "selected": 1, "d": 2}],
     "spread": [{"n_rows": 70001, "n": 2}],
     "normalize": [{"n_rows": 70001, "d": 2}],
+    "biased_gelu": [{"n_rows": 70001, "d": 2}],
     "normalize_and_route": [{"n_rows": 70001, "d": 2}],
     "combine": [{"n_rows": 70001, "d": 2}],
     "route_prefixes": [{"n_rows": 70001, "n_windows": 2, "window_size": 1}],

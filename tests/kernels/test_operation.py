@@ -16,7 +16,9 @@ from tests.kernels.devices import DEVICE
 
 INTERPRETED = triton.knobs.runtime.interpret
 
-IN_PYTORCH = {"combine", "normalize", "normalize_and_route", "routed_attention", "topk", "windowed_attention"}
+IN_PYTORCH = {
+    *("biased_gelu", "combine", "normalize", "normalize_and_route", "routed_attention", "topk", "windowed_attention")
+}
 """Operations that are not called where no kernel takes the tensors."""
 
 

@@ -16,6 +16,7 @@ GATHERED = {
 }
 
 OPERATIONS = {
+    "biased_gelu": ({"x": (2, 3, 5), "bias": (5,)}, {}),
     "combine": (
         {
             "routed": (2, 3, 4),

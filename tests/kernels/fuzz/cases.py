@@ -279,6 +279,12 @@ def _normalize(draw: Draw) -> Drawn:
     }
 
 
+def _biased_gelu(draw: Draw) -> Drawn:
+    d = draw.pick(draw.size(2048), *draw.scale.features)
+    data = {"x": [*draw.shape(draw.scale.cells // 8 // d), d], "bias": draw.pick("float32", None)}
+    return data | {"std": draw.pick(1e-3, 1.0, 30.0)}, {}
+
+
 def _normalize_and_route(draw: Draw) -> Drawn:
     routing, options = _route(draw)
     del options["cosine_sim_scale"], options["block_size"]
@@ -361,6 +367,7 @@ def _windowed_attention(draw: Draw) -> Drawn:
 
 
 OPERATIONS: dict[str, Callable[[Draw], Drawn]] = {
+    "biased_gelu": _biased_gelu,
     "combine": _combine,
     "coor_descent": _descent,
     "gathered_attention": _gathered_attention,
@@ -746,6 +753,12 @@ def _norm(make: Maker, data: dict[str, Any]) -> None:
         make.add("bias", make.normal(data["x"][-1]), wide.get(data["bias"]))
 
 
+def _activated(make: Maker, data: dict[str, Any]) -> None:
+    wide = {"float32": torch.promote_types(make.dtype, torch.float32)}
+    make.add("x", make.normal(*data["x"], std=data["std"]))
+    make.add("bias", make.normal(data["x"][-1]), wide.get(data["bias"]))
+
+
 def _normalized_and_routed(make: Maker, data: dict[str, Any]) -> None:
     _tokens_and_routing(make, data)
     _norm(make, data)
@@ -791,6 +804,7 @@ def _windows(make: Maker, data: dict[str, Any]) -> None:
 
 
 _TENSORS: dict[str, Callable[[Maker, dict[str, Any]], None]] = {
+    "biased_gelu": _activated,
     "combine": _combined,
     "gathered_attention": _attended,
     "normalize": _normalized,
