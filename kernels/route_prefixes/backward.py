@@ -47,7 +47,7 @@ def _thresholds_kernel(
     indices_ptr,  # prefixes selected, int64
     scores_ptr,  # rows n
     state_ptr,  # prefixes+1 2 n_iters+1, fp64
-    ends_ptr,  # rows n, int64
+    ends_ptr,  # rows n, int32 or int64
     direct_ptr,  # prefixes*selected, fp32
     shares_ptr,  # rows n_iters windows, fp64
     steps_ptr,  # rows n_iters 3 windows, fp32
@@ -156,7 +156,7 @@ def _tokens_kernel(
     scores_ptr,  # rows n
     state_ptr,  # prefixes+1 2 n_iters+1, fp64
     counts_ptr,  # rows n, int32
-    ends_ptr,  # rows n, int64
+    ends_ptr,  # rows n, int32 or int64
     direct_ptr,  # prefixes*selected, fp32
     steps_ptr,  # rows n_iters 3 windows, fp32
     ds_ptr,  # rows n
@@ -234,7 +234,7 @@ def launch_backward(
 ) -> None:
     """Write the gradient of scores `rows n` to `ds`, from that of the weights `b w r s`."""
     # Where the entries of a token end, of which there is one for each window that selected it.
-    ends = counts.view(-1).cumsum(dim=0)
+    ends = counts.view(-1).cumsum(dim=0, dtype=torch.int32 if indices.numel() < 2**31 else torch.int64)
     _launch_gradients(grad_output, scores, window_size, k, indices, counts, ends, state, ds)
 
 

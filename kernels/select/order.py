@@ -1,4 +1,4 @@
-"""All entries of rows in the order of their scores: one kernel ranks the entries of runs, one merges the runs.
+"""Rows in the order of their scores: one kernel ranks the entries of runs, and one merges the runs.
 
 Keys are those of `triton.py`, no two of which are equal. A key's rank is the number of larger ones in all runs; in a
 run that is in order, a binary search finds it. Neighbours in their run search side by side: they read the same lines.
@@ -104,10 +104,11 @@ def _plan_merge(n_rows: int, n: int) -> Plan:
 
 
 def sort_rows(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores `rows n`, the largest first and of equal ones the first by index, and the int64 indices of these.
+    """Scores `rows n`, the largest first and of equal ones the first by index, and their int64 indices.
 
     The last stride of scores is 1. NaN comes first. PyTorch sorts long rows, and any of fp64, which the kernels are
-    not."""
+    not.
+    """
     if scores.dtype == torch.float64 or scores.shape[1] > LONGEST:
         return scores.sort(dim=1, descending=True, stable=True)
     ordered = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)

@@ -52,9 +52,10 @@ FREE = {
 }
 """Operators that launch nothing, beside views."""
 
+SHORT = 4096
+"""Longest row that PyTorch sorts by one kernel in shared memory."""
+
 SEVERAL = {
-    # A radix sort: a histogram and its sum, a pass for each byte of 32 bits, and the numbers from 0 that it sorts too.
-    "sort": 8,
     # A scan in two kernels.
     "cumsum": 2,
     # Room is made by filling or copying it, and written to by another kernel.
@@ -67,6 +68,18 @@ SEVERAL = {
     "slice_backward": 2,
 }
 """Operators that launch more than one kernel on a GPU, and how many."""
+
+
+def _launches_of_sort(x: Tensor) -> int:
+    """PyTorch sorts copies of short rows and of indices, and longer ones by a radix sort.
+
+    This has a histogram, its sum, and a pass for each byte of what it sorts. Before it the indices are written.
+    Several rows are sorted as one by value, and then by row, by a byte of it; a last kernel takes them apart.
+    """
+    rows = x.numel() // x.shape[-1]
+    if x.shape[-1] <= SHORT:
+        return 4
+    return 1 + 2 + x.itemsize + (0 if rows == 1 else 2 + 1 + 1)
 
 
 class _Operators(TorchDispatchMode):
@@ -82,7 +95,7 @@ class _Operators(TorchDispatchMode):
         if "empty" in name:
             result.zero_()
         elif not (name in FREE or func.is_view):
-            self.counts[name] += SEVERAL.get(name, 1)
+            self.counts[name] += _launches_of_sort(args[0]) if name == "sort" else SEVERAL.get(name, 1)
         return result
 
 
