@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels._common.launch import COUNTS, Launch, Launcher, Plan, Scratch, planner
 from kernels.select.triton import SMALLEST, keys_of, load_ordered
 
-RUN = 1024
+RUN = 512
 """Entries of a run, a power of two, and so a multiple of the sizes that it is ranked by."""
 
 RANKED, RANKED_AGAINST = 16, 256
@@ -25,6 +25,10 @@ MERGED, MERGED_RUNS = 64, 8
 
 LONGEST = 16384
 """Longest row. Searches of an entry are as many as the runs of its row."""
+
+MOST = 65536
+"""Most entries of all rows. The work of a comparison and a search grows with each; PyTorch has more launches, and less
+work for an entry."""
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "n"])
@@ -106,10 +110,10 @@ def _plan_merge(n_rows: int, n: int) -> Plan:
 def sort_rows(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Scores `rows n`, the largest first and of equal ones the first by index, and their int64 indices.
 
-    The last stride of scores is 1. NaN comes first. PyTorch sorts long rows, and any of fp64, which the kernels are
-    not.
+    The last stride of scores is 1. NaN comes first. PyTorch sorts long and many rows, and any of fp64, which the
+    kernels are not.
     """
-    if scores.dtype == torch.float64 or scores.shape[1] > LONGEST:
+    if scores.dtype == torch.float64 or scores.shape[1] > LONGEST or scores.numel() > MOST:
         return scores.sort(dim=1, descending=True, stable=True)
     ordered = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
     order = torch.empty(scores.shape, dtype=torch.int64, device=scores.device)

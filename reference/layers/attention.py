@@ -100,6 +100,7 @@ class ConditionalRoutedAttention(RoutedBranch):
         routing_tokens_q: Tensor | None = None,
         routing_tokens_kv: Tensor | None = None,
         residual: Tensor | None = None,
+        rounded: Rounded | None = None,
     ) -> Tensor:
         """Tokens `b n d` to `b n d`.
 
@@ -108,6 +109,7 @@ class ConditionalRoutedAttention(RoutedBranch):
             mask: `b n`, False for tokens that nothing attends to and that are not routed.
             routing_tokens_q, routing_tokens_kv: `b d` and `b r d`, instead of those of the routers.
             residual: `b n d`, added to the result.
+            rounded: weights that are rounded already, as those of a block are.
 
         Raises:
             ValueError: an argument is out of its range, or shapes do not match.
@@ -115,7 +117,7 @@ class ConditionalRoutedAttention(RoutedBranch):
         num_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
         num_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
         check_counts(num_heavy_tokens_q=num_q, num_heavy_tokens_kv=num_kv)
-        rounded = self.round_weights(x, self.light_attn)
+        rounded = self.round_weights(x, self.light_attn) if rounded is None else rounded
         together = self._route_together(x, num_q, num_kv, mask, routing_tokens_q, routing_tokens_kv)
         if together is None:
             q = self.q_router(x, num_tokens=num_q, mask=mask, routing_tokens=routing_tokens_q)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from reference.layers.attention import ConditionalRoutedAttention
 from reference.layers.feedforward import ConditionalRoutedFeedForward
+from reference.layers.linear import Rounded, is_plain, round_weights
 from reference.layers.operations import Operations, UseTriton
 from reference.layers.replayed import replayed
 from reference.layers.start import Start
@@ -92,6 +93,7 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         Raises:
             ValueError: an argument is out of its range, or shapes do not match.
         """
+        together = self._round_together(x)
         x = self.conditional_attn(
             x,
             mask=mask,
@@ -100,7 +102,22 @@ class ConditionalRoutedTransformerBlock(nn.Module):
             routing_tokens_q=attn_routing_tokens_q,
             routing_tokens_kv=attn_routing_tokens_kv,
             residual=x,
+            **together,
         )
         return self.conditional_ff(
-            x, mask=mask, num_heavy_tokens=num_heavy_ff_tokens, routing_tokens=ff_routing_tokens, residual=x
+            x,
+            mask=mask,
+            num_heavy_tokens=num_heavy_ff_tokens,
+            routing_tokens=ff_routing_tokens,
+            residual=x,
+            **together,
         )
+
+    def _round_together(self, x: Tensor) -> dict[str, Rounded]:
+        """Weights of both layers, rounded by one kernel, as an argument of theirs; none where somebody watches one."""
+        attention, feed_forward = self.conditional_attn, self.conditional_ff
+        if not is_plain(attention, ConditionalRoutedAttention) or not is_plain(
+            feed_forward, ConditionalRoutedFeedForward
+        ):
+            return {}
+        return {"rounded": round_weights(x, *attention.rounding(attention.light_attn), *feed_forward.rounding())}

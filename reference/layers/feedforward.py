@@ -66,6 +66,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         num_heavy_tokens: int | None = None,
         routing_tokens: Tensor | None = None,
         residual: Tensor | None = None,
+        rounded: Rounded | None = None,
     ) -> Tensor:
         """Tokens `b n d` to `b n d`.
 
@@ -74,13 +75,14 @@ class ConditionalRoutedFeedForward(nn.Module):
             num_heavy_tokens: instead of that of the layer.
             routing_tokens: `b d`, instead of that of the router.
             residual: `b n d`, added to the result.
+            rounded: weights that are rounded already, as those of a block are.
 
         Raises:
             ValueError: an argument is out of its range, or shapes do not match.
         """
         num_heavy_tokens = self.num_heavy_tokens if num_heavy_tokens is None else num_heavy_tokens
         check_counts(num_heavy_tokens=num_heavy_tokens)
-        rounded = round_weights(x, *self.light_ff.children(), *self.heavy_ff.children())
+        rounded = round_weights(x, *self.rounding()) if rounded is None else rounded
         together = self._route_together(x, num_heavy_tokens, mask, routing_tokens)
         if together is None:
             routed = self.router(x, num_tokens=num_heavy_tokens, mask=mask, routing_tokens=routing_tokens)
@@ -93,6 +95,10 @@ class ConditionalRoutedFeedForward(nn.Module):
         heavy, routed_bias = self._run(self.heavy_ff, routed.routed_tokens, rounded)
         branches: dict[str, Any] = {"light": light, "residual": residual, "bias": bias, "routed_bias": routed_bias}
         return join(self.operations.combine, heavy, routed.scores, routed.indices, x, **branches)
+
+    def rounding(self) -> list[nn.Module]:
+        """Layers whose weights may be rounded together."""
+        return [*self.light_ff.children(), *self.heavy_ff.children()]
 
     def _route_together(
         self, x: Tensor, num_tokens: int, mask: Tensor | None, routing_tokens: Tensor | None

@@ -71,7 +71,11 @@ class RoutedBranch(nn.Module):
 
     def round_weights(self, x: Tensor, light: nn.Module | None = None) -> Rounded:
         """Weights of the dense attention and of a light branch, for tokens on the device of x."""
-        return round_weights(x, *self.heavy_attn.children(), *([] if light is None else light.children()))
+        return round_weights(x, *self.rounding(light))
+
+    def rounding(self, light: nn.Module | None = None) -> list[nn.Module]:
+        """Layers of the dense attention and of a light branch, whose weights may be rounded together."""
+        return [*self.heavy_attn.children(), *([] if light is None else light.children())]
 
     def route_context(
         self, context: Tensor, num_tokens: int, mask: Tensor | None, routing_tokens: Tensor | None, rounded: Rounded

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 
@@ -171,3 +172,22 @@ def _build():
 @pytest.fixture
 def by_hand():
     return SimpleNamespace(route=route, heavy=heavy, light=light, rms_norm=rms_norm)
+
+
+class Casts(TorchDispatchMode):
+    """Count the operators that convert a tensor, or several."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("_to_copy", "_foreach_copy_"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def count_casts() -> type[Casts]:
+    return Casts

@@ -95,3 +95,27 @@ def test_short_sequences(block, n):
     out = block()(X[:, :n], mask=MASK[:, :n])
     assert out.shape == (2, n, 16)
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("watched", [None, "conditional_attn", "conditional_ff"])
+def test_weights_of_both_layers_are_rounded_together(build, count_casts, watched):
+    """By one kernel, and their gradients widened by one. A layer that somebody watches rounds its own."""
+    layer = build("ConditionalRoutedTransformerBlock")
+    seen = []
+    if watched is not None:
+        layer.get_submodule(watched).register_forward_hook(lambda module, args, out: seen.append(module))
+    x = X.float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        attended = layer.conditional_attn(x, residual=x)
+        expected = layer.conditional_ff(attended, residual=attended)
+        seen.clear()
+        with count_casts() as casts:
+            out = layer(x)
+    assert torch.equal(out, expected)
+    parameters = [*layer.parameters()]
+    theirs = torch.autograd.grad(expected.sum(), parameters)
+    with casts:
+        mine = torch.autograd.grad(out.sum(), parameters)
+    assert all(map(torch.equal, mine, theirs))
+    assert casts.found.count("_foreach_copy_") == (2 if watched is None else 4)
+    assert len(seen) == (watched is not None)

@@ -1,7 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
+
+from reference import biased_gelu
+from reference.layers.operations import Operations
 
 X = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 MASK = torch.arange(30) < torch.tensor([[30], [21]])
@@ -99,3 +104,26 @@ def test_wrong_arguments_are_named(layer):
         layer()(X, num_heavy_tokens=0)
     with pytest.raises(ValueError, match="num_heavy_tokens must be >= 1, got -1"):
         layer(num_heavy_tokens=-1)
+
+
+@pytest.mark.parametrize("use_triton", [False, True])
+@pytest.mark.parametrize("watched", [None, "1", "2"])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_bias_and_gelu_are_one_operation_where_nobody_sees_them(build, use_triton, watched, approximate):
+    seen, fused = [], []
+
+    def activate(x, bias):
+        fused.append(bias)
+        return biased_gelu(x, bias)
+
+    operations = replace(Operations.of(use_triton), biased_gelu=activate)
+    ff = build("ConditionalRoutedFeedForward", use_triton=operations)
+    for branch in (ff.light_ff, ff.heavy_ff):
+        branch[2].approximate = approximate
+        if watched is not None:
+            branch.get_submodule(watched).register_forward_hook(lambda module, args, out: seen.append(module))
+    with torch.autocast("cpu", torch.bfloat16):
+        ff(X.float())
+    is_fused = use_triton and watched is None and approximate == "none"
+    assert len(fused) == 2 * is_fused
+    assert len(seen) == (0 if watched is None else 2)

@@ -6,23 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from reference.layers.linear import linear, round_weights
-
-
-class Casts(TorchDispatchMode):
-    """Count the operators that convert a tensor, or several."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in ("_to_copy", "_foreach_copy_"):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def layers_of(seed):
@@ -62,10 +47,10 @@ def test_results_are_those_of_autocast(seed, options):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_one_conversion_each_way(seed):
+def test_one_conversion_each_way(seed, count_casts):
     layers, x = layers_of(seed)
     x = x.to(torch.bfloat16)
-    with Casts() as casts, torch.autocast("cpu", torch.bfloat16):
+    with count_casts() as casts, torch.autocast("cpu", torch.bfloat16):
         together(layers, x).sum(dtype=torch.bfloat16).backward()
     assert casts.found == ["_foreach_copy_"] * 2
 
