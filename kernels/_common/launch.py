@@ -217,6 +217,15 @@ def plan_sweep(n_rows: int, d: int, available: int) -> Plan:
     return Plan(min(triton.cdiv(n_rows, tile["ROWS"]), 8 * available), tile)
 
 
+@planner
+def plan_wide_sweep(n_rows: int, d: int, available: int) -> Plan:
+    """As `plan_sweep`, with half as many entries in a thread, for kernels that need more registers for each. Half as
+    many programs then have all registers."""
+    sweep = plan_sweep(n_rows, d, available)
+    tile = {**sweep.settings, "num_warps": 2 * sweep.settings["num_warps"]}
+    return Plan(min(sweep.programs, 4 * available), tile)
+
+
 @contextmanager
 def triton_for_cpu_tensors(multiprocessors: int = 132) -> Iterator[None]:
     """Send CPU tensors to the Triton kernels, to compile them where there is no GPU. Launch settings are those of a GPU

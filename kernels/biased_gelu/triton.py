@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Launch, Launcher, multiprocessors, plan_rows, plan_sweep
+from kernels._common.launch import COUNTS, Launch, Launcher, multiprocessors, plan_rows, plan_wide_sweep
 from kernels._common.shares import add_up_shares, clear_arrivals, new_shares, share_ptrs
 
 LONGEST = 8192
@@ -97,7 +97,7 @@ def launch_forward(x: Tensor, bias: Tensor, y: Tensor, arrivals: Tensor) -> Iter
 def launch_backward(grad_output: Tensor, x: Tensor, bias: Tensor, arrivals: Tensor, dx: Tensor) -> Tensor:
     """Write the gradient of x. Return that of the bias."""
     n_rows, d = x.shape
-    programs = plan_sweep(n_rows, d, multiprocessors(x.device)).programs
+    programs = plan_wide_sweep(n_rows, d, multiprocessors(x.device)).programs
     dbias = x.new_empty(d, dtype=torch.float32)
     _launch_sweep(grad_output, x, bias, arrivals, dx, new_shares(1, programs, d, x), dbias)
     return dbias
@@ -110,4 +110,6 @@ def _launch_sweep(
     n_rows, d = x.shape
     pointers = (grad_output, x, bias, dx, shares, dbias, arrivals)
     strides = grad_output.stride(0), x.stride(0)
-    yield Launch(_backward_kernel, plan_sweep(n_rows, d, multiprocessors(x.device)), *pointers, *strides, n_rows, d)
+    yield Launch(
+        _backward_kernel, plan_wide_sweep(n_rows, d, multiprocessors(x.device)), *pointers, *strides, n_rows, d
+    )

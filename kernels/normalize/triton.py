@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Launch, Launcher, Plan, multiprocessors, plan_rows, plan_sweep, planner
+from kernels._common.launch import (
+    COUNTS,
+    Launch,
+    Launcher,
+    multiprocessors,
+    plan_rows,
+    plan_sweep,
+    plan_wide_sweep,
+)
 from kernels._common.shares import add_up_shares, clear_arrivals, new_shares, share_ptrs
 
 LONGEST = 8192
@@ -169,15 +177,6 @@ def _backward_kernel(
     add_up_shares(shares_ptr, sums_ptr, arrivals_ptr, program, programs, d, sums, BLOCK_D)
 
 
-@planner
-def _plan_routed(n_rows: int, d: int, available: int) -> Plan:
-    """As `plan_sweep`, with half as many entries in a thread, which adds up for routes, too. Half as many programs then
-    have all registers."""
-    sweep = plan_sweep(n_rows, d, available)
-    tile = {**sweep.settings, "num_warps": 2 * sweep.settings["num_warps"]}
-    return Plan(min(sweep.programs, 4 * available), tile)
-
-
 @Launcher
 def launch_forward(
     x: Tensor,
@@ -257,7 +256,7 @@ def launch_backward(
     """Write the gradient of x. Return those of weight and, if there is one, bias, one below the other; with routes
     those of weight, bias, 0 if there is none, and all routing tokens."""
     n_rows, d = x.shape
-    plan = plan_sweep if routes is None else _plan_routed
+    plan = plan_sweep if routes is None else plan_wide_sweep
     programs = plan(n_rows, d, multiprocessors(x.device)).programs
     sums = 1 + has_bias if routes is None else 2 + routes.routing_tokens.shape[0]
     shares, result = new_shares(sums, programs, d, x), x.new_empty((sums, d), dtype=torch.float32)
@@ -288,7 +287,7 @@ def _launch_sweep(
 ) -> Iterator[Launch]:
     n_rows, d = x.shape
     routes, n = (0, 1) if grad_scores is None else grad_scores.shape[1:]
-    plan = _plan_routed if routes else plan_sweep
+    plan = plan_wide_sweep if routes else plan_sweep
     yield Launch(
         _backward_kernel,
         plan(n_rows, d, multiprocessors(x.device)),

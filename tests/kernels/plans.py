@@ -21,7 +21,6 @@ from kernels.coor_descent import forward as descent_forward
 from kernels.gathered_attention import backward as gathered_backward
 from kernels.gathered_attention import forward as gathered_forward
 from kernels.gathered_attention import inverse
-from kernels.normalize import triton as normalize_kernels
 from kernels.route import triton as gather_kernel
 from kernels.route_prefixes import backward as prefix_backward
 from kernels.route_prefixes import forward as prefix_forward
@@ -411,9 +410,9 @@ OPERATIONS = {
         normalize,
         _variants(center=BOOL, biased=BOOL, itemsize=(2, 4)),
     ),
-    "biased_gelu": Operation((launch.plan_rows, launch.plan_sweep), biased_gelu, _variants(itemsize=(2, 4))),
+    "biased_gelu": Operation((launch.plan_rows, launch.plan_wide_sweep), biased_gelu, _variants(itemsize=(2, 4))),
     "normalize_and_route": Operation(
-        (launch.plan_rows, normalize_kernels._plan_routed),
+        (launch.plan_rows, launch.plan_wide_sweep),
         normalize_and_route,
         _variants(center=BOOL, biased=BOOL, routes=(1, 2, 4), itemsize=(2, 4)),
         {"d": around(most=2048)},
