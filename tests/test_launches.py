@@ -31,6 +31,22 @@ def test_kernels_and_operators_are_counted_and_views_are_not():
     }
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "expected"),
+    [
+        ((3, 4096), torch.float32, 4),
+        ((5000,), torch.int16, 5),
+        ((1, 5000), torch.int32, 7),
+        ((4, 8192), torch.float32, 11),
+    ],
+)
+def test_a_sort_counts_as_what_pytorch_launches_for_it(shape, dtype, expected):
+    x = torch.zeros(shape, dtype=dtype)
+    with counted() as counts:
+        x.sort(dim=-1, stable=True)
+    assert counts == {"sort": expected}
+
+
 @pytest.mark.parametrize("name", MOST)
 def test_of_a_training_step(name):
     found = launches(name)

@@ -74,7 +74,7 @@ def _launches_of_sort(x: Tensor) -> int:
     """PyTorch sorts copies of short rows and of indices, and longer ones by a radix sort.
 
     This has a histogram, its sum, and a pass for each byte of what it sorts. Before it the indices are written.
-    Several rows are sorted as one by value, and then by row, by a byte of it; a last kernel takes them apart.
+    Up to 127 rows are sorted as one by value, and then by row, by a byte of it; a last kernel takes them apart.
     """
     rows = x.numel() // x.shape[-1]
     if x.shape[-1] <= SHORT:
