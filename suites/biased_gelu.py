@@ -27,7 +27,7 @@ class BiasedGeluCase(Case):
 
 
 def cases(preset: str, device: torch.device) -> list[BiasedGeluCase]:
-    """The hidden tokens of the document's feed-forward layer: of all tokens, and of those that are routed."""
+    """The hidden tokens of the feed-forward layer in colt5-attention's README: of all tokens, and of routed ones."""
     shapes, dtypes = [(65536, 256), (2048, 2048)], ["bfloat16"]
     if preset == "smoke":
         shapes, dtypes = [(64, 48)], [*dtypes, "float32"]
