@@ -4,11 +4,15 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from functools import lru_cache
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import triton
+
+from colt5_bench.records.environment import cores
 
 CLASSES = {
     "exponential": "MUFU.EX2",
@@ -47,13 +51,19 @@ def usage(cubin: bytes) -> Usage:
     return Usage(int(figures["REG"]), int(figures["STACK"]) + int(figures["LOCAL"]))
 
 
-def instructions(cubin: bytes) -> dict[str, int]:
-    """Number of instructions of each class in a kernel, each counted once however often it runs. Classes with none are
-    left out."""
-    counts = Counter(_class_of(mnemonic) for mnemonic in _INSTRUCTION.findall(_inspect(cubin, "--dump-sass")))
+def instructions(cubins: Iterable[bytes]) -> list[dict[str, int]]:
+    """Number of instructions of each class in each kernel, each counted once however often it runs. Classes with none
+    are left out. Kernels are disassembled side by side: the disassembler needs most of its time to start."""
+    with ThreadPoolExecutor(cores()) as pool:
+        return [*pool.map(_counts, cubins)]
+
+
+def _counts(cubin: bytes) -> dict[str, int]:
+    counts = Counter(map(_class_of, _INSTRUCTION.findall(_inspect(cubin, "--dump-sass"))))
     return dict(sorted(counts.items()))
 
 
+@cache
 def _class_of(mnemonic: str) -> str:
     for name, members in CLASSES.items():
         if any(mnemonic == member or mnemonic.startswith(member + ".") for member in members.split()):

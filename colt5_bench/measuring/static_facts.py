@@ -51,7 +51,7 @@ def compiled_kernels(
         target: None: kernels really run, on the GPU of their tensors. 80, 90, ...: kernels are compiled for that
             compute capability times ten and nothing is launched, so that their outputs stay as they were allocated,
             zeros where they were allocated empty; tensors may be on the CPU and no GPU is needed.
-        disassemble: False leaves out `instructions`, which take half as long again as compiling does.
+        disassemble: False leaves out `instructions`, which take half as long again as compiling does on a single core.
 
     Returns:
         For each kernel `name`, `target` (`sm_90`), `registers` (a thread), `spilled_bytes` (local memory a thread:
@@ -68,7 +68,12 @@ def compiled_kernels(
     with _observed(kernels, compile_only=target is not None), driver_for(target):
         launch()
     usage_of = _loaded_usage if target is None else _compiled_usage
-    return [_facts(kernel, usage_of(kernel), disassemble=disassemble) for kernel in kernels.values()]
+    facts = [_facts(kernel, usage_of(kernel)) for kernel in kernels.values()]
+    if disassemble:
+        counted = instructions(kernel.asm["cubin"] for kernel in kernels.values())
+        for each, counts in zip(facts, counted, strict=True):
+            each["instructions"] = counts
+    return facts
 
 
 @contextmanager
@@ -117,7 +122,7 @@ def _zeroed(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return zeros
 
 
-def _facts(kernel: Any, usage: Usage, *, disassemble: bool) -> dict[str, object]:
+def _facts(kernel: Any, usage: Usage) -> dict[str, object]:
     metadata, function = kernel.metadata, kernel.src.fn
     given = {function.arg_names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
     declared = [parameter.name for parameter in function.params if parameter.is_constexpr]
@@ -130,7 +135,6 @@ def _facts(kernel: Any, usage: Usage, *, disassemble: bool) -> dict[str, object]
         "num_warps": metadata.num_warps,
         "num_stages": metadata.num_stages,
         "cooperative": metadata.launch_cooperative_grid,
-        **({"instructions": instructions(kernel.asm["cubin"])} if disassemble else {}),
         "constants": {name: _plain(given[name]) for name in declared if name in given},
     }
 

@@ -1,3 +1,7 @@
+from pathlib import Path
+from threading import Barrier
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton
@@ -65,3 +69,22 @@ def test_every_class_is_of_mnemonics_that_no_earlier_one_takes():
     for name, members in sass.CLASSES.items():
         for member in members.split():
             assert sass._class_of(member).startswith(name)
+
+
+def test_kernels_are_disassembled_side_by_side_and_each_once(monkeypatch):
+    both, asked = Barrier(2), []
+
+    def disassemble(command, **options):
+        cubin = Path(command[-1]).read_bytes()
+        asked.append(cubin)
+        # It comes when the other one is there, too.
+        both.wait(timeout=30)
+        return SimpleNamespace(stdout=f"/*0000*/ FADD ; {len(cubin) * '/*0010*/ LDG.E ; '}")
+
+    monkeypatch.setattr(sass, "cores", lambda: 2)
+    monkeypatch.setattr(sass, "subprocess", SimpleNamespace(run=disassemble))
+    sass._inspect.cache_clear()
+    expected = [{"fp32": 1, "global_load_32": size} for size in (1, 2)]
+    for _ in range(2):
+        assert sass.instructions([b"a", b"bc"]) == expected
+    assert sorted(asked) == [b"a", b"bc"]
