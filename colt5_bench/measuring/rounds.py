@@ -39,6 +39,9 @@ CALLS_IN_A_ROW, ROW_SECONDS = 10, 0.003
 """Most calls, and about the longest that they take, for a sample of host time on a GPU. Its queue of launches must not
 fill up, for then the host waits."""
 
+SHORT_ROW, LONGEST_ROW = 2, 0.02
+"""Calls in a row where the GPU takes longer than these seconds for more. The next sample waits until it is done."""
+
 CALLS_IN_A_TRAIN, TRAIN_SECONDS = 50, 0.02
 """Most calls, and about the longest that they take, for a sample of what a caller waits for. The GPU is idle at the
 start and at the end of a train; that part is small beside the whole."""
@@ -100,9 +103,19 @@ class HostRound:
 
     def _fitting(self, name: str) -> int:
         """Number of calls in a row. One call takes longer on its own than in a row, so that it is measured in a row."""
-        self._in_a_row[name] = CALLS_IN_A_ROW
-        count = int(ROW_SECONDS / min(self.seconds(name) for _ in range(3)))
+        self._in_a_row[name] = SHORT_ROW
+        on_host, in_all = map(min, zip(*(self._seconds_of_both(name) for _ in range(3)), strict=True))
+        count = int(min(ROW_SECONDS / on_host, max(LONGEST_ROW / in_all, SHORT_ROW)))
         return min(max(count, 1), CALLS_IN_A_ROW)
+
+    def _seconds_of_both(self, name: str) -> tuple[float, float]:
+        """Seconds of a call on the host, and until the GPU has done it."""
+        _synchronize(self._device)
+        start = perf_counter()
+        on_host = self.seconds(name)
+        _synchronize(self._device)
+        # One more call is not counted on the host.
+        return on_host, (perf_counter() - start) / (SHORT_ROW + 1)
 
     def __call__(self, order: Sequence[str]) -> list[float]:
         return [self.seconds(name) for name in order]

@@ -342,6 +342,42 @@ class TestColumnsOfAGpu:
             assert (copy.shape, copy.dtype) == (tensor.shape, tensor.dtype)
             assert copy is not tensor
 
+    @pytest.mark.parametrize(
+        ("on_host", "on_gpu", "in_a_row"),
+        [
+            (1e-4, 1e-5, 10),
+            (1e-4, 1e-3, 10),
+            (1e-4, 4e-3, 4),
+            (1e-4, 0.1, 2),
+            (1e-3, 0.1, 2),
+            (1e-3, 1e-3, 3),
+            (0.1, 0.1, 1),
+        ],
+    )
+    def test_a_row_is_as_long_as_host_and_gpu_have_time_for(self, monkeypatch, on_host, on_gpu, in_a_row):
+        now = done = 0.0
+        called = []
+
+        def call():
+            nonlocal now, done
+            called.append(now)
+            now += on_host
+            done = max(now, done) + on_gpu
+
+        def synchronize(device):
+            nonlocal now
+            now = max(now, done)
+
+        monkeypatch.setattr(rounds, "perf_counter", lambda: now)
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        nothing = {"a": lambda *_: None}
+        host = rounds.HostRound({"a": call}, nothing, nothing, GPU)
+        assert now < 3 * 3 * (on_host + on_gpu) + 1e-9
+        called.clear()
+        assert host(["a"]) == [pytest.approx(on_host)]
+        # One comes first that is not counted.
+        assert len(called) == in_a_row + (in_a_row > 1)
+
     def test_the_flush_is_larger_than_the_cache(self, monkeypatch):
         cuda = FakeCuda(monkeypatch)
         assert (
