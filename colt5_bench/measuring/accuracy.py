@@ -27,6 +27,10 @@ another formula has more roundings."""
 ROUNDINGS = 2
 """Roundings of itself that any element may be off by."""
 
+TABLES = {"cuda": 128, "cpu": 1}
+"""Tables in which the largest errors are looked up, by type of device. Few magnitudes are common, and threads of a GPU
+that write to one address wait for each other."""
+
 FEWEST = 64
 """Elements of which the largest error is no matter of luck: fewer small ones are taken together with larger ones."""
 
@@ -137,37 +141,43 @@ class Spread:
     def __init__(self, expected: Tensor, at_kink: Tensor | None = None) -> None:
         self._expected = expected
         self._at_kink = at_kink
-        self._largest = torch.zeros(MOST_POWER - LEAST_POWER + 2, dtype=torch.float64, device=expected.device)
+        self._size = MOST_POWER - LEAST_POWER + 2
+        self._tables = TABLES[expected.device.type]
+        self._largest = torch.zeros(self._tables * self._size, dtype=torch.float64, device=expected.device)
         self._counts = torch.zeros_like(self._largest)
-        self._scale = 0.0
-        self._dtype = expected.dtype
+        self._scale = torch.zeros((), dtype=torch.float64, device=expected.device)
+        self._dtype: torch.dtype | None = None
 
     def add(self, moved: Tensor) -> None:
         """Take one more result into account. Where it is not finite it says nothing."""
-        self._counts.zero_()
-        self._dtype = moved.dtype
+        is_first, self._dtype = self._dtype is None, moved.dtype
         for difference, truth, kink in _differences(moved, self._expected, self._at_kink):
+            # No element is left out by its index: for that a GPU would have to tell the host how many there are.
             judged = truth.isfinite() & ~kink
-            difference, truth = difference[judged], truth[judged]
-            if truth.numel():
-                places, difference = magnitudes(truth), difference.masked_fill(~difference.isfinite(), 0.0)
-                self._largest.scatter_reduce_(0, places, difference, "amax")
-                self._counts.scatter_add_(0, places, torch.ones_like(difference))
-                self._scale = max(self._scale, truth.abs().max().item())
+            truth = truth.masked_fill(~judged, 0.0)
+            table = torch.arange(truth.numel(), device=truth.device) % self._tables
+            places = table * self._size + magnitudes(truth)
+            error = difference.masked_fill(~(judged & difference.isfinite()), 0.0)
+            self._largest.scatter_reduce_(0, places, error, "amax")
+            if is_first:
+                self._counts.scatter_add_(0, places, judged.double())
+                self._scale = torch.maximum(self._scale, truth.abs().amax()) if truth.numel() else self._scale
 
     def tolerance(self) -> Tolerance:
         """The errors that another computation may have."""
+        largest, counts = self._largest.view(-1, self._size).amax(0), self._counts.view(-1, self._size).sum(0)
         # A larger element may be off by as much as a smaller one. The least of few elements may be so by luck.
-        errors = MARGIN * self._largest.cummax(0).values
-        enough = int((self._counts[1:].cumsum(0) < FEWEST).sum()) + 1
+        errors = MARGIN * largest.cummax(0).values
+        enough = int((counts[1:].cumsum(0) < FEWEST).sum()) + 1
         small = errors[min(enough, len(errors) - 1)].item()
         errors[1:] = errors[1:].clamp(min=small)
         # A zero that is not exact either is a sum whose terms cancel, and small by luck as well.
         errors[0] = errors[0].clamp(min=small if errors[0] > 0 else 0.0)
-        information = torch.finfo(self._dtype)
+        dtype = self._dtype or self._expected.dtype
+        information = torch.finfo(dtype)
         # A rounding of a rounding of the largest element is nothing beside it.
-        least = max(information.eps**2 * self._scale, information.tiny)
-        return Tolerance(errors, ROUNDINGS * information.eps, least, self._dtype)
+        least = max(information.eps**2 * self._scale.item(), information.tiny)
+        return Tolerance(errors, ROUNDINGS * information.eps, least, dtype)
 
 
 def passes(actual: Divergence) -> bool:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colt5_bench.measuring import accuracy
-from colt5_bench.measuring.accuracy import Spread, diverge, passes, tolerances
+from colt5_bench.measuring.accuracy import FEWEST, Spread, diverge, passes, tolerances
 from colt5_bench.records.results import Divergence
 from colt5_bench.tolerance import Tolerance
 
@@ -241,6 +241,27 @@ class TestTolerances:
             patch.setitem(accuracy.CHUNK, "cpu", chunk)
             pieces.add(moved)
         assert torch.equal(whole.tolerance().of(expected), pieces.tolerance().of(expected))
+
+    @pytest.mark.parametrize("tables", [2, 7])
+    def test_tables_change_nothing(self, monkeypatch, tables):
+        random = torch.Generator().manual_seed(0)
+        expected = torch.randn(3000, dtype=torch.float64, generator=random) ** 5
+        one = Spread(expected)
+        monkeypatch.setitem(accuracy.TABLES, "cpu", tables)
+        many = Spread(expected)
+        for _ in range(3):
+            moved = (expected + 1e-3 * torch.randn(3000, generator=random)).float()
+            one.add(moved)
+            many.add(moved)
+        assert torch.equal(one.tolerance().by_magnitude, many.tolerance().by_magnitude)
+
+    def test_elements_count_once_however_many_results_there_are(self):
+        """The error of few small ones is a matter of luck, and no more of them are there for being computed again."""
+        expected = torch.cat([fp64(1e-3).repeat(FEWEST - 1), fp64(1.0).repeat(FEWEST)])
+        spread = Spread(expected)
+        for _ in range(3):
+            spread.add(torch.where(expected < 1, expected, 1.1).float())
+        assert spread.tolerance().of(fp64(1e-3)).item() > 0.1
 
     def test_bounds_hold_for_every_element(self):
         spread = Spread(fp64(1.0, 1e-3))
