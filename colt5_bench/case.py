@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from secrets import token_hex
 
 import torch
 from torch import Tensor
@@ -25,13 +24,32 @@ _salt = ContextVar("salt", default="")
 
 
 @contextmanager
-def other_values() -> Iterator[None]:
-    """While this lasts, the generators of cases give other random numbers, which nobody can know beforehand."""
-    token = _salt.set(f":{token_hex()}")
+def other_values(secret: str) -> Iterator[None]:
+    """While this lasts, the generators of cases give other random numbers. Nobody can know them without the secret."""
+    token = _salt.set(f":{secret}")
     try:
         yield
     finally:
         _salt.reset(token)
+
+
+Drawn = dict[tuple[int, tuple[tuple[int, ...], ...]], list[Tensor]]
+"""Random numbers by their seed and shapes."""
+
+_drawn = ContextVar[Drawn | None]("drawn", default=None)
+
+MOST_KEPT = 2**29
+"""Most random numbers that are kept: two gigabytes."""
+
+
+@contextmanager
+def drawing_once() -> Iterator[None]:
+    """While this lasts, random numbers of a case are drawn once. For a long sequence that takes longer than a truth."""
+    token = _drawn.set({})
+    try:
+        yield
+    finally:
+        _drawn.reset(token)
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,20 @@ class Case:
         """Random numbers that depend on nothing but the fields of the case; within `other_values`, others."""
         digest = hashlib.sha256(f"{type(self).__name__}:{self.id}{_salt.get()}".encode()).digest()
         return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def normal(self, *shapes: tuple[int, ...]) -> list[Tensor]:
+        """Normally distributed tensors on the host, drawn one after the other. Within `drawing_once` others may get the
+        same ones, so nobody writes to them."""
+        generator, drawn = self.generator(), _drawn.get()
+        if drawn is None:
+            drawn = {}
+        key = generator.initial_seed(), shapes
+        if key in drawn:
+            return drawn[key]
+        tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+        if sum(each.numel() for kept in (*drawn.values(), tensors) for each in kept) <= MOST_KEPT:
+            drawn[key] = tensors
+        return tensors
 
 
 def _text(value: object) -> str:

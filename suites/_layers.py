@@ -142,22 +142,19 @@ def seeded_problem(case: LayerCase, layer: Layer, make: Callable[[], nn.Module],
 
     The gradient of the output is scaled so that those of the parameters are about 1, however many tokens there are.
     """
-    generator = case.generator()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator.initial_seed())
+        torch.manual_seed(case.generator().initial_seed())
         module = make()
     parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
     for name, parameter in parameters.items():
         if name.endswith("routing_token"):
             parameter *= SCORE_STD / parameter.shape[-1] ** 0.5
-    inputs = {name: torch.randn(shape, generator=generator) for name, shape in layer.inputs.items()}
-    upstream = torch.randn(layer.output, generator=generator) / prod(layer.output[:-1]) ** 0.5
-
-    differentiable = {**inputs, **parameters}
+    *drawn, upstream = case.normal(*layer.inputs.values(), layer.output)
+    differentiable = {**dict(zip(layer.inputs, drawn, strict=True)), **parameters}
     masks = {name: torch.ones(shape, dtype=torch.bool, device=device) for name, shape in layer.masks.items()}
     return Problem(
-        {**{name: tensor.to(device, layer.torch_dtype) for name, tensor in differentiable.items()}, **masks},
-        upstream.to(device, layer.torch_dtype),
+        {**{name: tensor.to(device, layer.torch_dtype, copy=True) for name, tensor in differentiable.items()}, **masks},
+        (upstream / prod(layer.output[:-1]) ** 0.5).to(device, layer.torch_dtype),
         tuple(differentiable),
     )
 

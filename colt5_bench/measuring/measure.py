@@ -8,12 +8,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from colt5_bench.case import Case
+from colt5_bench.case import Case, drawing_once
 from colt5_bench.measuring import energy, memory, roofline, static_facts, timing, training
 from colt5_bench.measuring.call import Call
 from colt5_bench.measuring.inputs import Inputs, same_bits, shares_memory
@@ -166,16 +167,26 @@ def _measure_all(
                 record.status, record.reason = "skipped", printable(str(why))
             else:
                 running[name] = record
+    with drawing_once():
+        oracles = _consult(suite, case, direction, running, conditions)
+    _measure_each(suite, case, direction, {name: running[name] for name in oracles}, oracles, conditions, begin)
 
+
+def _consult(
+    suite: Suite, case: Case, direction: str, running: dict[str, Record], conditions: Conditions
+) -> dict[str, Oracle]:
+    """The oracle of each implementation, by which it is judged, before any of them is called."""
     oracles: dict[str, Oracle] = {}
+    # One for all operations, which draw the same numbers then.
+    secret = token_hex() if suite.timed else None
     operations = {name: suite.implementations[name].operation for name in running}
     for operation in dict.fromkeys(operations.values()):
         own = [name for name in running if operations[name] is operation]
         with _failing([running[name] for name in own], "fp64 truth: ", out_of_memory="error"):
             _describe_cost(suite, case, direction, [running[name] for name in own], conditions.ceilings)
-            oracle = Oracle.consult(operation or suite, case, direction, conditions.device, timed=suite.timed)
+            oracle = Oracle.consult(operation or suite, case, direction, conditions.device, secret)
             oracles.update(dict.fromkeys(own, oracle))
-    _measure_each(suite, case, direction, {name: running[name] for name in oracles}, oracles, conditions, begin)
+    return oracles
 
 
 def _train_all(

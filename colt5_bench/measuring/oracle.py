@@ -33,10 +33,16 @@ class Oracle:
     """True if plain PyTorch gives a view of an input."""
 
     @classmethod
-    def consult(cls, operation: Operation, case: Case, direction: str, device: torch.device, *, timed: bool) -> Self:
-        problem = operation.problem(case, device)
-        with other_values():
-            inputs = Inputs(problem, operation.problem(case, device) if timed else None)
+    def consult(
+        cls, operation: Operation, case: Case, direction: str, device: torch.device, secret: str | None
+    ) -> Self:
+        """Compute what should come out. Calls that are timed get values that are drawn with a secret; None: there are
+        no such calls."""
+        problem, others = operation.problem(case, device), None
+        if secret is not None:
+            with other_values(secret):
+                others = operation.problem(case, device)
+        inputs = Inputs(problem, others)
         truth = operation.truth(case, problem, direction)
         plain, is_view = Call(operation.plain(case), problem, direction), []
 

@@ -218,7 +218,7 @@ def test_bits_with_holes_between_them(shape, step):
 @pytest.mark.parametrize("kept", [True, False], ids=["a kept call", "another call"])
 def test_results_of_a_graph_are_compared_with_those_of_a_call(monkeypatch, right, kept):
     """Whichever calls chance keeps: a graph may have been captured without the work."""
-    oracle = Oracle.consult(toy.suite(), CASE, FORWARD, CPU, timed=True)
+    oracle = Oracle.consult(toy.suite(), CASE, FORWARD, CPU, "secret")
     given = oracle.inputs
     monkeypatch.setattr(given, "plan", lambda number: giving.Plan(0.99, kept))
     watched = watch.Watch(Call(toy.good, given.problem, FORWARD), given, Functions(), ())
