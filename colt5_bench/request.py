@@ -1,5 +1,6 @@
 """Options of a run, each declared once: for the command line and for pytest."""
 
+import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ TIME_LIMIT = 1800.0
 
 REPORT, NO_REPORT = "COLT5_BENCH_REPORT", "0"
 """A variable of the environment, and its value for a run that writes its records alone, without plots and page."""
+
+CEILINGS = "COLT5_BENCH_CEILINGS"
+"""A variable of the environment with the ceilings of the device as JSON, for a run that need not measure them."""
 
 
 def _option(*flags: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -130,6 +134,9 @@ class Request:
 
     guests: tuple[Guest, ...] = ()
     cases: str = ""
+    points: tuple[tuple[str, str], ...] = ()
+    """Cases and directions, of those that `cases` selects; all if there is none."""
+
     shard: Shard = WHOLE
     out: Path | None = None
     resume: bool = False
@@ -141,6 +148,9 @@ class Request:
 
     targets: tuple[int, ...] = ()
     """GPUs that kernels are compiled for where there is none."""
+
+    ceilings: str = ""
+    """Those that an earlier run on this machine measured, as JSON."""
 
     def __post_init__(self) -> None:
         if self.resume and self.out is None:
@@ -169,6 +179,8 @@ class Request:
             energy=options.energy,
             corpus=None if options.corpus is None else options.corpus.absolute(),
             targets=tuple(options.compile_for),
+            # Read here, before suites are loaded: what is measured must not set its own.
+            ceilings=os.environ.get(CEILINGS, ""),
         )
 
     def arguments(self) -> list[str]:
@@ -195,4 +207,5 @@ class Request:
             "cases": self.cases,
             "shard": str(self.shard),
             "targets": list(self.targets),
+            **({"points": [list(point) for point in self.points]} if self.points else {}),
         }

@@ -73,6 +73,8 @@ class Session:
         cases = [case for case in suite.cases(self._request.preset, self._device) if self._wanted(case.id)]
         for case in self._request.shard.of(cases):
             for direction in suite.directions(case):
+                if self._request.points and (case.id, direction) not in self._request.points:
+                    continue
                 group = Group(suite.name, case.id, direction)
                 self._points[group] = Point(
                     suite, case, direction, file, self._request.preset, self._guests[suite.name]
@@ -182,6 +184,7 @@ class Session:
             self._conditions = Conditions.on(
                 self._device,
                 "",
+                self._request.ceilings,
                 max_seconds=MAX_SECONDS[self._request.preset],
                 targets=self._request.targets,
                 energy=self._request.energy,

@@ -1,5 +1,6 @@
 """Two revisions measured in turns on one machine, each in a checkout of its own, through its own command line."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from colt5_bench.files import own
 from colt5_bench.records import git, provenance
 from colt5_bench.records.parts import read
 from colt5_bench.records.results import Run
-from colt5_bench.request import NO_REPORT, REPORT
+from colt5_bench.request import CEILINGS, NO_REPORT, REPORT
 from colt5_bench.selection import SelectionError
 
 SIDES = ("a", "b")
@@ -107,6 +108,8 @@ class Alternating:
         """Number of times that each was measured."""
         self._suite_files: dict[str, str] = {}
         """By the name of a suite that is of no checkout, a hash of its file."""
+        self._ceilings: dict[int, str] = {}
+        """By side, what its first turn found that the device can do."""
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -156,6 +159,7 @@ class Alternating:
             environment = {name: value for name, value in git.environment().items() if name not in PATHS}
             # Nobody looks at the page of a turn. A variable, since an older revision may not know an option.
             environment[REPORT] = NO_REPORT
+            environment[CEILINGS] = self._ceilings.get(side, "")
             done = subprocess.run(
                 command,
                 cwd=self._worktrees[side],
@@ -172,6 +176,8 @@ class Alternating:
             run = read(out)
             _refuse_other_code(run, commit)
             self._refuse_other_files(run)
+            measured = (json.dumps(each["ceilings"]) for each in run.environments.values() if "ceilings" in each)
+            self._ceilings.setdefault(side, next(measured, ""))
 
     def _refuse_other_files(self, run: Run) -> None:
         """All turns measure one suite, or there is nothing to compare."""

@@ -110,10 +110,12 @@ class Conditions:
         return GPU_COLUMNS if self.device.type == "cuda" else CPU_COLUMNS
 
     @classmethod
-    def on(cls, device: torch.device, environment_key: str, **options: Any) -> "Conditions":
-        """The conditions on a device, whose ceilings are measured for it. Options are the other fields."""
-        ceilings = roofline.measure_ceilings(device)
-        return cls(device, environment.device_name(device), environment_key, ceilings, **options)
+    def on(cls, device: torch.device, environment_key: str, ceilings: str = "", **options: Any) -> "Conditions":
+        """The conditions on a device. Its ceilings are those given as JSON, if they are of such a device, or measured.
+        Options are the other fields."""
+        name = environment.device_name(device)
+        found = roofline.read_ceilings(ceilings, name) or roofline.measure_ceilings(device)
+        return cls(device, name, environment_key, found, **options)
 
 
 def measure(

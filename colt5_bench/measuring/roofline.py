@@ -1,5 +1,6 @@
 """The least time that a device needs for a piece of work, from what it has been seen to do."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -81,6 +82,12 @@ def too_fast(seconds: float, *, size: int, ceilings: Ceilings) -> str | None:
     if bandwidth <= READING_MARGIN * ceilings.copy_bandwidth:
         return None
     return f"{bandwidth / 1e9:.0f} GB/s from a cold cache, where a device copy has {ceilings.copy_bandwidth / 1e9:.0f}"
+
+
+def read_ceilings(text: str, device: str) -> Ceilings | None:
+    """Ceilings from their JSON; None if there is none, or they are of a device with another name."""
+    ceilings = Ceilings(**json.loads(text)) if text else None
+    return ceilings if ceilings is not None and ceilings.device == device else None
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:

@@ -1,7 +1,8 @@
+import json
 import os
 import random
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from colt5_bench.case import DIRECTIONS, FORWARD, FORWARD_BACKWARD, Truth
 from colt5_bench.measuring import measure as measuring
 from colt5_bench.measuring.call import Call
 from colt5_bench.measuring.measure import Conditions, measure
+from colt5_bench.measuring.roofline import Ceilings
 from colt5_bench.process.settings import SETTINGS, _same
+from colt5_bench.records import environment
 from colt5_bench.records.results import Timing
 from colt5_bench.suite import Implementation, Operation
 from tests.colt5_bench import toy
@@ -97,6 +100,39 @@ def test_a_kernel_that_does_not_compile_fails_its_implementation(conditions, tim
     records = run(suite, replace(conditions, targets=(90,)))
     assert (records["ours"].status, records["ours"].reason) == ("error", "RuntimeError: out of registers")
     assert records["reference"].status == "ok"
+
+
+def test_ceilings_of_the_same_device_are_taken_and_others_measured(monkeypatch):
+    measured = Ceilings(1.0, 2.0, {"float32": 3.0}, environment.device_name(CPU), True)
+    monkeypatch.setattr(measuring.roofline, "measure_ceilings", lambda device: measured)
+    given = replace(measured, copy_bandwidth=7.0)
+    assert Conditions.on(CPU, "abc").ceilings == measured
+    assert Conditions.on(CPU, "abc", json.dumps(asdict(given))).ceilings == given
+    others = json.dumps(asdict(replace(given, device="another")))
+    assert Conditions.on(CPU, "abc", others).ceilings == measured
+
+
+def test_operations_of_a_point_get_the_same_other_values_and_another_point_others(conditions, timed, monkeypatch):
+    made = []
+
+    def problem(case, device):
+        made.append(case.normal((case.rows, case.n)))
+        return toy.problem(case, device)
+
+    other = Operation(problem, toy.truth, lambda case: toy.good)
+    suite = toy.suite(
+        problem=problem,
+        implementations={
+            "one": toy.Implementation("one", lambda case: toy.good),
+            "two": toy.Implementation("two", lambda case: toy.good, operation=other),
+        },
+    )
+    for _ in range(2):
+        run(suite, conditions)
+    (first, others, *same), (_, again, *_) = made[:4], made[4:]
+    assert [*map(id, same)] == [id(first), id(others)]
+    assert not torch.equal(others[0], first[0])
+    assert not torch.equal(again[0], others[0])
 
 
 def test_forward_alone_has_no_gradient_and_saves_nothing(conditions, timed):
