@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED, attempt
-from colt5_bench.commands._comparison import Comparer, add_options, expression, in_scope, status_of, thresholds_file
+from colt5_bench.commands._comparison import Comparer, add_options, in_scope, status_of, thresholds_file
 from colt5_bench.compare import Comparison, load_rules, read_baseline
 from colt5_bench.compare.conditions import Conditions
 from colt5_bench.records.results import Run, load
@@ -24,8 +24,8 @@ MOST_REPETITIONS = 2
 """Number of times that a case is measured again if its times are unclear. One that is worse is so by two runs or more.
 """
 
-Measure = Callable[[Grid, str, Path], int]
-"""Measures the cases of a suite that an expression selects, with results in a directory: an exit status."""
+Measure = Callable[[Grid, Sequence[tuple[str, str]], Path], int]
+"""Measures cases of a suite, each in a direction, with results in a directory: an exit status."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +84,8 @@ class Check:
         return cls(options, baseline, comparer)
 
     def conclude(self, status: int, directories: Mapping[str, Path], suites: Mapping[str, Grid], more: Measure) -> int:
-        """Compare what was measured, and measure again what is unclear or seems to be worse.
+        """Compare what was measured, and measure again what is unclear or seems to be worse. With `--check`, nothing is
+        measured again that can be no regression.
 
         Args:
             status: how measuring ended.
@@ -94,16 +95,21 @@ class Check:
         """
         comparison = self._compare(directories)
         for repetition in range(1, MOST_REPETITIONS + 1):
-            to_repeat = comparison.cases_to_repeat(runs=2)
-            if not to_repeat or status not in (DONE, FAILURE):
+            unsettled = [
+                each
+                for each in comparison.unsettled(runs=2)
+                if each.is_regression or each.is_undecided or not self.options.check
+            ]
+            if not unsettled or status not in (DONE, FAILURE):
                 break
-            count = sum(map(len, to_repeat.values()))
+            count = len({(each.suite, each.case) for each in unsettled})
             print(
                 f"{count} cases are unclear or seem to be worse: measuring them again "
                 f"({repetition} of {MOST_REPETITIONS})"
             )
-            for name, cases in to_repeat.items():
-                status = max(status, more(suites[name], expression(cases), _free(directories[name])))
+            for name in dict.fromkeys(each.suite for each in unsettled):
+                points = dict.fromkeys((each.case, each.direction) for each in unsettled if each.suite == name)
+                status = max(status, more(suites[name], [*points], _free(directories[name])))
                 if status not in (DONE, FAILURE):
                     break
             else:

@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -13,15 +13,14 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-import pytest
 import torch
 from rich.console import Console
 
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED, USAGE, _check, _profile, attempt
+from colt5_bench.commands._comparison import expression
 from colt5_bench.files import describe_os_error
 from colt5_bench.loading import choose_device, installed_guests, invite, load_suites, pick_suites
 from colt5_bench.measuring import busy
-from colt5_bench.pytest_plugin import plugin
 from colt5_bench.records import provenance
 from colt5_bench.records.environment import cores
 from colt5_bench.records.parts import missing
@@ -62,7 +61,7 @@ exit status:
 """
 
 
-Measure = Callable[[Request, Grid], int]
+Measure = Callable[..., int]
 """Measures a suite with the results in the directory of the request: an exit status."""
 
 
@@ -162,8 +161,11 @@ def _run(
     if check_against is None or status in (USAGE, INTERRUPTED):
         return status
 
-    def more(suite: Grid, cases: str, directory: Path) -> int:
-        return measure(replace(request, cases=cases, out=directory, resume=False, shard=WHOLE), suite)
+    def more(suite: Grid, points: Sequence[tuple[str, str]], directory: Path) -> int:
+        cases = expression([*dict.fromkeys(case for case, _ in points)])
+        selected = replace(request, cases=cases, points=tuple(points), out=directory, resume=False, shard=WHOLE)
+        # Nobody looks at plots of a repetition: the page of the run has what the comparison found.
+        return measure(selected, suite, drawn=False)
 
     return check_against.conclude(status, directories, suites, more)
 
@@ -178,7 +180,9 @@ def _new_directory(parent: Path, name: str) -> Path:
     return directory
 
 
-def _run_suite(options: argparse.Namespace, files: Mapping[str, Path], request: Request, suite: Grid) -> int:
+def _run_suite(
+    options: argparse.Namespace, files: Mapping[str, Path], request: Request, suite: Grid, *, drawn: bool = True
+) -> int:
     """Measure a suite, show it, and return the exit status."""
     assert request.out is not None
     # Before anything is measured that could not be kept.
@@ -196,6 +200,8 @@ def _run_suite(options: argparse.Namespace, files: Mapping[str, Path], request: 
         return max(status, UNMEASURED)
     run = load(results)
     _show(run, suite, crowded, quiet=options.quiet)
+    if drawn and os.environ.get(REPORT) != NO_REPORT:
+        _draw(run, suite)
     if changes := "; ".join(filter(None, map(provenance.change, run.environments.values()))):
         print(f"{suite.name}: {changes}: measure it again, and let it be while it is measured", file=sys.stderr)
     if status == INTERRUPTED:
@@ -239,6 +245,10 @@ def _measure(options: argparse.Namespace, request: Request, suite: Grid, file: P
 
 def _through_pytest(request: Request, file: Path, arguments: list[str]) -> int:
     """Measure as `pytest FILE` does, with further arguments for pytest."""
+    import pytest  # Takes long to import, and other runs need none of it.
+
+    from colt5_bench.pytest_plugin import plugin
+
     # Options for the user's own tests could leave out what is to be measured.
     os.environ.pop("PYTEST_ADDOPTS", None)
     code = pytest.main(
@@ -270,17 +280,15 @@ def _show(run: Run, suite: Grid, crowded: str, *, quiet: bool) -> None:
         if crowded:
             console.print(f"warning: {crowded}", soft_wrap=True, highlight=False)
     console.print(f"results: {run.path}", soft_wrap=True, highlight=False)
-    if os.environ.get(REPORT) != NO_REPORT:
-        _draw(run, suite, console)
 
 
-def _draw(run: Run, suite: Grid, console: Console) -> None:
+def _draw(run: Run, suite: Grid) -> None:
     # These take long to import, and a run is measured before.
     from colt5_bench.report.layout import View
     from colt5_bench.report.page import PAGE, write_page
     from colt5_bench.report.plots import write_plots
 
-    directory = run.path.parent
+    console, directory = Console(), run.path.parent
     draw = partial(write_plots, run.records, directory, x=suite.x_axis, lines=suite.lines)
     plots = attempt("plots", draw) if run.records else []
     if plots:

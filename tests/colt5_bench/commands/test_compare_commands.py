@@ -1,6 +1,7 @@
 """Comparing on the command line: exit statuses, revisions, baselines, and runs that are checked."""
 
 import argparse
+import json
 import math
 import os
 import re
@@ -20,6 +21,7 @@ from colt5_bench.compare.revisions import MOST_TURNS, TURNS
 from colt5_bench.records import environment
 from colt5_bench.records.results import load, write
 from colt5_bench.records.samples import runs_that_confirm
+from colt5_bench.request import CEILINGS
 from colt5_bench.selection import SelectionError
 from tests.colt5_bench import toy
 from tests.colt5_bench.compare.test_compare import ENVIRONMENT, THRESHOLDS, ours, reference
@@ -231,6 +233,15 @@ class TestRevisions:
         assert len(worktrees.splitlines()) == 1
         # Results that are there are not mixed with others.
         assert compare(*arguments) == USAGE
+
+    def test_the_first_turn_of_each_measures_what_the_device_can_do(self, repository, tmp_path):
+        commit, _ = repository
+        file, before, after = tmp_path / "told", {"copy_bandwidth": 1.0}, {"copy_bandwidth": 2.0}
+        told = f"import os; print(os.environ[{CEILINGS!r}], file=Path({str(file)!r}).open('a'))"
+        commit("before", ours(1.0), ceilings=before, after=told)
+        commit("after", ours(0.8), ceilings=after, after=told)
+        compare("before", "after", "--suite", "toy", "--out", tmp_path / "out", "--rounds", "3")
+        assert file.read_text().splitlines() == ["", "", *map(json.dumps, (after, before, before, after))]
 
     def test_what_is_settled_is_measured_no_more(self, repository, tmp_path):
         commit, started = repository
@@ -484,14 +495,27 @@ class TestCheck:
     def test_unclear_cases_are_measured_again(self, check, saved, capsys):
         asked = []
 
-        def more(suite, cases, directory):
-            asked.append((suite.name, cases, directory.name))
+        def more(suite, points, directory):
+            asked.append((suite.name, points, directory.name))
             saved(f"run/{directory.name}/toy.jsonl", ours(1.04 - 0.001 * len(asked)), key=directory.name)
             return DONE
 
         assert check(reference(), ours(1.04), more=more) == UNDECIDED
-        assert asked == [("toy", "(rows=8 n=512 eps=0.1)", f"again-{number}") for number in (1, 2)]
+        points = [("rows=8 n=512 eps=0.1", ours().direction)]
+        assert asked == [("toy", points, f"again-{number}") for number in (1, 2)]
         assert "1 cases are unclear or seem to be worse: measuring them again (1 of 2)" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(("checked", "times"), [(True, 0), (False, 2)])
+    def test_what_can_only_be_better_is_not_measured_again_to_check(self, check, saved, checked, times):
+        asked = []
+
+        def more(suite, points, directory):
+            asked.append(points)
+            saved(f"run/{directory.name}/toy.jsonl", ours(0.96 - 0.001 * len(asked)), key=directory.name)
+            return DONE
+
+        assert check(reference(), ours(0.96), more=more, check=checked) == DONE
+        assert len(asked) == times
 
     @pytest.mark.parametrize(("again", "status", "times"), [(1.2, FAILURE, 1), (1.0, UNDECIDED, 2)])
     def test_what_seems_to_be_worse_is_confirmed(self, check, saved, again, status, times):
@@ -593,3 +617,5 @@ def test_a_slowdown_is_found_by_a_whole_run(saved, tmp_path):
     assert [float(change) for change in changes] == pytest.approx([30, 30], abs=0.5)
     assert summary.read_text().startswith("### 2 regressions against the baseline")
     assert "Against the baseline" in (tmp_path / "out" / "report.html").read_text()
+    # Doubt was measured again, and of that there are records alone.
+    assert [each.name for each in (tmp_path / "out" / "again-1").iterdir()] == ["toy.jsonl"]
