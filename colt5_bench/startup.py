@@ -1,5 +1,6 @@
 """Checks before anything is measured. Each raises a sentence that says what to do."""
 
+import gc
 import os
 import signal
 import sys
@@ -28,6 +29,18 @@ def ending_at_once() -> Iterator[None]:
     finally:
         if interruptible:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def keeping_everything() -> Iterator[None]:
+    """While this lasts, no garbage is collected: imports leave next to none, and a fifth of their time goes into it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class StartupError(Exception):

@@ -33,8 +33,9 @@ from colt5_bench.texts import describe_error
 STARTING_SECONDS, ENDING_SECONDS = 300.0, 10.0
 """Longest time of a process before it measures, and after it has answered."""
 
-PRELOADED = ["pynvml", "scipy.special", "torch", "triton"]
-"""Modules that take long to import, and are the same for every checkout."""
+PRELOADED = ["pynvml", "torch", "torch.fx.experimental.symbolic_shapes", "triton"]
+"""Modules that take long to import, and are the same for every checkout. Autograd imports the third when it is called.
+"""
 
 
 @dataclass(frozen=True)

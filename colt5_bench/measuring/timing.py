@@ -14,14 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from math import inf
+from itertools import accumulate, takewhile
+from math import comb, inf
 from statistics import median
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.special import bdtr
 
 from colt5_bench.measuring.rounds import (
     CPU_COLUMNS,
@@ -142,8 +141,9 @@ def relative_interval(samples: Sequence[float]) -> float:
 @cache
 def _rank(count: int) -> int:
     """Rank from either end of the sample that bounds the interval, counted from 1. 0 if none does."""
-    # A quantile of the binomial distribution, without `scipy.stats`, which takes long to import.
-    return int(np.searchsorted(bdtr(np.arange(count), count, 0.5), (1 - CONFIDENCE) / 2))
+    # A quantile of the binomial distribution, in integers: SciPy takes long to import.
+    below = accumulate(comb(count, rank) for rank in range(count))
+    return sum(1 for _ in takewhile(lambda ways: ways / 2**count < (1 - CONFIDENCE) / 2, below))
 
 
 def _sample(

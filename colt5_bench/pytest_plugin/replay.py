@@ -1,12 +1,14 @@
 """Reports of measured records to pytest and to pytest-benchmark."""
 
 from contextlib import suppress
-
-import pytest
-from pytest_benchmark.fixture import BenchmarkFixture
+from typing import TYPE_CHECKING
 
 from colt5_bench.records.derived import summarised
 from colt5_bench.records.results import Record
+
+# Every suite imports this, and a run without pytest needs neither.
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 _now = 0.0
 
@@ -16,14 +18,14 @@ def virtual_clock() -> float:
     return _now
 
 
-def replay(record: Record, benchmark: BenchmarkFixture) -> None:
+def replay(record: Record, benchmark: "BenchmarkFixture") -> None:
     """Pass or fail a test as its record did, and give pytest-benchmark the samples as if it had taken them.
 
     The samples are those of the first time column. pytest-benchmark has to read `virtual_clock`, which the plugin sees
     to. Everything else that was measured goes into `extra_info`.
     """
     if record.status == "skipped":
-        pytest.skip(record.reason)
+        check(record)
     benchmark.extra_info.update(summarised(record))
     if record.status != "ok":
         # A benchmark that raised is one that pytest-benchmark leaves out of its results.
@@ -49,6 +51,8 @@ def replay(record: Record, benchmark: BenchmarkFixture) -> None:
 
 def check(record: Record) -> None:
     """Pass, fail or skip a test as its record did. In a suite that is not timed, nothing else is to be done."""
+    import pytest
+
     if record.status == "skipped":
         pytest.skip(record.reason)
     if record.status != "ok":

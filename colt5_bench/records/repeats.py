@@ -6,7 +6,6 @@ from math import inf, sqrt
 from statistics import fmean
 
 import numpy as np
-from scipy.special import stdtrit
 
 from colt5_bench.records.derived import group_by
 from colt5_bench.records.results import Record
@@ -27,6 +26,8 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
+        from scipy.special import stdtrit  # Takes long to import.
+
         count = len(values)
         if count < 2:
             return cls(fmean(values), inf)

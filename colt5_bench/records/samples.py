@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import stdtr, stdtrit
 
 Array = NDArray[Any]
 Runs = Sequence[Sequence[float]]
@@ -213,6 +212,8 @@ def _by_blocks(logarithms: Array) -> Changes:
 
 def _tested(value: Array, variance: Array, freedom: Array) -> Changes:
     """By Student's distribution."""
+    from scipy.special import stdtr, stdtrit  # Takes long to import, and nothing is compared before it is measured.
+
     error = np.sqrt(variance)
     reach = stdtrit(freedom, (1 + CONFIDENCE) / 2) * error
     return Changes(value, value - reach, value + reach, 2 * stdtr(freedom, -np.abs(value) / error))

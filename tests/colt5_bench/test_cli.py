@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -18,15 +19,18 @@ from rich.console import Console
 from colt5_bench import cli, commands, startup
 from colt5_bench.commands import env, run
 from colt5_bench.loading import choose_device, load_suites
+from colt5_bench.measuring.roofline import Ceilings
+from colt5_bench.records.environment import device_name
 from colt5_bench.records.results import FAILED, load
 from colt5_bench.report.table import endings
-from colt5_bench.request import NO_REPORT, REPORT
+from colt5_bench.request import CEILINGS, NO_REPORT, REPORT
 from colt5_bench.selection import SelectionError, case_filter, pick
 from colt5_bench.startup import StartupError, check, find_checkout
 from tests.colt5_bench import made
 
 ROOT = Path(__file__).parents[2]
 TOY = Path(__file__).with_name("toy.py")
+CPU = torch.device("cpu")
 
 
 def make_checkout(directory):
@@ -241,6 +245,39 @@ print(*{{"matplotlib", "numpy", "pandas", "pytest", "torch", "triton"}} & set(sy
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout
     assert ended.stderr.split() == []
+
+
+def test_what_is_measured_without_pytest_does_not_wait_for_what_comes_later():
+    script = f"""
+import gc
+import sys
+from pathlib import Path
+from colt5_bench import cli
+from colt5_bench.loading import load_suites
+cli._command("run")
+assert load_suites(Path({str(ROOT)!r}))
+assert gc.isenabled()
+print(*{{"_pytest", "matplotlib", "pandas", "plotly", "pytest_benchmark", "scipy", "sympy"}} & set(sys.modules))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == []
+
+
+@pytest.mark.parametrize("by", ["the user", "the suite"])
+def test_who_starts_a_run_may_say_what_the_device_can_do_and_what_is_measured_may_not(bench_here, monkeypatch, by):
+    rates = Ceilings(1e30, 1e30, dict.fromkeys(("float32", "bfloat16", "float16"), 1e30), device_name(CPU), True)
+    more = ""
+    if by == "the user":
+        monkeypatch.setenv(CEILINGS, json.dumps(asdict(rates)))
+    else:
+        monkeypatch.delenv(CEILINGS, raising=False)
+        more = f"\nos.environ[{CEILINGS!r}] = {json.dumps(asdict(rates))!r}\n"
+    try:
+        run = bench_here("good", "--preset", "smoke", "--quiet", more=more)
+    finally:
+        os.environ.pop(CEILINGS, None)
+    (described,) = load(Path(run.args[-1]) / "toy.jsonl").environments.values()
+    assert (described["ceilings"] == asdict(rates)) == (by == "the user")
 
 
 def test_help_has_examples(capsys):
