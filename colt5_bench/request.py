@@ -20,7 +20,7 @@ REPORT, NO_REPORT = "COLT5_BENCH_REPORT", "0"
 """A variable of the environment, and its value for a run that writes its records alone, without plots and page."""
 
 CEILINGS = "COLT5_BENCH_CEILINGS"
-"""A variable of the environment with the ceilings of the device as JSON, for a run that need not measure them."""
+"""A variable of the environment. It has the ceilings of the device as JSON, for a run that need not measure them."""
 
 
 def _option(*flags: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:

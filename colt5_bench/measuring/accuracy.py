@@ -152,7 +152,7 @@ class Spread:
         """Take one more result into account. Where it is not finite it says nothing."""
         is_first, self._dtype = self._dtype is None, moved.dtype
         for difference, truth, kink in _differences(moved, self._expected, self._at_kink):
-            # No element is left out by its index: for that a GPU would have to tell the host how many there are.
+            # Masked and not indexed. The host would have to wait until a GPU had told how many elements there are.
             judged = truth.isfinite() & ~kink
             truth = truth.masked_fill(~judged, 0.0)
             table = torch.arange(truth.numel(), device=truth.device) % self._tables
