@@ -12,8 +12,9 @@ from torch import Tensor
 from kernels._common.launch import as_rows, has_values, runs_triton
 from kernels._common.operation import Operation
 from kernels._common.shares import new_arrivals
-from kernels.biased_gelu.triton import LONGEST, launch_backward, launch_forward
+from kernels.biased_gelu.triton import launch_backward, launch_forward
 from reference._shared.arguments import check_biased_gelu
+from reference._shared.sizes import WIDEST_BIASED_GELU
 
 
 def _forward(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,7 @@ def biased_gelu(x: Tensor, bias: Tensor) -> Tensor:
         NotImplementedError: a second derivative or forward mode is asked for, but on the CPU.
     """
     check_biased_gelu(x, bias)
-    if torch.float64 in (x.dtype, bias.dtype) or x.shape[-1] > LONGEST or not runs_triton(x):
+    if torch.float64 in (x.dtype, bias.dtype) or x.shape[-1] > WIDEST_BIASED_GELU or not runs_triton(x):
         wide = torch.promote_types(torch.promote_types(x.dtype, bias.dtype), torch.float32)
         return F.gelu(x.to(wide) + bias.to(wide)).to(x.dtype)
     y, _ = _operation(x, bias.contiguous())

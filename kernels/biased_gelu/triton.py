@@ -10,9 +10,6 @@ from torch import Tensor
 from kernels._common.launch import COUNTS, Launch, Launcher, multiprocessors, plan_rows, plan_wide_sweep
 from kernels._common.shares import add_up_shares, clear_arrivals, new_shares, share_ptrs
 
-LONGEST = 8192
-"""Most features that the kernels take; more are left to PyTorch."""
-
 SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
 DENSITY_AT_0: tl.constexpr = tl.constexpr(0.3989422804014327)
 """Density of the normal distribution: 1 / sqrt(2 pi)."""

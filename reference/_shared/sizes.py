@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+WIDEST_BIASED_GELU = 8192
+"""Most features of a row that the kernels of `biased_gelu` take."""
+
 
 def ceil_div(n: int, size: int) -> int:
     """Number of blocks of a size that hold n."""

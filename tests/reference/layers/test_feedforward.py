@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from reference import biased_gelu
+from reference._shared.sizes import WIDEST_BIASED_GELU
 from reference.layers.operations import Operations
 
 X = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -127,3 +128,18 @@ def test_bias_and_gelu_are_one_operation_where_nobody_sees_them(build, use_trito
     is_fused = use_triton and watched is None and approximate == "none"
     assert len(fused) == 2 * is_fused
     assert len(seen) == (0 if watched is None else 2)
+
+
+def test_no_operation_is_called_with_wider_rows_than_it_has_kernels_for(build):
+    widths = []
+
+    def activate(x, bias):
+        widths.append(x.shape[-1])
+        return biased_gelu(x, bias)
+
+    operations = replace(Operations.of(True), biased_gelu=activate)
+    for multiple in (512, 513):
+        ff = build("ConditionalRoutedFeedForward", use_triton=operations, light_ff_mult=1, heavy_ff_mult=multiple)
+        with torch.autocast("cpu", torch.bfloat16):
+            ff(X.float())
+    assert widths == [16, WIDEST_BIASED_GELU, 16]
