@@ -100,7 +100,6 @@ class ConditionalRoutedAttention(RoutedBranch):
         routing_tokens_q: Tensor | None = None,
         routing_tokens_kv: Tensor | None = None,
         residual: Tensor | None = None,
-        rounded: Rounded | None = None,
     ) -> Tensor:
         """Tokens `b n d` to `b n d`.
 
@@ -109,15 +108,37 @@ class ConditionalRoutedAttention(RoutedBranch):
             mask: `b n`, False for tokens that nothing attends to and that are not routed.
             routing_tokens_q, routing_tokens_kv: `b d` and `b r d`, instead of those of the routers.
             residual: `b n d`, added to the result.
-            rounded: weights that are rounded already, as those of a block are.
 
         Raises:
             ValueError: an argument is out of its range, or shapes do not match.
         """
+        return self.with_weights(
+            self.round_weights(x, self.light_attn),
+            x,
+            num_heavy_tokens_q=num_heavy_tokens_q,
+            num_heavy_tokens_kv=num_heavy_tokens_kv,
+            mask=mask,
+            routing_tokens_q=routing_tokens_q,
+            routing_tokens_kv=routing_tokens_kv,
+            residual=residual,
+        )
+
+    def with_weights(
+        self,
+        rounded: Rounded,
+        x: Tensor,
+        *,
+        num_heavy_tokens_q: int | None,
+        num_heavy_tokens_kv: int | None,
+        mask: Tensor | None,
+        routing_tokens_q: Tensor | None,
+        routing_tokens_kv: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:
+        """The forward pass with weights that are rounded already, as those of a block are."""
         num_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
         num_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
         check_counts(num_heavy_tokens_q=num_q, num_heavy_tokens_kv=num_kv)
-        rounded = self.round_weights(x, self.light_attn) if rounded is None else rounded
         together = self._route_together(x, num_q, num_kv, mask, routing_tokens_q, routing_tokens_kv)
         if together is None:
             q = self.q_router(x, num_tokens=num_q, mask=mask, routing_tokens=routing_tokens_q)

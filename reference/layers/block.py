@@ -1,13 +1,14 @@
 """The block of an encoder: routed attention, then a routed feed-forward layer, both with a residual."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from reference.layers.attention import ConditionalRoutedAttention
 from reference.layers.feedforward import ConditionalRoutedFeedForward
-from reference.layers.linear import Rounded, is_plain, round_weights
+from reference.layers.linear import is_plain, round_weights
 from reference.layers.operations import Operations, UseTriton
 from reference.layers.replayed import replayed
 from reference.layers.start import Start
@@ -93,8 +94,8 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         Raises:
             ValueError: an argument is out of its range, or shapes do not match.
         """
-        together = self._round_together(x)
-        x = self.conditional_attn(
+        attend, feed_forward = self._passes(x)
+        x = attend(
             x,
             mask=mask,
             num_heavy_tokens_q=num_heavy_attn_tokens_q,
@@ -102,22 +103,16 @@ class ConditionalRoutedTransformerBlock(nn.Module):
             routing_tokens_q=attn_routing_tokens_q,
             routing_tokens_kv=attn_routing_tokens_kv,
             residual=x,
-            **together,
         )
-        return self.conditional_ff(
-            x,
-            mask=mask,
-            num_heavy_tokens=num_heavy_ff_tokens,
-            routing_tokens=ff_routing_tokens,
-            residual=x,
-            **together,
+        return feed_forward(
+            x, mask=mask, num_heavy_tokens=num_heavy_ff_tokens, routing_tokens=ff_routing_tokens, residual=x
         )
 
-    def _round_together(self, x: Tensor) -> dict[str, Rounded]:
-        """Weights of both layers, rounded by one kernel, as an argument of theirs; none where somebody watches one."""
+    def _passes(self, x: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+        """Forward passes of both layers. Where nobody watches either, one kernel rounds the weights of both."""
         attention, feed_forward = self.conditional_attn, self.conditional_ff
-        if not is_plain(attention, ConditionalRoutedAttention) or not is_plain(
-            feed_forward, ConditionalRoutedFeedForward
-        ):
-            return {}
-        return {"rounded": round_weights(x, *attention.rounding(attention.light_attn), *feed_forward.rounding())}
+        if is_plain(attention, ConditionalRoutedAttention) and is_plain(feed_forward, ConditionalRoutedFeedForward):
+            rounded = round_weights(x, *attention.rounding(attention.light_attn), *feed_forward.rounding())
+            if rounded:
+                return partial(attention.with_weights, rounded), partial(feed_forward.with_weights, rounded)
+        return attention, feed_forward

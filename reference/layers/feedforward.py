@@ -67,7 +67,6 @@ class ConditionalRoutedFeedForward(nn.Module):
         num_heavy_tokens: int | None = None,
         routing_tokens: Tensor | None = None,
         residual: Tensor | None = None,
-        rounded: Rounded | None = None,
     ) -> Tensor:
         """Tokens `b n d` to `b n d`.
 
@@ -76,14 +75,32 @@ class ConditionalRoutedFeedForward(nn.Module):
             num_heavy_tokens: instead of that of the layer.
             routing_tokens: `b d`, instead of that of the router.
             residual: `b n d`, added to the result.
-            rounded: weights that are rounded already, as those of a block are.
 
         Raises:
             ValueError: an argument is out of its range, or shapes do not match.
         """
+        return self.with_weights(
+            round_weights(x, *self.rounding()),
+            x,
+            mask=mask,
+            num_heavy_tokens=num_heavy_tokens,
+            routing_tokens=routing_tokens,
+            residual=residual,
+        )
+
+    def with_weights(
+        self,
+        rounded: Rounded,
+        x: Tensor,
+        *,
+        mask: Tensor | None,
+        num_heavy_tokens: int | None,
+        routing_tokens: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:
+        """The forward pass with weights that are rounded already, as those of a block are."""
         num_heavy_tokens = self.num_heavy_tokens if num_heavy_tokens is None else num_heavy_tokens
         check_counts(num_heavy_tokens=num_heavy_tokens)
-        rounded = round_weights(x, *self.rounding()) if rounded is None else rounded
         together = self._route_together(x, num_heavy_tokens, mask, routing_tokens)
         if together is None:
             routed = self.router(x, num_tokens=num_heavy_tokens, mask=mask, routing_tokens=routing_tokens)

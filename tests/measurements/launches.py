@@ -2,7 +2,8 @@
 
 `python -m tests.measurements.launches attention` lists them. Kernels of Triton are counted where they would be
 launched, and nothing is compiled; operators of PyTorch as they run on the CPU, below autocast and autograd. Both see
-the path of an eager call. A matrix product may take one kernel more on a GPU, where cuBLAS divides a long sum.
+the path of an eager call. A matrix product may take one kernel more on a GPU, where cuBLAS divides a long sum. With
+`--gpu` PyTorch's profiler counts them there.
 """
 
 import argparse
@@ -153,7 +154,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="count the kernels that a training step of a layer would launch")
     parser.add_argument("name", choices=LAYERS)
     parser.add_argument("--masked", action="store_true", help="with a mask")
-    found = launches(**vars(parser.parse_args()))
+    parser.add_argument("--gpu", action="store_true", help="as PyTorch's profiler counts them on a GPU, without a mask")
+    options = parser.parse_args()
+    if options.gpu and options.masked:
+        parser.error("--gpu counts without a mask: leave out --masked")
+    found = launches_on_a_gpu(options.name) if options.gpu else launches(options.name, masked=options.masked)
     for kernel, count in found.most_common():
         print(f"{count:4}  {kernel}")
     print(f"{found.total():4}  in all")

@@ -186,6 +186,17 @@ def test_nothing_that_comes_later_changes_a_logit(name):
 
 
 @pytest.mark.parametrize("name", ["zero_fp32", "zero_plain"])
+def test_precision_is_asked_about_in_long_runs_on_text(name):
+    asked = {
+        (preset, case.task)
+        for preset in ("smoke", "default", "full")
+        for case in cases(preset, torch.device("cuda"))
+        if not quality.SUITE.implementations[name].unavailable(case, torch.device("cuda"))
+    }
+    assert asked == {("full", "text")}
+
+
+@pytest.mark.parametrize("name", ["zero_fp32", "zero_plain"])
 def test_precision_alone_differs(name):
     """A decoder of the same weights has the same loss and gradients, but for rounding."""
     runs = [run_of(each) for each in ("zero", name)]

@@ -24,7 +24,6 @@ EXCLUDED = {
     "use_triton": "is what is compared: True for ours, False for the plain one",
     "router_use_triton": "the same",
     "ranks": "is for several processes",
-    "rounded": "is what a block gives its layers, and blocks are drawn",
 }
 """Options that are not drawn, and why."""
 
@@ -592,7 +591,7 @@ def _layer(draw: Draw, name: str) -> Drawn:
     given = {
         option: FORWARD[option](draw, sizes)
         for option in inspect.signature(layer.forward).parameters
-        if option not in ("self", "x", "img", "context", *EXCLUDED)
+        if option not in ("self", "x", "img", "context")
     }
     given["routing_tokens"] = given.get("routing_tokens") or options.get("learned_routing_tokens") or False
     if options.get("causal_query_routing"):
