@@ -1,12 +1,13 @@
 """The least time that a device needs for a piece of work, from what it has been seen to do."""
 
-import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from math import inf
 from time import perf_counter
 
+import msgspec
 import torch
 import triton
 import triton.language as tl
@@ -85,9 +86,12 @@ def too_fast(seconds: float, *, size: int, ceilings: Ceilings) -> str | None:
 
 
 def read_ceilings(text: str, device: str) -> Ceilings | None:
-    """Ceilings from their JSON; None if there is none, or they are of a device with another name."""
-    ceilings = Ceilings(**json.loads(text)) if text else None
-    return ceilings if ceilings is not None and ceilings.device == device else None
+    """Ceilings from their JSON. None if the text is anything else, as of another revision, or of another device."""
+    with suppress(msgspec.MsgspecError):
+        ceilings = msgspec.json.decode(text, type=Ceilings)
+        if ceilings.device == device:
+            return ceilings
+    return None
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:

@@ -1,3 +1,5 @@
+import json
+from dataclasses import asdict
 from time import process_time
 
 import pytest
@@ -5,7 +7,7 @@ import torch
 
 from colt5_bench.case import Cost
 from colt5_bench.measuring import roofline
-from colt5_bench.measuring.roofline import Ceilings, limit_seconds, measure_ceilings
+from colt5_bench.measuring.roofline import Ceilings, limit_seconds, measure_ceilings, read_ceilings
 from colt5_bench.measuring.static_facts import compiled_kernels
 from colt5_bench.records.environment import device_name
 
@@ -13,6 +15,26 @@ pytestmark = pytest.mark.alone
 
 PRODUCTS = {"float32": 1e12, "bfloat16": 1e13}
 CEILINGS = Ceilings(copy_bandwidth=1e12, exponentials=1e9, products=PRODUCTS, device="toy", measured=True)
+WRITTEN = asdict(CEILINGS)
+
+
+class TestRead:
+    def test_are_the_ones_that_were_written(self):
+        assert read_ceilings(json.dumps(asdict(CEILINGS)), "toy") == CEILINGS
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "{",
+            "[]",
+            *(json.dumps({key: value for key, value in WRITTEN.items() if key != left_out}) for left_out in WRITTEN),
+            *(json.dumps({**WRITTEN, changed: None}) for changed in WRITTEN),
+            json.dumps({**WRITTEN, "device": "another"}),
+        ],
+    )
+    def test_are_none_of_anything_else(self, text):
+        assert read_ceilings(text, "toy") is None
 
 
 class TestLimit:
