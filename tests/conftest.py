@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 from collections.abc import Generator
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,6 +24,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 for ignored in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(ignored) is signal.SIG_IGN:
         signal.signal(ignored, signal.default_int_handler if ignored is signal.SIGINT else signal.SIG_DFL)
+
+# PyTorch's profiler reads its level of messages when it is first used in a process. Those of one test, which lets them
+# be, would be in what another one prints. Commands that tests start have none of this.
+with patch.dict(os.environ, KINETO_LOG_LEVEL="6"), torch.autograd.profiler.profile():
+    pass
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
