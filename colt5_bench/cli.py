@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 
 from colt5_bench.commands import CLOSED, INTERRUPTED, UNMEASURED, USAGE
 from colt5_bench.files import describe_os_error
+from colt5_bench.process.garbage import no_garbage_collection
 from colt5_bench.selection import SelectionError, pick
-from colt5_bench.startup import StartupError, ending_at_once, keeping_everything
+from colt5_bench.startup import StartupError, ending_at_once
 from colt5_bench.texts import describe_error, printable
 
 COMMANDS = {
@@ -104,7 +105,7 @@ def _main(arguments: list[str]) -> int:
 def _command(name: str) -> Any:
     # PyTorch reads it as it is imported. Its allocator warns where memory is measured, through a progress bar.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    with ending_at_once(), keeping_everything():
+    with ending_at_once(), no_garbage_collection():
         return import_module(f"colt5_bench.commands.{name.replace('-', '_')}")
 
 

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 from colt5_bench.process.functions import Functions
+from colt5_bench.process.garbage import no_garbage_collection
 from colt5_bench.process.settings import preserved
 from colt5_bench.selection import Guest, SelectionError, pick, suite_files
-from colt5_bench.startup import is_outside, keeping_everything, prefix_of
+from colt5_bench.startup import is_outside, prefix_of
 from colt5_bench.suite import Grid, Implementation, Suite, Trainee, TrainingSuite
 from colt5_bench.texts import describe_error
 
@@ -74,7 +75,7 @@ def load_suite(file: Path) -> Any:
     name = f"{prefix}suites.{file.stem}"
     module = sys.modules.get(name)
     if module is None or module.__file__ != str(file):
-        with keeping_everything():
+        with no_garbage_collection():
             module = _run_file(file, name)
     return getattr(module, "SUITE", None)
 

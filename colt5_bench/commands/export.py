@@ -7,8 +7,8 @@ from pathlib import Path
 from colt5_bench.commands import DONE
 from colt5_bench.commands.report import load_views
 from colt5_bench.files import atomic_write
+from colt5_bench.process.garbage import no_garbage_collection
 from colt5_bench.records.parts import read
-from colt5_bench.records.results import no_garbage
 from colt5_bench.report.exchange import FORMATS, export
 
 EXAMPLES = """\
@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: the standard output)")
 
 
-@no_garbage()
+@no_garbage_collection()
 def main(options: argparse.Namespace) -> int:
     exported = export(read(options.run), options.format, load_views())
     if options.out is None:

@@ -8,9 +8,10 @@ from colt5_bench.commands import DONE
 from colt5_bench.commands._comparison import Comparer, add_options
 from colt5_bench.compare import Finding, read_baseline
 from colt5_bench.loading import load_suites
+from colt5_bench.process.garbage import no_garbage_collection
 from colt5_bench.records.derived import group_by
 from colt5_bench.records.parts import read
-from colt5_bench.records.results import Record, Run, no_garbage
+from colt5_bench.records.results import Record, Run
 from colt5_bench.report.export import write_csv, write_parquet
 from colt5_bench.report.layout import View
 from colt5_bench.report.leaderboard import LEADERBOARD, write_leaderboard
@@ -57,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_options(parser)
 
 
-@no_garbage()
+@no_garbage_collection()
 def main(options: argparse.Namespace) -> int:
     for path in options.out:
         if path.suffix not in ENDINGS:

@@ -6,7 +6,6 @@ cache; and what a call closes over, as a layer does over its parameters, would s
 costs one buffer of twice the cache and reaches everything.
 """
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from statistics import median
@@ -17,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from colt5_bench.measuring.refusal import RefusedError
+from colt5_bench.process.garbage import no_garbage_collection
 from colt5_bench.texts import first_line
 
 Call = Callable[[], Any]
@@ -124,7 +124,7 @@ class HostRound:
         call, in_a_row = self._calls[name], self._in_a_row[name]
         self._before[name]()
         _synchronize(self._device)
-        with torch.autograd.set_multithreading_enabled(False), _no_garbage_collection():
+        with torch.autograd.set_multithreading_enabled(False), no_garbage_collection():
             if in_a_row > 1:
                 call()
             start = perf_counter()
@@ -157,7 +157,7 @@ class EagerRound:
         call, in_train = self._calls[name], self._in_train[name]
         self._before[name]()
         _synchronize(self._device)
-        with _no_garbage_collection():
+        with no_garbage_collection():
             start = perf_counter()
             for _ in range(in_train - 1):
                 call()
@@ -166,18 +166,6 @@ class EagerRound:
             seconds = (perf_counter() - start) / in_train
         self._after[name](result, False)
         return seconds
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """As in `timeit`: what is collected is whatever was left behind since, by whomever."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class GpuRound:

@@ -1,9 +1,8 @@
 """One measurement is one Record; a run is a JSON Lines file of them, written as it goes."""
 
-import gc
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import median
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict
 import msgspec
 
 from colt5_bench.files import append, atomic_write, own
+from colt5_bench.process.garbage import no_garbage_collection
 from colt5_bench.records.lines import decode, encode, entries, figures, is_simple, lines
 from colt5_bench.texts import Plain
 
@@ -271,7 +271,7 @@ def load(path: Path, *, fault: Callable[[Record], str] = lambda record: "") -> R
     if not files or not path.exists():
         raise ValueError(f"{path} is no results file and no directory with any: those that a run writes end in .jsonl")
     run = Run(path)
-    with no_garbage():
+    with no_garbage_collection():
         for file in files:
             _read(file, run, fault)
     return run
@@ -358,15 +358,3 @@ def _converted(content: Any) -> Record | dict[str, Any]:
         raise msgspec.ValidationError(f"its kind is {kind!r}")
     msgspec.convert(line, _Environment)
     return line
-
-
-@contextmanager
-def no_garbage() -> Iterator[None]:
-    """Objects that all stay need not be searched for garbage again and again, as they become more."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

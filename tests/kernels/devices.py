@@ -27,3 +27,14 @@ def capture(step: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
     with torch.cuda.graph(graph):
         captured = step()
     return graph, captured
+
+
+def tokens(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normally distributed, on the device of the tests."""
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def rounding(actual: torch.Tensor) -> float:
+    """The error allowed for functions and sums over rows in fp32, and one conversion to the dtype of the result. It is
+    relative to the largest element."""
+    return 8 * torch.finfo(torch.float32).eps + (torch.finfo(actual.dtype).eps if actual.dtype.itemsize < 4 else 0)

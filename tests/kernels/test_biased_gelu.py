@@ -6,19 +6,10 @@ import triton
 
 import reference
 from kernels import biased_gelu
-from tests.kernels.devices import DEVICE, capture
+from tests.kernels.devices import DEVICE, capture, rounding, tokens
 
 INTERPRETED = triton.knobs.runtime.interpret
 ON_CPU_PATH = DEVICE == "cpu" and not INTERPRETED
-
-
-def tokens(*shape, dtype=torch.float32):
-    return torch.randn(shape, device=DEVICE).to(dtype)
-
-
-def rounding(actual):
-    """Of the function and of sums over rows in fp32, and of one conversion to the dtype of the result."""
-    return 8 * torch.finfo(torch.float32).eps + (torch.finfo(actual.dtype).eps if actual.dtype.itemsize < 4 else 0)
 
 
 def check(x, bias=None):

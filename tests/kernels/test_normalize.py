@@ -8,19 +8,10 @@ from hypothesis import strategies as st
 
 import reference
 from kernels import normalize
-from tests.kernels.devices import DEVICE, capture
+from tests.kernels.devices import DEVICE, capture, rounding, tokens
 
 INTERPRETED = triton.knobs.runtime.interpret
 ON_CPU_PATH = DEVICE == "cpu" and not INTERPRETED
-
-
-def tokens(*shape, dtype=torch.float32):
-    return torch.randn(shape, device=DEVICE).to(dtype)
-
-
-def rounding(actual):
-    """Of sums over a row and over rows in fp32, and of one conversion to the dtype of the result."""
-    return 8 * torch.finfo(torch.float32).eps + (torch.finfo(actual.dtype).eps if actual.dtype.itemsize < 4 else 0)
 
 
 def check(x, center, *, has_bias=True, dtype=None, eps=1e-5):
