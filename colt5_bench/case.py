@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -33,23 +35,15 @@ def other_values(secret: str) -> Iterator[None]:
         _salt.reset(token)
 
 
-Drawn = dict[tuple[int, tuple[tuple[int, ...], ...]], list[Tensor]]
-"""Random numbers by their seed and shapes."""
-
-_drawn = ContextVar[Drawn | None]("drawn", default=None)
-
 MOST_KEPT = 2**29
-"""Most random numbers that are kept: two gigabytes."""
+"""Most random numbers of a case that are kept: two gigabytes."""
 
 
-@contextmanager
-def drawing_once() -> Iterator[None]:
-    """While this lasts, random numbers of a case are drawn once. For a long sequence that takes longer than a truth."""
-    token = _drawn.set({})
-    try:
-        yield
-    finally:
-        _drawn.reset(token)
+# Two: those of a case in both directions and for all operations, and the other values of one direction.
+@lru_cache(maxsize=2)
+def _drawn(seed: int, shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
 
 
 @dataclass(frozen=True)
@@ -70,19 +64,17 @@ class Case:
         digest = hashlib.sha256(f"{type(self).__name__}:{self.id}{_salt.get()}".encode()).digest()
         return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:7], "big"))
 
-    def normal(self, *shapes: tuple[int, ...]) -> list[Tensor]:
-        """Normally distributed tensors on the host, drawn one after the other. Within `drawing_once` others may get the
-        same ones, so nobody writes to them."""
-        generator, drawn = self.generator(), _drawn.get()
-        if drawn is None:
-            drawn = {}
-        key = generator.initial_seed(), shapes
-        if key in drawn:
-            return drawn[key]
-        tensors = [torch.randn(shape, generator=generator) for shape in shapes]
-        if sum(each.numel() for kept in (*drawn.values(), tensors) for each in kept) <= MOST_KEPT:
-            drawn[key] = tensors
-        return tensors
+    def normal(self, device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
+        """Normally distributed float32 tensors, drawn one after the other; the caller owns them.
+
+        They depend on nothing but the fields of the case, whatever the device. Within `other_values` they need not, and
+        a GPU draws them itself: a long sequence takes the host longer than its truth takes the GPU.
+        """
+        if _salt.get() and device.type == "cuda":
+            generator = self.generator(device)
+            return [torch.randn(shape, generator=generator, device=device) for shape in shapes]
+        draw = _drawn if sum(map(prod, shapes)) <= MOST_KEPT else _drawn.__wrapped__
+        return [each.to(device, copy=True) for each in draw(self.generator().initial_seed(), shapes)]
 
 
 def _text(value: object) -> str:

@@ -149,11 +149,11 @@ def seeded_problem(case: LayerCase, layer: Layer, make: Callable[[], nn.Module],
     for name, parameter in parameters.items():
         if name.endswith("routing_token"):
             parameter *= SCORE_STD / parameter.shape[-1] ** 0.5
-    *drawn, upstream = case.normal(*layer.inputs.values(), layer.output)
+    *drawn, upstream = case.normal(device, *layer.inputs.values(), layer.output)
     differentiable = {**dict(zip(layer.inputs, drawn, strict=True)), **parameters}
     masks = {name: torch.ones(shape, dtype=torch.bool, device=device) for name, shape in layer.masks.items()}
     return Problem(
-        {**{name: tensor.to(device, layer.torch_dtype, copy=True) for name, tensor in differentiable.items()}, **masks},
+        {**{name: tensor.to(device, layer.torch_dtype) for name, tensor in differentiable.items()}, **masks},
         (upstream / prod(layer.output[:-1]) ** 0.5).to(device, layer.torch_dtype),
         tuple(differentiable),
     )

@@ -40,11 +40,10 @@ def cases(preset: str, device: torch.device) -> list[BiasedGeluCase]:
 
 def problem(case: BiasedGeluCase, device: torch.device) -> Problem:
     """Normally distributed tokens and bias."""
-    generator, dtype = case.generator(), getattr(torch, case.dtype)
-    x, bias = (torch.randn(shape, generator=generator) for shape in ((case.rows, case.d), (case.d,)))
-    inputs = {"x": x.to(device, dtype), "bias": bias.to(device)}
-    upstream = torch.randn(case.rows, case.d, generator=generator) / case.rows**0.5
-    return Problem(inputs, upstream.to(device, dtype), tuple(inputs))
+    dtype, tokens = getattr(torch, case.dtype), (case.rows, case.d)
+    x, bias, upstream = case.normal(device, tokens, (case.d,), tokens)
+    inputs = {"x": x.to(dtype), "bias": bias}
+    return Problem(inputs, (upstream / case.rows**0.5).to(dtype), tuple(inputs))
 
 
 def truth(case: BiasedGeluCase, problem: Problem, direction: str) -> Truth:

@@ -56,24 +56,18 @@ def cases(preset: str, device: torch.device) -> list[CombineCase]:
 
 def problem(case: CombineCase, device: torch.device) -> Problem:
     """Normally distributed branches, and routed tokens spread evenly at random."""
-    generator = case.generator()
-
-    def randn(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
     all_tokens = (case.batch, case.n, case.d)
-    inputs = {
-        "routed": randn(case.batch, case.k, case.d, dtype=case.of_branches),
-        "scores": randn(case.batch, case.k, dtype=case.wide),
-        "light": randn(*all_tokens, dtype=case.of_branches),
-    }
+    shapes = {"routed": (case.batch, case.k, case.d), "scores": (case.batch, case.k), "light": all_tokens}
     if case.null:
-        inputs["null"] = randn(case.d, dtype=case.wide)
+        shapes["null"] = (case.d,)
     if case.residual:
-        inputs["residual"] = randn(*all_tokens, dtype=case.wide)
-    differentiable = tuple(inputs)
-    inputs["indices"] = torch.rand(case.batch, case.n, generator=generator).topk(case.k).indices.to(device)
-    return Problem(inputs, randn(*all_tokens, dtype=case.wide), differentiable)
+        shapes["residual"] = all_tokens
+    *drawn, order, upstream = case.normal(device, *shapes.values(), (case.batch, case.n), all_tokens)
+    dtypes = {"routed": case.of_branches, "light": case.of_branches}
+    inputs = {name: tensor.to(dtypes.get(name, case.wide)) for name, tensor in zip(shapes, drawn, strict=True)} | {
+        "indices": order.topk(case.k).indices
+    }
+    return Problem(inputs, upstream.to(case.wide), tuple(shapes))
 
 
 def truth(case: CombineCase, problem: Problem, direction: str) -> Truth:

@@ -66,23 +66,26 @@ def cases(preset: str, device: torch.device) -> list[GatheredCase]:
 
 
 def problem(case: GatheredCase, device: torch.device) -> Problem:
-    generator, dtype = case.generator(), getattr(torch, case.dtype)
-    shape = (case.batch, case.windows, case.heads, case.queries, case.dim_head)
-    query, upstream = torch.randn(2, *shape, generator=generator).to(device, dtype)
-    width = 2 * case.dim_head * case.heads // case.routes
-    key_value = torch.randn(case.batch, case.routes, case.n, width, generator=generator).to(device, dtype)
-    indices, mask = _prefixes(case, torch.randn(case.batch, case.routes, case.n, generator=generator).to(device))
-    weights = torch.rand(indices.shape, generator=generator).to(device)
-    null_kv = torch.randn(2, case.heads, case.dim_head, generator=generator).to(device)
+    dtype, shape = getattr(torch, case.dtype), (case.batch, case.windows, case.heads, case.queries, case.dim_head)
+    query, upstream, key_value, scores, weights, null_kv = case.normal(
+        device,
+        shape,
+        shape,
+        (case.batch, case.routes, case.n, 2 * case.dim_head * case.heads // case.routes),
+        (case.batch, case.routes, case.n),
+        (case.batch, case.windows, case.routes, case.selected),
+        (2, case.heads, case.dim_head),
+    )
+    indices, mask = _prefixes(case, scores)
     inputs = {
-        "query": query,
-        "key_value": key_value,
+        "query": query.to(dtype),
+        "key_value": key_value.to(dtype),
         "indices": indices,
-        "weights": weights,
+        "weights": torch.special.ndtr(weights),
         "null_kv": null_kv,
         "mask": mask,
     }
-    return Problem(inputs, upstream, DIFFERENTIABLE)
+    return Problem(inputs, upstream.to(dtype), DIFFERENTIABLE)
 
 
 DIFFERENTIABLE = ("query", "key_value", "weights", "null_kv")

@@ -58,13 +58,12 @@ def cases(preset: str, device: torch.device) -> list[NormalizeCase]:
 
 def problem(case: NormalizeCase, device: torch.device) -> Problem:
     """Normally distributed tokens; the gradient of the result has its dtype."""
-    generator, dtype = case.generator(), getattr(torch, case.dtype)
     shapes: dict[str, tuple[int, ...]] = {"x": (case.rows, case.d), "weight": (case.d,)}
     if case.center:
         shapes["bias"] = (case.d,)
-    inputs = {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
-    upstream = torch.randn(case.rows, case.d, generator=generator) / case.rows**0.5
-    return Problem(inputs, upstream.to(device, getattr(torch, case.result)), tuple(inputs))
+    *drawn, upstream = case.normal(device, *shapes.values(), (case.rows, case.d))
+    inputs = {name: tensor.to(getattr(torch, case.dtype)) for name, tensor in zip(shapes, drawn, strict=True)}
+    return Problem(inputs, (upstream / case.rows**0.5).to(getattr(torch, case.result)), tuple(inputs))
 
 
 def truth(case: NormalizeCase, problem: Problem, direction: str) -> Truth:

@@ -90,12 +90,11 @@ def routed(function: Callable[..., reference.RouteReturn]) -> Callable[[RouteCas
 
 
 def problem(case: RouteCase, device: torch.device) -> Problem:
-    generator = case.generator()
-    x = torch.randn(1, case.n, case.dim, generator=generator)
-    routing_tokens = SCORE_STD * torch.randn(1, case.routes, case.dim, generator=generator) / case.dim**0.5
-    upstream = torch.randn(1, case.routes, case.dim, generator=generator) / case.k**0.5
-    inputs = {"x": x.to(device, case.torch_dtype), "routing_tokens": routing_tokens.to(device)}
-    return Problem(inputs, upstream.to(device), tuple(inputs))
+    x, routing_tokens, upstream = case.normal(
+        device, (1, case.n, case.dim), (1, case.routes, case.dim), (1, case.routes, case.dim)
+    )
+    inputs = {"x": x.to(case.torch_dtype), "routing_tokens": SCORE_STD * routing_tokens / case.dim**0.5}
+    return Problem(inputs, upstream / case.k**0.5, tuple(inputs))
 
 
 def truth(case: RouteCase, problem: Problem, direction: str) -> Truth:

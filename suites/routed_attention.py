@@ -53,23 +53,27 @@ def cases(preset: str, device: torch.device) -> list[RoutedAttentionCase]:
 
 def problem(case: RoutedAttentionCase, device: torch.device) -> Problem:
     """Normally distributed, with weights from 0 to 1; of the keys a quarter is masked, if any."""
-    generator = case.generator()
-    width = case.heads * case.dim_head
-
-    def randn(*shape: int, dtype: torch.dtype = case.torch_dtype) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
+    width, dtype = case.heads * case.dim_head, case.torch_dtype
+    tokens, of_routes = (case.batch, case.n, width), (case.batch, case.routes, case.n)
+    query, key_value, weights, null_kv, presence, upstream = case.normal(
+        device,
+        tokens,
+        (*of_routes, 2 * width // case.routes),
+        of_routes,
+        (2, case.heads, case.dim_head),
+        of_routes,
+        tokens,
+    )
     inputs = {
-        "query": randn(case.batch, case.n, width),
-        "key_value": randn(case.batch, case.routes, case.n, 2 * width // case.routes),
-        "weights": torch.rand(case.batch, case.routes, case.n, generator=generator).to(device),
-        "null_kv": randn(2, case.heads, case.dim_head, dtype=torch.float32),
+        "query": query.to(dtype),
+        "key_value": key_value.to(dtype),
+        "weights": torch.special.ndtr(weights),
+        "null_kv": null_kv,
     }
     differentiable = tuple(inputs)
     if case.masked:
-        present = torch.rand(case.batch, case.routes, case.n, generator=generator) > 0.25
-        inputs["mask"] = present.to(device)
-    return Problem(inputs, randn(case.batch, case.n, width), differentiable)
+        inputs["mask"] = torch.special.ndtr(presence) > 0.25
+    return Problem(inputs, upstream.to(dtype), differentiable)
 
 
 def truth(case: RoutedAttentionCase, problem: Problem, direction: str) -> Truth:

@@ -52,12 +52,11 @@ def cases(preset: str, device: torch.device) -> list[ScoresCase]:
 
 
 def problem(case: ScoresCase, device: torch.device) -> Problem:
-    generator = case.generator()
-    x = torch.randn(1, case.n, case.dim, generator=generator)
-    routing_tokens = torch.randn(1, case.routes, case.dim, generator=generator) / case.dim**0.5
-    upstream = torch.randn(1, case.routes, case.n, generator=generator) / case.n**0.5
-    inputs = {"x": x.to(device, case.torch_dtype), "routing_tokens": routing_tokens.to(device)}
-    return Problem(inputs, upstream.to(device), tuple(inputs))
+    x, routing_tokens, upstream = case.normal(
+        device, (1, case.n, case.dim), (1, case.routes, case.dim), (1, case.routes, case.n)
+    )
+    inputs = {"x": x.to(case.torch_dtype), "routing_tokens": routing_tokens / case.dim**0.5}
+    return Problem(inputs, upstream / case.n**0.5, tuple(inputs))
 
 
 def scoring(function: Callable[..., Tensor]) -> Callable[[ScoresCase], Callable[..., Tensor]]:

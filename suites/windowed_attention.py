@@ -74,13 +74,14 @@ def cases(preset: str, device: torch.device) -> list[WindowedAttentionCase]:
 
 def problem(case: WindowedAttentionCase, device: torch.device) -> Problem:
     """Normally distributed queries, keys, values and gradient of the output."""
-    generator, width = case.generator(), case.heads * case.dim_head
-    qkv = torch.randn(case.batch, case.n, 3 * width, generator=generator)
-    upstream = torch.randn(case.batch, case.n, width, generator=generator)
-    inputs = {"qkv": qkv.to(device, case.torch_dtype)}
+    width, bias = case.heads * case.dim_head, (case.heads, 2 * BIAS_REACH + 1)
+    qkv, upstream, position_bias = case.normal(
+        device, (case.batch, case.n, 3 * width), (case.batch, case.n, width), bias
+    )
+    inputs = {"qkv": qkv.to(case.torch_dtype)}
     if positions_of(case) == "bias":
-        inputs["position_bias"] = torch.randn(case.heads, 2 * BIAS_REACH + 1, generator=generator).to(device)
-    return Problem(inputs, upstream.to(device, case.torch_dtype), tuple(inputs))
+        inputs["position_bias"] = position_bias
+    return Problem(inputs, upstream.to(case.torch_dtype), tuple(inputs))
 
 
 def positions_of(case: WindowedAttentionCase) -> str | None:

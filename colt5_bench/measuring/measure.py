@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colt5_bench.case import Case, drawing_once
+from colt5_bench.case import Case
 from colt5_bench.measuring import energy, memory, roofline, static_facts, timing, training
 from colt5_bench.measuring.call import Call
 from colt5_bench.measuring.inputs import Inputs, same_bits, shares_memory
@@ -169,8 +169,7 @@ def _measure_all(
                 record.status, record.reason = "skipped", printable(str(why))
             else:
                 running[name] = record
-    with drawing_once():
-        oracles = _consult(suite, case, direction, running, conditions)
+    oracles = _consult(suite, case, direction, running, conditions)
     _measure_each(suite, case, direction, {name: running[name] for name in oracles}, oracles, conditions, begin)
 
 

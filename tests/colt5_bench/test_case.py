@@ -1,10 +1,9 @@
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from colt5_bench.case import Case, drawing_once, other_values
+from colt5_bench.case import Case, other_values
 
 
 @dataclass(frozen=True)
@@ -40,33 +39,51 @@ def test_another_case_has_other_numbers(other):
 
 
 class TestNormal:
+    SHAPES = (2, 3), (4,)
+
+    def normal(self, case):
+        return case.normal(torch.device("cpu"), *self.SHAPES)
+
     def test_numbers_are_those_of_the_generator(self):
         generator = Shape(8, 0.03).generator()
-        expected = [torch.randn(shape, generator=generator) for shape in ((2, 3), (4,))]
-        for drawing in (nullcontext, drawing_once):
-            with drawing():
-                assert all(map(torch.equal, Shape(8, 0.03).normal((2, 3), (4,)), expected))
+        expected = [torch.randn(shape, generator=generator) for shape in self.SHAPES]
+        for _ in range(2):
+            assert all(map(torch.equal, self.normal(Shape(8, 0.03)), expected))
 
-    def test_they_are_drawn_once_while_that_lasts(self):
-        case = Shape(8, 0.03)
-        with drawing_once():
-            first = case.normal((2, 3))
-            assert case.normal((2, 3)) is first
-            assert not torch.equal(case.normal((6,))[0], OtherShape(8, 0.03).normal((6,))[0])
-            with other_values("secret"):
-                others = case.normal((2, 3))
-                assert not torch.equal(others[0], first[0])
-                assert case.normal((2, 3)) is others
-            with other_values("another"):
-                assert not torch.equal(case.normal((2, 3))[0], others[0])
-        with drawing_once():
-            assert case.normal((2, 3)) is not first
+    def test_who_writes_to_them_changes_no_others(self):
+        first, second = (self.normal(Shape(8, 0.03)) for _ in range(2))
+        expected = [each.clone() for each in first]
+        for each in second:
+            each.zero_()
+        assert all(map(torch.equal, first, expected))
+        assert all(map(torch.equal, self.normal(Shape(8, 0.03)), expected))
 
-    def test_only_so_many_are_kept(self, monkeypatch):
-        monkeypatch.setattr("colt5_bench.case.MOST_KEPT", 10)
-        case = Shape(8, 0.03)
-        with drawing_once():
-            kept = case.normal((2, 3))
-            assert case.normal((5,)) is not case.normal((5,))
-            assert case.normal((4,)) is case.normal((4,))
-            assert case.normal((2, 3)) is kept
+    def test_they_are_drawn_once_for_both_directions_though_others_are_drawn_between(self, monkeypatch):
+        drawn, draw = [], torch.randn
+        monkeypatch.setattr(torch, "randn", lambda *args, **kwargs: drawn.append(args) or draw(*args, **kwargs))
+        case = OtherShape(1, 0.5)
+        for secret in ("forward", "forward+backward"):
+            for _ in ("an operation", "another"):
+                first = self.normal(case)
+                with other_values(secret):
+                    assert not torch.equal(self.normal(case)[0], first[0])
+        assert len(drawn) == 3 * len(self.SHAPES)
+
+    def test_many_are_not_kept(self, monkeypatch):
+        monkeypatch.setattr("colt5_bench.case.MOST_KEPT", 9)
+        drawn, draw = [], torch.randn
+        monkeypatch.setattr(torch, "randn", lambda *args, **kwargs: drawn.append(args) or draw(*args, **kwargs))
+        for _ in range(2):
+            self.normal(OtherShape(2, 0.5))
+        assert len(drawn) == 2 * len(self.SHAPES)
+
+    @pytest.mark.gpu
+    def test_a_gpu_draws_other_values_itself_and_may_not_draw_the_first(self):
+        case, device = Shape(8, 0.03), torch.device("cuda")
+        assert all(map(torch.equal, (each.cpu() for each in case.normal(device, *self.SHAPES)), self.normal(case)))
+        with other_values("secret"):
+            first, second = (case.normal(device, *self.SHAPES) for _ in range(2))
+        with other_values("another"):
+            third = case.normal(device, *self.SHAPES)
+        assert all(map(torch.equal, first, second))
+        assert not torch.equal(first[0], third[0])
