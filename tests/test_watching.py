@@ -1,0 +1,25 @@
+from colt5_bench.measuring import measure
+from tests.measurements.watching import PARTS, watched
+
+
+def test_each_part_of_watching_is_found_in_a_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLT5_BENCH_REPORT", "0")
+    arguments = [
+        "--suite",
+        "combine",
+        "--preset",
+        "smoke",
+        "--device",
+        "cpu",
+        "-k",
+        "null=False",
+        "--out",
+        str(tmp_path),
+    ]
+    status, whole, seconds = watched(arguments)
+    assert status == 0
+    # It waits only within other parts, but for what is wrong.
+    assert {*seconds} | {"Watch.wait"} == {"other_values"} | {
+        name if owner is measure else f"Watch.{name}" for owner, name in PARTS
+    }
+    assert 0 < sum(seconds.values()) < whole
