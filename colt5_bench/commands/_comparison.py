@@ -1,7 +1,7 @@
 """Parts of the commands that compare with a baseline."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,9 +76,11 @@ def in_scope(options: argparse.Namespace) -> Callable[[Record], bool]:
     )
 
 
-def expression(cases: list[str]) -> str:
-    """For `-k`, of just these cases."""
-    return " or ".join(f"({case})" for case in cases)
+def expression(cases: Collection[str], others: Iterable[str] = ()) -> str:
+    """For `-k`, of just these cases and none of the others. The id of another one may contain that of a case."""
+    excluded = {case: [other for other in others if case in other and other not in cases] for case in cases}
+    terms = (f"{case} and not ({' or '.join(longer)})" if longer else case for case, longer in excluded.items())
+    return " or ".join(f"({term})" for term in terms)
 
 
 def status_of(comparison: Comparison) -> int:

@@ -109,7 +109,8 @@ def compare_in_turns(
             if not (to_repeat := comparison.cases_to_repeat(runs)):
                 break
             _say_what_is_unsettled(comparison.unsettled(runs), alternating.turns)
-            measure(to_repeat, expression([case for cases in to_repeat.values() for case in cases]))
+            cases = dict.fromkeys(case for cases in to_repeat.values() for case in cases)
+            measure(to_repeat, expression(cases, dict.fromkeys(each.case for each in comparison.findings)))
             comparison = _compare(alternating, comparer, options)
     return comparison
 

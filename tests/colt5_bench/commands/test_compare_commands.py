@@ -12,17 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from colt5_bench import cli
 from colt5_bench.case import DIRECTIONS
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNDECIDED, UNMEASURED, USAGE
 from colt5_bench.commands._check import Check, checked
+from colt5_bench.commands._comparison import expression
 from colt5_bench.compare.revisions import MOST_TURNS, TURNS
 from colt5_bench.records import environment
 from colt5_bench.records.results import load, write
 from colt5_bench.records.samples import runs_that_confirm
 from colt5_bench.request import CEILINGS
-from colt5_bench.selection import SelectionError
+from colt5_bench.selection import SelectionError, case_filter
 from tests.colt5_bench import toy
 from tests.colt5_bench.compare.test_compare import ENVIRONMENT, THRESHOLDS, ours, reference
 from tests.colt5_bench.made import record
@@ -619,3 +622,13 @@ def test_a_slowdown_is_found_by_a_whole_run(saved, tmp_path):
     assert "Against the baseline" in (tmp_path / "out" / "report.html").read_text()
     # Doubt was measured again, and of that there are records alone.
     assert [each.name for each in (tmp_path / "out" / "again-1").iterdir()] == ["toy.jsonl"]
+
+
+IDS = st.lists(st.sampled_from(["n=1", "n=10", "in=1", "k=1", "k=12"]), min_size=1, max_size=3).map(",".join)
+
+
+@given(cases=st.sets(IDS, min_size=1), others=st.sets(IDS))
+def test_just_the_cases_that_are_unsettled_are_repeated(cases, others):
+    """Ids often contain those of others: `n=1` is in `n=10`, and one more field makes a case longer."""
+    selects = case_filter(expression(sorted(cases), sorted(others)))
+    assert {each for each in cases | others if selects(each)} == cases
