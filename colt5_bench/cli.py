@@ -68,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(str(error), USAGE)
     except ModuleNotFoundError as error:
         return _failed(
-            f"there is no package {error.name!r} here. In a checkout, `make install` makes an environment, and "
-            "`.venv/bin/python bench.py` is started in it; elsewhere, `pip install 'colt5-bench[bench]'`",
+            f"the package {error.name!r} is not installed. In a checkout, run `make install`, then start "
+            "`.venv/bin/python bench.py`. Elsewhere, run `pip install 'colt5-bench[bench]'`",
             USAGE,
         )
     except BrokenPipeError:
@@ -153,7 +153,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _path(text: str) -> Path:
     if not text:
-        raise argparse.ArgumentTypeError("it names no file and no directory; the current one is .")
+        raise argparse.ArgumentTypeError("a path must not be empty; . is the current directory")
     return Path(text)
 
 

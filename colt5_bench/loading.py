@@ -37,7 +37,9 @@ def load_suites(checkout: Path, others: Mapping[str, Path] = MappingProxyType({}
     suites = {}
     for name, file in others.items():
         if name in suite_files(checkout):
-            raise SelectionError(f"there is a suite {name!r} already: give {file} another name.")
+            raise SelectionError(
+                f"--suite {file}: the checkout already has a suite {name!r}, so the file needs another name."
+            )
         try:
             if str(file.parent) not in sys.path:
                 sys.path.append(str(file.parent))
@@ -97,7 +99,7 @@ def _installed_guests(suite: str, takes_guests: bool) -> tuple[Guest, ...]:
         if name == suite:
             try:
                 if not takes_guests:
-                    raise SelectionError(f"suite {suite} takes none.")
+                    raise SelectionError(f"suite {suite} takes no added implementations.")
                 guest = Guest.parse(f"{own}={point.value.replace(' ', '')}")
                 _function_of(guest)
                 found.append(guest)
@@ -118,9 +120,11 @@ def invite(suite: Grid, guests: Iterable[Guest]) -> Grid:
     """
     for guest in guests:
         if (make := _guest_of(suite)) is None:
-            raise SelectionError(f"suite {suite.name} takes no implementations by --impl NAME=...: --impl {guest}.")
+            raise SelectionError(f"--impl {guest}: suite {suite.name} takes no added implementations.")
         if guest.name in suite.implementations:
-            raise SelectionError(f"suite {suite.name} has its own {guest.name}: give --impl {guest} another name.")
+            raise SelectionError(
+                f"--impl {guest}: suite {suite.name} already has an implementation {guest.name}; choose another name."
+            )
         made = replace(make(_function_of(guest)), name=guest.name, **_traces[guest.place]._asdict())
         suite = replace(suite, implementations={**suite.implementations, guest.name: made})
     return suite
@@ -141,10 +145,10 @@ def _function_of(guest: Guest) -> Callable[..., Any]:
     except AttributeError:
         public = [name for name, each in vars(module).items() if callable(each) and not name.startswith("_")]
         raise SelectionError(
-            f"--impl {guest}: there is no {guest.attribute}; there is {', '.join(public) or 'no function'}."
+            f"--impl {guest}: {guest.place} has no {guest.attribute}, only {', '.join(public) or 'no function at all'}."
         ) from None
     if not callable(found):
-        raise SelectionError(f"--impl {guest}: {guest.attribute} is no function and no class, but {found!r:.60}.")
+        raise SelectionError(f"--impl {guest}: {guest.attribute} must be a function or a class, got {found!r:.60}.")
     return found
 
 
@@ -198,7 +202,7 @@ def _run_file(file: Path, name: str) -> ModuleType:
     """A file as a new module."""
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise ImportError("it is no Python file")
+        raise ImportError("it is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -216,27 +220,29 @@ def checked(suite: object, name: str) -> Grid:
         TypeError, ValueError: a field is wrong; the message says which, and what it has to be.
     """
     if not isinstance(suite, Grid):
-        raise TypeError(f"SUITE has to be a Suite or a TrainingSuite, got a {type(suite).__name__}")
+        raise TypeError(f"SUITE must be a Suite or a TrainingSuite, got a {type(suite).__name__}")
     if suite.name != name:
-        raise ValueError(f"SUITE.name has to be {name!r} as its file, got {suite.name!r}")
+        raise ValueError(f"SUITE.name must be {name!r}, the name of its file, got {suite.name!r}")
     trains = isinstance(suite, TrainingSuite)
     for field in ("cases", "directions", *(("data", "course") if trains else ("problem", "truth", "plain", "cost"))):
         if not callable(value := getattr(suite, field)):
-            raise TypeError(f"SUITE.{field} has to be a function, got {value!r:.80}")
+            raise TypeError(f"SUITE.{field} must be a function, got {value!r:.80}")
     if not isinstance(suite.implementations, Mapping) or not suite.implementations:
-        raise TypeError(f"SUITE.implementations has to be a dict of them by name, got {suite.implementations!r:.80}")
+        raise TypeError(
+            f"SUITE.implementations must be a dict of implementations by name, got {suite.implementations!r:.80}"
+        )
     kind = Trainee if trains else Implementation
     for key, each in suite.implementations.items():
         where = f"SUITE.implementations[{key!r}]"
         if not isinstance(each, kind):
-            raise TypeError(f"{where} has to be of class {kind.__name__}, got {each!r:.80}")
+            raise TypeError(f"{where} must be of class {kind.__name__}, got {each!r:.80}")
         if each.name != key:
-            raise ValueError(f"{where}.name has to be {key!r}, got {each.name!r}")
+            raise ValueError(f"{where}.name must be {key!r}, got {each.name!r}")
         if not callable(each.build):
-            raise TypeError(f"{where}.build has to be a function, got {each.build!r:.80}")
+            raise TypeError(f"{where}.build must be a function, got {each.build!r:.80}")
     if suite.reference not in suite.implementations:
         names = ", ".join(suite.implementations)
-        raise ValueError(f"SUITE.reference has to be one of {names}, got {suite.reference!r}")
+        raise ValueError(f"SUITE.reference must be one of {names}, got {suite.reference!r}")
     return suite
 
 
@@ -253,7 +259,7 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise SelectionError(f"there is no device {name!r}; there is auto, cpu, cuda and cuda:<index>.")
+        raise SelectionError(f"--device must be auto, cpu, cuda or cuda:<index>, got {name!r}.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SelectionError(f"device {name} was asked for and PyTorch sees {torch.cuda.device_count()} GPUs.")
+        raise SelectionError(f"--device {name} is not there: PyTorch sees {torch.cuda.device_count()} GPUs.")
     return device

@@ -154,7 +154,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.resume and self.out is None:
-            raise SelectionError("--resume completes the run in --out DIR: say which.")
+            raise SelectionError("--resume needs --out DIR, the directory of the run to complete.")
 
     @classmethod
     def of(cls, options: Namespace) -> "Request":

@@ -44,7 +44,9 @@ def split_paths(suites: Iterable[str]) -> tuple[list[str], dict[str, Path]]:
         if text.endswith(".py"):
             files[file.stem] = file
     if twice := [name for name in names if names.count(name) > 1]:
-        raise SelectionError(f"--suite names two suites {twice[0]!r}: a suite is called as its file.")
+        raise SelectionError(
+            f"--suite names two suites {twice[0]!r}: suites have the names of their files, so rename one."
+        )
     return names, files
 
 
@@ -79,7 +81,7 @@ def pick(kind: str, name: str, allowed: Iterable[str]) -> str:
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        raise SelectionError(f"there is no {kind} {name!r}; there is {', '.join(names)}.{hint}")
+        raise SelectionError(f"there is no {kind} {name!r}; choose from {', '.join(names)}.{hint}")
     return name
 
 
@@ -110,8 +112,8 @@ def case_filter(expression: str) -> Callable[[str], bool]:
         code = compile(tree, "<cases>", "eval")
     except (SyntaxError, MemoryError, RecursionError) as error:
         raise SelectionError(
-            f"cannot read the case expression {expression!r}: it joins substrings of case ids with and, or, not and "
-            "parentheses, as in 'n=512 and not dtype=bfloat16'"
+            f"-k must join parts of case ids with and, or, not and parentheses, as in 'n=512 and not dtype=bfloat16', "
+            f"got {expression!r}"
         ) from error
     return lambda case_id: bool(eval(code, {"case_id": case_id}))
 
@@ -137,8 +139,8 @@ class Guest:
         match = re.fullmatch(r"([A-Za-z]\w*)=(.+):([A-Za-z_][\w.]*)", text)
         if match is None:
             raise SelectionError(
-                f"--impl {text} names no function: NAME=path/to/file.py:FUNCTION or NAME=package.module:FUNCTION does, "
-                "where NAME is made of letters, digits and underscores."
+                "--impl with = must be NAME=path/to/file.py:FUNCTION or NAME=package.module:FUNCTION, where NAME is a "
+                f"letter followed by letters, digits and underscores, got {text}."
             )
         name, place, attribute = match.groups()
         is_file = place.endswith(".py") or "/" in place
@@ -166,7 +168,7 @@ def split_guests(implementations: Iterable[str]) -> tuple[list[str], list[Guest]
     names = [text for text in given if "=" not in text]
     for guest in guests:
         if sum(each.name == guest.name for each in guests) > 1:
-            raise SelectionError(f"--impl names two implementations {guest.name!r}: give each a name of its own.")
+            raise SelectionError(f"--impl names two implementations {guest.name!r}: give each another name.")
     return [*names, *(guest.name for guest in guests if names)], guests
 
 
@@ -186,7 +188,7 @@ class Shard:
         """
         match = re.fullmatch(r"(\d+)/(\d+)", text)
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            raise SelectionError(f"there is no shard {text!r}; the shards of four are 1/4, 2/4, 3/4 and 4/4.")
+            raise SelectionError(f"--shard must be I/N with I from 1 to N, such as 1/4, got {text!r}.")
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
@@ -211,5 +213,5 @@ def parse_seconds(text: str) -> float:
     except ValueError:
         seconds = nan
     if not 0 < seconds < inf:
-        raise SelectionError(f"there is no time limit of {text!r}; it is a number of seconds above 0, such as 600.")
+        raise SelectionError(f"--time-limit must be a number of seconds above 0, such as 600, got {text!r}.")
     return seconds

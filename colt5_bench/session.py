@@ -145,7 +145,7 @@ class Session:
         try:
             environment.EnergyMeter(self._device)
         except environment.InstrumentError as error:
-            raise SelectionError(f"--energy needs a GPU whose energy NVML can tell: {error}.") from error
+            raise SelectionError(f"--energy needs a GPU whose energy NVML can measure: {error}.") from error
 
     def close(self) -> None:
         """See whether the code is still what it was, and let go of the results files."""
@@ -174,7 +174,7 @@ class Session:
             return
         if not self._request.resume:
             raise SelectionError(
-                f"{path} is there already: complete it with --resume, or name a place without results with --out."
+                f"{path} exists already: complete it with --resume, or choose a directory without results with --out."
             )
         for record in keep_finished(writer, self._environments[suite], self._expected):
             self._records[record.group, record.implementation] = record

@@ -46,8 +46,8 @@ def find_checkout(directory: Path) -> Path:
         if all((place / name / "__init__.py").is_file() for name in PACKAGES):
             return place
     raise StartupError(
-        f"{directory} is no checkout of colt5-bench, which has {', '.join(f'{name}/' for name in PACKAGES)}, and no "
-        "suites are installed: change to the root of a checkout, then start again."
+        f"{directory} is not a checkout of colt5-bench, which contains {', '.join(f'{name}/' for name in PACKAGES)}, "
+        "and no suites are installed: change to the root of a checkout, then start again."
     )
 
 

@@ -43,7 +43,7 @@ def checked(options: argparse.Namespace, suites: Mapping[str, Grid]) -> list[str
     unchecked = load_rules(thresholds_file(options)).unchecked
     names = dict.fromkeys(name for suite in suites.values() for name in suite.implementations)
     if left_out := [name for name in names if name in unchecked]:
-        print(f"--check leaves out {', '.join(left_out)}; --impl measures them, too", file=sys.stderr)
+        print(f"--check does not measure {', '.join(left_out)}; name them with --impl to measure them", file=sys.stderr)
     return [name for name in names if name not in unchecked]
 
 
@@ -59,10 +59,12 @@ class Check:
     def of(cls, options: argparse.Namespace, suites: Mapping[str, Grid], device: torch.device) -> "Check | None":
         """None without a baseline. One that has nothing of what will be measured is refused."""
         if options.check and Shard.parse(options.shard) != WHOLE:
-            raise SelectionError("--check compares whole runs: `merge` the shards, then `compare` what they are.")
+            raise SelectionError(
+                f"--check needs a whole run, got --shard {options.shard}: measure all shards, then `merge` them."
+            )
         if not options.baseline:
             if options.check:
-                raise SelectionError("--check needs a --baseline to compare with.")
+                raise SelectionError("--check needs --baseline FILE to compare with.")
             return None
         baseline, comparer = read_baseline(options.baseline), Comparer.of(options, suites)
         planned = {
@@ -78,8 +80,8 @@ class Check:
         )
         if not any(in_common):
             raise SelectionError(
-                f"{options.baseline} has nothing in common with what would be measured, which is suite "
-                f"{', '.join(options.suite)}, preset {options.preset}, on {device.type}: nothing could be compared."
+                f"{options.baseline} has no record of a case that this run would measure (suite "
+                f"{', '.join(options.suite)}, preset {options.preset}, on {device.type}): nothing could be compared."
             )
         return cls(options, baseline, comparer)
 
@@ -122,7 +124,7 @@ class Check:
         if status == INTERRUPTED or not self.options.check:
             return status
         if status not in (DONE, FAILURE):
-            print("--check: not everything could be measured", file=sys.stderr)
+            print("--check: some cases could not be measured", file=sys.stderr)
             return UNMEASURED
         return status_of(comparison)
 

@@ -45,17 +45,17 @@ def check_measuring(options: argparse.Namespace, suites: Mapping[str, Grid]) -> 
             is none, or a guest cannot be loaded.
     """
     if not options.suite:
-        raise SelectionError("revisions are measured: say which suites with --suite.")
+        raise SelectionError("revisions are measured: name at least one suite with --suite.")
     for name in options.suite:
         pick("suite", name, suites)
     for name, file in options.files.items():
         if not is_outside(file):
             raise SelectionError(
-                f"{file} is in a folder suites/, and so of one checkout, where each revision has its own: move it to "
-                f"another folder, or name it as {name} if both revisions have it."
+                f"--suite {file}: a file in a folder suites/ belongs to one checkout, and each revision has a checkout "
+                f"of its own. Move the file to another folder, or use --suite {name} if both revisions have it."
             )
     if options.rounds < 1:
-        raise SelectionError(f"--rounds has to be at least 1, got {options.rounds}.")
+        raise SelectionError(f"--rounds must be at least 1, got {options.rounds}.")
     options.impl, options.guests = split_guests(options.impl)
     for name in options.suite:
         invite(suites[name], options.guests)
@@ -70,7 +70,7 @@ def place(options: argparse.Namespace, checkout: Path, command: str) -> Path:
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     directory: Path = options.out or reports_of(checkout) / f"{started}-{command}"
     if directory.exists() and any(directory.rglob("*.jsonl")):
-        raise SelectionError(f"{directory} has results already; --out has to name a place without.")
+        raise SelectionError(f"{directory} already has results: choose a directory without results with --out.")
     return directory.resolve()
 
 
@@ -121,7 +121,7 @@ def _say_what_is_unsettled(findings: Sequence[Finding], turns: int) -> None:
         f"{each.implementation} {each.metric} {each.direction} {each.interval_text}" for each in findings[:MOST_SHOWN]
     ]
     more = f" and {len(findings) - len(shown)} more" if len(findings) > len(shown) else ""
-    print(f"not settled after {turns} rounds: {'; '.join(shown)}{more}", file=sys.stderr)
+    print(f"still unclear after {turns} rounds: {'; '.join(shown)}{more}", file=sys.stderr)
 
 
 def _of_each(guest: Guest, checkout: Path) -> Guest:

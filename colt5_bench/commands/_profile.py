@@ -29,7 +29,7 @@ def main(
     """Profile what was selected; no time is recorded."""
     mode = options.profile
     if options.pytest:
-        raise SelectionError("what follows -- is for pytest, which --profile does not start: leave it out.")
+        raise SelectionError("--profile does not start pytest: leave out -- and all that follows it.")
     of_records = {
         "--resume": request.resume,
         "--isolate": request.isolate,
@@ -37,10 +37,10 @@ def main(
         "--shard": request.shard != WHOLE,
     }
     if given := [option for option, is_given in of_records.items() if is_given]:
-        raise SelectionError(f"--profile records nothing that {' and '.join(given)} could be for: leave it out.")
+        raise SelectionError(f"--profile writes no records, so it cannot be combined with {' and '.join(given)}.")
     operations = [suite for suite in suites if isinstance(suite, Suite)]
     if training := [suite.name for suite in suites if suite not in operations]:
-        raise SelectionError(f"--profile looks at calls of an operation; {', '.join(training)} trains: leave it out.")
+        raise SelectionError(f"--profile cannot profile a suite that trains: leave out {', '.join(training)}.")
     if why := profiler.missing(mode, device):
         raise SelectionError(why)
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")

@@ -141,26 +141,30 @@ def _slowed_columns(options: argparse.Namespace, suites: Mapping[str, Grid], rul
     """
     check_measuring(options, suites)
     if options.comparisons < 1:
-        raise SelectionError(f"--comparisons has to be at least 1, got {options.comparisons}.")
+        raise SelectionError(f"--comparisons must be at least 1, got {options.comparisons}.")
     if options.planted is None:
         return ()
     device = choose_device(options.device)
     columns = GPU_TIME_COLUMNS if device.type == "cuda" else CPU_COLUMNS
     if options.impl and OURS not in options.impl:
-        raise SelectionError(f"--planted slows {OURS} down, which --impl leaves out.")
+        raise SelectionError(
+            f"--planted slows {OURS} down: --impl must name {OURS}, too, got {', '.join(options.impl)}."
+        )
     for name in options.suite:
         if name in options.files:
             raise SelectionError(
-                f"--planted slows {OURS} down in a copy of the checkout, which {options.files[name]} is not part of: "
-                "name a suite of the checkout, or leave --planted out."
+                f"--planted changes a copy of the checkout, which does not contain {options.files[name]}: "
+                "name a suite of the checkout, or leave out --planted."
             )
         if OURS not in suites[name].implementations or not suites[name].timed:
-            raise SelectionError(f"--planted slows {OURS} down, which suite {name} does not time.")
+            raise SelectionError(
+                f"--planted slows {OURS} down, but suite {name} takes no times of {OURS}: leave out this suite."
+            )
         allowed = _most_allowed(name, device, columns, rules)
         if not allowed < options.planted < inf:
             raise SelectionError(
-                f"--planted has to be above what {thresholds_file(options)} allows for a time of {OURS} in {name}, "
-                f"{allowed:g}; got {options.planted:g}. Name other --thresholds, or a larger share."
+                f"--planted must be above {allowed:g}, which {thresholds_file(options)} allows for times of {OURS} in "
+                f"suite {name}, got {options.planted:g}: choose a larger share or other --thresholds."
             )
     return columns
 

@@ -59,42 +59,43 @@ def main(options: argparse.Namespace) -> int:
 def _refuse_unfit(run: Run) -> None:
     """A baseline names a revision that can be checked out, and has each point whole, and equally often."""
     if not run.records:
-        raise SelectionError(f"{run.path} holds no records.")
+        raise SelectionError(f"{run.path} contains no records.")
     if run.cut_off:
         raise SelectionError(f"the last line of {run.cut_off[0]} is cut off: complete the run first.")
     # By suite: a run that was completed has two environments, and each expects all.
     expected = {environment["options"]["suite"]: environment["expected"] for environment in _described(run)}
     for suite, number in expected.items():
         if (missing := number - sum(record.suite == suite for record in run.records)) > 0:
-            raise SelectionError(f"{run.path} lacks {missing} records of suite {suite}: complete it with --resume.")
+            raise SelectionError(
+                f"{run.path} lacks {missing} of {number} records of suite {suite}: complete it with --resume."
+            )
     if len({(record.key, record.environment) for record in run.records}) < len(run.records):
-        raise SelectionError(f"{run.path} holds a record of one run twice: name the results of each run once.")
+        raise SelectionError(f"{run.path} contains records of one run twice: keep one copy of the results of each run.")
     counts = Counter(record.key for record in run.records)
     most: Counter[str] = Counter()
     for key, count in counts.items():
         most[key[0]] = max(most[key[0]], count)
     if short := next((key for key in counts if counts[key] < most[key[0]]), None):
         raise SelectionError(
-            f"{run.path} holds {counts[short]} of {' '.join(short)} and {most[short[0]]} of others of its suite: "
-            "name the results of one run, or of several that are whole."
+            f"{run.path} contains {counts[short]} records of {' '.join(short)} and {most[short[0]]} of other cases of "
+            "the suite: name the results of one run, or of several complete runs."
         )
     for record in run.records:
         environment: Any = run.environments.get(record.environment, {})
         git = environment.get("git")
         if provenance.named(git) is None:
             raise SelectionError(
-                f"{run.path} does not say of which revision it is: {provenance.doubt(git)}. Measure in a clone, then "
-                "try again."
+                f"the revision of {run.path} is unknown: {provenance.doubt(git)}. Measure in a clone, then try again."
             )
         if environment.get("harness"):
             raise SelectionError(
-                f"{run.path} was measured by the harness of another checkout: start `python bench.py` in the one that "
-                "is measured, then try again."
+                f"{run.path} was measured by the harness of another checkout: start `python bench.py` in the checkout "
+                "that is measured, then try again."
             )
         if git.get("dirty"):
             raise SelectionError(
-                f"{run.path} was measured with changes that are not committed to {git['revision'][:10]}: commit them, "
-                "measure anew, then try again."
+                f"{run.path} was measured with uncommitted changes to {git['revision'][:10]}: commit them, measure "
+                "again, then try again."
             )
 
 
@@ -108,8 +109,8 @@ def _refuse_another_device(before: Run, run: Run, file: Path) -> None:
     theirs, ours = _devices(before), _devices(run)
     if theirs and theirs != ours:
         raise SelectionError(
-            f"{file} is of {' and '.join(sorted(theirs))}, {run.path} of {' and '.join(sorted(ours))}: each kind of "
-            "device has a baseline of its own."
+            f"{file} was measured on {' and '.join(sorted(theirs))}, but {run.path} on {' and '.join(sorted(ours))}: "
+            "use another baseline for each kind of device."
         )
 
 

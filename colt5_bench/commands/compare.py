@@ -48,12 +48,14 @@ def main(options: argparse.Namespace) -> int:
     comparer = Comparer.of(options, suites)
     saved = [Path(name).exists() for name in (options.baseline, options.run)]
     if any(saved) and split_guests(options.impl)[1]:
-        raise SelectionError("saved runs are not measured: --impl selects from them by a NAME without =.")
+        raise SelectionError(
+            "--impl NAME=... is for a function to be measured, and saved runs are not measured: use --impl NAME."
+        )
     if all(saved):
         comparison = comparer(read_baseline(Path(options.baseline)), read(Path(options.run)), in_scope(options))
     elif any(saved):
         there, other = (options.baseline, options.run) if saved[0] else (options.run, options.baseline)
-        raise SelectionError(f"{there} is a saved run and {other} is none: compare two runs, or two revisions.")
+        raise SelectionError(f"{there} is a saved run, but {other} is not: compare two saved runs, or two revisions.")
     else:
         try:
             comparison = _compare_revisions(options, checkout, comparer, suites)

@@ -52,9 +52,7 @@ def main(options: argparse.Namespace) -> int:
         pick("implementation", name, dict.fromkeys(record.implementation for record in everything))
     records = sorted(_placed(runs, _chosen(options)), key=lambda record: str(record.fields[RUN]))
     if not records:
-        raise SelectionError(
-            f"no record satisfies --suite {options.suite}, --impl {options.impl}, -k {options.cases!r}."
-        )
+        raise SelectionError(f"no record matches --suite {options.suite}, --impl {options.impl}, -k {options.cases!r}.")
 
     environments = {key: environment for run in runs for key, environment in run.environments.items()}
     measured = {record.environment for record in records}

@@ -21,7 +21,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     file: Path = options.file
     if file.suffix != ".py" or not file.stem.isidentifier():
-        raise SelectionError(f"{file} cannot be a suite: its name has to be a Python name with .py, as in my_suite.py.")
+        raise SelectionError(
+            f"the file name of a suite must be a Python name with .py, such as my_suite.py, got {file}."
+        )
     with file.open("x", encoding="utf-8") as new:
         new.write(EXAMPLE.read_text(encoding="utf-8"))
     print(f"{file} is a suite that runs: python bench.py --suite {file}")

@@ -62,11 +62,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     for path in options.out:
         if path.suffix not in ENDINGS:
-            raise SelectionError(f"--out {path} ends in {path.suffix!r}; it may end in {', '.join(ENDINGS)}.")
+            raise SelectionError(f"--out must end in {', '.join(ENDINGS)}, got {path}.")
     runs = [read(path) for path in options.runs]
     for run in runs:
         if not run.records:
-            raise SelectionError(f"{run.path} holds no records.")
+            raise SelectionError(f"{run.path} contains no records.")
     if len(runs) > 1:
         return _leaderboard(options, runs)
     (run,), views = runs, load_views()
@@ -82,7 +82,7 @@ def main(options: argparse.Namespace) -> int:
 
 def _leaderboard(options: argparse.Namespace, runs: Sequence[Run]) -> int:
     if options.plots or options.baseline:
-        raise SelectionError(f"--plots and --baseline are for one run, got {len(runs)}.")
+        raise SelectionError(f"--plots and --baseline need exactly one run, got {len(runs)}.")
     views, records = load_views(), [record for run in runs for record in run.records]
     for path in options.out or [Path(LEADERBOARD)]:
         print(write_leaderboard(path, runs, views) if path.suffix == ".html" else _write_table(path, records))

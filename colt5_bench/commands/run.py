@@ -103,11 +103,12 @@ def main(options: argparse.Namespace) -> int:
 
 def _choose(options: argparse.Namespace, request: Request, suites: dict[str, Grid]) -> None:
     if not options.suite:
-        raise SelectionError(f"say which suite with --suite; there is {', '.join(suites)}, and all.")
+        raise SelectionError(f"name a suite with --suite: {', '.join(suites)}, or all.")
     options.suite = pick_suites(options.suite, suites)
     training = [name for name, suite in suites.items() if isinstance(suite, TrainingSuite)]
     if request.corpus is not None and not {*training} & {*options.suite}:
-        raise SelectionError(f"--corpus is for suites that train, which are: {', '.join(training) or 'none'}.")
+        named = ", ".join(options.suite)
+        raise SelectionError(f"--corpus needs a suite that trains ({', '.join(training) or 'none'}), got {named}.")
 
 
 def _service(options: argparse.Namespace, request: Request, suites: dict[str, Grid]) -> Callable[[], None]:
@@ -119,9 +120,9 @@ def _service(options: argparse.Namespace, request: Request, suites: dict[str, Gr
     found = {suites[name].serve for name in options.suite}
     if len(found) > 1 or None in found:
         alone = [name for name in options.suite if suites[name].serve is None]
-        raise SelectionError(f"torchrun is for a suite of several processes, which {', '.join(alone)} is not.")
+        raise SelectionError(f"torchrun needs a suite that runs in several processes, got {', '.join(alone)}.")
     if request.isolate or request.time_limit is not None or request.targets:
-        raise SelectionError("--isolate, --time-limit and --compile-for are for one process: leave out torchrun.")
+        raise SelectionError("--isolate, --time-limit and --compile-for do not work under torchrun: leave them out.")
     (serve,) = found
     assert serve is not None
     return serve
@@ -134,7 +135,7 @@ def _validate(options: argparse.Namespace, request: Request, suites: dict[str, G
         for implementation in request.implementations:
             pick(f"implementation in suite {name}", implementation, suite.implementations)
         if not any(wanted(case.id) for case in suite.cases(request.preset, device)):
-            raise SelectionError(f"no case of suite {name}, preset {request.preset}, satisfies {request.cases!r}.")
+            raise SelectionError(f"no case of suite {name}, preset {request.preset}, matches -k {request.cases!r}.")
 
 
 def _run(
@@ -157,7 +158,7 @@ def _run(
             break
     if status == INTERRUPTED:
         again = _again(request, [str(paths.get(name, name)) for name in suites], options.out or out, options.pytest)
-        print(f"interrupted; this completes it: {again}", file=sys.stderr)
+        print(f"interrupted; to complete the run: {again}", file=sys.stderr)
     if check_against is None or status in (USAGE, INTERRUPTED):
         return status
 
@@ -203,11 +204,11 @@ def _run_suite(
     if drawn and os.environ.get(REPORT) != NO_REPORT:
         _draw(run, suite)
     if changes := "; ".join(filter(None, map(provenance.change, run.environments.values()))):
-        print(f"{suite.name}: {changes}: measure it again, and let it be while it is measured", file=sys.stderr)
+        print(f"{suite.name}: {changes}: measure again, and change no code until the run has ended", file=sys.stderr)
     if status == INTERRUPTED:
         return status
-    if missing(run):
-        print(f"{suite.name}: not all records that were expected are there", file=sys.stderr)
+    if number := missing(run):
+        print(f"{suite.name}: {number} of the expected records are missing", file=sys.stderr)
     if missing(run) or changes:
         return UNMEASURED
     return max(status, FAILURE if any(record.status in FAILED for record in run.records) else DONE)

@@ -63,7 +63,7 @@ def main(options: argparse.Namespace) -> int:
         options.suite, options.files = split_paths(options.suite)
         return _trials.run(options, checkout, load_suites(checkout, options.files))
     if options.suite or options.planted is not None:
-        raise SelectionError("--suite and --planted are of --comparisons: say how many.")
+        raise SelectionError("--suite and --planted need --comparisons N.")
     report = checks.run(choose_device(options.device))
     if options.json:
         print(json.dumps({**asdict(report), "passed": report.passed}, indent=2))

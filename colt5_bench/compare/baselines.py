@@ -33,13 +33,13 @@ def _faults(record: Record) -> Iterator[str]:
     for column, timing in record.timings.items():
         for sample in timing.samples:
             if not _is_number(sample) or sample <= 0:
-                yield f"a {column} time is {sample!r}: it has to be a number of seconds above 0"
+                yield f"a {column} time must be a number of seconds above 0, got {sample!r}"
         if not timing.samples and not timing.stopped.startswith(HAS_NO_SAMPLES):
-            yield f"the {column} time has no samples, and no reason why ({timing.stopped!r})"
+            yield f"the {column} time has no samples, and `stopped` does not say why, got {timing.stopped!r}"
     for name in ("peak_bytes", "saved_bytes"):
         size = getattr(record, name)
         if size is not None and (not _is_number(size) or size < 0):
-            yield f"{name} is {size!r}: it has to be a number of bytes from 0"
+            yield f"{name} must be a number of bytes of at least 0, got {size!r}"
 
 
 def _is_number(value: Any) -> bool:

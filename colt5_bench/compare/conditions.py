@@ -88,17 +88,17 @@ class Pairing:
             )
         elif not self.same_device:
             yield (
-                f"the baseline is of {before.device} and this run of {after.device}: speed-ups over the reference are "
-                f"compared in place of times{'' if self.memory else ', and memory is not compared'}"
+                f"the baseline was measured on {before.device} and this run on {after.device}: speed-ups over the "
+                f"reference are compared instead of times{'' if self.memory else ', and memory is not compared'}"
             )
         elif self.any_machine:
-            yield "speed-ups over the reference are compared in place of times, as on any machine"
+            yield "speed-ups over the reference are compared instead of times, as with --any-machine"
         if before.torch != after.torch:
-            yield f"the baseline is of torch {before.torch}, this run of torch {after.torch}"
+            yield f"the baseline was measured with torch {before.torch}, this run with torch {after.torch}"
         if not self.kernels:
             yield (
-                f"the baseline is of Triton {before.triton} and this run of Triton {after.triton}: what the compiler "
-                "made of kernels is not compared"
+                f"the baseline was measured with Triton {before.triton} and this run with Triton {after.triton}: facts "
+                "of compiled kernels are not compared"
             )
 
 

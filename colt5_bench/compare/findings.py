@@ -143,8 +143,8 @@ class Comparison:
         undecided = len(self.undecided)
         times = f"{undecided:,} time{'s' if undecided > 1 else ''}"
         return [
-            *([f"the baseline has nothing of these, which are not listed: {by_suite}"] if new else []),
-            *([f"{times} may have become worse: too noisy to tell, more runs may"] if undecided else []),
+            *([f"new, so not in the baseline and not listed: {by_suite}"] if new else []),
+            *([f"{times} may have become worse: the noise hides it, and more runs may decide it"] if undecided else []),
         ]
 
     def cases_to_repeat(self, runs: int) -> dict[str, list[str]]:

@@ -51,7 +51,9 @@ def revision(checkout: Path, name: str) -> str:
     """
     found = git.run(checkout, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
     if found.returncode:
-        raise SelectionError(f"{name} is neither a results file, nor a directory with any, nor a revision.")
+        raise SelectionError(
+            f"{name} is neither a results file, nor a directory with results files, nor a git revision."
+        )
     return found.stdout.strip()
 
 
@@ -186,7 +188,9 @@ class Alternating:
             if (digest := described.get(provenance.SUITE_FILE)) is not None:
                 name = described["options"]["suite"]
                 if self._suite_files.setdefault(name, digest) != digest:
-                    raise MeasuringError(f"the file of suite {name} changed between two turns: start again")
+                    raise MeasuringError(
+                        f"the file of suite {name} changed between two turns: start the comparison again"
+                    )
 
 
 def _refuse_other_code(run: Run, commit: str) -> None:
@@ -194,7 +198,7 @@ def _refuse_other_code(run: Run, commit: str) -> None:
     for environment in run.environments.values():
         described: Any = environment.get("git") or {}
         if described.get("revision", commit) != commit or environment.get("harness") or provenance.change(environment):
-            raise MeasuringError(f"{run.path} holds results of other code than that of {commit[:10]}")
+            raise MeasuringError(f"{run.path} was measured with other code than {commit[:10]}")
 
 
 def _put_away(checkout: Path) -> None:

@@ -113,7 +113,7 @@ def load_rules(path: Path) -> Rules:
     except OSError as error:
         raise ThresholdsError(f"cannot read the thresholds {path}: {error.strerror}.") from error
     except tomllib.TOMLDecodeError as error:
-        raise ThresholdsError(f"{path} is not TOML: {error}") from error
+        raise ThresholdsError(f"{path} is not valid TOML: {error}") from error
     _only(content, ("default", "rule", "unchecked"), str(path))
     default = content.get("default", {})
     where = f"{path}, [default]"
@@ -131,7 +131,7 @@ def _rule(content: Mapping[str, Any], where: str) -> _Rule:
     _only(content, (*SELECTORS, *NUMBERS, "metrics"), where)
     wanted = {name: _names(content[name], f"{where}: {name}") for name in SELECTORS if name in content}
     if not set(wanted.get("device", ())) <= set(DEVICES):
-        raise ThresholdsError(f"{where}: device has to be {' or '.join(DEVICES)}, got {content['device']!r}.")
+        raise ThresholdsError(f"{where}: device must be {' or '.join(DEVICES)}, got {content['device']!r}.")
     in_cases = case_filter(" or ".join(f"({expression})" for expression in wanted.get("cases", ())))
 
     def applies(record: Record, device: str) -> bool:
@@ -149,7 +149,7 @@ def _names(value: Any, where: str) -> list[str]:
     """A name, or any of several."""
     names = value if isinstance(value, list) else [value]
     if not names or not all(isinstance(name, str) for name in names):
-        raise ThresholdsError(f"{where} has to be text or a list of texts, got {value!r}.")
+        raise ThresholdsError(f"{where} must be a string or a list of strings, got {value!r}.")
     return names
 
 
@@ -163,7 +163,9 @@ def _metrics(content: Mapping[str, Any], where: str) -> dict[str, Bound]:
 
 def _bound(content: Any, where: str) -> Bound:
     if not isinstance(content, dict) or content.get("better") not in DIRECTIONS:
-        raise ThresholdsError(f"{where} needs `better`, which is {', '.join(DIRECTIONS)}.")
+        raise ThresholdsError(
+            f"{where} must be a table with better = {' or '.join(map(repr, DIRECTIONS))}, got {content!r}."
+        )
     _only(content, [each.name for each in fields(Bound)], where)
     numbers = {name: _number(content[name], f"{where}: {name}") for name in ("relative", "absolute") if name in content}
     return Bound(content["better"], **numbers)
@@ -171,10 +173,10 @@ def _bound(content: Any, where: str) -> Bound:
 
 def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise ThresholdsError(f"{where} has to be a number from 0, got {value!r}.")
+        raise ThresholdsError(f"{where} must be a finite number of at least 0, got {value!r}.")
     return float(value)
 
 
 def _only(content: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
     if unknown := [name for name in content if name not in allowed]:
-        raise ThresholdsError(f"{where}: there is no {unknown[0]!r}; there is {', '.join(allowed)}.")
+        raise ThresholdsError(f"{where}: the key must be one of {', '.join(allowed)}, got {unknown[0]!r}.")

@@ -75,8 +75,12 @@ def compare(
     notes = notes_on(pairings)
     if left_out:
         devices = ", ".join(dict.fromkeys(before.conditions[key].device for key in before.points if key in left_out))
-        notes.append(f"{len(left_out)} records of the baseline are of {devices} and left out: this run is of none")
-    notes += [f"the last line of {file} is cut off, and a record with it" for file in (*baseline.cut_off, *run.cut_off)]
+        notes.append(
+            f"{len(left_out)} records of the baseline are left out: they were measured on {devices}, this run was not"
+        )
+    notes += [
+        f"the last line of {file} is cut off, so its record is missing" for file in (*baseline.cut_off, *run.cut_off)
+    ]
     return Comparison(_settle(drafts), notes)
 
 
@@ -95,7 +99,7 @@ class _Side:
             for what in ("device", "revision"):
                 if len({getattr(each, what) for each in under}) > 1:
                     raise IncomparableError(
-                        f"{run.path} holds {' '.join(key)} of more than one {what}: compare runs of one {what}"
+                        f"{run.path} has {' '.join(key)} from more than one {what}: compare runs of one {what}"
                     )
             points[key], conditions[key] = _together(same), under.pop()
         return cls(points, conditions)
@@ -158,7 +162,7 @@ def _of_status(old: Measured | None, new: Measured | None) -> Iterator[tuple[Any
     if after == "refused" or (after in FAILED and before not in (None, *FAILED)):
         verdict: Verdict = "failed"
     elif before == "ok":
-        verdict, why = "missing", why or "the run has no record of it"
+        verdict, why = "missing", why or "the run has no such record"
     elif after == "ok" or (before is None and after in FAILED):
         verdict = "better" if before in FAILED else "new"
     elif after is None or before is None:

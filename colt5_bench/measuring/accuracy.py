@@ -59,7 +59,7 @@ def diverge(
     """
     if actual.shape != expected.shape or (at_kink is not None and at_kink.shape != expected.shape):
         shapes = [tuple(tensor.shape) for tensor in (actual, expected, at_kink) if tensor is not None]
-        raise ValueError(f"actual, expected and at_kink must be of one shape, got {shapes}")
+        raise ValueError(f"actual, expected and at_kink must have one shape, got {shapes}")
     largest = largest_at_kink = squared_difference = squared_truth = 0.0
     others = above = kinks = 0
     worst, allowed, budget = 0.0, inf, 0.0

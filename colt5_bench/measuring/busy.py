@@ -20,6 +20,6 @@ def warning(threads: int, cores: int | None, busy: float | None) -> str:
         return ""
     named, free = f"{threads} thread{'s' if threads > 1 else ''}", max(cores - busy, 0)
     return (
-        f"calls ran in {named}, and {free:.1f} of {cores} cores were free before: times tell how busy the machine was. "
-        "Wait for it, or let OMP_NUM_THREADS say fewer."
+        f"calls use {named}, but only {free:.1f} of {cores} cores were free before: times depend on how busy the "
+        "machine is. Wait until it is idle, or set OMP_NUM_THREADS to a lower number."
     )

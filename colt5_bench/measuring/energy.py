@@ -100,7 +100,9 @@ def mean_power(readings: Sequence[Reading]) -> Power:
     """
     steps = [at for at in range(1, len(readings)) if readings[at].joules != readings[at - 1].joules]
     if len(steps) <= FEWEST_STEPS:
-        raise InstrumentError(f"the energy counter moved {len(steps)} times; it has to move {FEWEST_STEPS + 1} times")
+        raise InstrumentError(
+            f"the energy counter must change at least {FEWEST_STEPS + 1} times, and changed {len(steps)} times"
+        )
     within = readings[steps[0] : steps[-1] + 1]
     seconds = within[-1].seconds - within[0].seconds
     pairs = itertools.pairwise(within)

@@ -161,7 +161,7 @@ def _measure_all(
 ) -> None:
     running: dict[str, Record] = {}
     for name, record in records.items():
-        with _failing([record], "whether it is available: "):
+        with _failing([record], "the check whether it is available failed: "):
             implementation = suite.implementations[name]
             if implementation.refused:
                 raise RefusedError(implementation.refused)
@@ -355,7 +355,7 @@ def _judge_first(
     judgement = oracle.judge(implementation, results)
     for name, given in oracle.inputs.problem.inputs.items():
         if not oracle.is_view and shares_memory([results["output"]], [given]):
-            raise RefusedError(f"its output is in the memory of its input {name}")
+            raise RefusedError(f"its output shares memory with its input {name}")
     return judgement
 
 
@@ -416,7 +416,7 @@ def _timed_fault(
             _, wrong = truths[key].judge(implementation, results)
         if wrong:
             _, wrong_at_first = oracle.judge(implementation, results)
-            earlier = "" if wrong_at_first else "; it is right for other values, which it was given first"
+            earlier = "" if wrong_at_first else "; it is the right result for the values of an earlier call"
             return f"right at first, {when} {wrong}{earlier}"
     return ""
 
@@ -429,12 +429,14 @@ def _refuse_unfair(watch: Watch, inputs: Inputs, device: torch.device) -> None:
     """
     if operations := left_out_in_repeats(watch.call, inputs):
         raise RefusedError(
-            f"it does without {', '.join(operations[:5])} when it is called again with the same inputs: "
+            f"a second call with the same inputs leaves out {', '.join(operations[:5])}: "
             "it keeps results of earlier calls"
         )
     inputs.renew()
     if device.type == "cuda" and works_elsewhere(watch.call, device):
-        raise RefusedError("its results are not there when its stream is done: another stream works on them")
+        raise RefusedError(
+            "its results are not complete when its stream has finished: another stream still works on them"
+        )
     watch.look_around()
 
 

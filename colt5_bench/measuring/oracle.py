@@ -75,7 +75,7 @@ class Oracle:
             divergences[tensor] = accuracy.diverge(result, expected, at_kink, tolerance=allowed)
             named = tensor if tensor == "output" else f"gradient of {tensor}"
             if not wrong and result.dtype != allowed.dtype:
-                wrong = f"{named} is of {_short(result.dtype)}, expected is {_short(allowed.dtype)}"
+                wrong = f"{named} must have dtype {_short(allowed.dtype)}, got {_short(result.dtype)}"
             if not wrong and not accuracy.passes(divergences[tensor]):
                 elements = expected.numel() - divergences[tensor].kinks
                 wrong = f"{named} is off by {_excess(divergences[tensor], elements)}"
@@ -91,7 +91,7 @@ def _excess(divergence: Divergence, elements: int) -> str:
     worst, allowed = divergence.worst, divergence.allowed
     if worst is None or allowed is None:
         return f"{divergence.largest:.3g}"
-    place = f"at {divergence.worst_at}, and {divergence.off:,} of {elements:,} elements by too much"
+    place = f"at {divergence.worst_at}, and {divergence.off:,} of {elements:,} elements are wrong"
     if isnan(divergence.largest):
         return f"nan {place}"
     share = f", {100 * (worst / allowed - 1):.2g} % more than allowed" if worst < 2 * allowed else ""

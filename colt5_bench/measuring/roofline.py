@@ -82,7 +82,9 @@ def too_fast(seconds: float, *, size: int, ceilings: Ceilings) -> str | None:
     bandwidth = size / seconds
     if bandwidth <= READING_MARGIN * ceilings.copy_bandwidth:
         return None
-    return f"{bandwidth / 1e9:.0f} GB/s from a cold cache, where a device copy has {ceilings.copy_bandwidth / 1e9:.0f}"
+    return (
+        f"{bandwidth / 1e9:.0f} GB/s from a cold cache, while a device copy reaches {ceilings.copy_bandwidth / 1e9:.0f}"
+    )
 
 
 def read_ceilings(text: str, device: str) -> Ceilings | None:

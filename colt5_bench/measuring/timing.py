@@ -90,7 +90,9 @@ def time_interleaved(
     """
     offered = GPU_COLUMNS if device.type == "cuda" else CPU_COLUMNS
     if unknown := set(columns) - set(offered):
-        raise ValueError(f"columns on {device.type} are {', '.join(offered)}, got {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"columns on {device.type} must be among {', '.join(offered)}, got {', '.join(sorted(unknown))}"
+        )
     prepare = {name: (before or {}).get(name, _nothing) for name in calls}
     look = {name: (after or {}).get(name, _nothing) for name in calls}
     timings: dict[str, dict[str, Timing]] = {name: {} for name in calls}

@@ -86,7 +86,7 @@ class Watch:
         """Look at what a call has left behind, if it is one to be kept. The first thing that is noticed stays."""
         strange = unusual(results) if self._latest or self._plan.kept else ""
         if self._latest and not strange and shares_memory(results[:1], [latest for latest, _ in self._latest]):
-            self._notice("its output is in the memory of results of an earlier call, which it overwrites")
+            self._notice("its output overwrites the results of an earlier call")
         self._latest.clear()
         if self._plan.kept:
             # At once, in the stream of the call and without waiting for others: late results are not in the copies.
@@ -169,14 +169,16 @@ class Watch:
 
     def _look_again(self) -> None:
         if not all(same_bits(latest, copy) for latest, copy in self._latest):
-            self._notice("its results change after it has returned: a thread or a stream of its own works on")
+            self._notice(
+                "its results change after it has returned: a thread or a stream of its own still works on them"
+            )
 
     def _changes(self, replaced: str) -> str:
         """Changes of settings, which are put back, and of functions."""
         changed = ", ".join(name for name in self._settings.restore() if name not in self._changed)
         if replaced:
             return f"it replaces {replaced} while it is timed"
-        return f"it changes settings while it is timed, and not before: {changed}" if changed else ""
+        return f"it changes settings only while it is timed: {changed}" if changed else ""
 
     def _notice(self, what: str) -> None:
         self.noticed = self.noticed or what
@@ -191,9 +193,9 @@ def unusual(results: Sequence[Tensor]) -> str:
     """Says if a result is none that lies in memory; an empty text if all do."""
     for result in results:
         if type(result) not in (Tensor, torch.nn.Parameter):
-            return f"it returns a {type(result).__name__}, whose values may be computed later, and no plain tensor"
+            return f"it must return plain tensors, got a {type(result).__name__}, whose values may be computed later"
         if result.is_meta or result.layout != torch.strided:
-            return f"it returns a tensor without values of its own: {result.layout} on {result.device}"
+            return f"it must return dense tensors with values, got {result.layout} on {result.device}"
     return ""
 
 

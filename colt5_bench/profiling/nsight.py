@@ -105,7 +105,7 @@ def _start(tool: Sequence[str], selection: Sequence[str], report: Path, log: Pat
     with log.open("w", encoding="utf-8") as file:
         done = subprocess.run([*tool, *run], stdout=file, stderr=subprocess.STDOUT, check=False)
     if not report.is_file():
-        raise NsightError(f"{tool[0]} ended with status {done.returncode} and no report; {_last_word(log)}")
+        raise NsightError(f"{tool[0]} ended with status {done.returncode} and wrote no report; {_last_word(log)}")
     return done.returncode == 0
 
 
@@ -118,7 +118,7 @@ def _output(command: Sequence[str]) -> str:
 
 def _write(kernels: pd.DataFrame, table: Path, log: Path) -> None:
     if kernels.empty:
-        raise NsightError(f"{table.stem} saw no kernel of the profiled calls; {_last_word(log)}")
+        raise NsightError(f"{table.stem} contains no kernel of the profiled calls; {_last_word(log)}")
     kernels.to_csv(table, index=False)
 
 

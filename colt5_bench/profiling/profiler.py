@@ -91,11 +91,11 @@ class Outcome:
 def missing(mode: str, device: torch.device) -> str | None:
     """Why there is no such profile here, in a sentence that says what to do, or None."""
     if mode in NEEDS_GPU and device.type != "cuda":
-        return f"--profile {mode} is about a GPU, and the device is {device.type}: --profile torch works here."
+        return f"--profile {mode} needs a GPU, but the device is {device.type}: use --profile torch."
     if mode in TOOLS and which(mode) is None:
-        return f"--profile {mode} needs {TOOLS[mode]}, and there is no {mode} on the PATH: install it, or add it there."
+        return f"--profile {mode} needs {TOOLS[mode]}, but {mode} is not on the PATH: install it, or add its directory."
     if mode == "proton" and find_spec("triton.profiler") is None:
-        return "--profile proton needs triton.profiler, which this build of Triton leaves out: --profile torch works."
+        return "--profile proton needs triton.profiler, which this build of Triton lacks: use --profile torch."
     return None
 
 

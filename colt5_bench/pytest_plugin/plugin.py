@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Prepare the session, unless its options make none."""
     if config.getoption("dist", "no") != "no":
-        raise pytest.UsageError("suites are measured one case at a time: leave out -n")
+        raise pytest.UsageError("cases of suites are measured one at a time: leave out -n")
     try:
         config.stash[_SESSION] = Session(Request.of(config.option))
     except SelectionError as error:

@@ -86,7 +86,7 @@ class EnergyMeter:
     def __init__(self, device: torch.device) -> None:
         self._handle = _nvml_handle(device)
         if self._handle is None:
-            raise InstrumentError(f"NVML knows no GPU {device}")
+            raise InstrumentError(f"NVML does not find the GPU {device}")
         self.joules()
         self.watts()
 
@@ -95,13 +95,13 @@ class EnergyMeter:
         try:
             return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
         except pynvml.NVMLError as error:
-            raise InstrumentError(f"NVML has no counter of energy: {error}") from error
+            raise InstrumentError(f"NVML has no energy counter for this GPU: {error}") from error
 
     def watts(self) -> float:
         """Power at the moment, not the mean over a second that NVML has as well."""
         (found,) = pynvml.nvmlDeviceGetFieldValues(self._handle, [pynvml.NVML_FI_DEV_POWER_INSTANT])
         if found.nvmlReturn != pynvml.NVML_SUCCESS:
-            raise InstrumentError(f"NVML has no sensor of power: {pynvml.NVMLError(found.nvmlReturn)}")
+            raise InstrumentError(f"NVML has no power sensor for this GPU: {pynvml.NVMLError(found.nvmlReturn)}")
         return float(found.value.uiVal) / 1e3
 
 

@@ -36,7 +36,7 @@ def decode(line: bytes) -> Any:
         content = json.loads(line.decode())
         return content if _all_is_printable(line) else _shown(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"this is not JSON: {error}") from error
+        raise ValueError(f"not valid JSON: {error}") from error
 
 
 def entries(content: Any) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def lines(path: Path) -> Iterator[bytes]:
         start = file.read(len(BOM_UTF8))
         file.seek(0)
         if start.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
-            raise ValueError(f"{path} is UTF-16: convert it to UTF-8, as by `iconv -f UTF-16 -t UTF-8`")
+            raise ValueError(f"{path} is UTF-16: convert it to UTF-8, as with `iconv -f UTF-16 -t UTF-8`")
         try:
             for line in gzip.GzipFile(fileobj=file) if start.startswith(_GZIP) else file:
                 if text := line.removeprefix(BOM_UTF8).strip(b" \t\r\n"):

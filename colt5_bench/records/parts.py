@@ -40,7 +40,7 @@ def _doubts(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Why the code of both may differ though they describe it alike."""
     of_code = [one.get("git"), other.get("git"), *filter(None, (one.get("harness"), other.get("harness")))]
     doubts = filter(None, map(provenance.doubt, of_code))
-    return "; ".join(dict.fromkeys(f"their code, perhaps, as nobody knows its revision: {why}" for why in doubts))
+    return "; ".join(dict.fromkeys(f"their code, perhaps, because a revision is unknown: {why}" for why in doubts))
 
 
 def keep_finished(
@@ -58,8 +58,8 @@ def keep_finished(
     for before in run.environments.values():
         if found := differences(before, environment):
             raise SelectionError(
-                f"{writer.path} cannot be completed here, as there and here differ {found}: start anew with another "
-                "--out."
+                f"{writer.path} cannot be completed, because that run and this one differ in {found}: start a new run "
+                "with another --out."
             )
     groups: dict[Group, dict[str, str]] = {}
     for record in run.records:
@@ -89,7 +89,7 @@ def merge(paths: Sequence[Path], out: Path) -> Run:
         SelectionError: they are not of one run, overlap, or something is missing; nothing is written then.
     """
     if out.exists():
-        raise SelectionError(f"{out} is there already; --out has to name a new file.")
+        raise SelectionError(f"--out must be a new file, but {out} exists.")
     parts = [read(file) for path in paths for file in sorted(path.rglob("*.jsonl")) or [path]]
     first = _environment(parts[0])
     by_suite: dict[str, dict[Shard, Run]] = {}
@@ -97,13 +97,17 @@ def merge(paths: Sequence[Path], out: Path) -> Run:
         environment = _environment(part)
         for other in part.environments.values():
             if other is not first and (found := differences(first, other, but=("options.suite", "options.shard"))):
-                raise SelectionError(f"{parts[0].path} and {part.path} are not of one run: they differ in {found}.")
+                raise SelectionError(
+                    f"{parts[0].path} and {part.path} do not belong to one run: they differ in {found}."
+                )
         if number := missing(part):
             raise SelectionError(f"{part.path} lacks {number} of its records: complete it with `run --resume`.")
         shards = by_suite.setdefault(environment["options"]["suite"], {})
         shard = Shard.parse(environment["options"]["shard"])
         if shard in shards:
-            raise SelectionError(f"{part.path} and {shards[shard].path} are both shard {shard}: name one of them.")
+            raise SelectionError(
+                f"{part.path} and {shards[shard].path} both contain shard {shard}: name only one of them."
+            )
         shards[shard] = part
     merged = Run(out)
     for suite, shards in by_suite.items():
@@ -136,7 +140,7 @@ def _refuse_twice(parts: Iterable[Run]) -> None:
         for record in part.records:
             if record.key in recorded:
                 where = " and ".join(dict.fromkeys(map(str, (recorded[record.key], part.path))))
-                raise SelectionError(f"{where} holds {' '.join(record.key)} twice: measure anew what was put together.")
+                raise SelectionError(f"{where} contain {' '.join(record.key)} twice: measure these results again.")
             recorded[record.key] = part.path
 
 
@@ -144,7 +148,7 @@ def _environment(part: Run) -> dict[str, Any]:
     """Environment of all of a part. A run that was completed has been checked."""
     environment: dict[str, Any] = next(iter(part.environments.values()), {})
     if not _is_described(environment) or "shard" not in environment["options"]:
-        raise SelectionError(f"{part.path} does not say which options it was measured with: measure it anew.")
+        raise SelectionError(f"{part.path} does not name the options of its run: measure it again.")
     return environment
 
 
@@ -152,10 +156,10 @@ def _check_complete(suite: str, shards: Mapping[Shard, Run]) -> None:
     counts = {shard.count for shard in shards}
     if len(counts) > 1:
         divisions = " and into ".join(map(str, sorted(counts)))
-        raise SelectionError(f"suite {suite} was divided into {divisions} shards: name those of one division.")
+        raise SelectionError(f"suite {suite} was divided into {divisions} shards: name only shards of one division.")
     whole = [Shard(index + 1, count) for count in counts for index in range(count)]
     if missing := [str(shard) for shard in whole if shard not in shards]:
-        raise SelectionError(f"of suite {suite} shard {' and '.join(missing)} is missing: name its results, too.")
+        raise SelectionError(f"suite {suite} lacks shard {' and '.join(missing)}: name the results of all shards.")
 
 
 def _in_turn(shards: Sequence[Iterable[Record]]) -> list[Record]:

@@ -98,8 +98,10 @@ class Origin:
         for package in (prefix + name for name in PACKAGES):
             file = getattr(sys.modules.get(package), "__file__", None)
             if file and not _is_in(Path(file).resolve(), measured.place):
-                reason = f"{package} is not of the checkout of the suite"
-                advice = f"It is {Path(file).parent}: start `python bench.py` in the checkout that is to be measured"
+                reason = f"{package} was imported from another place than the checkout of the suite"
+                advice = (
+                    f"It is in {Path(file).parent}: start `python bench.py` in the checkout that you want to measure"
+                )
                 measured = Code(measured.place, {"unknown": reason}, advice)
         return cls(suite, measured, None if harness.place == measured.place else harness)
 
@@ -118,13 +120,13 @@ class Origin:
         for code in filter(None, (self.measured, self.harness)):
             if why := code.described.get("unknown"):
                 yield printable(
-                    f"warning: the revision of {code.place} is unknown: {why}. {code.advice}. Until then results can "
-                    "neither be resumed nor merged, nor become a baseline"
+                    f"warning: the revision of {code.place} is unknown: {why}. {code.advice}. Otherwise this run can "
+                    "be neither resumed nor merged, and cannot become a baseline"
                 )
         if self.harness:
             yield printable(
-                f"warning: the harness is of {self.harness}, and measures the code of {self.measured}: "
-                "`python bench.py` there measures it with its own"
+                f"warning: the harness of {self.harness} measures the code of {self.measured}: start `python bench.py` "
+                "there to measure it with its own harness"
             )
 
 
@@ -144,8 +146,8 @@ def named(described: Any) -> str | None:
 def doubt(described: Any) -> str:
     """Why nobody can tell whether another run was of the same code; empty if one can."""
     if named(described) is None:
-        return described.get("unknown", "it says nothing of it") if described else "it says nothing of it"
-    return "it does not say which changes were not committed" if described.get("dirty") is True else ""
+        return described.get("unknown", "it is not recorded") if described else "it is not recorded"
+    return "the uncommitted changes are not recorded" if described.get("dirty") is True else ""
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,8 +194,8 @@ def _described(top: Path, file: str) -> dict[str, Any]:
     revision, committed, present = _listed(top)
     if file not in committed and file not in present:
         raise UnknownRevisionError(
-            "git ignores its files in the repository that they are in",
-            "Measure what git does not ignore, as `python bench.py` in a clone does",
+            "git ignores its files",
+            "Measure files that git does not ignore, as with `python bench.py` in a clone",
         )
     return {"revision": revision, "dirty": _digest(top, committed, present)}
 
@@ -224,7 +226,7 @@ def _digest(top: Path, committed: Mapping[str, tuple[str, str]], present: set[st
         there = {path: _replacement(top / path, *entry) for path, entry in committed.items()}
         there |= {path: _added(top / path) for path in added}
     except OSError as error:
-        advice = printable(f"Let {error.filename} be read")
+        advice = printable(f"Make {error.filename} readable")
         raise UnknownRevisionError("a file of the checkout cannot be read", advice) from error
     changes = {path: content for path, content in there.items() if content is not None}
     return bool(changes) and hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:16]
@@ -298,17 +300,17 @@ def _git(directory: Path, *arguments: str) -> str:
     try:
         done = git.run(directory, *arguments, seconds=LONGEST_SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise UnknownRevisionError("git does not answer", "See whether `git status` does there") from error
+        raise UnknownRevisionError("git does not answer", "Check that `git status` works there") from error
     except OSError as error:
-        raise UnknownRevisionError("git cannot be started", "Install git, and have it on the PATH") from error
+        raise UnknownRevisionError("git cannot be started", "Install git, and add it to the PATH") from error
     if done.returncode == 0:
         return done.stdout
     if "safe.directory" in done.stderr:
         trust = done.stderr.split("\t")[-1].strip()
         raise UnknownRevisionError("git does not trust the repository, whose owner is another user", f"Run `{trust}`")
     if "not a git repository" in done.stderr:
-        raise UnknownRevisionError("it is in no git repository", "Measure in a clone")
+        raise UnknownRevisionError("it is not in a git repository", "Measure in a clone")
     if "Needed a single revision" in done.stderr:
-        raise UnknownRevisionError("its repository has no commit", "Commit what is there")
+        raise UnknownRevisionError("its repository has no commit", "Commit the files")
     message = " ".join(done.stderr.split()) or f"status {done.returncode}"
-    raise UnknownRevisionError("git cannot read the repository", f"It says: {message}")
+    raise UnknownRevisionError("git cannot read the repository", f"Its message is: {message}")

@@ -269,7 +269,7 @@ def load(path: Path, *, fault: Callable[[Record], str] = lambda record: "") -> R
     """
     files = sorted(filter(Path.is_file, path.rglob("*.jsonl"))) if path.is_dir() else [path]
     if not files or not path.exists():
-        raise ValueError(f"{path} is no results file and no directory with any: those that a run writes end in .jsonl")
+        raise ValueError(f"{path} is neither a results file nor a directory with results files, which end in .jsonl")
     run = Run(path)
     with no_garbage_collection():
         for file in files:
@@ -318,7 +318,7 @@ def _read(path: Path, run: Run, fault: Callable[[Record], str]) -> None:
         try:
             read = _parsed(line)
         except msgspec.ValidationError as error:
-            raise ValueError(f"{path}:{number}: this is no line of a results file: {error}") from error
+            raise ValueError(f"{path}:{number}: not a line of a results file: {error}") from error
         except ValueError as error:
             if line.endswith(b"\n"):
                 raise ValueError(f"{path}:{number}: {error}") from error
@@ -350,11 +350,11 @@ def _converted(content: Any) -> Record | dict[str, Any]:
     line = msgspec.convert(content, dict[str, Any])
     kind = line.pop("kind", None)
     if kind == "record" and line.get("schema") != SCHEMA_VERSION:
-        raise ValueError(f"it has schema {line.get('schema')}, this version reads {SCHEMA_VERSION}")
+        raise ValueError(f"schema must be {SCHEMA_VERSION} for this version, got {line.get('schema')}")
     line |= {name: figures(line[name], _TEXTS) for name in _FIGURES if name in line}
     if kind == "record":
         return msgspec.convert(line, Record)
     if kind != "environment":
-        raise msgspec.ValidationError(f"its kind is {kind!r}")
+        raise msgspec.ValidationError(f"kind must be record or environment, got {kind!r}")
     msgspec.convert(line, _Environment)
     return line

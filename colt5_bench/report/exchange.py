@@ -139,13 +139,13 @@ def export(run: Run, form: str, views: Mapping[str, View] = MappingProxyType({})
         SelectionError: the run has no records, is of several machines, or has several records of one point.
     """
     if not run.records:
-        raise SelectionError(f"{run.path} holds no records.")
+        raise SelectionError(f"{run.path} contains no records.")
     devices = list(dict.fromkeys(record.device for record in run.records))
     if len(devices) > 1:
-        raise SelectionError(f"{run.path} is of {' and '.join(devices)}: export the run of one machine.")
+        raise SelectionError(f"{run.path} was measured on {' and '.join(devices)}: export the run of one machine.")
     key, count = Counter(record.key for record in run.records).most_common(1)[0]
     if count > 1:
-        raise SelectionError(f"{run.path} holds {count} records of {' '.join(key)}: export one run.")
+        raise SelectionError(f"{run.path} contains {count} records of {' '.join(key)}: export one run.")
     return FORMATS[form](run, views)
 
 

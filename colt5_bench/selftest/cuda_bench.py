@@ -77,7 +77,7 @@ def measure(device: torch.device) -> dict[str, float]:
             raise RuntimeError(f"cuda-bench took longer than {LONGEST_SECONDS} s") from error
         if done.returncode != 0 or not results.is_file():
             message = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
-            raise RuntimeError(f"cuda-bench ended with status {done.returncode} and said: {message}")
+            raise RuntimeError(f"cuda-bench ended with status {done.returncode} and the message: {message}")
         return read(json.loads(results.read_text(encoding="utf-8")))
 
 

@@ -146,7 +146,7 @@ def test_an_interrupted_run_keeps_what_it_has(bench_here, tmp_path):
     assert len(records) == 4
     assert "toy.jsonl" in run.stdout
     again = f"--suite {tmp_path}/toy.py --preset default --device cpu --out {tmp_path}/out --resume"
-    assert f"interrupted; this completes it: python bench.py {again}" in run.stderr
+    assert f"interrupted; to complete the run: python bench.py {again}" in run.stderr
 
 
 FAILING_ONCE = """
@@ -192,13 +192,19 @@ def test_what_a_run_would_be_measured_under(here, capsys):
         (["--suite", "coor_decent"], ["no suite 'coor_decent'", "segments", "Did you mean coor_descent?"]),
         (["--suite", "gradients", "--impl", "our"], ["in suite gradients 'our'", "reference", "Did you mean ours?"]),
         (["--suite", "coor_descent", "-k", "n=513"], ["no case", "'n=513'"]),
-        (["--suite", "coor_descent", "-k", "(n=512"], ["cannot read"]),
-        (["--suite", "coor_descent", "--device", "tpu"], ["no device 'tpu'"]),
-        (["--suite", "coor_descent", "--resume"], ["--resume completes the run in --out DIR"]),
+        (["--suite", "coor_descent", "-k", "(n=512"], ["-k must join parts of case ids", "got '(n=512'"]),
+        (
+            ["--suite", "coor_descent", "--device", "tpu"],
+            ["--device must be auto, cpu, cuda or cuda:<index>, got 'tpu'"],
+        ),
+        (["--suite", "coor_descent", "--resume"], ["--resume needs --out DIR"]),
         (["--suite", "coor_descent", "--shard", "5/4"], ["no shard '5/4'", "1/4, 2/4"]),
-        (["--suite", "coor_descent", "--time-limit", "soon"], ["no time limit of 'soon'", "seconds above 0"]),
+        (
+            ["--suite", "coor_descent", "--time-limit", "soon"],
+            ["--time-limit must be a number of seconds above 0", "got 'soon'"],
+        ),
         (["--suite", "coor_descent", "--out", "/dev/null/results"], ["cannot use /dev/null/results: Not a directory"]),
-        (["--suite", "topk", "--profile", "torch", "--shard", "1/2"], ["--profile records nothing", "--shard"]),
+        (["--suite", "topk", "--profile", "torch", "--shard", "1/2"], ["--profile writes no records", "--shard"]),
         (["histroy"], ["no command 'histroy'", "report, export, history", "Did you mean history?"]),
         ([], ["--suite", "coor_descent", "gradients"]),
     ],
@@ -360,7 +366,7 @@ def test_without_suites_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(startup, "__file__", str(tmp_path / "colt5_bench" / "startup.py"))
     assert cli.main(["--list"]) == commands.USAGE
-    assert "is no checkout of colt5-bench" in capsys.readouterr().err
+    assert "is not a checkout of colt5-bench" in capsys.readouterr().err
 
 
 def test_a_package_that_shadows_ours_is_told_of(checkout, monkeypatch):
@@ -399,13 +405,13 @@ def test_case_expressions(expression, selected):
     "right", ["(8 or 16)", "(8)", "()", "(a)(b)", "((8)", ")", "and", "or or", "(" * 300 + "a" + ")" * 300]
 )
 def test_what_is_no_case_expression_is_said(left, right):
-    with pytest.raises(SelectionError, match="cannot read the case expression"):
+    with pytest.raises(SelectionError, match="-k must join parts of case ids"):
         case_filter(left + right)
 
 
 def test_a_name_is_picked_from_those_allowed():
     assert pick("suite", "topk", ["topk", "segments"]) == "topk"
-    with pytest.raises(SelectionError, match=r"no suite 'xyz'; there is topk, segments\.$"):
+    with pytest.raises(SelectionError, match=r"no suite 'xyz'; choose from topk, segments\.$"):
         pick("suite", "xyz", ["topk", "segments"])
 
 
@@ -414,7 +420,7 @@ def test_the_device_is_the_gpu_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto") == torch.device("cuda")
     assert choose_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(SelectionError, match="cuda:2 was asked for and PyTorch sees 2 GPUs"):
+    with pytest.raises(SelectionError, match="--device cuda:2 is not there: PyTorch sees 2 GPUs"):
         choose_device("cuda:2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == torch.device("cpu")
@@ -541,7 +547,9 @@ def test_a_suite_that_is_broken_costs_no_other(broken, checkout, capsys):
     told = capsys.readouterr().err.splitlines()
     assert [line.split()[0] for line in told] == sorted(f"suites/{name}.py" for name in broken)
     assert "suites/raising.py is left out: RuntimeError: no luck" in told
-    assert "suites/named.py is left out: ValueError: SUITE.name has to be 'named' as its file, got 'toy'" in told
+    assert (
+        "suites/named.py is left out: ValueError: SUITE.name must be 'named', the name of its file, got 'toy'" in told
+    )
 
 
 def test_the_cases_of_a_suite_are_listed(here, capsys):
@@ -567,7 +575,7 @@ def test_less_than_all_records_is_no_success(bench, checkout, whole):
     """Whether options are named for pytest here, or stand in the environment for other tests."""
     partial = bench("wrong,good", "--", "-x", **{REPORT: NO_REPORT})
     assert partial.returncode == commands.UNMEASURED, partial.stdout
-    assert "not all records that were expected are there" in partial.stderr
+    assert "of the expected records are missing" in partial.stderr
     assert len(load(checkout / "out" / "toy.jsonl").records) < 12
     none = bench("good", "--out", "none", "--", "--collect-only", **{REPORT: NO_REPORT})
     assert none.returncode == commands.UNMEASURED

@@ -92,9 +92,21 @@ def request(isolate=False, time_limit=None, targets=()):
     [
         (["topk"], request(), "which topk is not"),
         (["context_parallel", "topk"], request(), "which topk is not"),
-        (["context_parallel"], request(isolate=True), "--isolate, --time-limit and --compile-for are for one process"),
-        (["context_parallel"], request(time_limit=60), "--isolate, --time-limit and --compile-for are for one process"),
-        (["context_parallel"], request(targets=(90,)), "--isolate, --time-limit and --compile-for are for one process"),
+        (
+            ["context_parallel"],
+            request(isolate=True),
+            "--isolate, --time-limit and --compile-for do not work under torchrun",
+        ),
+        (
+            ["context_parallel"],
+            request(time_limit=60),
+            "--isolate, --time-limit and --compile-for do not work under torchrun",
+        ),
+        (
+            ["context_parallel"],
+            request(targets=(90,)),
+            "--isolate, --time-limit and --compile-for do not work under torchrun",
+        ),
     ],
 )
 def test_torchrun_is_for_suites_of_several_processes(suites, asked, message):

@@ -156,7 +156,7 @@ class TestSavedRuns:
         before, after = saved("a.jsonl", ours()), saved("b.jsonl", ours())
         before.write_text(before.read_text().replace('"schema": 2', '"schema": 1'))
         assert compare(before, after) == USAGE
-        assert "has schema 1, this version reads 2" in capsys.readouterr().err
+        assert "schema must be 2 for this version, got 1" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -166,9 +166,9 @@ class TestSavedRuns:
                 ("no-such-run", "HEAD"),
                 "no-such-run is neither a results file, nor a directory",
             ),
-            (("HEAD", "HEAD"), "say which suites with --suite"),
+            (("HEAD", "HEAD"), "name at least one suite with --suite"),
             (("HEAD", "HEAD", "--suite", "topc"), "no suite 'topc'"),
-            (("HEAD", "HEAD", "--suite", "topk", "--rounds", "0"), "--rounds has to be at least 1, got 0"),
+            (("HEAD", "HEAD", "--suite", "topk", "--rounds", "0"), "--rounds must be at least 1, got 0"),
             (("{run}", "{run}", "--thresholds", "none.toml"), "cannot read the thresholds none.toml"),
         ],
     )
@@ -310,7 +310,7 @@ class TestRevisions:
         commit("noisy", ours(1.1), noise=0.3)
         assert compare("before", "after", "--suite", "toy", "--out", tmp_path / "out") == FAILURE
         assert 2 * TURNS < len(started()) <= 2 * MOST_TURNS
-        assert f"not settled after {TURNS} rounds: ours cold forward +" in capsys.readouterr().err
+        assert f"still unclear after {TURNS} rounds: ours cold forward +" in capsys.readouterr().err
         assert "-k (rows=8 n=512 eps=0.1)" in started()[-1]
         count = len(started())
         assert compare("noisy", "noisy", "--suite", "toy", "--out", tmp_path / "noisy") == UNDECIDED
@@ -337,7 +337,7 @@ class TestRevisions:
         commit("before", ours(1.0))
         commit("after", ours(1.0), **more)
         assert compare("before", "after", "--suite", "toy", "--out", tmp_path / "out") == UNMEASURED
-        assert "holds results of other code than that of" in capsys.readouterr().err
+        assert "was measured with other code than" in capsys.readouterr().err
         assert len(started()) == 2
 
 
@@ -365,10 +365,10 @@ class TestBaseline:
     @pytest.mark.parametrize(
         ("more", "message"),
         [
-            ({"git": {"revision": "abc", "dirty": True}}, "changes that are not committed to abc"),
-            ({"git": {"revision": "abc", "dirty": "0123"}}, "changes that are not committed to abc"),
-            ({"git": None}, "does not say of which revision"),
-            ({"git": {"unknown": "it has no owner"}}, "does not say of which revision it is: it has no owner."),
+            ({"git": {"revision": "abc", "dirty": True}}, "uncommitted changes to abc"),
+            ({"git": {"revision": "abc", "dirty": "0123"}}, "uncommitted changes to abc"),
+            ({"git": None}, "is unknown: it is not recorded. Measure in a clone"),
+            ({"git": {"unknown": "it has no owner"}}, "is unknown: it has no owner."),
             ({"harness": {"revision": "abc", "dirty": False}}, "by the harness of another checkout"),
             ({"options": {"suite": "toy"}, "expected": 3}, "lacks 2 records of suite toy"),
         ],
@@ -382,15 +382,15 @@ class TestBaseline:
     def test_refuses_what_is_not_one_whole_run(self, baseline, saved, capsys):
         run = saved("run.jsonl", ours(), ours())
         assert baseline(run)[0] == USAGE
-        assert "holds a record of one run twice" in capsys.readouterr().err
+        assert "contains records of one run twice" in capsys.readouterr().err
         saved("runs/one.jsonl", reference(), ours())
         assert baseline(saved("runs/two.jsonl", ours(1.001), key="b").parent)[0] == USAGE
-        assert "holds 1 of toy" in capsys.readouterr().err
+        assert "contains 1 records of toy" in capsys.readouterr().err
         run.write_text(run.read_text()[:-20])
         assert baseline(run)[0] == USAGE
         assert "is cut off" in capsys.readouterr().err
         assert baseline(saved("none.jsonl"))[0] == USAGE
-        assert "holds no records" in capsys.readouterr().err
+        assert "contains no records" in capsys.readouterr().err
 
     def test_of_several_runs_it_knows_how_far_they_are_apart(self, baseline, saved, capsys):
         """One of 1.0 ms may be 4 % off where runs are 3 % apart, and not where three are alike."""
@@ -550,16 +550,19 @@ class TestCheck:
     def test_a_baseline_with_nothing_in_common_is_refused(self, check, saved, record, more):
         """Before anything is measured: `check` would then look at what was."""
         other = saved("other.jsonl", record, **more)
-        with pytest.raises(SelectionError, match="what would be measured, which is suite toy"):
+        with pytest.raises(SelectionError, match=r"has no record of a case that this run would measure \(suite toy"):
             check(reference(), baseline=other)
-        with pytest.raises(SelectionError, match="has nothing in common"):
+        with pytest.raises(SelectionError, match="has no record of a case"):
             check(reference(), baseline=saved("ours.jsonl", ours()), impl=["reference"])
-        with pytest.raises(SelectionError, match="has nothing in common"):
+        with pytest.raises(SelectionError, match="has no record of a case"):
             check(reference(), cases="n=513")
 
     @pytest.mark.parametrize(
         ("selected", "message"),
-        [({"baseline": None}, "--check needs a --baseline"), ({"shard": "1/2"}, "--check compares whole runs")],
+        [
+            ({"baseline": None}, "--check needs --baseline FILE"),
+            ({"shard": "1/2"}, "--check needs a whole run, got --shard 1/2"),
+        ],
     )
     def test_what_cannot_be_checked(self, check, selected, message):
         with pytest.raises(SelectionError, match=message):

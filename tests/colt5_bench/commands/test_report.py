@@ -73,7 +73,7 @@ def test_an_ending_that_is_none_says_which_there_are(results, capsys):
 
 def test_a_run_that_is_none_is_a_usage_error(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "nowhere")]) == commands.USAGE
-    assert "nowhere is no results file" in capsys.readouterr().err
+    assert "nowhere is neither a results file" in capsys.readouterr().err
 
 
 def test_parquet_without_pyarrow_says_what_to_install(results, tmp_path, monkeypatch, capsys):
@@ -107,7 +107,7 @@ def test_a_history_of_nothing_says_what_was_asked_for(tmp_path, results, capsys)
 def test_an_empty_run_has_no_page(tmp_path, capsys):
     (tmp_path / "toy.jsonl").write_text('{"kind": "environment", "key": "abc"}\n')
     assert cli.main(["report", str(tmp_path)]) == commands.USAGE
-    assert "holds no records" in capsys.readouterr().err
+    assert "contains no records" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
 
 

@@ -158,7 +158,7 @@ class TestCommand:
         assert bench([Comparison([time("same")])], *own)[0] == DONE
         status, printed, _ = bench([], *own, "--planted", "0.5")
         assert status == USAGE
-        assert "name a suite of the checkout, or leave --planted out" in printed.err
+        assert "name a suite of the checkout, or leave out --planted" in printed.err
 
     def test_on_a_gpu_its_own_times_have_to_show_it(self, bench, monkeypatch):
         """The host's clock has a wider threshold, and a longer kernel need not reach it."""
@@ -180,16 +180,19 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (("--comparisons", "0"), "--comparisons has to be at least 1, got 0"),
-            (("--comparisons", "1", "--rounds", "0"), "--rounds has to be at least 1, got 0"),
+            (("--comparisons", "0"), "--comparisons must be at least 1, got 0"),
+            (("--comparisons", "1", "--rounds", "0"), "--rounds must be at least 1, got 0"),
             (("--comparisons", "1", "--suite", "topc"), "no suite 'topc'"),
             (("--comparisons", "1", "--planted", "0.1"), "suites/thresholds.toml allows for a time of ours"),
             (("--comparisons", "1", "--planted", "inf"), "suites/thresholds.toml allows for a time of ours"),
             (("--comparisons", "1", "--planted", "nan"), "suites/thresholds.toml allows for a time of ours"),
-            (("--comparisons", "1", "--planted", "0.5", "--impl", "reference"), "which --impl leaves out"),
-            (("--comparisons", "1", "--planted", "0.5", "--suite", "flops"), "which suite flops does not time"),
-            ((), "are of --comparisons: say how many"),
-            (("--planted", "0.5"), "are of --comparisons: say how many"),
+            (
+                ("--comparisons", "1", "--planted", "0.5", "--impl", "reference"),
+                "--impl must name ours, too, got reference",
+            ),
+            (("--comparisons", "1", "--planted", "0.5", "--suite", "flops"), "suite flops takes no times of ours"),
+            ((), "need --comparisons N"),
+            (("--planted", "0.5"), "need --comparisons N"),
         ],
     )
     def test_what_cannot_be_done_is_a_usage_error(self, bench, options, message):

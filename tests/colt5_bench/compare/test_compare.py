@@ -144,7 +144,9 @@ class TestTimes:
         broken = ours()
         broken.timings["cold"].samples = [*samples(1), sample]
         assert against(ours(), broken) == {"cold": "failed"}
-        with pytest.raises(IncomparableError, match=f"ours: a cold time is {sample}"):
+        with pytest.raises(
+            IncomparableError, match=f"ours: a cold time must be a number of seconds above 0, got {sample}"
+        ):
             against(broken, ours())
 
     def test_noise_is_unclear_and_says_which_cases_need_more(self, rules):
@@ -239,7 +241,7 @@ class TestEndings:
         new = [ours(case=f"n={n}", fields={"n": n}, status=status) for n in range(2000)]
         comparison = compare(run_of(ours()), run_of(ours(), *new), rules(), {})
         assert comparison.notable() == []
-        assert comparison.summary_lines() == ["the baseline has nothing of these, which are not listed: 2,000 of toy"]
+        assert comparison.summary_lines() == ["new, so not in the baseline and not listed: 2,000 of toy"]
         assert as_markdown(comparison).count("\n") < 10
 
     @pytest.mark.parametrize("before", [None, *STATUSES])
@@ -367,7 +369,7 @@ class TestOtherConditions:
         assert verdicts(on_another(1.0)) == {}
         assert verdicts(on_another(1.4)) == {"speed-up, cold": "worse"}
         (note,) = on_another(1.0).notes
-        assert "the baseline is of Toy GPU and this run of Another GPU" in note
+        assert "the baseline was measured on Toy GPU and this run on Another GPU" in note
         assert "memory is not compared" in note
 
     def test_so_they_do_where_machines_of_one_name_are_not_the_same(self, rules):
@@ -377,7 +379,7 @@ class TestOtherConditions:
         comparison = compare(*runs, rules(), {"toy": "reference"}, any_machine=True)
         assert not comparison.regressions
         assert verdicts(comparison) == {}
-        assert "as on any machine" in comparison.notes[0]
+        assert "as with --any-machine" in comparison.notes[0]
 
     def test_with_other_threads_a_cpu_says_nothing_about_speed(self, rules):
         runs = [run_of(reference(), ours(ms), gpu=None, threads=threads) for ms, threads in ((1.0, 2), (3.0, 1))]
@@ -402,7 +404,9 @@ class TestOtherConditions:
         comparison = compare(run_of(ours()), run_of(ours(column="wall"), gpu=None, key="b"), rules(), {})
         assert [finding.verdict for finding in comparison.findings] == ["new"]
         assert not comparison.compared
-        assert comparison.notes == ["1 records of the baseline are of Toy GPU and left out: this run is of none"]
+        assert comparison.notes == [
+            "1 records of the baseline are left out: they were measured on Toy GPU, this run was not"
+        ]
 
     def test_where_nothing_was_measured_everything_is_missing(self, rules):
         comparison = compare(run_of(ours()), Run(Path("run")), rules(), {})
@@ -413,7 +417,7 @@ class TestOtherConditions:
         cut_off = replace(run_of(reference()), cut_off=[Path("run.jsonl")])
         comparison = compare(run_of(reference(), ours()), cut_off, rules(), {})
         assert [finding.verdict for finding in comparison.regressions] == ["missing"]
-        assert comparison.notes == ["the last line of run.jsonl is cut off, and a record with it"]
+        assert comparison.notes == ["the last line of run.jsonl is cut off, so its record is missing"]
 
     def test_what_is_out_of_scope_is_not_missing(self, rules):
         comparison = compare(run_of(ours()), Run(Path("run")), rules(), {}, scope=lambda made: made.suite != "toy")
@@ -424,7 +428,7 @@ class TestOtherConditions:
         other = {**ENVIRONMENT, "key": "b", "git": {"revision": "def", "dirty": False}}
         mixed.environments["b"] = other
         mixed.records.append(replace(ours(), environment="b"))
-        with pytest.raises(IncomparableError, match="of more than one revision"):
+        with pytest.raises(IncomparableError, match="from more than one revision"):
             compare(mixed, run_of(ours()), rules(), {})
 
 
@@ -456,17 +460,20 @@ class TestThresholds:
     @pytest.mark.parametrize(
         ("more", "message"),
         [
-            ("typo = 1", r"\[default\]: there is no 'typo'; there is cold"),
-            ("[[rule]]\ncolds = 1", r"\[\[rule\]\] 1: there is no 'colds'"),
-            ("[[rule]]\ncold = -1", r"cold has to be a number from 0, got -1"),
-            ("[[rule]]\ncold = true", r"cold has to be a number"),
-            ('[[rule]]\ndevice = "tpu"', r"device has to be cpu or cuda, got 'tpu'"),
-            ("[[rule]]\nsuite = 1", r"suite has to be text or a list of texts, got 1"),
-            ('[[rule]]\ncases = "(n"', r"cannot read the case expression"),
-            ("[metrics]\nlost = 1", r"there is no 'metrics'; there is default, rule, unchecked"),
-            ("[[rule]]\nmetrics.lost = 1", r"metrics.lost needs `better`, which is lower, higher, equal"),
-            ('[[rule]]\nmetrics.lost = { better = "lower", most = 1 }', r"there is no 'most'"),
-            ("[[rule", r"is not TOML"),
+            ("typo = 1", r"\[default\]: the key must be one of cold.*, got 'typo'"),
+            ("[[rule]]\ncolds = 1", r"\[\[rule\]\] 1: the key must be one of .*, got 'colds'"),
+            ("[[rule]]\ncold = -1", r"cold must be a finite number of at least 0, got -1"),
+            ("[[rule]]\ncold = true", r"cold must be a finite number"),
+            ('[[rule]]\ndevice = "tpu"', r"device must be cpu or cuda, got 'tpu'"),
+            ("[[rule]]\nsuite = 1", r"suite must be a string or a list of strings, got 1"),
+            ('[[rule]]\ncases = "(n"', r"-k must join parts of case ids"),
+            ("[metrics]\nlost = 1", r"the key must be one of default, rule, unchecked, got 'metrics'"),
+            (
+                "[[rule]]\nmetrics.lost = 1",
+                r"metrics.lost must be a table with better = 'lower' or 'higher' or 'equal', got 1",
+            ),
+            ('[[rule]]\nmetrics.lost = { better = "lower", most = 1 }', r"the key must be one of .*, got 'most'"),
+            ("[[rule", r"is not valid TOML"),
         ],
     )
     def test_what_is_wrong_with_them_is_said(self, rules, more, message):
@@ -497,7 +504,7 @@ class TestOutput:
         text = console.export_text()
         assert "1 failed, 1 worse, " in text
         assert "+20.0 %" in text
-        assert "note: the baseline is of torch 2.13, this run of torch 2.14" in text
+        assert "note: the baseline was measured with torch 2.13, this run with torch 2.14" in text
         lines = text.splitlines()
         at = next(at for at, line in enumerate(lines) if "1.2 ms" in line)
         assert "ours" in lines[at - 1]

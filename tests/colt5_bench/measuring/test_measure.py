@@ -371,10 +371,10 @@ LATE_FAULTS = {
     "is empty later": (after_the_first_call(lambda scores, first: torch.zeros_like(scores)), "right at first"),
     "gives the first output again": (
         after_the_first_call(lambda scores, first: first.clone()),
-        "right for other values",
+        "right result for the values of an earlier call",
     ),
-    "caches by address": (by_address, "right for other values"),
-    "widens": (lambda case: lambda scores: 2 * scores.double(), "output is of float64, expected is float32"),
+    "caches by address": (by_address, "right result for the values of an earlier call"),
+    "widens": (lambda case: lambda scores: 2 * scores.double(), "output must have dtype float32, got float64"),
     "widens later": (after_the_first_call(lambda scores, first: 2 * scores.double()), "right at first"),
 }
 

@@ -61,7 +61,7 @@ class TestTooFast:
 
     def test_what_it_cannot_do_is_refused_with_both_figures(self):
         why = roofline.too_fast(0.5, size=10**12, ceilings=CEILINGS)
-        assert why == "2000 GB/s from a cold cache, where a device copy has 1000"
+        assert why == "2000 GB/s from a cold cache, while a device copy reaches 1000"
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -83,7 +83,7 @@ class TestMissing:
     @pytest.mark.parametrize(("mode", "tool"), profiler.TOOLS.items())
     def test_a_tool_that_is_not_installed_is_named(self, monkeypatch, mode, tool):
         monkeypatch.setenv("PATH", "")
-        assert f"needs {tool}, and there is no {mode} on the PATH" in profiler.missing(mode, GPU)
+        assert f"needs {tool}, but {mode} is not on the PATH" in profiler.missing(mode, GPU)
 
     def test_a_triton_without_its_profiler_is_told_of(self, monkeypatch):
         monkeypatch.setattr(profiler, "find_spec", lambda name: None)
@@ -241,7 +241,7 @@ class TestCommand:
         ("options", "message"),
         [
             (["--profile", "memory"], "is about a GPU, and the device is cpu"),
-            (["--profile", "torch", "--", "-x"], "what follows -- is for pytest"),
+            (["--profile", "torch", "--", "-x"], "--profile does not start pytest"),
         ],
     )
     def test_that_cannot_be_is_wrong_usage(self, bench, options, message):

@@ -143,12 +143,12 @@ def test_what_is_expected_and_not_recorded_fails_the_run(run, pytester):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--device=tpu", "*there is no device 'tpu'; there is auto, cpu, cuda*"),
+        ("--device=tpu", "*--device must be auto, cpu, cuda or cuda:<index>, got 'tpu'*"),
         ("--preset=huge", "*invalid choice: 'huge'*"),
-        ("--cases=n=8 and and", "*cannot read the case expression*"),
-        ("--shard=0/2", "*there is no shard '0/2'; the shards of four are 1/4, *"),
-        ("--time-limit=0", "*there is no time limit of '0'; it is a number of seconds above 0*"),
-        ("--resume", "*--resume completes the run in --out DIR: say which.*"),
+        ("--cases=n=8 and and", "*-k must join parts of case ids*got 'n=8 and and'*"),
+        ("--shard=0/2", "*--shard must be I/N with I from 1 to N, such as 1/4, got '0/2'*"),
+        ("--time-limit=0", "*--time-limit must be a number of seconds above 0, such as 600, got '0'*"),
+        ("--resume", "*--resume needs --out DIR, the directory of the run to complete.*"),
     ],
 )
 def test_a_wrong_option_is_a_usage_error(run, option, message):
@@ -242,12 +242,12 @@ def test_what_is_there_is_neither_written_over_nor_mixed_with_what_is_not_like_i
     run("good", "--impl=good", "--out=results")
     kept = results(pytester)
     for options, message in {
-        (): "*is there already: complete it with --resume, or name a place without results with --out.",
+        (): "*exists already: complete it with --resume, or choose a directory without results with --out.",
         (
             "--resume",
             "--impl=reference",
-        ): "*cannot be completed here, as there and here differ options.implementations*",
-        ("--resume", "--preset=default"): "*differ options.preset 'smoke' and 'default': start anew*",
+        ): "*cannot be completed, because that run and this one differ in options.implementations*",
+        ("--resume", "--preset=default"): "*differ in options.preset 'smoke' and 'default': start a new run*",
     }.items():
         result = run("good", "--impl=good", "--out=results", *options)
         assert result.ret == pytest.ExitCode.USAGE_ERROR

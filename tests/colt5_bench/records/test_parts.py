@@ -83,10 +83,10 @@ def test_suites_are_merged_each_on_its_own(part, out):
 @pytest.mark.parametrize(
     ("second", "changed", "message"),
     [
-        ((1, 2), {}, r"are both shard 1/2: name one of them"),
-        ((3, 3), {}, r"suite toy was divided into 2 and into 3 shards: name those of one division"),
+        ((1, 2), {}, r"both contain shard 1/2: name only one of them"),
+        ((3, 3), {}, r"suite toy was divided into 2 and into 3 shards: name only shards of one division"),
         ((2, 2), {"only": 3}, r"lacks 2 of its records: complete it with `run --resume`"),
-        ((2, 2), {"torch": "2.11.0"}, r"are not of one run: they differ in torch '2.13.0' and '2.11.0'"),
+        ((2, 2), {"torch": "2.11.0"}, r"do not belong to one run: they differ in torch '2.13.0' and '2.11.0'"),
         ((2, 2), {"git": {"revision": "def", "dirty": False}}, r"differ in git.revision 'abc' and 'def'"),
         ((2, 2), {"gpu": {"name": "Other GPU"}}, r"differ in gpu.name 'Toy GPU' and 'Other GPU'"),
         ((2, 2), {"gpu": None}, r"differ in .*gpu\.name 'Toy GPU' and None"),
@@ -120,34 +120,34 @@ def test_nor_is_one_of_two_shards_or_of_one_twice(part, out, index):
     one, other = part((1, 2)), part((2, 2))
     with other.open("a") as file:
         file.write(one.read_text().splitlines()[1 + index] + "\n")
-    with pytest.raises(SelectionError, match=r"holds toy .* twice"):
+    with pytest.raises(SelectionError, match=r"contain toy .* twice"):
         merge([one, other], out)
     assert not out.exists()
 
 
 def test_a_missing_shard_is_named(part, out):
-    with pytest.raises(SelectionError, match=r"of suite toy shard 2/4 and 4/4 is missing"):
+    with pytest.raises(SelectionError, match=r"suite toy lacks shard 2/4 and 4/4"):
         merge([part((1, 4)), part((3, 4))], out)
 
 
 def test_what_cannot_be_read_is_not_merged(part, out, tmp_path):
     path = part((1, 1))
-    with pytest.raises(SelectionError, match="is no results file"):
+    with pytest.raises(SelectionError, match="is neither a results file"):
         merge([path, tmp_path / "nothing"], out)
     lines = path.read_text().splitlines()
     lines[1] = json.dumps({**json.loads(lines[1]), "schema": 99})
     path.write_text("\n".join(lines))
-    with pytest.raises(SelectionError, match="has schema 99"):
+    with pytest.raises(SelectionError, match="schema must be 2 for this version, got 99"):
         merge([path], out)
     path.write_text(json.dumps({"kind": "environment", "key": "old"}) + "\n")
-    with pytest.raises(SelectionError, match="does not say which options"):
+    with pytest.raises(SelectionError, match="does not name the options"):
         merge([path], out)
 
 
 def test_a_file_is_not_written_over(part):
     path = part((1, 1))
     before = path.read_text()
-    with pytest.raises(SelectionError, match="is there already"):
+    with pytest.raises(SelectionError, match="--out must be a new file"):
         merge([path], path)
     assert path.read_text() == before
 
@@ -157,7 +157,7 @@ def test_the_command_says_what_it_wrote(part, out, capsys):
     assert capsys.readouterr().out == f"merged: 16 records of toy: {out}\n"
     assert cli.main(["merge", str(part((1, 2))), "--out", f"{out}2"]) == commands.USAGE
     error = capsys.readouterr().err
-    assert "error: of suite toy shard 2/2 is missing" in error
+    assert "error: suite toy lacks shard 2/2" in error
     assert error.count("\n") == 1
 
 

@@ -250,11 +250,11 @@ UNKNOWN = {
     "another owner": (of_another_owner, "does not trust", "git config --global --add safe.directory {root}"),
     "no git": (without_git, "cannot be started", "Install git"),
     "a git that hangs": (that_hangs, "does not answer", "git status"),
-    "an export": (lambda root, patch: shutil.rmtree(root / ".git"), "in no git repository", "Measure in a clone"),
+    "an export": (lambda root, patch: shutil.rmtree(root / ".git"), "not in a git repository", "Measure in a clone"),
     "no commit": (without_commit, "has no commit", "Commit"),
     "a worktree without its repository": (
         lambda root, patch: [shutil.rmtree(root / ".git"), write(root / ".git", "gitdir: /nowhere\n")],
-        "in no git repository",
+        "not in a git repository",
         "Measure in a clone",
     ),
     "broken": (lambda root, patch: write(root / ".git" / "config", "["), "cannot read", "bad config"),
@@ -289,7 +289,7 @@ class TestUnknown:
         assert "revision" in Origin.of(root / "suites" / "toy.py").described["git"]
         module.__file__ = str(write(other / package / "__init__.py", ""))
         assert Origin.of(root / "suites" / "toy.py").described["git"] == {
-            "unknown": f"{package} is not of the checkout of the suite"
+            "unknown": f"{package} was imported from another place than the checkout of the suite"
         }
 
 
@@ -299,7 +299,7 @@ CODES = [
     {"revision": "abc", "dirty": "4567"},
     {"revision": "def", "dirty": False},
     {"revision": "abc", "dirty": True},
-    {"unknown": "it is in no git repository"},
+    {"unknown": "it is not in a git repository"},
     {"unknown": "the code changed while it was measured", "began": {"revision": "abc", "dirty": False}, "ended": None},
     None,
 ]
@@ -426,7 +426,7 @@ class TestStarting:
         assert told["git"] == self.of(here)
         assert ("unknown" in told["git"]) is (situation == "an export")
         assert told["harness"] == (None if way in OWN_HARNESS else self.of(installed))
-        assert shown.stderr.count("the harness is of ") == (way not in OWN_HARNESS)
+        assert shown.stderr.count("warning: the harness of ") == (way not in OWN_HARNESS)
         assert shown.stderr.count(f"the revision of {here} is unknown") == (situation == "an export")
 
     @pytest.mark.parametrize("way", ["bench.py", "colt5-bench", "-I"])
@@ -441,7 +441,7 @@ class TestStarting:
         assert environment["harness"] == (None if way in OWN_HARNESS else self.of(harness))
         seen = set((tmp_path / "seen").read_text().split())
         assert seen == {str(harness / "colt5_bench" / "measuring" / "isolation.py")}
-        assert run.stderr.count("the harness is of ") == (way not in OWN_HARNESS)
+        assert run.stderr.count("warning: the harness of ") == (way not in OWN_HARNESS)
 
     def test_code_that_changes_under_a_run_is_said_and_marked(self, places, start, tmp_path):
         options = ("--suite", "toy", "--preset", "smoke", "--device", "cpu", "--out", "out")
@@ -458,7 +458,7 @@ class TestStarting:
         assert environment["ceilings"]
         resumed = start("bench.py", *options, "--resume", toy="good,changing")
         assert resumed.returncode == USAGE
-        assert "cannot be completed here" in resumed.stderr
+        assert "cannot be completed, because" in resumed.stderr
 
     def test_shards_and_completed_runs_are_of_one_code(self, places, start, tmp_path):
         here = places / "here"

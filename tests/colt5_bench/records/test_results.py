@@ -62,7 +62,7 @@ def test_a_directory_is_all_that_is_in_it(path, record):
 
 @pytest.mark.parametrize("name", ["", "missing.jsonl"])
 def test_where_there_are_no_results_it_says_so(tmp_path, name):
-    with pytest.raises(ValueError, match="is no results file"):
+    with pytest.raises(ValueError, match="is neither a results file"):
         load(tmp_path / name)
 
 
@@ -95,7 +95,7 @@ def test_wherever_a_file_is_cut_off_what_is_before_is_read(path, record):
 def test_a_broken_line_elsewhere_is_an_error(path):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1][:-40], lines[2]]))
-    with pytest.raises(ValueError, match=r"toy\.jsonl:2: this is not JSON"):
+    with pytest.raises(ValueError, match=r"toy\.jsonl:2: not valid JSON"):
         load(path)
 
 
@@ -103,14 +103,14 @@ def test_another_schema_is_an_error(path):
     lines = path.read_text().splitlines()
     content = {**json.loads(lines[1]), "schema": 99}
     path.write_text("\n".join([lines[0], json.dumps(content), lines[2]]))
-    with pytest.raises(ValueError, match="has schema 99"):
+    with pytest.raises(ValueError, match="schema must be 2 for this version, got 99"):
         load(path)
 
 
 @pytest.mark.parametrize("line", ["{}", "[1, 2]", '{"kind": "environment"}', '{"kind": "record", "schema": 2}'])
 def test_what_is_no_line_of_results_is_an_error(path, line):
     path.write_text(f"{line}\n{path.read_text()}")
-    with pytest.raises(ValueError, match=r"toy\.jsonl:1: this is no line of a results file"):
+    with pytest.raises(ValueError, match=r"toy\.jsonl:1: not a line of a results file"):
         load(path)
 
 
@@ -268,14 +268,14 @@ def test_so_it_is_with_what_is_read_of_an_environment(path, name):
         if (name == "gpu" and isinstance(value, dict)) or (name in ("git", "options") and name not in str(value)):
             continue
         path.write_text(json.dumps({"kind": "environment", **right, name: value}) + "\n")
-        with pytest.raises(ValueError, match=rf"toy\.jsonl:1: this is no line of a results file: .*{name}"):
+        with pytest.raises(ValueError, match=rf"toy\.jsonl:1: not a line of a results file: .*{name}"):
             load(path)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../../x", "/x", "a/b", "..\\x", ".x", "x" * 101, "a/\n"])
 def test_a_suite_has_a_name_that_leads_nowhere(path, record, name):
     path.write_text(json.dumps({"kind": "record", **asdict(replace(record, suite=name))}) + "\n")
-    with pytest.raises(ValueError, match=r"toy\.jsonl:1: this is no line of a results file: .*suite"):
+    with pytest.raises(ValueError, match=r"toy\.jsonl:1: not a line of a results file: .*suite"):
         load(path)
 
 
@@ -286,7 +286,7 @@ def test_other_encodings_are_read_or_named(path, record):
         assert load(path).records == [record, record]
     for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"):
         path.write_text(text.replace("a GPU", "a GPÜ").replace("torch", "törch"), encoding=encoding)
-        with pytest.raises(ValueError, match=r"toy\.jsonl( is UTF-16|:1: this is not JSON)"):
+        with pytest.raises(ValueError, match=r"toy\.jsonl( is UTF-16|:1: not valid JSON)"):
             load(path)
     path.write_bytes(gzip.compress(text.encode())[:-20])
     with pytest.raises(ValueError, match=r"toy\.jsonl cannot be decompressed"):

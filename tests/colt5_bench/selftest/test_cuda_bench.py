@@ -58,7 +58,7 @@ class TestProcess:
     @pytest.mark.parametrize("code", [0, 1])
     def test_that_writes_nothing_says_why(self, process, code):
         process(code, error="warming up\nno such device")
-        with pytest.raises(RuntimeError, match=f"status {code} and said: no such device"):
+        with pytest.raises(RuntimeError, match=f"status {code} and the message: no such device"):
             cuda_bench.measure(GPU)
 
     def test_that_hangs_is_ended(self, monkeypatch):
