@@ -218,7 +218,7 @@ def segments_of(case: DescentCase) -> int:
 
 
 def in_segments(case: DescentCase, device: torch.device) -> str | None:
-    return None if case.n <= LONGEST_SEGMENTED else f"takes rows to {LONGEST_SEGMENTED}"
+    return None if case.n <= LONGEST_SEGMENTED else f"takes rows of at most {LONGEST_SEGMENTED} scores"
 
 
 def compiled(case: DescentCase) -> Callable[..., Tensor]:

@@ -204,7 +204,7 @@ def of_class(layer: Callable[..., nn.Module]) -> Callable[[LayerCase], Callable[
         if theirs != ours:
             differences = sorted({*theirs.items()} ^ {*ours.items()})
             raise TypeError(
-                f"parameters have to be those of the layer in the place of which {layer.__name__} stands: "
+                f"{layer.__name__} must have the parameters of the layer that it replaces: "
                 + ", ".join(f"{name} of shape {ours.get(name)}, got {theirs.get(name)}" for name, _ in differences[:4])
             )
         call = as_function(module, autocast=case.layer.autocast)

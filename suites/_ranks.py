@@ -271,7 +271,7 @@ def _tell(name: str, *arguments: Any) -> None:
     try:
         dist.broadcast_object_list([(name, arguments)], 0, group=rank().control)
     except RuntimeError as error:
-        raise RuntimeError(f"another rank has ended, or does not answer within the timeout: {error}") from error
+        raise RuntimeError(f"another rank has ended, or did not answer within the timeout: {error}") from error
 
 
 def _end() -> None:
@@ -285,7 +285,7 @@ def _together(name: str, *arguments: Any, ranks: int) -> None:
     if ranks > 1:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             # Others would wait for what this one leaves out.
-            raise RuntimeError("a call of several processes is not captured")
+            raise RuntimeError("a call of several processes cannot be captured in a CUDA graph")
         _tell(name, *arguments)
     getattr(rank(), name)(*arguments)
 

@@ -45,7 +45,7 @@ def corpus(path: Path | None) -> Corpus:
         splits, digest = _by_hash(_files(path))
     if empty := [name for name, part in splits.items() if not part]:
         where = "the Python source of installed packages" if path is None else path
-        raise ValueError(f"--corpus must hold enough to divide it, got {where}, of which {', '.join(empty)} is empty")
+        raise ValueError(f"--corpus must have data for each split, got {where}, where {', '.join(empty)} is empty")
     # Writable, as PyTorch wants it.
     tensors = {name: torch.from_numpy(np.frombuffer(bytearray(part), np.uint8)) for name, part in splits.items()}
     return Corpus(tensors, digest[:16])
@@ -57,7 +57,7 @@ def _files(path: Path | None) -> Iterable[Path]:
         folders = [Path(folder) for spec in specs for folder in spec.submodule_search_locations or ()]
         return [file for folder in folders for file in folder.rglob("*.py")]
     if not path.is_dir():
-        raise ValueError(f"--corpus must be a file or a folder that is there, got {path}")
+        raise ValueError(f"--corpus must be an existing file or folder, got {path}")
     return filter(Path.is_file, path.rglob("*"))
 
 

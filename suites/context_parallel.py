@@ -317,7 +317,7 @@ def unavailable(case: ParallelCase, device: torch.device) -> str | None:
     if case.ranks <= WORLD:
         return None
     start = f"torchrun --nproc-per-node={case.ranks} bench.py --suite context_parallel"
-    return f"needs {case.ranks} processes, of which {WORLD} are there; start them with: {start}"
+    return f"needs {case.ranks} processes, got {WORLD}; start them with: {start}"
 
 
 def metrics(case: ParallelCase, problem: Problem) -> Mapping[str, float]:
@@ -331,7 +331,7 @@ def metrics_of_dense(case: ParallelCase, problem: Problem) -> Mapping[str, float
 
 def too_long(case: ParallelCase, device: torch.device) -> str | None:
     if case.is_long:
-        return "is for all tokens at once: plain PyTorch of millions takes more memory than a GPU has, or minutes"
+        return "computes all tokens at once: plain PyTorch takes minutes for millions, or more memory than a GPU has"
     return unavailable(case, device)
 
 
@@ -408,9 +408,9 @@ def _in_a_ring(mesh: DeviceMesh) -> Iterator[None]:
 
 def dense_missing(case: ParallelCase, device: torch.device) -> str | None:
     if case.kind != "attention":
-        return "there is no dense layer of this kind here"
+        return "this kind of layer has no dense counterpart"
     if device.type != "cuda":
-        return "PyTorch's context parallelism has attention for GPUs only"
+        return "PyTorch's context parallelism has attention only for GPUs"
     most = MOST_DENSE_PAIRS["cuda"]
     if case.length**2 > most:
         return f"dense attention of more than {most} pairs takes too long"

@@ -241,7 +241,7 @@ def cross_attention(model: str) -> Layer:
         masks={"mask": (1, n), "context_mask": (1, context)},
         dense=lambda attend: DenseAttention(attend, dim, heads=8),
         dense_pairs=n * context,
-        colt5_raises="its cross attention raises NameError",
+        colt5_raises="its cross attention raises a NameError",
     )
 
 
@@ -261,7 +261,7 @@ def autoregressive(model: str) -> Layer:
         dense=lambda attend: DenseAttention(attend, dim, heads=8, causal=True),
         sparing=by_window if n > LONGEST_AT_ONCE else in_pieces,
         dense_pairs=batch * n**2,
-        colt5_raises="with two sets of keys, it gives each sequence of a batch the tokens of the first",
+        colt5_raises="with two sets of keys, it gives every sequence of a batch the tokens of the first one",
     )
 
 
@@ -282,7 +282,7 @@ def image(model: str) -> Layer:
         output=shape,
         dense=lambda attend: OverMap(DenseAttention(attend, dim, heads=8)),
         dense_pairs=side**4,
-        colt5_raises="its image attention raises for this map",
+        colt5_raises="its image attention raises an error for this map",
     )
 
 
@@ -310,7 +310,7 @@ def vit(model: str) -> Layer:
         ),
         inputs={"img": (1, 3, 256, 256)},
         output=(1, 1000),
-        colt5_raises="its ViT raises",
+        colt5_raises="its ViT raises an error",
     )
 
 

@@ -64,9 +64,9 @@ def _colt5_layer(case: LayerCase, use_triton: bool) -> Callable[..., Tensor]:
 
 def _layer_missing(case: LayerCase, device: torch.device) -> str | None:
     if case.layer.autocast:
-        return "each of its layers raises under autocast, where it multiplies factors of two dtypes"
+        return "each of its layers raises an error under autocast, because it multiplies tensors of two dtypes"
     if case.layer.torch_dtype.itemsize < 4:
-        return "routes in half precision, by which too many scores are equal"
+        return "routes in half precision, in which too many scores are equal"
     return case.layer.colt5_raises or colt5_not_installed(case, device)
 
 
@@ -74,7 +74,7 @@ def _layer_in_triton_missing(case: LayerCase, device: torch.device) -> str | Non
     if device.type != "cuda":
         return "its Triton kernel runs on a GPU only"
     if max(shape[1] for shape in case.layer.inputs.values()) > LONGEST_SEGMENTED:
-        return f"takes rows to {LONGEST_SEGMENTED}"
+        return f"takes rows of at most {LONGEST_SEGMENTED} scores"
     return _layer_missing(case, device)
 
 
@@ -121,7 +121,7 @@ def _dense_operation(dtype: str | None = None) -> Operation[LayerCase]:
 def _dense_missing(case: LayerCase, device: torch.device) -> str | None:
     layer, most = case.layer, MOST_DENSE_PAIRS[device.type]
     if layer.dense is None:
-        return "there is no dense layer of this kind here"
+        return "this kind of layer has no dense counterpart"
     return None if layer.dense_pairs <= most else f"dense attention of more than {most} pairs takes too long"
 
 
@@ -129,7 +129,7 @@ def _flash_missing(case: LayerCase, device: torch.device) -> str | None:
     if device.type != "cuda":
         return "PyTorch's flash kernel in bf16 runs on a GPU only"
     if case.layer.dense is not None and not case.layer.dense_pairs:
-        return "there is no attention in it"
+        return "this layer has no attention"
     return _dense_missing(case, device)
 
 

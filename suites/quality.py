@@ -315,7 +315,7 @@ def in_full_precision(name: str, attention: Attention) -> Trainee[QualityCase]:
     def unavailable(case: QualityCase, device: torch.device) -> str | None:
         if case.task == "text" and case.steps >= LONG_RUN:
             return None
-        return f"its question is asked of text and of runs of at least {LONG_RUN} steps"
+        return f"is measured only on text, and in runs of at least {LONG_RUN} steps"
 
     return Trainee(name, lambda case: decoder(case, attention, autocasts=False), unavailable=unavailable)
 

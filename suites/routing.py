@@ -117,7 +117,7 @@ def their_relaxation(case: RoutingCase) -> Callable[[Tensor], Tensor]:
 
 def colt5_missing(case: RoutingCase, device: torch.device) -> str | None:
     if case.solver == "exact" or case.normalize_to == "selected":
-        return "has neither the exact solver nor another normalisation"
+        return "has neither the exact solver nor the normalisation to the selected tokens"
     return colt5_not_installed(case, device)
 
 

@@ -164,7 +164,7 @@ def by_flashinfer(case: SelectCase) -> Callable[..., Tensor]:
 def quack_missing(case: SelectCase, device: torch.device) -> str | None:
     powers = all(size.bit_count() == 1 for size in (case.n, case.k))
     if not powers or case.n > 4096 or case.k > 128:
-        return "its rows are of at most 4096 scores and 128 selected, both powers of two"
+        return "takes rows of at most 4096 scores and selects at most 128, both powers of two"
     return QUACK(case, device)
 
 

@@ -49,7 +49,7 @@ class LengthCase(LayerCase):
         layer = replace(LAYERS[self.kind](self), dtype=self.dtype)
         if self.route_block_size is None:
             return layer
-        return replace(layer, colt5_raises=layer.colt5_raises or "its route_block_size raises IndexError")
+        return replace(layer, colt5_raises=layer.colt5_raises or "its route_block_size raises an IndexError")
 
 
 def _router(case: LengthCase) -> Layer:
@@ -82,7 +82,7 @@ def _cross_attention(case: LengthCase) -> Layer:
         masks={"mask": shape[:2], "context_mask": (1, case.n)},
         dense=lambda attend: DenseAttention(attend, case.dim, heads=8),
         dense_pairs=case.k * case.n,
-        colt5_raises="its cross attention raises NameError",
+        colt5_raises="its cross attention raises a NameError",
     )
 
 
@@ -124,7 +124,7 @@ def _autoregressive(case: LengthCase) -> Layer:
         sparing=by_window if case.n > LONGEST_AT_ONCE else in_pieces,
         dense=lambda attend: DenseAttention(attend, case.dim, heads=8, causal=True),
         dense_pairs=case.n**2,
-        colt5_raises="with two sets of keys, it gives each window the mask of another one",
+        colt5_raises="with two sets of keys, it gives each window the mask of another window",
     )
 
 

@@ -135,7 +135,7 @@ def by_softtorch(case: SoftTopkCase) -> Callable[..., Tensor]:
 def softtorch_missing(case: SoftTopkCase, device: torch.device) -> str | None:
     elements = case.rows * case.n * case.k
     if elements > MOST_OF_MATRICES[device.type]:
-        return f"holds k x n matrices of {elements} elements, which take too long"
+        return f"computes k x n matrices, which take too long with {elements} elements"
     return SOFTTORCH(case, device)
 
 

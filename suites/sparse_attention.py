@@ -293,23 +293,23 @@ def _any_of(*reasons: Unavailable) -> Unavailable:
 
 
 def _not_causal(case: SparseCase, device: torch.device) -> str | None:
-    return None if case.causal else "is causal alone"
+    return None if case.causal else "is only causal"
 
 
 def _few_heads(case: SparseCase, device: torch.device) -> str | None:
-    return None if case.heads >= 16 else f"its kernels take 16 heads or more for a key, got {case.heads}"
+    return None if case.heads >= 16 else f"its kernels need at least 16 heads per key, got {case.heads}"
 
 
 def _too_long(case: SparseCase, device: torch.device) -> str | None:
     longest = LONGEST_GATHERED[device.type]
-    return f"its definition gathers keys for each query: to {longest} tokens" if case.n > longest else None
+    return f"takes at most {longest} tokens, because it gathers keys for each query" if case.n > longest else None
 
 
 def _by_its_scores(case: SparseCase, device: torch.device) -> str | None:
     if case.settings == "equal":
-        return "its scores decide how many keys a query attends to"
+        return "the number of keys of a query depends on its scores"
     longest = LONGEST_SORTED[device.type]
-    return f"its definition sorts keys for each query: to {longest} tokens" if case.n > longest else None
+    return f"takes at most {longest} tokens, because it sorts keys for each query" if case.n > longest else None
 
 
 def not_gated(case: SparseCase, tensor: str, expected: Tensor, tolerance: Tolerance) -> Tolerance:

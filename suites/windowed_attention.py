@@ -126,8 +126,8 @@ def flex(case: WindowedAttentionCase) -> Callable[..., Tensor]:
 
 def no_flex(case: WindowedAttentionCase, device: torch.device) -> str | None:
     if positions_of(case) is not None:
-        return "is measured without positions"
-    return None if device.type == "cuda" else "has a backward pass on a GPU alone"
+        return "is measured only without positions"
+    return None if device.type == "cuda" else "has a backward pass only on a GPU"
 
 
 def cost(case: WindowedAttentionCase, direction: str) -> Cost:

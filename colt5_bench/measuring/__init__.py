@@ -1,1 +1,1 @@
-"""One point of a suite to one record: what is timed, how, and whether it is right."""
+"""From a point of a suite to its records: accuracy, memory and times."""

@@ -14,25 +14,25 @@ from colt5_bench.records.results import Divergence
 from colt5_bench.tolerance import LEAST_POWER, MOST_POWER, Tolerance, magnitudes
 
 CHUNK = {"cuda": 2**22, "cpu": 2**17}
-"""Elements compared at a time, by type of device. The fp64 copies of a whole long tensor may not fit beside it. Those
-of a chunk fit into the cache of a CPU, where it takes a third of the time."""
+"""Elements compared at a time, by type of device. The fp64 copies of a whole long tensor may not fit into memory. The
+copies of a chunk fit into the cache of a CPU, where this takes a third of the time."""
 
 DRAWS = 3
-"""Computations with moved operands that set what others may be off by, beside plain PyTorch as it is."""
+"""Number of computations with moved operands that set the tolerance, in addition to plain PyTorch itself."""
 
 MARGIN = 8
-"""Allowed distance of another one, in units of the farthest of these. The farthest of a few is a matter of luck, and
-another formula has more roundings."""
+"""Allowed error of an implementation, in units of the largest error of these computations. The largest of a few is
+random, and another formula may round more often."""
 
 ROUNDINGS = 2
-"""Roundings of itself that any element may be off by."""
+"""Allowed error of any element, in roundings of its own value."""
 
 TABLES = {"cuda": 128, "cpu": 1}
-"""Tables in which the largest errors are looked up, by type of device. Few magnitudes are common, and threads of a GPU
-that write to one address wait for each other."""
+"""Number of tables for the largest errors, by type of device. Few magnitudes are common, and threads of a GPU that
+write to the same address wait for each other."""
 
 FEWEST = 64
-"""Elements of which the largest error is no matter of luck: fewer small ones are taken together with larger ones."""
+"""Number of elements whose largest error is reliable. If fewer elements are small, larger ones join them."""
 
 
 def diverge(
@@ -42,17 +42,17 @@ def diverge(
     bound: float = 1e-3,
     tolerance: "Tolerance | None" = None,
 ) -> Divergence:
-    """The distance of `actual` from `expected`, in fp64, elements `at_kink` (bool) apart.
+    """The distance of `actual` from `expected` in fp64, with elements `at_kink` (bool) separate.
 
-    Elements agree where both are NaN or the same infinity. Where only one is NaN, `largest` and `relative` are NaN, at
-    a kink too.
+    Elements agree if both are NaN or the same infinity. If only one is NaN, `largest` and `relative` are NaN, also at a
+    kink.
 
     Args:
         actual: any shape, any floating dtype.
         expected: the truth, of the same shape.
-        at_kink: of the same shape: where the definition has no single derivative; counted and measured apart.
+        at_kink: of the same shape, True if the definition has no unique derivative; such elements are separate.
         bound: an element that differs by more counts towards `fraction_above`.
-        tolerance: what each element may be off by.
+        tolerance: the allowed error of each element.
 
     Raises:
         ValueError: shapes differ.
@@ -65,7 +65,7 @@ def diverge(
     worst, allowed, budget = 0.0, inf, 0.0
     worst_at, first, off, nan_seen = None, 0, 0, False
     for difference, truth, kink in _differences(actual, expected, at_kink):
-        # Any finite value may be right at a kink, nothing else is.
+        # At a kink any finite value may be right, but no other value.
         excused = kink & difference.isfinite()
         places = None if not excused.any() else (~excused).nonzero().squeeze(1)
         away, expected_there = (each if places is None else each[places] for each in (difference, truth))
@@ -107,11 +107,11 @@ def tolerances(
 ) -> dict[str, Tolerance]:
     """The errors that a correct computation of some tensors may have.
 
-    One sample of plain PyTorch's error would be luck. So it computes them as it is, and several times with the operands
-    of each operation moved by a rounding.
+    A single error of plain PyTorch would be random. So it computes the tensors once as it is, and several times with
+    the operands of each operation moved by a rounding.
 
     Args:
-        plain: computes the tensors by plain PyTorch in the dtype that is judged.
+        plain: computes the tensors with plain PyTorch in the dtype of the implementations.
         expected: their fp64 truths.
         at_kink: as in `diverge`.
     """
@@ -122,16 +122,16 @@ def tolerances(
             results = plain()
         for name, spread in spreads.items():
             spread.add(results[name].detach())
-        # Before the next one takes as much memory.
+        # Freed before the next one takes as much memory.
         del results
     return {name: spread.tolerance() for name, spread in spreads.items()}
 
 
 class Spread:
-    """Distances from the truth of results that are computed with moved operands.
+    """Errors, against the truth, of results computed with moved operands.
 
-    Elements of like magnitude are taken together: a small element of a sum is off by as much as a large one, a small
-    exponential is off by less, and either shows here.
+    Elements of similar magnitude are taken together. A small sum has as large an error as a large sum, but a small
+    exponential has a smaller error, and the groups show both.
 
     Args:
         expected: the fp64 truth.
@@ -149,10 +149,10 @@ class Spread:
         self._dtype: torch.dtype | None = None
 
     def add(self, moved: Tensor) -> None:
-        """Take one more result into account. Where it is not finite it says nothing."""
+        """Take one more result into account, except for its elements that are not finite."""
         is_first, self._dtype = self._dtype is None, moved.dtype
         for difference, truth, kink in _differences(moved, self._expected, self._at_kink):
-            # Masked and not indexed. The host would have to wait until a GPU had told how many elements there are.
+            # Masked, not indexed: with an index, the host would wait for the GPU to count the elements.
             judged = truth.isfinite() & ~kink
             truth = truth.masked_fill(~judged, 0.0)
             table = torch.arange(truth.numel(), device=truth.device) % self._tables
@@ -164,24 +164,24 @@ class Spread:
                 self._scale = torch.maximum(self._scale, truth.abs().amax()) if truth.numel() else self._scale
 
     def tolerance(self) -> Tolerance:
-        """The errors that another computation may have."""
+        """The errors that an implementation may have."""
         largest, counts = self._largest.view(-1, self._size).amax(0), self._counts.view(-1, self._size).sum(0)
-        # A larger element may be off by as much as a smaller one. The least of few elements may be so by luck.
+        # A larger element may have the error of a smaller one, because a few errors may be small by chance.
         errors = MARGIN * largest.cummax(0).values
         enough = int((counts[1:].cumsum(0) < FEWEST).sum()) + 1
         small = errors[min(enough, len(errors) - 1)].item()
         errors[1:] = errors[1:].clamp(min=small)
-        # A zero that is not exact either is a sum whose terms cancel, and small by luck as well.
+        # A zero that is not exact is a sum whose terms cancel, so it is small by chance, too.
         errors[0] = errors[0].clamp(min=small if errors[0] > 0 else 0.0)
         dtype = self._dtype or self._expected.dtype
         information = torch.finfo(dtype)
-        # A rounding of a rounding of the largest element is nothing beside it.
+        # A rounding of a rounding of the largest element is negligible.
         least = max(information.eps**2 * self._scale.item(), information.tiny)
         return Tolerance(errors, ROUNDINGS * information.eps, least, dtype)
 
 
 def passes(actual: Divergence) -> bool:
-    """True if each element is within its allowed error. NaN never is; without a tolerance everything else is."""
+    """True if each element is within its allowed error. NaN is not; without a tolerance, all other values are."""
     if isnan(actual.largest):
         return False
     return actual.worst is None or actual.allowed is None or actual.worst <= actual.allowed
@@ -200,7 +200,7 @@ def _differences(actual: Tensor, expected: Tensor, at_kink: Tensor | None) -> It
 
 
 def _larger(largest: float, differences: Tensor) -> float:
-    """The larger one; NaN if either holds a NaN."""
+    """The larger number; NaN if either one is NaN."""
     if not differences.numel():
         return largest
     candidate = differences.max().item()

@@ -1,10 +1,10 @@
-"""Checks that a machine has the cores that a run wants."""
+"""Check whether enough cores of the machine are free."""
 
 import os
 
 
 def busy_cores() -> float | None:
-    """Number of cores that others keep busy, of the last minute. None where the machine cannot tell."""
+    """Number of cores that were busy in the last minute. None if the system does not provide it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
@@ -12,9 +12,9 @@ def warning(threads: int, cores: int | None, busy: float | None) -> str:
     """A warning for the user before times are taken, or nothing.
 
     Args:
-        threads: that a call runs in.
-        cores: that this process may use.
-        busy: how many of them are taken.
+        threads: number of threads of a call.
+        cores: number of cores that this process may use.
+        busy: number of busy cores.
     """
     if cores is None or busy is None or threads <= max(cores - round(busy), 0):
         return ""

@@ -1,4 +1,4 @@
-"""One call of an implementation, which is timed."""
+"""A call of an implementation, to be timed."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,9 +10,9 @@ from colt5_bench.measuring import memory
 
 
 class Call:
-    """One call of an implementation, with the backward pass if that is measured.
+    """A call of an implementation, with its backward pass if that is measured.
 
-    Gradients are returned and not accumulated, so that nothing has to be reset between calls.
+    Gradients are returned, not accumulated, so that nothing has to be reset between calls.
     """
 
     def __init__(self, function: Callable[..., Tensor], problem: Problem, direction: str) -> None:
@@ -28,7 +28,7 @@ class Call:
         """Forget the graphs of earlier calls."""
         stream = torch.cuda.current_stream() if self._upstream.is_cuda else None
         if not self._inputs or stream != self._stream:
-            # Remains of a graph belong to its stream, and would keep a call in another one from being captured.
+            # Nodes of a graph belong to its stream, and would prevent the capture of a call in another stream.
             # In one stream inputs stay the same, as parameters do in training.
             self._stream = stream
             self._inputs = {
@@ -53,7 +53,7 @@ class Call:
         return torch.autograd.grad(output, self._sources, self._upstream) if self._sources else ()
 
     def read_bytes(self) -> int:
-        """Bytes of all that a call is given, memory that tensors share or repeat counted once."""
+        """Bytes of all inputs. Memory that tensors share or repeat counts once."""
         given = [*self._inputs.values(), *([self._upstream] if self._sources else [])]
         sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in given}
         return sum(sizes.values())

@@ -1,8 +1,8 @@
 """Energy of a call on a GPU, by two instruments that have to agree.
 
-NVML has a counter of the energy that a GPU has taken, and a sensor of the power that it takes. A thread reads both
-while a call runs again and again. The counter moves in steps of some 20 to 100 ms, so that its power is taken from step
-to step; the readings of the sensor in between are integrated. The power of the idle GPU is subtracted from both.
+NVML has a counter of the energy that a GPU has used, and a sensor of its current power. A thread reads both while a
+call is repeated. The counter changes in steps of some 20 to 100 ms, so its power is computed from step to step. The
+readings of the sensor in between are integrated. The power of the idle GPU is subtracted from both.
 """
 
 import itertools
@@ -17,22 +17,22 @@ import torch
 from colt5_bench.records.environment import InstrumentError
 
 WINDOW = 2.0
-"""Seconds that a call runs again and again: ten steps of the slowest counter and more."""
+"""Seconds for which a call is repeated: more than ten steps of the slowest counter."""
 
 SETTLING = 1.0
-"""Seconds before the window, in which power and clocks settle."""
+"""Seconds before the window, for power and clocks to settle."""
 
 IDLE_WINDOW = 1.0
 
 FEWEST_STEPS = 5
-"""Least number of steps of the counter that say what the power is."""
+"""Fewest steps of the counter that determine the power."""
 
 AGREEMENT = 0.05
-"""Largest difference of the two instruments over the power that they agree on."""
+"""Largest difference of the two instruments, relative to their mean."""
 
 BETWEEN_READINGS = 0.005
 CHUNK_SECONDS = 0.02
-"""Host time of the calls that are launched before the GPU is waited for: its queue must not fill up."""
+"""Host time of calls before a wait for the GPU, whose queue must not fill up."""
 
 
 class Meter(Protocol):
@@ -65,21 +65,21 @@ class Energy:
     """Energy of a call."""
 
     seconds: float
-    """Time of a call, of one among many."""
+    """Mean time of a call."""
 
     busy: Power
     idle: Power
 
     @property
     def disagreement(self) -> float:
-        """Difference of the instruments over their mean, idle power subtracted; infinite if that is none."""
+        """Difference of the instruments over their mean, without idle power; infinite if the mean is not above 0."""
         counter, sensor = self._above_idle
         mean = (counter + sensor) / 2
         return abs(counter - sensor) / mean if mean > 0 else float("inf")
 
     @property
     def joules(self) -> float | None:
-        """Energy of a call beyond the idle GPU's, by the counter; None where the instruments do not agree."""
+        """Energy of a call by the counter, without idle power; None if the instruments do not agree."""
         return self._above_idle.by_counter * self.seconds if self.disagreement <= AGREEMENT else None
 
     @property
@@ -87,7 +87,7 @@ class Energy:
         return Power(self.busy.by_counter - self.idle.by_counter, self.busy.by_sensor - self.idle.by_sensor)
 
     def metrics(self) -> dict[str, float]:
-        """For a record; the energy of a call is left out where the instruments do not agree."""
+        """Metrics for a record, without the energy of a call if the instruments do not agree."""
         agreed = {} if self.joules is None else {"energy_mJ": 1e3 * self.joules}
         return {**agreed, "energy_disagreement": self.disagreement, "idle_W": self.idle.by_counter}
 
@@ -96,7 +96,7 @@ def mean_power(readings: Sequence[Reading]) -> Power:
     """Mean power from the first step of the counter to its last.
 
     Raises:
-        InstrumentError: the counter made too few steps.
+        InstrumentError: the counter changed too few times.
     """
     steps = [at for at in range(1, len(readings)) if readings[at].joules != readings[at - 1].joules]
     if len(steps) <= FEWEST_STEPS:
@@ -124,7 +124,7 @@ class _Reader(Thread):
             while not self._stopped.wait(BETWEEN_READINGS):
                 joules, watts = self._meter.joules(), self._meter.watts()
                 self.readings.append(Reading(perf_counter(), joules, watts))
-        except Exception as error:  # It is raised where the readings are asked for.
+        except Exception as error:  # The caller of `power` gets this error.
             self._error = error
 
     def __enter__(self) -> "_Reader":
@@ -142,7 +142,7 @@ class _Reader(Thread):
 
 
 def idle_power(meter: Meter, device: torch.device, seconds: float = IDLE_WINDOW) -> Power:
-    """Mean power while nothing runs. Clocks are still those of the calls before: so they are between calls, too."""
+    """Mean power while nothing runs. Clocks are still as high as during the calls, as they are between calls, too."""
     _wait(device)
     with _Reader(meter) as reader:
         sleep(seconds)
@@ -158,18 +158,18 @@ def measure_energy(
     settling: float = SETTLING,
     idle_window: float = IDLE_WINDOW,
 ) -> Energy:
-    """Run a call again and again, and read its energy.
+    """Repeat a call, and measure its energy.
 
     Args:
-        call: what is measured.
-        meter: the instruments of the device.
-        device: where the call runs.
-        window: seconds that count.
-        settling: seconds before.
-        idle_window: seconds after, in which nothing runs.
+        call: the call to measure.
+        meter: instruments of the device.
+        device: device of the call.
+        window: seconds of the measurement.
+        settling: seconds before the window.
+        idle_window: seconds after the window, in which nothing runs.
 
     Raises:
-        InstrumentError: an instrument does not answer, or moves too seldom.
+        InstrumentError: an instrument does not answer, or changes too seldom.
     """
     _repeat(call, device, settling)
     with _Reader(meter) as reader:
@@ -178,7 +178,7 @@ def measure_energy(
 
 
 def _repeat(call: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Seconds of a call, of as many as there is time for."""
+    """Mean seconds of a call, over as many calls as fit into the time."""
     calls, start = 0, perf_counter()
     while (now := perf_counter()) < start + seconds:
         while perf_counter() < now + CHUNK_SECONDS:

@@ -1,4 +1,4 @@
-"""The inputs of a case, which get new values before each call that is timed."""
+"""The inputs of a case, with new values before each timed call."""
 
 from collections.abc import Iterable, Mapping
 from random import SystemRandom
@@ -13,33 +13,33 @@ UPSTREAM = "gradient of the output"
 """Name of the upstream gradient among the inputs."""
 
 LEAST_FACTOR = 1 - 2**-5
-"""Random factors are from here to 1. No two calls get the same values, and all are of the same kind."""
+"""Smallest random factor; the largest is 1. All calls get different values of the same kind."""
 
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-"""Integers by their bytes. To compare those of an element takes a fraction of the time of its bytes."""
+"""Integer dtypes by their bytes. Comparing elements as integers is much faster than comparing bytes."""
 
 
 class Plan(NamedTuple):
     """A plan for one timed call of each implementation."""
 
     factor: float
-    """Factor of the other values, for this call alone."""
+    """Factor of the values of this call."""
 
     kept: bool
-    """True if its results are kept, in place of those that were kept before. Each call is as probable to be the last
-    one that is."""
+    """True if the results of this call replace the kept ones. Each call has the same probability of being the last kept
+    one."""
 
 
 class Inputs:
-    """The tensors that all implementations are given, and the values that they hold.
+    """The input tensors of all implementations, and their values.
 
-    At first they hold those of a problem. Calls that are timed get values that no call had before: those of another
-    problem of the case, times a random factor near 1 where gradients are asked for. Nobody can know them beforehand.
+    At first they have the values of a problem. Timed calls get values that no call had before: those of another problem
+    of the case, times a random factor near 1 if they need gradients. No implementation can know them in advance.
 
     Args:
-        problem: whose tensors these are.
-        other: one of the same shapes and other values. None if nothing is timed.
+        problem: owner of the tensors.
+        other: a problem with the same shapes and other values. None if nothing is timed.
     """
 
     def __init__(self, problem: Problem, other: Problem | None) -> None:
@@ -53,26 +53,26 @@ class Inputs:
         self._plans: list[Plan] = []
 
     def are_in(self, result: Tensor) -> bool:
-        """True if a result is in the memory of one of them."""
+        """True if a result shares memory with an input."""
         return shares_memory([result], self._tensors.values())
 
     def plan(self, number: int) -> Plan:
-        """The plan for the call of a number from 0: the same for all implementations, so that truths are shared."""
+        """The plan for a call by its number from 0. All implementations share it, so that they share truths."""
         while len(self._plans) <= number:
             kept = self._random.random() * (len(self._plans) + 1) < 1
             self._plans.append(Plan(self._random.uniform(LEAST_FACTOR, 1), kept))
         return self._plans[number]
 
     def renew(self, factor: float | None = None) -> None:
-        """Put other values in, with this factor or with one of their own."""
+        """Set other values, with this factor or with a new one."""
         self._hold(self._others, factor)
 
     def renew_slightly(self) -> None:
-        """Put the first values in, with a factor of their own. Whatever is chosen by them stays the same."""
+        """Set the first values with a new factor, so that choices that depend on them stay the same."""
         self._hold(self._first, None)
 
     def restore(self) -> str:
-        """Put the first values back, and name the inputs that somebody else has written to."""
+        """Restore the first values, and name the inputs that were overwritten."""
         spoilt = self.spoilt()
         if spoilt or self._held is not self._first or self._factor != 1:
             self._hold(self._first, 1.0)
@@ -88,7 +88,7 @@ class Inputs:
                 tensor.copy_(values[name])
 
     def spoilt(self) -> str:
-        """Names of the inputs that hold other values than were put in."""
+        """Names of the inputs whose values were overwritten."""
         return ", ".join(name for name, tensor in self._tensors.items() if not same_bits(tensor, self._expected(name)))
 
     def _expected(self, name: str) -> Tensor:
@@ -96,19 +96,19 @@ class Inputs:
         return values * self._factor if self._is_multiplied(name) else values
 
     def _is_multiplied(self, name: str) -> bool:
-        """Others may be of kinds that a factor would take them out of: positions, or masks of zeros and ones."""
+        """Inputs with gradients only: a factor would make positions, or masks of zeros and ones, invalid."""
         is_real = name in (UPSTREAM, *self.problem.differentiable) and self._tensors[name].is_floating_point()
         return is_real and self._factor != 1
 
 
 def _tensors(problem: Problem) -> dict[str, Tensor]:
-    """Those that can be written to: one that repeats its memory stays as it is."""
+    """Inputs that can be written to. An expanded one keeps its values."""
     tensors = {**problem.inputs, UPSTREAM: problem.upstream}
     return {name: each for name, each in tensors.items() if torch._debug_has_internal_overlap(each) != 1}
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """True for tensors of one shape and equal bits, those of NaN as well."""
+    """True for tensors of the same shape and the same bits, including NaN."""
     if (one.shape, one.itemsize) != (other.shape, other.itemsize):
         return False
     integers = INTEGERS.get(one.itemsize, torch.int64)

@@ -1,6 +1,6 @@
-"""Measuring in spite of the measured code. A process that dies or hangs, or a lost CUDA context, costs one record.
+"""Protection from the measured code: a process that dies or hangs, or a lost CUDA context, costs one record.
 
-Processes are forked from a server that has imported PyTorch and the like, and has never touched a GPU.
+Processes are forked from a server that has imported PyTorch and other packages, and has never used a GPU.
 """
 
 import ctypes
@@ -31,22 +31,22 @@ from colt5_bench.suite import Grid
 from colt5_bench.texts import describe_error
 
 STARTING_SECONDS, ENDING_SECONDS = 300.0, 10.0
-"""Longest time of a process before it measures, and after it has answered."""
+"""Longest time that a process may take to start, and to end after its last answer."""
 
 PRELOADED = ["pynvml", "torch", "torch.fx.experimental.symbolic_shapes", "triton"]
-"""Modules that take long to import, and are the same for every checkout. Autograd imports the third when it is called.
-"""
+"""Modules that take long to import, and are the same for every checkout. Autograd imports the third one in its first
+call."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A case in a direction, with what another process finds it by."""
+    """A case in a direction, described so that another process can find it."""
 
     suite: Grid
     case: Case
     direction: str
     file: Path
-    """Where the suite is, as `SUITE`."""
+    """Module that contains the suite as `SUITE`."""
 
     preset: str
     guests: tuple[Guest, ...] = ()
@@ -54,7 +54,7 @@ class Point:
 
 @dataclass(frozen=True)
 class _Address:
-    """Part of a point that goes to another process, as a suite is made of functions without a name."""
+    """Part of a point that is sent to another process. A suite itself cannot be pickled, because of its lambdas."""
 
     file: Path
     guests: tuple[Guest, ...]
@@ -63,31 +63,31 @@ class _Address:
     direction: str
     threads: int
     path: list[str]
-    """Where modules are looked for."""
+    """Search path of modules."""
 
 
 @dataclass(frozen=True)
 class _Line:
-    """Text for whoever watches, on its way from another process."""
+    """A line for the user, sent by another process."""
 
     text: str
 
 
 @dataclass
 class _Attempt:
-    """Result of measuring some implementations together."""
+    """Result of one attempt to measure implementations together."""
 
     finished: list[Record]
     why: str = ""
-    """Reason why the others are not finished."""
+    """Reason why some implementations are not finished."""
 
     culprit: str = ""
-    """The implementation that did, if that is known and it has no record."""
+    """The implementation that ended the attempt, if it is known and has no record."""
 
 
 class Measurer:
-    """Measures points in this process until that loses its CUDA context. Then, or from the beginning, it measures each
-    in a process of its own."""
+    """Measures points in this process until its CUDA context is lost. After that, or from the beginning, each point has
+    its own process."""
 
     def __init__(self, *, isolated: bool, time_limit: float = TIME_LIMIT) -> None:
         self.isolated = isolated
@@ -98,8 +98,8 @@ class Measurer:
     ) -> list[Record]:
         """One record for each named implementation.
 
-        What an attempt leaves unfinished is measured again without the implementation that ended it, or one by one
-        if none is known to have.
+        If an attempt leaves implementations unfinished, they are measured again without the one that ended the attempt,
+        or one by one if that one is unknown.
         """
         records: dict[str, Record] = {}
         waiting = [list(implementations)]
@@ -129,10 +129,10 @@ class Measurer:
 
 
 def _reset_context(device: torch.device, error: BrokenContextError) -> None:
-    """Free the memory that a lost context holds on to: other processes are to measure with all of it.
+    """Free the memory of a lost context, so that other processes can use it.
 
-    PyTorch has no call for that. Nor must it free a tensor or an event of that context any more: an error in a
-    destructor ends the process. So whatever was under way lives on for ever, in the frames of its error or as garbage.
+    PyTorch has no call for that. It must also not free tensors or events of that context any more, because an error in
+    a destructor ends the process. So all objects of the failed call are kept alive, in the frames of its error.
     """
     gc.freeze()
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(error))
@@ -176,7 +176,7 @@ def _in_a_process(point: Point, names: list[str], conditions: Conditions, time_l
 
 @contextmanager
 def _short_temporary_directory() -> Iterator[None]:
-    """The server listens at a socket in a temporary directory, and the path of a socket has room for 107 characters."""
+    """A short temporary directory: the server has a socket in it, and paths of sockets have at most 107 characters."""
     before, tempfile.tempdir = tempfile.tempdir, "/tmp" if len(tempfile.gettempdir()) > 60 else tempfile.gettempdir()
     try:
         yield
@@ -186,7 +186,7 @@ def _short_temporary_directory() -> Iterator[None]:
 
 @contextmanager
 def _this_harness_first() -> Iterator[None]:
-    """A process that starts now imports this harness, even if it measures another checkout that has one, too."""
+    """Let new processes import this harness, even if the measured checkout has its own."""
     before = sys.path
     sys.path = [str(Path(colt5_bench.__file__).parents[1]), *before]
     try:
@@ -196,8 +196,8 @@ def _this_harness_first() -> Iterator[None]:
 
 
 def _answer(answers: Connection, address: _Address, names: list[str], conditions: Conditions) -> None:
-    """In the process: send None when it has started, each implementation before its turn, lines, and an attempt."""
-    # A group of its own: Ctrl-C is for the run, which then ends all that the case has started.
+    """In the process: send None after the start, each implementation before its turn, lines, and the attempt."""
+    # A separate group: Ctrl-C reaches only the run, which then ends all processes of the case.
     os.setsid()
     _end_with_the_run(answers)
     sys.path[:] = address.path
@@ -221,21 +221,21 @@ def _answer(answers: Connection, address: _Address, names: list[str], conditions
 
 
 def _end_with_the_run(answers: Connection) -> None:
-    """A run that is killed cannot end its processes, and a GPU should not work for nobody.
+    """End this process if the run is killed, so that it does not occupy the GPU.
 
-    Another process waits for that: while what is measured has the lock of the interpreter, no thread of it does.
+    Another process waits for this: no thread can, while measured code holds the lock of the interpreter.
     """
     run = multiprocessing.parent_process()
     assert run is not None
     if os.fork() == 0:
-        # It is no end of the measured process as long as this one could answer.
+        # The pipe must not stay open in this process, or the end of the measured one would not be seen.
         answers.close()
         run.join()
         os.killpg(0, signal.SIGKILL)
 
 
 def _end(process: BaseProcess) -> None:
-    """End a process, and whatever it has started."""
+    """End a process, and all processes that it has started."""
     assert process.pid is not None
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

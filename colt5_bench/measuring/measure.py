@@ -57,11 +57,11 @@ OUT_OF_MEMORY = re.compile(
 """Beginnings of errors, after their type, whose reason is lack of memory."""
 
 Tell = Callable[[str], None]
-"""Takes a line for whoever watches a run."""
+"""Shows a line to the user while a run goes on."""
 
 
 def silent(text: str) -> None:
-    """Nobody watches."""
+    """Shows nothing."""
 
 
 NOT_MEASURED = "not measured"
@@ -69,12 +69,12 @@ NOT_MEASURED = "not measured"
 
 
 class BrokenContextError(RuntimeError):
-    """The CUDA context is lost: what is not measured yet can be measured in another process only."""
+    """The CUDA context is lost: whatever is not measured yet needs another process."""
 
     def __init__(self, why: str, finished: Sequence[Record] = ()) -> None:
         super().__init__(why)
         self.finished = list(finished)
-        """The records that stand: of what was skipped or failed before, and of what broke the context, if known."""
+        """Records that stay valid: skipped or failed ones, and the one that broke the context, if it is known."""
 
 
 @dataclass(frozen=True)
@@ -93,26 +93,26 @@ class Conditions:
     """The longest that sampling one time column of a case may take."""
 
     targets: tuple[int, ...] = ()
-    """Compute capabilities times ten that kernels are compiled for where there is no GPU that they run on."""
+    """Compute capabilities times ten for which kernels are compiled if there is no such GPU."""
 
     energy: bool = False
     """True if the energy of calls on a GPU is measured as well."""
 
     corpus: Path | None = None
-    """Data of suites that train, if the user names any."""
+    """Data for suites that train, if the user names it."""
 
     checkpoints: Path | None = None
-    """Directory of the states from which training can be resumed."""
+    """Directory of the checkpoints from which training is resumed."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The time columns; the first is the one that the figure of a case is."""
+        """The time columns; the first one gives the figure of a case."""
         return GPU_COLUMNS if self.device.type == "cuda" else CPU_COLUMNS
 
     @classmethod
     def on(cls, device: torch.device, environment_key: str, ceilings: str = "", **options: Any) -> "Conditions":
-        """The conditions on a device. Its ceilings are those given as JSON, if they are of such a device, or measured.
-        Options are the other fields."""
+        """The conditions on a device. Its ceilings are read from the JSON if that is for this device, else measured.
+        The options are the other fields."""
         name = environment.device_name(device)
         found = roofline.read_ceilings(ceilings, name) or roofline.measure_ceilings(device)
         return cls(device, name, environment_key, found, **options)
@@ -129,10 +129,10 @@ def measure(
 ) -> list[Record]:
     """One record for each named implementation, whatever happens to it.
 
-    An implementation that cannot run here is skipped; one that misses its accuracy bound is wrong and is not timed; an
-    exception ends that implementation only, and one in the fp64 truth those that are judged by it. Times are taken
-    interleaved. `begin` is told the name of an implementation before anything of it runs, and "" before what
-    concerns several. A suite that trains does so one implementation after the other, and tells how far it is.
+    An implementation that cannot run here is skipped. One beyond its accuracy bound is wrong and is not timed. An
+    exception ends only its own implementation; an exception in the fp64 truth ends those that need this truth. Times
+    are taken interleaved. `begin` is called with the name of an implementation before its code runs, and with "" before
+    code for several. A suite that trains runs one implementation after the other, and shows its progress.
 
     Raises:
         BrokenContextError: nothing more can be measured in this process.
@@ -176,9 +176,9 @@ def _measure_all(
 def _consult(
     suite: Suite, case: Case, direction: str, running: dict[str, Record], conditions: Conditions
 ) -> dict[str, Oracle]:
-    """The oracle of each implementation, by which it is judged, before any of them is called."""
+    """The oracle that judges each implementation, made before any of them is called."""
     oracles: dict[str, Oracle] = {}
-    # One for all operations, which draw the same numbers then.
+    # One for all operations, so that they draw the same numbers.
     secret = token_hex() if suite.timed else None
     operations = {name: suite.implementations[name].operation for name in running}
     for operation in dict.fromkeys(operations.values()):
@@ -207,7 +207,7 @@ def _train_all(
             else:
                 _train(suite, case, trainee, record, conditions, tell)
         if conditions.device.type == "cuda":
-            # The next model needs what this one had.
+            # The next model needs the memory of this one.
             _free_memory()
 
 
@@ -238,7 +238,7 @@ def _train(
 def unmeasured(
     suite: Grid, case: Case, direction: str, name: str, conditions: Conditions, why: str = NOT_MEASURED
 ) -> Record:
-    """The record of an implementation of which nothing is known but why."""
+    """The record of an implementation with a status and a reason, and nothing else."""
     return Record(
         suite=suite.name,
         case=case.id,
@@ -255,7 +255,7 @@ def unmeasured(
 def not_applicable(
     implementation: Implementation | Trainee, case: Case, direction: str, device: torch.device
 ) -> str | None:
-    """Why an implementation cannot run a case in a direction on a device, or None."""
+    """The reason why an implementation cannot run a case in a direction on a device, or None."""
     if direction not in implementation.directions:
         return f"has no {direction}"
     return implementation.unavailable(case, device)
@@ -301,7 +301,7 @@ def _measure_each(
         if replaced := functions.restore():
             record.status, record.reason = "refused", f"it replaces {replaced}"
         if record.status == "ok" and suite.timed:
-            # A new call: one whose kernels were compiled but not launched has graphs of nothing.
+            # A new call: CUDA graphs are empty if kernels were compiled but not launched.
             call = Call(function, inputs.problem, direction)
             watches[name] = Watch(call, inputs, functions, record.changed_settings)
     _time_correct(suite, watches, records, oracles, conditions, begin)
@@ -317,7 +317,7 @@ def _measure_energy(
     conditions: Conditions,
     begin: Callable[[str], None],
 ) -> None:
-    """Add energy to the metrics. Times stand where an instrument fails, and the disagreement is infinite then."""
+    """Add energy to the metrics. If an instrument fails, times stay valid and the disagreement is infinite."""
     meter = environment.EnergyMeter(conditions.device)
     for name, watch in watches.items():
         begin(name)
@@ -335,7 +335,7 @@ def _measure_energy(
 def _describe_call(
     implementation: Implementation, call: Call, inputs: Inputs, record: Record, conditions: Conditions
 ) -> None:
-    # It has not seen these, and needs as much memory for them as for the first ones.
+    # New inputs: the call needs as much memory for them as for the first ones.
     inputs.renew_slightly()
     record.peak_bytes = memory.measure_memory(call, device=conditions.device)
     record.saved_bytes = call.saved_bytes()
@@ -348,7 +348,7 @@ def _judge_first(
     """The judgement on the results of the first call.
 
     Raises:
-        RefusedError: they are none, or those of the caller.
+        RefusedError: the results are no plain tensors, or share memory with an input.
     """
     if why := unusual([*results.values()]):
         raise RefusedError(why)
@@ -367,7 +367,7 @@ def _time_correct(
     conditions: Conditions,
     begin: Callable[[str], None],
 ) -> None:
-    """Take the times of implementations, and keep those of the ones that were correct and fair all the while."""
+    """Take the times of implementations, and keep the times of those that stay correct and fair."""
     begin("")
     _time_apart(watches, records, conditions)
     truths: dict[tuple[int, float], Oracle] = {}
@@ -384,7 +384,7 @@ def _time_correct(
                     if spoilt := oracle.inputs.restore():
                         fault = f"writes to its input {spoilt}, but not at first"
                 if fault:
-                    # Or not there yet.
+                    # Results may not be complete yet.
                     watch.wait()
                     record.status, record.reason = "wrong", fault
             if record.status in ("wrong", "refused"):
@@ -422,10 +422,10 @@ def _timed_fault(
 
 
 def _refuse_unfair(watch: Watch, inputs: Inputs, device: torch.device) -> None:
-    """Look for work that is not done in each call, or not within it.
+    """Look for work that is left out in some calls, or done outside of the call.
 
     Raises:
-        RefusedError: there is some.
+        RefusedError: such work was found.
     """
     if operations := left_out_in_repeats(watch.call, inputs):
         raise RefusedError(
@@ -441,7 +441,7 @@ def _refuse_unfair(watch: Watch, inputs: Inputs, device: torch.device) -> None:
 
 
 def _time_apart(watches: dict[str, Watch], records: dict[str, Record], conditions: Conditions) -> None:
-    """Take times interleaved, but of each call that changes settings on its own: they would hold for all."""
+    """Take times interleaved. Calls that change settings are timed alone, as the settings would affect all calls."""
     alone = [name for name in watches if records[name].changed_settings]
     for names in ([name for name in watches if name not in alone], *([name] for name in alone)):
         if names:
@@ -454,7 +454,7 @@ def _time_apart(watches: dict[str, Watch], records: dict[str, Record], condition
 
 
 def _time(watches: dict[str, Watch], records: dict[str, Record], conditions: Conditions) -> None:
-    """Interleaved. If one of several fails, nobody knows which: they are timed again, each on its own."""
+    """Take times interleaved. If a call fails, it is unknown which one, so each is timed again alone."""
     first = next(iter(watches.values()))
     try:
         taken = timing.time_interleaved(
@@ -472,7 +472,7 @@ def _time(watches: dict[str, Watch], records: dict[str, Record], conditions: Con
         if _breaks_context(describe_error(error)):
             raise
         if len(watches) == 1:
-            # The error may come from this.
+            # This may have caused the error.
             first.look_around()
             raise
         taken = None
@@ -498,7 +498,7 @@ def _static_facts(implementation: Implementation, call: Call, conditions: Condit
 
 
 def _refuse_impossible(record: Record, call: Call, conditions: Conditions) -> None:
-    """Take back what a cold cache cannot have allowed: then the measurement is broken, and the record says so."""
+    """Remove times that are impossible with a cold cache, and mark the record as refused."""
     for column in ("cold", "graph"):
         seconds = record.seconds(column)
         if seconds is None or record.minimum_bytes is None:
@@ -514,8 +514,8 @@ def _refuse_impossible(record: Record, call: Call, conditions: Conditions) -> No
 def _failing(records: Sequence[Record], where: str = "", *, out_of_memory: Status = "out_of_memory") -> Iterator[None]:
     """An exception becomes the status and the reason of the records, and the run goes on.
 
-    One that breaks the CUDA context ends it. Of several records one is to blame, and nobody knows which: they are left
-    to be measured one by one.
+    An exception that breaks the CUDA context ends the run in this process. If there are several records, it is unknown
+    which one caused it, so they are measured again one by one.
     """
     try:
         yield
@@ -535,7 +535,7 @@ def _failing(records: Sequence[Record], where: str = "", *, out_of_memory: Statu
             raise BrokenContextError(message) from None
     else:
         return
-    # Only now is the traceback gone that kept the tensors of the failed call alive.
+    # The traceback kept the tensors of the failed call alive until here.
     _free_memory()
 
 
@@ -554,8 +554,8 @@ def _breaks_context(message: str) -> bool:
 
 
 def _is_out_of_memory(error: BaseException, message: str) -> bool:
-    """True if the reason is lack of memory. PyTorch has a type of its own for a GPU's memory. For the host's, and where
-    CUDA or Triton ask for more of a GPU's, it is a RuntimeError that begins like this."""
+    """True if memory was too small. PyTorch has a separate type for memory of a GPU. For memory of the host, and if
+    CUDA or Triton allocate memory of a GPU, the error is a RuntimeError with such a beginning."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and OUT_OF_MEMORY.match(message) is not None
@@ -563,7 +563,7 @@ def _is_out_of_memory(error: BaseException, message: str) -> bool:
 
 @contextmanager
 def _exit_refused() -> Iterator[None]:
-    """`os._exit` raises, but in processes that what is measured has forked: it would end the run, and as a success."""
+    """Let `os._exit` raise, except in forked processes: it would end the run with the status of a success."""
     leave, here = os._exit, os.getpid()
 
     def refuse(status: int) -> None:

@@ -1,4 +1,4 @@
-"""Memory that a call needs at its peak, and memory that it keeps for the backward pass."""
+"""Peak memory of a call, and memory that it keeps for the backward pass."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -8,31 +8,31 @@ import torch
 from torch import Tensor
 
 SILENT = "6"
-"""A level above all of the profiler's messages."""
+"""A log level above all messages of the profiler."""
 
 
 def measure_memory(call: Callable[[], object], *, device: torch.device) -> int:
-    """Most bytes allocated at once during a call, beyond what was allocated before it; its result counts.
+    """Most bytes allocated at once during a call, in addition to those before it. The result counts.
 
     Run the call once before if it compiles or fills caches. On a GPU these are the bytes of PyTorch's allocator, which
-    rounds each allocation up to 512; on a CPU they are what the tensors asked for, to the byte, from every thread that
-    works for the call, and memory from before that the call frees makes no room there.
+    rounds each allocation up to 512. On a CPU they are the exact sizes of tensors, from every thread that works for the
+    call. There, memory from before the call does not become free for it.
     """
     return _peak_on_gpu(call, device) if device.type == "cuda" else _peak_on_cpu(call)
 
 
 def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass of `forward`, those of the inputs and of the output not counted.
+    """Bytes that autograd keeps for the backward pass of `forward`, without inputs and output.
 
-    Memory that several saved tensors share counts once, and with its whole storage, since that is what stays alive.
+    Memory that several saved tensors share counts once, with its whole storage, because all of it stays alive.
     """
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        # Held until the end, so that no address is given to another storage meanwhile.
+        # Kept until the end, so that no other storage gets the same address.
         saved[storage.data_ptr()] = storage
-        # An output that its own graph holds would never be freed.
+        # Without this, the graph would keep the output alive, and the output the graph.
         return tensor.detach()
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -53,12 +53,12 @@ def _peak_on_gpu(call: Callable[[], object], device: torch.device) -> int:
 
 
 def _peak_on_cpu(call: Callable[[], object]) -> int:
-    # Read when the profiler first starts, which would print a line at each start and stop: through a progress bar.
+    # Read at the first start of the profiler, which would otherwise print lines into the progress bar.
     os.environ.setdefault("KINETO_LOG_LEVEL", SILENT)
-    # Not `torch.profiler.profile`, which makes Python objects of all events: that takes longer than the call.
+    # Not `torch.profiler.profile`: it makes Python objects of all events, which takes longer than the call.
     with torch.autograd.profiler.profile(profile_memory=True) as profiler:
         result = call()
-        # Here: the profiler takes the next tensor at that address for this one, if it does not see it go.
+        # Freed here, so that the profiler does not confuse it with the next tensor at the same address.
         del result
     assert profiler.kineto_results is not None
     events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]

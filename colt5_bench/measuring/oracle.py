@@ -1,4 +1,4 @@
-"""The answer that a case should give, and whether an implementation gives it: at first, and after it was timed."""
+"""The right results of a case, and the judgement of an implementation before and after it is timed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,24 +19,24 @@ from colt5_bench.tolerance import Tolerance
 
 @dataclass(frozen=True)
 class Oracle:
-    """The inputs of a case, what they should give, and how far from it a correct computation is."""
+    """The inputs of a case, the right results, and the allowed errors."""
 
     operation: Operation
     case: Case
     direction: str
     inputs: Inputs
     truth: Truth
-    """Right results for the values that the inputs held when this was made."""
+    """Right results for the values of the inputs when this object was made."""
 
     tolerances: dict[str, Tolerance]
     is_view: bool
-    """True if plain PyTorch gives a view of an input."""
+    """True if plain PyTorch returns a view of an input."""
 
     @classmethod
     def consult(
         cls, operation: Operation, case: Case, direction: str, device: torch.device, secret: str | None
     ) -> Self:
-        """Compute what should come out. Calls that are timed get values that are drawn with a secret; None: there are
+        """Compute the right results. The values of timed calls are drawn with a secret; None if there are
         no such calls."""
         problem, others = operation.problem(case, device), None
         if secret is not None:
@@ -55,19 +55,19 @@ class Oracle:
         return cls(operation, case, direction, inputs, truth, tolerances, any(is_view))
 
     def for_factor(self, factor: float) -> Self:
-        """The oracle of other values of the inputs, which holds them. Correct results are about as far from the truth
-        as from that of the first values."""
+        """The oracle of other values of the inputs, with its own truth. Allowed errors are about the same
+        as for the first values."""
         self.inputs.renew(factor)
         return replace(self, truth=self.operation.truth(self.case, self.inputs.problem, self.direction))
 
     def with_own_tolerances(self, factor: float) -> Self:
-        """The same, where the values of this factor may make a correct computation err by more."""
+        """The same oracle with new tolerances, because values with this factor may allow larger errors."""
         self.inputs.renew(factor)
         plain = Call(self.operation.plain(self.case), self.inputs.problem, self.direction)
         return replace(self, tolerances=accuracy.tolerances(plain.results, self.truth.tensors(), self.truth.at_kink))
 
     def judge(self, implementation: Implementation, results: Mapping[str, Tensor]) -> tuple[dict[str, Divergence], str]:
-        """The distance of each result from the truth, and what is wrong with them; an empty text if nothing is."""
+        """The error of each result, and the first fault; an empty text if there is none."""
         divergences, wrong = {}, ""
         for tensor, result in results.items():
             expected, at_kink = self.truth.tensors()[tensor], self.truth.at_kink.get(tensor)
@@ -87,7 +87,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _excess(divergence: Divergence, elements: int) -> str:
-    """The error and what is allowed in figures that differ, however near they are, and which elements are wrong."""
+    """The error, the allowed error, and the wrong elements. Both errors differ in print, even if they are close."""
     worst, allowed = divergence.worst, divergence.allowed
     if worst is None or allowed is None:
         return f"{divergence.largest:.3g}"

@@ -1,5 +1,5 @@
-"""The error of an implementation that is refused."""
+"""The error for an implementation that is refused."""
 
 
 class RefusedError(Exception):
-    """The times of an implementation say nothing about it: the message says what was noticed, and where."""
+    """Times of an implementation are meaningless; the message names the reason."""

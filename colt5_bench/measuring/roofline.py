@@ -1,4 +1,4 @@
-"""The least time that a device needs for a piece of work, from what it has been seen to do."""
+"""The least time that a device needs for a piece of work, by its measured ceilings."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,33 +16,33 @@ from colt5_bench.case import Cost
 from colt5_bench.records.environment import device_name
 
 TRYING_SECONDS = 0.2
-"""For each ceiling: a busy machine lets few calls through undisturbed."""
+"""Tries for each ceiling: on a busy machine, few calls are undisturbed."""
 
 GPU_COPY_BYTES = 2**30
-"""Copied at a time: more than any L2 holds."""
+"""Bytes of a copy: more than any L2 cache holds."""
 
 CPU_COPY_BYTES = 2**27
 
 CPU_ELEMENTS = 2**15
-"""Exponentiated at a time: they stay in a core's L2."""
+"""Elements of an exponential: they stay in the L2 cache of a core."""
 
 GPU_EXPONENTIALS = 2048
-"""In a row, for each element that `_exponentials_kernel` holds in registers."""
+"""Exponentials in sequence, for each element that `_exponentials_kernel` has in registers."""
 
 GPU_FACTOR, CPU_FACTOR = 8192, 512
-"""Rows and columns of the matrices that are multiplied: enough that every part of the device has its share."""
+"""Rows and columns of the matrices in products: enough to keep every part of the device busy."""
 
 PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 SPIN_CYCLES = 500_000
-"""A quarter of a millisecond, several times as long as a launch takes."""
+"""Cycles of a spin: a quarter of a millisecond, several times as long as a launch."""
 
 EXPONENTIALS_PER_CLOCK = 16
 """Rate of a multiprocessor of every NVIDIA GPU since Volta: CUDA C++ Programming Guide, arithmetic instructions."""
 
 
 READING_MARGIN = 1.15
-"""Largest rate of reading over that of copying. Memory that is only read has not to turn around to be written."""
+"""Largest rate of reading over the rate of copying. A copy is slower, as memory switches between reads and writes."""
 
 
 @dataclass(frozen=True)
@@ -50,33 +50,33 @@ class Ceilings:
     """Highest rates of a device."""
 
     copy_bandwidth: float
-    """Bytes a second, those read plus those written."""
+    """Bytes per second, read plus written."""
 
     exponentials: float
-    """fp32 exponentials a second."""
+    """fp32 exponentials per second."""
 
     products: Mapping[str, float]
-    """Floating-point operations a second in matrix products, by dtype of the factors, at PyTorch's setting of TF32."""
+    """Floating-point operations per second in matrix products, by dtype, with PyTorch's setting of TF32."""
 
     device: str
     """Model name of the device."""
 
     measured: bool
-    """True if all were measured on this machine. False: the exponentials are from its data sheet."""
+    """True if all were measured on this machine. False if the exponentials are from its data sheet."""
 
 
 def limit_seconds(cost: Cost, ceilings: Ceilings) -> float:
-    """The least time for a cost: that of its memory traffic, its exponentials or its products, whichever is longest."""
+    """The least time for a cost: the longest of the times for memory traffic, exponentials and products."""
     traffic, exponentials = cost.bytes / ceilings.copy_bandwidth, cost.exponentials / ceilings.exponentials
     return max(traffic, exponentials, cost.flops / ceilings.products[cost.flops_dtype])
 
 
 def too_fast(seconds: float, *, size: int, ceilings: Ceilings) -> str | None:
-    """Reason why a time is not to be believed, or None. From a cold cache nothing is read faster than memory gives it.
+    """Reason why a time is impossible, or None: with a cold cache, memory limits the rate of reading.
 
     Args:
         seconds: of a call with a cold cache.
-        size: bytes that it has to read at least. What it writes may still be in the cache when it ends.
+        size: bytes that it must at least read. Its writes may still be in the cache when it ends.
         ceilings: of the device.
     """
     bandwidth = size / seconds
@@ -88,7 +88,7 @@ def too_fast(seconds: float, *, size: int, ceilings: Ceilings) -> str | None:
 
 
 def read_ceilings(text: str, device: str) -> Ceilings | None:
-    """Ceilings from their JSON. None if the text is anything else, as of another revision, or of another device."""
+    """Ceilings from their JSON. None if the format is that of another revision, or the device is another one."""
     with suppress(msgspec.MsgspecError):
         ceilings = msgspec.json.decode(text, type=Ceilings)
         if ceilings.device == device:
@@ -97,7 +97,7 @@ def read_ceilings(text: str, device: str) -> Ceilings | None:
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """The ceilings of a device, the best of many tries each, measured in about a second and once a process."""
+    """The ceilings of a device: each is the best of many tries. This takes about a second, once per process."""
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     return _measure_ceilings(device)
@@ -117,7 +117,7 @@ def _measure_ceilings(device: torch.device) -> Ceilings:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written a second by a copy of more than the caches hold; measured anew at each call."""
+    """Bytes read and written per second by a copy larger than the caches; measured again at each call."""
     size = CPU_COPY_BYTES
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -156,7 +156,7 @@ def _gpu_exponentials(device: torch.device) -> float:
 
 
 def repeated_exponentials(device: torch.device) -> tuple[Callable[[], object], int]:
-    """A call that has nothing to do but exponentials, and how many."""
+    """A call that computes only exponentials, and their number."""
     block, programs = 2048, 16 * torch.cuda.get_device_properties(device).multi_processor_count
     out = torch.empty(programs * block, device=device)
 
@@ -173,7 +173,7 @@ def _data_sheet_exponentials(device: torch.device) -> float:
 
 @triton.jit
 def _exponentials_kernel(out_ptr, repeats, BLOCK: tl.constexpr) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """x <- 2^-x, again and again: nothing to load, and each exponential needs the one before it."""
+    """Repeat x <- 2^-x: nothing is loaded, and each exponential needs the one before it."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = index.to(tl.float32) * 1e-9
     for _ in range(repeats):
@@ -182,7 +182,7 @@ def _exponentials_kernel(out_ptr, repeats, BLOCK: tl.constexpr) -> None:  # type
 
 
 def _shortest(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the shortest of as many calls as there is time for, after one that is not timed."""
+    """Seconds of the shortest call, of as many as fit into the time, after one that is not timed."""
     call()
     clock = _gpu_seconds if device.type == "cuda" else _cpu_seconds
     began = perf_counter()
@@ -195,7 +195,7 @@ def _shortest(call: Callable[[], object], device: torch.device) -> float:
 def _gpu_seconds(call: Callable[[], object]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
-    # The GPU is kept busy while the host launches the call, or it would be seen waiting for that.
+    # A spin keeps the GPU busy while the host launches the call.
     torch.cuda._sleep(SPIN_CYCLES)
     start.record()
     call()

@@ -1,7 +1,7 @@
 """Computation in which each operand of each operation is moved at random by about a rounding of its dtype.
 
-Whoever computes the same in another order, in other pieces or by another formula rounds other numbers. Several such
-computations show how far apart results may lie of which every operation is right (stochastic arithmetic: Vignes 1993,
+An implementation with another order, other pieces or another formula rounds other numbers. Several such computations
+show how far apart results may be if every operation is right (stochastic arithmetic: Vignes 1993,
 https://doi.org/10.1016/0378-4754(93)90003-D).
 """
 
@@ -28,33 +28,33 @@ CARRYING = (
     "where zero_ zeros_like"
 )
 EXACT = frozenset(f"{COMPARING} {CHOOSING} {CARRYING}".split())
-"""Operations that round nothing. Their operands stay: the operations that these came from have moved them."""
+"""Operations that round nothing. Their operands are not moved, because the operations before have moved them."""
 
 IN_PIECES = get_decompositions([torch.ops.aten.native_layer_norm_backward.default])
-"""Operations of one kernel, and functions that compute them in pieces, whose operands are moved too. Terms may cancel
-in the kernel, and do so exactly by luck alone: a GPU makes a multiplication and an addition one rounding."""
+"""Operations with a fused kernel, and functions that compute them in pieces. Operands of the pieces are moved, too.
+Terms may cancel exactly in the kernel, but only by chance: a GPU rounds a multiplication and an addition once."""
 
 MASKS = ("attn_mask", "attn_bias")
-"""Arguments that stay: they are of zeros and infinities, and kernels insist on their strides."""
+"""Arguments that are not moved: they contain zeros and infinities, and kernels require their strides."""
 
 MOVED, WRITTEN, KEPT = "moved", "written", "kept"
-"""Roles of arguments: a result is written to those of the second kind."""
+"""Roles of arguments. Results are written to those with the second role."""
 
 NUMBERS = 1048573
-"""Random numbers that are made, then used again and again from other places on. How many is a prime, so that rows get
-others."""
+"""Random numbers that are drawn once, and used again from other offsets. Their count is a prime, so that rows get
+different ones."""
 
 
 class MovedOperands(TorchDispatchMode):
-    """Within this context, operands x of all operations that round are x (1 + r eps), r uniform in [-1, 1].
+    """Replace operands x of all operations that round by x (1 + r eps), with r uniform in [-1, 1].
 
-    In fp16 they are x (1 + r eps) + r' s, with s its smallest number, 6e-8: results of that size are rounded to its
-    multiples, and vanish or not. The smallest numbers of other dtypes are too small to matter.
+    In fp16 they become x (1 + r eps) + r' s, where s is its smallest number, 6e-8: results of that size are rounded to
+    multiples of s, and may vanish. The smallest numbers of other dtypes are too small to matter.
 
-    Operands of fp64 stay: within a computation of less precision they stand for what is exact.
+    Operands in fp64 are not moved: within a computation of less precision, they count as exact.
 
     Args:
-        seed: of the random numbers, which are the same for the same calls.
+        seed: seed of the random numbers. Equal calls get equal numbers.
     """
 
     def __init__(self, seed: int) -> None:
@@ -65,7 +65,7 @@ class MovedOperands(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: to skip its compiler, PyTorch imports that, which takes longer than PyTorch itself."""
+        """False: to skip its compiler, PyTorch would import it, which takes longer than importing PyTorch itself."""
         return False
 
     def __torch_dispatch__(
@@ -75,7 +75,7 @@ class MovedOperands(TorchDispatchMode):
         roles = _roles(func)
         if roles is None:
             return func(*args, **kwargs)
-        # An operation in place has its operand moved when it is done.
+        # The operand of an in-place operation is moved after the operation.
         operands = [self._moved(each) if role == MOVED else each for each, role in zip(args, roles, strict=False)]
         with self if func in IN_PIECES else nullcontext():
             result = IN_PIECES.get(func, func)(*operands, **kwargs)
@@ -101,7 +101,7 @@ class MovedOperands(TorchDispatchMode):
         return self._draw(x, 0.0, information.smallest_normal * information.eps)
 
     def _draw(self, x: Tensor, middle: float, most: float) -> Tensor:
-        """Numbers in `middle` +- `most`, of the shape of x: those that were once made, from a random place on."""
+        """Numbers in `middle` +- `most` in the shape of x: those drawn once, from a random offset on."""
         key = x.device, x.dtype, middle
         if key not in self._drawn:
             self._drawn[key] = _numbers(self._seed, middle, most, x.dtype).to(x.device)
@@ -119,10 +119,10 @@ def _uniform(seed: int) -> Tensor:
     return numbers.uniform_(-1.0, 1.0, generator=torch.Generator("cpu").manual_seed(seed))
 
 
-# Each judgement needs the numbers of the same few seeds. A GPU holds none between judgements: it may break.
+# Each judgement needs the numbers of the same few seeds. None stay on a GPU, whose context may break.
 @lru_cache(maxsize=16)
 def _numbers(seed: int, middle: float, most: float, dtype: torch.dtype) -> Tensor:
-    """NUMBERS in `middle` +- `most`, in the memory of the host."""
+    """NUMBERS random numbers in `middle` +- `most`, in host memory."""
     return (middle + most * _uniform(seed)).to(dtype)
 
 
@@ -141,6 +141,6 @@ def _role(declared: torch.Argument) -> str:
 
 
 def _moves(x: Any) -> bool:
-    """Fake tensors and those of the device meta have nothing to move."""
+    """False for fake tensors and tensors on the meta device, which have no values."""
     plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
     return plain and x.is_floating_point() and x.dtype != torch.float64

@@ -1,9 +1,9 @@
 """Rounds, in which each time column takes a sample of each call.
 
-A graph, too, is replayed after the L2 cache was flushed, and its inputs do not rotate over copies. Each copy would need
-a graph with memory of its own, which for a layer is gigabytes; small inputs would need thousands of them to fill the
-cache; and what a call closes over, as a layer does over its parameters, would stay where it is, and warm. The flush
-costs one buffer of twice the cache and reaches everything.
+Graphs, too, are replayed after a flush of the L2 cache. Their inputs do not rotate over copies, for three reasons. Each
+copy would need its own graph, with gigabytes of memory for a layer. Small inputs would need thousands of copies to fill
+the cache. Tensors that are no inputs, such as the parameters of a layer, would stay warm. A flush needs one buffer of
+twice the cache, and reaches everything.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,38 +21,38 @@ from colt5_bench.texts import first_line
 
 Call = Callable[[], Any]
 Look = Callable[[Any, bool], None]
-"""Is given the results of a call that was timed. The second argument is True if the replay of a graph wrote them."""
+"""Takes the results of a timed call. The second argument is True if the replay of a graph wrote them."""
 
 Round = Callable[[Sequence[str]], list[float]]
 """Runs the named calls in the order given and returns the seconds of each."""
 
 GPU_TIME_COLUMNS = ("cold", "warm", "graph")
-"""Columns that the GPU's clock alone makes."""
+"""Columns that are timed by the clock of the GPU alone."""
 
 GPU_COLUMNS, CPU_COLUMNS = (*GPU_TIME_COLUMNS, "wall", "eager"), ("wall",)
-"""All columns. The first is the one that the figure of a case is."""
+"""All columns. The first one gives the figure of a case."""
 
 WARM_UP_CALLS = 2
-"""The first compiles and fills caches, the second may do so once more."""
+"""The first call compiles and fills caches, and the second one may do so again."""
 
 CALLS_IN_A_ROW, ROW_SECONDS = 10, 0.003
-"""Most calls, and about the longest that they take, for a sample of host time on a GPU. Its queue of launches must not
-fill up, for then the host waits."""
+"""Limits of calls and, roughly, of seconds for a sample of host time on a GPU. Its queue of launches must not fill up,
+because then the host waits."""
 
 SHORT_ROW, LONGEST_ROW = 2, 0.02
-"""Calls in a row where the GPU takes longer than these seconds for more. The next sample waits until it is done."""
+"""Number of calls in a row if more calls would take the GPU longer. The next sample waits until the GPU is done."""
 
 CALLS_IN_A_TRAIN, TRAIN_SECONDS = 50, 0.02
-"""Most calls, and about the longest that they take, for a sample of what a caller waits for. The GPU is idle at the
-start and at the end of a train; that part is small beside the whole."""
+"""Limits of calls and, roughly, of seconds for a sample of the time that a caller waits. The GPU is idle at the start
+and at the end of a train of calls; that share is small."""
 
 SPIN_MARGIN, SPIN_EXTRA, LONGEST_SPIN = 1.5, 20e-6, 0.05
 """A spin lasts this many times the host time of the call and these seconds more. The last one is its limit in seconds.
 """
 
 SPIN_GROWTH = 4
-"""A spin that turns out too short is doubled, until it is this many times as long as at first. No spin is long enough
-for a call that waits for the GPU itself."""
+"""A spin that is too short is doubled, until it is this many times as long as at first. No spin is long enough for a
+call that itself waits for the GPU."""
 
 FLUSHED_CACHES = 2
 """Size of the buffer that is written and read to flush the L2, in L2s."""
@@ -66,7 +66,7 @@ def rounds(
     after: Mapping[str, Look],
     device: torch.device,
 ) -> Iterator[tuple[Round, dict[str, str]]]:
-    """The round of a column, and the calls that it cannot take, with the reason."""
+    """The round of a column, and the calls that it cannot time, with the reason."""
     if column == "wall":
         yield HostRound(calls, before, after, device), {}
     elif column == "eager":
@@ -86,11 +86,11 @@ def rounds(
 
 
 class HostRound:
-    """Time until a call returns. On a GPU, of one among several calls in a row, begun when the GPU was idle, and after
-    one that is not counted: it pays for the caches of the CPU that others filled.
+    """Time until a call returns. On a GPU, it is the mean of several calls in a row that begin on an idle GPU, after
+    one call that is not counted, because it finds the data of other calls in the caches of the CPU.
 
-    The backward pass runs in the calling thread. PyTorch hands that of a GPU to a thread of its own, once for the
-    whole backward pass of a model: to wake it takes longer than to launch a kernel, and says nothing about the call.
+    The backward pass runs in the calling thread. PyTorch gives the one on a GPU to its own thread, once for the
+    whole backward pass of a model. Waking this thread takes longer than a launch, and says nothing about the call.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class HostRound:
             self._in_a_row = {name: self._fitting(name) for name in calls}
 
     def _fitting(self, name: str) -> int:
-        """Number of calls in a row. One call takes longer on its own than in a row, so that it is measured in a row."""
+        """Number of calls in a row. A call takes longer alone than in a row, so its duration is measured in a row."""
         self._in_a_row[name] = SHORT_ROW
         on_host, in_all = map(min, zip(*(self._seconds_of_both(name) for _ in range(3)), strict=True))
         count = int(min(ROW_SECONDS / on_host, max(LONGEST_ROW / in_all, SHORT_ROW)))
@@ -114,7 +114,7 @@ class HostRound:
         start = perf_counter()
         on_host = self.seconds(name)
         _synchronize(self._device)
-        # One more call is not counted on the host.
+        # The first call is not counted on the host.
         return on_host, (perf_counter() - start) / (SHORT_ROW + 1)
 
     def __call__(self, order: Sequence[str]) -> list[float]:
@@ -132,14 +132,14 @@ class HostRound:
                 call()
             result = call()
             seconds = (perf_counter() - start) / in_a_row
-        # Only now: what it takes to free the last result is not the call's.
+        # Freed after the clock is read: this time does not belong to the call.
         self._after[name](result, False)
         return seconds
 
 
 class EagerRound:
-    """Time that a caller waits for a call, of one in a train of calls. The train ends when the GPU has done them all.
-    Host and GPU work side by side, and PyTorch runs backward passes in a thread of its own, as for any caller."""
+    """Time that a caller waits per call in a train of calls. The train ends when the GPU has finished them all.
+    Host and GPU work in parallel, and PyTorch runs backward passes in its own thread, as for any caller."""
 
     def __init__(
         self, calls: Mapping[str, Call], before: Mapping[str, Call], after: Mapping[str, Look], device: torch.device
@@ -169,9 +169,9 @@ class EagerRound:
 
 
 class GpuRound:
-    """Time between events around the launches of a call that all lie in the stream's queue before the first begins.
+    """Time between events around the launches of a call, which are all queued before the first one begins.
 
-    Cold, the L2 cache holds nothing of the call's data; warm, it holds what the same call has left there just before.
+    Cold: the L2 cache has none of the data of the call. Warm: it has the data that the same call has just used.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class GpuRound:
         return [start.elapsed_time(end) * 1e-3 for start, end in events]
 
     def _host_seconds(self, name: str) -> float:
-        """Host time of a call on its own, as it is enqueued."""
+        """Host time of enqueuing one call."""
         self._before[name]()
         torch.cuda.synchronize(self._device)
         start = perf_counter()
@@ -212,7 +212,7 @@ class GpuRound:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._before[name]()
         if self._cold:
-            # Written, then read: the GPU would write dirty lines back while the call runs, and at its expense.
+            # Written, then read: otherwise the GPU would write dirty lines back during the call, which would be slower.
             self._flushing.zero_()
             self._flushing.sum()
         else:
@@ -222,9 +222,9 @@ class GpuRound:
         result = self._calls[name]()
         end.record()
         if start.query():
-            # The GPU got there before all was launched.
+            # The GPU finished the spin before all kernels were launched.
             self._spin[name] = min(2 * self._spin[name], self._longest_spin[name])
-        # In the same stream, and before it waits for others.
+        # In the same stream, before it waits for other streams.
         self._after[name](result, False)
         return start, end
 
@@ -243,7 +243,7 @@ def _spin_cycles_per_second() -> float:
 def _capture_all(
     calls: Mapping[str, Call], before: Mapping[str, Call], device: torch.device
 ) -> tuple[dict[str, "_Captured"], dict[str, str]]:
-    """The graphs of the calls that can be captured, and why the others cannot."""
+    """The graphs of calls that can be captured, and the reasons why others cannot."""
     graphs: dict[str, _Captured] = {}
     refused: dict[str, str] = {}
     for name, call in calls.items():
@@ -270,7 +270,7 @@ class _Captured:
         self.replay = graph.replay
 
     def results(self) -> list[torch.Tensor]:
-        """Copies: the next replay is free to write in the same memory."""
+        """Copies, because the next replay may write to the same memory."""
         return [each.clone() for each in self._results]
 
     def reset(self) -> None:
@@ -300,15 +300,15 @@ def _capture(call: Call, before: Call) -> _Captured:
 
 
 _abandoned: list[torch.cuda.CUDAGraph] = []
-"""Graphs whose capture failed: PyTorch's allocators may go on to ask them whether they are being captured."""
+"""Graphs whose capture failed. They stay alive, because PyTorch's allocators may still query them."""
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """End a capture that failed, and with it that memory is allocated from the pool of the graph."""
+    """End a failed capture, so that no more memory is allocated from the pool of the graph."""
     with suppress(RuntimeError):
         graph.capture_end()
     with suppress(RuntimeError):
-        # Ending the capture was an error, before it came to this.
+        # The end of the capture failed before this point.
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
     graph.reset()
@@ -316,8 +316,8 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
 
 
 def _recover(device: torch.device) -> None:
-    """Capture all calls that can be captured. Until then the default random number generator of PyTorch takes a capture
-    that failed for one that goes on, and refuses to work."""
+    """Capture all calls that can be captured. Until then, PyTorch's default random number generator treats a failed
+    capture as if it were still running, and raises an error."""
     torch.cuda.synchronize(device)
     something = torch.zeros(1, device=device)
     graph = torch.cuda.CUDAGraph()

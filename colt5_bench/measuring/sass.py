@@ -1,4 +1,4 @@
-"""Facts of a compiled kernel by NVIDIA's disassembler: its registers, and its instructions by what they keep busy."""
+"""Facts about a compiled kernel from NVIDIA's disassembler: registers, and instructions by class."""
 
 import re
 import subprocess
@@ -31,8 +31,8 @@ CLASSES = {
     "barrier": "BAR WARPSYNC BSYNC BSSY DEPBAR",
     "branch": "BRA BRX JMP CALL RET EXIT",
 }
-"""Mnemonics by class, the first that fits, with any further modifiers. Loads and stores of global memory are told apart
-by their width in bits. What is in no class is `integer`: arithmetic on integers and addresses, moves and predicates."""
+"""Mnemonics by class, with any modifiers; the first class that matches counts. Loads and stores of global memory are
+divided by their width in bits. The rest is `integer`: arithmetic on integers and addresses, moves and predicates."""
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 _WIDTH = re.compile(r"\.(?:U|S)?(8|16|64|128)\b")
@@ -46,14 +46,14 @@ class Usage(NamedTuple):
 
 
 def usage(cubin: bytes) -> Usage:
-    """Registers and local memory of a thread. The stack of a kernel, which calls nothing, is what it spilled."""
+    """Registers and local memory of a thread. A kernel calls no function, so its stack has only spills."""
     figures = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _inspect(cubin, "--dump-resource-usage")))
     return Usage(int(figures["REG"]), int(figures["STACK"]) + int(figures["LOCAL"]))
 
 
 def instructions(cubins: Iterable[bytes]) -> list[dict[str, int]]:
-    """Number of instructions of each class in each kernel, each counted once however often it runs. Classes with none
-    are left out. Kernels are disassembled side by side: the disassembler needs most of its time to start."""
+    """Number of instructions of each class in each kernel, counted once each. Empty classes are left out. Kernels are
+    disassembled in parallel, because the disassembler takes most of its time to start."""
     with ThreadPoolExecutor(cores()) as pool:
         return [*pool.map(_counts, cubins)]
 

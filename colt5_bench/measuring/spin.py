@@ -8,7 +8,7 @@ from triton.language.extra.cuda import globaltimer
 
 
 class Spin:
-    """Does nothing for so many seconds."""
+    """A call that waits for a number of seconds."""
 
     def __init__(self, seconds: float, device: torch.device) -> None:
         self._seconds, self._on_gpu = seconds, device.type == "cuda"
@@ -24,14 +24,13 @@ class Spin:
         self._took.append(now - start)
 
     def durations(self, count: int) -> list[float]:
-        """Durations of the last so many calls. On a CPU each takes as long as it was set to, and longer if another
-        program had its turn meanwhile, which it sees itself."""
+        """Durations of the last calls. On a CPU a call measures its duration, as another program may make it longer."""
         return [self._seconds] * count if self._on_gpu else self._took[-count:]
 
 
 @triton.jit
 def _spin_kernel(nanoseconds) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """Until the GPU's own clock says so."""
+    """Wait by the clock of the GPU."""
     start = globaltimer()
     while globaltimer() - start < nanoseconds:
         pass

@@ -1,4 +1,4 @@
-"""Compiler's facts of the Triton kernels that a call launches. With no GPU too, by compiling only."""
+"""Facts about the compiled Triton kernels of a call. Without a GPU, kernels are only compiled."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,11 +18,11 @@ from colt5_bench.measuring.sass import Usage, instructions, usage
 WARP_SIZE = 32
 
 ALLOCATING = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")]
-"""Functions that return memory as it was."""
+"""Functions that return uninitialised memory."""
 
 
 class _CompileOnly:
-    """As much of a Triton driver as compiling takes, on a machine without that GPU."""
+    """The part of a Triton driver that a compilation needs, on a machine without that GPU."""
 
     def __init__(self, target: int) -> None:
         self._target = target
@@ -31,7 +31,7 @@ class _CompileOnly:
         return GPUTarget("cuda", self._target, WARP_SIZE)
 
     def get_current_device(self) -> str:
-        """Not a number: a kernel keeps what it compiled by device, and a real GPU must never find this."""
+        """A text instead of a number: kernels are cached by device, and a real GPU must not find this one."""
         return f"compile only: sm_{self._target}"
 
     def get_current_stream(self, device: str) -> int:
@@ -43,15 +43,15 @@ def compiled_kernels(
 ) -> list[dict[str, object]]:
     """The facts of each distinct Triton kernel that `launch` launches, in the order of their first launch.
 
-    A kernel is distinct if anything differs that it is compiled for. What `torch.compile` generates is launched by
-    PyTorch and does not appear.
+    Kernels are distinct if they are compiled with any difference. Kernels of `torch.compile` are not included, because
+    PyTorch launches them.
 
     Args:
         launch: called once.
         target: None: kernels really run, on the GPU of their tensors. 80, 90, ...: kernels are compiled for that
             compute capability times ten and nothing is launched, so that their outputs stay as they were allocated,
             zeros where they were allocated empty; tensors may be on the CPU and no GPU is needed.
-        disassemble: False leaves out `instructions`, which take half as long again as compiling does on a single core.
+        disassemble: False leaves out `instructions`, which add half of the time of compilation on one core.
 
     Returns:
         For each kernel `name`, `target` (`sm_90`), `registers` (a thread), `spilled_bytes` (local memory a thread:
@@ -78,7 +78,7 @@ def compiled_kernels(
 
 @contextmanager
 def _observed(kernels: dict[str, Any], *, compile_only: bool) -> Iterator[None]:
-    """Collect each kernel that runs by the hash of its source, arguments and options."""
+    """Collect all kernels that run, by the hash of source, arguments and options."""
     run = JITFunction.run
 
     def observe(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -95,11 +95,11 @@ def _observed(kernels: dict[str, Any], *, compile_only: bool) -> Iterator[None]:
 
 @contextmanager
 def driver_for(target: int | None) -> Iterator[None]:
-    """Compile for that compute capability times ten, and launch nothing; None: leave Triton's driver in its place."""
+    """Compile for a compute capability times ten, and launch nothing. With None, keep the driver of Triton."""
     if target is None:
         yield
         return
-    # Not `driver.active`: to look for the real driver is an error where there is no GPU.
+    # Not `driver.active`: without a GPU, looking for the real driver is an error.
     active = driver._active
     driver.set_active(_CompileOnly(target))
     try:
@@ -112,8 +112,7 @@ def driver_for(target: int | None) -> Iterator[None]:
 
 
 def _zeroed(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Fill memory with 0, as no kernel writes it. An index that a kernel was to write has to be one that PyTorch can go
-    on with."""
+    """Fill memory with 0, because no kernel writes it. PyTorch goes on with the memory, and needs valid indices."""
 
     @wraps(allocate)
     def zeros(*args: Any, **kwargs: Any) -> Tensor:
@@ -140,13 +139,13 @@ def _facts(kernel: Any, usage: Usage) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    """A value that JSON can hold."""
+    """The value as JSON can represent it."""
     value = getattr(value, "value", value)
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _loaded_usage(kernel: Any) -> Usage:
-    """As the GPU's driver tells it; Triton counts spills in words of four bytes."""
+    """Bytes as counted by the driver of the GPU; Triton counts spills in words of four bytes."""
     return Usage(kernel.n_regs, 4 * kernel.n_spills)
 
 

@@ -1,12 +1,12 @@
 """Times of calls: interleaved, until the median is certain enough, in five columns.
 
 - `cold`: GPU time of the launches of one call, from event to event. The stream is kept busy by a spin kernel while the
-  host launches, so that the GPU never waits for the host, and the L2 cache holds nothing of the call's data.
-- `warm`: the same right after another run of the call, so that the L2 cache holds what that left there.
-- `graph`: as `cold`, for the replay of a CUDA graph that the call was captured into.
-- `wall`: host time. Of a call on a CPU that is all of it; of a call on a GPU it is what the host needs to launch it,
-  among others of its kind and in one thread.
-- `eager`: time that a caller waits for a call on a GPU, of one in a train of calls, host and GPU side by side.
+  host launches, so that the GPU never waits for the host. The L2 cache has none of the data of the call.
+- `warm`: the same right after another call, so that the L2 cache has the data that it used.
+- `graph`: the same as `cold` for the replay of a CUDA graph of the call.
+- `wall`: host time. On a CPU this is the whole call. On a GPU it is the time that the host needs for the launch,
+  in a row of such calls and in one thread.
+- `eager`: time that a caller waits per call in a train of calls on a GPU, with host and GPU in parallel.
 """
 
 import random
@@ -38,11 +38,11 @@ from colt5_bench.records.results import Timing
 CONFIDENCE = 0.95
 
 HOST_SHARE = 0.25
-"""Share of the time of a column for one of host time on a GPU. Such times differ more from process to process than
-within one, so that more samples of one process make them no surer."""
+"""Share of the time limit of a column that columns of host time on a GPU get. Such times differ more between processes
+than within one, so more samples of one process do not make them more certain."""
 
 FEWEST_SAMPLES = 3
-"""Least number of samples of a call that takes longer than all samples together should."""
+"""Fewest samples of a call that alone takes longer than the time limit of all samples."""
 
 
 def time_interleaved(
@@ -57,36 +57,36 @@ def time_interleaved(
     max_samples: int = 200,
     max_seconds: float = 2.0,
 ) -> dict[str, dict[str, Timing]]:
-    """Time calls side by side: each call once a round, in an order shuffled anew for each round.
+    """Time calls side by side: once per round each, in a new random order for each round.
 
-    A call leaves when the 95 % confidence interval of its median, relative to the median, is at most `target`, and it
-    has `min_samples`; or when it has `max_samples`; or when a column has taken `max_seconds` for all its calls, but
-    not before it has `min_samples` (3, if the median of one call is longer than `max_seconds`).
+    A call is finished when it has `min_samples` and the 95 % confidence interval of its median is at most `target`,
+    relative to the median. It is also finished when it has `max_samples`, or when a column has taken `max_seconds` for
+    all its calls, but not before it has `min_samples` (3 if the median of one call is longer than `max_seconds`).
 
-    On a GPU a round during which the hardware was slowed down by heat or a power brake is repeated, within the same
-    bounds on number and time: what then lacks samples has `throttled`. Running at the power limit is a GPU's normal
-    state under load and voids nothing. No setting of it is touched.
+    On a GPU, a round is repeated if heat or a power brake slowed down the hardware. The same limits of number and time
+    apply; a call that lacks samples then has `throttled`. The power limit is normal under load, and no reason to repeat
+    a round. No setting of the GPU is changed.
 
     Args:
-        calls: what is timed, by name. Each is run a few times beforehand, untimed.
+        calls: the calls to time, by name. Each is first called a few times without timing.
         device: where the calls run.
         columns: `cold`, `warm`, `graph`, `wall` and `eager` on a GPU, `wall` on a CPU.
-        before: by name, what runs untimed before each sample, and before a call is captured.
-        after: by name, what is given the results of a call, untimed, when a sample of it has been taken, and True if
-            the replay of a graph wrote them.
-        target: relative width of the interval at which a call is known well enough.
+        before: functions by name. They are called without timing before each sample, and before a capture.
+        after: functions by name. They are called without timing after each sample, with the results of a call, and
+            with True if the replay of a graph wrote them.
+        target: relative width of the interval at which a call is finished.
         min_samples: fewest samples of a call. An interval exists from six.
         max_samples: most samples of a call, and most rounds that are repeated.
-        max_seconds: time for one column, all calls together, warming up not counted; a quarter of it for `wall` and
+        max_seconds: time for one column and all calls together, without warming up; a quarter of it for `wall` and
             `eager` on a GPU.
 
     Returns:
-        By name and column. What cannot be captured into a graph has a `graph` column without samples, and `stopped`
+        By name and column. A call that cannot be captured has a `graph` column without samples, and `stopped`
         says why.
 
     Raises:
         ValueError: a column is unknown, or the device has none of that name.
-        Exception: whatever a call raises, other than in capture.
+        Exception: any error of a call, except during capture.
     """
     offered = GPU_COLUMNS if device.type == "cuda" else CPU_COLUMNS
     if unknown := set(columns) - set(offered):
@@ -122,10 +122,10 @@ def time_interleaved(
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float]:
-    """A 95 % confidence interval of the median: two of the samples, whatever distribution they are from.
+    """A 95 % confidence interval of the median: two of the samples, valid for any distribution.
 
-    The count of samples below the true median is binomial, which says how far from the ends of the sorted samples one
-    may go. Fewer than six samples bound nothing.
+    The number of samples below the true median is binomial. This gives the ranks of the two samples. Fewer than six
+    samples give no interval.
     """
     rank = _rank(len(samples))
     if rank == 0:
@@ -142,7 +142,7 @@ def relative_interval(samples: Sequence[float]) -> float:
 
 @cache
 def _rank(count: int) -> int:
-    """Rank from either end of the sample that bounds the interval, counted from 1. 0 if none does."""
+    """Rank of the samples that bound the interval, counted from 1 from either end. 0 if there is no interval."""
     # A quantile of the binomial distribution, in integers: SciPy takes long to import.
     below = accumulate(comb(count, rank) for rank in range(count))
     return sum(1 for _ in takewhile(lambda ways: ways / 2**count < (1 - CONFIDENCE) / 2, below))
@@ -208,7 +208,7 @@ class _Watch:
         self._reasons: Counter[str] = Counter()
 
     def throttled(self) -> bool:
-        """True if the round that ended just now is void. The GPU was slowed down at its beginning or is at its end."""
+        """True if the last round is not valid: the GPU was slowed down at its beginning or at its end."""
         now = self._read()
         states = [state for state in (self._last, now) if state is not None]
         self._last = now
@@ -219,7 +219,7 @@ class _Watch:
         return False
 
     def summary(self) -> dict[str, Any]:
-        """The fields of a `Timing` that say what the samples were taken under."""
+        """The fields of a `Timing` for the state of the GPU during the samples."""
         clocks = [state.sm_clock_mhz for state in self._valid]
         powers = [state.power_w for state in self._valid if state.power_w is not None]
         temperatures = [state.temperature_c for state in self._valid if state.temperature_c is not None]
@@ -238,7 +238,7 @@ def _nothing(*_: Any) -> None:
 
 @contextmanager
 def current(device: torch.device) -> Iterator[None]:
-    """Make a GPU the current one: streams, events and spins are made on that."""
+    """Make a GPU current, because streams, events and spins are made on the current one."""
     if device.type != "cuda":
         yield
         return

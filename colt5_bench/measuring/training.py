@@ -1,4 +1,4 @@
-"""A training run: steps, evaluations, checkpoints to resume from, and the end of a run whose loss is no number."""
+"""A training run: steps, evaluations and checkpoints. A loss that is not finite ends the run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,11 +13,11 @@ from colt5_bench.suite import Course
 
 @dataclass
 class Progress:
-    """State of a run beside model and optimizer, at an evaluation."""
+    """State of a run at an evaluation, without model and optimizer."""
 
     steps: int = 0
     seconds: float = 0.0
-    """Time of training steps on the clock of the host, the device's work included; evaluations are left out."""
+    """Host time of training steps, including the work of the device, without evaluations."""
 
     curves: dict[str, list[float]] = field(default_factory=dict)
 
@@ -35,8 +35,8 @@ def train(
     evaluates.
 
     Args:
-        checkpoint: file that is written at each evaluation, and read if it is there; None to keep nothing.
-        tell: is given a line at each evaluation.
+        checkpoint: file that is written at each evaluation, and read if it exists; None for no checkpoints.
+        tell: called with a line at each evaluation.
 
     Raises:
         FloatingPointError: a loss is not finite; the message names the step.
@@ -56,7 +56,7 @@ def train(
 
 
 def _steps(course: Course, progress: Progress, end: int, device: torch.device) -> torch.Tensor:
-    """Train up to a step, and return the losses. They are looked at together: one look a step would stop the device."""
+    """Train up to a step, and return the losses. They are read together, as a read per step would stall the device."""
     losses = []
     start = _now(device)
     for step in range(progress.steps, end):

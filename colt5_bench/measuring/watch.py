@@ -1,4 +1,4 @@
-"""A look at the calls of an implementation that are timed, while the clock stands still."""
+"""Checks of timed calls of an implementation, made while the clock is stopped."""
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,24 +16,24 @@ from colt5_bench.process.functions import Functions
 from colt5_bench.process.settings import RANDOM, Settings
 
 LONGEST_WAIT = 0.1
-"""Seconds to wait for a thread that a call has started, before its results are looked at again."""
+"""Seconds to wait for a thread that a call has started, before its results are checked again."""
 
 SHORT_WAIT = 0.005
-"""Seconds to wait for threads that were there before."""
+"""Seconds to wait for threads that existed before the call."""
 
 MOST_REPEATS, REPEATS_SECONDS = 20, 0.1
-"""Most calls after the times are taken, and about the longest that the calling thread works on them. They end with the
-first one in which it works alone. In each other one a thread may have been done before a copy of its results was taken,
-as on a busy machine, where the calling thread waits for a core."""
+"""Limits of calls and, roughly, of seconds of the calling thread after the times are taken. The first call during which
+no other thread works is the last. In any other call, a thread may finish before its results are copied, as on a busy
+machine, where the calling thread waits for a core."""
 
 ALONE = 1e-6
-"""Most seconds of other threads while none works. A thread that wakes up takes ten times as long."""
+"""Most seconds of other threads if none works. A thread that wakes up takes ten times as long."""
 
 SPIN_CYCLES = 20_000_000
-"""Cycles for which other streams are held up: about ten milliseconds."""
+"""Cycles for which other streams are blocked: about ten milliseconds."""
 
 STREAMS_OF_A_POOL = 32
-"""PyTorch hands out streams from a pool of so many of each priority, in turn."""
+"""Number of streams in the pool of each priority. PyTorch gives them out in turn."""
 
 
 class Kept(NamedTuple):
@@ -42,17 +42,17 @@ class Kept(NamedTuple):
     factor: float
     results: Mapping[str, Tensor]
     later: Mapping[str, Tensor] = MappingProxyType({})
-    """Those of one more call, when all times had been taken."""
+    """Results of another call, after all times were taken."""
 
 
 class Watch:
-    """Gives each call inputs of its own, and looks at what it leaves behind.
+    """Gives each call new inputs, and checks its results and side effects.
 
     Args:
-        call: is timed between `before` and `after`.
-        inputs: of all calls that are timed beside it.
-        functions: as they were before anything was called.
-        changed: settings that are known to be changed by it.
+        call: the call that is timed between `before` and `after`.
+        inputs: the inputs of all calls that are timed together.
+        functions: their state before anything was called.
+        changed: settings that the call is known to change.
     """
 
     def __init__(self, call: Call, inputs: Inputs, functions: Functions, changed: Iterable[str]) -> None:
@@ -62,19 +62,19 @@ class Watch:
         self._plan = inputs.plan(0)
         self._threads: set[threading.Thread] = set()
         self._latest: list[tuple[Tensor, Tensor]] = []
-        """The results that were kept last, as they were returned, and copies. Nothing may change them any more."""
+        """The results that were kept last, and their copies. Nothing may change them any more."""
         self.kept: Kept | None = None
         self.replayed: Kept | None = None
-        """The results of the first replay of a CUDA graph, if a call with the same inputs had others."""
+        """The results of the first replay of a CUDA graph, if a call with the same inputs had other results."""
         self._has_replayed = False
         self.spoilt = ""
         self.noticed = ""
 
     def before(self) -> None:
-        """New inputs for the call that comes now.
+        """Set new inputs for the next call.
 
         Raises:
-            RefusedError: somebody has changed what all share. Of several that are timed nobody knows who did.
+            RefusedError: shared state was changed. If several calls are timed, it is unknown by which one.
         """
         plan = self._inputs.plan(self._calls)
         self._calls += 1
@@ -83,13 +83,13 @@ class Watch:
             raise RefusedError(changes)
 
     def after(self, results: Sequence[Tensor], replayed: bool = False) -> None:
-        """Look at what a call has left behind, if it is one to be kept. The first thing that is noticed stays."""
+        """Check the side effects of a call whose results are kept. The first finding is kept, too."""
         strange = unusual(results) if self._latest or self._plan.kept else ""
         if self._latest and not strange and shares_memory(results[:1], [latest for latest, _ in self._latest]):
             self._notice("its output overwrites the results of an earlier call")
         self._latest.clear()
         if self._plan.kept:
-            # At once, in the stream of the call and without waiting for others: late results are not in the copies.
+            # Copied at once, in the stream of the call: late results are then not in the copies.
             copies = [] if strange else [each.detach().clone() for each in results]
             self._notice(self._changes(self.functions.restore_clock()))
             self._notice(strange)
@@ -101,18 +101,18 @@ class Watch:
                 self.replayed = Kept(self._plan.factor, self.call.named(results))
 
     def look_around(self) -> None:
-        """Put back what all share.
+        """Restore shared state.
 
         Raises:
-            RefusedError: somebody had changed it.
+            RefusedError: it was changed.
         """
         if changes := self._changes(self.functions.restore()):
             raise RefusedError(changes)
 
     def finish(self) -> None:
-        """Call again with the inputs of the call that was kept, until the calling thread works alone.
+        """Repeat the call that was kept with the same inputs, until no other thread works during it.
 
-        A trick may begin after the call that was kept, and a thread may have been quick then.
+        A cheat may begin after the call that was kept, and a thread may have been fast in that call.
 
         Raises:
             RefusedError: something was noticed.
@@ -156,7 +156,7 @@ class Watch:
 
     def _keep(self, results: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
         self.kept = Kept(self._plan.factor, self.call.named(copies))
-        # Gradients may be the upstream gradient itself, which changes.
+        # A gradient may be the upstream gradient itself, whose values are replaced.
         self._latest = [pair for pair in zip(results, copies, strict=True) if not self._inputs.are_in(pair[0])]
         if results[0].is_cuda:
             torch.cuda.synchronize(results[0].device)
@@ -174,7 +174,7 @@ class Watch:
             )
 
     def _changes(self, replaced: str) -> str:
-        """Changes of settings, which are put back, and of functions."""
+        """Changes of settings, which are restored, and of functions."""
         changed = ", ".join(name for name in self._settings.restore() if name not in self._changed)
         if replaced:
             return f"it replaces {replaced} while it is timed"
@@ -185,12 +185,12 @@ class Watch:
 
 
 def _seconds_of_other_threads() -> float:
-    """Time on a core of all threads of this process but the calling one, ended ones included."""
+    """CPU time of all threads of this process except the calling one, including ended ones."""
     return process_time() - thread_time()
 
 
 def unusual(results: Sequence[Tensor]) -> str:
-    """Says if a result is none that lies in memory; an empty text if all do."""
+    """Reason why a result is no plain tensor in memory; an empty text if all results are."""
     for result in results:
         if type(result) not in (Tensor, torch.nn.Parameter):
             return f"it must return plain tensors, got a {type(result).__name__}, whose values may be computed later"
@@ -200,9 +200,9 @@ def unusual(results: Sequence[Tensor]) -> str:
 
 
 def works_elsewhere(call: Call, device: torch.device) -> bool:
-    """True if the stream of a call on a GPU is done before its results are there.
+    """True if the stream of a call on a GPU ends before the results are complete.
 
-    Other streams are held up before. Results that a call waits for come late, and are right. Others are not there yet.
+    Other streams are blocked first. If the call waits for them, its results are late but right, otherwise incomplete.
     """
     own = torch.cuda.current_stream(device)
     pools = (torch.cuda.Stream(device, priority=priority) for priority in (0, -1) for _ in range(STREAMS_OF_A_POOL))

@@ -1,4 +1,4 @@
-"""Operations that a call is made of. A call that does less when it is repeated uses results of an earlier one."""
+"""Operations of a call. If a repeated call has fewer, it uses results of an earlier call."""
 
 import os
 from collections import Counter
@@ -14,14 +14,14 @@ from colt5_bench.measuring.inputs import Inputs
 from colt5_bench.measuring.memory import SILENT
 
 REPEATS = 3
-"""Pairs of calls that have to agree before it is said that the second one does less."""
+"""Pairs of calls that have to agree before the second one counts as doing less."""
 
 
 def left_out_in_repeats(call: Call, inputs: Inputs) -> list[str]:
-    """Operations of a call with new inputs that the next call with the same ones does without, by name.
+    """Names of operations that a call with new inputs has, and a second call with the same inputs lacks.
 
-    They are the same in each pair. A call whose random numbers or order of summation make it shorter now and then has
-    none. Whatever is kept by shape or by address is there in both calls.
+    They must be the same in each pair, so a call that is sometimes shorter, because of random numbers or the order of a
+    sum, has none. Results that are kept by shape or by address are used in both calls, and are not found here.
     """
     found: Counter[str] | None = None
     for _ in range(REPEATS):

@@ -147,7 +147,7 @@ def check_sizes(sizes: Mapping[str, Any]) -> None:
     """Raise a NotImplementedError that names a size that kernels cannot count."""
     for name, size in sizes.items():
         if name not in ("n_rows", "batch", "n_entries", "total") and size > LARGEST:
-            raise NotImplementedError(f"{name} = {size}: kernels take up to {LARGEST}")
+            raise NotImplementedError(f"{name} must be at most {LARGEST} for a kernel, got {size}")
 
 
 def check_plan(plan: Plan, sizes: Mapping[str, Any]) -> None:
@@ -164,7 +164,7 @@ def check_plan(plan: Plan, sizes: Mapping[str, Any]) -> None:
     for what, (number, most) in wanted.items():
         if number > most:
             given = ", ".join(f"{name} = {size}" for name, size in sizes.items())
-            raise NotImplementedError(f"{given} would take {number} {what}; a GPU has up to {most}")
+            raise NotImplementedError(f"{what} must be at most {most} on a GPU, got {number} for {given}")
 
 
 def most_registers(num_warps: int) -> int:
@@ -357,7 +357,7 @@ class _Memory:
         for number, owner in enumerate(self._owners):
             if owner is whole:
                 return number, first
-        raise TypeError("a launch takes a tensor that is no argument of its launcher")
+        raise TypeError("tensors of a launch must be arguments of its launcher")
 
     def tensor_at(self, number: int, first: int) -> Tensor:
         tensor = self.tensors[number]

@@ -143,7 +143,9 @@ class _Gradient:
                     break
             else:
                 if name not in place_of:
-                    raise TypeError(f"{backward.__qualname__} takes {name!r}, which is none of {', '.join(place_of)}")
+                    raise TypeError(
+                        f"arguments of {backward.__qualname__} must be among {', '.join(place_of)}, got {name!r}"
+                    )
                 (kept if _is_tensor(parameter.annotation) else numbers).append(place_of[name])
         self._take_kept, self._take_numbers = taker(kept), taker(numbers)
         self._take_constants = taker(sorted({*range(n_inputs, len(known))} - {*grads}))

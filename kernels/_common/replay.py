@@ -146,7 +146,8 @@ class _Call:
             raise RuntimeError("a tensor that a layer needs for its gradient has been modified by an inplace operation")
         if any(now is not then for now, then in zip(self._modules.tensors(), self._held, strict=True)):
             raise RuntimeError(
-                "a layer has other parameters than when it was called, and is differentiated in an unusual way"
+                "a layer has other parameters than when it was called: call it again before a second derivative, or "
+                "before a backward pass for several gradients"
             )
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -417,7 +418,7 @@ class _Written(_SingleLevelFunction):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         if ctx.run is None:
-            raise RuntimeError("a layer is differentiated for the second time, but retain_graph was not set")
+            raise RuntimeError("a second backward pass through a layer needs retain_graph=True in the first one")
         grads = ctx.run.backward(grad)
         if not _keeps_graph():
             ctx.run = None

@@ -97,7 +97,7 @@ def check_scores(scores: Tensor, mask: Tensor | None) -> None:
     if mask is not None:
         require(mask.dtype == torch.bool, "mask", mask.dtype, "a tensor of dtype torch.bool")
         _check_broadcast("mask", mask, shape, "the shape of scores")
-        require(mask.device == scores.device, "mask", mask.device, "on {} as scores are", scores.device)
+        require(mask.device == scores.device, "mask", mask.device, "on {}, the device of scores", scores.device)
 
 
 def takes_no_part(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -118,9 +118,9 @@ def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None, name: str = "x
     require(x.ndim == 3 and x.shape[-1] == dim, name, x.shape, "of shape (b, n, {})", dim)
     if mask is not None:
         require(mask.dtype == torch.bool, mask_name, mask.dtype, "a tensor of dtype torch.bool")
-        fits, allowed = mask.shape == x.shape[:2], "of shape {}, one entry a token of {}"
+        fits, allowed = mask.shape == x.shape[:2], "of shape {}, one entry per token of {}"
         require(fits, mask_name, mask.shape, allowed, x.shape[:2], name)
-        require(mask.device == x.device, mask_name, mask.device, "on {} as {} is", x.device, name)
+        require(mask.device == x.device, mask_name, mask.device, "on {}, the device of {}", x.device, name)
 
 
 def check_windows(
@@ -136,7 +136,7 @@ def check_windows(
     check_float("qkv", qkv)
     check_counts(heads=heads, window_size=window_size)
     fits = qkv.ndim == 3 and qkv.shape[-1] >= 1 and qkv.shape[-1] % (3 * heads) == 0
-    require(fits, "qkv", qkv.shape, "of shape (b, n, {} * d), as there are {} heads", 3 * heads, heads)
+    require(fits, "qkv", qkv.shape, "of shape (b, n, {} * d) for {} heads", 3 * heads, heads)
     check_tokens(qkv, qkv.shape[-1], mask, "qkv")
     if rotary_theta is not None:
         check_positive(rotary_theta=rotary_theta)
@@ -144,11 +144,10 @@ def check_windows(
     if position_bias is not None:
         check_float("position_bias", position_bias)
         fits = position_bias.ndim == 2 and position_bias.shape[0] == heads and position_bias.shape[1] % 2 == 1
-        require(rotary_theta is None, "position_bias", position_bias, "None where there is a rotary_theta")
-        require(fits, "position_bias", position_bias.shape, "of shape ({0}, 2 * r + 1), as there are {0} heads", heads)
-        require(
-            position_bias.device == qkv.device, "position_bias", position_bias.device, "on {} as qkv is", qkv.device
-        )
+        require(rotary_theta is None, "position_bias", position_bias, "None if rotary_theta is given")
+        require(fits, "position_bias", position_bias.shape, "of shape ({0}, 2 * r + 1) for {0} heads", heads)
+        same, allowed = position_bias.device == qkv.device, "on {}, the device of qkv"
+        require(same, "position_bias", position_bias.device, allowed, qkv.device)
 
 
 def check_gathered(
@@ -165,7 +164,7 @@ def check_gathered(
     require(shares, "key_value", key_value.shape, "of shape (b, r, n, 2 d h / r) with r a divisor of h = {}", heads)
     expected = (batch, routes, key_value.shape[2], 2 * dim * heads // routes)
     require(key_value.shape == expected, "key_value", key_value.shape, "of shape {}", expected)
-    require(key_value.dtype == query.dtype, "key_value", key_value.dtype, "of dtype {} as query is", query.dtype)
+    require(key_value.dtype == query.dtype, "key_value", key_value.dtype, "of dtype {}, that of query", query.dtype)
 
     fits = indices.ndim == 4 and indices.shape[:3] == (batch, windows, routes)
     require(fits, "indices", indices.shape, "of shape ({}, {}, {}, s)", batch, windows, routes)
@@ -175,11 +174,11 @@ def check_gathered(
     require(null_kv.shape == (2, heads, dim), "null_kv", null_kv.shape, "of shape {}", (2, heads, dim))
     listed = {"weights": weights} if mask is None else {"weights": weights, "mask": mask}
     for name, tensor in listed.items():
-        require(tensor.shape == indices.shape, name, tensor.shape, "of shape {} as indices are", indices.shape)
+        require(tensor.shape == indices.shape, name, tensor.shape, "of shape {}, the shape of indices", indices.shape)
     if mask is not None:
         require(mask.dtype == torch.bool, "mask", mask.dtype, "a tensor of dtype torch.bool")
     for name, tensor in {"key_value": key_value, "indices": indices, "null_kv": null_kv, **listed}.items():
-        require(tensor.device == query.device, name, tensor.device, "on {} as query is", query.device)
+        require(tensor.device == query.device, name, tensor.device, "on {}, the device of query", query.device)
 
 
 def check_k(k: float | Tensor, scores: Tensor) -> None:
@@ -190,8 +189,8 @@ def check_k(k: float | Tensor, scores: Tensor) -> None:
     """
     if isinstance(k, Tensor):
         require(not k.is_complex() and k.dtype != torch.bool, "k", k.dtype, "a number or a tensor of real numbers")
-        _check_broadcast("k", k, scores.shape[:-1], "scores.shape[:-1], one k a row")
-        require(k.device == scores.device, "k", k.device, "on {} as scores are", scores.device)
+        _check_broadcast("k", k, scores.shape[:-1], "scores.shape[:-1], one k per row")
+        require(k.device == scores.device, "k", k.device, "on {}, the device of scores", scores.device)
     else:
         check_positive(k=k)
 
@@ -241,8 +240,8 @@ def check_normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, 
         if each is not None:
             check_float(name, each)
             fits = each.shape == x.shape[-1:]
-            require(fits, name, each.shape, "of shape {}, one entry a feature of x", x.shape[-1:])
-            require(each.device == x.device, name, each.device, "on {} as x is", x.device)
+            require(fits, name, each.shape, "of shape {}, one entry per feature of x", x.shape[-1:])
+            require(each.device == x.device, name, each.device, "on {}, the device of x", x.device)
     check_positive(eps=eps)
     require(dtype is None or dtype in FLOAT_DTYPES, "dtype", dtype, "None or a float dtype")
 
@@ -252,8 +251,8 @@ def check_biased_gelu(x: Tensor, bias: Tensor) -> None:
     check_float("x", x)
     check_float("bias", bias)
     require(x.ndim >= 1 and x.shape[-1] >= 1, "x", x.shape, "of shape (..., d) with d >= 1")
-    require(bias.shape == x.shape[-1:], "bias", bias.shape, "of shape {}, one entry a feature of x", x.shape[-1:])
-    require(bias.device == x.device, "bias", bias.device, "on {} as x is", x.device)
+    require(bias.shape == x.shape[-1:], "bias", bias.shape, "of shape {}, one entry per feature of x", x.shape[-1:])
+    require(bias.device == x.device, "bias", bias.device, "on {}, the device of x", x.device)
 
 
 def check_combine(
@@ -289,7 +288,7 @@ def check_combine(
     for name, (tensor, shape) in shapes.items():
         if tensor is not None:
             require(tensor.shape == shape, name, tensor.shape, "of shape {}", shape)
-            require(tensor.device == routed.device, name, tensor.device, "on {} as routed is", routed.device)
+            require(tensor.device == routed.device, name, tensor.device, "on {}, the device of routed", routed.device)
     require(indices.dtype in (torch.int32, torch.int64), "indices", indices.dtype, "a tensor of int32 or int64")
     require(dtype is None or dtype in FLOAT_DTYPES, "dtype", dtype, "None or a float dtype")
 
@@ -303,9 +302,9 @@ def check_routed(query: Tensor, key_value: Tensor, weights: Tensor, null_kv: Ten
     require(key_value.ndim == 4, "key_value", key_value.shape, "of shape (b, r, j, 2 * h / r * d)")
     (batch, routes, n_keys, width), (_, heads, dim) = key_value.shape, null_kv.shape
     fits = batch == query.shape[0] and routes >= 1 and heads % routes == 0 and width == 2 * heads // routes * dim
-    allowed = "of shape ({0}, r, j, 2 * {1} / r * {2}), as are {1} heads of {2} in r routes"
+    allowed = "of shape ({0}, r, j, 2 * {1} / r * {2}) for {1} heads of {2} in r routes"
     require(fits, "key_value", key_value.shape, allowed, query.shape[0], heads, dim)
-    require(key_value.dtype == query.dtype, "key_value", key_value.dtype, "of {} as query is", query.dtype)
+    require(key_value.dtype == query.dtype, "key_value", key_value.dtype, "of dtype {}, that of query", query.dtype)
     for name, tensor in (("weights", weights), ("mask", mask)):
         if tensor is not None:
             shape = (batch, routes, n_keys)
@@ -314,7 +313,7 @@ def check_routed(query: Tensor, key_value: Tensor, weights: Tensor, null_kv: Ten
         require(mask.dtype == torch.bool, "mask", mask.dtype, "a tensor of dtype torch.bool")
     for name, tensor in (("key_value", key_value), ("weights", weights), ("null_kv", null_kv), ("mask", mask)):
         if tensor is not None:
-            require(tensor.device == query.device, name, tensor.device, "on {} as query is", query.device)
+            require(tensor.device == query.device, name, tensor.device, "on {}, the device of query", query.device)
 
 
 def check_routing_tokens(x: Tensor, routing_tokens: Tensor) -> None:
@@ -326,7 +325,7 @@ def check_routing_tokens(x: Tensor, routing_tokens: Tensor) -> None:
     fits = len(shape) == 3 and (shape[0] == 1 or shape[0] == batch) and shape[1] >= 1 and shape[2] == d
     require(fits, "routing_tokens", shape, "of shape ({0}, r, {1}) or (1, r, {1}) with r >= 1", batch, d)
     same = routing_tokens.device == x.device
-    require(same, "routing_tokens", routing_tokens.device, "on {} as x is", x.device)
+    require(same, "routing_tokens", routing_tokens.device, "on {}, the device of x", x.device)
 
 
 def check_route(

@@ -117,14 +117,14 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         require(fits, "x", x.shape, f"a feature map of shape {shape}", dim)
         if residual is not None:
             fits = residual.shape == x.shape
-            require(fits, "residual", residual.shape, "of shape {} as x is", x.shape)
+            require(fits, "residual", residual.shape, "of shape {}, the shape of x", x.shape)
         if self.channel_first:
             x = rearrange(x, "b d h w -> b h w d")
             residual = None if residual is None else rearrange(residual, "b d h w -> b h w d")
         tokens = rearrange(x, "b h w d -> b (h w) d")
         if mask is not None:
             fits = mask.shape == x.shape[:3]
-            require(fits, "mask", mask.shape, "of shape {}, one entry a position", x.shape[:3])
+            require(fits, "mask", mask.shape, "of shape {}, one entry per position", x.shape[:3])
         token_mask = None if mask is None else rearrange(mask, "b h w -> b (h w)")
         num_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
         num_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv

@@ -41,7 +41,7 @@ class WindowedAttention(nn.Module):
         check_counts(light_dim_head=dim_head, light_heads=heads, light_window_size=window_size)
         if rotary_emb:
             check_even(light_dim_head=dim_head)
-        require(not (rotary_emb and position_bias), "position_bias", True, "False where there is a light_rotary_emb")
+        require(not (rotary_emb and position_bias), "position_bias", True, "False if light_rotary_emb is True")
         self.rotary_theta = THETA if rotary_emb else None
         self.position_bias = None
         if position_bias:

@@ -62,12 +62,12 @@ def shard_sequences(model: Module, *, mesh: Mesh) -> Module:
 def _check(name: str, module: nn.Module, operations: Operations) -> None:
     """A module may be sharded."""
     if operations.shards_of is not None:
-        raise ValueError(f"model must be of layers that have no mesh yet, got {name or type(module).__name__}")
+        raise ValueError(f"model must have no layer that is sharded already, got {name or type(module).__name__}")
     if isinstance(module, ConditionalRoutedImageAttention):
-        raise NotImplementedError(f"model has a layer of feature maps, {name!r}: only sequences `b n d` are sharded")
+        raise NotImplementedError(f"model must have only layers of sequences, got one of feature maps, {name!r}")
     if isinstance(module, CoordinateDescentRouter) and module.checkpoint_segments is not None:
         segments = module.checkpoint_segments
-        raise NotImplementedError(f"model has a router with triton_checkpoint_segments={segments}: {name!r}")
+        raise NotImplementedError(f"triton_checkpoint_segments of router {name!r} must be None, got {segments}")
 
 
 def _sharded(operations: Operations, group: ProcessGroup) -> Operations:

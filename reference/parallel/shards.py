@@ -31,7 +31,7 @@ def group_of(mesh: Mesh) -> ProcessGroup:
     if not isinstance(mesh, DeviceMesh):
         require(isinstance(mesh, ProcessGroup), "mesh", mesh, "a DeviceMesh or a ProcessGroup that this process is in")
         return mesh
-    require(mesh.ndim == 1, "mesh", mesh, "of one dimension: that which sequences are sharded over, as mesh['cp']")
+    require(mesh.ndim == 1, "mesh", mesh, "of one dimension, the one that shards sequences, such as mesh['cp']")
     return mesh.get_group()
 
 
@@ -58,12 +58,12 @@ class Shards:
             ValueError: a rank has no entries, or ranks differ in more than the lengths of this dimension.
         """
         group = group_of(mesh)
-        require(-x.ndim <= dim < x.ndim, name, x.shape, "of a shape with the dimension {} that is sharded", dim)
+        require(-x.ndim <= dim < x.ndim, name, x.shape, "of a shape with the sharded dimension {}", dim)
         others = [size for each, size in enumerate(x.shape) if each != dim % x.ndim]
         kind = crc32(repr((x.dtype, others)).encode())
         header = torch.tensor([x.shape[dim], mask is not None, kind], device=x.device)
         lengths, masked, kinds = torch.stack(all_gather(header, group, name)).T.tolist()
-        allowed = "of the dtype, and of the shape but for dimension {}, of all ranks of the group"
+        allowed = "of the same dtype and, except for dimension {}, of the same shape on all ranks of the group"
         require(len(set(kinds)) == 1, name, (x.dtype, tuple(x.shape)), allowed, dim)
         require(min(lengths) >= 1, name, f"lengths {lengths}", "of at least one entry on each rank")
         return cls(group, tuple(lengths), any(masked))
@@ -372,6 +372,6 @@ def _travelling(name: str, group: ProcessGroup) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"rank {group.rank()} of {group.size()} got no answer where all exchange {name}: another rank has ended, "
-            "or has not come here within the timeout of the process group"
+            f"rank {group.rank()} of {group.size()} got no answer in the exchange of {name}: another rank has ended, "
+            "or did not begin this exchange within the timeout of the process group"
         ) from error

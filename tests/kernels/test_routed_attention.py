@@ -139,7 +139,10 @@ def test_the_order_of_keys_is_nothing(seed, n_keys):
         ({"null_kv": torch.zeros(2, 3, 4)}, r"null_kv must be of shape \(2, h, d\) with h \* d = 8"),
         ({"key_value": torch.zeros(1, 5, 16)}, r"key_value must be of shape \(b, r, j, 2 \* h / r \* d\)"),
         ({"key_value": torch.zeros(1, 1, 5, 8)}, r"key_value must be of shape \(1, r, j, 2 \* 2 / r \* 4\)"),
-        ({"key_value": torch.zeros(1, 1, 5, 16).half()}, "key_value must be of torch.float32 as query is"),
+        (
+            {"key_value": torch.zeros(1, 1, 5, 16).half()},
+            "key_value must be of dtype torch.float32, that of query",
+        ),
         ({"weights": torch.zeros(1, 5)}, r"weights must be of shape \(1, 1, 5\)"),
         ({"mask": torch.ones(1, 5, dtype=torch.bool)}, r"mask must be of shape \(1, 1, 5\)"),
         ({"mask": torch.ones(1, 1, 5)}, "mask must be a tensor of dtype torch.bool"),

@@ -26,8 +26,8 @@ def test_require_names_the_argument_its_value_and_what_is_allowed():
         require(False, "depth", 1, "> 2")
     with pytest.raises(ValueError, match=r"^x must be of shape \(2, 3, 5\) or \(1, 5\), got shape \(4,\)$"):
         require(False, "x", torch.zeros(4).shape, "of shape {} or (1, {})", SCORES.shape, 5)
-    with pytest.raises(ValueError, match=r"^x must be on meta as y is, got on cpu$"):
-        require(False, "x", SCORES.device, "on {} as y is", torch.device("meta"))
+    with pytest.raises(ValueError, match=r"^x must be on meta, the device of y, got on cpu$"):
+        require(False, "x", SCORES.device, "on {}, the device of y", torch.device("meta"))
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -62,7 +62,7 @@ def test_a_mask_that_broadcasts(shape):
         (torch.ones(4, dtype=torch.bool), r"mask must be of a shape that broadcasts to \(2, 3, 5\).*got shape \(4,\)"),
         (torch.ones(2, 1, 3, 5, dtype=torch.bool), r"got shape \(2, 1, 3, 5\)"),
         (torch.ones(1, 2, 3, 5, dtype=torch.bool), r"got shape \(1, 2, 3, 5\)"),
-        (torch.ones(5, dtype=torch.bool, device="meta"), "mask must be on cpu as scores are, got on meta"),
+        (torch.ones(5, dtype=torch.bool, device="meta"), "mask must be on cpu, the device of scores, got on meta"),
     ],
 )
 def test_wrong_masks(mask, message):
@@ -88,9 +88,9 @@ def test_the_values_of_a_k_tensor_are_not_looked_at():
         (float("nan"), "k must be > 0, got nan"),
         (torch.ones(3, dtype=torch.bool), "k must be a number or a tensor of real numbers, got torch.bool"),
         (torch.ones(3, dtype=torch.complex64), "k must be a number or a tensor of real numbers, got torch.complex64"),
-        (torch.ones(5), r"k must be of a shape that broadcasts to \(2, 3\), .*one k a row, got shape \(5,\)"),
+        (torch.ones(5), r"k must be of a shape that broadcasts to \(2, 3\), .*one k per row, got shape \(5,\)"),
         (torch.ones(2, 3, 1), r"got shape \(2, 3, 1\)"),
-        (torch.ones(3, device="meta"), "k must be on cpu as scores are, got on meta"),
+        (torch.ones(3, device="meta"), "k must be on cpu, the device of scores, got on meta"),
     ],
 )
 def test_wrong_k(k, message):
@@ -175,9 +175,13 @@ def test_tokens(dtype, shape):
         (
             SCORES,
             torch.ones(3).bool(),
-            r"context_mask must be of shape \(2, 3\), one entry a token of context, got shape \(3,\)",
+            r"context_mask must be of shape \(2, 3\), one entry per token of context, got shape \(3,\)",
         ),
-        (SCORES, torch.ones(2, 3, device="meta").bool(), "context_mask must be on cpu as context is, got on meta"),
+        (
+            SCORES,
+            torch.ones(2, 3, device="meta").bool(),
+            "must be on cpu, the device of context, got on meta",
+        ),
     ],
 )
 def test_wrong_tokens(x, mask, message):

@@ -61,7 +61,7 @@ def test_gradcheck(solver):
         ({"n_iters": 0}, "n_iters must be >= 1, got 0"),
         ({"eps": 0.0}, r"eps must be > 0, got 0\.0"),
         ({"solver": "sinkhorn"}, "solver must be coor_descent or exact, got sinkhorn"),
-        ({"mask": torch.ones(2, 10).bool()}, r"mask must be of shape \(2, 11\), one entry a token of x"),
+        ({"mask": torch.ones(2, 10).bool()}, r"mask must be of shape \(2, 11\), one entry per token of x"),
         ({"routing_tokens": torch.ones(3, 2, 4)}, "routing_tokens must be of shape"),
     ],
 )

@@ -43,7 +43,10 @@ def test_half_precision_is_not_rounded():
         ({"routing_tokens": torch.ones(1, 3, 4)}, r"routing_tokens must be of shape .* got shape \(1, 3, 4\)"),
         ({"routing_tokens": torch.ones(3, 5)}, r"routing_tokens must be of shape .* got shape \(3, 5\)"),
         ({"routing_tokens": torch.ones(1, 3, 5).long()}, "routing_tokens must be a tensor of a float dtype"),
-        ({"routing_tokens": torch.ones(1, 3, 5, device="meta")}, "routing_tokens must be on cpu as x is, got on meta"),
+        (
+            {"routing_tokens": torch.ones(1, 3, 5, device="meta")},
+            "must be on cpu, the device of x, got on meta",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

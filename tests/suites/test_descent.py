@@ -143,7 +143,7 @@ def test_peers_say_why_they_cannot_run(monkeypatch):
     monkeypatch.setattr(peers, "find_spec", lambda name: "there")
     assert peers.COLT5_TRITON.unavailable(CASE, CPU) == "its Triton kernel runs on a GPU only"
     assert peers.COLT5_TRITON.unavailable(CASE, CUDA) is None
-    assert peers.COLT5_TRITON.unavailable(long, CUDA) == "takes rows to 131072"
+    assert peers.COLT5_TRITON.unavailable(long, CUDA) == "takes rows of at most 131072 scores"
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     for peer in (peers.COLT5_PLAIN, peers.COLT5_TRITON, peers.COLT5_TRITON_SEGMENTED):
         assert "colt5-attention is not installed" in peer.unavailable(CASE, CUDA)

@@ -166,7 +166,7 @@ class TestDense:
         long = LengthCase("self_attention", 2**20, 1024, None, 512)
         assert "takes too long" in peers.DENSE.unavailable(long, CUDA)
         assert peers.DENSE.unavailable(replace(long, n=2**17), CUDA) is None
-        assert "no dense layer" in peers.DENSE.unavailable(ModelLayerCase("vit", "tiny"), CPU)
+        assert "no dense counterpart" in peers.DENSE.unavailable(ModelLayerCase("vit", "tiny"), CPU)
         assert "GPU only" in peers.DENSE_FLASH.unavailable(ModelLayerCase("attention", "tiny"), CPU)
         assert "no attention" in peers.DENSE_FLASH.unavailable(ModelLayerCase("feed_forward", "tiny"), CUDA)
 
@@ -180,7 +180,7 @@ def test_colt5_says_why_it_cannot_run(monkeypatch):
     assert "raises" in triton(ModelLayerCase("vit", "tiny"))
     assert "half precision" in plain(ModelLayerCase("block", "tiny", "bfloat16"))
     assert "IndexError" in plain(LengthCase("router", 2048, 512, 1024, 32))
-    assert "takes rows to" in triton(LengthCase("router", 2 * BLOCK, 512, None, 32))
+    assert "takes rows of at most" in triton(LengthCase("router", 2 * BLOCK, 512, None, 32))
     assert "GPU only" in peers.COLT5_LAYER_TRITON.unavailable(ModelLayerCase("block", "tiny"), CPU)
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     assert "not installed" in plain(ModelLayerCase("block", "tiny"))

@@ -161,5 +161,5 @@ def test_a_layer_with_other_parameters_is_told_which(changed):
         return reference.ConditionalRoutedAttention(*args, **{**given, **changed})
 
     case = next(case for case in SUITES["layers"].cases("smoke", DEVICES[0]) if case.kind == "attention")
-    with pytest.raises(TypeError, match=r"parameters have to be those of .* of shape"):
+    with pytest.raises(TypeError, match=r"must have the parameters of the layer that it replaces: .* of shape"):
         SUITES["layers"].guest(other).build(case)

@@ -231,7 +231,7 @@ def test_gradcheck(build, mask, options):
         ({"heavy_dim_head": 3, "rotary_emb": True}, "heavy_dim_head must be even for a rotary embedding, got 3"),
         (
             {"position_bias": True, "light_rotary_emb": True},
-            "position_bias must be False where there is a light_rotary",
+            "position_bias must be False if light_rotary",
         ),
         ({"light_dim_head": 3, "light_rotary_emb": True}, "light_dim_head must be even for a rotary embedding, got 3"),
         ({"router_kwargs": {"solver": "x"}}, "solver must be coor_descent or exact, got x"),
@@ -246,7 +246,7 @@ def test_wrong_arguments_are_named(layer):
     for name in ("num_heavy_tokens_q", "num_heavy_tokens_kv"):
         with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
             layer()(X, **{name: 0})
-    with pytest.raises(ValueError, match=r"mask must be of shape \(2, 30\), one entry a token of x, got shape \(30,\)"):
+    with pytest.raises(ValueError, match=r"mask must be of shape \(2, 30\), one entry per token of x, got .*\(30,\)"):
         layer()(X, mask=MASK[0])
     with pytest.raises(ValueError, match=r"x must be of shape \(b, n, 16\), got shape \(2, 30, 15\)"):
         layer()(X[..., :15])

@@ -152,5 +152,5 @@ def test_wrong_arguments_are_named(build, layer):
         build("ConditionalRoutedCrossAttention", num_sets_kv=2)
     with pytest.raises(ValueError, match=r"context must be of shape \(b, n, 16\), got shape \(2, 35, 15\)"):
         layer()(X, CONTEXT[..., :15])
-    with pytest.raises(ValueError, match=r"context_mask must be of shape \(2, 35\), one entry a token of context"):
+    with pytest.raises(ValueError, match=r"context_mask must be of shape \(2, 35\), one entry per token of context"):
         layer()(X, CONTEXT, context_mask=MASK)

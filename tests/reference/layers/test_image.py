@@ -138,7 +138,7 @@ def test_wrong_arguments_are_named(build, layer):
     with pytest.raises(ValueError, match=r"x must be a feature map of shape \(b, h, w, 16\), got shape \(10, 13, 16\)"):
         layer()(MAP[0])
     with pytest.raises(
-        ValueError, match=r"mask must be of shape \(2, 10, 13\), one entry a position, got shape \(2, 130\)"
+        ValueError, match=r"mask must be of shape \(2, 10, 13\), one entry per position, got shape \(2, 130\)"
     ):
         layer()(MAP, mask=MASK.flatten(1))
     with pytest.raises(ValueError, match=r"mask must be a tensor of dtype torch\.bool, got torch\.float32"):

@@ -465,9 +465,9 @@ def test_wrong_options_are_named(options, message):
         ({"mask": torch.ones(3, 40)}, "mask must be a tensor of dtype torch.bool, got torch.float32"),
         (
             {"mask": torch.ones(40).bool()},
-            r"mask must be of shape \(3, 40\), one entry a token of x, got shape \(40,\)",
+            r"mask must be of shape \(3, 40\), one entry per token of x, got shape \(40,\)",
         ),
-        ({"mask": torch.ones(3, 40, device="meta").bool()}, "mask must be on cpu as x is, got on meta"),
+        ({"mask": torch.ones(3, 40, device="meta").bool()}, "mask must be on cpu, the device of x, got on meta"),
         ({"routing_tokens": torch.ones(2, 16)}, r"must be of shape \(3, 2, 16\), got shape \(2, 1, 16\)"),
         ({"routing_tokens": torch.ones(3, 1, 16)}, r"must be of shape \(3, 2, 16\), got shape \(3, 1, 16\)"),
     ],

@@ -25,7 +25,7 @@ def test_the_others_end(tmp_path, leave, when):
     for rank, (failed, text) in enumerate(outcomes):
         assert failed
         exchanged = "scores" if when == "forward" else "the gradient of scores"
-        assert f"RuntimeError: rank {rank} of 3 got no answer where all exchange {exchanged}: another rank" in text
+        assert f"RuntimeError: rank {rank} of 3 got no answer in the exchange of {exchanged}: another rank" in text
 
 
 @pytest.mark.gpu

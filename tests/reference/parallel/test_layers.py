@@ -193,12 +193,12 @@ def test_random_routes_are_refused(ranks, name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("ConditionalRoutedImageAttention", {}, "model has a layer of feature maps"),
-        ("ConditionalRoutedViT", {}, "model has a layer of feature maps"),
+        ("ConditionalRoutedImageAttention", {}, "model must have only layers of sequences, got one of feature maps"),
+        ("ConditionalRoutedViT", {}, "model must have only layers of sequences, got one of feature maps"),
         (
             "ConditionalRoutedFeedForward",
             {"use_triton": True, "router_kwargs": {"triton_checkpoint_segments": 2}},
-            "model has a router with triton_checkpoint_segments=2: 'router'",
+            "triton_checkpoint_segments of router 'router' must be None, got 2",
         ),
     ],
 )
@@ -212,7 +212,7 @@ def test_layers_without_a_parallel_form(ranks, name, options, message):
 def test_a_model_is_sharded_once(ranks):
     ((failed, text),) = ranks.outcomes(1, sharded.shard, nn.Sequential(build(AUTOREGRESSIVE)), 2)
     assert failed
-    assert "ValueError: model must be of layers that have no mesh yet, got 0" in text
+    assert "ValueError: model must have no layer that is sharded already, got 0" in text
 
 
 def test_no_dry_run_of_a_layer_that_other_processes_take_part_in(ranks):

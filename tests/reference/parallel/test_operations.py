@@ -236,10 +236,18 @@ def test_ranks_without_a_mask_have_all_entries(ranks, masked):
             2 * [torch.float32],
             r"scores must be of at least one entry on each rank, got lengths \[4, 0\]",
         ),
-        ([(2, 4), (3, 4)], 2 * [torch.float32], "scores must be of the dtype, and of the shape but for dimension -1"),
-        ([(4,), (2, 4)], 2 * [torch.float32], "scores must be of the dtype, and of the shape but for dimension -1"),
-        ([(4,), (4,)], [torch.float32, torch.float64], "scores must be of the dtype"),
-        ([(), ()], 2 * [torch.float32], "scores must be of a shape with the dimension -1"),
+        (
+            [(2, 4), (3, 4)],
+            2 * [torch.float32],
+            "scores must be of the same dtype and, except for dimension -1, of the same shape",
+        ),
+        (
+            [(4,), (2, 4)],
+            2 * [torch.float32],
+            "scores must be of the same dtype and, except for dimension -1, of the same shape",
+        ),
+        ([(4,), (4,)], [torch.float32, torch.float64], "scores must be of the same dtype"),
+        ([(), ()], 2 * [torch.float32], "scores must be of a shape with the sharded dimension -1"),
     ],
 )
 def test_all_ranks_refuse_what_does_not_fit(ranks, shapes, dtypes, message):
