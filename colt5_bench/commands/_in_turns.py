@@ -51,8 +51,8 @@ def check_measuring(options: argparse.Namespace, suites: Mapping[str, Grid]) -> 
     for name, file in options.files.items():
         if not is_outside(file):
             raise SelectionError(
-                f"--suite {file}: a file in a folder suites/ belongs to one checkout, and each revision has a checkout "
-                f"of its own. Move the file to another folder, or use --suite {name} if both revisions have it."
+                f"--suite {file}: a file in a folder suites/ belongs to one checkout, but each revision has its own. "
+                f"Move the file to another folder, or use --suite {name} if both revisions have it."
             )
     if options.rounds < 1:
         raise SelectionError(f"--rounds must be at least 1, got {options.rounds}.")

@@ -163,8 +163,8 @@ def _slowed_columns(options: argparse.Namespace, suites: Mapping[str, Grid], rul
         allowed = _most_allowed(name, device, columns, rules)
         if not allowed < options.planted < inf:
             raise SelectionError(
-                f"--planted must be above {allowed:g}, which {thresholds_file(options)} allows for times of {OURS} in "
-                f"suite {name}, got {options.planted:g}: choose a larger share or other --thresholds."
+                f"--planted must be finite and above {allowed:g}, which {thresholds_file(options)} allows for times of "
+                f"{OURS} in suite {name}, got {options.planted:g}: choose another share or other --thresholds."
             )
     return columns
 

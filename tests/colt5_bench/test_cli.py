@@ -198,7 +198,7 @@ def test_what_a_run_would_be_measured_under(here, capsys):
             ["--device must be auto, cpu, cuda or cuda:<index>, got 'tpu'"],
         ),
         (["--suite", "coor_descent", "--resume"], ["--resume needs --out DIR"]),
-        (["--suite", "coor_descent", "--shard", "5/4"], ["no shard '5/4'", "1/4, 2/4"]),
+        (["--suite", "coor_descent", "--shard", "5/4"], ["--shard must be I/N with I from 1 to N", "got '5/4'"]),
         (
             ["--suite", "coor_descent", "--time-limit", "soon"],
             ["--time-limit must be a number of seconds above 0", "got 'soon'"],

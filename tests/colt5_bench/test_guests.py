@@ -271,7 +271,7 @@ def test_a_file_that_is_no_suite_is_told_why(tmp_path, text, why):
 
 
 def test_a_suite_of_ones_own_has_a_name_of_its_own(tmp_path):
-    with pytest.raises(SelectionError, match="there is a suite 'toy' already"):
+    with pytest.raises(SelectionError, match="the checkout already has a suite 'toy'"):
         loading.load_suites(make_checkout(tmp_path), {"toy": tmp_path / "toy.py"})
     with pytest.raises(SelectionError, match="two suites 'rows'"):
         split_paths(["a/rows.py", "b/rows.py"])

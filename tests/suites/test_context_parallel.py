@@ -90,8 +90,8 @@ def request(isolate=False, time_limit=None, targets=()):
 @pytest.mark.parametrize(
     ("suites", "asked", "message"),
     [
-        (["topk"], request(), "which topk is not"),
-        (["context_parallel", "topk"], request(), "which topk is not"),
+        (["topk"], request(), "runs in several processes, got topk"),
+        (["context_parallel", "topk"], request(), "runs in several processes, got topk"),
         (
             ["context_parallel"],
             request(isolate=True),

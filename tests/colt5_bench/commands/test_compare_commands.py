@@ -161,7 +161,7 @@ class TestSavedRuns:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (("{run}", "HEAD"), "is a saved run and HEAD is none"),
+            (("{run}", "HEAD"), "is a saved run, but HEAD is not"),
             (
                 ("no-such-run", "HEAD"),
                 "no-such-run is neither a results file, nor a directory",
@@ -295,7 +295,7 @@ class TestRevisions:
             monkeypatch.setattr(f"colt5_bench.commands.selftest.{name}", lambda *places: {"toy": toy.SUITE})
         file = tmp_path / "suites" / "toy.py"
         assert cli.main([*command, "--suite", str(file), "--out", str(tmp_path / "out")]) == USAGE
-        assert f"{file} is in a folder suites/" in capsys.readouterr().err
+        assert f"{file}: a file in a folder suites/ belongs to one checkout" in capsys.readouterr().err
 
     def test_saved_runs_have_no_guests(self, saved, capsys):
         run = saved("run.jsonl", ours(1.0))
@@ -370,7 +370,7 @@ class TestBaseline:
             ({"git": None}, "is unknown: it is not recorded. Measure in a clone"),
             ({"git": {"unknown": "it has no owner"}}, "is unknown: it has no owner."),
             ({"harness": {"revision": "abc", "dirty": False}}, "by the harness of another checkout"),
-            ({"options": {"suite": "toy"}, "expected": 3}, "lacks 2 records of suite toy"),
+            ({"options": {"suite": "toy"}, "expected": 3}, "lacks 2 of 3 records of suite toy"),
         ],
     )
     def test_refuses_what_cannot_be_measured_again(self, baseline, saved, capsys, more, message):
@@ -440,7 +440,7 @@ class TestBaseline:
     def test_of_another_gpu_it_is_another_file(self, baseline, saved, capsys):
         assert baseline(saved("one.jsonl", ours()))[0] == DONE
         assert baseline(saved("other.jsonl", replace(ours(), device="Another GPU")))[0] == USAGE
-        assert "is of Toy GPU" in capsys.readouterr().err
+        assert "was measured on Toy GPU, but" in capsys.readouterr().err
 
     def test_processors_share_a_file(self, baseline, saved):
         assert baseline(saved("one.jsonl", ours(), gpu=None))[0] == DONE

@@ -68,7 +68,7 @@ def test_plots_of_several_suites_have_a_directory_each(results, tmp_path):
 
 def test_an_ending_that_is_none_says_which_there_are(results, capsys):
     assert cli.main(["report", str(results), "--out", "page.pdf"]) == commands.USAGE
-    assert "'.pdf'; it may end in .html, .csv, .parquet" in capsys.readouterr().err
+    assert "--out must end in .html, .csv, .parquet, got page.pdf" in capsys.readouterr().err
 
 
 def test_a_run_that_is_none_is_a_usage_error(tmp_path, capsys):

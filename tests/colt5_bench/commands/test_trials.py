@@ -183,9 +183,9 @@ class TestCommand:
             (("--comparisons", "0"), "--comparisons must be at least 1, got 0"),
             (("--comparisons", "1", "--rounds", "0"), "--rounds must be at least 1, got 0"),
             (("--comparisons", "1", "--suite", "topc"), "no suite 'topc'"),
-            (("--comparisons", "1", "--planted", "0.1"), "suites/thresholds.toml allows for a time of ours"),
-            (("--comparisons", "1", "--planted", "inf"), "suites/thresholds.toml allows for a time of ours"),
-            (("--comparisons", "1", "--planted", "nan"), "suites/thresholds.toml allows for a time of ours"),
+            (("--comparisons", "1", "--planted", "0.1"), "suites/thresholds.toml allows for times of ours in suite"),
+            (("--comparisons", "1", "--planted", "inf"), "suites/thresholds.toml allows for times of ours in suite"),
+            (("--comparisons", "1", "--planted", "nan"), "suites/thresholds.toml allows for times of ours in suite"),
             (
                 ("--comparisons", "1", "--planted", "0.5", "--impl", "reference"),
                 "--impl must name ours, too, got reference",

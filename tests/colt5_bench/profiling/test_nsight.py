@@ -124,12 +124,12 @@ class TestStarting:
     def test_that_may_not_read_the_counters_says_so(self, tool, tmp_path):
         log = "==PROF== Connected\n==ERROR== ERR_NVGPUCTRPERM - The user does not have permission\n==PROF== Done\n"
         tool("", log=log, report=False, status=1)
-        with pytest.raises(NsightError, match=r"ncu ended with status 1 and no report; .*ERR_NVGPUCTRPERM"):
+        with pytest.raises(NsightError, match=r"ncu ended with status 1 and wrote no report; .*ERR_NVGPUCTRPERM"):
             nsight.ncu(["--suite=toy"], WANTED, tmp_path)
 
     def test_that_saw_no_kernel_says_so(self, tool, tmp_path):
         tool("==PROF== No kernels", log="the last line\n\n")
-        with pytest.raises(NsightError, match=r"ncu saw no kernel of the profiled calls; .* says: the last line"):
+        with pytest.raises(NsightError, match=r"ncu contains no kernel of the profiled calls; .* says: the last line"):
             nsight.ncu(["--suite=toy"], WANTED, tmp_path)
 
     def test_a_report_that_cannot_be_shown_is_an_error(self, tool, tmp_path):

@@ -78,7 +78,7 @@ class TestPoints:
 class TestMissing:
     @pytest.mark.parametrize("mode", ["ncu", "nsys", "memory", "proton"])
     def test_what_is_about_a_gpu_needs_one(self, mode):
-        assert f"--profile {mode} is about a GPU" in profiler.missing(mode, CPU)
+        assert f"--profile {mode} needs a GPU" in profiler.missing(mode, CPU)
 
     @pytest.mark.parametrize(("mode", "tool"), profiler.TOOLS.items())
     def test_a_tool_that_is_not_installed_is_named(self, monkeypatch, mode, tool):
@@ -240,7 +240,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--profile", "memory"], "is about a GPU, and the device is cpu"),
+            (["--profile", "memory"], "needs a GPU, but the device is cpu"),
             (["--profile", "torch", "--", "-x"], "--profile does not start pytest"),
         ],
     )

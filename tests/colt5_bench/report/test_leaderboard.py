@@ -134,4 +134,4 @@ def test_several_runs_make_one_and_a_table(tmp_path, monkeypatch, capsys):
     assert "Toy CPU, 2 threads" in (tmp_path / "all.html").read_text()
     for option in (["--plots", str(tmp_path)], ["--baseline", paths[0]]):
         assert cli.main(["report", *paths, *option]) == commands.USAGE
-        assert "are for one run, got 2" in capsys.readouterr().err
+        assert "need exactly one run, got 2" in capsys.readouterr().err
