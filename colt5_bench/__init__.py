@@ -1,1 +1,1 @@
-"""The harness of colt5-bench: timing, memory, accuracy, records and reports. It knows no operator."""
+"""The harness of colt5-bench: timing, memory, accuracy, records and reports. It has no code for specific operators."""

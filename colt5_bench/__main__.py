@@ -1,4 +1,4 @@
-"""`python -m colt5_bench`, `python bench.py` and `colt5-bench`: the same, and the first to be imported."""
+"""Entry of `python -m colt5_bench`, `python bench.py` and `colt5-bench`; it is imported first."""
 
 import gc
 import sys
@@ -11,7 +11,7 @@ def main() -> int:
     with ending_at_once():
         from colt5_bench import cli
     status = cli.main()
-    # Python looks at all that there is as it ends. It takes half a second, and everything goes in any case.
+    # At its exit, Python would collect garbage for half a second, although the process ends anyway.
     gc.freeze()
     return status
 

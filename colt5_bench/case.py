@@ -1,4 +1,4 @@
-"""A case, the inputs made from it, and the bytes and operations that it needs at least."""
+"""A case, its inputs, and the fewest bytes and operations that it needs."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ FORWARD_BACKWARD = "forward+backward"
 DIRECTIONS = (FORWARD, FORWARD_BACKWARD)
 
 TRAINING = "training"
-"""In place of a direction, where a model is trained."""
+"""Takes the place of a direction if a model is trained."""
 
 
 _salt = ContextVar("salt", default="")
@@ -27,7 +27,7 @@ _salt = ContextVar("salt", default="")
 
 @contextmanager
 def other_values(secret: str) -> Iterator[None]:
-    """While this lasts, the generators of cases give other random numbers. Nobody can know them without the secret."""
+    """Within this context, cases draw other random numbers, which cannot be known without the secret."""
     token = _salt.set(f":{secret}")
     try:
         yield
@@ -39,7 +39,7 @@ MOST_KEPT = 2**29
 """Most random numbers of a case that are kept: two gigabytes."""
 
 
-# Two: those of a case in both directions and for all operations, and the other values of one direction.
+# Two entries: the values of a case for both directions and all operations, and the other values of a direction.
 @lru_cache(maxsize=2)
 def _drawn(seed: int, shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
@@ -48,11 +48,11 @@ def _drawn(seed: int, shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """One point of a suite's grid. A suite subclasses this with the fields of its operation, all plain values."""
+    """A point in the grid of a suite. A suite subclasses this with the fields of its operation, all plain values."""
 
     @property
     def id(self) -> str:
-        """`rows=8,n=512`: made from the fields, so that it cannot drift from what it names."""
+        """`rows=8,n=512`: made from the fields, so that it always matches them."""
         return ",".join(f"{f.name}={_text(getattr(self, f.name))}" for f in dataclasses.fields(self))
 
     def fields(self) -> dict[str, Plain]:
@@ -60,15 +60,15 @@ class Case:
         return dataclasses.asdict(self)
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
-        """Random numbers that depend on nothing but the fields of the case; within `other_values`, others."""
+        """Random numbers that depend only on the fields of the case; within `other_values`, other ones."""
         digest = hashlib.sha256(f"{type(self).__name__}:{self.id}{_salt.get()}".encode()).digest()
         return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:7], "big"))
 
     def normal(self, device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
         """Normally distributed float32 tensors, drawn one after the other; the caller owns them.
 
-        They depend on nothing but the fields of the case, whatever the device. Within `other_values` they need not, and
-        a GPU draws them itself: a long sequence takes the host longer than its truth takes the GPU.
+        They depend only on the fields of the case, on any device. Within `other_values` they may depend on the device,
+        and a GPU draws them itself: for a long sequence, the host draws longer than the GPU computes the truth.
         """
         if _salt.get() and device.type == "cuda":
             generator = self.generator(device)
@@ -89,24 +89,24 @@ class Problem:
     """Every tensor that an implementation receives, by the name of its argument."""
 
     upstream: Tensor
-    """The gradient of the output, prepared outside any timed region."""
+    """The gradient of the output, prepared outside of any timed region."""
 
     differentiable: tuple[str, ...] = ("scores",)
-    """The inputs whose gradient is asked for in forward+backward."""
+    """The inputs whose gradients are computed in forward+backward."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The least that any implementation has to do: the numerator of the roofline."""
+    """The least work of any implementation: the numerator of the roofline."""
 
     bytes: int
     """Every input read once and every output written once."""
 
     exponentials: int = 0
-    """Exponentials that have to be evaluated."""
+    """Number of exponentials that have to be evaluated."""
 
     flops: int = 0
-    """Floating-point operations of matrix products; 0 for what has none."""
+    """Floating-point operations of matrix products."""
 
     flops_dtype: str = "float32"
     """Dtype of the factors of the products: float32, bfloat16 or float16."""
@@ -118,11 +118,11 @@ class Truth:
 
     output: Tensor
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    """By input name; empty where only the forward direction is measured."""
+    """By input name; empty if only the forward direction is measured."""
 
     at_kink: dict[str, Tensor] = field(default_factory=dict)
     """By input name, bool: elements of a gradient where the definition is not differentiable. Any value between the
-    one-sided derivatives is right there. They are reported apart and never gated."""
+    one-sided derivatives is right there. They are reported separately and never gated."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The output and, by the names of the inputs, the gradients."""

@@ -50,19 +50,19 @@ WRONG_PLACE = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ELOOP, errno.ENAMETOOLONG, errno.EAGAIN),
 )
-"""Errors that another path would not have."""
+"""Errors that depend on a path given by the user."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status; whatever happens, it is none that says something else."""
+    """Run the command line and return its exit status, which is right for every kind of error."""
     if not os.environ.get("COLUMNS", "1").strip("0 "):
-        # As some terminals say that are none; nothing would be shown.
+        # Some pseudo-terminals set a width of 0, with which nothing would be shown.
         del os.environ["COLUMNS"]
     try:
         try:
             return _main(list(sys.argv[1:] if arguments is None else arguments))
         finally:
-            # Not as Python ends: it would end with a status of its own.
+            # Flushed here, because an error at the exit of Python would change the status.
             _flush()
     except (StartupError, SelectionError) as error:
         return _failed(str(error), USAGE)
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit as end:
-        # So rich ends where nobody reads what it shows.
+        # This is how rich ends if its output is closed.
         if end.code == 1:
             return CLOSED
         raise
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    # Arguments after `--` are passed on, and none of them is ours.
+    # Arguments after `--` are passed on unread.
     split = arguments.index("--") if "--" in arguments else len(arguments)
     arguments, passed_on = arguments[:split], arguments[split + 1 :]
     arguments = _with_command(arguments)
@@ -103,7 +103,7 @@ def _main(arguments: list[str]) -> int:
 
 
 def _command(name: str) -> Any:
-    # PyTorch reads it as it is imported. Its allocator warns where memory is measured, through a progress bar.
+    # PyTorch reads it at import. Otherwise, warnings of its allocator would disturb the progress bar.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with ending_at_once(), no_garbage_collection():
         return import_module(f"colt5_bench.commands.{name.replace('-', '_')}")
@@ -115,7 +115,7 @@ def _flush() -> None:
             if stream is not None:
                 stream.flush()
         except OSError:
-            # Text that is left in it cannot be written as Python ends either.
+            # Otherwise Python would try to write the remaining text again at its exit.
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             raise
@@ -165,7 +165,7 @@ def _version() -> str:
 
 
 def _parser(wanted: Iterable[str]) -> argparse.ArgumentParser:
-    """The parser of all commands, of which those that are wanted have their options."""
+    """The parser of all commands. Only the wanted ones get their options."""
     parser = _Parser(
         description="Measure implementations of conditionally routed attention (CoLT5): time, memory and accuracy.",
         epilog=f"examples:\n{EXAMPLES}",

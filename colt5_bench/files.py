@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and that one process at a time appends to."""
+"""Files that are written completely or not at all, and files that one process at a time appends to."""
 
 import errno
 import fcntl
@@ -13,13 +13,13 @@ from colt5_bench.texts import printable
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A place to write the content of `path`. Whatever happens, the file has its content from before or all of the new
-    one.
+    """A path for the new content of `path`. After any error the file has either its old content or all of the new
+    content.
 
-    Directories on the way to it are made.
+    Missing directories are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Hidden, and with another ending: nobody takes it for what it is to become.
+    # Hidden, and with another ending, so that it is not taken for the finished file.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield unfinished
@@ -33,7 +33,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def own(path: Path) -> FileIO:
-    """Open a file to append to; until it is closed no other process can.
+    """Open a file to append to. Until it is closed, no other process can open it.
 
     Raises:
         BlockingIOError: another process has it open.
@@ -46,23 +46,23 @@ def own(path: Path) -> FileIO:
             file.close()
             raise BlockingIOError(errno.EAGAIN, "another run is writing to it", str(path)) from None
         except OSError:
-            # A file system without locks has none to give.
+            # The file system has no locks.
             return file
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
-        # Whoever had it until now has put another file in its place.
+        # The process that had it until now has replaced the file.
         file.close()
 
 
 def describe_os_error(error: OSError) -> str:
-    """The path that cannot be used, and why, in one line."""
+    """One line with the path that cannot be used, and the reason."""
     what = "what is needed" if error.filename is None else error.filename
     return printable(f"cannot use {what}: {error.strerror or error}")
 
 
 def append(file: FileIO, line: bytes) -> None:
-    """Write a line, or nothing of it."""
+    """Write a whole line, or nothing."""
     end = file.seek(0, os.SEEK_END)
     try:
         rest = memoryview(line)

@@ -26,13 +26,13 @@ from colt5_bench.texts import describe_error
 def load_suites(checkout: Path, others: Mapping[str, Path] = MappingProxyType({})) -> dict[str, Grid]:
     """Every suite of the checkout. There is no registry: a suite is a file in suites/ with a `SUITE`.
 
-    A file that is broken costs no other suite; what is wrong with it is said on the error stream.
+    A broken file does not affect other suites; its fault is printed to stderr.
 
     Args:
-        others: further files by name, which the user named.
+        others: more files by name, named by the user.
 
     Raises:
-        SelectionError: one of these is no suite, or has the name of another.
+        SelectionError: one of these is no suite, or has the name of another suite.
     """
     suites = {}
     for name, file in others.items():
@@ -63,16 +63,16 @@ def load_suites(checkout: Path, others: Mapping[str, Path] = MappingProxyType({}
 
 
 def pick_suites(names: Sequence[str], suites: Mapping[str, Grid]) -> list[str]:
-    """The names of suites that were asked for, each once; `all` is every suite.
+    """The selected names of suites, without duplicates; `all` selects every suite.
 
     Raises:
-        SelectionError: there is no suite of a name.
+        SelectionError: a suite does not exist.
     """
     return list(suites) if "all" in names else [pick("suite", name, suites) for name in dict.fromkeys(names)]
 
 
 def load_suite(file: Path) -> Any:
-    """The `SUITE` of a file, or None. The file becomes a module of the package `suites`, if it is none yet."""
+    """The `SUITE` of a file, or None. The file is imported as a module of the package `suites`."""
     prefix = "" if is_outside(file) else prefix_of(file.parents[1])
     name = f"{prefix}suites.{file.stem}"
     module = sys.modules.get(name)
@@ -83,11 +83,11 @@ def load_suite(file: Path) -> Any:
 
 
 GROUP = "colt5_bench.implementations"
-"""Entry points by which installed packages bring guests. Their names are SUITE.NAME, as `coor_descent.mine`."""
+"""Entry points through which installed packages add guests. Names are SUITE.NAME, as `coor_descent.mine`."""
 
 
 def installed_guests(suite: Grid) -> tuple[Guest, ...]:
-    """Guests that installed packages bring to a suite. One that cannot join is left out, which is said once."""
+    """Guests that installed packages add to a suite. Faulty ones are left out, with one message."""
     return _installed_guests(suite.name, _guest_of(suite) is not None)
 
 
@@ -113,10 +113,10 @@ def _guest_of(suite: Grid) -> Callable[[Callable[..., Any]], Implementation[Any]
 
 
 def invite(suite: Grid, guests: Iterable[Guest]) -> Grid:
-    """The suite with the implementations of guests beside its own.
+    """The suite with its own implementations and those of guests.
 
     Raises:
-        SelectionError: the suite takes none, has one of the name, or there is no such function.
+        SelectionError: the suite takes no guests, has the name already, or a function does not exist.
     """
     for guest in guests:
         if (make := _guest_of(suite)) is None:
@@ -131,7 +131,7 @@ def invite(suite: Grid, guests: Iterable[Guest]) -> Grid:
 
 
 def describe_guest(guest: Guest) -> dict[str, str]:
-    """For the record: where a guest is from, without directories, and a hash of the file."""
+    """For the record: file or module of a guest, without directories, and a hash of the file."""
     file = _module_of(guest).__file__
     content = Path(file).read_bytes() if file else b""
     place = guest.place if guest.file is None else guest.file.name
@@ -153,10 +153,10 @@ def _function_of(guest: Guest) -> Callable[..., Any]:
 
 
 def _module_of(guest: Guest) -> ModuleType:
-    """The module of a guest, which is run once. What stands beside its file can be imported there.
+    """The module of a guest, which is executed once. It can import files from its directory.
 
     Raises:
-        SelectionError: there is none, or it fails.
+        SelectionError: the module does not exist, or fails.
     """
     if guest.place not in _traces:
         functions = Functions()
@@ -171,14 +171,14 @@ def _module_of(guest: Guest) -> ModuleType:
 
 
 class _Traces(NamedTuple):
-    """Changes that the import of a module had made to the process, and that were undone: fields of implementations."""
+    """Changes of the process by the import of a module, which were undone. They are fields of implementations."""
 
     changed_settings: tuple[str, ...]
     refused: str
 
 
 _traces: dict[str, _Traces] = {}
-"""By the place of a guest. A module is run once."""
+"""By the place of a guest. A module is executed once."""
 
 
 def _imported(guest: Guest) -> ModuleType:
@@ -187,7 +187,7 @@ def _imported(guest: Guest) -> ModuleType:
             return importlib.import_module(guest.place)
         name = f"colt5_bench_guest_{hashlib.sha256(guest.place.encode()).hexdigest()[:12]}"
         if str(guest.file.parent) not in sys.path:
-            # Last: nothing there may come before a package of ours.
+            # Last in the path, so that no file there shadows our packages.
             sys.path.append(str(guest.file.parent))
         return sys.modules.get(name) or _run_file(guest.file, name)
     except OSError as error:
@@ -214,10 +214,10 @@ def _run_file(file: Path, name: str) -> ModuleType:
 
 
 def checked(suite: object, name: str) -> Grid:
-    """The suite of a file, if it is put together as one.
+    """The suite of a file, if its fields are valid.
 
     Raises:
-        TypeError, ValueError: a field is wrong; the message says which, and what it has to be.
+        TypeError, ValueError: a field is wrong; the message names it and what is allowed.
     """
     if not isinstance(suite, Grid):
         raise TypeError(f"SUITE must be a Suite or a TrainingSuite, got a {type(suite).__name__}")
@@ -247,10 +247,10 @@ def checked(suite: object, name: str) -> Grid:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one.
+    """The device of a name. `auto` is the GPU if there is one.
 
     Raises:
-        SelectionError: no such device is here.
+        SelectionError: the device does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

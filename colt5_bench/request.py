@@ -1,4 +1,4 @@
-"""Options of a run, each declared once: for the command line and for pytest."""
+"""Options of a run, declared once for the command line and for pytest."""
 
 import os
 from argparse import Namespace
@@ -13,14 +13,14 @@ TARGETS = (80, 86, 89, 90, 100, 120)
 """GPUs that kernels can be compiled for, by compute capability times ten: Ampere, Ada, Hopper and Blackwell."""
 
 TIME_LIMIT = 1800.0
-"""Most seconds for a case and direction in a process of its own, unless the user says otherwise.
+"""Most seconds for a case and direction in its own process, unless an option sets another limit.
 `torch.compile` unrolls iterations for minutes, and the fp64 truth of the largest cases takes as long."""
 
 REPORT, NO_REPORT = "COLT5_BENCH_REPORT", "0"
-"""A variable of the environment, and its value for a run that writes its records alone, without plots and page."""
+"""An environment variable, and its value for a run that writes only records, without plots and page."""
 
 CEILINGS = "COLT5_BENCH_CEILINGS"
-"""A variable of the environment. It has the ceilings of the device as JSON, for a run that need not measure them."""
+"""An environment variable with the ceilings of the device as JSON, for a run that need not measure them."""
 
 
 def _option(*flags: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -113,7 +113,7 @@ MEASURING = (
     *("preset", "impl", "cases", "device", "out", "resume", "shard", "isolate", "time_limit", "energy", "corpus"),
     "compile_for",
 )
-"""Options of a run, but for the suites."""
+"""Options of a run, except the suites."""
 
 
 def declare(add: Callable[..., object], names: Iterable[str]) -> None:
@@ -130,12 +130,12 @@ class Request:
     device: str = "auto"
     preset: str = "default"
     implementations: tuple[str, ...] = ()
-    """Names of those to be measured; all if there is none."""
+    """Names of the implementations to measure; empty for all."""
 
     guests: tuple[Guest, ...] = ()
     cases: str = ""
     points: tuple[tuple[str, str], ...] = ()
-    """Cases and directions, of those that `cases` selects; all if there is none."""
+    """Cases and directions, among those that `cases` selects; empty for all."""
 
     shard: Shard = WHOLE
     out: Path | None = None
@@ -144,13 +144,13 @@ class Request:
     time_limit: float | None = None
     energy: bool = False
     corpus: Path | None = None
-    """Data of suites that train, instead of their own."""
+    """Data for suites that train, instead of their default."""
 
     targets: tuple[int, ...] = ()
-    """GPUs that kernels are compiled for where there is none."""
+    """GPUs for which kernels are compiled if there is no GPU."""
 
     ceilings: str = ""
-    """Those that an earlier run on this machine measured, as JSON."""
+    """Ceilings from an earlier run on this machine, as JSON."""
 
     def __post_init__(self) -> None:
         if self.resume and self.out is None:
@@ -179,12 +179,12 @@ class Request:
             energy=options.energy,
             corpus=None if options.corpus is None else options.corpus.absolute(),
             targets=tuple(options.compile_for),
-            # Read here, before suites are loaded: what is measured must not set its own.
+            # Read before suites are loaded, because measured code must not set them.
             ceilings=os.environ.get(CEILINGS, ""),
         )
 
     def arguments(self) -> list[str]:
-        """The options that make this request again, but for `--out` and `--resume`."""
+        """The options that make this request again, except `--out` and `--resume`."""
         return [
             *("--preset", self.preset, "--device", self.device),
             *(f"--impl={name}" for name in self.implementations if name not in {each.name for each in self.guests}),
@@ -199,7 +199,7 @@ class Request:
         ]
 
     def of_results(self, suite: str) -> dict[str, object]:
-        """Options that decide which records there are to be, as the results state them."""
+        """Options that determine the expected records, as written to the results."""
         return {
             "suite": suite,
             "preset": self.preset,

@@ -1,6 +1,6 @@
-"""Selections by the user: suites by name, cases by expression or share, and help with what was mistyped.
+"""Selections by the user: suites by name, cases by expression or share, and hints for mistyped names.
 
-Nothing here imports PyTorch: help and lists are there at once.
+Nothing here imports PyTorch, so that help and lists appear at once.
 """
 
 import ast
@@ -18,24 +18,24 @@ from colt5_bench.texts import describe_error
 T = TypeVar("T")
 
 PRESETS = ("smoke", "default", "full")
-"""Part of a suite that is measured."""
+"""The part of a suite that a run measures."""
 
 
 class SelectionError(ValueError):
-    """The user asked for what there is not; the message says what is allowed."""
+    """An option of the user is not valid; the message says what is allowed."""
 
 
 def suite_files(checkout: Path) -> dict[str, Path]:
-    """The files that may hold a suite, by its name: those of suites/ that are not private."""
+    """The files that may contain a suite, by its name: those in suites/ that are not private."""
     paths = sorted((checkout / "suites").glob("*.py"))
     return {path.stem: path for path in paths if not path.name.startswith("_") and path.stem != "conftest"}
 
 
 def split_paths(suites: Iterable[str]) -> tuple[list[str], dict[str, Path]]:
-    """Values of `--suite`: the names of suites, and the files by name among them that are named by a path.
+    """Values of `--suite`: the names of all suites, and the files of those that are given by a path.
 
     Raises:
-        SelectionError: two suites have one name.
+        SelectionError: two suites have the same name.
     """
     names, files = [], {}
     for text in dict.fromkeys(suites):
@@ -51,7 +51,7 @@ def split_paths(suites: Iterable[str]) -> tuple[list[str], dict[str, Path]]:
 
 
 def outlines(checkout: Path) -> dict[str, str]:
-    """The description of each suite of the checkout, by its name. Files are read, and not run."""
+    """The description of each suite of the checkout, by its name. Files are read, but not executed."""
     described = {}
     for name, file in suite_files(checkout).items():
         try:
@@ -75,7 +75,7 @@ def pick(kind: str, name: str, allowed: Iterable[str]) -> str:
     """The name itself, if it is allowed.
 
     Raises:
-        SelectionError: it is not.
+        SelectionError: the name is not allowed.
     """
     names = list(allowed)
     if name not in names:
@@ -94,7 +94,7 @@ _OF_EXPRESSIONS = (
 def case_filter(expression: str) -> Callable[[str], bool]:
     """True if a case id satisfies an expression of substrings joined by `and`, `or`, `not` and parentheses.
 
-    An empty expression is satisfied by every id; `n=512` by that of `n=5120` too.
+    Every id satisfies an empty expression. The id of `n=5120` satisfies `n=512`, too.
 
     Raises:
         SelectionError: the expression cannot be read.
@@ -120,7 +120,7 @@ def case_filter(expression: str) -> Callable[[str], bool]:
 
 @dataclass(frozen=True)
 class Guest:
-    """An implementation that the user brings: a function, or for suites of layers a class."""
+    """An implementation of the user: a function, or for suites of layers a class."""
 
     name: str
     place: str
@@ -131,10 +131,11 @@ class Guest:
 
     @classmethod
     def parse(cls, text: str) -> "Guest":
-        """`mine=path/to/file.py:function`, or `mine=package.module:function`. A path is one from here.
+        """`mine=path/to/file.py:function`, or `mine=package.module:function`. Paths are relative to the current
+        directory.
 
         Raises:
-            SelectionError: it is none of these.
+            SelectionError: the text has another form.
         """
         match = re.fullmatch(r"([A-Za-z]\w*)=(.+):([A-Za-z_][\w.]*)", text)
         if match is None:
@@ -156,12 +157,12 @@ class Guest:
 
 
 def split_guests(implementations: Iterable[str]) -> tuple[list[str], list[Guest]]:
-    """Values of `--impl`: the names among them, and the guests.
+    """Values of `--impl`: names and guests.
 
-    The implementations that are to be measured are the names and the guests. If there is no name, they are all.
+    The named implementations and the guests are measured. Without a name, all implementations are.
 
     Raises:
-        SelectionError: a guest cannot be read, or two have one name.
+        SelectionError: a guest cannot be read, or two have the same name.
     """
     given = list(dict.fromkeys(implementations))
     guests = [Guest.parse(text) for text in given if "=" in text]
@@ -184,7 +185,7 @@ class Shard:
         """`2/4`, the second of four.
 
         Raises:
-            SelectionError: it is none.
+            SelectionError: the text is no shard.
         """
         match = re.fullmatch(r"(\d+)/(\d+)", text)
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
@@ -195,7 +196,7 @@ class Shard:
         return f"{self.index}/{self.count}"
 
     def of(self, cases: Sequence[T]) -> Sequence[T]:
-        """Every `count`-th case: neighbours in a grid take about as long, so that shards do."""
+        """Every `count`-th case. Neighbours in a grid take about as long, so shards do, too."""
         return cases[self.index - 1 :: self.count]
 
 
@@ -203,10 +204,10 @@ WHOLE = Shard(1, 1)
 
 
 def parse_seconds(text: str) -> float:
-    """A limit of time.
+    """A time limit in seconds.
 
     Raises:
-        SelectionError: it is none.
+        SelectionError: the text is no positive number.
     """
     try:
         seconds = float(text)

@@ -1,4 +1,4 @@
-"""A run: what is to be measured, in which order, what is there already, and where the records go."""
+"""A run: the points to measure, their order, the existing records, and the destination of new ones."""
 
 import hashlib
 import json
@@ -22,18 +22,18 @@ from colt5_bench.selection import WHOLE, Guest, SelectionError, case_filter
 from colt5_bench.suite import Grid, TrainingSuite
 
 MAX_SECONDS = {"smoke": 0.1, "default": 1.0, "full": 2.0}
-"""Longest time of sampling a time column of a case, by preset. A smoke run shows that everything runs."""
+"""Longest sampling time of a time column of a case, by preset. A smoke run only shows that everything runs."""
 
 
 CHECKPOINTS = "checkpoints"
-"""Directory, beside the results, of the states of training runs that are not finished."""
+"""Directory for checkpoints of unfinished training runs, next to the results."""
 
 
 class Session:
     """Measures the points of suites, and writes the records of each group as soon as it is measured.
 
-    First `points` names all that a request asks for, then `begin` takes those that are to be measured, and `measure`
-    is called for each group of them.
+    First, `points` returns all points of the request. Then `begin` takes the points to measure, and `measure` is called
+    for each group of them.
     """
 
     def __init__(self, request: Request) -> None:
@@ -51,19 +51,19 @@ class Session:
         """By suite."""
         self._writers: dict[str, Writer] = {}
         self._begun: set[str] = set()
-        """Suites of which the results say what they were measured under."""
+        """Suites whose results files already have an environment."""
         self._conditions: Conditions | None = None
         self._files: dict[str, Path] = {}
-        """Where suites are, by name."""
+        """Files of suites, by name."""
         self._guests: dict[str, tuple[Guest, ...]] = {}
         """By suite, which has them among its implementations."""
         self._data: dict[str, str] = {}
         """Hash of the data of suites that train."""
         self.changed: list[str] = []
-        """Changes of the code while it was measured, in lines."""
+        """Changes of the code during the run, as lines."""
 
     def points(self, suite: Grid, file: Path) -> Iterator[tuple[Group, str]]:
-        """The group and the implementation of everything that the request asks for."""
+        """The group and the implementation of all points of the request."""
         self._files[suite.name] = file
         self._guests[suite.name] = (*installed_guests(suite), *self._request.guests)
         if isinstance(suite, TrainingSuite):
@@ -83,13 +83,13 @@ class Session:
                     yield group, name
 
     def begin(self, expected: Iterable[tuple[Group, str]], suites: Sequence[str]) -> None:
-        """Take the points that are to be recorded, and the names of their suites. An interrupted run is read.
+        """Take the points to record and the names of their suites. An interrupted run is read.
 
-        The error stream says what the user has to know of the code that is measured.
+        Warnings about the measured code are printed to stderr.
 
         Raises:
-            SelectionError: there are results already, which are not to be completed or cannot be.
-            OSError: there is no place for results, or another run is writing there.
+            SelectionError: results exist already, and the request does not complete them or cannot.
+            OSError: results cannot be written, or another run is writing there.
         """
         for group, implementation in expected:
             self._expected.setdefault(group, []).append(implementation)
@@ -108,11 +108,11 @@ class Session:
                 self._own(suite, self._request.out / f"{suite}.jsonl")
 
     def groups(self) -> dict[Group, list[str]]:
-        """The implementations to be recorded of each group: these are measured together."""
+        """The implementations to record in each group. They are measured together."""
         return self._expected
 
     def measure(self, group: Group, tell: Tell = silent) -> list[Record]:
-        """The records of all implementations of a group, measured together if they are not there yet.
+        """The records of all implementations of a group, which are measured together if they do not exist yet.
 
         Raises:
             OSError: the records cannot be written.
@@ -121,7 +121,7 @@ class Session:
         if any((group, name) not in self._records for name in names):
             conditions = self._prepare(group.suite)
             with warnings.catch_warnings():
-                # A warning of a measured implementation is no failure, whatever filter this runs under.
+                # A warning of a measured implementation is no failure, under any filter of warnings.
                 warnings.simplefilter("default")
                 records = self._measurer.measure(self._points[group], names, conditions, tell)
             for record in records:
@@ -133,7 +133,7 @@ class Session:
         return [self._records[group, name] for name in names]
 
     def missing(self) -> list[str]:
-        """The points that were expected and never recorded."""
+        """The points that were expected but not recorded."""
         return [
             " ".join((*group, name))
             for group, names in self._expected.items()
@@ -148,23 +148,23 @@ class Session:
             raise SelectionError(f"--energy needs a GPU whose energy NVML can measure: {error}.") from error
 
     def close(self) -> None:
-        """See whether the code is still what it was, and let go of the results files."""
+        """Check whether the code has changed, and close the results files."""
         for suite, before in self._environments.items():
             if changes := provenance.changed(before, self._code(suite, Origin.of(self._files[suite]))):
                 before |= changes
                 self.changed.append(f"{suite}: {provenance.change(before)}")
                 if suite in self._begun:
-                    # It has the key of the first line, and takes its place.
+                    # This line has the key of the first one, and replaces it.
                     self._writers[suite].environment(before)
         for suite, writer in self._writers.items():
             nothing = not self._environments[suite]["expected"] and not writer.path.stat().st_size
             if nothing and self._request.shard != WHOLE:
-                # A shard without a case is there, all the same.
+                # A shard without a case gets a file, too.
                 self._writer(suite)
             writer.close()
 
     def _code(self, suite: str, origin: Origin) -> dict[str, Any]:
-        """The code that is measured, for the environment."""
+        """The measured code, for the environment."""
         guests = {guest.name: describe_guest(guest) for guest in self._guests[suite]}
         return {**origin.described, **({provenance.GUESTS: guests} if guests else {})}
 
@@ -213,5 +213,5 @@ def _hash_of_data(suite: TrainingSuite, corpus: Path | None) -> str:
 
 @cache
 def _tell_once(note: str) -> None:
-    """Once a process: a run of several suites has as many sessions."""
+    """Print a note once per process, because each suite has a session."""
     print(note, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Checks before anything is measured. Each raises a sentence that says what to do."""
+"""Checks before anything is measured. Error messages say what to do."""
 
 import os
 import signal
@@ -10,16 +10,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGES = ("reference", "kernels", "suites")
-"""Packages of a checkout beside the harness."""
+"""Packages of a checkout, without the harness."""
 
 INSTALLED = "colt5"
-"""The package that has them in an installation, see setup.py."""
+"""The package that contains them in an installation, see setup.py."""
 
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """While this lasts, Ctrl-C ends the process there and then: packages that are half imported cannot unwind."""
-    # An ignored one, as of `&`, stays so.
+    """Within this context, Ctrl-C ends the process at once, because half-imported packages cannot unwind."""
+    # An ignored signal, as with `&`, stays ignored.
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if interruptible:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -35,7 +35,7 @@ class StartupError(Exception):
 
 
 def find_checkout(directory: Path) -> Path:
-    """The place of suites and operations. It is the directory itself if that is a checkout. Else it is the place of
+    """The directory of suites and operations. It is the given directory if that is a checkout. Else it is the place of
     this harness, which may be a checkout, too, or an installation.
 
     Raises:
@@ -52,22 +52,22 @@ def find_checkout(directory: Path) -> Path:
 
 
 def prefix_of(checkout: Path) -> str:
-    """The beginning of the names of modules in a checkout: empty, but in an installation."""
+    """The prefix of names of modules. It is empty in a checkout, and not empty in an installation."""
     return f"{INSTALLED}." if (checkout / "__init__.py").is_file() else ""
 
 
 def is_outside(suite: Path) -> bool:
-    """True for the file of a suite that is in no folder `suites`, and so in no checkout."""
+    """True for the file of a suite outside of a folder `suites`, and so outside of a checkout."""
     return suite.parent.name != "suites"
 
 
 def reports_of(checkout: Path) -> Path:
-    """Where runs are kept: in the checkout, or in the current directory if suites are installed."""
+    """The directory of runs, in the checkout, or in the current directory if suites are installed."""
     return (Path.cwd() if prefix_of(checkout) else checkout) / "reports"
 
 
 def check(checkout: Path, packages: Sequence[str] = PACKAGES) -> None:
-    """Make the packages of the checkout importable and see that they are what an import finds.
+    """Make the packages of the checkout importable, and check that an import finds them.
 
     PyPI has a package `kernels`, which transformers uses optionally.
 

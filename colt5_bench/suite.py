@@ -13,11 +13,11 @@ from colt5_bench.case import DIRECTIONS, TRAINING, Case, Cost, Problem, Truth
 from colt5_bench.tolerance import Tolerance
 
 C = TypeVar("C", bound=Case)
-"""The suite's own kind of case."""
+"""The type of case of a suite."""
 
 
 def _as_it_is(case: Case, tensor: str, expected: Tensor, tolerance: Tolerance) -> Tolerance:
-    """The bound of an implementation that states none of its own."""
+    """The bound of an implementation without its own bound."""
     return tolerance
 
 
@@ -27,15 +27,15 @@ def _no_metrics(case: Case, problem: Problem) -> Mapping[str, float]:
 
 @dataclass(frozen=True)
 class Operation(Generic[C]):
-    """A computation, and the truth that it is judged by."""
+    """A computation, and the truth for its results."""
 
     problem: Callable[[C, torch.device], Problem]
     truth: Callable[[C, Problem, str], Truth]
     """The fp64 answer for a case, its problem and a direction."""
 
     plain: Callable[[C], Callable[..., Tensor]]
-    """Plain PyTorch in the dtype of the inputs. Others may be off by how far it lies from the truth when its operands
-    are moved by roundings."""
+    """Plain PyTorch in the dtype of the inputs. Its errors, with operands moved by roundings, set the allowed errors of
+    implementations."""
 
 
 @dataclass(frozen=True)
@@ -48,34 +48,34 @@ class Implementation(Generic[C]):
     """From a case to a function of `**problem.inputs` that returns the output."""
 
     unavailable: Callable[[C, torch.device], str | None] = lambda case, device: None
-    """Why this implementation cannot run the case on the device, or None. The reason goes into the record."""
+    """The reason why this implementation cannot run the case on the device, or None. It goes into the record."""
 
     directions: Sequence[str] = DIRECTIONS
     """The directions that this implementation has; it is skipped in the others."""
 
     partial: bool = False
-    """True if it does less than the operation, as a lower bound. The cost of the operation is not its own then."""
+    """True if it does only a part of the operation, as a lower bound. The cost does not apply."""
 
     bound: Callable[[C, str, Tensor, Tolerance], Tolerance] = _as_it_is
     """Allowed error of a tensor. Arguments are the case, the name of the tensor (`output` or an input, for its
     gradient), its fp64 truth and the tolerance that plain PyTorch sets on the same inputs."""
 
     operation: Operation[C] | None = None
-    """The operation that it computes, if that is not the suite's, in whose place it could stand. A dense layer does so
-    beside a routed one. It is judged by this one's truth, and the cost of the suite's is not its own."""
+    """The operation that it computes instead of the one of the suite: a dense layer, for example. It is
+    judged by the truth of this operation, and the cost of the suite does not apply."""
 
     metrics: Callable[[C, Problem], Mapping[str, float]] = _no_metrics
-    """Further figures of what it does with the problem of a case, by name."""
+    """Other figures for the problem of a case, by name."""
 
     refused: str = ""
-    """Reason for which nothing of it is measured; empty for most."""
+    """Reason why it is not measured; empty for most."""
 
     changed_settings: tuple[str, ...] = ()
-    """Settings that the import of its module had changed. They were put back."""
+    """Settings that the import of its module changed. They were restored."""
 
     launching: Callable[[], AbstractContextManager[None]] | None = None
-    """A context in which its calls launch their Triton kernels with tensors on a CPU. These can then be compiled where
-    there is no GPU. None if it has no kernels that could."""
+    """A context in which its calls launch their Triton kernels with tensors on a CPU. The kernels can then be compiled
+    without a GPU. None if it has no such kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class Grid(Generic[C]):
     description: str
 
     cases: Callable[[str, torch.device], Sequence[C]]
-    """From a preset and a device to the cases that it runs there."""
+    """Function from a preset and a device to the cases."""
 
     directions: Callable[[C], Sequence[str]]
     implementations: Mapping[str, Any]
@@ -98,16 +98,16 @@ class Grid(Generic[C]):
     """The case field that plots are drawn against."""
 
     lines: Sequence[str] = ()
-    """Case fields each combination of which is a line in plots of metrics, and no panel."""
+    """Case fields whose combinations are lines in plots of metrics, not panels."""
 
     crossover: bool = False
-    """True if the page says from which value of `x_axis` on each implementation is faster than the reference."""
+    """True if the page shows from which value of `x_axis` on each implementation is faster than the reference."""
 
     timed: bool = True
-    """False for a suite without time columns: it measures divergence, or trains."""
+    """False for a suite without time columns, which measures divergence or trains."""
 
     serve: Callable[[], None] | None = None
-    """Does the part of each process but the first that `torchrun` has started, until the first has measured. None if
+    """The work of all processes of `torchrun` except the first, until the first one has measured. None if
     the suite is for one process."""
 
 
@@ -119,7 +119,7 @@ class Suite(Operation[C], Grid[C]):
     cost: Callable[[C, str], Cost]
 
     guest: Callable[[Callable[..., Any]], Implementation[C]] | None = None
-    """From a function or class by the user to an implementation of it. None if the suite takes none but its own.
+    """Makes an implementation of a function or class of the user. None if the suite takes no guests.
 
     A function takes the arguments of the operation, a class those of the layer."""
 
@@ -134,14 +134,14 @@ class Trainee(Generic[C]):
     """The model of a case, on the CPU. Random numbers have been seeded."""
 
     unavailable: Callable[[C, torch.device], str | None] = lambda case, device: None
-    """Why it cannot be trained on the case and device, or None. The reason goes into the record."""
+    """The reason why it cannot be trained on the case and device, or None. It goes into the record."""
 
     directions: Sequence[str] = (TRAINING,)
 
 
 @dataclass
 class Course:
-    """A training run as the harness drives it: a model, its data, and what is asked of it."""
+    """A training run, as used by the harness: a model, its data, its evaluations and figures."""
 
     model: nn.Module
     """On the device, in training mode."""
@@ -156,14 +156,14 @@ class Course:
     """The loss of a step's batch, with a graph."""
 
     evaluate: Callable[[], Mapping[str, float]]
-    """Figures of the model as it is, by name. Each is a point of a curve. No gradient may stay."""
+    """Present figures of the model, by name. Each is a point of a curve. No gradient may stay."""
 
     finish: Callable[[], Mapping[str, float | Sequence[float]]]
     """Final figures by name, for the metrics of the record; a sequence goes into its curves."""
 
     steps: int
     evaluations: int
-    """Number of evaluations, at equal distances; the last is after the last step."""
+    """Number of evaluations, at equal distances. The last one is after the last step."""
 
     tokens_per_step: int
 
@@ -175,13 +175,13 @@ class Course:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSuite(Grid[C]):
-    """Models that are trained; cases that differ in `seed` alone are repeats of one another."""
+    """Models that are trained. Cases that differ only in `seed` are repeats."""
 
     directions: Callable[[C], Sequence[str]] = lambda case: (TRAINING,)
     implementations: Mapping[str, Trainee[C]]
 
     data: Callable[[Path | None], str]
-    """A hash of the data that it reads, from the path that the user gave by `--corpus`, if any.
+    """A hash of the data, which is read from the path in `--corpus` if there is one.
 
     Raises:
         ValueError: there is no data at the path.

@@ -1,13 +1,13 @@
-"""Texts that come from elsewhere, made printable: on a terminal, in a page and in a results file."""
+"""Texts from other sources, made printable on a terminal, in a page and in a results file."""
 
 from shutil import get_terminal_size
 from textwrap import fill
 
 NARROWEST = 40
-"""Columns of a terminal below which nothing becomes narrower."""
+"""Fewest columns of a table; a narrower terminal does not make it narrower."""
 
 Plain = str | int | float | bool | None
-"""Values of JSON that are no list and have no fields."""
+"""Types of scalar JSON values."""
 
 
 def printable(text: str) -> str:
@@ -19,7 +19,7 @@ def printable(text: str) -> str:
 
 
 def folded(line: str) -> str:
-    """A line that is longer than the terminal is wide goes on below, between words."""
+    """Wrap lines between words to the width of the terminal."""
     width = max(get_terminal_size().columns, NARROWEST)
     return fill(line, width, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False)
 

@@ -1,6 +1,6 @@
-"""The names of what is measured: records, CSV, terminal, plots, pages and comparisons call a quantity the same.
+"""The names of quantities, which are the same in records, CSV, terminal, plots, pages and comparisons.
 
-A record and the CSV have a name with the unit after it: `cold_ms`, `peak_bytes`. People are shown `cold [ms]`.
+In records and CSV, the unit follows the name: `cold_ms`, `peak_bytes`. Elsewhere it is `cold [ms]`.
 """
 
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from functools import lru_cache
 
 @dataclass(frozen=True)
 class Quantity:
-    """A quantity as people are shown it."""
+    """A quantity as it is shown."""
 
     name: str
     unit: str = ""
     hint: str = ""
-    """Says in a line how it is measured."""
+    """Explanation of the measurement in one line."""
 
     @property
     def title(self) -> str:
@@ -32,7 +32,7 @@ TIMES = {
         Quantity("eager", "ms", "time that a caller waits for a call, one in a train of calls, host and GPU together"),
     )
 }
-"""By the names that records have them under, in the order of tables."""
+"""By their names in records, in the order of tables."""
 
 SPEED_UP = Quantity("speed-up", "x", "time of the reference over the time, by the first column of times")
 BANDWIDTH = Quantity("bandwidth", "GB/s", "each input read once and each output written once, over the time")
@@ -48,7 +48,7 @@ ERROR_AT_KINK = Quantity("error at kink", "", "largest distance from fp64 of the
 
 
 def time(column: str) -> Quantity:
-    """The quantity of a time column; one that is not listed is milliseconds, too."""
+    """The quantity of a time column. A column that is not listed is in milliseconds, too."""
     return TIMES.get(column, Quantity(column, "ms"))
 
 

@@ -1,4 +1,4 @@
-"""Figures derived from records: how cases are told apart, speed-ups, intervals, and short texts for all of these."""
+"""Figures derived from records: labels of cases, speed-ups, intervals, and short texts for them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def group_by(records: Iterable[T], key: Callable[[T], object]) -> list[list[T]]:
-    """Records with the same key, or findings on them, in the order of the first of each."""
+    """Records, or findings, grouped by key, in the order of the first of each group."""
     groups: dict[object, list[T]] = {}
     for record in records:
         groups.setdefault(key(record), []).append(record)
@@ -35,57 +35,57 @@ def summarised(record: Record) -> dict[str, Any]:
 
 
 def varying_fields(records: Sequence[Record]) -> list[str]:
-    """The case fields that are not the same in all records, in the order of the case."""
+    """The case fields that differ between records, in the order of the case."""
     names = dict.fromkeys(name for record in records for name in record.fields)
     return [name for name in names if len({text(record.fields.get(name)) for record in records}) > 1]
 
 
 def text(value: object) -> str:
-    """A field's value, as short as it can be said."""
+    """The value of a field as a short text."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def label(fields: Mapping[str, object], names: Iterable[str]) -> str:
-    """`n=512 eps=0.1`: those of the named fields that have a value."""
+    """`n=512 eps=0.1`: the named fields that have a value."""
     return " ".join(f"{name}={text(fields[name])}" for name in names if fields.get(name) is not None)
 
 
 def severity(divergence: Divergence) -> float:
-    """The largest error, to compare by: NaN is the worst there is."""
+    """The largest error, for comparisons. NaN counts as the worst."""
     return inf if isnan(divergence.largest) else divergence.largest
 
 
 def worst(record: Record) -> Divergence | None:
-    """The tensor that is farthest from its truth."""
+    """The tensor with the largest error."""
     return max(record.accuracy.values(), key=severity, default=None)
 
 
 def worst_gradient(record: Record) -> Divergence | None:
-    """The gradient that is farthest from its truth."""
+    """The gradient with the largest error."""
     gradients = (divergence for tensor, divergence in record.accuracy.items() if tensor != "output")
     return max(gradients, key=severity, default=None)
 
 
 def main_column(records: Iterable[Record]) -> str:
-    """The time column that the figures of records go by. It is GPU time with a cold L2 where there is any, else wall
+    """The time column that gives the figures of records. It is GPU time with a cold L2 if there is any, else wall
     time."""
     return "cold" if any(record.seconds("cold") is not None for record in records) else "wall"
 
 
 def bandwidth(record: Record, column: str) -> float | None:
-    """The least bytes over the time, in bytes a second."""
+    """The fewest possible bytes over the time, in bytes per second."""
     seconds = record.seconds(column)
     return record.minimum_bytes / seconds if seconds and record.minimum_bytes else None
 
 
 def share_of_limit(record: Record, column: str) -> float | None:
-    """The least time that the device needs over the time taken."""
+    """The least time that the device needs over the measured time."""
     seconds = record.seconds(column)
     return record.limit_seconds / seconds if seconds and record.limit_seconds else None
 
 
 def time_intervals(records: Sequence[Record], column: str) -> list[Interval | None]:
-    """Intervals of the medians of a time column, as far as the run can tell. All at once are faster than one by one."""
+    """Intervals of the medians of a time column, from the run alone. All at once are faster than one by one."""
     samples = [timing.samples if (timing := record.timings.get(column)) else [] for record in records]
     known = iter(_intervals([each for each in samples if each]))
     return [next(known) if each else None for each in samples]
@@ -99,8 +99,8 @@ def speed_ups(records: Sequence[Record], reference: str, column: str) -> list[fl
 
 
 def speed_up_intervals(records: Sequence[Record], reference: str, column: str) -> list[Interval | None]:
-    """Intervals of the same speed-ups, by rounds: a slowdown of both in a round is no noise. None for the reference
-    itself."""
+    """Intervals of the same speed-ups, by rounds, so that a common slowdown in a round is no noise. None for the
+    reference itself."""
     pairs = _beside_reference(records, reference, column)
     ratios = [
         beside(pair[1].timings[column].samples, pair[0].timings[column].samples)
@@ -112,17 +112,17 @@ def speed_up_intervals(records: Sequence[Record], reference: str, column: str) -
 
 
 def faster_from(records: Sequence[Record], reference: str, column: str, x: str) -> dict[tuple[str, str], str]:
-    """The least value of a field from which on each implementation is faster than the reference, for certain.
+    """The least value of a field from which on each implementation is certainly faster than the reference.
 
     Args:
-        records: of one suite.
+        records: records of one suite.
         reference: the name of the implementation that others are compared with.
         column: the time column.
-        x: the field, of numbers.
+        x: the field, with numbers as values.
 
     Returns:
-        By implementation and line, which is the rest of the case and the direction: that value, `not to` the largest
-        one that both were timed at, or nothing if there is none.
+        By implementation and line (the other fields of the case, and the direction): this value; or `not to` and the
+        largest value with times of both; or nothing if there is none.
     """
     bounds = dict(zip(map(id, records), speed_up_intervals(records, reference, column), strict=True))
     fields = [name for name in varying_fields(records) if name != x]
@@ -138,14 +138,14 @@ def faster_from(records: Sequence[Record], reference: str, column: str, x: str) 
 
 
 def spans_one(interval: Interval | None) -> bool:
-    """True if a ratio with this interval is no difference that was seen."""
+    """True if a ratio with this interval shows no difference."""
     return interval is not None and interval[0] <= 1 <= interval[1]
 
 
 def mean_speed_up(ratios: Sequence[float], bounds: Sequence[Interval]) -> tuple[float, Interval]:
-    """The geometric mean of speed-ups with these intervals, and its own interval. Noise of one pair has nothing to do
-    with that of another."""
-    with np.errstate(all="ignore"):  # Interval of a pair with too few samples, of which nothing is known.
+    """The geometric mean of speed-ups with these intervals, and its own interval. The noise of pairs counts as
+    independent."""
+    with np.errstate(all="ignore"):  # Interval of a pair with too few samples.
         logarithms = np.log(bounds)
         mean, reaches = logarithms.mean(), np.diff(logarithms)[:, 0] / 2
         error = np.sqrt((reaches**2).sum()) / len(bounds)
@@ -155,7 +155,7 @@ def mean_speed_up(ratios: Sequence[float], bounds: Sequence[Interval]) -> tuple[
 
 
 def _beside_reference(records: Sequence[Record], reference: str, column: str) -> list[tuple[Record, Record] | None]:
-    """Each record that has times with that of the reference which has them, too."""
+    """Pairs of a record and the record of its reference, if both have times."""
 
     def point(record: Record) -> tuple[str, str, str, str]:
         return record.environment, record.suite, record.case, record.direction
@@ -171,7 +171,7 @@ def _intervals(several: Sequence[Sequence[float]]) -> list[Interval]:
 
 
 def plus_minus(interval: Interval | None) -> str:
-    """`±2%`: half the width of an interval on the logarithmic scale; empty without one, `±?` if nothing is known."""
+    """`±2%`: half of the width of an interval on the logarithmic scale; empty without one, `±?` if it is unknown."""
     if interval is None:
         return ""
     low, high = interval
@@ -179,22 +179,22 @@ def plus_minus(interval: Interval | None) -> str:
 
 
 def format_ratio(ratio: float, interval: Interval | None) -> str:
-    """`4x±2%`, or `0.9-1.1x` where the interval spans 1: then no difference was seen."""
+    """`4x±2%`, or `0.9-1.1x` if the interval contains 1 and so shows no difference."""
     if interval and spans_one(interval):
         return f"{short(interval[0])}-{short(interval[1])}x"
     return f"{short(ratio)}x{plus_minus(interval)}"
 
 
 def measured_under(environment: Mapping[str, Any], precision: int = len("2026-11-23T22:05")) -> str:
-    """`2026-11-23 22:05 a900dda`: date and revision of a run, which sorts by time; a plus is for changes that are not
-    committed. Empty where neither is known."""
+    """`2026-11-23 22:05 a900dda`: date and revision of a run, which sorts by time. A plus is for uncommitted changes.
+    Empty if neither is known."""
     git = environment.get("git") or {}
     revision = f"{git['revision'][:7]}{'+' if git.get('dirty') else ''}" if git.get("revision") else ""
     return f"{environment.get('utc', '')[:precision].replace('T', ' ')} {revision}".strip()
 
 
 def short(value: float) -> str:
-    """Three digits, all of those before the point, and no exponent for what a table shows."""
+    """Three digits, or all of those before the point, without an exponent for usual values."""
     if value >= 100:
         return f"{value:.0f}"
     return f"{value:.3g}" if value >= 1e-3 or value == 0 else f"{value:.1e}"

@@ -1,4 +1,4 @@
-"""Environment of a run: the machine and the versions. Nothing that names its owner or its paths."""
+"""Environment of a run: the machine and the versions, without names of its owner or paths."""
 
 import os
 import platform
@@ -19,10 +19,10 @@ PEERS = (
     *("adasplash", "attn-gym", "colt5-attention", "entmax", "flash-attn", "flash-linear-attention"),
     *("flashinfer-python", "liger-kernel", "quack-kernels", "softtorch"),
 )
-"""Packages that bring implementations, each of them optional."""
+"""Optional packages that have implementations."""
 
 PACKAGES = ("numpy", "pytest-benchmark", *PEERS)
-"""Packages besides torch and Triton whose version a result may depend on."""
+"""Packages whose versions may affect a result, in addition to torch and Triton."""
 
 THROTTLE_REASONS = {
     "sw_power_cap": pynvml.nvmlClocksEventReasonSwPowerCap,
@@ -31,7 +31,7 @@ THROTTLE_REASONS = {
     "hw_thermal_slowdown": pynvml.nvmlClocksEventReasonHwThermalSlowdown,
     "hw_power_brake_slowdown": pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown,
 }
-"""Why a GPU may run below the clock that it could have: NVML's bits by a name for the record."""
+"""Reasons why a GPU may run below its full clock: NVML's bits by a name for the record."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class GpuState:
 
     @property
     def throttled(self) -> bool:
-        """True if times taken now are void. At its power limit a busy GPU runs as it is meant to: that is no reason."""
+        """True if times taken now are not valid. The power limit is normal for a busy GPU, and no reason."""
         return any(reason != "sw_power_cap" for reason in self.reasons)
 
 
 def gpu_state(device: torch.device) -> GpuState | None:
-    """The state of a CUDA device now; None for another device, or where NVML cannot tell."""
+    """The present state of a CUDA device; None for another device, or without NVML."""
     handle = _nvml_handle(device)
     if handle is None:
         return None
@@ -73,14 +73,14 @@ def gpu_state(device: torch.device) -> GpuState | None:
 
 
 class InstrumentError(RuntimeError):
-    """NVML cannot tell the energy or the power of a device; the message is for the user."""
+    """NVML cannot measure the energy or the power of a device; the message is for the user."""
 
 
 class EnergyMeter:
-    """NVML's counter of the energy that a GPU has taken, and its sensor of power.
+    """NVML's energy counter and power sensor of a GPU.
 
     Raises:
-        InstrumentError: the device has none.
+        InstrumentError: the device does not have them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -91,14 +91,14 @@ class EnergyMeter:
         self.watts()
 
     def joules(self) -> float:
-        """Reading of the counter, which begins anywhere."""
+        """Reading of the counter, whose zero is arbitrary."""
         try:
             return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
         except pynvml.NVMLError as error:
             raise InstrumentError(f"NVML has no energy counter for this GPU: {error}") from error
 
     def watts(self) -> float:
-        """Power at the moment, not the mean over a second that NVML has as well."""
+        """Power at this moment. NVML also has a mean over a second, which is not used."""
         (found,) = pynvml.nvmlDeviceGetFieldValues(self._handle, [pynvml.NVML_FI_DEV_POWER_INSTANT])
         if found.nvmlReturn != pynvml.NVML_SUCCESS:
             raise InstrumentError(f"NVML has no power sensor for this GPU: {pynvml.NVMLError(found.nvmlReturn)}")
@@ -106,7 +106,7 @@ class EnergyMeter:
 
 
 def device_name(device: torch.device) -> str:
-    """Model name of a GPU, or of the processor."""
+    """Model name of the GPU, or of the processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
 
 
@@ -127,7 +127,7 @@ def describe(device: torch.device) -> dict[str, object]:
         "packages": {name: _version(name) for name in PACKAGES},
         "licences": {name: _licence(name) for name in PEERS if _version(name)},
         "gpu": _gpu(device) if device.type == "cuda" else None,
-        # To the millisecond: two runs that begin in one second are two runs, and have keys of their own.
+        # In milliseconds, so that two runs that begin in the same second have different keys.
         "utc": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "command": " ".join(_without_directory(argument) for argument in sys.argv),
     }
@@ -164,7 +164,7 @@ def _gpu(device: torch.device) -> dict[str, object]:
 
 
 def _settings(handle: Any) -> dict[str, Any]:
-    """Driver, power limit and highest clocks, as far as NVML tells them."""
+    """Driver, power limit and highest clocks, if NVML provides them."""
     wanted = {
         "driver": lambda: pynvml.nvmlSystemGetDriverVersion(),
         "power_limit_w": lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,
@@ -193,7 +193,7 @@ def _nvml_handle(device: torch.device) -> Any:
 
 @cache
 def _nvml_handle_of(index: int) -> Any:
-    """NVML counts all GPUs of a machine, CUDA those that are visible to it: they agree on the UUID."""
+    """The GPU by its UUID, because NVML numbers all GPUs of a machine, but CUDA only the visible ones."""
     try:
         pynvml.nvmlInit()
         uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
@@ -225,5 +225,5 @@ def _version(package: str) -> str | None:
 
 
 def _without_directory(argument: str) -> str:
-    """`--out=/data/me/run.jsonl` becomes `--out=run.jsonl`, wherever in it a path begins."""
+    """`--out=/data/me/run.jsonl` becomes `--out=run.jsonl`; paths may begin anywhere in the text."""
     return re.sub(r"(^|[=:,\s'\"])[~/].*/", r"\1", argument.rstrip("/"), flags=re.DOTALL)

@@ -1,25 +1,25 @@
-"""git, asked about the directory that is named and no other."""
+"""Calls of git for a given directory only."""
 
 import os
 import subprocess
 from pathlib import Path
 
 KEPT = ("GIT_CONFIG", "GIT_EXEC_PATH")
-"""Beginning of variables that say how git works, among them which repositories it trusts. All other ones of git may
-lead it to another repository, another index or another answer."""
+"""Prefix of variables that configure git, including the repositories that it trusts. Other variables of git may direct
+it to another repository or another index."""
 
 
 def environment() -> dict[str, str]:
-    """The variables of this process without those that lead git elsewhere."""
+    """The variables of this process without those that direct git elsewhere."""
     return {name: value for name, value in os.environ.items() if not name.startswith("GIT_") or name.startswith(KEPT)}
 
 
 def run(directory: Path, *arguments: str, seconds: float | None = None) -> subprocess.CompletedProcess[str]:
-    """Run git in a directory. Its messages are in English, and bytes that are no text become surrogates.
+    """Run git in a directory. Its messages are in English, and bytes that are not text become surrogates.
 
     Raises:
-        FileNotFoundError: there is no git.
-        subprocess.TimeoutExpired: it took longer than `seconds`.
+        FileNotFoundError: git is not installed.
+        subprocess.TimeoutExpired: git took longer than `seconds`.
     """
     done = subprocess.run(
         ["git", "--no-replace-objects", "-C", str(directory), *arguments],

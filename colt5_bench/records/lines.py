@@ -1,6 +1,6 @@
-"""Lines of JSON that strict parsers read, in files as people keep them.
+"""Lines of strict JSON, in plain or compressed files.
 
-JSON has no word for a number that is none: it is written as the string "NaN", "Infinity" or "-Infinity".
+JSON has no NaN and no infinity: they are written as the strings "NaN", "Infinity" or "-Infinity".
 """
 
 import gzip
@@ -21,16 +21,16 @@ _GZIP = b"\x1f\x8b"
 
 
 def encode(content: Any) -> bytes:
-    """The line of a dictionary. A dataclass in it is one, too. What JSON does not know is written as text, and what
-    cannot be printed as an escape."""
+    """The line of a dictionary, which may contain dataclasses. Values of other types are written as text, and
+    characters that cannot be printed as escapes."""
     return json.dumps(_writable(content), allow_nan=False, default=str, ensure_ascii=False).encode() + b"\n"
 
 
 def decode(line: bytes) -> Any:
-    """The content of a line, which may be from a program that escapes less.
+    """The content of a line. Another program, with fewer escapes, may have written it.
 
     Raises:
-        ValueError: it is not JSON.
+        ValueError: the line is not JSON.
     """
     try:
         content = json.loads(line.decode())
@@ -40,13 +40,12 @@ def decode(line: bytes) -> Any:
 
 
 def entries(content: Any) -> dict[str, Any]:
-    """The fields of a dataclass by name, as they are: `dataclasses.asdict` copies all that they hold, which is slow."""
+    """The fields of a dataclass by name, without the slow copies of `dataclasses.asdict`."""
     return {each.name: getattr(content, each.name) for each in fields(content)}
 
 
 def figures(value: Any, texts: Collection[str] = ()) -> Any:
-    """The value with numbers in place of the words for those that are none. Fields with a name of `texts` are left as
-    they are."""
+    """The value with NaN and infinities instead of their strings, except in fields with a name of `texts`."""
     if isinstance(value, str):
         return _NUMBERS.get(value, value)
     if isinstance(value, dict):
@@ -58,15 +57,15 @@ def figures(value: Any, texts: Collection[str] = ()) -> Any:
 
 
 def is_simple(line: bytes) -> bool:
-    """True if any parser reads from it what `decode` and `figures` do."""
+    """True if any parser reads the same as `decode` and `figures`."""
     return _all_is_printable(line) and not any(word in line for word in _WORDS)
 
 
 def lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, compressed by gzip or not, each with its end; empty ones are left out.
+    """The lines of a file, plain or in gzip, each with its end. Empty ones are left out.
 
     Raises:
-        ValueError: it is text of another encoding than UTF-8, or cannot be decompressed.
+        ValueError: the file has another encoding than UTF-8, or cannot be decompressed.
     """
     with path.open("rb") as file:
         start = file.read(len(BOM_UTF8))

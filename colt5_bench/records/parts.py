@@ -1,4 +1,4 @@
-"""Results that belong together: of an interrupted run and what completes it, and of the shards of a run."""
+"""Results that belong together: an interrupted run and its completion, and the shards of a run."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -15,13 +15,13 @@ COMPARED = (
     *("python", "threads", "torch", "triton", "cuda", "packages", "gpu", "options", "data"),
     *("git", "harness", "guests", "suite_file"),
 )
-"""Conditions that have to be equal for records to stand in one table. The clock of a GPU at the start may differ."""
+"""Conditions that have to be equal for records in one table. The clock of a GPU at the start may differ."""
 
 COMPARED_ON_CPU = (*COMPARED, "cpu", "cores")
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], *, but: Collection[str] = ()) -> str:
-    """Differences of two environments that have to be equal, in words, or that are not known to be. Empty if there is
+    """Differences, or possible differences, of two environments that have to be equal, in words. Empty if there are
     none."""
     compared = COMPARED if one.get("gpu") and other.get("gpu") else COMPARED_ON_CPU
     ones, others = flat(dict(one)), flat(dict(other))
@@ -37,7 +37,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], *, but: Collec
 
 
 def _doubts(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Why the code of both may differ though they describe it alike."""
+    """Reasons why the code of both may differ, even if their descriptions are equal."""
     of_code = [one.get("git"), other.get("git"), *filter(None, (one.get("harness"), other.get("harness")))]
     doubts = filter(None, map(provenance.doubt, of_code))
     return "; ".join(dict.fromkeys(f"their code, perhaps, because a revision is unknown: {why}" for why in doubts))
@@ -46,10 +46,10 @@ def _doubts(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 def keep_finished(
     writer: Writer, environment: Mapping[str, Any], expected: Mapping[Group, Collection[str]]
 ) -> list[Record]:
-    """The records of an interrupted run that need not be measured again. They are all that is in the file then.
+    """The records of an interrupted run that need not be measured again. All others are removed from the file.
 
-    What is measured together is kept together: if every implementation was recorded, and none ended with an error,
-    which may have been the machine's. A wrong result or a lack of memory is a result.
+    Implementations that are measured together are kept together, if all were recorded and none ended with an error,
+    which may be an error of the machine. A wrong result or a lack of memory is a result.
 
     Raises:
         SelectionError: the run was measured under other conditions than `environment`, or cannot be read.
@@ -75,7 +75,7 @@ def keep_finished(
 
 
 def read(path: Path) -> Run:
-    """The run of a path that the user named."""
+    """The run at a path given by the user."""
     try:
         return load(path)
     except ValueError as error:
@@ -83,10 +83,10 @@ def read(path: Path) -> Run:
 
 
 def merge(paths: Sequence[Path], out: Path) -> Run:
-    """Join the shards of a run, in the order of an undivided run. Each is a results file or a directory with any.
+    """Join the shards of a run, in the order of a whole run. Each is a results file or a directory with results files.
 
     Raises:
-        SelectionError: they are not of one run, overlap, or something is missing; nothing is written then.
+        SelectionError: they belong to different runs, overlap, or lack records; nothing is written.
     """
     if out.exists():
         raise SelectionError(f"--out must be a new file, but {out} exists.")
@@ -121,7 +121,7 @@ def merge(paths: Sequence[Path], out: Path) -> Run:
 
 
 def missing(run: Run) -> int:
-    """Number of records that a run was to have and has not."""
+    """Number of expected records that a run lacks."""
     # By suite: a run that was completed has two environments, and each expects all.
     described: Iterable[Any] = filter(_is_described, run.environments.values())
     expected: dict[str, int] = {each["options"]["suite"]: each["expected"] for each in described}
@@ -130,7 +130,7 @@ def missing(run: Run) -> int:
 
 
 def _is_described(environment: Mapping[str, Any]) -> bool:
-    """True if an environment says what the run was to measure, as those of old files do not."""
+    """True if an environment has what the run was to measure. Old files lack this."""
     return "suite" in environment.get("options", {}) and "expected" in environment
 
 
@@ -145,7 +145,7 @@ def _refuse_twice(parts: Iterable[Run]) -> None:
 
 
 def _environment(part: Run) -> dict[str, Any]:
-    """Environment of all of a part. A run that was completed has been checked."""
+    """Environment of a part. The environments of a completed run were compared before."""
     environment: dict[str, Any] = next(iter(part.environments.values()), {})
     if not _is_described(environment) or "shard" not in environment["options"]:
         raise SelectionError(f"{part.path} does not name the options of its run: measure it again.")
@@ -163,7 +163,7 @@ def _check_complete(suite: str, shards: Mapping[Shard, Run]) -> None:
 
 
 def _in_turn(shards: Sequence[Iterable[Record]]) -> list[Record]:
-    """The cases of the shards in turn, as they were divided."""
+    """The cases of the shards, in the order before the division."""
     cases = [[list(records) for _, records in groupby(shard, key=lambda record: record.case)] for shard in shards]
     rounds = range(max(map(len, cases), default=0))
     return [record for turn in rounds for each in cases for record in (each[turn] if turn < len(each) else ())]

@@ -1,4 +1,4 @@
-"""Whose code is measured: the revisions of the checkouts that the imported files are in, and their changes."""
+"""Revision and uncommitted changes of the measured code, by the checkouts of the imported files."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from colt5_bench.startup import PACKAGES, is_outside, prefix_of
 from colt5_bench.texts import printable
 
 LONGEST_SECONDS = 30.0
-"""Longest time for an answer of git."""
+"""Longest time to wait for git."""
 
 RESULTS, BESIDE_RESULTS = ".jsonl", (".html", ".png", ".svg")
 """Endings of files that runs write: results, and the page and the plots in the same directory."""
@@ -24,23 +24,23 @@ RESULTS, BESIDE_RESULTS = ".jsonl", (".html", ".png", ".svg")
 BEGINNING_OF_RESULTS = b'{"kind": "environment"'
 
 FIELDS = ("git", "harness")
-"""Fields of an environment that say of which code a run was."""
+"""Fields of an environment with the code of a run."""
 
 SUITE_FILE = "suite_file"
-"""Field of an environment: a hash of a suite that is of no checkout."""
+"""Field of an environment: a hash of a suite outside of a checkout."""
 
 GUESTS = "guests"
-"""Field of an environment: implementations that the user brought, by name, each with a hash of its file."""
+"""Field of an environment: implementations added by the user, by name, each with a hash of its file."""
 
 LINK, REPOSITORY = "120000", "160000"
-"""Modes of entries of a tree that are no files."""
+"""Modes of entries of a tree that are not files."""
 
 GONE, EMPTY = "gone", "a directory"
-"""States in place of a file. Files in a directory count by themselves."""
+"""States of a path that is no file. Files in a directory count by themselves."""
 
 
 class UnknownRevisionError(Exception):
-    """A revision cannot be told. The reason is for the record, and names no directory; the advice is for the user."""
+    """A revision is unknown. The reason is for the record and names no directory; the advice is for the user."""
 
     def __init__(self, reason: str, advice: str) -> None:
         super().__init__(reason)
@@ -52,10 +52,10 @@ class Code:
     """The checkout of a file, and its revision."""
 
     place: Path
-    """Top of the checkout; of code without a revision, the directory that its outermost package is in."""
+    """Top of the checkout. For code without a revision, the parent directory of its outermost package."""
 
     described: dict[str, Any]
-    """For the record: `revision` and `dirty`, a hash of the changes or False; or `unknown`, why there are none."""
+    """For the record: `revision` and `dirty`, a hash of the changes or False; or `unknown`, the reason."""
 
     advice: str = ""
     """For the user, if the revision is unknown."""
@@ -79,13 +79,13 @@ class Origin:
     suite: Path
     measured: Code
     harness: Code | None
-    """None if it is of the same checkout as what it measures."""
+    """None if the harness is of the same checkout as the measured code."""
 
     @classmethod
     def of(cls, suite: Path) -> "Origin":
-        """Origin of the file of a suite, of the packages of operations as they were imported, and of the harness.
+        """Origin of the file of a suite, of the imported packages of operations, and of the harness.
 
-        A suite that stands outside of a checkout is described by a hash, and what it measures by these packages.
+        A suite outside of a checkout is described by a hash, and the code that it measures by these packages.
         """
         harness = Code.of(Path(colt5_bench.__file__).resolve())
         if is_outside(suite):
@@ -107,7 +107,7 @@ class Origin:
 
     @property
     def described(self) -> dict[str, Any]:
-        """For the record: `git`, `harness` if that is of another checkout, and `suite_file` if the suite is of none."""
+        """For the record: `git`, `harness` if its checkout differs, and `suite_file` if the suite is outside of one."""
         described: dict[str, Any] = {"git": self.measured.described, "harness": None}
         if self.harness:
             described["harness"] = self.harness.described
@@ -116,7 +116,7 @@ class Origin:
         return described
 
     def notes(self) -> Iterator[str]:
-        """For the user, a line each: why a revision is unknown, and that the harness is of another checkout."""
+        """Lines for the user: why a revision is unknown, and that the harness is of another checkout."""
         for code in filter(None, (self.measured, self.harness)):
             if why := code.described.get("unknown"):
                 yield printable(
@@ -139,12 +139,12 @@ def named(described: Any) -> str | None:
     if not isinstance(described, Mapping) or "revision" not in described:
         return None
     changes = described.get("dirty")
-    # Old records know that there were changes, and not which.
+    # Old records have only the fact that there were changes.
     return f"{described['revision']}{'+' if changes else ''}{changes if isinstance(changes, str) else ''}"
 
 
 def doubt(described: Any) -> str:
-    """Why nobody can tell whether another run was of the same code; empty if one can."""
+    """Reason why it is unknown whether another run had the same code; empty if it is known."""
     if named(described) is None:
         return described.get("unknown", "it is not recorded") if described else "it is not recorded"
     return "the uncommitted changes are not recorded" if described.get("dirty") is True else ""
@@ -155,7 +155,7 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]
 
     Args:
         before: the environment.
-        now: fields of it that say of which code it is, as they would be now.
+        now: the fields with the code, as they are now.
     """
     return {
         field: {"unknown": "the code changed while it was measured", "began": before[field], "ended": described}
@@ -201,23 +201,22 @@ def _described(top: Path, file: str) -> dict[str, Any]:
 
 
 def _listed(top: Path) -> tuple[str, dict[str, tuple[str, str]], set[str]]:
-    """The commit of a repository, and mode and object of each path in it. Then the paths that are there and not
-    ignored."""
+    """The commit of a repository, mode and object of each path in it, and all paths that are not ignored."""
     revision = _git(top, "rev-parse", "--verify", "HEAD^{commit}").strip()
     committed = {}
     for entry in filter(None, _git(top, "ls-tree", "-r", "-z", "--full-tree", revision).split("\0")):
         facts, _, path = entry.partition("\t")
         mode, _, identity = facts.split(" ")
         committed[path] = mode, identity
-    # Nothing of what the index or a monitor remembers of files is asked for.
+    # No remembered state of files is used, neither that of the index nor that of a file monitor.
     listed = _git(top, "-c", "core.fsmonitor=false", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     return revision, committed, {path.rstrip("/") for path in listed.split("\0") if path}
 
 
 def _digest(top: Path, committed: Mapping[str, tuple[str, str]], present: set[str]) -> str | bool:
-    """A hash of all that is not as it was committed, or False.
+    """A hash of all uncommitted changes, or False.
 
-    Contents decide, and neither times nor permissions. Line ends do not count in what was committed, as git may have
+    Only contents count, not times or permissions. Line ends of committed files do not count, because git may have
     changed them when it wrote the file. Results of runs are no change of the code.
     """
     added = present - committed.keys()
@@ -233,9 +232,9 @@ def _digest(top: Path, committed: Mapping[str, tuple[str, str]], present: set[st
 
 
 def _replacement(path: Path, mode: str, identity: str) -> str | None:
-    """A digest of what is there in place of what was committed; None if that is there."""
+    """A digest of the present content; None if it is the committed content."""
     if mode == REPOSITORY:
-        # A submodule that was not fetched holds nothing that could differ.
+        # A submodule that was not fetched has no content that could differ.
         return None if (there := _added(path)) in (identity, EMPTY) else there or GONE
     if (mode == LINK) != path.is_symlink() or not (path.is_symlink() or path.is_file()):
         return _added(path) or GONE
@@ -247,7 +246,7 @@ def _replacement(path: Path, mode: str, identity: str) -> str | None:
 
 
 def _blob(content: bytes, length: int) -> str:
-    """Name of a content in git, in as many digits."""
+    """Name of a content in git, with a number of digits."""
     algorithm = "sha256" if length == 2 * hashlib.sha256().digest_size else "sha1"
     return hashlib.new(algorithm, b"blob %d\0%b" % (len(content), content), usedforsecurity=False).hexdigest()
 
@@ -266,7 +265,7 @@ def _added(path: Path) -> str | None:
 
 
 def _of_repository(path: Path) -> str:
-    """The revision of a repository inside of another one, and its changes."""
+    """The revision of a repository inside another one, and its changes."""
     try:
         revision, committed, present = _listed(path)
         return f"{revision}{_digest(path, committed, present) or ''}"
@@ -292,10 +291,10 @@ def _holds_results(path: Path) -> bool:
 
 
 def _git(directory: Path, *arguments: str) -> str:
-    """Answer of git.
+    """Output of git.
 
     Raises:
-        UnknownRevisionError: it does not.
+        UnknownRevisionError: git failed, or did not answer.
     """
     try:
         done = git.run(directory, *arguments, seconds=LONGEST_SECONDS)

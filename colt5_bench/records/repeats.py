@@ -1,4 +1,4 @@
-"""Figures of training runs that were repeated with other seeds: means, intervals, differences, and equal times."""
+"""Figures of training runs repeated with other seeds: means, intervals, differences, and equal times."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """The mean of repeats, and how far its 95 % interval by the t-distribution reaches to either side."""
+    """The mean of repeats, and half of the width of its 95 % interval by the t-distribution."""
 
     mean: float
     reach: float
@@ -26,7 +26,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
-        from scipy.special import stdtrit  # Takes long to import.
+        from scipy.special import stdtrit  # Imported here, because it takes long.
 
         count = len(values)
         if count < 2:
@@ -36,13 +36,13 @@ class Estimate:
 
     @property
     def is_zero(self) -> bool:
-        """True if 0 is inside the interval: then no difference was seen."""
+        """True if the interval contains 0 and so shows no difference."""
         return abs(self.mean) <= self.reach
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """Records of one implementation that differ in their seeds alone."""
+    """Records of an implementation that differ only in their seeds."""
 
     records: Sequence[Record]
 
@@ -55,14 +55,15 @@ class Repeats:
         return Estimate.of(values) if values else None
 
     def difference(self, other: "Repeats", metric: str) -> Estimate | None:
-        """The difference from another implementation, seed by seed: both saw the same data in the same order."""
+        """The difference from another implementation per seed. Both had the same data in the same order."""
         theirs = {record.fields[SEED]: record.metrics.get(metric) for record in other.records}
         pairs = [(record.metrics.get(metric), theirs.get(record.fields[SEED])) for record in self.records]
         differences = [own - their for own, their in pairs if own is not None and their is not None]
         return Estimate.of(differences) if differences else None
 
     def at(self, seconds: float, curve: str) -> Estimate | None:
-        """A curve after so many seconds of training, on lines between its evaluations; None before the first."""
+        """A curve after a number of seconds of training, interpolated between evaluations; None before the first
+        one."""
         curves = [record.curves for record in self.records if curve in record.curves]
         if not curves or any(seconds < each["seconds"][0] for each in curves):
             return None
@@ -70,7 +71,7 @@ class Repeats:
 
 
 def repeats(records: Sequence[Record]) -> list[list[Repeats]]:
-    """Repeats of each implementation, together with those of the others on the same case."""
+    """Repeats of each implementation, grouped by case."""
 
     def but_seed(record: Record) -> str:
         return str({name: value for name, value in record.fields.items() if name != SEED})

@@ -1,4 +1,4 @@
-"""One measurement is one Record; a run is a JSON Lines file of them, written as it goes."""
+"""A measurement is a Record. A run is a JSON Lines file of records, written during the run."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -20,20 +20,20 @@ SCHEMA_VERSION = 2
 Status = Literal["ok", "wrong", "refused", "out_of_memory", "error", "skipped"]
 STATUSES: tuple[Status, ...] = ("ok", "wrong", "refused", "out_of_memory", "error", "skipped")
 FAILED: tuple[Status, ...] = ("wrong", "refused", "out_of_memory", "error")
-"""`refused`: results may be right, and times say nothing."""
+"""`refused`: results may be right, but times are meaningless."""
 
 SuiteName = Annotated[str, msgspec.Meta(pattern=r"^[^/\\.][^/\\]*\Z", max_length=100)]
-"""Names a directory as well."""
+"""Also the name of a directory."""
 
 
 @dataclass(slots=True)
 class Timing:
-    """Samples of one time column of one implementation on one case and direction."""
+    """Samples of a time column of an implementation for a case and direction."""
 
     column: str
     """Columns of times. `cold`: GPU time, L2 flushed before each sample; `warm`: GPU time right after another run of
     the call; `graph`: GPU time of a CUDA-graph replay, L2 flushed; `wall`: host time; `eager`:
-    time of one in a train of eager calls, until the GPU has done them."""
+    time per call in a train of eager calls, until the GPU has finished them."""
 
     samples: list[float]
     """Seconds, in the order taken."""
@@ -41,7 +41,7 @@ class Timing:
     stopped: str
     """Reason why sampling ended or never began. It ended as `confident` (interval under the target), `max_samples`,
     `max_seconds` or `throttled` (the hardware was slowed down too often). It never began with `not capturable: ...`.
-    The samples are not to be believed with `refused: ...`."""
+    With `refused: ...` the samples are impossible."""
 
     relative_interval: float
     """Width of the 95 % confidence interval of the median over the median."""
@@ -53,7 +53,7 @@ class Timing:
     """Median SM clock read around the samples; None without NVML."""
 
     sm_clock_range_mhz: list[float] | None = None
-    """The lowest and the highest of these: apart, if the clocks are not locked."""
+    """The lowest and the highest of these clocks. They differ if the clocks are not locked."""
 
     power_w: float | None = None
     """Median power draw read around the samples."""
@@ -62,21 +62,21 @@ class Timing:
     """The highest temperature read around the samples."""
 
     throttle_reasons: dict[str, int] = field(default_factory=dict)
-    """By name, how many rounds ended with this reason to run below the full clock, repeated ones included."""
+    """Number of rounds, including repeated ones, that ended with a reason to run below the full clock, by reason."""
 
     refused: list[float] = field(default_factory=list)
-    """Samples, in seconds, that no device of this bandwidth can have taken: kept for whoever looks for the fault."""
+    """Samples in seconds that are impossible with this bandwidth, kept for a search for the fault."""
 
 
 @dataclass(slots=True)
 class Divergence:
-    """Distance of one tensor from its fp64 truth, over the elements that are not at a kink."""
+    """Distance of a tensor from its fp64 truth, over the elements that are not at a kink."""
 
     largest: float
     """Largest absolute difference."""
 
     relative: float
-    """Euclidean norm of the difference over that of the truth."""
+    """Euclidean norm of the difference over the norm of the truth."""
 
     fraction_above: float
     """Fraction of elements that differ by more than 1e-3."""
@@ -92,16 +92,16 @@ class Divergence:
     gated."""
 
     worst: float | None = None
-    """The difference of the element that is off the farthest for what it may be off by; None as before."""
+    """Error of the element with the largest ratio of error to allowed error; None: not gated."""
 
     allowed: float | None = None
     """Allowed error of that element."""
 
     worst_at: list[int] | None = None
-    """Index of that element, or of the first one that is NaN in the result alone. None: all are exact, or not gated."""
+    """Index of that element, or of the first NaN that only the result has. None: all are exact, or not gated."""
 
     off: int | None = None
-    """Elements that are off by more than allowed; None: not gated."""
+    """Number of elements whose error is larger than allowed; None: not gated."""
 
 
 class Group(NamedTuple):
@@ -114,12 +114,12 @@ class Group(NamedTuple):
 
 @dataclass(slots=True)
 class Record:
-    """One implementation on one case in one direction: what was measured, under what, and how it ended."""
+    """Results of an implementation for a case and direction, with their conditions and status."""
 
     suite: SuiteName
     case: str
     fields: dict[str, Plain]
-    """The fields of the case: nobody has to parse its id."""
+    """The fields of the case, so that its id need not be parsed."""
 
     implementation: str
     direction: str
@@ -134,19 +134,19 @@ class Record:
     """By column."""
 
     peak_bytes: int | None = None
-    """Most memory allocated at once during the call, beyond what was allocated before it."""
+    """Most memory allocated at once during the call, in addition to the memory before it."""
 
     saved_bytes: int | None = None
-    """Bytes kept for the backward pass, inputs and outputs not counted."""
+    """Bytes kept for the backward pass, without inputs and outputs."""
 
     accuracy: dict[str, Divergence] = field(default_factory=dict)
     """By tensor: `output`, and the gradient of each differentiable input under the name of the input."""
 
     metrics: dict[str, float] = field(default_factory=dict)
-    """Further figures that the suite asks for, by name: its docstring says what they are."""
+    """Other figures of the suite by name. The docstring of the suite explains them."""
 
     curves: dict[str, list[float]] = field(default_factory=dict)
-    """Course of a training run by name, one value for each evaluation, and figures by place."""
+    """Curves of a training run by name, with one value per evaluation, and figures by position."""
 
     data: str = ""
     """Hash of the data of a training run."""
@@ -155,10 +155,10 @@ class Record:
     minimum_exponentials: int | None = None
     minimum_flops: int | None = None
     limit_seconds: float | None = None
-    """The least time the device needs for these, from its measured ceilings."""
+    """The least time that the device needs for these, by its measured ceilings."""
 
     changed_settings: list[str] = field(default_factory=list)
-    """Settings of the process that the implementation changed. They were put back."""
+    """Settings of the process that the implementation changed. They were restored."""
 
     kernels: list[dict[str, object]] = field(default_factory=list)
     """Static facts of each Triton kernel launched: name, registers, spills, shared memory, warps."""
@@ -170,12 +170,12 @@ class Record:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """Suite, case, direction and implementation: no two records of a run share it."""
+        """Suite, case, direction and implementation. It is unique in a run."""
         return *self.group, self.implementation
 
     @property
     def digest(self) -> str:
-        """Name for a file of its own: a hash of its key and data."""
+        """Name for a file of this record: a hash of its key and data."""
         return hashlib.sha256("\n".join((*self.key, self.data)).encode()).hexdigest()[:16]
 
     @property
@@ -189,7 +189,7 @@ class Record:
 
 
 class Writer:
-    """Appends lines to a results file, each whole and at once. An interrupted run keeps what it has measured.
+    """Appends lines to a results file, each in one write. An interrupted run keeps its results.
 
     Raises:
         BlockingIOError: another process does.
@@ -336,8 +336,8 @@ def _parsed(line: bytes) -> Record | dict[str, Any]:
     """A record or an environment.
 
     Raises:
-        msgspec.ValidationError: it is neither.
-        ValueError: it is not JSON, or of another schema.
+        msgspec.ValidationError: the line is neither.
+        ValueError: the line is not JSON, or has another schema.
     """
     if line.startswith(_RECORD) and is_simple(line):
         with suppress(msgspec.MsgspecError):

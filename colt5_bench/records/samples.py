@@ -1,19 +1,19 @@
 """Comparison of the times of two sides: noise, an interval, a test, a correction.
 
-Samples of one process are not independent: the machine drifts, the process has an offset of its own, and a call may
-have modes. So a run counts once, by the median of its samples. How far runs of equal code lie apart is known from
+Samples of one process are not independent: the machine drifts, each process has its own offset, and a call may have
+modes. So a run counts once, by the median of its samples. The spread between runs of equal code is estimated from:
 
-- the runs of a side beside each other; of a side with one run, from blocks of its samples in the order in which they
-  were taken: no number of samples averages out what a block has of its own;
-- the other times of the comparison: what equal calls seem to have become faster by, more than runs and blocks explain,
-  others seem to have become slower by. A change one way is judged by those the other way, to which a slowdown adds
-  nothing;
-- experience, where too few times are compared to tell.
+- The runs of a side. If a side has one run, blocks of its samples in the order taken are used instead, because more
+  samples do not average out the offset of a block.
+- The other times of the comparison. If equal calls seem to become faster by more than runs and blocks explain, other
+  calls will seem to become slower by as much. A change in one direction is judged by changes in the other direction, to
+  which a slowdown adds nothing.
+- Experience, if too few times are compared.
 
-Their variances are added, and the sum has the freedom that Welch and Satterthwaite give it. Where both sides have so
-many runs that a rank test has power, the runs of a side show all of its noise, and that test has to agree.
+The variances are added. The degrees of freedom of the sum are those of Welch and Satterthwaite. If both sides have
+enough runs for a rank test, the runs of a side show all of its noise, and that test has to agree.
 
-Functions of arrays take any shape whose last axis is the times that are judged together.
+Functions of arrays take any shape. The last axis has the times that are judged together.
 """
 
 from collections.abc import Sequence
@@ -29,40 +29,40 @@ Runs = Sequence[Sequence[float]]
 """Samples of a time in seconds in the order taken, run by run."""
 
 SIGNIFICANCE = 0.005
-"""Probability of one false alarm, of all times of a comparison together, each time that they are looked at. Times that
-are measured until they are settled are looked at several times, and 0.01 is what all looks may have."""
+"""Probability of a false alarm among all times of a comparison, for one look at them. Unclear times are measured again
+and looked at several times; all looks together may have 0.01."""
 
 CONFIDENCE = 0.95
-"""Confidence of the interval of a ratio."""
+"""Confidence level of the interval of a ratio."""
 
 BLOCKS = 5
-"""Into which the samples of a run are divided: fewer say little about their spread, and shorter ones are alike."""
+"""Number of blocks of a run: fewer say little about their spread, and in shorter blocks samples are too similar."""
 
 FEWEST_SAMPLES = 3
-"""Least number of samples for a run's own interval."""
+"""Fewest samples for an interval of a single run."""
 
 BETWEEN_RUNS = {"cold": 0.01, "warm": 0.01, "graph": 0.01, "wall": 0.03, "eager": 0.03}
-"""Difference of times of equal code from run to run, by column. It is the standard deviation of their logarithms,
-beyond what a side of one run shows."""
+"""Spread of times of equal code between runs, by column. It is the standard deviation of their logarithms, in addition
+to the spread that a side of one run shows."""
 
 REPEATED = 0.003
-"""The same beyond what sides of several runs show."""
+"""The same, in addition to the spread that sides of several runs show."""
 
 EXPERIENCE = 4
-"""As how many times these two count beside those of the comparison."""
+"""Weight of these two, as a number of times of the comparison."""
 
 
 class Level(NamedTuple):
-    """The times of a side, each by its runs."""
+    """The times of a side, each from its runs."""
 
     value: Array
     """Logarithm of seconds, or of a ratio: the mean of the medians of the runs."""
 
     variance: Array
-    """Variance of that mean, as far as runs or blocks show it."""
+    """Variance of this mean, as shown by runs or blocks."""
 
     freedom: Array
-    """Degrees of freedom of that variance."""
+    """Degrees of freedom of this variance."""
 
     runs: Array
     """Number of runs."""
@@ -73,7 +73,7 @@ NOTHING = Level(*map(np.array, (np.nan,) * 4))
 
 
 class Changes(NamedTuple):
-    """Later times over earlier ones, as logarithms: above 0 it takes longer now."""
+    """Logarithms of later times over earlier ones. Above 0, the call takes longer now."""
 
     value: Array
     low: Array
@@ -81,7 +81,7 @@ class Changes(NamedTuple):
     """The interval of the change."""
 
     p: Array
-    """Probability of a change this large, either way, if nothing changed."""
+    """Probability of a change this large in either direction, if nothing changed."""
 
     @classmethod
     def joined(cls, parts: Sequence["Changes"]) -> "Changes":
@@ -89,7 +89,7 @@ class Changes(NamedTuple):
 
 
 def level(runs: Runs) -> Level:
-    """A time that a side has."""
+    """A time of a side."""
     if not runs:
         return NOTHING
     middles = np.log([np.median(samples) for samples in runs])
@@ -103,7 +103,7 @@ def of_runs(middles: Array) -> Level:
 
 
 def of_one_run(logarithms: Array) -> Level:
-    """From the samples of one run, which lie along the last axis. One sample shows no spread: experience has to do."""
+    """From the samples of one run, which lie along the last axis. A single sample shows no spread."""
     middle, samples = np.median(logarithms, -1), logarithms.shape[-1]
     if samples == 1:
         return _level(middle, np.full_like(middle, BETWEEN_RUNS["wall"] ** 2), EXPERIENCE, 1)
@@ -116,18 +116,18 @@ def _level(value: Array, variance: Array, freedom: int, runs: int) -> Level:
 
 
 def beside(own: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """A run in units of the reference's times in the same rounds. A drift that both share is none then."""
+    """A run in units of the reference's times in the same rounds, which removes a common drift."""
     rounds = min(len(own), len(reference))
     return [mine / theirs for mine, theirs in zip(own[:rounds], reference[:rounds], strict=True)]
 
 
 def middle(runs: Runs) -> float:
-    """The time that a side has: the geometric mean of the medians of its runs."""
+    """The time of a side: the geometric mean of the medians of its runs."""
     return float(np.exp(level(runs).value))
 
 
 def compared(times: Sequence[tuple[Runs, Runs]], column: str) -> Changes:
-    """Times of a column that are judged together, each as it was and as it is. Without runs it is NaN."""
+    """Times of a column that are judged together, before and after. A side without runs is NaN."""
     levels = [[level(runs) for runs in side] for side in zip(*times, strict=True)]
     before, after = (Level(*map(np.array, zip(*side, strict=True))) for side in levels)
     least_p = [_least_p(*pair, few=runs_that_confirm(len(times))) for pair in times]
@@ -135,15 +135,15 @@ def compared(times: Sequence[tuple[Runs, Runs]], column: str) -> Changes:
 
 
 def _least_p(before: Runs, after: Runs, few: int) -> float:
-    """Largest p value of a time that counts, whatever its noise seems to be."""
+    """Largest p value of a change that counts, for any estimate of its noise."""
     if min(len(before), len(after)) >= few:
         return float(rank_test(*([np.median(samples) for samples in runs] for runs in (before, after))))
     return float(reaching(np.concatenate(before), np.concatenate(after))) if before and after else 1.0
 
 
 def reaching(before: Array, after: Array) -> Array:
-    """1 where a sample of either side, along the last axis, is nearer to the typical value of the other. A call with
-    two modes may look like this, of which each run is mostly in one. Else 0."""
+    """1 if a sample of either side, along the last axis, is nearer to the typical value of the other side. A call with
+    two modes may look like this if each run is mostly in one mode. Else 0."""
     earlier, later = (np.median(each, -1, keepdims=True) for each in (before, after))
     half, way = np.sqrt(earlier * later), np.sign(later - earlier)
     apart = (way * (half - before) > 0).all(-1) & (way * (after - half) > 0).all(-1)
@@ -152,22 +152,22 @@ def reaching(before: Array, after: Array) -> Array:
 
 def rank_test(before: ArrayLike, after: ArrayLike) -> Array:
     """The p value of the exact Mann-Whitney test of the medians of runs, which lie along the last axis."""
-    from scipy.stats import mannwhitneyu  # Takes long to import, and tables of results need none of it.
+    from scipy.stats import mannwhitneyu  # Imported here, because it takes long and tables of results do not need it.
 
     return np.asarray(mannwhitneyu(before, after, axis=-1, method="exact").pvalue)
 
 
 def changes(before: Level, after: Level, least_p: Array, between_runs: float = BETWEEN_RUNS["wall"]) -> Changes:
-    """Compare two sides, time by time, each by its own noise and by that of the others. NaN is no time.
+    """Compare two sides, time by time, with the noise of each time and of the others. NaN is no time.
 
     Args:
-        before: what was.
-        after: what is.
-        between_runs: what experience says of single runs.
-        least_p: what p values have to be, whatever the noise seems to be: that of the rank test where runs are many
-            enough for it, elsewhere 1 for samples that are `reaching`.
+        before: the old side.
+        after: the new side.
+        between_runs: spread between runs from experience.
+        least_p: lower bound of p values for any estimate of the noise: that of the rank test if there are enough runs,
+            else 1 for samples that are `reaching`.
     """
-    value = np.round(after.value - before.value, 12)  # Without what is a matter of rounding.
+    value = np.round(after.value - before.value, 12)  # Rounding errors are removed.
     seen = before.variance + after.variance
     counted = 1 / before.runs + 1 / after.runs
     runs = np.minimum(before.runs, after.runs)
@@ -184,26 +184,26 @@ def changes(before: Level, after: Level, least_p: Array, between_runs: float = B
 
 
 def changes_in_turns(before: Sequence[float], after: Sequence[float]) -> Changes:
-    """Changes of calls that took turns in one process: the ratios of their rounds, block by block."""
+    """Changes between calls that alternated in one process: the ratios of their rounds, block by block."""
     return _by_blocks(np.log(beside(after, before)))
 
 
 def intervals(several: Sequence[Sequence[float]]) -> Array:
-    """The interval of the typical value of each series of samples, as a row of two. The run itself can tell no more.
-    Fewer than three samples tell nothing, and have one from 0 to infinity."""
+    """The interval of the typical value of each series of samples, as a row of two.
+    Fewer than three samples have an interval from 0 to infinity."""
     bounds = np.tile([0.0, np.inf], (len(several), 1))
     lengths = np.fromiter(map(len, several), dtype=int)
     for length in np.unique(lengths):
         if length >= FEWEST_SAMPLES:
             indices = np.flatnonzero(lengths == length).tolist()
-            with np.errstate(all="ignore"):  # Logarithms warn where there is no time, and so no interval.
+            with np.errstate(all="ignore"):  # Logarithms warn if there is no time, and so no interval.
                 found = _by_blocks(np.log([several[index] for index in indices]))
             bounds[indices] = np.exp(np.stack([found.low, found.high], axis=-1))
     return bounds
 
 
 def _by_blocks(logarithms: Array) -> Changes:
-    """Changes from samples of one run along the last axis, whose blocks are taken for independent."""
+    """Changes from samples of one run along the last axis. Blocks count as independent."""
     count = min(BLOCKS, logarithms.shape[-1])
     blocks = [np.median(block, -1) for block in np.array_split(logarithms, count, axis=-1)]
     level = of_runs(np.stack(blocks, axis=-1))
@@ -212,7 +212,7 @@ def _by_blocks(logarithms: Array) -> Changes:
 
 def _tested(value: Array, variance: Array, freedom: Array) -> Changes:
     """By Student's distribution."""
-    from scipy.special import stdtr, stdtrit  # Takes long to import, and nothing is compared before it is measured.
+    from scipy.special import stdtr, stdtrit  # Imported here, because it takes long and a run starts without it.
 
     error = np.sqrt(variance)
     reach = stdtrit(freedom, (1 + CONFIDENCE) / 2) * error
@@ -220,22 +220,23 @@ def _tested(value: Array, variance: Array, freedom: Array) -> Changes:
 
 
 def _noise(beyond: Array, way: Array, experience: Array) -> tuple[Array, Array]:
-    """Variance from run to run of the times that changed one way, together with experience, and its freedom."""
+    """Variance between runs, from times that changed in one direction and from experience, and its degrees of
+    freedom."""
     times = way.sum(-1, keepdims=True) + EXPERIENCE
     total = np.where(way, beyond, 0).sum(-1, keepdims=True)
     return (EXPERIENCE * experience + total) / times, np.broadcast_to(times, beyond.shape)
 
 
 def narrower(alone: Changes, relative: Changes) -> tuple[Changes, Changes]:
-    """The better known of two changes, alone and beside the reference, and the other one."""
+    """The more certain of two changes, alone and relative to the reference, and the other one."""
     better = relative.high - relative.low < alone.high - alone.low
     both = list(zip(relative, alone, strict=True))
     return tuple(Changes(*(np.where(where, *pair) for pair in both)) for where in (better, ~better))  # type: ignore[return-value]
 
 
 def holm(p: Array) -> Array:
-    """The p values of tests that are made together, corrected for their number. One false alarm of all is as probable
-    as each says. The smallest is multiplied by their number, the next by one less, and none is smaller than the one
+    """The p values of several tests, corrected for their number. A value is then the probability of any false alarm
+    among all tests. The smallest is multiplied by the number, the next by one less, and none is below the one
     before (Holm 1979)."""
     order = np.argsort(p, axis=-1)
     remaining = np.arange(p.shape[-1], 0, -1)
@@ -246,15 +247,15 @@ def holm(p: Array) -> Array:
 def judge(change: Changes, p: Array, bound: ArrayLike, other: Changes | None = None) -> Array:
     """Meaning of each change: 1 worse, -1 better, 0 the same, NaN unclear.
 
-    It is worse or better if the test says that something changed, and the whole interval that it changed by more than
-    the bound; it is the same if the whole interval lies within. All else is unclear, and more runs may tell. Alone and
-    beside the reference it has to have changed: where the other figure contradicts, that one decides.
+    A change is worse or better if the test is significant and the whole interval is beyond the bound. It is the same if
+    the whole interval is within the bound. Otherwise it is unclear, and more runs may decide. The change alone and the
+    change relative to the reference have to agree: if the other one contradicts, the other one decides.
 
     Args:
         change: the changes.
         p: their p values, corrected for the number of tests.
-        bound: of logarithms: the change that counts.
-        other: the same changes alone, or beside the reference; NaN, or None for all, where there is no reference.
+        bound: the smallest change that counts, as a logarithm.
+        other: the same changes alone, or relative to the reference. NaN, or None for all, without a reference.
     """
     bound, other = np.asarray(bound), other or Changes(*NOTHING)
     within = (-bound <= change.low) & (change.high <= bound)
@@ -267,9 +268,9 @@ def judge(change: Changes, p: Array, bound: ArrayLike, other: Changes | None = N
 
 
 def runs_that_confirm(times: int) -> int:
-    """Number of runs that either side needs before a worse time is reported, where more can be measured.
+    """Number of runs that each side needs before a worse time is reported, if more can be measured.
 
-    With so many a rank test, which holds for any noise, finds a change among so many times if the sides are apart. The
-    runs then show all noise that there is.
+    With so many runs, a rank test, which is valid for any noise, finds a change among this number of times if the sides
+    do not overlap. The runs then show all of the noise.
     """
     return next(runs for runs in count(1) if 2 * times <= SIGNIFICANCE * comb(2 * runs, runs))
