@@ -4,7 +4,7 @@ from shutil import get_terminal_size
 from textwrap import fill
 
 NARROWEST = 40
-"""Fewest columns of a table; a narrower terminal does not make it narrower."""
+"""Narrowest width of tables and lines, even in a narrower terminal."""
 
 Plain = str | int | float | bool | None
 """Types of scalar JSON values."""

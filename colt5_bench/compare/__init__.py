@@ -1,4 +1,4 @@
-"""Two runs, figure by figure: a verdict on each, and what of it is a regression."""
+"""Comparison of two runs: a verdict on each figure, and the regressions."""
 
 from colt5_bench.compare.baselines import read_baseline
 from colt5_bench.compare.findings import Comparison, Finding

@@ -1,4 +1,4 @@
-"""Checks of a baseline before anything is compared with it."""
+"""Checks of a baseline before a comparison."""
 
 from collections.abc import Iterator
 from math import isfinite
@@ -13,10 +13,10 @@ HAS_NO_SAMPLES = ("not capturable", "throttled", "refused")
 
 
 def read_baseline(path: Path) -> Run:
-    """The results of a path that the user named as a baseline.
+    """The results at the path of a baseline.
 
     Raises:
-        SelectionError: it cannot be read, or a record holds what cannot be; the message names file and line.
+        SelectionError: it cannot be read, or a record is not valid; the message names file and line.
     """
     try:
         return load(path, fault=fault)
@@ -25,7 +25,7 @@ def read_baseline(path: Path) -> Run:
 
 
 def fault(record: Record) -> str:
-    """A part of a record that cannot have been measured, or nothing."""
+    """An impossible value of a record; an empty text if there is none."""
     return next(_faults(record), "")
 
 

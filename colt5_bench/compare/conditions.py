@@ -1,4 +1,4 @@
-"""Under what two records were measured, and what of them can therefore be compared."""
+"""Conditions of two records, and the figures that can be compared under them."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from colt5_bench.records.results import Record, Run
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions of a record, as far as they decide what it can be compared with."""
+    """Conditions of a record that decide what it can be compared with."""
 
     kind: str
     """`cpu` or `cuda`."""
@@ -21,7 +21,7 @@ class Conditions:
     torch: str | None
     triton: str | None
     revision: str | None
-    """With a plus, and the hash of changes that are not committed."""
+    """Revision, with a plus and a hash if there are uncommitted changes."""
 
     @classmethod
     def of(cls, record: Record, run: Run) -> "Conditions":
@@ -41,7 +41,7 @@ class Pairing:
     before: Conditions
     after: Conditions
     any_machine: bool = False
-    """True if hardware of one name is taken for different machines."""
+    """True if hardware with the same name counts as different machines."""
 
     @property
     def kind(self) -> str:
@@ -57,7 +57,7 @@ class Pairing:
 
     @property
     def same_parallelism(self) -> bool:
-        """The speed of calls beside each other depends on the threads that they have."""
+        """Relative speeds of calls depend on their number of threads."""
         return self.same_kind and (self.kind == "cuda" or self.before.threads == self.after.threads)
 
     @property
@@ -66,12 +66,12 @@ class Pairing:
 
     @property
     def speed_ups(self) -> bool:
-        """In place of times that cannot be compared."""
+        """True if speed-ups are compared instead of times."""
         return self.same_parallelism and not self.times
 
     @property
     def memory(self) -> bool:
-        """A GPU's number of multiprocessors decides how work is split, and so what memory it takes."""
+        """Memory depends on the number of multiprocessors of a GPU, by which work is divided."""
         return self.same_device or (self.same_kind and self.kind == "cpu")
 
     @property
@@ -79,7 +79,7 @@ class Pairing:
         return self.before.triton == self.after.triton
 
     def notes(self) -> Iterator[str]:
-        """Differences, and their consequences."""
+        """Notes on differences, and their consequences."""
         before, after = self.before, self.after
         if not self.same_parallelism:
             yield (

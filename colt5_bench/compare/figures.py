@@ -1,4 +1,4 @@
-"""The figures of a record that was measured both times: which are compared, and a verdict on each."""
+"""The figures that are compared of a point on both sides, and a verdict on each."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from colt5_bench.records.samples import Runs, beside, middle
 
 @dataclass(frozen=True)
 class Measured:
-    """A point as one side has it."""
+    """A point of one side."""
 
     record: Record
     runs: Sequence[Record]
-    """Those that ended ok, each of another run."""
+    """Records that are ok, each from another run."""
 
     @property
     def columns(self) -> list[str]:
@@ -30,7 +30,7 @@ class Measured:
         return [timing.samples for timing in timings if timing and timing.samples]
 
     def beside(self, reference: "Measured | None", column: str) -> Runs:
-        """In units of the reference's in the same rounds of the same runs; nothing where a run is without."""
+        """Times in units of the reference's in the same rounds of the same runs; empty if a run lacks them."""
         if reference is None or reference.record.key == self.record.key:
             return []
         own, theirs = self._by_run(column), reference._by_run(column)
@@ -43,20 +43,20 @@ class Measured:
 
 @dataclass(frozen=True)
 class Times:
-    """A time of both sides whose verdict has to wait until all are known that are tested together."""
+    """A time of both sides. Its verdict needs all times that are tested together."""
 
     column: str
     before: Runs
     after: Runs
     relative: tuple[Runs, Runs]
-    """The same in units of the reference's; empty without one."""
+    """The same in units of the reference's time; empty without a reference."""
 
     threshold: float
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A finding, with the times that its verdict is about if it is about times."""
+    """A finding, with its times if it is about times."""
 
     finding: Finding
     times: Times | None = None
@@ -102,15 +102,15 @@ def figures(
     thresholds: Thresholds,
     references: tuple[Measured | None, Measured | None],
 ) -> Iterator[Draft]:
-    """Findings on all that can be compared of two records of one point.
+    """Findings on all comparable figures of two records of a point.
 
     Args:
-        point: what they are about.
-        before: the point in the baseline, which ended ok.
-        after: that of the run, which did so too.
-        pairing: under what they were measured.
-        thresholds: how much of a change counts.
-        references: the reference beside either.
+        point: the point of the findings.
+        before: the point in the baseline, which is ok.
+        after: the point in the run, which is ok, too.
+        pairing: conditions of both.
+        thresholds: smallest changes that count.
+        references: the reference of each side.
     """
     old, new = before.record, after.record
     yield point.draft("same", "status", "ok", "ok")
@@ -154,7 +154,7 @@ def _of_speed_ups(
     references: tuple[Measured | None, Measured | None],
     threshold: float,
 ) -> Iterator[Draft]:
-    """By the column that the figure of a case is, where the reference has a time on both sides."""
+    """The speed-up in the first time column, if the reference has a time on both sides."""
     column = next(iter(before.columns), "")
     earlier, later = before.beside(references[0], column), after.beside(references[1], column)
     if not earlier or (not later and after.samples(column)):
@@ -168,7 +168,7 @@ def _of_speed_ups(
 
 
 def _middle(runs: Runs) -> float | None:
-    """NaN if any sample is no time."""
+    """NaN if any sample is not a valid time."""
     if not runs:
         return None
     if not all(0 < sample < inf for samples in runs for sample in samples):
@@ -183,7 +183,7 @@ def _inverse(ratio: float | None) -> float | None:
 def _of_number(
     point: Point, metric: str, before: float | None, after: float | None, relative: float, unit: Unit = ""
 ) -> Iterator[Draft]:
-    """Findings of a figure that is better the lower it is."""
+    """Findings of a figure whose lower values are better."""
     if before is None and after is None:
         return
     verdict = _without_a_number(before, after) or _by(before, after, relative)
@@ -199,7 +199,7 @@ def _by(before: float | None, after: float | None, relative: float) -> Verdict:
 
 
 def _without_a_number(before: float | None, after: float | None) -> Verdict | None:
-    """The verdict where a side has no number; None where both have one. Infinity is none."""
+    """The verdict if a side has no finite number; None if both have one."""
     had, has = (value is not None and isfinite(value) for value in (before, after))
     if had and has:
         return None
@@ -217,7 +217,7 @@ def _of_errors(point: Point, old: Record, new: Record, thresholds: Thresholds) -
             assert before is not None
             assert after is not None
             verdict = _by(before, after, thresholds.error)
-            # By the budget of the baseline: one that grew with the error would excuse it.
+            # The allowed error of the baseline counts: a new one may have grown together with the error.
             if of_old.budget is not None and max(before, after) <= thresholds.error_share * of_old.budget:
                 verdict = "same"
         yield point.draft(verdict, error_of(tensor).name, before, after, "error")
@@ -228,7 +228,7 @@ def _of_metrics(point: Point, old: Record, new: Record, bounds: Mapping[str, Bou
         before, after = old.metrics.get(name), new.metrics.get(name)
         verdict = _without_a_number(before, after)
         if verdict == "same" and before is not None and after is not None and isnan(before) != isnan(after):
-            # Infinity then, NaN now, or the other way round.
+            # Infinity before, NaN now, or the opposite.
             verdict = "failed" if isnan(after) else "new"
         if not verdict and name in bounds:
             assert before is not None
@@ -248,7 +248,7 @@ def _within(bound: Bound, before: float, after: float) -> Verdict:
 def _of_kernels(
     point: Point, old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], thresholds: Thresholds
 ) -> Iterator[Draft]:
-    """Kernels of one name and target are taken in the order of their launch."""
+    """Pair kernels with the same name and target in the order of their launches."""
     before, after = _numbered(old), _numbered(new)
     for name in dict.fromkeys([*before, *after]):
         was, now = before.get(name), after.get(name)
@@ -267,7 +267,7 @@ def _of_kernels(
 
 
 def _numbered(kernels: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """By name and target, and by number from the second on."""
+    """Kernels by name and target, with a number from the second on."""
     named: dict[str, Mapping[str, Any]] = {}
     for kernel in kernels:
         name = " ".join(str(kernel[key]) for key in ("name", "target") if key in kernel)

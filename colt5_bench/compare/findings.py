@@ -13,14 +13,14 @@ from colt5_bench.records.derived import Interval, short, spans_one
 Verdict = Literal["failed", "missing", "worse", "unclear", "new", "better", "same"]
 
 VERDICTS: tuple[Verdict, ...] = ("failed", "missing", "worse", "unclear", "new", "better", "same")
-"""In the order in which findings are shown; what is the same is only counted."""
+"""Verdicts in the order of display. Findings that are the same are only counted."""
 
 ON_TIMES: Mapping[float, Verdict] = {1: "worse", 0: "same", -1: "better"}
 
 REGRESSIONS: tuple[Verdict, ...] = ("failed", "missing", "worse")
 
 Figure = float | str | None
-"""A number, a status, or None where there is nothing."""
+"""A number, a status, or None."""
 
 Unit = Literal["s", "B", "x", "error", ""]
 """Unit of a figure: seconds, bytes, a speed-up, a distance from fp64, or a plain number."""
@@ -45,18 +45,18 @@ class Finding:
     unit: Unit = ""
 
     interval: tuple[float, float] | None = None
-    """95 % interval of a ratio: later time over earlier, or earlier speed-up over later. Above 1 it became worse."""
+    """95 % interval of a ratio: new time over old, or old speed-up over new. Above 1 is worse."""
 
     threshold: float | None = None
-    """By how much a time may be longer and count as the same."""
+    """Largest relative increase of a time that counts as the same."""
 
     runs: int | None = None
-    """Number of runs that a time of now is from."""
+    """Number of runs on the new side."""
 
     note: str = ""
 
     label: str | None = None
-    """The fields of the case that differ within the suite, for people."""
+    """The fields of the case that differ within the suite, as text."""
 
     @property
     def is_regression(self) -> bool:
@@ -77,8 +77,8 @@ class Finding:
 
     @property
     def change(self) -> str:
-        """`+12.3 %` of the baseline, or its interval alone where no change was seen. It is empty without two numbers
-        that have a ratio."""
+        """`+12.3 %` of the baseline, or only its interval if there is no significant change. It is empty without two
+        numbers that have a ratio."""
         before, after = self.baseline, self.now
         if not isinstance(before, int | float) or not isinstance(after, int | float) or not before:
             return ""
@@ -88,7 +88,7 @@ class Finding:
 
     @property
     def change_interval(self) -> Interval | None:
-        """Interval of the figure of now over the one of the baseline. For a speed-up it is the other way round."""
+        """Interval of the new figure over the one of the baseline. A speed-up has the inverse ratio."""
         if self.interval is None or self.unit != "x":
             return self.interval
         low, high = self.interval
@@ -96,7 +96,7 @@ class Finding:
 
     @property
     def interval_text(self) -> str:
-        """`+8.0 to +16.2 %`; empty for what has no noise."""
+        """`+8.0 to +16.2 %`; empty without an interval."""
         if (interval := self.change_interval) is None:
             return ""
         return f"{100 * (interval[0] - 1):+.1f} to {100 * (interval[1] - 1):+.1f} %"
@@ -104,7 +104,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All findings, and what has to be known to read them."""
+    """All findings, and notes on them."""
 
     findings: Sequence[Finding]
 
@@ -121,7 +121,7 @@ class Comparison:
 
     @property
     def compared(self) -> bool:
-        """True if there is a figure that both runs have a say in."""
+        """True if any finding is not new."""
         return any(finding.verdict != "new" for finding in self.findings)
 
     @property
@@ -137,7 +137,7 @@ class Comparison:
         return [finding for finding in ordered if finding.verdict not in ("same", "new")]
 
     def summary_lines(self) -> list[str]:
-        """Summary in lines: how much is new, which is not listed, and what is undecided."""
+        """Summary in lines: the number of new findings, which are not listed, and of undecided ones."""
         new = Counter(finding.suite for finding in self.findings if finding.verdict == "new")
         by_suite = ", ".join(f"{count:,} of {suite}" for suite, count in new.items())
         undecided = len(self.undecided)
@@ -148,7 +148,7 @@ class Comparison:
         ]
 
     def cases_to_repeat(self, runs: int) -> dict[str, list[str]]:
-        """The cases that have to be measured again, by suite: those of unsettled times."""
+        """The cases with unsettled times, by suite. They have to be measured again."""
         cases: dict[str, list[str]] = {}
         for finding in self.unsettled(runs):
             if finding.case not in cases.setdefault(finding.suite, []):
@@ -170,7 +170,7 @@ class Comparison:
 
 
 def verdict_on(meaning: ArrayLike) -> Verdict:
-    """In words what `judge` makes of a time."""
+    """The verdict for a meaning from `judge`."""
     return ON_TIMES.get(float(np.asarray(meaning)), "unclear")
 
 

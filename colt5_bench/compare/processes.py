@@ -1,4 +1,4 @@
-"""Processes that end when who started them does, however that is."""
+"""Processes that end when their parent ends for any reason."""
 
 import ctypes
 import os
@@ -14,31 +14,31 @@ _prctl = ctypes.CDLL(None).prctl
 
 
 def die_with(parent: int) -> None:
-    """Have the system kill this process as soon as its parent has ended, whatever either is doing."""
+    """Let the system kill this process as soon as its parent has ended."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Terminated(SystemExit):
-    """A signal asked this process to end."""
+    """A signal to end this process."""
 
 
 @contextmanager
 def unwinding_when_terminated() -> Iterator[None]:
-    """SIGTERM and SIGHUP end what runs as an exception does, so that it puts away what it has made.
+    """Turn SIGTERM and SIGHUP into an exception, so that temporary files are removed.
 
     Raises:
-        Terminated: one of them came, with the status that a shell gives to who is ended by it.
+        Terminated: one of them arrived. It has the exit status that a shell gives for the signal.
     """
 
     def terminate(number: int, frame: FrameType | None) -> None:
         for each in caught:
-            # Putting away is not interrupted.
+            # The cleanup must not be interrupted.
             signal.signal(each, signal.SIG_IGN)
         raise Terminated(128 + number)
 
-    # One that is ignored, as under nohup, stays so.
+    # An ignored signal, as under nohup, stays ignored.
     caught = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_DFL]
     for each in caught:
         signal.signal(each, terminate)

@@ -1,4 +1,4 @@
-"""Two revisions measured in turns on one machine, each in a checkout of its own, through its own command line."""
+"""Two revisions measured in turns on one machine, each in its own checkout, through its own command line."""
 
 import json
 import os
@@ -24,19 +24,19 @@ from colt5_bench.selection import SelectionError
 SIDES = ("a", "b")
 
 TURNS, MOST_TURNS = 3, 15
-"""Turns of each revision: at first, and at most of the cases that are unclear or not confirmed by then."""
+"""First turns of each revision, and most turns of cases that are still unclear or not confirmed."""
 
 PREFIX, OWNER = "colt5-bench-", "owner"
-"""Beginning of the name of a comparison's temporary directory, and a file in it that the comparison has open."""
+"""Prefix of the temporary directory of a comparison, and a file in it that the comparison keeps open."""
 
 AUTHOR = "colt5-bench"
 """Author of commits that a comparison makes."""
 
 PATHS = ("PYTHONPATH", "PYTHONSAFEPATH")
-"""Variables that keep Python from looking at first beside the file that it starts."""
+"""Variables that keep the directory of a started file out of Python's path."""
 
 MEASURED = (0, 1)
-"""Exit statuses of a run that has results: some may be of implementations that failed."""
+"""Exit statuses of a run with results. Some implementations may have failed."""
 
 
 class MeasuringError(RuntimeError):
@@ -47,7 +47,7 @@ def revision(checkout: Path, name: str) -> str:
     """The commit that a name stands for.
 
     Raises:
-        SelectionError: it stands for none.
+        SelectionError: the name is no commit.
     """
     found = git.run(checkout, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
     if found.returncode:
@@ -58,15 +58,15 @@ def revision(checkout: Path, name: str) -> str:
 
 
 def with_appended(checkout: Path, commit: str, texts: Mapping[str, str]) -> str:
-    """A commit on top of another, in which these texts follow what is in files. No branch and no file changes here.
+    """A commit on top of another one that appends texts to files. No branch and no file of the checkout changes.
 
     Args:
-        checkout: of the repository.
-        commit: which has the files.
-        texts: by path within the checkout.
+        checkout: checkout of the repository.
+        commit: the commit with the files.
+        texts: appended texts, by path within the checkout.
 
     Raises:
-        MeasuringError: git refuses.
+        MeasuringError: git failed.
     """
     with tempfile.TemporaryDirectory() as directory:
         environment = {**git.environment(), "GIT_INDEX_FILE": str(Path(directory) / "index")}
@@ -97,21 +97,21 @@ def with_appended(checkout: Path, commit: str, texts: Mapping[str, str]) -> str:
 
 
 class Alternating:
-    """Measures both revisions, once a round each, and each first in every other round.
+    """Measures both revisions once per round. The order alternates.
 
-    What one round does to a machine, be it warm or busy, it does to both.
+    The state of the machine in a round, such as heat or load, affects both.
     """
 
     def __init__(self, checkout: Path, revisions: Sequence[str], selection: Sequence[str], directory: Path) -> None:
         self._checkout, self._revisions, self._selection = checkout, revisions, selection
         self.places = [directory / side for side in SIDES]
-        """Where the results of each are."""
+        """Directory of the results of each revision."""
         self.turns = 0
-        """Number of times that each was measured."""
+        """Number of turns of each revision."""
         self._suite_files: dict[str, str] = {}
-        """By the name of a suite that is of no checkout, a hash of its file."""
+        """Hash of each suite file outside of a checkout, by the name of the suite."""
         self._ceilings: dict[int, str] = {}
-        """By side, what its first turn found that the device can do."""
+        """By side, the ceilings of the device from its first turn."""
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -137,14 +137,14 @@ class Alternating:
         self._stack.close()
 
     def measure(self, suites: Sequence[str], cases: str) -> None:
-        """A round: all cases of the suites that satisfy the expression, once for each revision.
+        """A round: all selected cases of the suites, once for each revision.
 
         Args:
-            suites: names, and paths of those that are of no checkout.
-            cases: an expression.
+            suites: names, and paths of suites outside of a checkout.
+            cases: expression that selects cases.
 
         Raises:
-            MeasuringError: a run ended otherwise than with results, or with those of other code.
+            MeasuringError: a run ended without results, or with results of other code.
         """
         self.turns += 1
         order = (0, 1) if self.turns % 2 else (1, 0)
@@ -157,9 +157,9 @@ class Alternating:
                 *self._selection,
                 *("-k", cases, "--out", str(out)),
             ]
-            # An installed or named path to this checkout's packages must not come before those of the other.
+            # Paths to the packages of this checkout must not come before those of the other checkout.
             environment = {name: value for name, value in git.environment().items() if name not in PATHS}
-            # Nobody looks at the page of a turn. A variable, since an older revision may not know an option.
+            # A turn needs no page. This is a variable, because an older revision may not have an option.
             environment[REPORT] = NO_REPORT
             environment[CEILINGS] = self._ceilings.get(side, "")
             done = subprocess.run(
@@ -169,7 +169,7 @@ class Alternating:
                 capture_output=True,
                 text=True,
                 check=False,
-                # Not even if this process is killed does it measure for nobody.
+                # If this process is killed, the run must end, too.
                 preexec_fn=partial(die_with, os.getpid()),
             )
             if done.returncode not in MEASURED:
@@ -182,7 +182,7 @@ class Alternating:
             self._ceilings.setdefault(side, next(measured, ""))
 
     def _refuse_other_files(self, run: Run) -> None:
-        """All turns measure one suite, or there is nothing to compare."""
+        """Check that all turns measure the same suite file."""
         for environment in run.environments.values():
             described: Any = environment
             if (digest := described.get(provenance.SUITE_FILE)) is not None:
@@ -194,7 +194,7 @@ class Alternating:
 
 
 def _refuse_other_code(run: Run, commit: str) -> None:
-    """An installed harness may have come first, or what is measured changed."""
+    """Check the measured code: an installed harness may have come first, or the code may have changed."""
     for environment in run.environments.values():
         described: Any = environment.get("git") or {}
         if described.get("revision", commit) != commit or environment.get("harness") or provenance.change(environment):
@@ -202,16 +202,16 @@ def _refuse_other_code(run: Run, commit: str) -> None:
 
 
 def _put_away(checkout: Path) -> None:
-    """Remove remains of comparisons that were killed: worktrees of this checkout, and their directories."""
+    """Remove what killed comparisons left behind: worktrees of this checkout, and their directories."""
     listed = git.run(checkout, "worktree", "list", "--porcelain").stdout.splitlines()
     worktrees = [Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")]
     directories = {each.parent for each in worktrees} | set(Path(tempfile.gettempdir()).glob(f"{PREFIX}*"))
     for directory in directories:
         if directory.name.startswith(PREFIX) and (directory / OWNER).exists():
-            # One that goes on is owned, and what is another user's stays.
+            # Running comparisons have the file open. Directories of other users stay.
             with suppress(OSError), own(directory / OWNER):
                 for side in SIDES:
-                    # Twice: also one that was not finished.
+                    # Forced twice, to remove unfinished worktrees, too.
                     git.run(checkout, "worktree", "remove", "--force", "--force", str(directory / side))
                 shutil.rmtree(directory)
 

@@ -1,7 +1,7 @@
-"""Trust in verdicts on times, by comparisons of simulated runs with a known change.
+"""Error rates of verdicts on times, from simulated runs with a known change.
 
-Each comparison is of 77 equal times and of one each that takes 5, 10 and 25 % longer, at a threshold of 5 %. Every
-sample has 1 % of noise of its own (standard deviation), and each time in each run has that of a model besides.
+Each comparison has 77 equal times, and one each that takes 5, 10 and 25 % longer, at a threshold of 5 %. Every sample
+has 1 % of its own noise (standard deviation). Each time in each run has the noise of a model in addition.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,8 +35,8 @@ MOST_FALSE_ALARMS = 0.01
 """Share of comparisons in which an equal time may be called worse."""
 
 AIMED_AT, FEWEST_FOUND, LOUDEST = SLOWDOWNS.index(0.10), 0.95, 0.03
-"""The slowdown of which so large a share has to be found in turns. It holds where runs differ by no more than this
-(standard deviation). Where they differ by more, and of saved runs of one process each, that share is found or left
+"""Index of a slowdown, the share of it that has to be found in turns, and the noise up to which this holds: the
+standard deviation between runs. With more noise, or for saved runs of one process each, this share has to be found or
 unclear."""
 
 SAMPLES = (3, 10, 30, 100)
@@ -45,7 +45,7 @@ SPREAD = 0.01
 DRIFT, CORRELATION, CORRELATED, OFFSET, GAP = 0.08, 0.9, 0.03, 0.03, 0.2
 
 Noise = Callable[[np.random.Generator, tuple[int, ...]], Array]
-"""Makes noise of the logarithms of samples, by a shape whose last axis is the samples of a run."""
+"""Makes noise of the logarithms of samples. The last axis of the shape has the samples of a run."""
 
 
 def _none(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
@@ -94,7 +94,7 @@ class Outcome:
     """By slowdown, the share that is called worse."""
 
     missed: tuple[float, ...]
-    """By slowdown, the share that is called the same or better: the rest is unclear."""
+    """By slowdown, the share that is called the same or better. The rest is unclear."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,10 @@ class Row:
     """Standard deviation of the logarithms of the medians of runs of equal code."""
 
     in_turns: Outcome
-    """As `compare A B` measures revisions."""
+    """Outcome of turns, as `compare A B` measures revisions."""
 
     saved: Outcome
-    """As it compares two saved runs, of one process each."""
+    """Outcome for two saved runs of one process each."""
 
 
 def simulate(comparisons: int = COMPARISONS, samples: tuple[int, ...] = SAMPLES, seed: int = 0) -> Iterator[Row]:
@@ -128,7 +128,7 @@ def simulate(comparisons: int = COMPARISONS, samples: tuple[int, ...] = SAMPLES,
 
 
 def meets_aim(row: Row, comparisons: int = COMPARISONS) -> bool:
-    """True if false alarms are as rare, and slowdowns found as often, as they have to be."""
+    """True if false alarms are rare enough, and slowdowns are found often enough."""
     outcomes = row.in_turns, row.saved
     decidable = round(row.between_runs, 2) <= LOUDEST
     return (
@@ -139,7 +139,7 @@ def meets_aim(row: Row, comparisons: int = COMPARISONS) -> bool:
 
 
 def markdown(rows: Sequence[Row], comparisons: int = COMPARISONS) -> str:
-    """A table for the documentation: of slowdowns the share that is called worse, and that is called the same."""
+    """A table for the documentation, with the shares of slowdowns that are called worse, and the same."""
     slowdowns = [f"{slowdown:.0%}" for slowdown in SLOWDOWNS]
     heads = [f"{how}: {what}" for how in ("in turns", "saved") for what in ("false alarms", *slowdowns)]
     columns = "samples", "runs differ by", *heads
@@ -157,8 +157,8 @@ def _cells(outcome: Outcome, comparisons: int) -> list[str]:
 
 
 def _compare(noise: Noise, generator: np.random.Generator, comparisons: int, samples: int) -> tuple[Array, ...]:
-    """The meaning of each time of each comparison, and the variance of its medians from run to run. Meanings are of
-    times measured in turns, and of the first run of either side alone."""
+    """The meaning of each time of each comparison, and the variance of its medians between runs. Meanings are for
+    times measured in turns, and for the first run of each side alone."""
     shape = comparisons, EQUAL + len(SLOWDOWNS), MOST_TURNS, samples
     sides = [SPREAD * generator.standard_normal(shape, np.float32) + noise(generator, shape) for _ in range(2)]
     slower = np.concatenate([np.zeros(EQUAL), np.log1p(SLOWDOWNS)])
@@ -170,13 +170,13 @@ def _compare(noise: Noise, generator: np.random.Generator, comparisons: int, sam
 
 
 def _medians(samples: Array) -> Array:
-    """As `np.median` of the last axis, which takes ten times as long as to sort."""
+    """The same as `np.median` of the last axis, which takes ten times as long as a sort."""
     count = samples.shape[-1]
     return np.asarray(np.sort(samples, axis=-1)[..., [(count - 1) // 2, count // 2]].mean(-1))
 
 
 def _in_turns(middles: list[Array]) -> Array:
-    """As many turns as all times get, then more of those that are not settled."""
+    """The turns of all times, then more turns of unclear ones."""
     needed = runs_that_confirm(middles[0].shape[-2])
     turns, again = 0, np.full(middles[0].shape[:-1], True)
     levels, ranks = [Level(*(np.zeros(again.shape) for _ in range(4)))] * 2, np.zeros(again.shape)

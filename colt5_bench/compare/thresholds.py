@@ -1,4 +1,4 @@
-"""Thresholds of changes, as suites/thresholds.toml has them: defaults, and rules for some suites and cases."""
+"""Thresholds of changes, read from suites/thresholds.toml: defaults, and rules for suites and cases."""
 
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +14,13 @@ Direction = Literal["lower", "higher", "equal"]
 DIRECTIONS = get_args(Direction)
 
 SELECTORS = ("suite", "cases", "implementation", "device")
-"""Restrictions of a rule: a name or a list of names; cases by expressions as of `-k`."""
+"""Restrictions of a rule: a name or a list of names; cases by expressions as with `-k`."""
 
 DEVICES = ("cpu", "cuda")
 
 
 class ThresholdsError(SelectionError):
-    """The file of thresholds cannot be read as such; the message says where and what is allowed."""
+    """The file of thresholds is not valid; the message names the place and what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Bound:
 
     relative: float = 0.0
     absolute: float = 0.0
-    """A change counts if it is more than `absolute` and more than `relative` times the value before."""
+    """A change counts if it is more than `absolute` and more than `relative` times the old value."""
 
 
 @dataclass(frozen=True)
@@ -47,25 +47,25 @@ class Thresholds:
     """The time columns."""
 
     speed_up: float
-    """Over the reference in the same run: 0.25 allows the time in units of the reference's to grow by 25 %."""
+    """Speed-up over the reference: 0.25 allows the time in units of the reference's to grow by 25 %."""
 
     peak: float
     saved: float
 
     error: float
-    """Largest distance from fp64: 1.0 allows twice the distance before."""
+    """Largest distance from fp64: 1.0 allows twice the old distance."""
 
     error_share: float
-    """Errors below this share of their budget are all the same."""
+    """Share of the allowed error. Errors below it count as the same."""
 
     registers: float
     spilled_bytes: float
     shared_bytes: float
     instructions: float
-    """Static facts of each kernel; instructions by class."""
+    """Static facts of each kernel, and its instructions by class."""
 
     metrics: Mapping[str, Bound] = field(default_factory=dict)
-    """By name of the metric; one without a bound is compared only as to whether it is a number."""
+    """Bounds by name of the metric. For a metric without a bound, only a change between number and NaN counts."""
 
 
 NUMBERS = tuple(each.name for each in fields(Thresholds) if each.name != "metrics")
@@ -85,13 +85,13 @@ class Rules:
     default: Thresholds
     rules: Sequence[_Rule] = ()
     unchecked: Sequence[str] = ()
-    """Implementations that `--check` measures by name alone."""
+    """Implementations that `--check` measures only if `--impl` names them."""
 
     def of(self, record: Record, device: str) -> Thresholds:
         """The defaults, changed by each rule that applies, in the order of the file.
 
         Args:
-            record: any of the two that are compared.
+            record: one of the two compared records.
             device: `cpu` or `cuda`.
         """
         thresholds = self.default
@@ -103,10 +103,10 @@ class Rules:
 
 
 def load_rules(path: Path) -> Rules:
-    """Read thresholds: a table `default` with all of them, then tables `rule` with those that differ; `unchecked`.
+    """Read thresholds: a table `default` with all of them, tables `rule` with changes, and `unchecked`.
 
     Raises:
-        ThresholdsError: there is no such file, or it says what cannot be.
+        ThresholdsError: the file does not exist, or is not valid.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -146,7 +146,7 @@ def _rule(content: Mapping[str, Any], where: str) -> _Rule:
 
 
 def _names(value: Any, where: str) -> list[str]:
-    """A name, or any of several."""
+    """A name, or a list of names."""
     names = value if isinstance(value, list) else [value]
     if not names or not all(isinstance(name, str) for name in names):
         raise ThresholdsError(f"{where} must be a string or a list of strings, got {value!r}.")

@@ -1,7 +1,7 @@
 """A verdict on every figure of two runs.
 
-Times are compared on the same hardware. Elsewhere speed-ups over the reference, which was timed side by side with
-everything else, take their place. A case that had a value in the baseline has to have one.
+Times are compared on the same hardware. On different hardware, speed-ups over the reference, which was timed in the
+same rounds, take their place. A case that has a value in the baseline needs one in the run.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,16 +35,16 @@ def compare(
     scope: Callable[[Record], bool] = lambda record: True,
     any_machine: bool = False,
 ) -> Comparison:
-    """Compare a run with a baseline. Records of the same point are taken for so many runs; one that is there twice
-    counts once.
+    """Compare a run with a baseline. Several records of a point count as several runs, and duplicates
+    count once.
 
     Args:
-        baseline: what was.
-        run: what is.
-        rules: how much of a change counts.
-        references: by suite, the implementation that speed-ups are over.
-        scope: which records take part. What is in the baseline alone is missing.
-        any_machine: compare speed-ups over the reference in place of times, even on hardware of the same name.
+        baseline: the old side.
+        run: the new side.
+        rules: thresholds of changes.
+        references: the reference implementation of each suite.
+        scope: selects the records. A record only in the baseline is `missing`.
+        any_machine: compare speed-ups over the reference instead of times, even on hardware of the same name.
 
     Raises:
         IncomparableError: a side has records of one point from several devices or revisions, or the baseline a time
@@ -86,7 +86,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Side:
-    """The points of a run by their key, and what each was measured under."""
+    """The points of a run by their key, and their conditions."""
 
     points: Mapping[Key, Measured]
     conditions: Mapping[Key, Conditions]
@@ -106,7 +106,7 @@ class _Side:
 
 
 def _together(same: Sequence[Record]) -> Measured:
-    """Records of one point. If it failed once, it failed; a record that is there twice is of one run."""
+    """Records of a point. One failure makes the point fail. Duplicates count as one run."""
     failed = next((record for record in same if record.status in FAILED), None)
     ok = [record for record in same if record.status == "ok"]
     distinct = {str([timing.samples for timing in record.timings.values()]): record for record in ok}
@@ -114,7 +114,7 @@ def _together(same: Sequence[Record]) -> Measured:
 
 
 def _labels(records: Sequence[Record]) -> dict[Key, str]:
-    """Labels that tell the case of each record from the others of its suite."""
+    """Labels that distinguish the cases of a suite."""
     labels = {}
     for own in group_by(records, lambda record: record.suite):
         varying = varying_fields(own)
@@ -123,7 +123,8 @@ def _labels(records: Sequence[Record]) -> dict[Key, str]:
 
 
 def _settle(drafts: Sequence[Draft]) -> list[Finding]:
-    """The verdicts on times: those of a column are noise to each other, and all are corrected for their number."""
+    """The verdicts on times. Times of a column show each other's noise, and all tests are corrected for their
+    number."""
     tested = [draft for draft in drafts if draft.times]
     settled = {}
     if tested:
@@ -149,7 +150,7 @@ def _by_metric(drafts: Sequence[Draft]) -> list[list[Draft]]:
 
 
 def _changes(times: Sequence[Times]) -> tuple[Changes, Changes]:
-    """Changes of the times of a column, alone or beside the reference, and the other figure."""
+    """Changes of the times of a column, alone or relative to the reference, and the other figure."""
     column = times[0].column
     alone = compared([(each.before, each.after) for each in times], column)
     return narrower(alone, compared([each.relative for each in times], column))
@@ -166,7 +167,7 @@ def _of_status(old: Measured | None, new: Measured | None) -> Iterator[tuple[Any
     elif after == "ok" or (before is None and after in FAILED):
         verdict = "better" if before in FAILED else "new"
     elif after is None or before is None:
-        # Had no value then, and has none now.
+        # Neither side has a value.
         return
     else:
         verdict = "same"

@@ -1,1 +1,1 @@
-"""Records for people: terminal, plots, page and tables for other programs."""
+"""Output of records: terminal, plots, page, and tables for other programs."""

@@ -1,11 +1,11 @@
-"""The colour and the marker of each implementation: the same in every plot, whatever else is drawn."""
+"""The colour and the marker of each implementation, which are the same in every plot."""
 
 from zlib import crc32
 
 PALETTE = (
-    # Okabe and Ito's, which every kind of colour vision tells apart.
+    # Colours of Okabe and Ito, which are distinct for every kind of colour vision.
     *("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
-    # Others that are seen on light and on dark.
+    # Other colours that are visible on light and on dark.
     *("#999933", "#C2456F", "#44AA99", "#8C7AE6", "#B0603A", "#3E8E41", "#A05195", "#8C6D4B", "#6B7A8F"),
     *("#B8860B", "#6A5ACD", "#E07A5F", "#2F8F9D"),
 )
@@ -15,22 +15,22 @@ NAMED = (
     *("dense", "dense_flash", "sdpa", "flex", "torch", "torch_topk", "masked_rows", "t5", "longt5"),
     *("flashinfer_topk", "quack_topk", "softtorch", "liger"),
 )
-"""Implementations that have a colour each, in the order of the palette. Others take one by their name alone, and none
-that belongs to the first two."""
+"""Implementations with a fixed colour, in the order of the palette. Others get one by a hash of their name, but none
+of the first two."""
 
 TRAINED = (
     *("light", "light_wide", "hybrid", "published", "zero", "cosine", "exact", "cosine_exact"),
     *("sets_2", "sets_4", "frozen", "random", "noncausal"),
     *("rotary", "light_rotary", "zero_fp32", "zero_plain"),
 )
-"""Kinds of attention that are trained side by side, and beside `dense`. They share colours with implementations that
+"""Kinds of attention that are trained together, and with `dense`. They share colours with implementations that
 are never in one plot with them."""
 
 SPARSE = (
     *("mosa", "mixture_of_depths", "moba", "fla_moba", "nsa", "fla_nsa"),
     *("selected", "attn_gym_gather", "entmax", "adasplash"),
 )
-"""Sparse attention beside `dense` and `dense_flash`, likewise."""
+"""Sparse attention, shown with `dense` and `dense_flash`. It shares colours in the same way."""
 
 _PLACES = {
     **{name: place for place, name in enumerate(NAMED)},

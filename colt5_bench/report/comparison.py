@@ -1,4 +1,4 @@
-"""A comparison for people, for programs, for a pull request, and for what collects test results."""
+"""A comparison as text, as JSON, as Markdown for a pull request, and as test results."""
 
 import json
 import os
@@ -28,7 +28,7 @@ COLUMNS = (
 )
 
 MOST_ROWS = 100
-"""Most rows of the table for a pull request, which GitHub cuts off. Regressions come first."""
+"""Most rows of the table for a pull request, because GitHub limits comments. Regressions come first."""
 
 
 def write(comparison: Comparison, form: str) -> None:
@@ -58,7 +58,7 @@ def show(comparison: Comparison, console: Console) -> None:
 
 
 def as_json(comparison: Comparison) -> str:
-    """All findings. JSON has no NaN and no infinity: they are said by name."""
+    """All findings, with NaN and infinities as strings, which JSON lacks."""
     findings = [
         {**asdict(finding), "baseline": json_value(finding.baseline), "now": json_value(finding.now)}
         for finding in comparison.findings
@@ -69,7 +69,7 @@ def as_json(comparison: Comparison) -> str:
 
 
 def as_markdown(comparison: Comparison) -> str:
-    """A heading, notes and a table of what is not the same."""
+    """A heading, notes and a table of changes."""
     count = len(comparison.regressions)
     verdict = f"{count} regression{'s' if count > 1 else ''}" if count else "No regression"
     verdict = "Undecided" if comparison.undecided and not count else verdict
@@ -114,7 +114,7 @@ def as_junit(comparison: Comparison) -> str:
 
 
 def append_summary(comparison: Comparison) -> None:
-    """To the summary of a job of GitHub Actions, if this is one."""
+    """Append to the summary of the job, in GitHub Actions."""
     if path := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(path).open("a", encoding="utf-8") as summary:
             summary.write(as_markdown(comparison))
@@ -127,7 +127,7 @@ def _about(finding: Finding) -> str:
 
 
 def _remark(finding: Finding) -> str:
-    """The interval of a change that was seen, and the note."""
+    """The interval of a change, and the note."""
     seen = finding.interval_text if finding.interval_text != finding.change else ""
     return "; ".join(filter(None, (f"95 % interval {seen}" if seen else "", finding.note)))
 

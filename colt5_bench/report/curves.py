@@ -1,4 +1,4 @@
-"""Curves of training runs: a figure over the seconds that training took."""
+"""Curves of training runs: a figure over the seconds of training."""
 
 from collections.abc import Sequence
 from math import ceil
@@ -14,11 +14,11 @@ from colt5_bench.report.colours import colour
 
 PANELS_PER_ROW = 3
 PANEL_SIZE = 4.5, 3.2
-"""Inches."""
+"""Size in inches."""
 
 
 def curves(records: Sequence[Record]) -> Figure | None:
-    """The validation curve of the first metric against seconds, each a mean over seeds; a panel for each case.
+    """The validation curve of the first metric over seconds, as a mean over seeds, with a panel for each case.
 
     None if no record has such a curve.
     """

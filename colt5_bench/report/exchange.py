@@ -1,4 +1,4 @@
-"""A run in the formats of other tools, none of which has to be installed but pytest-benchmark."""
+"""A run in the formats of other tools. Only pytest-benchmark has to be installed."""
 
 import re
 from collections import Counter
@@ -21,15 +21,15 @@ from colt5_bench.report.layout import View
 from colt5_bench.selection import SelectionError
 
 LATENCY = "latency"
-"""Bencher's own measure of time, in ns."""
+"""Name of Bencher's measure of time, in ns."""
 
 LONGEST_NAME, LONGEST_MEASURE = 1024, 64
-"""Characters that Bencher takes for the name of a benchmark and of a measure."""
+"""Most characters of a name of a benchmark and of a measure in Bencher."""
 
 
 @dataclass(frozen=True)
 class _Figure:
-    """A figure of a record that is the better, the smaller it is."""
+    """A figure of a record whose smaller values are better."""
 
     name: str
     unit: str
@@ -38,9 +38,9 @@ class _Figure:
 
 
 def pytest_benchmark(run: Run) -> bytes:
-    """The file of `--benchmark-json`: samples of the first time column, and all else as `extra_info`.
+    """The file of `--benchmark-json`: samples of the first time column, and all other figures as `extra_info`.
 
-    Tests have the names that `pytest suites/` gives them, so that the file can be compared with one of these.
+    Tests have the same names as with `pytest suites/`, so that the files can be compared.
     """
     column, environment = main_column(run.records), _environment(run, run.records[0])
     revision = provenance.named(environment.get("git"))
@@ -78,7 +78,7 @@ def github_action_benchmark(run: Run) -> bytes:
 
 
 def bencher(run: Run) -> bytes:
-    """Bencher Metric Format: the first time column as Bencher's `latency`, in ns, and all else under its name."""
+    """Bencher Metric Format: the first time column as `latency` in ns, and other figures by their names."""
     main = main_column(run.records)
 
     def measures(record: Record, figures: Sequence[_Figure]) -> dict[str, dict[str, float]]:
@@ -94,12 +94,12 @@ def bencher(run: Run) -> bytes:
 
 
 def flashinfer_bench(run: Run, views: Mapping[str, View]) -> bytes:
-    """Traces of flashinfer-bench, one a line. What was skipped or not timed has none.
+    """Traces of flashinfer-bench, one per line. Skipped or untimed records have none.
 
-    A definition is a suite, with the fields of its case that are words; axes are the fields that are whole numbers.
+    A definition is a suite with the text fields of its case; axes are the integer fields.
 
     Args:
-        views: by the names of suites, which implementation the others are measured by.
+        views: the views of suites by name, with their references.
     """
     column = main_column(run.records)
     reference = {
@@ -133,7 +133,7 @@ def export(run: Run, form: str, views: Mapping[str, View] = MappingProxyType({})
     """The run in one of `FORMATS`.
 
     Args:
-        views: how each suite asks to be looked at, by its name.
+        views: the view of each suite, by its name.
 
     Raises:
         SelectionError: the run has no records, is of several machines, or has several records of one point.
@@ -166,7 +166,7 @@ def _slug(name: str) -> str:
 
 
 def _figures(records: Sequence[Record]) -> Iterator[tuple[Record, list[_Figure]]]:
-    """Figures that are finite, of all records that are ok."""
+    """Finite figures of all records that are ok."""
     ok = list(_ok(records))
     columns = list(dict.fromkeys(column for record in ok for column in record.timings))
     intervals = {column: time_intervals(ok, column) for column in columns}
@@ -235,7 +235,7 @@ def _evaluation(record: Record, column: str, reference: float | None, environmen
     }
     if record.status in statuses:
         divergence = worst(record)
-        # The largest relative error of an element is not in a record.
+        # Records do not have the largest relative error of an element.
         evaluation["correctness"] = {
             "max_relative_error": nan,
             "max_absolute_error": divergence.largest if divergence else nan,

@@ -17,14 +17,14 @@ _COLUMNS = [each.name for each in fields(Record) if each.name not in _OF_SEVERAL
 
 
 def write_csv(path: Path, records: Sequence[Record]) -> Path:
-    """Write a line a record, with the columns of `to_frame`."""
+    """Write a line for each record, with the columns of `to_frame`."""
     with atomic_write(path) as unfinished:
         to_frame(records).to_csv(unfinished, index=False)
     return path
 
 
 def write_parquet(path: Path, records: Sequence[Record]) -> Path:
-    """Write a row a record, with the columns of `to_frame`; a column with several types becomes text.
+    """Write a row for each record, with the columns of `to_frame`. A column with several types becomes text.
 
     Raises:
         ImportError: pyarrow, which is optional, is not installed.
@@ -38,10 +38,10 @@ def write_parquet(path: Path, records: Sequence[Record]) -> Path:
 
 
 def to_frame(records: Iterable[Record]) -> pd.DataFrame:
-    """A row a record. Columns are the fields of the case, `<column>_ms` for each time column with `<column>_ms_low` and
-    `<column>_ms_high`, its 95 % interval, `<tensor>_error`, and the metrics under their names."""
+    """A row for each record. Columns are the fields of the case, `<column>_ms` for each time column with
+    `<column>_ms_low` and `<column>_ms_high`, its 95 % interval, `<tensor>_error`, and the metrics under their names."""
     records = list(records)
-    # All at once: each on its own would take longer than all the rest.
+    # All at once, because one by one takes longer than everything else.
     bounds = iter(intervals([timing.samples for record in records for timing in record.timings.values()]).tolist())
     return pd.DataFrame([_row(record, bounds) for record in records])
 

@@ -1,4 +1,4 @@
-"""Interactive plots of a suite, for the page: what plotly.js is to draw, and the choices that lead there."""
+"""Interactive plots of a suite, for the page: drawings of plotly.js, and choices between them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,22 +41,22 @@ from colt5_bench.report.layout import (
 )
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star", "x")
-"""Tell implementations apart in grey."""
+"""Markers, by which implementations differ in grey, too."""
 
 GREY = "#888888"
-"""Colour of lines that belong to no implementation: seen on light and on dark."""
+"""Colour of lines that belong to no implementation, visible on light and on dark."""
 
 HEIGHT, ROW_HEIGHT = 400, 36
 """Height of a plot, and of a row of a heat map, in pixels."""
 
 HOVER_WIDTH = 44
-"""Characters of a line of what is shown under the pointer."""
+"""Characters of a line in the text at the pointer."""
 
 DASHES = ("solid", "dash", "dashdot", "longdash", "longdashdot", "dot")
-"""Tell apart the lines of one implementation."""
+"""Strokes of the lines of one implementation."""
 
 BEYOND = 1e6
-"""Over the value: where a bar ends of which nothing is known, which is off any axis."""
+"""End of the bar of an unknown interval, over the value. It is beyond any axis."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Drawing:
     """A drawing of plotly.js."""
 
     when: Mapping[str, str]
-    """The choices that lead here, by what is chosen: `{"direction": "forward"}`."""
+    """The choices that select this drawing: `{"direction": "forward"}`."""
 
     data: Sequence[dict[str, Any]]
     layout: Mapping[str, Any]
@@ -72,7 +72,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Card:
-    """One plot, drawn in several ways that are chosen among."""
+    """A plot with several drawings, one of which is chosen."""
 
     title: str
     note: str
@@ -90,20 +90,20 @@ class _Plot:
     unit: str
     lines: Sequence[str] = ()
     dashes: Mapping[str, str] = field(default_factory=lambda: {"": "solid"})
-    """By combination of the fields that make lines."""
+    """Strokes by combination of the fields that make lines."""
 
     limit: Drawn | None = None
-    """A limit that no implementation can pass."""
+    """A limit that no implementation can exceed."""
 
     axis: Mapping[str, Any] = field(default_factory=dict)
-    """The vertical one, if it is not to be a logarithmic one of what is drawn."""
+    """The vertical axis, if it is not a logarithmic axis of the drawn values."""
 
     zero: float = 0.0
-    """Where 0 is drawn: a logarithmic axis has no place for it."""
+    """Place of 0, which a logarithmic axis does not have."""
 
 
 def cards(records: Sequence[Record], view: View) -> list[Card]:
-    """The plots of the records of one suite; there is none of what no record has."""
+    """The plots of the records of one suite. Quantities without records have no plot."""
     ok = [record for record in records if record.status == "ok" and view.x in record.fields]
     time_plot = _Plot(view.x, "", "ms", limit=LIMIT_TIME)
     drawn = [
@@ -145,7 +145,7 @@ def _time_columns(records: Iterable[Record]) -> list[str]:
 
 
 def _hints(records: Sequence[Record]) -> str:
-    """Says of each time column how it is measured."""
+    """Explanation of each time column."""
     return "; ".join(f"{name}: {time(name).hint}" for name in _time_columns(records) if time(name).hint) + "."
 
 
@@ -168,7 +168,7 @@ def _memory(x: str, records: Sequence[Record]) -> list[Drawing]:
 
 
 def _metrics(view: View, records: Sequence[Record]) -> list[Card]:
-    """A plot a metric, of the first direction: they are not a matter of direction."""
+    """A plot for each metric, of the first direction, because metrics do not depend on the direction."""
     described = [record for record in records if record.metrics]
     described = [record for record in described if record.direction == described[0].direction]
     dashes = strokes(described, view.lines, DASHES)
@@ -192,7 +192,7 @@ def _panels(
     quantities: Sequence[Drawn],
     when: Mapping[str, str],
 ) -> list[Drawing]:
-    """A drawing for each direction and each combination of the fields that do not lie along x."""
+    """A drawing for each direction and each combination of the fields other than x."""
     drawn = [record for record in records if any(each.of(record) is not None for each in quantities)]
     fields = panel_fields(plot.x, plot.lines, drawn)
     drawings = []
@@ -219,7 +219,7 @@ def _directions(records: Iterable[Record]) -> list[str]:
 
 
 def _lines(plot: _Plot, records: Sequence[Record], drawn: Drawn) -> list[dict[str, Any]]:
-    """A line an implementation, and each combination of the fields that make lines."""
+    """A line for each implementation and each combination of the fields that make lines."""
     traces = []
     for own in group_by(records, lambda record: series(record, plot.lines)):
         points = [(record, value) for record in own if (value := drawn.of(record)) is not None]
@@ -254,7 +254,7 @@ def _lines(plot: _Plot, records: Sequence[Record], drawn: Drawn) -> list[dict[st
 
 
 def _bars(points: Sequence[tuple[Record, float]], drawn: Drawn) -> dict[str, Any] | None:
-    """The intervals of the points. One of which nothing is known goes off both ends of the axis."""
+    """The intervals of the points. An unknown interval exceeds both ends of the axis."""
     reaches = [_reach(value, drawn.interval(record)) for record, value in points]
     if not any(map(any, reaches)):
         return None
@@ -263,13 +263,13 @@ def _bars(points: Sequence[tuple[Record, float]], drawn: Drawn) -> dict[str, Any
 
 
 def _reach(value: float, interval: Interval | None) -> tuple[float, float]:
-    """Distance of the ends of an interval below and above the value."""
+    """Distances from the value to the lower and upper end of its interval."""
     low, high = interval or (value, value)
     return max(value - low, 0.0), max(min(high, BEYOND * value) - value, 0.0)
 
 
 def _joined(x: str, values: Iterable[Any]) -> bool:
-    """True if a line between neighbours has a meaning. It has none between the names of different things."""
+    """True if a line between neighbours has a meaning. Between names it has none."""
     return x == RUN or not any(isinstance(value, str) for value in values)
 
 
@@ -290,7 +290,7 @@ def _limit_line(plot: _Plot, records: Sequence[Record], limit: Drawn) -> list[di
 
 
 def _divergence(x: str, records: Sequence[Record]) -> list[Drawing]:
-    """A heat map for each dtype, whose errors have nothing in common: a row a line, spread and schedule."""
+    """A heat map for each dtype, as their errors cannot be compared. It has a row per line, spread and schedule."""
     compared = [r for r in records if r.status in ("ok", "wrong") and worst_gradient(r) and x in r.fields]
     if not compared:
         return []

@@ -1,4 +1,4 @@
-"""Layout of the records of a suite in plots, whatever draws them: axes, lines, panels and figures."""
+"""Layout of the records of a suite in plots of any kind: axes, lines, panels and figures."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -22,46 +22,46 @@ from colt5_bench.suite import Grid
 T = TypeVar("T")
 
 SPREAD_FIELDS = ("score_std", "std")
-"""Divergence is laid out by the first of these that varies."""
+"""Fields for the layout of divergence. The first one that varies is used."""
 
 SCHEDULE_FIELD = "eps"
-"""Divergence is laid out by this and the fields that begin with its name and `_`."""
+"""Field for the layout of divergence, together with fields that begin with its name and `_`."""
 
 TRADED_FIELD = "segments"
-"""A field that trades time for memory: where it varies, the one is drawn against the other."""
+"""A field that trades time for memory. If it varies, time is drawn against memory."""
 
 RUN = "run"
-"""The field that a history is drawn along: no field of a case."""
+"""The field along the axis of a history. Cases do not have it."""
 
 MEMORY = PEAK.title
-"""The axis of that plot."""
+"""The axis of the plot of time against memory."""
 
 
 ERROR_DECADES = (-8, 2)
-"""The powers of ten between which every chart of errors lies, so that any two can be compared."""
+"""Powers of ten that bound every chart of errors, so that charts can be compared."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A suite's wishes for the plots of its records."""
+    """Options of a suite for the plots of its records."""
 
     x: str = "n"
     """The case field that plots are drawn against."""
 
     lines: Sequence[str] = ()
-    """Case fields each combination of which is a line in plots of metrics, and no panel."""
+    """Case fields whose combinations are lines in plots of metrics, not panels."""
 
     reference: str = "reference"
-    """The implementation that speed-ups are over."""
+    """The implementation that others are compared with."""
 
     description: str = ""
 
     crossover: bool = False
-    """True if the page says from which x on each implementation is faster than the reference."""
+    """True if the page shows from which x on each implementation is faster than the reference."""
 
     @classmethod
     def of(cls, suite: Grid) -> "View":
-        """The view that a suite asks for."""
+        """The view of a suite."""
         return cls(suite.x_axis, suite.lines, suite.reference, suite.description, suite.crossover)
 
 
@@ -72,10 +72,10 @@ class Drawn:
     of: Callable[[Record], float | None]
 
     interval: Callable[[Record], Interval | None] = lambda record: None
-    """The 95 % interval of the figure; None for what has no noise."""
+    """The 95 % interval of the figure; None if it has no noise."""
 
     name: str = ""
-    """For the legend, where there are several."""
+    """Name in the legend, if there are several."""
 
 
 def milliseconds(records: Sequence[Record], column: str) -> Drawn:
@@ -109,7 +109,7 @@ LIMIT_BANDWIDTH = Drawn(
     ),
     name="limit of the device",
 )
-"""The bandwidth of what takes the least time that the device needs, in GB/s."""
+"""The bandwidth at the least time that the device needs, in GB/s."""
 
 PEAK_MEGABYTES = Drawn(lambda record: times(record.peak_bytes, 1e-6), name="peak")
 SAVED_MEGABYTES = Drawn(lambda record: times(record.saved_bytes, 1e-6), name="saved")
@@ -126,13 +126,13 @@ def series(record: Record, lines: Sequence[str] = ()) -> str:
 
 
 def strokes(records: Iterable[Record], lines: Sequence[str], kinds: Sequence[T]) -> dict[str, T]:
-    """Kind of stroke of each line. All lines of an implementation have its colour, and are told apart by this."""
+    """Stroke of each line. Lines of an implementation have the same colour, and differ in their strokes."""
     several = dict.fromkeys(label(record.fields, lines) for record in records)
     return {name: kinds[place % len(kinds)] for place, name in enumerate(several)}
 
 
 def panel_fields(x: str, lines: Sequence[str], records: Sequence[Record]) -> list[str]:
-    """The fields each combination of which has a panel of its own. They vary, and none is x or goes with it."""
+    """The fields whose combinations are panels. They vary, and are neither x nor determined by it."""
     along = (x, TRADED_FIELD) if x == MEMORY else (x,)
     return [
         name for name in varying_fields(records) if name not in (*along, *lines) and not _goes_with(x, name, records)
@@ -140,14 +140,14 @@ def panel_fields(x: str, lines: Sequence[str], records: Sequence[Record]) -> lis
 
 
 def combinations(fields: Sequence[str], records: Iterable[Record]) -> list[str]:
-    """The combinations of the fields, the commonest first."""
+    """The combinations of the fields, the most frequent first."""
     return [name for name, _ in Counter(label(record.fields, fields) for record in records).most_common()]
 
 
 def divergence_fields(x: str, records: Sequence[Record]) -> tuple[str, list[str], list[str]]:
-    """The field that divergence is drawn against, and the fields of its spread and of its schedule of temperatures.
+    """The x field of divergence, and the fields of spread and of the schedule of temperatures.
 
-    It is drawn against `n_iters`, if all records have one and it varies, unless it is a history.
+    The x field is `n_iters` if all records have it and it varies, except in a history.
     """
     varying = varying_fields(records)
     if x != RUN and "n_iters" in varying and all(record.fields["n_iters"] is not None for record in records):
@@ -157,7 +157,7 @@ def divergence_fields(x: str, records: Sequence[Record]) -> tuple[str, list[str]
 
 
 def traded(records: Iterable[Record]) -> list[Record]:
-    """Records with a field that trades time for memory, with their peak memory as a field to be drawn against."""
+    """Records with a field that trades time for memory, and their peak memory as the x field."""
     sized = [record for record in records if record.peak_bytes and TRADED_FIELD in record.fields]
     if TRADED_FIELD not in varying_fields(sized):
         return []
@@ -165,20 +165,20 @@ def traded(records: Iterable[Record]) -> list[Record]:
 
 
 def largest_error(record: Record) -> float | None:
-    """None where there is nothing that a logarithmic axis could show: zero, infinity, NaN."""
+    """The value, or None if a logarithmic axis cannot show it: zero, infinity, NaN."""
     gradient = worst_gradient(record)
     return gradient.largest if gradient and 0 < gradient.largest < inf else None
 
 
 def error_on_scale(record: Record) -> float | None:
-    """The largest error as charts draw it: one that is beyond the scale lies on its end."""
+    """The largest error as charts draw it. Errors beyond the scale are drawn at its end."""
     error = largest_error(record)
     return None if error is None else min(max(error, 10.0 ** ERROR_DECADES[0]), 10.0 ** ERROR_DECADES[1])
 
 
 def reached(records: Sequence[Record], drawn: Sequence[Drawn]) -> list[float]:
-    """All that a vertical axis has to show: values, and the ends of intervals near them. Noise may span many decades,
-    and figures for these leave no room for the plot. So ends go a decade beyond all values at most."""
+    """The values and interval ends that a vertical axis has to show. Noise may span many decades, and would leave no
+    room for the plot. So interval ends are at most a decade beyond all values."""
     pairs = [(record, each) for record in records for each in drawn]
     values = [value for record, each in pairs if (value := each.of(record)) is not None]
     ends = [end for record, each in pairs for end in each.interval(record) or () if 0 < end < inf]
@@ -187,19 +187,19 @@ def reached(records: Sequence[Record], drawn: Sequence[Drawn]) -> list[float]:
 
 
 def decades(values: Iterable[float]) -> tuple[int, int]:
-    """The powers of ten that all values lie between, one apart at least: the ends of a logarithmic axis."""
+    """The powers of ten that bound all values, at least one apart: the ends of a logarithmic axis."""
     logarithms = [log10(value) for value in values if 0 < value < inf] or [0.0]
     lowest = floor(min(logarithms))
     return lowest, max(ceil(max(logarithms)), lowest + 1)
 
 
 def by_fields(records: Iterable[Record], names: Sequence[str]) -> list[list[Record]]:
-    """Records that agree in the named fields."""
+    """Records grouped by the named fields."""
     return group_by(records, lambda record: label(record.fields, names))
 
 
 def tick(value: object) -> str:
-    """Powers of two as they are said: 4k, 1M."""
+    """Powers of two in short form: 4k, 1M."""
     if not isinstance(value, int | float):
         return str(value)
     for unit, size in (("M", 2**20), ("k", 2**10)):
@@ -209,9 +209,9 @@ def tick(value: object) -> str:
 
 
 def _goes_with(x: str, name: str, records: Iterable[Record]) -> bool:
-    """True if a field has a value of its own for each x, as the number of rows may have.
+    """True if a field has a different value for each x, as the number of rows may have.
 
-    That runs measured different cases makes these no line: what differs between runs never goes with them.
+    In a history, a field that differs between runs does not count.
     """
     if x == RUN:
         return False

@@ -29,11 +29,11 @@ LEADERBOARD = "leaderboard.html"
 """Name of the page."""
 
 FIRST, TIED, BEHIND, BESIDE = "first", "tied", "", "beside"
-"""Places. The fastest is first, unless others cannot be told apart from it: then all of these are tied. An
-implementation of other work, such as a lower bound, is only shown beside them."""
+"""Places. The fastest is first. If others do not differ significantly from it, all of these are tied. An
+implementation of other work, such as a lower bound, has no place."""
 
 Environments = Mapping[str, Mapping[str, Any]]
-"""By the key that records have."""
+"""Environments by their keys."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Entry:
     """A place, or the status of a record that failed."""
 
     time: str = ""
-    """The median with half its interval."""
+    """The median with half of its interval."""
 
     behind: str = ""
-    """The time over that of the fastest, with its interval."""
+    """The time over the time of the fastest, with its interval."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Standing:
 
     implementation: str
     counts: Sequence[str]
-    """In words for each machine, how often it is first and how often tied."""
+    """Text for each machine: how often it is first and how often tied."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ def write_leaderboard(path: Path, runs: Sequence[Run], views: Mapping[str, View]
     """Write the page.
 
     Args:
-        path: the file; directories on the way to it are made.
-        runs: what is ranked. Where several runs of a machine have times of a point, the newest counts.
-        views: how each suite asks to be looked at, by its name.
+        path: the file. Missing directories are created.
+        runs: the runs to rank. If several runs of a machine have times of a point, the newest one counts.
+        views: the view of each suite, by its name.
     """
     environments = {key: environment for run in runs for key, environment in run.environments.items()}
     distinct = {(record.environment, *record.key): record for run in runs for record in run.records}
@@ -110,7 +110,7 @@ def write_leaderboard(path: Path, runs: Sequence[Run], views: Mapping[str, View]
 
 
 def machine(record: Record, environments: Environments) -> str:
-    """The model of the device of a record; of a CPU, with the number of threads."""
+    """The device model of a record; for a CPU, with the number of threads."""
     environment = environments.get(record.environment, {})
     threads = environment.get("threads")
     if environment.get("gpu") or not threads:
@@ -119,7 +119,7 @@ def machine(record: Record, environments: Environments) -> str:
 
 
 def _newest(records: Iterable[Record], environments: Environments) -> list[Record]:
-    """The records of each point and machine that are of one run: times of different runs are not compared."""
+    """The records of each point and machine, from one run, because times of different runs are not compared."""
 
     def age(own: Sequence[Record]) -> tuple[bool, str]:
         return any(record.timings for record in own), str(environments.get(own[0].environment, {}).get("utc", ""))
@@ -149,14 +149,14 @@ def _board(records: Sequence[Record], environments: Environments, view: View) ->
 
 
 def _count(name: str, points: Iterable[Sequence[Entry]]) -> str:
-    """`3 first, 1 tied, of 5`: of the points at which an implementation has a place."""
+    """`3 first, 1 tied, of 5`: places of an implementation, and its number of ranked points."""
     places = Counter(entry.place for entries in points for entry in entries if entry.implementation == name)
     total = places[FIRST] + places[TIED] + places[BEHIND]
     return f"{places[FIRST]} first, {places[TIED]} tied, of {total}" if total else ""
 
 
 def rank(records: Sequence[Record], column: str) -> dict[Group, list[Entry]]:
-    """Entries of each point of a machine: by time, then those that failed. What was skipped has none."""
+    """Entries of each point of a machine, by time, then failed ones. Skipped records have none."""
     timed = [record for record in records if record.seconds(column) is not None]
     timed.sort(key=lambda record: record.seconds(column) or 0.0)
     uncertain = dict(zip(map(id, timed), time_intervals(timed, column), strict=True))
@@ -182,7 +182,7 @@ def rank(records: Sequence[Record], column: str) -> dict[Group, list[Entry]]:
 
 
 def _has_a_place(record: Record) -> bool:
-    """True if it does the work of the operation: the least cost of this is its own only then."""
+    """True if it does the whole operation. Only then the least cost applies to it."""
     return record.minimum_bytes is not None
 
 
@@ -191,7 +191,7 @@ def _is_tied(factor: tuple[float, Interval] | None) -> bool:
 
 
 def _behind(timed: Sequence[Record], fastest: Mapping[Group, Record], column: str) -> dict[int, tuple[float, Interval]]:
-    """Times over those of the fastest of the same point, with their intervals by rounds."""
+    """Times over the time of the fastest at the same point, with intervals by rounds."""
     pairs = [(each, first) for each in timed if (first := fastest.get(each.group)) and first is not each]
     ratios = [beside(*(record.timings[column].samples for record in pair)) for pair in pairs]
     bounds = intervals(ratios).tolist() if ratios else []

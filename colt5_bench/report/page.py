@@ -1,4 +1,4 @@
-"""One HTML page of everything that a run holds: it needs no network, and no file beside it."""
+"""One HTML page with all results of a run. It needs no network and no other file."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,14 +40,14 @@ from colt5_bench.report.layout import View
 from colt5_bench.report.rows import columns, command, details, rows
 
 PAGE = "report.html"
-"""Name of the page of a run, beside its results."""
+"""Name of the page of a run, in the directory of its results."""
 
 PASSING = ("key", "utc", "command", "expected", "gpu.at_start.sm_clock_mhz", "gpu.at_start.reasons")
 """Entries that differ between runs under the same conditions."""
 
 
 OURS = "ours"
-"""The implementation that headlines are about."""
+"""The implementation in headlines."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,20 @@ class Standing:
     endings: str
 
     pairs: int
-    """Number of cases that both it and the reference were timed on."""
+    """Number of cases with times of both this implementation and the reference."""
 
     speed_up: str
-    """The geometric mean of these, over the reference, with its interval; empty without any."""
+    """The geometric mean of the speed-ups over the reference, with its interval; empty if there are none."""
 
     slowest: str
     fastest: str
-    """The smallest and the largest of these, each with its interval."""
+    """The smallest and the largest speed-up, each with its interval."""
 
     share_of_limit: str
-    """The largest, with its interval."""
+    """The largest share of the limit, with its interval."""
 
     error: float | None
-    """The largest of any gradient, of the section's dtype."""
+    """The largest error of any gradient, in the dtype of the section."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ class SuiteSection:
     device: str
     standings: Sequence[Standing]
     dtype: str
-    """The dtype whose errors are given, if there are several. Errors of different dtypes have nothing in common."""
+    """The dtype whose errors are shown, if there are several. Errors of different dtypes cannot be compared."""
 
     endings: Sequence[str]
-    """Endings other than ok: each reason once."""
+    """Records that are not ok, with each reason once."""
 
     crossover: "Crossover | None"
 
@@ -106,7 +106,7 @@ class Crossover:
 
 @dataclass(frozen=True)
 class Headline:
-    """The figure that a suite is known by."""
+    """The main figure of a suite."""
 
     suite: str
     figure: str
@@ -128,11 +128,11 @@ def write_page(
     """Write the page of a run.
 
     Args:
-        path: the file; directories on the way to it are made.
-        run: what is shown.
-        views: how each suite asks to be looked at, by its name.
-        title: what the page calls itself, if not by its suites.
-        findings: what a comparison with a baseline says, which stands at the top; None without a baseline.
+        path: the file. Missing directories are created.
+        run: the run to show.
+        views: the view of each suite, by its name.
+        title: title of the page; by default the names of its suites.
+        findings: findings of a comparison with a baseline, shown at the top; None without a baseline.
     """
     suites = group_by(run.records, lambda record: record.suite)
     sections = [_section(own, views.get(own[0].suite, View())) for own in suites]
@@ -161,7 +161,7 @@ def write_page(
 
 
 def _embedded(run: Run, sections: Iterable[SuiteSection], views: Mapping[str, View]) -> Markup:
-    """Input of the page's script, as JSON that no HTML parser mistakes for its own."""
+    """Input of the script of the page, as JSON that is safe within HTML."""
     content = {
         "suites": {section.name: [asdict(card) for card in section.cards] for section in sections},
         "rows": rows(run.records, views, run.environments),
@@ -236,7 +236,7 @@ def _standings(records: Sequence[Record], reference: str, dtype: str) -> list[St
 
 
 def _mean(pairs: Sequence[tuple[float, Interval | None]]) -> str:
-    """Mean of speed-ups with their intervals; the reference has none over itself."""
+    """Mean of speed-ups with their intervals. The reference has none."""
     noisy = [(ratio, bounds) for ratio, bounds in pairs if bounds]
     if not noisy:
         return format_ratio(1.0, None) if pairs else ""
@@ -244,7 +244,7 @@ def _mean(pairs: Sequence[tuple[float, Interval | None]]) -> str:
 
 
 def _fastest(records: Sequence[Record], reference: str) -> Headline | None:
-    """The speed-up of our kernels, on what all implementations of the whole operation share. None if it may be none."""
+    """The speed-up of our kernels, on cases that all implementations of the whole operation share, or None."""
     main = main_column(records)
     pairs: dict[str, dict[tuple[str, str], tuple[float, Interval]]] = {}
     ratios, intervals = speed_ups(records, reference, main), speed_up_intervals(records, reference, main)
@@ -267,7 +267,7 @@ def _fastest(records: Sequence[Record], reference: str) -> Headline | None:
 
 
 def _most_exact(section: SuiteSection) -> Headline | None:
-    """The smallest error, for a suite without times, or without a difference in them."""
+    """The smallest error, for a suite without times, or without a significant speed-up."""
     errors = {standing.implementation: standing.error for standing in section.standings if standing.error is not None}
     theirs = errors.pop(section.reference, None)
     if not errors or theirs is None:
@@ -279,7 +279,7 @@ def _most_exact(section: SuiteSection) -> Headline | None:
 
 
 def _environments(run: Run) -> list[dict[str, Any]]:
-    """Environments of records, each once, with the runs that had it."""
+    """Environments of records, each once, with its runs."""
     distinct: dict[tuple, dict[str, Any]] = {}
     for environment in run.environments.values():
         values = flat(environment)
@@ -290,7 +290,7 @@ def _environments(run: Run) -> list[dict[str, Any]]:
 
 
 def _passes(name: str) -> bool:
-    """True if a value is one of a run, and no condition."""
+    """True if a value belongs to a run, and is no condition."""
     return name in PASSING or name.startswith("options.")
 
 

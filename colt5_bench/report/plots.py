@@ -48,34 +48,34 @@ from colt5_bench.report.layout import (
 )
 
 MARKERS = "osD^vP*X"
-"""Tell implementations apart in grey."""
+"""Markers, by which implementations differ in grey, too."""
 
 DASHES: Sequence[Any] = ("-", "--", "-.", (0, (6, 1)), (0, (4, 1, 1, 1, 1, 1)))
-"""Tell apart the lines of one implementation."""
+"""Strokes of the lines of one implementation."""
 
 GREY = "0.35"
 """Colour of lines that belong to no implementation."""
 
 PANELS_PER_ROW = 4
-"""At most, and as even as rows can be."""
+"""Most panels in a row. Rows have about the same number of panels."""
 
 MOST_PANELS = 8
 """Most panels of one direction. Combinations beyond that are named below the figure."""
 
 PANEL_WIDTH, PANEL_HEIGHT, LEGEND_WIDTH, TITLE_HEIGHT = 2.9, 2.4, 1.7, 0.4
-"""In inches."""
+"""Size of a panel in inches."""
 
 WIDEST_LINEAR, WIDEST_LOGARITHMIC = 1e2, 1e9
-"""Largest over smallest metric other than 0 that an axis of either kind shows."""
+"""Largest ratio of metrics other than 0 that an axis shows."""
 
 MOST_TICKS = 8
-"""Values of x that are each given a tick, and powers of ten of a vertical axis."""
+"""Most values of x with one tick each, and most powers of ten on a vertical axis."""
 
 MARGIN = 0.1
-"""Margin of a logarithmic axis on either side, in powers of ten. A marker on its end is seen whole."""
+"""Margin of a logarithmic axis on either side, in powers of ten. It leaves room for markers."""
 
 PLAIN = FuncFormatter(lambda value, place: f"{value:g}")
-"""Figures at ticks: what matplotlib writes at powers of ten is a formula."""
+"""Format of numbers at ticks, because matplotlib writes powers of ten as formulas."""
 
 STYLE: dict[Any, Any] = {
     "axes.grid": True,
@@ -87,15 +87,15 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.markersize": 4,
     "savefig.dpi": 160,
-    # Identifiers within an SVG would be drawn at random without it.
+    # Without it, identifiers within an SVG are random.
     "svg.hashsalt": "colt5-bench",
-    # A label may have dollar signs in it, and none of ours has a formula.
+    # Labels may contain dollar signs, but no formulas.
     "text.parse_math": False,
 }
 
 
 def _from_decade_to_decade(ax: Axes, ends: tuple[int, int]) -> None:
-    """A logarithmic axis between two powers of ten, with a figure at each and none between."""
+    """A logarithmic axis between two powers of ten, with a number at each and none in between."""
     ax.set_yscale("log")
     ax.set_ylim(10.0 ** (ends[0] - MARGIN), 10.0 ** (ends[1] + MARGIN))
     ax.yaxis.set_major_locator(LogLocator(numticks=MOST_TICKS + 1))
@@ -120,28 +120,28 @@ class _Row:
     panels: Sequence[_Panel]
 
     limit: Drawn | None = None
-    """A limit that no implementation can pass, drawn in grey."""
+    """A limit that no implementation can exceed, drawn in grey."""
 
     scale: Callable[[Axes, Sequence[float]], None] = _scale_logarithmic
-    """Sets the vertical axis, given what is drawn."""
+    """Sets the vertical axis for the drawn values."""
 
 
 def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n", lines: Sequence[str] = ()) -> list[Path]:
     """Draw the records of one suite. Plots are time, bandwidth, memory and metrics against a field of the case, time
     against memory where a field trades one for the other, divergence, and curves of training.
 
-    What did not end ok is not drawn but named below the figure; divergence that was found wrong is drawn all the same,
-    hollow. Bars are 95 % intervals. There is no figure of what no record has.
+    Records that are not ok are named below the figure instead. Divergence of wrong records is drawn, too, with
+    hollow markers. Bars are 95 % intervals. There is no figure without records.
 
     Args:
-        records: of one suite.
-        directory: where `time`, `bandwidth`, `memory`, `trade-off`, `divergence`, `metrics` and `curves` go, each as
+        records: records of one suite.
+        directory: for `time`, `bandwidth`, `memory`, `trade-off`, `divergence`, `metrics` and `curves`, each as
             .png and .svg; `divergence-<dtype>` each, if there are several dtypes.
-        x: the field along the horizontal axis; that of divergence is `n_iters`, if all have one and it varies.
-        lines: fields each combination of which is a line of its own among the metrics, and no panel.
+        x: the field along the horizontal axis. For divergence it is `n_iters`, if all have one and it varies.
+        lines: fields whose combinations are lines in plots of metrics, not panels.
 
     Returns:
-        The files written.
+        The written files.
     """
     figures: dict[str, Figure] = {}
     ok = [record for record in records if record.status == "ok" and x in record.fields]
@@ -182,7 +182,7 @@ def _against(
     limit: Drawn | None = None,
     remark: str = "",
 ) -> Figure:
-    """A panel for each direction and each combination of the fields that vary along with x."""
+    """A panel for each direction and each combination of the fields that vary in addition to x."""
     fields = panel_fields(x, (), drawn)
     shown, left_out = _with_room(fields, drawn, MOST_PANELS)
     rows = []
@@ -199,7 +199,7 @@ def _against(
 
 
 def _metrics(x: str, lines: Sequence[str], drawn: Sequence[Record], records: Sequence[Record]) -> Figure:
-    """A row for each metric, of the first direction: they are not a matter of direction."""
+    """A row for each metric, of the first direction, because metrics do not depend on the direction."""
     drawn = [record for record in drawn if record.direction == drawn[0].direction]
     varying, fields = varying_fields(drawn), panel_fields(x, lines, drawn)
     shown, remark = _with_room(fields, drawn, PANELS_PER_ROW)
@@ -214,14 +214,14 @@ def _metrics(x: str, lines: Sequence[str], drawn: Sequence[Record], records: Seq
 
 
 def _with_room(fields: Sequence[str], drawn: Sequence[Record], most: int) -> tuple[list[str], str]:
-    """The commonest combinations of the fields, and a remark that names the others."""
+    """The most frequent combinations of the fields, and a remark that names the others."""
     every = combinations(fields, drawn)
     left_out = every[most:]
     return every[:most], f"Measured, with no room here: {'; '.join(left_out)}." if left_out else ""
 
 
 def _divergence(x: str, drawn: Sequence[Record], records: Sequence[Record]) -> Figure:
-    """A panel for each spread of the scores and each schedule of temperatures; all else that varies is one cloud."""
+    """A panel for each spread of the scores and each schedule of temperatures. All other fields share a panel."""
     x, spread, schedule = divergence_fields(x, drawn)
     rows = [
         _Row(
@@ -239,9 +239,9 @@ def _divergence(x: str, drawn: Sequence[Record], records: Sequence[Record]) -> F
 
 
 def _figure(rows: Sequence[_Row], x: str, records: Sequence[Record], remark: str, lines: Sequence[str] = ()) -> Figure:
-    """Panels, one legend, and below them what they do not show.
+    """Panels, one legend, and below them remarks on what is not shown.
 
-    All have one vertical axis; if rows are of several quantities, each row has its own.
+    All panels have the same vertical axis. If rows show several quantities, each row has its own axis.
     """
     per_row = max(len(row.panels) for row in rows)
     width = per_row * PANEL_WIDTH + LEGEND_WIDTH
@@ -267,7 +267,7 @@ def _figure(rows: Sequence[_Row], x: str, records: Sequence[Record], remark: str
             _draw(ax, panel.records, x, row.quantities, dashes, lines)
             if row.limit:
                 _draw_limit(ax, panel.records, x, row.limit)
-        # An axis that all rows share has to show what any of them holds.
+        # An axis that all rows share has to show the values of each row.
         row.scale(axes[0], [value for each in ([row] if several else rows) for value in _reached(each)])
     for axes in grid.T:
         lowest = [ax for ax in axes if ax.get_visible()][-1]
@@ -286,8 +286,8 @@ def _draw(
     dashes: Mapping[str, Any],
     lines: Sequence[str],
 ) -> None:
-    """Draw a marker a record, hollow for one that is wrong, its interval, and a line. The line goes through the largest
-    at each x."""
+    """Draw a marker for each record, hollow if it is wrong, its interval, and a line. The line goes through the largest
+    value at each x."""
     for own in group_by(records, lambda record: series(record, lines)):
         shade, marker = colour(own[0].implementation), _marker(own[0].implementation)
         for quantity in quantities:
@@ -305,7 +305,7 @@ def _draw(
 
 
 def _draw_intervals(ax: Axes, records: Iterable[Record], x: str, quantity: Drawn, shade: str) -> None:
-    """A bar a record; one of which nothing is known goes from end to end of the axis."""
+    """A bar for each record. A bar of an unknown interval spans the whole axis."""
     for record in records:
         if quantity.of(record) is None or (interval := quantity.interval(record)) is None:
             continue
@@ -336,7 +336,7 @@ def _scale_metric(ax: Axes, values: Sequence[float]) -> None:
 
 
 def _scale_x(ax: Axes, values: Sequence[Any]) -> None:
-    """Logarithmic for numbers, with a tick for each if these are few; names are written upwards."""
+    """Logarithmic for numbers, with a tick for each if there are few. Names are written upwards."""
     distinct = sorted(set(values))
     if all(isinstance(value, int | float) and value > 0 for value in distinct):
         ax.set_xscale("log")
@@ -381,29 +381,29 @@ def _legend(rows: Sequence[_Row], dashes: Mapping[str, Any], lines: Sequence[str
 
 
 def _missing(records: Sequence[Record]) -> str:
-    """Records that did not end ok, in one sentence."""
+    """A sentence with the records that are not ok."""
     counts = Counter((r.implementation, r.status) for r in records if r.status != "ok")
     parts = [f"{name} ({status.replace('_', ' ')}, {count})" for (name, status), count in counts.items()]
     return f"Not ok, with the number of cases: {', '.join(parts)}." if parts else ""
 
 
 def _by_dtype(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """By the name of the figure: errors of different dtypes have nothing in common."""
+    """Records by the name of the figure. Errors of different dtypes cannot be compared."""
     groups = by_fields(records, ["dtype"])
-    # Whatever a dtype is called, it leads into no other directory.
+    # No dtype may name another directory.
     dtypes = [quote(str(group[0].fields.get("dtype")), safe="") for group in groups]
     names = [f"divergence-{dtype}" for dtype in dtypes] if len(groups) > 1 else ["divergence"]
     return dict(zip(names, groups, strict=False))
 
 
 def _save(figure: Figure, directory: Path, name: str) -> list[Path]:
-    """Without the date and the version that would make each file new."""
+    """Save a figure without date and version, so that equal figures give equal files."""
     paths = [directory / f"{name}.png", directory / f"{name}.svg"]
     with atomic_write(paths[0]) as unfinished:
         figure.savefig(unfinished, format="png", metadata={"Software": None})
-    # The layout stays as it is; it takes as long as drawing does.
+    # The layout is kept, because computing it takes as long as drawing.
     figure.set_layout_engine("none")
     with atomic_write(paths[1]) as unfinished:
-        # `savefig` would draw it once more, for a layout.
+        # `savefig` would draw the figure again for a layout.
         FigureCanvasSVG(figure).print_svg(unfinished, metadata={"Date": None, "Creator": None})
     return paths

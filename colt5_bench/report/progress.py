@@ -14,8 +14,8 @@ from colt5_bench.records.results import Group, Record
 class Watcher:
     """Shows a bar while a suite is measured.
 
-    Quiet, it shows nothing; verbose, also a line for each record, which goes into a log as well. It draws on a copy of
-    the error stream, which measured code may replace.
+    Quiet, it shows nothing. Verbose, it also prints a line for each record, in a log as well. It draws on a copy of
+    stderr, because measured code may replace stderr.
     """
 
     def __init__(self, title: str, total: int, *, quiet: bool = False, verbose: bool = False) -> None:
@@ -49,17 +49,17 @@ class Watcher:
         self._stream.close()
 
     def begin(self, group: Group) -> None:
-        """Show what is being measured."""
+        """Show the point that is being measured."""
         self._progress.update(self._task, point=f"{group.case}-{group.direction}")
 
     def tell(self, text: str) -> None:
-        """Show how far it is."""
+        """Show the progress."""
         self._progress.update(self._task, point=text)
         if self._verbose:
             self._console.print(text)
 
     def done(self, record: Record) -> None:
-        """Show that a record was taken."""
+        """Show a finished record."""
         self._progress.advance(self._task)
         if self._verbose:
             seconds = record.seconds(next(iter(record.timings), ""))

@@ -1,4 +1,4 @@
-"""The table of all records: columns, rows, details that a row opens, and commands that measure records anew."""
+"""The table of all records: columns, rows, details of a row, and commands that repeat a measurement."""
 
 import re
 import shlex
@@ -40,7 +40,7 @@ from colt5_bench.records.results import Record
 from colt5_bench.report.layout import View
 
 Cell = str | int | float | None | tuple[float, str]
-"""With an interval: the figure to sort by, and how it is said."""
+"""A cell with an interval: the figure for sorting, and its text."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Section:
-    """A table of what one record holds besides its row."""
+    """A table of the details of a record."""
 
     title: str
     head: Sequence[str]
@@ -66,7 +66,7 @@ class Section:
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
-    """The columns of a table of these records, whatever their suites."""
+    """The columns of a table of these records, from any suites."""
     times = [Column.of(time(name), "; median of the samples and its 95 % interval") for name in _time_columns(records)]
     return [
         Column("suite", ""),
@@ -87,9 +87,9 @@ def rows(
     """The cells of each record, in the order of the columns.
 
     Args:
-        records: of any suites.
-        views: how each suite asks to be looked at, by its name.
-        environments: what records were measured under, by the key that they name.
+        records: records of any suites.
+        views: the view of each suite, by its name.
+        environments: environments of the records, by their keys.
     """
     times = _time_columns(records)
     cells: dict[int, list[Cell]] = {}
@@ -121,7 +121,7 @@ def rows(
 
 
 def details(record: Record, environment: Mapping[str, Any]) -> list[Section]:
-    """All that a record holds, but for the samples themselves, and what it was measured under."""
+    """All content of a record, except single samples, and its environment."""
     sections = [
         Section("Measured", ("", ""), _measured(record, environment)),
         Section("Case", ("field", "value"), [(name, text(value)) for name, value in record.fields.items()]),
@@ -168,7 +168,7 @@ def _measured(record: Record, environment: Mapping[str, Any]) -> list[tuple[str,
 
 
 def command(record: Record, environments: Mapping[str, Mapping[str, Any]]) -> str:
-    """The command that measures a record anew, with the preset that it was measured with."""
+    """The command that repeats the measurement of a record, with its preset."""
     environment = environments.get(record.environment, {})
     preset = re.search(r"--preset[ =](\w+)", str(environment.get("command", "")))
     words = ["python", "bench.py", "--suite", record.suite]
@@ -179,7 +179,7 @@ def command(record: Record, environments: Mapping[str, Mapping[str, Any]]) -> st
 
 
 def json_value(value: Cell) -> Cell:
-    """A value that JSON can hold. It has no NaN and no infinity, so these are given by name."""
+    """The value as JSON can represent it, with NaN and infinities as strings."""
     return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
@@ -188,7 +188,7 @@ def _time_columns(records: Sequence[Record]) -> list[str]:
 
 
 def _times_of(record: Record) -> Section:
-    """The samples of each column in short, and everything else that stands beside them."""
+    """The samples of each column in short, and the other fields of the column."""
     table = {}
     for name, timing in record.timings.items():
         samples = sorted(timing.samples)
@@ -206,7 +206,7 @@ def _times_of(record: Record) -> Section:
 
 
 def _table(title: str, by_name: Mapping[str, Mapping[str, Any]]) -> Section:
-    """A column for each name, and a line for whatever any of them has."""
+    """A column for each name, and a line for each key of any of them."""
     lines = dict.fromkeys(key for values in by_name.values() for key in values)
     rows = [[key.replace("_", " "), *(_cell(values.get(key)) for values in by_name.values())] for key in lines]
     return Section(title, ["", *by_name], rows)
@@ -225,7 +225,7 @@ def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _noisy(value: float | None, unit: float, interval: Interval | None) -> Cell:
-    """A time, or what goes by it and is therefore as certain."""
+    """A time, or a figure computed from it, with the same relative interval."""
     return None if value is None else (value * unit, f"{short(value * unit)}{plus_minus(interval)}")
 
 

@@ -47,10 +47,10 @@ from colt5_bench.report.terminal import print_table
 from colt5_bench.report.training import training_summary
 
 MOST_CASES = 40
-"""Most cases of a suite of divergence, which has hundreds. The worst are shown."""
+"""Most shown cases of a suite of divergence, which has hundreds. The worst ones are shown."""
 
 STEADY_CLOCK = 0.01
-"""By how much the clock of a GPU may move and still be called locked."""
+"""Largest change of the clock of a GPU that counts as locked."""
 
 NOTHING = "-"
 
@@ -63,17 +63,17 @@ Column: TypeAlias = terminal.Column[Record]
 
 
 def summary(records: Sequence[Record], reference: str, console: Console) -> None:
-    """Print one table of all records of one suite, then how they ended and why.
+    """Print a table of all records of a suite, then their statuses and reasons.
 
-    Times are medians, with the 95 % interval that the run itself can tell; a speed-up whose interval spans 1 is shown
-    by that interval alone. Speed-up, bandwidth (the least bytes over the time) and share of the limit go by the first
-    time column: GPU time with a cold L2 on a GPU, wall time elsewhere. Of a suite without times the worst cases are
-    shown, of one that trains the means of its repeats.
+    Times are medians, with 95 % intervals from the run alone. A speed-up whose interval contains 1 is shown as this
+    interval. Speed-up, bandwidth (the fewest possible bytes over the time) and share of the limit are from the first
+    time column: GPU time with a cold L2 on a GPU, wall time elsewhere. A suite without times shows its worst cases, and
+    a suite that trains the means of its repeats.
 
     Args:
-        records: of one suite.
-        reference: the implementation that speed-ups are over.
-        console: where to.
+        records: records of one suite.
+        reference: the implementation that others are compared with.
+        console: the output.
     """
     if not records:
         endings(records, console)
@@ -97,7 +97,7 @@ def summary(records: Sequence[Record], reference: str, console: Console) -> None
 
 
 def _print(records: Sequence[Record], groups: Iterable[Group], columns: Sequence[Column], console: Console) -> None:
-    """Each case and direction in a line of its own, and a line for each of its implementations."""
+    """A line for each case and direction, followed by a line for each of its implementations."""
     varying = varying_fields(records)
     print_table(
         f"{records[0].suite} on {records[0].device}",
@@ -116,7 +116,7 @@ def _implementation() -> Column:
 
 
 def endings(records: Sequence[Record], console: Console) -> None:
-    """Print the number of records of each ending, and each reason once."""
+    """Print the number of records of each status, and each reason once."""
     counts = Counter(record.status for record in records)
     counted = ", ".join(f"{count} {_status(status)}" for status, count in counts.items())
     console.print(counted or "nothing was measured", highlight=False)
@@ -128,7 +128,7 @@ def endings(records: Sequence[Record], console: Console) -> None:
 
 
 def _print_clocks(records: Iterable[Record], console: Console) -> None:
-    """That clocks moved: what they were is in the records, and to lock them is the owner's business."""
+    """Print a note if clocks changed. Records have the clocks; this program does not lock them."""
     ranges = [
         timing.sm_clock_range_mhz
         for record in records

@@ -1,4 +1,4 @@
-"""Tables as wide as the terminal. Columns that have no room are left out and named, and no row is wrapped or cut."""
+"""Tables as wide as the terminal. Columns without room are left out and named. No row is wrapped or cut."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ GAP, INDENT = "  ", "  "
 REMARK_INDENT = 2 * INDENT
 
 SHORTEST, READABLE = 8, 24
-"""Columns that a name has at least. It keeps them as long as there are figures to be left out."""
+"""Fewest characters of a name. It keeps them as long as other columns can be left out."""
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,20 @@ class Column(Generic[T]):
     """A column of a table of rows of one type."""
 
     title: str
-    """May be broken between words."""
+    """Heading, which may be broken between words."""
 
     cell: Callable[[T], str]
 
     rank: int = 0
-    """Order in which columns are left out: those of the highest rank first. One of rank 0 always stays."""
+    """Order in which columns are left out, the highest rank first. A column of rank 0 always stays."""
 
     number: bool = True
-    """Figures stand to the right and are never shortened; names stand to the left and may be."""
+    """True for figures: they are aligned to the right and never shortened. Names are aligned to the left."""
 
 
 @dataclass(frozen=True)
 class Group(Generic[T]):
-    """Rows below one heading, which has as many lines of its own as it needs."""
+    """Rows below a heading, which may have several lines."""
 
     heading: str
     rows: Sequence[T]
@@ -77,13 +77,13 @@ def print_table(
     """Print a table.
 
     Args:
-        title: stands above it.
+        title: title above the table.
         columns: from left to right.
-        groups: the rows.
-        console: where to; the table is as wide as it, or `NARROWEST`.
-        style: of a row.
-        remark: of a row, to stand below it in lines of its own.
-        elsewhere: where columns that are left out can be seen besides a wider terminal, as in `or the CSV`.
+        groups: groups of rows.
+        console: the output. The table is as wide as the console, or `NARROWEST`.
+        style: style of a row.
+        remark: remark on a row, printed below it.
+        elsewhere: where else columns that are left out can be seen, as in `or the CSV`.
     """
     width, rows = max(console.width, NARROWEST), [row for group in groups for row in group.rows]
     every = [_lay(column, rows) for column in columns]
@@ -112,7 +112,7 @@ def print_table(
 
 
 def shortened(names: Iterable[str], width: int) -> dict[str, str]:
-    """Each name in at most so many columns, with an ellipsis for the rest. No two become the same."""
+    """Names shortened to a width, with an ellipsis. They stay distinct."""
     names = list(dict.fromkeys(names))
     known = {name: name for name in names if cell_len(name) <= width}
     for number, name in enumerate(names):
@@ -123,7 +123,7 @@ def shortened(names: Iterable[str], width: int) -> dict[str, str]:
 
 
 def _shorter(name: str, width: int, number: int) -> Iterator[str]:
-    """Ever other ways to shorten a name: half of it from either end first, at last with a number."""
+    """Ways to shorten a name: first half of it from either end, at last with a number."""
     for head in sorted(range(1, width - 1), key=lambda head: abs(2 * head - width)):
         if cell_len(short := f"{name[:head]}…{name[head + 1 - width :]}") <= width:
             yield short
@@ -160,7 +160,7 @@ def _with_room(every: Sequence[_Laid], width: int) -> list[_Laid]:
 
 
 def _shorten(laid: Sequence[_Laid], width: int) -> list[_Laid]:
-    """The widest names are made shorter until all have room."""
+    """Shorten the widest names until all have room."""
     laid = list(laid)
     while (excess := _width(laid) - width) > 0:
         names = [each for each in laid if not each.column.number]

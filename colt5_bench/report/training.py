@@ -21,7 +21,7 @@ EXPLAINED = (
 
 
 def training_summary(records: Sequence[Record], reference: str, console: Console) -> None:
-    """Print the repeats of each implementation in a row. The first metric of a record is the one that is compared."""
+    """Print the repeats of each implementation in a row. The first metric of a record is compared."""
     names = list(dict.fromkeys(name for record in records for name in record.metrics))
     groups = repeats(records)
     places = {id(each): group for group in groups for each in group}
@@ -73,7 +73,7 @@ def _text(estimate: Estimate | None) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three after the point, where bits per byte differ."""
+    """Three decimals, in which bits per byte differ."""
     return f"{value:.3f}" if 0.1 <= abs(value) < 100 else short(value)
 
 
