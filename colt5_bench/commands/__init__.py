@@ -1,6 +1,6 @@
-"""The subcommands of the command line, a module each: `EXAMPLES`, `configure(parser)` and `main(options)`.
+"""The subcommands, one module each, with `EXAMPLES`, `configure(parser)` and `main(options)`.
 
-`main` returns an exit status. What the user got wrong it raises, as a `SelectionError` or a `StartupError`.
+`main` returns an exit status. For wrong usage it raises a `SelectionError` or a `StartupError`.
 """
 
 import sys
@@ -12,13 +12,12 @@ from colt5_bench.texts import describe_error
 T = TypeVar("T")
 
 DONE, FAILURE, USAGE, UNMEASURED, UNDECIDED, INTERRUPTED, CLOSED = 0, 1, 2, 3, 4, 130, 141
-"""Exit statuses; a command may have further ones, which its help states. Whatever fails otherwise ends with 3, and what
-nobody reads any more with 141."""
+"""Exit statuses. The help of a command states further ones. Other failures end with 3, and a closed output with 141.
+"""
 
 
 def attempt(what: str, make: Callable[[], T]) -> T | None:
-    """Make a product of results, or return None. The results, and their other products, are worth more than one that
-    fails."""
+    """Make an output file of results, or return None after an error, which must not affect results and other files."""
     try:
         return make()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""`python bench.py run --baseline FILE --check`: a run that is compared as soon as it is measured."""
+"""`python bench.py run --baseline FILE --check`: a run with a comparison at its end."""
 
 import argparse
 import sys
@@ -21,11 +21,11 @@ from colt5_bench.selection import WHOLE, SelectionError, Shard
 from colt5_bench.suite import Grid
 
 MOST_REPETITIONS = 2
-"""Number of times that a case is measured again if its times are unclear. One that is worse is so by two runs or more.
+"""Most repetitions of a case with unclear times. A worse time needs at least two runs.
 """
 
 Measure = Callable[[Grid, Sequence[tuple[str, str]], Path], int]
-"""Measures cases of a suite, each in a direction, with results in a directory: an exit status."""
+"""Measures cases and directions of a suite, writes results to a directory, and returns an exit status."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def checked(options: argparse.Namespace, suites: Mapping[str, Grid]) -> list[str]:
-    """The implementations of a run: those of `--impl`, or all; with `--check` all but the `unchecked` ones."""
+    """The implementations of a run: those of `--impl`, or all, with `--check` except the `unchecked` ones."""
     if options.impl or not options.check:
         return list(options.impl)
     unchecked = load_rules(thresholds_file(options)).unchecked
@@ -57,7 +57,7 @@ class Check:
 
     @classmethod
     def of(cls, options: argparse.Namespace, suites: Mapping[str, Grid], device: torch.device) -> "Check | None":
-        """None without a baseline. One that has nothing of what will be measured is refused."""
+        """The check, or None without a baseline. A baseline needs records in common with the run."""
         if options.check and Shard.parse(options.shard) != WHOLE:
             raise SelectionError(
                 f"--check needs a whole run, got --shard {options.shard}: measure all shards, then `merge` them."
@@ -86,14 +86,14 @@ class Check:
         return cls(options, baseline, comparer)
 
     def conclude(self, status: int, directories: Mapping[str, Path], suites: Mapping[str, Grid], more: Measure) -> int:
-        """Compare what was measured, and measure again what is unclear or seems to be worse. With `--check`, nothing is
-        measured again that can be no regression.
+        """Compare the run, and measure cases again that are unclear or seem to be worse. With `--check`, nothing is
+        measured again that cannot be a regression.
 
         Args:
-            status: how measuring ended.
-            directories: where results are, by suite.
-            suites: those that were measured, by name.
-            more: how to measure more.
+            status: exit status of the run.
+            directories: directories of results, by suite.
+            suites: measured suites, by name.
+            more: measures cases again.
         """
         comparison = self._compare(directories)
         for repetition in range(1, MOST_REPETITIONS + 1):
@@ -138,7 +138,7 @@ class Check:
         return self.comparer(self.baseline, run, in_scope(self.options))
 
     def _write_page(self, directory: Path, suite: Grid, comparison: Comparison) -> None:
-        from colt5_bench.report.page import PAGE, write_page  # Takes long to import, and comes last.
+        from colt5_bench.report.page import PAGE, write_page  # Imported here, because it takes long and is used last.
 
         results = directory / f"{suite.name}.jsonl"
         if results.exists():
@@ -148,5 +148,5 @@ class Check:
 
 
 def _free(directory: Path) -> Path:
-    """Where more results of a run go; one that was resumed has some already."""
+    """A free directory for more results of a run. A resumed run may have some already."""
     return next(path for number in count(1) if not (path := directory / f"again-{number}").exists())

@@ -32,7 +32,7 @@ def add_thresholds(parser: argparse.ArgumentParser) -> None:
 
 
 def thresholds_file(options: argparse.Namespace) -> Path:
-    """The file of `--thresholds`, or by default the one of the checkout."""
+    """The file of `--thresholds`, or the default file of the checkout."""
     return options.thresholds or find_checkout(Path.cwd().resolve()) / "suites" / "thresholds.toml"
 
 
@@ -47,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Comparer:
-    """Compares as the options of a command say."""
+    """Compares runs by the options of a command."""
 
     rules: Rules
     references: Mapping[str, str]
@@ -55,7 +55,7 @@ class Comparer:
 
     @classmethod
     def of(cls, options: argparse.Namespace, suites: Mapping[str, Grid]) -> "Comparer":
-        """Whatever is wrong with the options is found before anything is measured."""
+        """Read the options. Errors in them are found before anything is measured."""
         references = {name: suite.reference for name, suite in suites.items()}
         return cls(load_rules(thresholds_file(options)), references, options.any_machine)
 
@@ -67,7 +67,7 @@ class Comparer:
 
 
 def in_scope(options: argparse.Namespace) -> Callable[[Record], bool]:
-    """True if `--suite`, `--impl` and `-k` select a record. Each selects everything if it is not given."""
+    """True if `--suite`, `--impl` and `-k` select a record. An option that is not given selects everything."""
     wanted = case_filter(options.cases)
     return lambda record: (
         (not options.suite or record.suite in options.suite)
@@ -77,14 +77,14 @@ def in_scope(options: argparse.Namespace) -> Callable[[Record], bool]:
 
 
 def expression(cases: Collection[str], others: Iterable[str] = ()) -> str:
-    """For `-k`, of just these cases and none of the others. The id of another one may contain that of a case."""
+    """Expression for `-k` that selects these cases, but not others whose ids contain the id of a case."""
     excluded = {case: [other for other in others if case in other and other not in cases] for case in cases}
     terms = (f"{case} and not ({' or '.join(longer)})" if longer else case for case, longer in excluded.items())
     return " or ".join(f"({term})" for term in terms)
 
 
 def status_of(comparison: Comparison) -> int:
-    """The exit status that a comparison is."""
+    """The exit status for a comparison."""
     if not comparison.compared:
         return UNMEASURED
     if comparison.regressions:

@@ -1,4 +1,4 @@
-"""The softmax of rows: an example of a suite. Change what it measures to what you measure."""
+"""The softmax of rows, as an example of a suite. Replace it by your own operation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from colt5_bench.suite import Implementation, Suite
 
 @dataclass(frozen=True)
 class RowsCase(Case):
-    """Its fields are the id of the case, by which `-k` selects and results are compared."""
+    """Its fields make the id of the case, by which `-k` selects cases and results are compared."""
 
     rows: int
     n: int
@@ -24,7 +24,7 @@ class RowsCase(Case):
 
 
 def cases(preset: str, device: torch.device) -> list[RowsCase]:
-    """`smoke` shows that all runs, `default` is for every day, `full` for everything."""
+    """`smoke` shows that everything runs, `default` is for daily use, and `full` has all cases."""
     if preset == "smoke":
         return [RowsCase(4, 33, "float32")]
     lengths = [1000, 4096] if preset == "default" else [64, 1000, 4096, 65536]
@@ -33,14 +33,14 @@ def cases(preset: str, device: torch.device) -> list[RowsCase]:
 
 def problem(case: RowsCase, device: torch.device) -> Problem:
     """The arguments by name, the gradient of the output, and the arguments that have one. The generator is seeded by
-    the case, so everybody gets the same numbers."""
+    the case, so the numbers are always the same."""
     generator, dtype = case.generator(), getattr(torch, case.dtype)
     x, upstream = (torch.randn(case.rows, case.n, generator=generator).to(device, dtype) for _ in range(2))
     return Problem({"x": x}, upstream, ("x",))
 
 
 def plain(case: RowsCase) -> Callable[..., Tensor]:
-    """Plain PyTorch in the dtype of the case. It decides how far from the truth an implementation may be."""
+    """Plain PyTorch in the dtype of the case. It sets the allowed errors of implementations."""
     return lambda x: (x - x.amax(-1, keepdim=True)).exp() / (x - x.amax(-1, keepdim=True)).exp().sum(-1, keepdim=True)
 
 
@@ -55,18 +55,18 @@ def truth(case: RowsCase, problem: Problem, direction: str) -> Truth:
 
 
 def cost(case: RowsCase, direction: str) -> Cost:
-    """The least that has to be read and written, in bytes. The limit of speed in the table follows from it."""
+    """The fewest bytes that have to be read and written. The limit in the table follows from it."""
     size = case.rows * case.n * getattr(torch, case.dtype).itemsize
     return Cost(bytes=2 * size if direction == FORWARD else 5 * size, exponentials=case.rows * case.n)
 
 
 def calling(function: Callable[..., Tensor]) -> Callable[[RowsCase], Callable[..., Tensor]]:
-    """From a function with the arguments of the operation to one of the arguments of a problem, for a case."""
+    """Make a function of the arguments of a problem from one with the arguments of the operation, for a case."""
     return lambda case: lambda x: function(x, dim=-1)
 
 
 SUITE = Suite(
-    # As the file is called.
+    # The name of the file.
     name=Path(__file__).stem,
     description="speed and divergence of the softmax of rows",
     cases=cases,
@@ -89,5 +89,5 @@ SUITE = Suite(
 
 
 def test_suite(record: Record, benchmark: BenchmarkFixture) -> None:
-    """For `pytest FILE`, which measures the suite as well."""
+    """For `pytest FILE`, which also measures the suite."""
     replay(record, benchmark)

@@ -1,4 +1,4 @@
-"""A comparison of revisions, which are measured in turns until each verdict is settled."""
+"""A comparison of revisions that are measured in turns until each verdict is settled."""
 
 import argparse
 import sys
@@ -19,7 +19,7 @@ from colt5_bench.startup import is_outside, reports_of
 from colt5_bench.suite import Grid
 
 MOST_SHOWN = 4
-"""Times that a line names of those that are not settled."""
+"""Most unsettled times that a line names."""
 
 
 def add_measuring(parser: argparse._ArgumentGroup) -> None:
@@ -38,11 +38,11 @@ def add_measuring(parser: argparse._ArgumentGroup) -> None:
 
 
 def check_measuring(options: argparse.Namespace, suites: Mapping[str, Grid]) -> None:
-    """Refuse what cannot be measured, and tell guests from names.
+    """Check the options, and separate guests from names.
 
     Raises:
-        SelectionError: no suite is named, one is named that there is not or that a checkout has, the number of rounds
-            is none, or a guest cannot be loaded.
+        SelectionError: no suite is named, a suite does not exist or is a file of a checkout, the number of rounds is
+            not valid, or a guest cannot be loaded.
     """
     if not options.suite:
         raise SelectionError("revisions are measured: name at least one suite with --suite.")
@@ -62,10 +62,10 @@ def check_measuring(options: argparse.Namespace, suites: Mapping[str, Grid]) -> 
 
 
 def place(options: argparse.Namespace, checkout: Path, command: str) -> Path:
-    """Where results go.
+    """The directory for results.
 
     Raises:
-        SelectionError: there are results already.
+        SelectionError: the directory has results already.
     """
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     directory: Path = options.out or reports_of(checkout) / f"{started}-{command}"
@@ -80,15 +80,15 @@ def compare_in_turns(
     """Measure two revisions in turns and compare them.
 
     Args:
-        options: those of `SELECTING` and `add_measuring`, `device`, and `files`, by the names of suites that stand
-            outside of the checkout. Such a file is the same for both revisions.
-        checkout: of the repository.
-        comparer: compares what was measured.
-        revisions: the commit before and the one after.
-        directory: where the results go.
+        options: options of `SELECTING` and `add_measuring`, `device`, and `files`, by the names of suites that are
+            outside of the checkout. Both revisions use the same file.
+        checkout: checkout of the repository.
+        comparer: compares the results.
+        revisions: the old commit and the new one.
+        directory: directory for the results.
 
     Raises:
-        MeasuringError: a run ended otherwise than with results.
+        MeasuringError: a run ended without results.
     """
     selection = [
         *("--preset", options.preset, "--device", options.device),
@@ -104,7 +104,7 @@ def compare_in_turns(
         measure(options.suite, options.cases)
         comparison = _compare(alternating, comparer, options)
         while alternating.turns < MOST_TURNS:
-            # Every turn is a run more of what is unclear, or worse by few runs.
+            # Every turn adds a run of times that are unclear, or worse by too few runs.
             runs = runs_that_confirm(comparison.times)
             if not (to_repeat := comparison.cases_to_repeat(runs)):
                 break
@@ -116,7 +116,7 @@ def compare_in_turns(
 
 
 def _say_what_is_unsettled(findings: Sequence[Finding], turns: int) -> None:
-    """Why a comparison goes on: the times, and the intervals that they may have changed by."""
+    """Print the unsettled times and the intervals of their changes."""
     shown = [
         f"{each.implementation} {each.metric} {each.direction} {each.interval_text}" for each in findings[:MOST_SHOWN]
     ]
@@ -125,7 +125,7 @@ def _say_what_is_unsettled(findings: Sequence[Finding], turns: int) -> None:
 
 
 def _of_each(guest: Guest, checkout: Path) -> Guest:
-    """A file within the checkout is that of each revision."""
+    """The guest for any revision. A file within the checkout becomes the file of the revision."""
     if guest.file is None or not guest.file.is_relative_to(checkout):
         return guest
     return replace(guest, place=str(guest.file.relative_to(checkout)))

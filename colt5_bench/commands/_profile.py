@@ -1,4 +1,4 @@
-"""`python bench.py run --profile MODE`: look into what a run would measure."""
+"""`python bench.py run --profile MODE`: profile the points of a run."""
 
 import argparse
 import sys
@@ -26,7 +26,7 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 def main(
     options: argparse.Namespace, request: Request, suites: list[Grid], device: torch.device, checkout: Path
 ) -> int:
-    """Profile what was selected; no time is recorded."""
+    """Profile the selected points, without recording times."""
     mode = options.profile
     if options.pytest:
         raise SelectionError("--profile does not start pytest: leave out -- and all that follows it.")
@@ -57,7 +57,7 @@ def main(
 
 
 def _under_a_tool(mode: str, suites: list[str], request: Request, points: list[Point], directory: Path) -> int:
-    from colt5_bench.profiling import nsight  # Needs pandas, which takes long to import.
+    from colt5_bench.profiling import nsight  # Imported here, because it needs pandas, which takes long to import.
 
     start = {"ncu": nsight.ncu, "nsys": nsight.nsys}[mode]
     try:

@@ -1,4 +1,4 @@
-"""Real comparisons with a known answer: of a revision with itself, or with a slower copy."""
+"""Real comparisons with a known result: of a revision with itself, or with a slower copy."""
 
 import argparse
 import os
@@ -37,7 +37,7 @@ from colt5_bench.selftest.planted import slowed  # noqa: E402
 
 SUITE = slowed(SUITE, {name!r}, {share!r})
 """
-"""Follows a suite in the copy that is slower."""
+"""Text that is appended to a suite in the slower copy."""
 
 
 def configure(parser: argparse.ArgumentParser, kinds: argparse._MutuallyExclusiveGroup) -> None:
@@ -62,22 +62,22 @@ def configure(parser: argparse.ArgumentParser, kinds: argparse._MutuallyExclusiv
 
 @dataclass(frozen=True)
 class Trial:
-    """Answer of one comparison, beside the right one."""
+    """Result of a comparison, and the right result."""
 
     outcome: Outcome
     alarms: int
-    """Regressions that are none."""
+    """False regressions."""
 
     verdicts: Counter[Verdict]
-    """On times: of those that were slowed down, if any were, else of all."""
+    """Verdicts on slowed times if there are any, else on all times."""
 
     @classmethod
     def of(cls, comparison: Comparison, slowed: tuple[str, ...]) -> "Trial":
-        """Outcome of a comparison with a known answer.
+        """Outcome of a comparison with a known result.
 
         Args:
-            comparison: of a revision with itself or a slower copy.
-            slowed: time columns of the implementation that the copy slows down; none if it is no slower copy.
+            comparison: comparison of a revision with itself or with a slower copy.
+            slowed: time columns that are slowed down in the copy; empty if nothing is.
         """
         alarms = [finding for finding in comparison.regressions if not (slowed and finding.implementation == OURS)]
         times = [finding for finding in comparison.findings if finding.interval and _counts(finding, slowed)]
@@ -103,7 +103,7 @@ def _format_verdicts(verdicts: Mapping[Verdict, int]) -> str:
 
 
 def run(options: argparse.Namespace, checkout: Path, suites: Mapping[str, Grid]) -> int:
-    """All comparisons, a line each and then a summary, which has what is known if it is interrupted."""
+    """All comparisons, with a line for each and a summary at the end, also after an interruption."""
     rules = load_rules(thresholds_file(options))
     slowed = _slowed_columns(options, suites, rules)
     comparer = Comparer(rules, {name: suite.reference for name, suite in suites.items()}, any_machine=False)
@@ -134,10 +134,10 @@ def run(options: argparse.Namespace, checkout: Path, suites: Mapping[str, Grid])
 
 
 def _slowed_columns(options: argparse.Namespace, suites: Mapping[str, Grid], rules: Rules) -> tuple[str, ...]:
-    """The time columns that a planted slowdown has to be found in: on a GPU, those of the GPU.
+    """The time columns in which a planted slowdown has to be found: on a GPU, those of GPU time.
 
     Raises:
-        SelectionError: what the options ask for cannot be done.
+        SelectionError: the options are not valid together.
     """
     check_measuring(options, suites)
     if options.comparisons < 1:

@@ -1,4 +1,4 @@
-"""`python bench.py baseline RUN FILE`: make a run what later ones are compared with."""
+"""`python bench.py baseline RUN FILE`: make a run the baseline of later runs."""
 
 import argparse
 from collections import Counter
@@ -57,12 +57,12 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _refuse_unfit(run: Run) -> None:
-    """A baseline names a revision that can be checked out, and has each point whole, and equally often."""
+    """Check that a run names a revision that can be checked out, and has each point completely and equally often."""
     if not run.records:
         raise SelectionError(f"{run.path} contains no records.")
     if run.cut_off:
         raise SelectionError(f"the last line of {run.cut_off[0]} is cut off: complete the run first.")
-    # By suite: a run that was completed has two environments, and each expects all.
+    # By suite, because each environment of a completed run expects all records.
     expected = {environment["options"]["suite"]: environment["expected"] for environment in _described(run)}
     for suite, number in expected.items():
         if (missing := number - sum(record.suite == suite for record in run.records)) > 0:
@@ -100,12 +100,12 @@ def _refuse_unfit(run: Run) -> None:
 
 
 def _described(run: Run) -> list[dict[str, Any]]:
-    """Environments that say what the run was to measure, as those of old files do not."""
+    """Environments that have what the run was to measure. Old files lack this."""
     return [each for each in run.environments.values() if "options" in each and "expected" in each]
 
 
 def _refuse_another_device(before: Run, run: Run, file: Path) -> None:
-    """A file is of one GPU model, or of processors of any."""
+    """The device models of a run. A baseline is for one GPU model, or for processors of any model."""
     theirs, ours = _devices(before), _devices(run)
     if theirs and theirs != ours:
         raise SelectionError(

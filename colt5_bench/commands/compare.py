@@ -1,4 +1,4 @@
-"""`python bench.py compare A B`: what became better or worse, between saved runs or revisions."""
+"""`python bench.py compare A B`: show what became better or worse between saved runs or revisions."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""`colt5-bench completion`: what a shell needs to complete commands, options, files and names of suites."""
+"""`colt5-bench completion`: a script for completion of commands, options, files and names of suites."""
 
 import argparse
 from importlib import import_module
@@ -19,7 +19,7 @@ pip installs the command `colt5-bench`. It is the same as `python bench.py`, whi
 SHELLS = ("bash", "zsh", "fish")
 
 SUITES = "grep -rls '^SUITE =' suites --include='*.py' | xargs -r basename -a -s .py | sort"
-"""Names of the suites of the checkout that the shell is in."""
+"""Command that lists the suites in the current checkout."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     try:
-        # Only here: who measures need not have it.
+        # Imported here, because measuring does not need it.
         shtab = import_module("shtab")
     except ImportError as error:
         raise SelectionError("completion needs shtab, which is not installed: pip install shtab") from error
@@ -39,7 +39,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _complete_values(parser: argparse.ArgumentParser, shtab: Any) -> None:
-    """Say what the values of options are, which shtab reads from an attribute of its own."""
+    """Set the kinds of option values, which shtab reads from its own attribute."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():

@@ -1,4 +1,4 @@
-"""`python bench.py env`: what a run here would be measured under."""
+"""`python bench.py env`: print the environment of a run on this machine."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""`python bench.py export RUN --format NAME`: a run as a file for another tool."""
+"""`python bench.py export RUN --format NAME`: write a run for another tool."""
 
 import argparse
 import sys

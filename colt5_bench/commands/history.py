@@ -21,7 +21,7 @@ EXAMPLES = """\
 """
 
 SAVED = Path("reports")
-"""Where runs are kept."""
+"""Directory of saved runs."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +80,7 @@ def _chosen(options: argparse.Namespace) -> Callable[[Record], bool]:
 
 
 def _placed(runs: list[Run], chosen: Callable[[Record], bool]) -> Iterator[Record]:
-    """The chosen records, each with its run as a field, to be drawn along."""
+    """The chosen records, each with its run as a field, for the horizontal axis."""
     records = [(run, record) for run in runs for record in run.records if chosen(record)]
     measured = {record.environment: run.environments.get(record.environment, {}) for run, record in records}
     for precision in PRECISIONS:
@@ -92,4 +92,4 @@ def _placed(runs: list[Run], chosen: Callable[[Record], bool]) -> Iterator[Recor
 
 
 PRECISIONS = (len("2026-11-23T22:05"), len("2026-11-23T22:05:36"), len("2026-11-23T22:05:36.123"))
-"""Lengths of the time of a run, as far as it takes to tell runs apart."""
+"""Lengths of the time of a run as text. The shortest one that distinguishes the runs is used."""

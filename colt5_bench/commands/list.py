@@ -1,6 +1,6 @@
-"""`python bench.py list`: which suites there are, and what they measure.
+"""`python bench.py list`: list the suites and what they measure.
 
-Nothing here imports PyTorch unless cases are asked for: the names of the suites are there at once.
+PyTorch is imported only for lists of cases, so that the names of suites appear at once.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`python bench.py merge`: the shards of a run, joined."""
+"""`python bench.py merge`: join the shards of a run."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`python bench.py new-suite FILE`: write a suite that runs, to be changed into one's own."""
+"""`python bench.py new-suite FILE`: write a working suite as a start."""
 
 import argparse
 from pathlib import Path

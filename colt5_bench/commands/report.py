@@ -103,7 +103,7 @@ def load_views() -> dict[str, View]:
 
 
 def write_all_plots(run: Run, views: dict[str, View], directory: Path) -> list[Path]:
-    """The plots of each suite; where there are several, each has a directory of its own."""
+    """The plots of each suite. If there are several, each has its own directory."""
     suites = group_by(run.records, lambda record: record.suite)
     paths = []
     for records in suites:

@@ -1,4 +1,4 @@
-"""`python bench.py run`, which is what `python bench.py --suite ...` means: measure suites."""
+"""`python bench.py run`, the default command: measure suites."""
 
 import argparse
 import os
@@ -62,7 +62,7 @@ exit status:
 
 
 Measure = Callable[..., int]
-"""Measures a suite with the results in the directory of the request: an exit status."""
+"""Measures a suite, writes the results to the directory of the request, and returns an exit status."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -112,10 +112,10 @@ def _choose(options: argparse.Namespace, request: Request, suites: dict[str, Gri
 
 
 def _service(options: argparse.Namespace, request: Request, suites: dict[str, Grid]) -> Callable[[], None]:
-    """The work of the processes that `torchrun` has started, but for the first: this one measures.
+    """The work of all processes of `torchrun` except the first one, which measures.
 
     Raises:
-        SelectionError: a suite is for one process, or there are several.
+        SelectionError: a suite runs in one process only, or several suites are selected.
     """
     found = {suites[name].serve for name in options.suite}
     if len(found) > 1 or None in found:
@@ -165,14 +165,14 @@ def _run(
     def more(suite: Grid, points: Sequence[tuple[str, str]], directory: Path) -> int:
         cases = expression([*dict.fromkeys(case for case, _ in points)])
         selected = replace(request, cases=cases, points=tuple(points), out=directory, resume=False, shard=WHOLE)
-        # Nobody looks at plots of a repetition: the page of the run has what the comparison found.
+        # A repetition needs no plots: the page of the run shows the findings of the comparison.
         return measure(selected, suite, drawn=False)
 
     return check_against.conclude(status, directories, suites, more)
 
 
 def _new_directory(parent: Path, name: str) -> Path:
-    """A directory that no other run has, be it begun in the same second."""
+    """A new directory, even if another run began in the same second."""
     parent.mkdir(parents=True, exist_ok=True)
     for number in count(1):
         with suppress(FileExistsError):
@@ -186,7 +186,7 @@ def _run_suite(
 ) -> int:
     """Measure a suite, show it, and return the exit status."""
     assert request.out is not None
-    # Before anything is measured that could not be kept.
+    # Before the measurement, so that no results are lost.
     request.out.mkdir(parents=True, exist_ok=True)
     on_cpu = suite.timed and choose_device(request.device).type == "cpu"
     crowded = busy.warning(torch.get_num_threads(), cores(), busy.busy_cores()) if on_cpu else ""
@@ -215,14 +215,14 @@ def _run_suite(
 
 
 def _measure(options: argparse.Namespace, request: Request, suite: Grid, file: Path) -> int:
-    """Measure group after group; a failure of the harness costs the group that it came from."""
+    """Measure group after group. An error of the harness affects only its group."""
     session, failed = Session(request), False
     points = list(session.points(suite, file))
     try:
         session.begin(points, [suite.name])
         with (
             Watcher(suite.name, len(points), quiet=options.quiet, verbose=options.verbose) as watcher,
-            # The standard output is for the table.
+            # stdout is for the table.
             redirect_stdout(sys.stderr),
         ):
             for group in session.groups():
@@ -231,7 +231,7 @@ def _measure(options: argparse.Namespace, request: Request, suite: Grid, file: P
                     for record in session.measure(group, watcher.tell):
                         watcher.done(record)
                 except OSError as error:
-                    # Whatever is measured from here on would be lost, too.
+                    # All later results would be lost, too.
                     print(describe_os_error(error), file=sys.stderr)
                     return UNMEASURED
                 except Exception:
@@ -245,17 +245,17 @@ def _measure(options: argparse.Namespace, request: Request, suite: Grid, file: P
 
 
 def _through_pytest(request: Request, file: Path, arguments: list[str]) -> int:
-    """Measure as `pytest FILE` does, with further arguments for pytest."""
-    import pytest  # Takes long to import, and other runs need none of it.
+    """Measure as `pytest FILE` does, with more arguments for pytest."""
+    import pytest  # Imported here, because it takes long and other runs do not need it.
 
     from colt5_bench.pytest_plugin import plugin
 
-    # Options for the user's own tests could leave out what is to be measured.
+    # Options for the tests of the user could deselect cases.
     os.environ.pop("PYTEST_ADDOPTS", None)
     code = pytest.main(
         [
             str(file),
-            # The project's settings of pytest are those of its tests.
+            # The settings of pytest in the project are for its tests.
             *("-c", os.devnull, "--rootdir", str(file.parents[1]), "-p", "no:cacheprovider"),
             *request.arguments(),
             *("--out", str(request.out), *(["--resume"] if request.resume else [])),
@@ -284,7 +284,7 @@ def _show(run: Run, suite: Grid, crowded: str, *, quiet: bool) -> None:
 
 
 def _draw(run: Run, suite: Grid) -> None:
-    # These take long to import, and a run is measured before.
+    # Imported here, because they take long and are needed only after the measurement.
     from colt5_bench.report.layout import View
     from colt5_bench.report.page import PAGE, write_page
     from colt5_bench.report.plots import write_plots

@@ -1,4 +1,4 @@
-"""`python bench.py selftest`: whether the harness measures right on this machine."""
+"""`python bench.py selftest`: check that the harness measures right on this machine."""
 
 import argparse
 import json
@@ -87,7 +87,7 @@ def _print(report: Report, console: Console) -> None:
 
 
 def _number(each: Check, value: float | None) -> str:
-    """A count as it is, a share as a percentage."""
+    """A count as a number, a share as a percentage."""
     if value is None:
         return "-"
     return f"{value:g}" if isinstance(value, int) else f"{value:+.2%}"

@@ -35,9 +35,11 @@ MOST_FALSE_ALARMS = 0.01
 """Share of comparisons in which an equal time may be called worse."""
 
 AIMED_AT, FEWEST_FOUND, LOUDEST = SLOWDOWNS.index(0.10), 0.95, 0.03
-"""Index of a slowdown, the share of it that has to be found in turns, and the noise up to which this holds: the
-standard deviation between runs. With more noise, or for saved runs of one process each, this share has to be found or
-unclear."""
+"""A slowdown by its index, the share of it to find in turns, and the noise for which this holds.
+
+The noise is the standard deviation between runs. With more noise, or for saved runs of one process each, this share has
+to be found or unclear.
+"""
 
 SAMPLES = (3, 10, 30, 100)
 

@@ -1,1 +1,1 @@
-"""State of the process that all implementations share: settings, and the functions that measuring relies on."""
+"""State of the process that implementations share: settings, and functions that measuring depends on."""

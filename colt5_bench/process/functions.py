@@ -1,4 +1,4 @@
-"""Functions that times and truths rely on. Whoever replaces one of them is noticed, and it is put back."""
+"""Functions that times and truths depend on. If one is replaced, this is detected and undone."""
 
 import gc
 import random
@@ -16,7 +16,7 @@ import torch
 from torch.utils._device import DeviceContext
 
 PACKAGES = ("colt5_bench", "kernels", "reference", "suites")
-"""Packages whose functions and constants measure, are measured, or judge."""
+"""Packages with functions and constants that measure, are measured, or judge."""
 
 OWNERS: tuple[Any, ...] = (
     *(gc, random, random.Random, random.SystemRandom, secrets, statistics, threading, time),
@@ -24,20 +24,20 @@ OWNERS: tuple[Any, ...] = (
     *(torch.Tensor, torch.nn.Module, torch.autograd.Function),
     *(torch.cuda.CUDAGraph, torch.cuda.Event, torch.cuda.Stream),
 )
-"""Modules and classes of others whose functions they call."""
+"""Modules and classes of other packages whose functions they call."""
 
 
 CLOCK = (
     *("call", "inputs", "rounds", "timing", "watch"),
     *("time", "torch.cuda", "torch.cuda.graphs.CUDAGraph", "torch.cuda.streams.Event", "torch.cuda.streams.Stream"),
 )
-"""Modules of the package `measuring`, and others, that take part while times are taken."""
+"""Modules that are used while times are taken."""
 
 _INSIDE = attrgetter("__code__", "__defaults__")
 
 
 class _Owner:
-    """A module, class or object with its attributes, as they are when this is made."""
+    """A module, class or object, with its attributes at the creation of this snapshot."""
 
     def __init__(self, owner: Any) -> None:
         self.name, self._owner = _name(owner), owner
@@ -46,7 +46,7 @@ class _Owner:
         self._insides = [*map(_INSIDE, self._functions.values())]
 
     def restore(self) -> list[str]:
-        """Put back what was replaced. Each text names one, and the function that stood in its place."""
+        """Restore replaced attributes. Each text names one, and its replacement."""
         now, texts = vars(self._owner), []
         if not self._has_same_attributes():
             replaced = [name for name, value in self._attributes.items() if now.get(name) is not value]
@@ -59,7 +59,7 @@ class _Owner:
         return texts
 
     def is_up_to_date(self) -> bool:
-        """True if nothing was replaced, added or taken away."""
+        """True if nothing was replaced, added or removed."""
         return self._has_same_attributes() and self._has_same_insides()
 
     def _has_same_attributes(self) -> bool:
@@ -70,9 +70,9 @@ class _Owner:
         return [*map(_INSIDE, self._functions.values())] == self._insides
 
     def _counts(self, name: str, now: Any) -> bool:
-        """True for functions, classes and constants. PyTorch itself wraps functions of its own when it is needed."""
+        """True for functions, classes and constants. Attributes that PyTorch itself wraps on demand do not count."""
         value = self._attributes[name]
-        # The default dtype decides what torch.Storage is.
+        # torch.Storage depends on the default dtype.
         if name.startswith("__") or isinstance(value, ModuleType) or (self.name, name) == ("torch", "Storage"):
             return False
         within = getattr(now, "__globals__", {}).get("__name__", "").startswith("torch.")
@@ -90,7 +90,7 @@ class _Owner:
 
 
 class Functions:
-    """Functions, classes and constants of OWNERS and PACKAGES, as they are when this is made."""
+    """Functions, classes and constants of OWNERS and PACKAGES, at the creation of this snapshot."""
 
     def __init__(self) -> None:
         self._owners = [*map(_seen, _owners())]
@@ -98,19 +98,19 @@ class Functions:
         self._kernels = {*torch.library._impls}
 
     def restore(self) -> str:
-        """Put back what was replaced, and name it; an empty text if nothing was."""
+        """Restore and name what was replaced; an empty text if nothing was."""
         replaced = [text for owner in self._owners for text in owner.restore()]
         replaced += [*_uncovered(), *(f"functions of PyTorch by a {mode}" for mode in _left_modes())]
         replaced += [f"{name} of PyTorch" for name in sorted(torch.library._impls - self._kernels) if _is_kernel(name)]
         return _listed(replaced)
 
     def restore_clock(self) -> str:
-        """The same for what takes part while times are taken. It is done in a tenth of the time."""
+        """The same for functions that are used while times are taken. It takes a tenth of the time."""
         return _listed([text for owner in self._clock for text in owner.restore()])
 
 
 def _seen(owner: Any) -> _Owner:
-    """The owner as it was seen before, if it is still like that. To look is a third of the work."""
+    """The earlier snapshot of an owner, if it is still valid. This check is a third of the work."""
     seen = _OWNERS_SEEN.get(id(owner))
     if seen is None or not seen.is_up_to_date():
         seen = _OWNERS_SEEN[id(owner)] = _Owner(owner)
@@ -118,7 +118,7 @@ def _seen(owner: Any) -> _Owner:
 
 
 _OWNERS_SEEN: dict[int, _Owner] = {}
-"""By their ids, which are nobody else's while they are kept here."""
+"""Snapshots by ids of owners, which stay unique while the owners are kept here."""
 
 
 def _owners() -> Iterator[Any]:
@@ -130,7 +130,7 @@ def _owners() -> Iterator[Any]:
 
 
 def _uncovered() -> list[str]:
-    """Methods of a tensor that hide those of its base class, which cannot be replaced. They are taken away."""
+    """Methods of torch.Tensor that hide those of its base class, which cannot be replaced. They are removed."""
     hiding = [name for name in vars(torch.Tensor).keys() - _METHODS if hasattr(torch._C.TensorBase, name)]
     texts = [f"torch.Tensor.{name} by {_place(vars(torch.Tensor)[name])}" for name in hiding]
     for name in hiding:
@@ -142,7 +142,7 @@ _METHODS = frozenset(vars(torch.Tensor))
 
 
 def _left_modes() -> list[str]:
-    """Modes through which all calls of PyTorch go until they are left, but for the default device. They are left."""
+    """Modes that PyTorch still has active, except the default device. They are ended."""
     function_modes = [
         each for each in torch.overrides._get_current_function_mode_stack() if type(each) is not DeviceContext
     ]
@@ -153,7 +153,7 @@ def _left_modes() -> list[str]:
 
 
 def _is_kernel(name: str) -> bool:
-    """True for a kernel of an operator of PyTorch, for devices or for autograd. Others are its decompositions."""
+    """True for a kernel of an operator of PyTorch, for devices or for autograd. Other entries are decompositions."""
     return name.startswith("aten/") and name.rpartition("/")[2].startswith(("CPU", "CUDA", "Autograd"))
 
 
@@ -163,7 +163,7 @@ def _name(owner: Any) -> str:
 
 
 def _place(value: Any) -> str:
-    """Function and line, without a directory; the type of what is no function."""
+    """Name and line of a function, without a directory; the type of another object."""
     code = getattr(value, "__code__", None)
     if code is None:
         return f"{value!r:.60}" if isinstance(value, int | float | str) else f"a {type(value).__name__}"

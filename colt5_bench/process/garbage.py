@@ -1,4 +1,4 @@
-"""Stretches of work without the garbage collector."""
+"""Work without the garbage collector."""
 
 import gc
 from collections.abc import Iterator
@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """While this lasts, no garbage is collected. Imports and loaded records stay, and to go through them takes a fifth
-    of their time; a collection within a time that is taken, as in `timeit`, is of what others left behind."""
+    """Within this context, no garbage is collected. Imports and loaded records stay anyway, and collections take a
+    fifth of their time. Within a timed region, as in `timeit`, a collection would be for garbage of other code."""
     enabled = gc.isenabled()
     gc.disable()
     try:

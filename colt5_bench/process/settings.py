@@ -1,4 +1,4 @@
-"""Settings that hold for a whole process: what one implementation changes must not stay for the next."""
+"""Settings of the process. Changes by an implementation must not affect the next one."""
 
 import os
 import random
@@ -11,7 +11,7 @@ import torch
 
 
 class Setting(NamedTuple):
-    """Reads a setting and puts it back."""
+    """Reads and restores a setting."""
 
     read: Callable[[], Any]
     write: Callable[[Any], None]
@@ -26,7 +26,7 @@ def _deterministic() -> tuple[bool, bool]:
 
 
 def _set_default_device(device: torch.device) -> None:
-    """Set the device. The CPU is the default without a mode of its own, which compilers cannot trace."""
+    """Set the default device. For the CPU no mode is used, because compilers cannot trace it."""
     torch.set_default_device(None if device == torch.device("cpu") else device)
 
 
@@ -55,17 +55,17 @@ SETTINGS: dict[str, Setting] = {
     "numpy's random numbers": Setting(np.random.get_state, np.random.set_state),
     "Python's random numbers": Setting(random.getstate, random.setstate),
 }
-if hasattr(torch._C, "_accelerator_getAllocatorSettings"):  # PyTorch 2.11 has none
+if hasattr(torch._C, "_accelerator_getAllocatorSettings"):  # PyTorch 2.11 has no such function
     SETTINGS["allocator"] = Setting(
         torch._C._accelerator_getAllocatorSettings, torch._C._accelerator_setAllocatorSettings
     )
 
 RANDOM = frozenset(name for name in SETTINGS if "random numbers" in name)
-"""States of random numbers. Whoever draws one changes them."""
+"""States of random number generators. Each draw changes them."""
 
 
 class Settings:
-    """Values of settings, as they are when this is made.
+    """Values of settings at the creation of this snapshot.
 
     Args:
         left_out: names of settings that do not count.
@@ -75,7 +75,7 @@ class Settings:
         self._values = {name: setting.read() for name, setting in SETTINGS.items() if name not in left_out}
 
     def restore(self) -> list[str]:
-        """Put back what has changed, and name it."""
+        """Restore changed settings, and name them."""
         changed = [name for name, value in self._values.items() if not _same(SETTINGS[name].read(), value)]
         for name in changed:
             SETTINGS[name].write(self._values[name])
@@ -84,7 +84,7 @@ class Settings:
 
 @contextmanager
 def preserved() -> Iterator[list[str]]:
-    """Put all settings back when this ends; the list then names those that had changed."""
+    """Restore all settings at the end of this context. The list then names those that had changed."""
     before = Settings()
     changed: list[str] = []
     try:

@@ -1,1 +1,1 @@
-"""Profilers around the calls that a run would measure."""
+"""Profilers for the calls of a run."""

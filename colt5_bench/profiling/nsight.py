@@ -1,4 +1,4 @@
-"""Nsight Compute and Nsight Systems. A profiled run starts under them, and their results are joined to the cases."""
+"""Nsight Compute and Nsight Systems, which start a profiled run. Their results are joined with the cases."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ from colt5_bench.profiling.profiler import Point
 
 
 class NsightError(RuntimeError):
-    """The tool gave nothing; the message says what it said."""
+    """The tool gave no results; the message has its error."""
 
 
 @dataclass(frozen=True)
@@ -23,25 +23,25 @@ class Seen:
 
     files: list[Path]
     complete: bool
-    """True if every point was profiled or skipped. The log, the last of the files, names points that failed."""
+    """True if every point was profiled or skipped. The log, which is the last file, names failed points."""
 
 
 def ncu(selection: Sequence[str], wanted: Sequence[Point], directory: Path) -> Seen:
     """Hardware metrics of every kernel of the profiled calls, replayed one by one with a cold cache.
 
     Args:
-        selection: options of `run` that select what is profiled.
-        wanted: the points that they select.
-        directory: where files go.
+        selection: options of `run` that select points.
+        wanted: the selected points.
+        directory: directory for files.
 
     Returns:
-        `ncu.csv`, a row a kernel with its case; `ncu.ncu-rep` for the program with windows; the log.
+        `ncu.csv` with a row per kernel; `ncu.ncu-rep` for the graphical program; the log.
 
     Raises:
-        NsightError: there is no metric of any kernel.
+        NsightError: there are no metrics of kernels.
     """
     report, table, log = (directory / name for name in ("ncu.ncu-rep", "ncu.csv", "ncu.log"))
-    # The clocks stay as they are: what is measured elsewhere has to be what is explained here.
+    # The clocks are not locked, so that profiles explain times measured without a profiler.
     options = ["--set", "detailed", "--nvtx", "--profile-from-start", "off", "--clock-control", "none"]
     complete = _start(["ncu", *options, "--force-overwrite", "--export", str(report)], selection, report, log)
     shown = _output(["ncu", "--import", str(report), "--page", "raw", "--csv", "--print-units", "base"])
@@ -50,7 +50,7 @@ def ncu(selection: Sequence[str], wanted: Sequence[Point], directory: Path) -> S
 
 
 def nsys(selection: Sequence[str], wanted: Sequence[Point], directory: Path) -> Seen:
-    """A timeline, and how long every kernel took in it; arguments, results and errors as of `ncu`."""
+    """A timeline, and the time of every kernel in it. Arguments, results and errors are those of `ncu`."""
     report, table, log = (directory / name for name in ("nsys.nsys-rep", "nsys.csv", "nsys.log"))
     options = ["--trace", "cuda,nvtx", "--force-overwrite", "true", "--output", str(report)]
     complete = _start(["nsys", "profile", *options], selection, report, log)
@@ -60,7 +60,7 @@ def nsys(selection: Sequence[str], wanted: Sequence[Point], directory: Path) -> 
 
 
 def read_ncu(text: str, wanted: Sequence[Point]) -> pd.DataFrame:
-    """The raw page of a report. It has a line of names, one of units, and one a kernel, among which stand messages."""
+    """The raw page of a report: a line of names, one of units, and one per kernel, mixed with messages."""
     csv = _from_header(text, '"ID"')
     if csv is None:
         return pd.DataFrame()
@@ -73,7 +73,7 @@ def read_ncu(text: str, wanted: Sequence[Point]) -> pd.DataFrame:
 
 
 def read_nsys(text: str, wanted: Sequence[Point]) -> pd.DataFrame:
-    """The report `nvtx_kern_sum`: a line a range and kernel."""
+    """The report `nvtx_kern_sum`, with a line for each range and kernel."""
     csv = _from_header(text, "NVTX Range")
     if csv is None:
         return pd.DataFrame()
@@ -82,7 +82,7 @@ def read_nsys(text: str, wanted: Sequence[Point]) -> pd.DataFrame:
 
 
 def _joined(kernels: pd.DataFrame, where: pd.Series, wanted: Sequence[Point]) -> pd.DataFrame:
-    """The kernels of the ranges that a point has to itself, with what it is in front."""
+    """The kernels in ranges of points, with columns for the point in front."""
     labels = {point.label(phase): (*point, phase) for point in wanted for phase in point.phases}
     found = where.map(lambda text: next((label for label in labels if label in text), None))
     kernels = kernels[found.notna()].reset_index(drop=True)
@@ -92,13 +92,13 @@ def _joined(kernels: pd.DataFrame, where: pd.Series, wanted: Sequence[Point]) ->
 
 
 def _from_header(text: str, first: str) -> str | None:
-    """The text from the line that begins so, up to an empty line."""
+    """The text from the line with this beginning to an empty line."""
     match = re.search(rf"^{re.escape(first)}.*?(?=^\s*$|\Z)", text, flags=re.MULTILINE | re.DOTALL)
     return match[0] if match else None
 
 
 def _start(tool: Sequence[str], selection: Sequence[str], report: Path, log: Path) -> bool:
-    """Run the selection under a tool, and return True if it ended well. If not, its results until then are kept."""
+    """Run the selection under a tool. Return True if it succeeded; partial results are kept otherwise."""
     directory = report.parent
     directory.mkdir(parents=True, exist_ok=True)
     run = [sys.executable, "-m", "colt5_bench", "run", *selection, "--profile", "nvtx", "--out", str(directory)]
@@ -123,7 +123,7 @@ def _write(kernels: pd.DataFrame, table: Path, log: Path) -> None:
 
 
 def _last_word(log: Path) -> str:
-    """The error that a log tells of, or its last line."""
+    """The error in a log, or its last line."""
     lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
     errors = [line for line in lines if "==ERROR==" in line]
     return f"{log} says: {(errors or lines or ['nothing'])[-1].strip()}"

@@ -1,7 +1,7 @@
-"""Profiles of calls, for looking at. They are never recorded as a time.
+"""Profiles of calls. They are never recorded as times.
 
-Each case, direction and implementation is run a few times in named ranges, the names of which every mode shows in its
-own way. `ncu` and `nsys` start such a run themselves: see `nsight`.
+Each case, direction and implementation is run a few times in named ranges, and every mode shows these names. `ncu` and
+`nsys` start such a run themselves: see `nsight`.
 """
 
 import os
@@ -41,17 +41,17 @@ DOMAIN = "colt5-bench"
 """Domain of the NVTX ranges."""
 
 WARM_UP_CALLS, CALLS = 2, 3
-"""Compiled and cached outside of the profile, then seen in it."""
+"""Calls before the profile, which compile and fill caches, and calls in the profile."""
 
 MOST_ALLOCATIONS = 100_000
-"""Kept in the history of a snapshot."""
+"""Most entries in the history of a snapshot."""
 
 LONGEST_NAME = 150
-"""Characters of a file's name, and of an operator's in a table."""
+"""Most characters of a file name, and of the name of an operator in a table."""
 
 Range = Callable[[str], AbstractContextManager[object]]
 Recorder = Callable[["Point", torch.device, Path], AbstractContextManager[list[Path]]]
-"""Profiles what runs inside, and gives the files that hold it afterwards."""
+"""A context that profiles its body, and then gives the files of the profile."""
 
 
 class Point(NamedTuple):
@@ -63,7 +63,7 @@ class Point(NamedTuple):
     implementation: str
 
     def label(self, phase: str) -> str:
-        """The name of a range that no other point has, nor any other phase of this one."""
+        """The name of a range, unique for point and phase."""
         return " | ".join((f"{self.suite} {self.case}", self.direction, self.implementation, phase))
 
     @property
@@ -72,7 +72,7 @@ class Point(NamedTuple):
         return tuple(self.direction.split("+"))
 
     def file_name(self, number: int) -> str:
-        """With a number, as it may be cut."""
+        """File name with a number, because the rest may be cut."""
         described = "-".join((self.suite, self.implementation, self.direction, self.case))
         return f"{number:03d}-{re.sub(r'[^A-Za-z0-9=+,._-]', '_', described)}"[:LONGEST_NAME]
 
@@ -83,13 +83,13 @@ class Outcome:
 
     files: list[Path] = field(default_factory=list)
     skipped: dict[Point, str] = field(default_factory=dict)
-    """With the reason."""
+    """Reasons by point."""
 
     failed: dict[Point, str] = field(default_factory=dict)
 
 
 def missing(mode: str, device: torch.device) -> str | None:
-    """Why there is no such profile here, in a sentence that says what to do, or None."""
+    """Reason why this profile is not possible here, with advice, or None."""
     if mode in NEEDS_GPU and device.type != "cuda":
         return f"--profile {mode} needs a GPU, but the device is {device.type}: use --profile torch."
     if mode in TOOLS and which(mode) is None:
@@ -102,7 +102,7 @@ def missing(mode: str, device: torch.device) -> str | None:
 def points(
     suites: Iterable[Suite], preset: str, device: torch.device, *, implementations: Sequence[str], cases: str
 ) -> list[Point]:
-    """Everything that was asked for, as a run would measure it."""
+    """All selected points, as a run would measure them."""
     wanted = case_filter(cases)
     return [
         Point(suite.name, case.id, direction, name)
@@ -118,7 +118,7 @@ def points(
 def profile(
     mode: str, wanted: Sequence[Point], suites: dict[str, Suite], preset: str, device: torch.device, directory: Path
 ) -> Outcome:
-    """Profile point after point, in this process; one that raises ends itself only."""
+    """Profile point after point, in this process. An error affects only its point."""
     if mode != "nvtx":
         directory.mkdir(parents=True, exist_ok=True)
     outcome = Outcome()
@@ -147,7 +147,7 @@ def _profile_point(mode: str, point: Point, suite: Suite, preset: str, device: t
 
 
 def _prepare(point: Point, suite: Suite, preset: str, device: torch.device) -> Call:
-    """A call that is compiled and has filled its caches."""
+    """A call, after it was compiled and has filled its caches."""
     implementation = suite.implementations[point.implementation]
     case = next(case for case in suite.cases(preset, device) if case.id == point.case)
     if why := not_applicable(implementation, case, point.direction, device):
@@ -172,20 +172,20 @@ def _run(call: Call, point: Point, open_range: Range, device: torch.device) -> N
 
 
 def _in_this_thread() -> AbstractContextManager[object]:
-    """Ranges belong to a thread, and PyTorch runs the backward pass of a GPU in one of its own."""
+    """Run backward passes in this thread: ranges belong to a thread, and PyTorch has its own for a GPU."""
     return torch.autograd.set_multithreading_enabled(False)
 
 
 @contextmanager
 def _for_a_tool(point: Point, device: torch.device, path: Path) -> Iterator[list[Path]]:
-    """Between the marks of CUDA's profiler interface, so that a tool can leave out what lies before and after."""
+    """A context between the marks of CUDA's profiler interface, so that tools leave out everything else."""
     with torch.cuda.profiler.profile() if device.type == "cuda" else nullcontext():
         yield []
 
 
 @contextmanager
 def _torch(point: Point, device: torch.device, path: Path) -> Iterator[list[Path]]:
-    # Read when the profiler first starts, which would print a line at each start and stop.
+    # Read at the first start of the profiler, which would otherwise print lines at each start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", SILENT)
     on_gpu = device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -247,7 +247,7 @@ RECORDERS: dict[str, tuple[Recorder, Range]] = {
     "memory": (_memory, torch.profiler.record_function),
     "proton": (_proton, _proton_range),
 }
-"""For each mode that works in this process: functions that record a point, and name the work in it."""
+"""For each mode that works in this process: functions that record a point, and name its ranges."""
 
 
 def _synchronize(device: torch.device) -> None:

@@ -22,7 +22,7 @@ _SESSION = pytest.StashKey[Session]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Declare the options of the command line, but for short ones, which are pytest's own."""
+    """Declare the options of the command line, except short ones, which are reserved for pytest."""
     group = parser.getgroup("colt5-bench", "measuring suites")
 
     def add(*flags: str, **settings: Any) -> None:
@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Prepare the session, unless its options make none."""
+    """Prepare the session, and check its options."""
     if config.getoption("dist", "no") != "no":
         raise pytest.UsageError("cases of suites are measured one at a time: leave out -n")
     try:
@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test for each point of the suite that stands beside the test function."""
+    """One test for each point of the suite in the module of the test function."""
     if "record" not in metafunc.fixturenames:
         return
     config = metafunc.config
@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         suite = invite(suite, (*installed_guests(suite), *Request.of(config.option).guests))
     except SelectionError as error:
         raise pytest.UsageError(str(error)) from error
-    # A case takes as long as it takes.
+    # Cases have no timeout.
     patient = [pytest.mark.timeout(0)] if config.pluginmanager.hasplugin("timeout") else []
     metafunc.parametrize(
         ("case", "direction", "implementation"),
@@ -69,7 +69,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Take what was collected, and not deselected since, as what has to be recorded, unless collecting is all."""
+    """Take the collected tests that were not deselected as the expected records, unless pytest only collects."""
     if session.config.getoption("collectonly"):
         return
     asking = [item for item in session.items if isinstance(item, pytest.Function) and "record" in item.fixturenames]
@@ -90,19 +90,19 @@ def record(request: pytest.FixtureRequest, case: str, direction: str, implementa
     try:
         records = request.config.stash[_SESSION].measure(group)
     except OSError as error:
-        # Results from here on would be lost, too.
+        # All later results would be lost, too.
         pytest.exit(describe_os_error(error), returncode=pytest.ExitCode.INTERNAL_ERROR)
     return next(record for record in records if record.implementation == implementation)
 
 
 def _uncaptured(config: pytest.Config) -> AbstractContextManager[None]:
-    """The user sees what is written in this context."""
+    """A context whose output is shown to the user."""
     capturing = config.pluginmanager.getplugin("capturemanager")
     return capturing.global_and_fixture_disabled() if capturing else nullcontext()
 
 
 def _is_measured(item: pytest.Function) -> bool:
-    """Not so for what stands in for a suite of which no case was asked for: pytest skips it."""
+    """False for the placeholder of a suite without selected cases, which pytest skips."""
     return isinstance(item.callspec.params["case"], str)
 
 
@@ -116,7 +116,7 @@ def _point(item: pytest.Item) -> tuple[Group, str]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Close the results, and fail if a record is missing that was expected, or the code changed under the run."""
+    """Close the results, and fail if an expected record is missing or the code changed during the run."""
     own = session.config.stash[_SESSION]
     try:
         own.close()
@@ -129,7 +129,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Name the records that are missing, and say how the code changed."""
+    """Name missing records, and changes of the code."""
     own = config.stash[_SESSION]
     for title, lines in {"expected and not measured": own.missing(), "code that changed": own.changed}.items():
         if lines:

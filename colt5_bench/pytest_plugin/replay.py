@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from colt5_bench.records.derived import summarised
 from colt5_bench.records.results import Record
 
-# Every suite imports this, and a run without pytest needs neither.
+# Imported for types only, because every suite imports this module, also without pytest.
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
@@ -14,21 +14,21 @@ _now = 0.0
 
 
 def virtual_clock() -> float:
-    """The timer of a replay, in seconds: the sample under way, or 0 before it."""
+    """The timer of a replay, in seconds: the current sample, or 0 before it."""
     return _now
 
 
 def replay(record: Record, benchmark: "BenchmarkFixture") -> None:
-    """Pass or fail a test as its record did, and give pytest-benchmark the samples as if it had taken them.
+    """Pass or fail a test by its record, and give its samples to pytest-benchmark.
 
-    The samples are those of the first time column. pytest-benchmark has to read `virtual_clock`, which the plugin sees
-    to. Everything else that was measured goes into `extra_info`.
+    The samples are those of the first time column. The plugin makes pytest-benchmark read `virtual_clock`. All other
+    figures go into `extra_info`.
     """
     if record.status == "skipped":
         check(record)
     benchmark.extra_info.update(summarised(record))
     if record.status != "ok":
-        # A benchmark that raised is one that pytest-benchmark leaves out of its results.
+        # pytest-benchmark leaves benchmarks with errors out of its results.
         with suppress(_NotMeasured):
             benchmark.pedantic(_raise_not_measured)
         check(record)
@@ -42,7 +42,7 @@ def replay(record: Record, benchmark: "BenchmarkFixture") -> None:
         _now = 0.0
 
     def end() -> None:
-        # Counted from 0 each time: the difference that pytest-benchmark takes is the sample to the last bit.
+        # Counted from 0 each time, so that the difference in pytest-benchmark is exactly the sample.
         global _now
         _now = next(remaining, 0.0)
 
@@ -50,7 +50,7 @@ def replay(record: Record, benchmark: "BenchmarkFixture") -> None:
 
 
 def check(record: Record) -> None:
-    """Pass, fail or skip a test as its record did. In a suite that is not timed, nothing else is to be done."""
+    """Pass, fail or skip a test by its record. A suite without times needs nothing else."""
     import pytest
 
     if record.status == "skipped":

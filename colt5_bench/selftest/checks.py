@@ -1,7 +1,7 @@
 """Checks of the harness on this machine: known durations, equal calls, a planted slowdown, a known rate.
 
-A machine on which other programs run is noisy. Each check measures that noise beside its figure: what it can explain is
-`unclear` and fails nothing, what it cannot is `failed`.
+A machine on which other programs run is noisy. Each check measures this noise together with its figure. A deviation
+that the noise explains is `unclear`, which is no failure; other deviations are `failed`.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ from colt5_bench.records.samples import changes_in_turns, judge
 from colt5_bench.selftest import cuda_bench
 
 DURATIONS = {"cpu": (2e-4, 1e-3, 5e-3), "cuda": (2e-3, 8e-3)}
-"""Seconds. On a GPU they are long beside the microseconds that any launch takes; on a CPU the shortest is short beside
-what a thread runs until another gets its turn, and that one is compared."""
+"""Seconds. On a GPU they are long compared with the microseconds of a launch. On a CPU the shortest one is short
+compared with the time slice of a thread, and this one is compared."""
 
 DURATION_LIMIT = 0.02
 
@@ -33,16 +33,16 @@ COMPARISONS, MOST_FALSE_ALARMS = 100, 1
 PLANTED, TRIALS, FEWEST_FOUND = 0.05, 20, 19
 
 COMPARED_SAMPLES = 40
-"""Samples of either call that is compared."""
+"""Samples of each compared call."""
 
 WORK = {"cpu": 2**16, "cuda": 2**22}
-"""Numbers exponentiated by a call that is compared with itself."""
+"""Number of exponentials in a call that is compared with itself."""
 
 COPIES, COPY_LIMIT = 5, {"cpu": 0.10, "cuda": 0.05}
 AGREEMENT = 0.05
 
 WARM_GAIN = 0.1
-"""Least extra time of a sum of numbers that come from memory over one of numbers in the L2."""
+"""Least extra time of a sum of numbers from memory over a sum of numbers in the L2."""
 
 LEAST_CHANGE = 0.02
 
@@ -53,7 +53,7 @@ Outcome = Literal["passed", "failed", "unclear", "skipped"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was checked, with the figure and its limit."""
+    """A check, with its figure and its limit."""
 
     name: str
     outcome: Outcome
@@ -69,7 +69,7 @@ class Report:
 
     device: str
     noise: float
-    """Interquartile range of the samples of one call over their median, of the typical call."""
+    """Interquartile range of the samples of a typical call over their median."""
 
     checks: list[Check]
 
@@ -79,7 +79,7 @@ class Report:
 
 
 def verdict(before: Sequence[float], after: Sequence[float]) -> Verdict:
-    """Verdict on the later samples against the earlier ones, as a comparison of runs would judge them."""
+    """Verdict on the later samples against the earlier ones, as in a comparison of runs."""
     found = changes_in_turns(before, after)
     return verdict_on(judge(found, found.p, np.log1p(LEAST_CHANGE)))
 
@@ -101,7 +101,7 @@ def run(device: torch.device) -> Report:
 
 
 def check_durations(device: torch.device) -> list[Check]:
-    """Check spins of known duration, in each column. Spins are of the GPU, and of the host for the column that is its
+    """Check spins of known duration, in each column. They are spins of the GPU, or of the host for the column of host
     time."""
     columns = GPU_COLUMNS if device.type == "cuda" else CPU_COLUMNS
     return [_check_duration(seconds, column, device) for seconds in DURATIONS[device.type] for column in columns]
@@ -120,7 +120,7 @@ def _check_duration(seconds: float, column: str, device: torch.device) -> Check:
 
 
 def check_equal(device: torch.device) -> tuple[Check, float]:
-    """A call compared with itself, again and again, and the noise of its samples."""
+    """Repeated comparisons of a call with itself, and the noise of its samples."""
     call = _work(device)
     alarms, noise = 0, []
     for _ in range(COMPARISONS):
@@ -134,7 +134,7 @@ def check_equal(device: torch.device) -> tuple[Check, float]:
 
 
 def check_planted(device: torch.device) -> Check:
-    """A spin beside one that is longer by as much as has to be found."""
+    """A spin, compared with one that is longer by the planted share."""
     seconds = DURATIONS[device.type][0]
     call, slower = Spin(seconds, device), Spin((1 + PLANTED) * seconds, device)
     found, missed, too_noisy = 0, 0, 0
@@ -154,7 +154,7 @@ def check_planted(device: torch.device) -> Check:
 
 
 def check_copy(device: torch.device) -> Check:
-    """A copy as the suites would time it, beside the ceiling that they are judged by, in turns."""
+    """A copy as suites would time it, compared with the ceiling for suites, in turns."""
     ceilings, ratios = [], []
     for _ in range(COPIES):
         ceilings.append(roofline.copy_bandwidth(device))
@@ -170,7 +170,7 @@ def check_copy(device: torch.device) -> Check:
 
 
 def _timed_copy_bandwidth(device: torch.device) -> float:
-    """Bandwidth of the fastest sample, as the ceiling is that of the fastest try."""
+    """Bandwidth of the fastest sample, because the ceiling is from the fastest try."""
     size = roofline.GPU_COPY_BYTES if device.type == "cuda" else roofline.CPU_COPY_BYTES
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     destination = torch.zeros_like(source)
@@ -186,7 +186,7 @@ def _timed_copy_bandwidth(device: torch.device) -> float:
 
 
 def check_cold(device: torch.device) -> Check:
-    """Check a sum of numbers for which there is room in the L2. Cold they come from memory, warm they do not."""
+    """Check a sum of numbers that fit into the L2. Only if cold, they come from memory."""
     name = "a cold cache"
     if device.type == "cpu":
         return Check(name, "skipped", note="only a GPU's cache is flushed")
@@ -203,7 +203,7 @@ def check_cold(device: torch.device) -> Check:
 
 
 def check_energy(device: torch.device) -> Check:
-    """Twice the work takes twice the energy beyond the idle GPU's."""
+    """Check that twice the work takes twice the energy, without that of the idle GPU."""
     name = "energy of twice the work"
     try:
         meter = EnergyMeter(device)
@@ -254,7 +254,7 @@ def _main_column(device: torch.device) -> str:
 
 
 def _work(device: torch.device) -> Call:
-    """A call that exponentiates numbers. On a CPU NumPy does it in one thread: two that wait for each other would show
+    """A call that computes exponentials. On a CPU NumPy uses one thread: two that wait for each other would show
     how busy the machine is."""
     if device.type == "cpu":
         numbers = np.linspace(-1, 0, WORK["cpu"], dtype=np.float32)

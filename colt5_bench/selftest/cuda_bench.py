@@ -1,8 +1,8 @@
-"""The same calls timed by NVIDIA's cuda-bench, the Python package of nvbench, in a process of its own.
+"""The same calls timed by NVIDIA's cuda-bench, the Python package of nvbench, in its own process.
 
     python -m colt5_bench.selftest.cuda_bench DEVICE_INDEX RESULTS.json
 
-Its registry of benchmarks is global and its output goes past Python's, hence the process.
+It needs a process, because its registry of benchmarks is global and its output bypasses Python.
 """
 
 import json
@@ -23,7 +23,7 @@ COPIED_BYTES = 2**28
 FACTOR = 4096
 
 MEAN = "nv/cold/time/gpu/mean"
-"""Name that cuda-bench has for GPU time with a flushed L2, behind a kernel that blocks the stream."""
+"""Name in cuda-bench of GPU time with a flushed L2, after a kernel that blocks the stream."""
 
 LONGEST_SECONDS = 300
 
@@ -49,11 +49,11 @@ CALLS: dict[str, Callable[[torch.device], Call]] = {
     "exponentials": _exponentials,
     "product": _product,
 }
-"""One that memory limits, one that the special functions limit, one that the tensor cores limit."""
+"""Calls that are limited by memory, by the special functions, and by the tensor cores."""
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why there is nothing to compare with, or None."""
+    """Reason why cuda-bench cannot be used, or None."""
     if device.type != "cuda":
         return "needs a GPU"
     if find_spec("cuda") is None or find_spec("cuda.bench") is None:
@@ -65,7 +65,7 @@ def measure(device: torch.device) -> dict[str, float]:
     """Seconds of each of the calls, by name.
 
     Raises:
-        RuntimeError: the package gave no times.
+        RuntimeError: cuda-bench gave no times.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     with TemporaryDirectory() as directory:
@@ -82,10 +82,10 @@ def measure(device: torch.device) -> dict[str, float]:
 
 
 def read(results: dict[str, Any]) -> dict[str, float]:
-    """The mean GPU time of each benchmark in what cuda-bench writes.
+    """The mean GPU time of each benchmark in the output of cuda-bench.
 
     Raises:
-        RuntimeError: one of the calls is not in it, or has no time.
+        RuntimeError: a call is missing, or has no time.
     """
     means = {
         benchmark["name"]: float(entry["value"])
@@ -102,7 +102,7 @@ def read(results: dict[str, Any]) -> dict[str, float]:
 
 
 def main(index: str, results: str) -> None:
-    """Let cuda-bench measure all calls and write what it found."""
+    """Let cuda-bench measure all calls and write the results."""
     from cuda import bench
 
     device = torch.device("cuda", int(index))

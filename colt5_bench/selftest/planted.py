@@ -1,4 +1,4 @@
-"""An implementation that is made slower for real: what a comparison has to find."""
+"""A real slowdown of an implementation, which a comparison has to find."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,16 +16,16 @@ from colt5_bench.measuring.timing import time_interleaved
 from colt5_bench.suite import C, Operation, Suite
 
 LONGEST_CALIBRATION = 0.5
-"""Seconds."""
+"""Time limit in seconds."""
 
 
 def slowed(suite: Suite[C], name: str, share: float) -> Suite[C]:
-    """A suite in which each call of one implementation takes longer, and is the same otherwise.
+    """A copy of a suite in which each call of one implementation takes longer.
 
     Args:
-        suite: has the implementation.
-        name: of the implementation.
-        share: of the time that a call takes, by which it takes longer: a spin of the host, or of a kernel on the GPU.
+        suite: the suite with the implementation.
+        name: name of the implementation.
+        share: share of its time by which a call takes longer, with a spin of the host or of a kernel on the GPU.
     """
     honest = suite.implementations[name]
 
@@ -36,7 +36,7 @@ def slowed(suite: Suite[C], name: str, share: float) -> Suite[C]:
 
 
 class _Slowed:
-    """A function that waits after it is done. How long a call takes it measures when it is called first, before the
+    """A function that waits at its end. It measures the time of a call when it is first called, before the
     harness takes times."""
 
     def __init__(self, function: Callable[..., Tensor], operation: Operation[Any], case: Any, share: float) -> None:
@@ -51,7 +51,7 @@ class _Slowed:
         return output
 
     def _calibrated(self, inputs: dict[str, Tensor]) -> Spin:
-        """A spin of the share of a call, the backward pass included where gradients are wanted."""
+        """A spin for a share of the time of a call, including the backward pass if there is one."""
         device = next(iter(inputs.values())).device
         direction = FORWARD_BACKWARD if any(tensor.requires_grad for tensor in inputs.values()) else FORWARD
         seconds = call_seconds(Call(self._function, self._operation.problem(self._case, device), direction), device)
@@ -59,7 +59,7 @@ class _Slowed:
 
 
 def call_seconds(call: Call, device: torch.device) -> float:
-    """The time of a call in the column that the figure of a case is."""
+    """The time of a call in the first time column."""
     column = (GPU_COLUMNS if device.type == "cuda" else CPU_COLUMNS)[0]
     timings = time_interleaved(
         {"call": call},
