@@ -28,23 +28,23 @@ TIMES = {
         Quantity("cold", "ms", "GPU time of a call, L2 cache flushed before it"),
         Quantity("warm", "ms", "GPU time of a call right after another one"),
         Quantity("graph", "ms", "GPU time of the call replayed from a CUDA graph, L2 cache flushed before it"),
-        Quantity("wall", "ms", "time on the clock of the host until a call returns"),
-        Quantity("eager", "ms", "time that a caller waits for a call, one in a train of calls, host and GPU together"),
+        Quantity("wall", "ms", "host time until a call returns"),
+        Quantity("eager", "ms", "time that a caller waits per call in a train of calls, host and GPU together"),
     )
 }
 """By their names in records, in the order of tables."""
 
-SPEED_UP = Quantity("speed-up", "x", "time of the reference over the time, by the first column of times")
+SPEED_UP = Quantity("speed-up", "x", "time of the reference over the time, from the first time column")
 BANDWIDTH = Quantity("bandwidth", "GB/s", "each input read once and each output written once, over the time")
 SHARE_OF_LIMIT = Quantity("share of limit", "%", "the least time that the device needs, over the time")
-PEAK = Quantity("peak", "MB", "most memory allocated during the call, beyond what was there before")
+PEAK = Quantity("peak", "MB", "most memory allocated during the call, in addition to the memory before it")
 SAVED = Quantity("saved", "MB", "memory that stays for the backward pass")
 LARGEST_ERROR = Quantity("largest error", "", "largest distance from fp64, of the output or of a gradient")
-GRADIENT_ERROR = Quantity("gradient error", "", "largest distance of a gradient from fp64, elements at a kink left out")
+GRADIENT_ERROR = Quantity("gradient error", "", "largest distance of a gradient from fp64, without elements at a kink")
 RELATIVE_ERROR = Quantity("relative gradient error", "", "norm of the gradient's distance from fp64 over its norm")
 FRACTION_ABOVE = Quantity("above 1e-3", "%", "elements of the gradient that are off by more than 1e-3")
 KINKS = Quantity("kinks", "", "elements of the gradient at a kink")
-ERROR_AT_KINK = Quantity("error at kink", "", "largest distance from fp64 of these")
+ERROR_AT_KINK = Quantity("error at kink", "", "largest distance of these elements from fp64")
 
 
 def time(column: str) -> Quantity:
@@ -54,7 +54,7 @@ def time(column: str) -> Quantity:
 
 def error_of(tensor: str) -> Quantity:
     """The largest distance of a tensor from fp64: `output error`."""
-    return Quantity(f"{tensor} error", "", f"largest distance of {tensor} from fp64, elements at a kink left out")
+    return Quantity(f"{tensor} error", "", f"largest distance of {tensor} from fp64, without elements at a kink")
 
 
 @lru_cache

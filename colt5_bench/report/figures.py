@@ -109,19 +109,19 @@ def cards(records: Sequence[Record], view: View) -> list[Card]:
     drawn = [
         Card(
             "Time",
-            f"Medians with their 95 % intervals. {_hints(ok)} Grey is the least time that the device needs, from what "
-            "it was seen to do.",
+            f"Medians with their 95 % intervals. {_hints(ok)} Grey is the least time that the device needs, by its "
+            "measured ceilings.",
             _over_columns(time_plot, ok, milliseconds),
         ),
         Card(
             "Bandwidth",
-            f"{BANDWIDTH.hint.capitalize()}, with 95 % intervals. Grey is the roofline, below what memory allows where "
-            "exponentials or matrix products take longer.",
+            f"{BANDWIDTH.hint.capitalize()}, with 95 % intervals. Grey is the roofline. It is below the bandwidth of "
+            "memory where exponentials or matrix products take longer.",
             _over_columns(_Plot(view.x, BANDWIDTH.title, "GB/s", limit=LIMIT_BANDWIDTH), ok, gigabytes_a_second),
         ),
         Card(
             "Memory",
-            "Beyond the inputs: peak, the most at once, and, dotted, saved, which stays for the backward pass.",
+            "Memory in addition to the inputs: its peak and, dotted, the part that is saved for the backward pass.",
             _memory(view.x, ok),
         ),
         Card(
@@ -131,8 +131,8 @@ def cards(records: Sequence[Record], view: View) -> list[Card]:
         ),
         Card(
             "Divergence",
-            f"{GRADIENT_ERROR.name.capitalize()}: {GRADIENT_ERROR.hint}; of all cases in a cell the worst. Colours are "
-            "the same on all charts of errors. A cross marks what was found wrong.",
+            f"{GRADIENT_ERROR.name.capitalize()}: {GRADIENT_ERROR.hint}. A cell shows the worst of its cases. "
+            "Colours are the same on all charts of errors. A cross marks wrong results.",
             _divergence(view.x, records),
         ),
         *_metrics(view, ok),
@@ -178,7 +178,7 @@ def _metrics(view: View, records: Sequence[Record]) -> list[Card]:
         plot = _Plot(view.x, name.replace("_", " "), "", view.lines, dashes, axis=axis, zero=zero)
         drawings = _panels(plot, described, [Drawn(partial(_metric, name))], {})
         title = name.replace("_", " ").capitalize()
-        made.append(Card(title, f"The suite's metric {name}, which its file explains.", drawings))
+        made.append(Card(title, f"The metric {name} of the suite, which its file explains.", drawings))
     return made
 
 

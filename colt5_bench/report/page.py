@@ -261,7 +261,7 @@ def _fastest(records: Sequence[Record], reference: str) -> Headline | None:
     count, unseen = len(found), sum(spans_one(bounds) for _, bounds in found)
     note = f"{OURS} over {reference}, {time(main).name}: geometric mean of {count} pair{'s' if count > 1 else ''}"
     spread = f"{format_ratio(*found[0])} to {format_ratio(*found[-1])}"
-    spread = f"in {unseen} of them no difference was seen" if unseen else spread
+    spread = f"{unseen} of them without a significant difference" if unseen else spread
     low, high = map(short, interval)
     return Headline(records[0].suite, f"{short(mean)}x", f"{note}, {spread}; 95 % interval {low}x to {high}x")
 

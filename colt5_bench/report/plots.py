@@ -159,7 +159,7 @@ def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n", lin
             figures["bandwidth"] = _against(x, BANDWIDTH.title, rates, moved, records, LIMIT_BANDWIDTH)
         if sized := [record for record in ok if record.peak_bytes]:
             sizes = [PEAK_MEGABYTES, SAVED_MEGABYTES]
-            remark = "Beyond the inputs: peak is the most at once, and saved stays for the backward pass."
+            remark = "Memory in addition to the inputs: its peak, and the part that is saved for the backward pass."
             figures["memory"] = _against(x, "memory [MB]", sizes, sized, records, remark=remark)
         if trade := traded(timed):
             figures["trade-off"] = _against(MEMORY, quantity.title, [milliseconds(trade, main)], trade, records)
@@ -217,7 +217,7 @@ def _with_room(fields: Sequence[str], drawn: Sequence[Record], most: int) -> tup
     """The most frequent combinations of the fields, and a remark that names the others."""
     every = combinations(fields, drawn)
     left_out = every[most:]
-    return every[:most], f"Measured, with no room here: {'; '.join(left_out)}." if left_out else ""
+    return every[:most], f"Measured, but not shown: {'; '.join(left_out)}." if left_out else ""
 
 
 def _divergence(x: str, drawn: Sequence[Record], records: Sequence[Record]) -> Figure:
@@ -233,8 +233,8 @@ def _divergence(x: str, drawn: Sequence[Record], records: Sequence[Record]) -> F
         for row in by_fields(drawn, schedule)
     ]
     pooled = [name for name in varying_fields(drawn) if name not in (x, *spread, *schedule)]
-    remark = f"{GRADIENT_ERROR.hint.capitalize()}; what is beyond the scale lies on its end."
-    remark += f" Lines go through the largest of all {', '.join(pooled)}." if pooled else ""
+    remark = f"{GRADIENT_ERROR.hint.capitalize()}; errors beyond the scale are drawn at its end."
+    remark += f" Lines connect the largest errors over all {', '.join(pooled)}." if pooled else ""
     return _figure(rows, x, records, remark)
 
 

@@ -75,9 +75,9 @@ def columns(records: Sequence[Record]) -> list[Column]:
         Column("direction", ""),
         Column("status", ""),
         *times,
-        Column.of(SPEED_UP, "; where no difference was seen, its 95 % interval alone"),
+        Column.of(SPEED_UP, "; only its 95 % interval if there is no significant difference"),
         *map(Column.of, (BANDWIDTH, SHARE_OF_LIMIT, PEAK, SAVED, LARGEST_ERROR)),
-        Column("measured", "date, revision (a plus: with changes that are not committed) and machine"),
+        Column("measured", "date, revision (a plus: with uncommitted changes) and machine"),
     ]
 
 
@@ -149,13 +149,13 @@ def details(record: Record, environment: Mapping[str, Any]) -> list[Section]:
         "seconds": record.limit_seconds,
     }
     known = [(name, value) for name, value in least.items() if value is not None]
-    return [*sections, *([Section("The least that it takes", ("", ""), known)] if known else [])]
+    return [*sections, *([Section("Least work", ("", ""), known)] if known else [])]
 
 
 def _measured(record: Record, environment: Mapping[str, Any]) -> list[tuple[str, Cell]]:
     """Date, revision and machine of a record."""
     git = environment.get("git") or {}
-    changed = " with changes that are not committed" if git.get("dirty") else ""
+    changed = " with uncommitted changes" if git.get("dirty") else ""
     facts = {
         "date": environment.get("utc"),
         "revision": f"{git['revision']}{changed}" if git.get("revision") else None,

@@ -91,7 +91,7 @@ def summary(records: Sequence[Record], reference: str, console: Console) -> None
         shown = sorted(groups, key=_severity_of_group, reverse=True)[:MOST_CASES]
         _print(records, shown, [*_divergence_columns(records), *metrics], console)
         if len(shown) < len(groups):
-            console.print(f"the {len(shown)} of {len(groups)} cases that are farthest from fp64", highlight=False)
+            console.print(f"the {len(shown)} of {len(groups)} cases with the largest errors", highlight=False)
     endings(records, console)
     _print_clocks(records, console)
 
@@ -140,7 +140,7 @@ def _print_clocks(records: Iterable[Record], console: Console) -> None:
     lowest, highest = min(low for low, _ in ranges), max(high for _, high in ranges)
     if lowest < (1 - STEADY_CLOCK) * highest:
         console.print(
-            f"the SM clock was between {lowest:.0f} and {highest:.0f} MHz while times were taken: it is not locked",
+            f"the SM clock was between {lowest:.0f} and {highest:.0f} MHz during the measurement: it is not locked",
             highlight=False,
             soft_wrap=True,
         )

@@ -14,9 +14,9 @@ from colt5_bench.report.terminal import Column, print_table
 NOTHING = "-"
 
 EXPLAINED = (
-    "means over seeds with 95 % intervals (t-distribution); a difference is from {reference}, seed by seed, and none "
-    "if 0 is inside its interval; 'at equal seconds' is the validation curve of {metric} after the time that the "
-    "fastest run of a case took"
+    "means over seeds with 95 % intervals (t-distribution); differences from {reference} are per seed, and 'none' if "
+    "the interval contains 0; 'at equal seconds' is the validation curve of {metric} after the time of the fastest run "
+    "of a case"
 )
 
 

@@ -418,7 +418,9 @@ class _Written(_SingleLevelFunction):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         if ctx.run is None:
-            raise RuntimeError("a second backward pass through a layer needs retain_graph=True in the first one")
+            raise RuntimeError(
+                "trying to backward through a layer a second time: set retain_graph=True in the first backward pass"
+            )
         grads = ctx.run.backward(grad)
         if not _keeps_graph():
             ctx.run = None

@@ -177,12 +177,12 @@ class TestPage:
         assert page.count('<details class="environment">') == 1
         assert "bench.py --suite other" in page
         assert "a900dda5a2" in page
-        assert "with changes that are not committed" in " ".join(page.split())
+        assert "with uncommitted changes" in " ".join(page.split())
 
     def test_many_conditions_are_folded_away(self, tmp_path):
         run = run_of(timed("ours", 1))
         run.environments |= {key: {**ENVIRONMENT, "key": key, "torch": key} for key in "bcd"}
-        assert "Measured under 4 sets of conditions" in page_of(tmp_path, run)
+        assert "Conditions of the measurements (4 sets)" in page_of(tmp_path, run)
 
     def test_a_comparison_stands_at_the_top_and_what_is_worst_in_it(self, tmp_path):
         findings = [

@@ -303,7 +303,7 @@ def test_a_click_anywhere_in_a_row_opens_it(unchanged, place):
     row.locator(f"td:nth-child({place})").click(position={"x": 3, "y": 3})
     dialog = page.get_by_role("dialog")
     assert dialog.get_by_role("heading", level=2).inner_text() == "toy · ours · forward"
-    for said in ("2026-11-23 22:05 a900dda+ · Toy GPU", "a900dda5a226fe45", "not committed", "AMD EPYC"):
+    for said in ("2026-11-23 22:05 a900dda+ · Toy GPU", "a900dda5a226fe45", "uncommitted changes", "AMD EPYC"):
         assert said in dialog.inner_text()
     page.keyboard.press("Escape")
     assert not dialog.is_visible()

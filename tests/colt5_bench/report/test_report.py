@@ -36,7 +36,7 @@ class TestTable:
         #                                ms, over, GB/s, of limit, peak, saved, error
         assert line_of("ours", text) == ["2±0.37%", "4x±0.37%", "2", "25", "12.3", "2", "3.0e-05"]
         assert line_of("reference", text) == ["8±0.37%", "1x", "0.5", "6.25", "12.3", "2", "3.0e-05"]
-        assert "wall is time on the clock of the host" in text
+        assert "wall is host time until a call returns" in text
         assert "GPU" not in text.split("toy on Toy GPU")[1]
 
     def test_gpu_time_comes_first_and_the_other_columns_have_their_names(self):
@@ -232,13 +232,13 @@ class TestPlots:
         written = texts(paths[1])
         assert written.count("std=1 ") == written.count("std=5 ") == 3
         assert written.count("eps=0.03 eps_decay=0.7") == 2
-        assert "the largest of all n." in written
+        assert "the largest errors over all n." in written
 
     def test_divergence_is_along_another_field_where_some_have_no_iterations(self, tmp_path):
         records = [diverging("ours", 1e-6, n=n, n_iters=n_iters) for n in (512, 4096) for n_iters in (20, None)]
         written = texts(write_plots(records, tmp_path)[1])
         assert "4k" in written
-        assert "the largest of all n_iters." in written
+        assert "the largest errors over all n_iters." in written
 
     def test_each_dtype_has_a_divergence_of_its_own(self, tmp_path):
         records = [diverging("ours", 1e-3, n=n, dtype=dtype) for n in (512, 1024) for dtype in ("float32", "bfloat16")]
@@ -268,7 +268,7 @@ class TestPlots:
     def test_combinations_without_room_are_named(self, tmp_path):
         records = [record(times={"wall": 1e-3}, n=n, heads=heads) for n in (512, 1024) for heads in range(1, 12)]
         written = texts(write_plots(records, tmp_path)[1])
-        assert "with no room here" in written
+        assert "Measured, but not shown" in written
         assert all(f"heads={heads}" in written for heads in range(1, 12))
 
     @pytest.mark.parametrize(("eps", "panels"), [((0.1, 0.2, 0.3), 1), ((0.1, 0.2, 0.1), 2)])
