@@ -127,7 +127,7 @@ def measure(
     begin: Callable[[str], None] = lambda name: None,
     tell: Tell = silent,
 ) -> list[Record]:
-    """One record for each named implementation, whatever happens to it.
+    """One record for each named implementation, also after an error.
 
     An implementation that cannot run here is skipped. One beyond its accuracy bound is wrong and is not timed. An
     exception ends only its own implementation; an exception in the fp64 truth ends those that need this truth. Times

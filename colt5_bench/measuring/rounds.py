@@ -262,7 +262,7 @@ def _look_at(graph: "_Captured", look: Look) -> Look:
 
 
 class _Captured:
-    """The graph of a call, with the tensors that each replay writes anew. A call may return them in any structure."""
+    """The graph of a call, with the tensors that each replay writes again. A call may return them in any structure."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, results: Any) -> None:
         self._graph = graph

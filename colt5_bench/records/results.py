@@ -192,7 +192,7 @@ class Writer:
     """Appends lines to a results file, each in one write. An interrupted run keeps its results.
 
     Raises:
-        BlockingIOError: another process does.
+        BlockingIOError: another process writes to the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -201,28 +201,28 @@ class Writer:
         self._file = own(path)
 
     def environment(self, environment: dict[str, object]) -> None:
-        """The first line: what the records were measured under."""
+        """Write the first line, the environment of the records."""
         append(self._file, encode({"kind": "environment", **environment}))
 
     def record(self, record: Record) -> None:
         append(self._file, encode({"kind": "record", **entries(record)}))
 
     def rewrite(self, environments: Iterable[dict[str, object]], records: Iterable[Record]) -> None:
-        """Let the file hold these in place of what it holds, and go on."""
+        """Replace the content of the file by these lines, and go on."""
         with atomic_write(self.path) as unfinished:
             successor = Writer.of(unfinished, environments, records)
         self.close()
         self._file = successor._file
 
     def close(self) -> None:
-        """Give the file up; one that was never written to is none."""
+        """Close the file, and remove it if nothing was written."""
         if not self._file.tell():
             self.path.unlink(missing_ok=True)
         self._file.close()
 
     @classmethod
     def of(cls, path: Path, environments: Iterable[dict[str, object]], records: Iterable[Record]) -> "Writer":
-        """One that has written these."""
+        """A writer that has written these records."""
         writer = cls(path)
         try:
             for environment in environments:
@@ -241,31 +241,31 @@ class Run:
 
     path: Path
     environments: dict[str, dict[str, object]] = field(default_factory=dict)
-    """Environments of records, by the key that they name. There is one, unless several runs were put together."""
+    """Environments of records, by their keys. There is one, unless several runs were joined."""
 
     records: list[Record] = field(default_factory=list)
 
     cut_off: list[Path] = field(default_factory=list)
-    """Files whose last line was cut off, as by a process that was killed while it wrote."""
+    """Files whose last line is cut off, because a process was killed in a write."""
 
 
 def write(path: Path, environments: Iterable[dict[str, object]], records: Iterable[Record]) -> None:
-    """A results file in one go: whatever happens, `path` holds what it held before or all of this."""
+    """Write a whole results file. After any error, `path` has either its old content or all of the new content."""
     with atomic_write(path) as unfinished:
         Writer.of(unfinished, environments, records)._file.close()
 
 
 def load(path: Path, *, fault: Callable[[Record], str] = lambda record: "") -> Run:
-    """A results file, or all that are below a directory; a last line that was cut off is left out.
+    """The content of a results file, or of all below a directory, without a last line that is cut off.
 
-    What cannot be printed is read as an escape, be it a character that moves a cursor or half of one.
+    Characters that cannot be printed are read as escapes.
 
     Args:
         path: the file or directory.
-        fault: says why a record is refused, or nothing.
+        fault: returns why a record is refused, or an empty text.
 
     Raises:
-        ValueError: there is no file, it is of another schema, or a line before the last cannot be read or is refused.
+        ValueError: there is no file, it has another schema, or a line before the last cannot be read or is refused.
     """
     files = sorted(filter(Path.is_file, path.rglob("*.jsonl"))) if path.is_dir() else [path]
     if not files or not path.exists():
@@ -289,7 +289,7 @@ class _Options(TypedDict, total=False):
 
 
 class _Environment(TypedDict, total=False):
-    """Entries of an environment line that are read by name; all others are shown as they are."""
+    """Entries of an environment line that are read by name. All others are only shown."""
 
     key: Required[str]
     utc: str
@@ -302,10 +302,10 @@ class _Environment(TypedDict, total=False):
 
 
 _FIGURES = ("fields", "timings", "accuracy", "metrics", "curves", "limit_seconds", "kernels", "ceilings")
-"""Where a line holds numbers."""
+"""Fields of a line that contain numbers."""
 
 _TEXTS = tuple(each.name for each in fields(Timing) if each.type is str)
-"""Names of fields that hold no numbers, whatever they say."""
+"""Names of fields that contain no numbers, even if a text looks like one."""
 
 _RECORD = b'{"kind": "record", '
 """Beginning of a record that this module wrote."""
