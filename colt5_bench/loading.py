@@ -261,5 +261,5 @@ def choose_device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise SelectionError(f"--device must be auto, cpu, cuda or cuda:<index>, got {name!r}.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SelectionError(f"--device {name} is not there: PyTorch sees {torch.cuda.device_count()} GPUs.")
+        raise SelectionError(f"--device {name} does not exist: PyTorch sees {torch.cuda.device_count()} GPUs.")
     return device

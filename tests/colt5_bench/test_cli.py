@@ -420,7 +420,7 @@ def test_the_device_is_the_gpu_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto") == torch.device("cuda")
     assert choose_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(SelectionError, match="--device cuda:2 is not there: PyTorch sees 2 GPUs"):
+    with pytest.raises(SelectionError, match="--device cuda:2 does not exist: PyTorch sees 2 GPUs"):
         choose_device("cuda:2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == torch.device("cpu")
