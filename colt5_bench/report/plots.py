@@ -159,7 +159,9 @@ def write_plots(records: Sequence[Record], directory: Path, *, x: str = "n", lin
             figures["bandwidth"] = _against(x, BANDWIDTH.title, rates, moved, records, LIMIT_BANDWIDTH)
         if sized := [record for record in ok if record.peak_bytes]:
             sizes = [PEAK_MEGABYTES, SAVED_MEGABYTES]
-            remark = "Memory in addition to the inputs: its peak, and the part that is saved for the backward pass."
+            remark = (
+                "Memory in addition to the inputs: peak is the most at once, and saved is kept for the backward pass."
+            )
             figures["memory"] = _against(x, "memory [MB]", sizes, sized, records, remark=remark)
         if trade := traded(timed):
             figures["trade-off"] = _against(MEMORY, quantity.title, [milliseconds(trade, main)], trade, records)

@@ -198,7 +198,7 @@ class TestPlots:
         assert "limit" in written
         assert "bandwidth [GB/s]" in texts(bandwidth)
         assert "[MB]" in texts(memory)
-        assert "saved stays for the backward pass" in texts(memory)
+        assert "saved is kept for the backward pass" in texts(memory)
 
     def test_gpu_time_is_what_is_drawn_where_there_is_any(self, tmp_path):
         records = [record(times={"cold": 1e-3, "wall": 1e-4}, n=n) for n in (512, 1024)]
