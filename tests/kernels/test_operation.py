@@ -140,7 +140,7 @@ def test_a_parameter_that_nothing_is_called_by_is_refused(parameter):
     scope = {"Tensor": Tensor}
     exec(body, scope)
     name = f"unknown_{parameter.lower()}"
-    with pytest.raises(TypeError, match=f"backward takes '{parameter}', which is none of x, factor, y, kept"):
+    with pytest.raises(TypeError, match=f"backward must be among x, factor, y, kept, got '{parameter}'"):
         Operation(name, _double, scope["backward"], outputs=("y", "kept"), gradients=("x",))
 
 

@@ -57,7 +57,7 @@ WRONG = {
     "writes_its_output_to_its_input": "writes to its input scores",
 }
 ON_A_GPU = {
-    "works_in_another_stream": "another stream works on them|results change after it has returned|output is off",
+    "works_in_another_stream": "another stream still works on them|results change after it has returned|output is off",
     "is_captured_without_work": "(while it is timed|later|as a CUDA graph) output is off",
 }
 HONEST_ON_A_GPU = {"has_one_buffer"}
