@@ -7,7 +7,7 @@ from torch import Tensor
 
 from colt5_bench.case import Case
 from colt5_bench.suite import Implementation
-from kernels._common.launch import triton_for_cpu_tensors
+from kernels._common.tensors import triton_for_cpu_tensors
 
 C = TypeVar("C", bound=Case)
 

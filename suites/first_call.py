@@ -26,7 +26,8 @@ from colt5_bench.measuring.static_facts import driver_for
 from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Suite
 from kernels._common.dry_run import announced, launches_of_layer
-from kernels._common.launch import Launch, compile_side_by_side, triton_for_cpu_tensors
+from kernels._common.launch import Launch, compile_side_by_side
+from kernels._common.tensors import triton_for_cpu_tensors
 from suites._descent import implementations
 from suites._layers import OURS, REFERENCE, LayerCase, cost, plain, problem, truth
 from suites.training_step import StepCase

@@ -39,7 +39,7 @@ import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.pytest_plugin.replay import check
 from colt5_bench.suite import Implementation, Operation, Suite
-from kernels._common.launch import triton_for_cpu_tensors
+from kernels._common.tensors import triton_for_cpu_tensors
 from kernels.windowed_attention import pairs_in_reach, windowed_attention
 from reference.layers.operations import Operations
 from suites._dense import DenseAttention, DenseBlock, DenseFeedForward, attend_with_sdpa

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels
-from kernels._common.launch import INTERPRETED
+from kernels._common.tensors import INTERPRETED
 from tests.measurements.launches import counted, launches, launches_on_a_gpu
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter takes what kernels are launched by")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from kernels._common.launch import most_registers
+from kernels._common.plans import most_registers
 from kernels._common.primitives import INTERPRETED
 
 LARGEST_HEAD = 128

@@ -8,13 +8,13 @@ of the row. Short rows share a warp, so that what is computed once a row is comp
 import triton
 import triton.language as tl
 
-from kernels._common import launch
+from kernels._common import tensors
 
-INTERPRETED: tl.constexpr = tl.constexpr(launch.INTERPRETED)
+INTERPRETED: tl.constexpr = tl.constexpr(tensors.INTERPRETED)
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
-EXP2_LACKS: tl.constexpr = tl.constexpr(0.0 if launch.INTERPRETED else 3.5e-8)
+EXP2_LACKS: tl.constexpr = tl.constexpr(0.0 if tensors.INTERPRETED else 3.5e-8)
 """By how much `exp2` is too small on average, relative to its result. Rounding cancels in a sum and this does not: at a
 warm temperature it would shift the thresholds of all iterations that follow. A test measures it."""
 

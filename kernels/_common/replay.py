@@ -24,9 +24,10 @@ from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
-from kernels._common.launch import PLAIN_VALUES, is_watched, multiprocessors, runs_triton
+from kernels._common.launch import PLAIN_VALUES, is_watched
 from kernels._common.operation import is_traced
 from kernels._common.tape import Pass, Recorder, Tape
+from kernels._common.tensors import multiprocessors, runs_triton
 
 MOST_TAPES = 32
 """Kinds of calls that a layer can play. The one that was played longest ago goes when there are more."""

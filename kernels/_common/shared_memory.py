@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import launch
+from kernels._common import tensors
+from kernels._common.launch import Scratch
 
-INTERPRETED: tl.constexpr = tl.constexpr(launch.INTERPRETED)
+INTERPRETED: tl.constexpr = tl.constexpr(tensors.INTERPRETED)
 
 MOST_WORDS = 12288
 """Words that a kernel can declare: 48 KiB."""
@@ -22,7 +23,7 @@ MOST_WORDS = 12288
 
 def stand_in(words: int, otherwise: Any) -> Any:
     """The argument that `shared_words` takes: words for the interpreter; otherwise any pointer."""
-    return launch.Scratch(words, dtype=torch.int32) if launch.INTERPRETED else otherwise
+    return Scratch(words, dtype=torch.int32) if tensors.INTERPRETED else otherwise
 
 
 @triton.constexpr_function

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._common.launch import as_rows, has_values, runs_triton
 from kernels._common.operation import Operation
 from kernels._common.shares import new_arrivals
+from kernels._common.tensors import as_rows, has_values, runs_triton
 from kernels.biased_gelu.triton import launch_backward, launch_forward
 from reference._shared.arguments import check_biased_gelu
 from reference._shared.sizes import WIDEST_BIASED_GELU

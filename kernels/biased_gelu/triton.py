@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Launch, Launcher, multiprocessors, plan_rows, plan_wide_sweep
+from kernels._common.launch import COUNTS, Launch, Launcher
+from kernels._common.plans import plan_rows, plan_wide_sweep
 from kernels._common.shares import add_up_shares, clear_arrivals, new_shares, share_ptrs
+from kernels._common.tensors import multiprocessors
 
 SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
 DENSITY_AT_0: tl.constexpr = tl.constexpr(0.3989422804014327)

@@ -9,9 +9,9 @@ the shares.
 import torch
 from torch import Tensor
 
-from kernels._common.launch import as_rows, has_values, runs_triton
 from kernels._common.operation import Operation
 from kernels._common.shares import new_arrivals
+from kernels._common.tensors import as_rows, has_values, runs_triton
 from kernels.combine import cpu
 from kernels.combine.triton import LONGEST, launch_backward, launch_forward, launch_places
 from reference._shared.arguments import check_combine, result_dtype

@@ -6,17 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import (
-    COUNTS,
-    Launch,
-    Launcher,
-    Plan,
-    multiprocessors,
-    plan_rows,
-    plan_sweep,
-    planner,
-)
+from kernels._common.launch import COUNTS, Launch, Launcher
+from kernels._common.plans import Plan, plan_rows, plan_sweep, planner
 from kernels._common.shares import add_up_shares, clear_arrivals, new_shares, share_ptrs
+from kernels._common.tensors import multiprocessors
 
 LONGEST = 8192
 """Most features that the kernel takes; more are left to PyTorch."""

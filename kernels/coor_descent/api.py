@@ -13,8 +13,8 @@ same, the weights are, and with r = exp((a + base) / e) it is `r = k max(r, exp(
 import torch
 from torch import Tensor
 
-from kernels._common.launch import as_rows, has_values, in_shape, k_as_rows, mask_as_rows, runs_triton
 from kernels._common.operation import Operation
+from kernels._common.tensors import as_rows, has_values, in_shape, k_as_rows, mask_as_rows, runs_triton
 from kernels.coor_descent import cpu
 from kernels.coor_descent.backward import launch_backward
 from kernels.coor_descent.forward import launch_forward

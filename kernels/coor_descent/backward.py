@@ -7,16 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import (
-    Launch,
-    Launcher,
-    Plan,
-    Scratch,
-    address,
-    planner,
-    registers_of_addresses,
-    tile_settings,
-)
+from kernels._common.launch import Launch, Launcher, Scratch
+from kernels._common.plans import Plan, planner, registers_of_addresses, tile_settings
 from kernels._common.primitives import (
     exp2,
     exp2_line,
@@ -33,6 +25,7 @@ from kernels._common.primitives import (
     tile_columns,
     tile_pointers,
 )
+from kernels._common.tensors import address
 from kernels.coor_descent import constants
 from kernels.coor_descent.forward import cooling_iterations, from_origin
 from kernels.coor_descent.state import row_state

@@ -10,18 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import (
-    Launch,
-    Launcher,
-    Plan,
-    Scratch,
-    address,
-    most_registers,
-    multiprocessors,
-    planner,
-    registers_of_addresses,
-    tile_settings,
-)
+from kernels._common.launch import Launch, Launcher, Scratch
+from kernels._common.plans import Plan, most_registers, planner, registers_of_addresses, tile_settings
 from kernels._common.primitives import (
     EXP2_LACKS,
     clip_enlarged,
@@ -51,6 +41,7 @@ from kernels._common.primitives import (
     tile_columns,
     tile_pointers,
 )
+from kernels._common.tensors import address, multiprocessors
 from kernels.coor_descent import constants
 from kernels.coor_descent.state import save_origin, save_step, save_temperature
 from reference._shared.arguments import epsilon_schedule

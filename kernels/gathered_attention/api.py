@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kernels._common.attention import LARGEST_HEAD
-from kernels._common.launch import has_values, runs_triton
 from kernels._common.operation import Operation
+from kernels._common.tensors import has_values, runs_triton
 from kernels.gathered_attention import cpu
 from kernels.gathered_attention.backward import launch_backward
 from kernels.gathered_attention.forward import launch_forward

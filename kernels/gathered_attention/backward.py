@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._common.attention import Settings, SettingsBySize, dot, load_rows, options_for, settings_for
-from kernels._common.launch import Launch, Launcher, Plan, planner
+from kernels._common.launch import Launch, Launcher
+from kernels._common.plans import Plan, planner
 from kernels.gathered_attention.forward import (
     LN2,
     arguments,

@@ -18,7 +18,8 @@ from kernels._common.attention import (
     settings_for,
     softmax_step,
 )
-from kernels._common.launch import Launch, Launcher, Plan, planner
+from kernels._common.launch import Launch, Launcher
+from kernels._common.plans import Plan, planner
 
 LN2 = tl.constexpr(0.6931471805599453)
 

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Launch, Launcher, Plan, planner
+from kernels._common.launch import COUNTS, Launch, Launcher
+from kernels._common.plans import Plan, planner
 
 BLOCK = 1024
 """Entries, or tokens, of a program."""

@@ -8,9 +8,9 @@ adds up its share of the gradients of weight and bias, row after row, and the la
 import torch
 from torch import Tensor
 
-from kernels._common.launch import as_rows, has_values, runs_triton
 from kernels._common.operation import Operation
 from kernels._common.shares import new_arrivals
+from kernels._common.tensors import as_rows, has_values, runs_triton
 from kernels.normalize import cpu
 from kernels.normalize.triton import LONGEST, launch_backward, launch_forward
 from reference._shared.arguments import check_normalize, result_dtype

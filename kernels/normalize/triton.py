@@ -9,16 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import (
-    COUNTS,
-    Launch,
-    Launcher,
-    multiprocessors,
-    plan_rows,
-    plan_sweep,
-    plan_wide_sweep,
-)
+from kernels._common.launch import COUNTS, Launch, Launcher
+from kernels._common.plans import plan_rows, plan_sweep, plan_wide_sweep
 from kernels._common.shares import add_up_shares, clear_arrivals, new_shares, share_ptrs
+from kernels._common.tensors import multiprocessors
 
 LONGEST = 8192
 """Most features that the kernel takes; more are left to PyTorch."""

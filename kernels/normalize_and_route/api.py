@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels._common.dry_run import dry_run_of
-from kernels._common.launch import as_rows, has_values, runs_triton
 from kernels._common.operation import Operation, is_traced
 from kernels._common.shares import new_arrivals
+from kernels._common.tensors import as_rows, has_values, runs_triton
 from kernels.normalize import Routes, launch_backward, launch_forward, normalize
 from kernels.route import Choice, route
 from kernels.routing_scores import count_flops

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels._common.launch import as_rows, has_values, runs_triton
 from kernels._common.operation import Operation
+from kernels._common.tensors import as_rows, has_values, runs_triton
 from kernels.coor_descent import descend_rows, descend_rows_backward
 from kernels.route import cpu
 from kernels.route.triton import launch_gather, launch_spread

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Launch, Launcher, Plan, planner
+from kernels._common.launch import COUNTS, Launch, Launcher
+from kernels._common.plans import Plan, planner
 
 SLOTS = 4
 """Selected tokens that one program copies."""

@@ -9,8 +9,8 @@ own, beside each other, to be added up in order. See `forward.py` and `backward.
 import torch
 from torch import Tensor
 
-from kernels._common.launch import as_rows, has_values, runs_triton
 from kernels._common.operation import Operation
+from kernels._common.tensors import as_rows, has_values, runs_triton
 from kernels.route_prefixes import cpu
 from kernels.route_prefixes.backward import launch_backward
 from kernels.route_prefixes.forward import launch_forward, launch_part

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Launch, Launcher, Plan, Scratch, planner
+from kernels._common.launch import COUNTS, Launch, Launcher, Scratch
+from kernels._common.plans import Plan, planner
 from kernels._common.primitives import (
     exp2,
     exp2_line,

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Launch, Launcher, Plan, address, multiprocessors, planner
+from kernels._common.launch import COUNTS, Launch, Launcher
+from kernels._common.plans import Plan, planner
 from kernels._common.primitives import (
     EXP2_LACKS,
     INTERPRETED,
@@ -35,6 +36,7 @@ from kernels._common.primitives import (
     sum_in_thread,
     tile_columns,
 )
+from kernels._common.tensors import address, multiprocessors
 from kernels.coor_descent import MAX_SHIFT, cool, first_step, row_state, save_step, soft_selection
 from kernels.select import sort_rows
 

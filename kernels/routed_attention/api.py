@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels._common.attention import LARGEST_HEAD
-from kernels._common.launch import has_values, runs_triton
 from kernels._common.operation import Operation
+from kernels._common.tensors import has_values, runs_triton
 from kernels.routed_attention import cpu
 from kernels.routed_attention.triton import launch_backward, launch_forward
 from reference._shared.arguments import check_routed

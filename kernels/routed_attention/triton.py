@@ -26,7 +26,8 @@ from kernels._common.attention import (
     settings_for,
     softmax_step,
 )
-from kernels._common.launch import COUNTS, Launch, Launcher, Plan, Scratch, planner
+from kernels._common.launch import COUNTS, Launch, Launcher, Scratch
+from kernels._common.plans import Plan, planner
 from kernels._common.primitives import LOG2_E
 
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels._common.launch import has_values, runs_triton
 from kernels._common.operation import Operation
+from kernels._common.tensors import has_values, runs_triton
 from kernels.routing_scores import cpu
 from kernels.routing_scores.triton import MOST_ROUTES, launch_gradients, launch_scores
 from reference._shared.arguments import check_routing_tokens, check_scale

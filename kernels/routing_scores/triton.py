@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Launch, Launcher, Plan, multiprocessors, planner
+from kernels._common.launch import COUNTS, Launch, Launcher
+from kernels._common.plans import Plan, planner
+from kernels._common.tensors import multiprocessors
 from kernels.routing_scores import constants
 
 MOST_ROUTES = 8

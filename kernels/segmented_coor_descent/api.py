@@ -21,8 +21,8 @@ s + a <= 0, A summed over the row.
 import torch
 from torch import Tensor
 
-from kernels._common.launch import as_rows, has_values, in_shape, k_as_rows, mask_as_rows, runs_triton
 from kernels._common.operation import Operation
+from kernels._common.tensors import as_rows, has_values, in_shape, k_as_rows, mask_as_rows, runs_triton
 from kernels.segmented_coor_descent import cpu
 from kernels.segmented_coor_descent.triton import launch_backward, launch_forward
 from reference._shared.arguments import (

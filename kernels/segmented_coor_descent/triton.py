@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Launch, Launcher, Plan, most_registers, planner
+from kernels._common.launch import COUNTS, Launch, Launcher
+from kernels._common.plans import Plan, most_registers, planner
 from kernels.segmented_coor_descent.steps import (
     borders_of,
     cool,

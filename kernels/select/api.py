@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels._common.launch import as_rows, has_values, mask_as_rows, runs_triton
 from kernels._common.operation import Operation
+from kernels._common.tensors import as_rows, has_values, mask_as_rows, runs_triton
 from kernels.select import cpu
 from kernels.select.triton import launch_select
 from reference._shared.arguments import check_select

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Launch, Launcher, Plan, Scratch, planner
+from kernels._common.launch import COUNTS, Launch, Launcher, Scratch
+from kernels._common.plans import Plan, planner
 from kernels.select.triton import SMALLEST, keys_of, load_ordered
 
 RUN = 512

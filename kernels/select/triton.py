@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, MOST_THREADS, Launch, Launcher, Plan, Scratch, multiprocessors, planner
+from kernels._common.launch import COUNTS, Launch, Launcher, Scratch
+from kernels._common.plans import MOST_THREADS, Plan, planner
 from kernels._common.primitives import wait_for_all
 from kernels._common.shared_memory import (
     INTERPRETED,
@@ -34,6 +35,7 @@ from kernels._common.shared_memory import (
     store_word,
     take_place,
 )
+from kernels._common.tensors import multiprocessors
 
 LISTED = 4096
 """Most entries of a list in shared memory, which takes 8 bytes for each."""

@@ -15,8 +15,8 @@ The difference s - h of two fp32 numbers is exact where it matters, so that only
 import torch
 from torch import Tensor
 
-from kernels._common.launch import as_rows, has_values, in_shape, k_as_rows, mask_as_rows, runs_triton
 from kernels._common.operation import Operation
+from kernels._common.tensors import as_rows, has_values, in_shape, k_as_rows, mask_as_rows, runs_triton
 from kernels.soft_topk import cpu
 from kernels.soft_topk.triton import launch_backward, launch_forward
 from reference._shared.arguments import check_k, check_positive, check_scores

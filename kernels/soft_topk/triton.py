@@ -8,18 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import (
-    Launch,
-    Launcher,
-    Part,
-    Plan,
-    Scratch,
-    address,
-    most_registers,
-    multiprocessors,
-    planner,
-)
+from kernels._common.launch import Launch, Launcher, Part, Scratch
+from kernels._common.plans import Plan, most_registers, planner
 from kernels._common.primitives import wait_for_all
+from kernels._common.tensors import address, multiprocessors
 from kernels.soft_topk.search import (
     STATE,
     UNIT,

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels._common.launch import as_rows, has_values, mask_as_rows, runs_triton
 from kernels._common.operation import Operation
+from kernels._common.tensors import as_rows, has_values, mask_as_rows, runs_triton
 from kernels.coor_descent import (
     allocate_state,
     coor_descent,

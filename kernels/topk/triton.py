@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import COUNTS, Launch, Launcher, Plan, most_registers, planner, tile_settings
+from kernels._common.launch import COUNTS, Launch, Launcher
+from kernels._common.plans import Plan, most_registers, planner, tile_settings
 from kernels._common.primitives import highest_in_thread, load_tile, max_or_nan, per_row, tile_columns
 from kernels.coor_descent import cooling_iterations, descend, origin_of, soft_selection
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels._common.attention import LARGEST_HEAD
-from kernels._common.launch import has_values, runs_triton
 from kernels._common.operation import Operation
+from kernels._common.tensors import has_values, runs_triton
 from kernels.windowed_attention import cpu
 from kernels.windowed_attention.backward import launch_backward
 from kernels.windowed_attention.forward import launch_forward

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._common.attention import Settings, dot, is_ragged
-from kernels._common.launch import Launch, Plan, Scratch, planner
+from kernels._common.launch import Launch, Scratch
+from kernels._common.plans import Plan, planner
 from kernels._common.primitives import LOG2_E
 from kernels.windowed_attention.positions import bias_of_head, load_bias
 from kernels.windowed_attention.tiles import NOWHERE, PRECISION, are_present, keys_of, within

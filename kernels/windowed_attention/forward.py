@@ -7,7 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._common.attention import Settings, dot, settings_for
-from kernels._common.launch import Launch, Launcher, Plan, planner
+from kernels._common.launch import Launch, Launcher
+from kernels._common.plans import Plan, planner
 from kernels._common.primitives import LOG2_E
 from kernels.windowed_attention.positions import (
     bias_of_head,

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.launch import Launch, Plan, Scratch, planner
+from kernels._common.launch import Launch, Scratch
+from kernels._common.plans import Plan, planner
 from kernels.windowed_attention.tiles import place_of, tile_at
 
 QUARTER_TURN = tl.constexpr(math.pi / 2)

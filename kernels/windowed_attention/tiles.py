@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._common.attention import Settings, options_for
-from kernels._common.launch import Plan
+from kernels._common.plans import Plan
 
 PRECISION = tl.constexpr("tf32x3")
 """Factors of fp32 are sums of two of tf32."""

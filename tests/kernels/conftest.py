@@ -5,7 +5,8 @@ from types import ModuleType
 import pytest
 
 import tests.kernels.interpreter  # noqa: F401  (makes Triton's interpreter faster)
-from kernels._common.launch import LAUNCHERS, PLANNERS
+from kernels._common.launch import LAUNCHERS
+from kernels._common.plans import PLANNERS
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import TypeVar
 import pytest
 import torch
 
-from kernels._common.launch import INTERPRETED
+from kernels._common.tensors import INTERPRETED
 
 T = TypeVar("T")
 

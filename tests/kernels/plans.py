@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels._common import launch
+from kernels._common import plans
 from kernels._common.attention import is_ragged
-from kernels._common.launch import Plan
+from kernels._common.plans import Plan
 from kernels.combine import triton as combine_kernels
 from kernels.coor_descent import backward as descent_backward
 from kernels.coor_descent import forward as descent_forward
@@ -406,19 +406,19 @@ OPERATIONS = {
     ),
     "spread": Operation((gather_kernel._plan_spread,), spread, _variants()),
     "normalize": Operation(
-        (launch.plan_rows, launch.plan_sweep),
+        (plans.plan_rows, plans.plan_sweep),
         normalize,
         _variants(center=BOOL, biased=BOOL, itemsize=(2, 4)),
     ),
-    "biased_gelu": Operation((launch.plan_rows, launch.plan_wide_sweep), biased_gelu, _variants(itemsize=(2, 4))),
+    "biased_gelu": Operation((plans.plan_rows, plans.plan_wide_sweep), biased_gelu, _variants(itemsize=(2, 4))),
     "normalize_and_route": Operation(
-        (launch.plan_rows, launch.plan_wide_sweep),
+        (plans.plan_rows, plans.plan_wide_sweep),
         normalize_and_route,
         _variants(center=BOOL, biased=BOOL, routes=(1, 2, 4), itemsize=(2, 4)),
         {"d": around(most=2048)},
     ),
     "combine": Operation(
-        (launch.plan_rows, combine_kernels._plan_backward, combine_kernels._plan_places),
+        (plans.plan_rows, combine_kernels._plan_backward, combine_kernels._plan_places),
         combine,
         _variants(nulled=BOOL, lit=BOOL, residual=BOOL, biased=BOOL, started=BOOL, itemsize=(2, 4)),
     ),

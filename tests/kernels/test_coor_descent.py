@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import reference
 from kernels import coor_descent
-from kernels._common.launch import triton_for_cpu_tensors
+from kernels._common.tensors import triton_for_cpu_tensors
 from kernels.coor_descent import backward as descent_backward
 from kernels.coor_descent import forward as descent_forward
 from tests.kernels.devices import DEVICE, capture

@@ -19,7 +19,8 @@ import kernels
 from colt5_bench.measuring.static_facts import ALLOCATING
 from kernels._common import dry_run, launch
 from kernels._common.dry_run import announced, launches_of_layer
-from kernels._common.launch import INTERPRETED, Scratch, _Pointer, triton_for_cpu_tensors
+from kernels._common.launch import Scratch, _Pointer
+from kernels._common.tensors import INTERPRETED, triton_for_cpu_tensors
 from tests.calls import LAYERS, inputs_of, layer_of, results
 from tests.kernels.test_launches import Recorder, Uncompiled, zeroed
 from tests.reference.conftest import build

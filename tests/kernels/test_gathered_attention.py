@@ -7,7 +7,7 @@ from torch.autograd import gradcheck
 
 import reference
 from colt5_bench.measuring.static_facts import compiled_kernels
-from kernels._common.launch import triton_for_cpu_tensors
+from kernels._common.tensors import triton_for_cpu_tensors
 from kernels.gathered_attention import backward as gathered_backward
 from kernels.gathered_attention import gathered_attention
 from kernels.gathered_attention import inverse as inverses

@@ -14,7 +14,8 @@ from triton.runtime.jit import JITFunction
 
 import kernels
 from colt5_bench.measuring.static_facts import compiled_kernels
-from kernels._common.launch import INTERPRETED, PLANNERS, triton_for_cpu_tensors
+from kernels._common.plans import PLANNERS
+from kernels._common.tensors import INTERPRETED, triton_for_cpu_tensors
 from tests.calls import inputs_of, layer_of, results
 from tests.kernels.plans import OPERATIONS, cases_of, sizes_of
 

@@ -24,7 +24,9 @@ import reference
 from colt5_bench.measuring.static_facts import ALLOCATING, compiled_kernels
 from kernels._common import launch
 from kernels._common import tape as recording
-from kernels._common.launch import INTERPRETED, Launch, Launcher, Part, Plan, Scratch, triton_for_cpu_tensors
+from kernels._common.launch import Launch, Launcher, Part, Scratch
+from kernels._common.plans import Plan
+from kernels._common.tensors import INTERPRETED, triton_for_cpu_tensors
 from tests.calls import KERNELS, all_tensors_of, operation, results
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter keeps no launches")

@@ -25,7 +25,7 @@ import kernels
 import reference
 from colt5_bench.measuring.memory import measure_memory
 from kernels._common import replay
-from kernels._common.launch import INTERPRETED
+from kernels._common.tensors import INTERPRETED
 from reference.layers.operations import Operations
 from tests.calls import LAYERS, inputs_of, layer_of
 from tests.measurements import host_time

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from kernels._common import shared_memory as shared
-from kernels._common.launch import INTERPRETED
+from kernels._common.tensors import INTERPRETED
 from tests.kernels.devices import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or Triton's interpreter")

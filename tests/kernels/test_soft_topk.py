@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 
 import reference
 from colt5_bench.measuring import static_facts
-from kernels._common.launch import triton_for_cpu_tensors
+from kernels._common.tensors import triton_for_cpu_tensors
 from kernels.soft_topk import soft_topk
 from kernels.soft_topk import triton as soft_topk_kernels
 from tests.kernels.devices import DEVICES, capture

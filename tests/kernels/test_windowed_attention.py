@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import reference
 from colt5_bench.measuring.static_facts import compiled_kernels
-from kernels._common.launch import triton_for_cpu_tensors
+from kernels._common.tensors import triton_for_cpu_tensors
 from kernels.windowed_attention import pairs_in_reach, windowed_attention
 from reference.layers.light_attention import WindowedAttention
 from tests.correct import check_correct

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 import kernels
 from kernels._common import launch
-from kernels._common.launch import triton_for_cpu_tensors
+from kernels._common.tensors import triton_for_cpu_tensors
 from tests.measurements.launches import training_step
 
 BATCH, LENGTH, DIM = 1, 256, 16

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 import kernels
 from kernels._common import operation
-from kernels._common.launch import triton_for_cpu_tensors
+from kernels._common.tensors import triton_for_cpu_tensors
 
 BATCH, LENGTH, DIM = 2, 8192, 64
 """As many tokens as make kernels divide a row; features are few, as PyTorch computes with them."""

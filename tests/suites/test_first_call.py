@@ -8,7 +8,7 @@ import torch
 
 from colt5_bench.measuring.call import Call
 from colt5_bench.measuring.static_facts import compiled_kernels
-from kernels._common.launch import INTERPRETED
+from kernels._common.tensors import INTERPRETED
 from suites import first_call
 from suites.first_call import KINDS, ROOT, SUITE
 from suites.training_step import StepCase
