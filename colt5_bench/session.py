@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from colt5_bench.loading import choose_device, describe_guest, installed_guests
+from colt5_bench.measuring.conditions import Conditions, Tell, silent
 from colt5_bench.measuring.isolation import Measurer, Point
-from colt5_bench.measuring.measure import Conditions, Tell, silent
 from colt5_bench.records import environment, provenance
 from colt5_bench.records.parts import keep_finished
 from colt5_bench.records.provenance import Origin

@@ -1,4 +1,4 @@
-from colt5_bench.measuring import measure
+from colt5_bench.measuring import fairness
 from tests.measurements.watching import PARTS, watched
 
 
@@ -20,6 +20,6 @@ def test_each_part_of_watching_is_found_in_a_run(tmp_path, monkeypatch):
     assert status == 0
     # It waits only within other parts, but for what is wrong.
     assert {*seconds} | {"Watch.wait"} == {"other_values"} | {
-        name if owner is measure else f"Watch.{name}" for owner, name in PARTS
+        name if owner is fairness else f"Watch.{name}" for owner, name in PARTS
     }
     assert 0 < sum(seconds.values()) < whole

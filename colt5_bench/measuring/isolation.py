@@ -23,7 +23,9 @@ import torch
 import colt5_bench
 from colt5_bench.case import Case
 from colt5_bench.loading import invite, load_suite
-from colt5_bench.measuring.measure import BrokenContextError, Conditions, Tell, measure, silent, unmeasured
+from colt5_bench.measuring.conditions import Conditions, Tell, silent
+from colt5_bench.measuring.failures import BrokenContextError
+from colt5_bench.measuring.measure import measure, unmeasured
 from colt5_bench.records.results import Record
 from colt5_bench.request import TIME_LIMIT
 from colt5_bench.selection import Guest

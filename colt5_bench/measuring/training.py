@@ -1,14 +1,17 @@
 """A training run: steps, evaluations and checkpoints. A loss that is not finite ends the run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
+from colt5_bench.case import Case
 from colt5_bench.files import atomic_write
-from colt5_bench.suite import Course
+from colt5_bench.measuring.conditions import Conditions, Tell
+from colt5_bench.records.results import Record
+from colt5_bench.suite import Course, Trainee, TrainingSuite
 
 
 @dataclass
@@ -53,6 +56,31 @@ def train(
         last = (f"{name} {values[-1]:.4g}" for name, values in progress.curves.items())
         tell(", ".join(last))
     return progress
+
+
+def record_training(
+    suite: TrainingSuite, case: Case, trainee: Trainee, record: Record, conditions: Conditions, tell: Tell
+) -> None:
+    """Train a model and put curves and final figures into its record."""
+    device, name = conditions.device, record.implementation
+    record.data = suite.data(conditions.corpus)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    course = suite.course(case, trainee, device, conditions.corpus)
+    checkpoint = None if conditions.checkpoints is None else conditions.checkpoints / f"{record.digest}.pt"
+    progress = train(course, checkpoint, device, lambda text: tell(f"{name}: {text}"))
+    final = course.finish()
+    by_place = {each: list(figure) for each, figure in final.items() if isinstance(figure, Sequence)}
+    record.curves = progress.curves | by_place
+    record.metrics = {
+        **{each: figure for each, figure in final.items() if not isinstance(figure, Sequence)},
+        "seconds_per_step": progress.seconds / progress.steps,
+        "parameters": sum(each.numel() for each in course.model.parameters()),
+        **{each: curve[-1] for each, curve in progress.curves.items()},
+    }
+    if device.type == "cuda":
+        record.peak_bytes = torch.cuda.max_memory_allocated(device)
+    record.status, record.reason = "ok", ""
 
 
 def _steps(course: Course, progress: Progress, end: int, device: torch.device) -> torch.Tensor:

@@ -9,7 +9,8 @@ import torch
 import triton
 
 from colt5_bench.loading import invite, load_suites
-from colt5_bench.measuring.measure import Conditions, measure
+from colt5_bench.measuring.conditions import Conditions
+from colt5_bench.measuring.measure import measure
 from colt5_bench.measuring.roofline import measure_ceilings
 from colt5_bench.selection import Guest
 

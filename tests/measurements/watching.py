@@ -19,12 +19,12 @@ import torch
 
 from colt5_bench.case import other_values
 from colt5_bench.cli import main
-from colt5_bench.measuring import measure, oracle
+from colt5_bench.measuring import fairness, oracle
 from colt5_bench.measuring.watch import Watch
 
 PARTS: tuple[tuple[Any, str], ...] = (
     *((Watch, name) for name in ("__init__", "before", "after", "finish", "wait", "look_around")),
-    *((measure, name) for name in ("_timed_fault", "_refuse_unfair")),
+    *((fairness, name) for name in ("_timed_fault", "_refuse_unfair")),
 )
 """Functions that watch, by their owner."""
 
@@ -77,7 +77,7 @@ def watched(arguments: list[str]) -> tuple[int, float, Counter[str]]:
 
     with ExitStack() as stack:
         for owner, name in PARTS:
-            part = name if owner is measure else f"Watch.{name}"
+            part = name if owner is fairness else f"Watch.{name}"
             stack.enter_context(patch.object(owner, name, stopwatch.taking(part, getattr(owner, name))))
         stack.enter_context(patch.object(oracle, "other_values", drawing))
         began = perf_counter()

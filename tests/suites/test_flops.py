@@ -5,7 +5,8 @@ import torch
 
 import reference
 from colt5_bench.case import FORWARD
-from colt5_bench.measuring.measure import Conditions, measure
+from colt5_bench.measuring.conditions import Conditions
+from colt5_bench.measuring.measure import measure
 from colt5_bench.measuring.roofline import measure_ceilings
 from suites import flops
 from suites.flops import SUITE, FlopsCase

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_map
 
 from colt5_bench.case import Case
 from colt5_bench.loading import load_suites
-from colt5_bench.measuring.measure import Conditions, measure
+from colt5_bench.measuring.conditions import Conditions
+from colt5_bench.measuring.measure import measure
 from colt5_bench.measuring.roofline import measure_ceilings
 from colt5_bench.suite import Implementation, Suite
 from suites._descent import lenient

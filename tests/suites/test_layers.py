@@ -6,7 +6,8 @@ import torch
 
 import reference
 from colt5_bench.case import FORWARD, FORWARD_BACKWARD
-from colt5_bench.measuring.measure import Conditions, measure
+from colt5_bench.measuring.conditions import Conditions
+from colt5_bench.measuring.measure import measure
 from colt5_bench.measuring.roofline import measure_ceilings
 from colt5_bench.suite import Implementation
 from suites import _dense, _descent, _layers, heads, layers, peers

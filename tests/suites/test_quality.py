@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colt5_bench.measuring.measure import Conditions, measure
+from colt5_bench.measuring.conditions import Conditions
+from colt5_bench.measuring.measure import measure
 from colt5_bench.measuring.roofline import measure_ceilings
 from suites import _text, quality
 from suites.quality import LINE, PAIRS, SYMBOLS, QualityCase, cases, far

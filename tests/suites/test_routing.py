@@ -7,7 +7,8 @@ import torch
 
 from colt5_bench.case import FORWARD_BACKWARD
 from colt5_bench.measuring.accuracy import Spread
-from colt5_bench.measuring.measure import Conditions, measure
+from colt5_bench.measuring.conditions import Conditions
+from colt5_bench.measuring.measure import measure
 from colt5_bench.measuring.roofline import measure_ceilings
 from suites import routing
 from suites.routing import SUITE, RoutingCase

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from colt5_bench.case import FORWARD
 from colt5_bench.loading import invite
-from colt5_bench.measuring.measure import Conditions, measure
+from colt5_bench.measuring.conditions import Conditions
+from colt5_bench.measuring.measure import measure
 from colt5_bench.measuring.roofline import measure_ceilings
 from colt5_bench.selection import Guest
 from suites.select import DISTRIBUTIONS, SUITE, HostileCase, count_not_largest

@@ -14,7 +14,8 @@ import reference
 from colt5_bench.case import DIRECTIONS, FORWARD, FORWARD_BACKWARD
 from colt5_bench.loading import invite, load_suites
 from colt5_bench.measuring.call import Call
-from colt5_bench.measuring.measure import Conditions, measure
+from colt5_bench.measuring.conditions import Conditions
+from colt5_bench.measuring.measure import measure
 from colt5_bench.measuring.roofline import measure_ceilings
 from colt5_bench.measuring.static_facts import compiled_kernels
 from colt5_bench.selection import PRESETS, Guest

@@ -9,7 +9,8 @@ import torch
 from colt5_bench.case import FORWARD, FORWARD_BACKWARD, Truth
 from colt5_bench.loading import invite
 from colt5_bench.measuring import call
-from colt5_bench.measuring.measure import Conditions, measure
+from colt5_bench.measuring.conditions import Conditions
+from colt5_bench.measuring.measure import measure
 from colt5_bench.process.functions import Functions
 from colt5_bench.process.settings import RANDOM, Settings
 from colt5_bench.selection import Guest

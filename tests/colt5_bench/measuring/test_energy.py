@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colt5_bench.measuring import energy
+from colt5_bench.measuring.conditions import Conditions
 from colt5_bench.measuring.energy import Energy, Power, Reading, mean_power, measure_energy
-from colt5_bench.measuring.measure import Conditions, measure
+from colt5_bench.measuring.measure import measure
 from colt5_bench.measuring.roofline import measure_ceilings
 from colt5_bench.records import environment
 from colt5_bench.request import Request

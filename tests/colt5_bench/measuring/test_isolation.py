@@ -14,8 +14,10 @@ import torch
 from colt5_bench.case import FORWARD
 from colt5_bench.loading import load_suite
 from colt5_bench.measuring import isolation
+from colt5_bench.measuring.conditions import Conditions
+from colt5_bench.measuring.failures import BrokenContextError
 from colt5_bench.measuring.isolation import Measurer, Point
-from colt5_bench.measuring.measure import BrokenContextError, Conditions, measure
+from colt5_bench.measuring.measure import measure
 from colt5_bench.records.results import load
 from tests.colt5_bench import toy
 
@@ -106,7 +108,7 @@ class TestABrokenContext:
         def time_interleaved(calls, **_):
             raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
 
-        monkeypatch.setattr("colt5_bench.measuring.measure.timing.time_interleaved", time_interleaved)
+        monkeypatch.setattr("colt5_bench.measuring.timing.time_interleaved", time_interleaved)
         with pytest.raises(BrokenContextError, match="timing: RuntimeError: Triton Error") as broken:
             measure(toy.suite(toy.good, toy.wrong), CASE, FORWARD, ["reference", "wrong", "good"], conditions)
         assert [record.implementation for record in broken.value.finished] == ["wrong"]

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from colt5_bench.case import DIRECTIONS, FORWARD, FORWARD_BACKWARD, Truth
-from colt5_bench.measuring import measure as measuring
+from colt5_bench.measuring import roofline, static_facts, timing
 from colt5_bench.measuring.call import Call
-from colt5_bench.measuring.measure import Conditions, measure
+from colt5_bench.measuring.conditions import Conditions
+from colt5_bench.measuring.measure import measure
 from colt5_bench.measuring.roofline import Ceilings
 from colt5_bench.process.settings import SETTINGS, _same
 from colt5_bench.records import environment
@@ -40,7 +41,7 @@ def timed(monkeypatch):
             after[name](call())
         return {name: {column: Timing(column, [1.0], "confident", 0.0) for column in columns} for name in calls}
 
-    monkeypatch.setattr(measuring.timing, "time_interleaved", time_interleaved)
+    monkeypatch.setattr(timing, "time_interleaved", time_interleaved)
     return names
 
 
@@ -81,7 +82,7 @@ def test_without_a_gpu_kernels_are_compiled_for_those_that_are_named(conditions,
         """An output holds whatever the memory held if kernels were only compiled."""
         return 7 * scores if launching else toy.good(scores)
 
-    monkeypatch.setattr(measuring.static_facts, "compiled_kernels", compiled_kernels)
+    monkeypatch.setattr(static_facts, "compiled_kernels", compiled_kernels)
     ours = toy.Implementation("ours", lambda case: unwritten_unless_run, launching=launch)
     suite = toy.suite(implementations={**toy.suite().implementations, "ours": ours})
     records = run(suite, replace(conditions, targets=(80, 90)))
@@ -94,7 +95,7 @@ def test_a_kernel_that_does_not_compile_fails_its_implementation(conditions, tim
     def compiled_kernels(call, target):
         raise RuntimeError("out of registers")
 
-    monkeypatch.setattr(measuring.static_facts, "compiled_kernels", compiled_kernels)
+    monkeypatch.setattr(static_facts, "compiled_kernels", compiled_kernels)
     ours = toy.Implementation("ours", lambda case: toy.good, launching=nullcontext)
     suite = toy.suite(implementations={**toy.suite().implementations, "ours": ours})
     records = run(suite, replace(conditions, targets=(90,)))
@@ -104,7 +105,7 @@ def test_a_kernel_that_does_not_compile_fails_its_implementation(conditions, tim
 
 def test_ceilings_of_the_same_device_are_taken_and_others_measured(monkeypatch):
     measured = Ceilings(1.0, 2.0, {"float32": 3.0}, environment.device_name(CPU), True)
-    monkeypatch.setattr(measuring.roofline, "measure_ceilings", lambda device: measured)
+    monkeypatch.setattr(roofline, "measure_ceilings", lambda device: measured)
     given = replace(measured, copy_bandwidth=7.0)
     assert Conditions.on(CPU, "abc").ceilings == measured
     assert Conditions.on(CPU, "abc", json.dumps(asdict(given))).ceilings == given
@@ -116,7 +117,7 @@ def test_operations_of_a_point_get_the_same_other_values_and_another_point_other
     made = []
 
     def problem(case, device):
-        made.append(case.normal((case.rows, case.n)))
+        made.extend(case.normal(device, (case.rows, case.n)))
         return toy.problem(case, device)
 
     other = Operation(problem, toy.truth, lambda case: toy.good)
@@ -130,9 +131,9 @@ def test_operations_of_a_point_get_the_same_other_values_and_another_point_other
     for _ in range(2):
         run(suite, conditions)
     (first, others, *same), (_, again, *_) = made[:4], made[4:]
-    assert [*map(id, same)] == [id(first), id(others)]
-    assert not torch.equal(others[0], first[0])
-    assert not torch.equal(again[0], others[0])
+    assert all(map(torch.equal, same, (first, others)))
+    assert not torch.equal(others, first)
+    assert not torch.equal(again, others)
 
 
 def test_forward_alone_has_no_gradient_and_saves_nothing(conditions, timed):
@@ -180,14 +181,14 @@ def test_a_timer_that_fails_fails_what_it_timed(conditions, monkeypatch):
     def time_interleaved(calls, **_):
         raise RuntimeError("lost the device")
 
-    monkeypatch.setattr(measuring.timing, "time_interleaved", time_interleaved)
+    monkeypatch.setattr(timing, "time_interleaved", time_interleaved)
     records = run(toy.suite(toy.good, toy.wrong), conditions)
     assert records["good"].reason == "timing: RuntimeError: lost the device"
     assert records["wrong"].status == "wrong"
 
 
 def test_of_several_that_are_timed_the_one_that_fails_fails_alone(conditions, timed, monkeypatch):
-    time_interleaved, together = measuring.timing.time_interleaved, []
+    time_interleaved, together = timing.time_interleaved, []
 
     def failing(calls, **options):
         together.append(list(calls))
@@ -195,7 +196,7 @@ def test_of_several_that_are_timed_the_one_that_fails_fails_alone(conditions, ti
             raise torch.OutOfMemoryError("of the graph's pool")
         return time_interleaved(calls, **options)
 
-    monkeypatch.setattr(measuring.timing, "time_interleaved", failing)
+    monkeypatch.setattr(timing, "time_interleaved", failing)
     late = toy.Implementation("late", lambda case: toy.good)
     records = run(toy.suite(implementations={**toy.suite(toy.good).implementations, "late": late}), conditions)
     assert (records["late"].status, records["late"].reason) == (
@@ -214,7 +215,7 @@ class TestBrokenMeasurements:
 
         def take(**seconds):
             timings = {column: Timing(column, [value], "confident", 0.0) for column, value in seconds.items()}
-            monkeypatch.setattr(measuring.timing, "time_interleaved", lambda calls, **_: dict.fromkeys(calls, timings))
+            monkeypatch.setattr(timing, "time_interleaved", lambda calls, **_: dict.fromkeys(calls, timings))
             return run(toy.suite(), replace(conditions, ceilings=slow), FORWARD)["reference"]
 
         return take
@@ -396,23 +397,23 @@ def test_what_goes_wrong_after_the_first_call_is_found_and_the_others_stay_right
 @pytest.mark.parametrize("position", [0, 1])
 def test_an_input_that_is_spoilt_while_it_is_timed_and_never_else_is_found(conditions, monkeypatch, position):
     """The one that did it is not the one that happens to come next."""
-    timing = []
+    being_timed = []
 
     def spoiling(scores):
         y = 2 * scores
-        if timing:
+        if being_timed:
             scores.zero_()
         return y
 
     def time_interleaved(calls, *, device, columns, before, after, max_seconds):
-        timing.append(None)
+        being_timed.append(None)
         for name, call in calls.items():
             before[name]()
             after[name](call())
-        timing.clear()
+        being_timed.clear()
         return {name: {column: Timing(column, [1.0], "confident", 0.0) for column in columns} for name in calls}
 
-    monkeypatch.setattr(measuring.timing, "time_interleaved", time_interleaved)
+    monkeypatch.setattr(timing, "time_interleaved", time_interleaved)
     listed = [("good", toy.Implementation("good", lambda case: toy.good))]
     listed.insert(position, ("spoiling", toy.Implementation("spoiling", lambda case: spoiling)))
     records = run(toy.suite(implementations=dict(listed)), conditions, FORWARD)
@@ -423,20 +424,20 @@ def test_an_input_that_is_spoilt_while_it_is_timed_and_never_else_is_found(condi
 
 def test_a_timed_output_is_judged(conditions, monkeypatch):
     """Of the calls that are timed any may be the one, so that no call is safe to be wrong."""
-    timing = []
+    being_timed = []
 
     def wrong_while_it_is_timed(scores):
-        return (2.5 if timing else 2) * scores
+        return (2.5 if being_timed else 2) * scores
 
     def time_interleaved(calls, *, device, columns, before, after, max_seconds):
-        timing.append(True)
+        being_timed.append(True)
         for _ in range(190):
             before["sly"]()
             after["sly"](calls["sly"]())
-        timing.clear()
+        being_timed.clear()
         return {"sly": {column: Timing(column, [1.0], "confident", 0.0) for column in columns}}
 
-    monkeypatch.setattr(measuring.timing, "time_interleaved", time_interleaved)
+    monkeypatch.setattr(timing, "time_interleaved", time_interleaved)
     sly = toy.Implementation("sly", lambda case: wrong_while_it_is_timed)
     record = run(toy.suite(implementations={"sly": sly}), conditions, FORWARD)["sly"]
     assert (record.status, record.timings) == ("wrong", {})

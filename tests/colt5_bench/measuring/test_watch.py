@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from colt5_bench.case import FORWARD
+from colt5_bench.measuring import fairness, watch
 from colt5_bench.measuring import inputs as giving
-from colt5_bench.measuring import measure, watch
 from colt5_bench.measuring.call import Call
 from colt5_bench.measuring.inputs import UPSTREAM, Inputs, same_bits
 from colt5_bench.measuring.oracle import Oracle
@@ -230,6 +230,6 @@ def test_results_of_a_graph_are_compared_with_those_of_a_call(monkeypatch, right
         watched.after(watched.call())
     watched.finish()
     assert (watched.replayed is None) == right
-    fault = measure._timed_fault(toy.suite().implementations["reference"], watched, oracle, {})
+    fault = fairness._timed_fault(toy.suite().implementations["reference"], watched, oracle, {})
     assert bool(fault) != right
     assert right or "as a CUDA graph output is off" in fault

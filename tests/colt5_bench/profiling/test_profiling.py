@@ -14,6 +14,7 @@ from colt5_bench import cli, commands
 from colt5_bench.case import DIRECTIONS, FORWARD, FORWARD_BACKWARD
 from colt5_bench.commands import run as run_command
 from colt5_bench.measuring import measure
+from colt5_bench.measuring.conditions import Conditions
 from colt5_bench.profiling import nsight, profiler
 from colt5_bench.profiling.profiler import Point
 from colt5_bench.request import Request
@@ -146,7 +147,7 @@ class TestProfile:
 
 
 def test_without_being_asked_for_there_are_no_ranges(ranges):
-    conditions = measure.Conditions.on(CPU, "abc", max_seconds=0.01)
+    conditions = Conditions.on(CPU, "abc", max_seconds=0.01)
     (record,) = measure.measure(toy.suite(), toy.ToyCase(2, 8), FORWARD_BACKWARD, ["reference"], conditions)
     assert record.status == "ok"
     assert ranges == []
