@@ -265,11 +265,12 @@ def faults_of_cases(name, cases):
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize("target", SHARED)
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_what_follows_a_plan_can_run_and_spills_nothing(name):
+def test_what_follows_a_plan_can_run_and_spills_nothing(name, target):
     """The plan with the least to spare of each set of options, in one of its variants and for one of the GPUs."""
-    cases = cases_of(OPERATIONS[name], every=False)
-    found, _ = faults_of_cases(name, zip(cases, itertools.cycle(SHARED), strict=False))
+    cases = cases_of(OPERATIONS[name], every=False)[[*SHARED].index(target) :: len(SHARED)]
+    found, _ = faults_of_cases(name, zip(cases, itertools.repeat(target), strict=False))
     assert not found
 
 

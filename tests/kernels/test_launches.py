@@ -87,16 +87,22 @@ class Recorder:
 
         return run
 
-    def taken(self, known):
-        """Launches since then, with scratch memory by the order of its use: a number is known, or small."""
-        names: dict[int, str] = {}
+    def taken(self, known, calls=1):
+        """Launches since the last time, with scratch memory by the order of its use in each of so many equal calls.
 
-        def plain(x):
-            is_scratch = type(x) is int and x not in known and x >= 2**32
-            return names.setdefault(x, f"scratch {len(names)}") if is_scratch else x
-
+        An integer is scratch memory if it is neither known nor small. Another call may have the same memory or other.
+        """
         launches, self.launches = self.launches, []
-        return [(*rest, tuple(map(plain, arguments))) for *rest, arguments in launches]
+        names: dict[tuple[int, int], str] = {}
+
+        def plain(x, call):
+            is_scratch = type(x) is int and x not in known and x >= 2**32
+            return names.setdefault((call, x), f"scratch {len(names)}") if is_scratch else x
+
+        return [
+            (*rest, tuple(plain(x, calls * number // len(launches)) for x in arguments))
+            for number, (*rest, arguments) in enumerate(launches)
+        ]
 
 
 @pytest.fixture
@@ -252,10 +258,10 @@ def test_a_tape_launches_what_triton_chooses(call, stream, is_known):
         driver.launches.clear()
         (other_result,), _ = played.play(different(others), 0)
         known = {*NUMBERS, *(x.data_ptr() for x in (*others[:2], other_result))}
-        launched = driver.taken(known)
+        launched = driver.taken(known, calls=2)
         launch_mix(*others)
         launch_mix(other_result, *others[1:])
-        assert launched == driver.taken(known)
+        assert launched == driver.taken(known, calls=2)
         assert len(launched) == 2 * (1 + call.flag)
 
 
