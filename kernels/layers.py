@@ -1,4 +1,4 @@
-"""The layers of `reference` with kernels switched on: arguments, results and checkpoints are the same.
+"""The layers of `reference` with kernels: arguments, results and checkpoints are the same.
 
 `use_triton` is None by default: kernels for CUDA tensors, plain PyTorch for others.
 """
@@ -23,13 +23,13 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def played(layer: Module, play: bool = True) -> Module:
-    """Switch on or off that a layer records its second call of a kind, and plays later ones.
+    """Switch replay on or off: a layer records its second call of a kind, and plays later ones.
 
     It is on by default. Each call is then one autograd function. A played call runs no Python between the launches of
     forward or backward: this saves host time if the same shapes come again and again, as in training. All these calls
     give the same bits. A call under hooks, modes or transforms runs the code of the layer: it adds up gradients of a
-    tensor in another order, so the two can differ by a rounding. So does every call of a layer in which some operations
-    are Python functions instead of kernels.
+    tensor in another order, so the two can differ by a rounding. The same holds for every call of a layer in which some
+    operations are Python functions instead of kernels.
 
     Args:
         layer: a layer with kernels, or a model that contains such layers; changed in place.
@@ -46,7 +46,7 @@ def played(layer: Module, play: bool = True) -> Module:
 
 
 def _with_kernels(layer: Layer) -> Layer:
-    """The layer, with None as the default of its `use_triton`, and all kernels of a call compiled side by side."""
+    """The layer class with None as the default of `use_triton`, and all kernels of a call compiled in parallel."""
     init: Callable[..., None] = layer.__init__
     signature = inspect.signature(init)
     (option,) = (name for name in signature.parameters if name.endswith("use_triton"))
@@ -60,7 +60,7 @@ def _with_kernels(layer: Layer) -> Layer:
     switched_on.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     layer.__init__ = switched_on  # type: ignore[method-assign]
 
-    # Calls that are played have nothing to announce.
+    # Played calls need no announcement.
     forward: Callable[..., Any] = inspect.unwrap(layer.forward)
 
     @wraps(forward)

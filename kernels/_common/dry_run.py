@@ -1,4 +1,4 @@
-"""A dry run of a layer: a step without values, which tells all kernels that the step launches."""
+"""A dry run of a layer: a step without values that lists all kernels of the step."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -16,7 +16,7 @@ from triton import next_power_of_2
 
 
 class DryRun(FakeTensorMode):
-    """A mode under which tensors are shapes alone, and launchers note what they would launch."""
+    """A mode in which tensors are only shapes, and launchers list their launches instead of starting them."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
@@ -24,7 +24,7 @@ class DryRun(FakeTensorMode):
 
 
 def dry_run_of(x: Tensor) -> DryRun | None:
-    """The dry run that a tensor belongs to. None: it has values, or is of a compiler."""
+    """The dry run of a tensor. None if the tensor has values, or belongs to a compiler."""
     return x.fake_mode if type(x) is FakeTensor and isinstance(x.fake_mode, DryRun) else None
 
 
@@ -33,7 +33,7 @@ _announced: ContextVar[Callable[[], Iterable[Any]]] = ContextVar("_announced", d
 
 @contextmanager
 def announced(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
-    """Say which call of a layer the operations within belong to. Of nested layers, the outermost counts."""
+    """Name the call of a layer to which the operations within belong. Of nested layers, the outermost counts."""
     if _announced.get() is not list:
         yield
         return
@@ -47,8 +47,8 @@ def announced(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwarg
 
 
 def launches_of_layer() -> Callable[[], Iterable[Any]]:
-    """A function that tells all launches of the layer that is being called, with its backward pass. Outside of layers
-    there are none."""
+    """A function that lists all launches of the layer that is being called, with its backward pass. Outside of layers
+    the list is empty."""
     return _announced.get()
 
 
@@ -62,11 +62,12 @@ def _launches_of(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Iterator[Any]:
-    """Run a step in a thread of its own, where no hooks of saved tensors, modes and transforms see it.
+    """Run a step in its own thread, hidden from hooks of saved tensors, modes and transforms.
 
-    Where lengths have changed, those that may follow have their dry runs next. A layer that cannot run without values
-    tells fewer launches, or none. One with hooks inside tells none. Nor does one that is called within a backward pass,
-    as from a checkpoint: this holds the one thread of its GPU, which the backward pass of a dry run would wait for.
+    If lengths have changed, the lengths that may follow have their dry runs next. A layer that cannot run without
+    values lists fewer launches, or none. A layer with hooks inside lists none. Nor does a layer that is called within a
+    backward pass, for example from a checkpoint: such a call holds the only backward thread of its GPU, for which the
+    backward pass of a dry run would wait.
     """
     if _has_hooks(layer) or _is_sharded(layer) or torch._C._current_graph_task_id() != -1:
         return
@@ -74,7 +75,7 @@ def _launches_of(
     def step(dry_run: DryRun, lengths: Mapping[int, int]) -> None:
         with dry_run, torch.set_grad_enabled(grad):
             inputs, options = tree_map_only(Tensor, partial(_without_values, lengths=lengths), (args, kwargs))
-            # Casts of weights are without values too: nobody else may find them in a cache.
+            # Casts of weights have no values either, so they must not enter the cache.
             with torch.autocast(device, autocast_dtype, autocast, cache_enabled=False):
                 outputs = _differentiable(forward(layer, *inputs, **options))
             if outputs:
@@ -90,14 +91,14 @@ def _launches_of(
 
 
 _first_shapes: WeakKeyDictionary[nn.Module, list[torch.Size]] = WeakKeyDictionary()
-"""Shapes of the tensors that a layer had when it first lacked a kernel."""
+"""Shapes of the tensors of a layer at the first call that lacked a kernel."""
 
 
 def _lengths_to_come(layer: nn.Module, given: Any) -> list[dict[int, int]]:
-    """Sizes that may be there instead of others in later calls of a layer: none before sizes have changed.
+    """New values for sizes, as later calls of a layer may have them. Empty until sizes have changed.
 
-    Sizes but the first of a tensor, the batch, are lengths where they change. Kernels differ between powers of two, and
-    where a length is no multiple of 16.
+    Each size except the first of a tensor, the batch, is a length if it changes. Kernels differ between powers of two,
+    and for lengths that are not multiples of 16.
     """
     shapes = [x.shape for x in tree_leaves(given) if isinstance(x, Tensor)]
     known = _first_shapes.setdefault(layer, shapes)
@@ -111,7 +112,7 @@ def _lengths_to_come(layer: nn.Module, given: Any) -> list[dict[int, int]]:
 
 
 def _has_hooks(layer: nn.Module) -> bool:
-    """True if somebody's functions would run with the layer: on modules within, or on gradients of parameters."""
+    """True if user functions would run with the layer: hooks of inner modules, or of gradients of parameters."""
     return any(
         each._forward_pre_hooks or each._forward_hooks or each._backward_pre_hooks or each._backward_hooks
         for each in layer.modules()
@@ -120,12 +121,12 @@ def _has_hooks(layer: nn.Module) -> bool:
 
 
 def _is_sharded(layer: nn.Module) -> bool:
-    """True if a call exchanges tensors with other processes, which take part in no dry run."""
+    """True if a call exchanges tensors with other processes, which do not take part in a dry run."""
     return getattr(getattr(layer, "operations", None), "shards_of", None) is not None
 
 
 def _without_values(x: Tensor, lengths: Mapping[int, int]) -> Tensor:
-    """A tensor of the same shape in the dry run that is going on, but that some sizes are others."""
+    """A tensor in the current dry run, of the same shape except for replaced lengths."""
     shape = (*x.shape[:1], *(lengths.get(size, size) for size in x.shape[1:]))
     strides = x.stride() if shape == x.shape else torch.empty(shape, device="meta").stride()
     return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device).requires_grad_(x.requires_grad)

@@ -1,4 +1,4 @@
-"""The one class by which operations reach PyTorch: operators, gradients, and the shortest way to either."""
+"""The class that connects operations to PyTorch: operators, gradients, and the shortest way to them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,44 +22,46 @@ from reference._shared.arguments import require
 _library = torch.library.Library("colt5", "FRAGMENT")
 
 _BATCHES_OF_GRADIENTS = torch._C._dispatch_key_parse("VmapMode")
-"""In use while `torch.autograd.grad` has `is_grads_batched`, which is not one of the transforms of `torch.func`."""
+"""Dispatch key while `torch.autograd.grad` has `is_grads_batched`, which is not one of the transforms of
+`torch.func`."""
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Operation:
-    """An operation has two operators for PyTorch, `colt5::name` and `colt5::name_backward`, and the gradient between.
+    """An operation has two operators in PyTorch, `colt5::name` and `colt5::name_backward`, and the gradient between
+    them.
 
-    `forward` and `backward` allocate and compute; where `has_values` says that there is nothing to compute with, they
-    allocate alone, which tells a compiler the shapes. Their annotations make the schemas of the operators. Parameters
-    of `backward` stand in this order, and their names say what it receives:
+    `forward` and `backward` allocate and compute. If `has_values` is False, they only allocate, which gives a compiler
+    the shapes. Their annotations make the schemas of the operators. The parameters of `backward` are in this order, and
+    their names define their values:
 
-    - `grad_<output>`: the gradient of that output, None where there is none. Other outputs have no gradient;
+    - `grad_<output>`: the gradient of that output, None if it has none. Other outputs have no gradient;
     - tensors, and then numbers: inputs and outputs of `forward` by their names, or entries of `chosen`;
     - `needs_<input>`: whether that input needs a gradient.
 
-    A last parameter `save` of `forward` is no argument of a call: it says whether a backward pass may follow. One
+    A last parameter `save` of `forward` is not an argument of a call: it is True if a backward pass may follow. One
     policy holds for all operations:
 
-    - Eager. A call goes past PyTorch's dispatcher, whose way through Python takes longer than some of the kernels: to
-      `forward`, through an autograd function where a gradient is wanted.
-    - Traced. A call goes to the operator where somebody is to see it, and not its result alone; see `is_traced`.
-    - CPU. `forward` and `backward` take PyTorch where no kernel takes the tensors. An operation that autograd
-      differentiates as well in PyTorch alone is not called for these at all, and has every derivative there.
+    - Eager. A call bypasses PyTorch's dispatcher, whose way through Python takes longer than some kernels. It goes to
+      `forward`, through an autograd function if a gradient is needed.
+    - Traced. A call goes to the operator if an observer has to see the operator, not only its result; see `is_traced`.
+    - CPU. `forward` and `backward` use PyTorch if no kernel accepts the tensors. An operation that autograd can
+      differentiate in plain PyTorch does not use them for such tensors at all, and has every derivative there.
     - Second derivatives and forward mode raise a NotImplementedError that names the reference.
-    - `torch.func` has a gradient at each of its levels, and `torch.vmap` takes one example after the other.
+    - `torch.func` has a gradient at each of its levels, and `torch.vmap` computes its examples one by one.
 
     Args:
         outputs: names of the results of `forward`.
-        gradients: names of the inputs that the results of `backward` belong to. A result may be None, or of any shape,
-            where the input needs no gradient.
-        chosen: what else `backward` takes, each as a function whose parameters are names of inputs and outputs.
-        hand_back: makes the gradients from those of outputs and the results of `backward`. An operator may not: its
-            results share no memory with each other or with its arguments.
-        reference: the operation of `reference` that has all derivatives, if it goes by another name.
+        gradients: names of the inputs whose gradients `backward` returns. A result may be None, or of any shape, if its
+            input needs no gradient.
+        chosen: other arguments of `backward`, each as a function whose parameters are names of inputs and outputs.
+        hand_back: makes the gradients from those of outputs and the results of `backward`. An operator may not do this:
+            its results must not share memory with each other or with its arguments.
+        reference: the operation of `reference` that has all derivatives, if it has another name.
 
     Raises:
-        TypeError: `backward` has a parameter that nothing goes by the name of.
+        TypeError: `backward` has a parameter whose name is none of these.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Operation:
         self._forward = forward
         self._operator = _define(name, forward)
         self._saves = "save" in parameters
-        # The operator saves wherever it is to have a gradient.
+        # The operator saves whenever it needs a gradient.
         self._save_nothing = (False,) if self._saves else ()
         places = [place for place, each in enumerate(parameters.values()) if _is_tensor(each.annotation)]
         self._take_tensors = taker(places)
@@ -93,7 +95,7 @@ class Operation:
             self._differentiable = _eager(forward, gradient)
 
     def __call__(self, *inputs: Any) -> Any:
-        """The results of `forward`, by the shortest way that all who are to see the operation leave open."""
+        """The results of `forward`, by the shortest way that still shows the operation to all observers."""
         if is_compiling():
             return self._operator(*inputs, *self._save_nothing)
         tensors = self._take_tensors(inputs)
@@ -152,7 +154,7 @@ class _Gradient:
         self._take_grads = taker([place - n_inputs for place in grads])
 
     def keep(self, ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
-        """Save what `differentiate` takes beside the gradients of outputs."""
+        """Save the inputs of `differentiate`, except for the gradients of outputs."""
         given = (*inputs, outputs) if isinstance(outputs, Tensor) else (*inputs, *outputs)
         for choose, take in self._chosen:
             given = (*given, choose(*take(given)))
@@ -167,7 +169,7 @@ class _Gradient:
         if _all_none(grads):
             return self._nothing
         needs = ctx.needs_input_grad
-        # A second derivative may be asked for, which only the operator can refuse.
+        # The caller may ask for a second derivative, which only the operator can refuse.
         is_seen = torch.is_grad_enabled() or is_traced(grads)
         backward = self._operator if is_seen else self._backward
         results = backward(*grads, *ctx.saved_tensors, *ctx.numbers, *[needs[place] for place in self._needs])
@@ -183,9 +185,9 @@ class _Gradient:
 
 
 def is_traced(tensors: tuple[Tensor | None, ...]) -> bool:
-    """True if an observer needs the operator that tensors go through, and not its result alone. Observers are a
-    compiler, a dispatch mode, a function transform, whose tensors may outlive it, forward mode, and a subclass of
-    Tensor. A meta tensor, which has a shape alone, needs the operator too."""
+    """True if an observer needs the operator that tensors go through, not only its result. Observers are a compiler, a
+    dispatch mode, a function transform, whose tensors may outlive it, forward mode, and a subclass of Tensor. A meta
+    tensor, which is only a shape, needs the operator too."""
     if (
         is_compiling()
         or (is_in_torch_dispatch_mode() and current_recorder() is None)
@@ -215,7 +217,7 @@ def _eager(forward: Callable[..., Any], gradient: _Gradient) -> Callable[..., An
     class Eager(_SingleLevelFunction):
         @staticmethod
         def forward(ctx, *inputs):
-            # Not as a `setup_context`, for which PyTorch inspects the signature of `forward` on each call.
+            # Not in a `setup_context`, for which PyTorch inspects the signature of `forward` in each call.
             outputs = forward(*inputs)
             gradient.keep(ctx, inputs, outputs)
             return outputs
@@ -226,7 +228,7 @@ def _eager(forward: Callable[..., Any], gradient: _Gradient) -> Callable[..., An
 
 
 def _define(name: str, function: Callable[..., Any]) -> Any:
-    """An operator `colt5::name` for a CPU and for CUDA, by a function that chooses between kernels and PyTorch."""
+    """An operator `colt5::name` for CPU and CUDA, from a function that chooses between kernels and PyTorch."""
     _library.define(_schema(name, function))
     operator = getattr(torch.ops.colt5, name)
     torch.library.register_fake(f"colt5::{name}", function, lib=_library)
@@ -237,7 +239,7 @@ def _define(name: str, function: Callable[..., Any]) -> Any:
 
 
 def _define_backward(name: str, function: Callable[..., Any], refuse: Callable[[str], NoReturn]) -> Any:
-    """The operator of a backward pass, which has no gradient of its own and gives empty tensors for None."""
+    """The operator of a backward pass, which has no gradient itself and returns empty tensors instead of None."""
 
     def without_none(*inputs: Any) -> Any:
         results = function(*inputs)
@@ -257,7 +259,7 @@ def _define_backward(name: str, function: Callable[..., Any], refuse: Callable[[
 
 
 def _schema(name: str, function: Callable[..., Any]) -> str:
-    """The schema that the annotations of a function make; an operator returns tensors alone."""
+    """The schema from the annotations of a function; an operator returns only tensors."""
     annotated = signature(function)
     results = annotated.return_annotation
     n_results = len(get_args(results)) if get_origin(results) is tuple else 1
@@ -277,12 +279,12 @@ def _define_gradient(
     *,
     saves: bool = False,
 ) -> None:
-    """The gradient of an operator, by what `torch.library.register_autograd` takes. That of PyTorch is for autograd
-    alone; this one is for each level of `torch.func`, and refuses forward mode.
+    """The gradient of an operator, with the arguments of `torch.library.register_autograd`. PyTorch's version works
+    only for autograd; this one works at each level of `torch.func`, and refuses forward mode.
 
     Args:
-        saves: set the last argument wherever there is to be a gradient: who calls the operator cannot know of those
-            that are taken outside of `torch.vmap`.
+        saves: set the last argument whenever a gradient is needed: the caller of the operator does not know of
+            gradients outside of `torch.vmap`.
     """
 
     def run(keyset: torch._C.DispatchKeySet, inputs: tuple[Any, ...]) -> Any:
@@ -292,7 +294,7 @@ def _define_gradient(
     class Differentiable(_SingleLevelFunction):
         @staticmethod
         def forward(ctx, *arguments):
-            # The last place leaves `needs_input_grad` as it is.
+            # An argument in last place leaves `needs_input_grad` unchanged.
             *inputs, keyset = arguments
             # For the outer levels of `torch.func`, which come next: autograd turns off both.
             outer = _are_functorch_transforms_active()
@@ -329,7 +331,7 @@ def _one_by_one(operator: Callable[..., Any], info: Any, in_dims: tuple[int | No
         *([each] * size if dim is None else each.unbind(dim) for each, dim in zip(inputs, in_dims, strict=True)),
         strict=True,
     )
-    # As those who call operators make it, so that kernels may count on it.
+    # Contiguous as from other callers of operators, because kernels may rely on it.
     results = [operator(*(_contiguous(each) for each in example)) for example in examples]
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0

@@ -1,11 +1,12 @@
-"""Layers whose calls are recorded, and played from tapes from then on.
+"""Layers whose calls are recorded, and then played from tapes.
 
-Each call of a layer is one autograd function, with the layers that it is made of. Within it, the first call with
-tensors of some shape runs as it is written. So does the second one while it is recorded: its forward and its backward
-pass become tapes. Later ones are played. All have the same bits, for gradients are added up within the function before
-they meet others. Arguments, metadata of tensors, modes of PyTorch, and the modules of the layer with their attributes
-are all that a call depends on, beside the values of tensors. They are in its key, or are compared. A layer that
-somebody watches is no such function. One that does what no tape can repeat is, but is never played.
+Each call of a layer is one autograd function, which includes the inner layers. Within it, the first call with tensors
+of some shape runs the code of the layer. So does the second one, while it is recorded: its forward and its backward
+pass become tapes. Later calls are played. All calls give the same bits, because gradients are added up within the
+function before they are added to others. Besides the values of tensors, a call depends only on arguments, metadata of
+tensors, modes of PyTorch, and the modules of the layer with their attributes. These are in its key, or are compared. If
+an observer needs to see inside a layer, its calls are not such a function. A call that no tape can repeat is one, but
+is never played.
 """
 
 from collections import OrderedDict
@@ -30,27 +31,27 @@ from kernels._common.tape import Pass, Recorder, Tape
 from kernels._common.tensors import multiprocessors, runs_triton
 
 MOST_TAPES = 32
-"""Kinds of calls that a layer can play. The one that was played longest ago goes when there are more."""
+"""Most kinds of calls that a layer can play. Above it, the kind that was played longest ago is dropped."""
 
 MOST_KEYS = 256
-"""Kinds of calls that a layer counts, until it records them."""
+"""Most kinds of calls that a layer counts before it records them."""
 
 PACKAGES = ("torch.nn.modules.", "reference.", "kernels.")
-"""Packages of modules that do nothing but compute."""
+"""Packages whose modules only compute, without side effects."""
 
 Forward = Callable[..., Tensor]
 
 
 class _Modules:
-    """The modules of a layer with all of their attributes but tensors, as they are when this is made."""
+    """The modules of a layer with all of their attributes except tensors, at the time of creation."""
 
     def __init__(self, layer: nn.Module) -> None:
         modules = [*layer.modules()]
-        # Weak references: the layer is the key of what this is a part of.
+        # Weak references: the layer is the key under which this object is stored.
         self._modules = [ref(each) for each in modules]
         self._types = [type(each) for each in modules]
         self._attributes = [d for each in modules for d in (vars(each), each._modules)]
-        # Held, so that no other object gets the number of one of them.
+        # Held, so that no other object gets the id of one of them.
         self._objects = [value for each in self._attributes for value in each.values()]
         self._numbers = [*map(id, self._objects)]
         self._tensors = [d for each in modules for d in (each._parameters, each._buffers)]
@@ -67,7 +68,7 @@ class _Modules:
         )
 
     def are_plain(self) -> bool:
-        """True if nobody can tell a call of them from their computing."""
+        """True if calls of the modules have no effect other than their computation."""
         return self._are_known and not any(self._hooks) and not _has_any_global_hook()
 
     def tensors(self) -> list[Tensor | None]:
@@ -76,7 +77,7 @@ class _Modules:
 
 
 def _is_known(module: nn.Module) -> bool:
-    """True if it computes with its parameters and buffers as its class says, by functions that nobody has replaced."""
+    """True if a module computes with its parameters and buffers as its class defines, with no function replaced."""
     kind = type(module)
     return kind.__module__.startswith(PACKAGES) and not any(
         isinstance(value, Tensor) or not getattr(value, "are_own", True) or (callable(value) and hasattr(kind, name))
@@ -85,7 +86,7 @@ def _is_known(module: nn.Module) -> bool:
 
 
 class _Call:
-    """A call of a layer. Its tensors are arguments, and then those that the layer holds."""
+    """A call of a layer. Its tensors are the arguments, followed by the tensors of the layer."""
 
     def __init__(
         self,
@@ -101,10 +102,10 @@ class _Call:
         self.kinds = [Tensor if isinstance(each, Tensor) else type(each) for each in given]
         self._places: dict[int, int] = {}
         self.tensors: list[Tensor] = []
-        """Each once."""
+        """Each tensor once."""
 
         self.values: list[Any] = [*options, *self._numbered(given, self._places)]
-        """Arguments and what the layer holds, with numbers in the places of tensors."""
+        """Arguments and values of the layer, with numbers in place of tensors."""
 
         self.n_given = len(self.tensors)
         self._held = modules.tensors()
@@ -125,23 +126,23 @@ class _Call:
                 yield each
 
     def run(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Run it as it is written, layers within too, with others in place of the tensors given."""
+        """Run the code of the layer, including inner layers, on these tensors instead of the original ones."""
 
         def stand_in(argument: Any) -> Any:
             return tensors[self._places[id(argument)]] if isinstance(argument, Tensor) else argument
 
         arguments = [stand_in(each) for each in self._arguments]
         options = {name: stand_in(each) for name, each in self._options.items()}
-        # A cast of a weight that another call has left would be no tensor of this one.
+        # A cached cast of a weight from another call would not be a tensor of this one.
         kind, enabled, dtype, _ = self.autocast
         with _calling_one(), torch.autocast(kind, dtype, enabled, cache_enabled=False):
             return self._forward(self._layer, *arguments, **options)
 
     def differentiate(self, grad: Tensor) -> list[Tensor | None]:
-        """Gradients as autograd makes them, of a pass that runs once more: for a second derivative, or for many.
+        """Gradients by autograd, from a pass that runs once more: for a second derivative, or for several gradients.
 
         Raises:
-            RuntimeError: a tensor of the call is not what it was.
+            RuntimeError: a tensor of the call has changed since.
         """
         if self._changes() != self._versions:
             raise RuntimeError("a tensor that a layer needs for its gradient has been modified by an inplace operation")
@@ -156,12 +157,12 @@ class _Call:
         return gradients(out, self.tensors, grad, create_graph=create_graph)
 
     def _changes(self) -> list[int]:
-        """Numbers of changes of each tensor. Tensors of inference mode do not count them."""
+        """Version of each tensor. Tensors of inference mode have none."""
         return [0 if each.is_inference() else each._version for each in self.tensors]
 
 
 def gradients(out: Any, tensors: Sequence[Tensor], grad: Tensor, **options: Any) -> list[Tensor | None]:
-    """Gradients of tensors; None where there is none."""
+    """Gradients of tensors; None for a tensor without one."""
     wanted = [each for each in tensors if each.requires_grad]
     with _unhooked(wanted):
         found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True, **options))
@@ -170,7 +171,7 @@ def gradients(out: Any, tensors: Sequence[Tensor], grad: Tensor, **options: Any)
 
 @contextmanager
 def _unhooked(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Hooks of tensors wait for their whole gradients, of which those of a call are a part."""
+    """Suspend the hooks of tensors: a hook needs the whole gradient, and that of a call is only a part."""
     hooked = [(each, each._backward_hooks) for each in tensors if each._backward_hooks]
     for each, _ in hooked:
         each._backward_hooks = None
@@ -183,7 +184,7 @@ def _unhooked(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 class _Thread(local):
     is_calling = False
-    """True while a layer runs, with those that it is made of, in one autograd function."""
+    """True while a layer, with its inner layers, runs in one autograd function."""
 
 
 _thread = _Thread()
@@ -200,7 +201,7 @@ def _calling_one() -> Iterator[None]:
 
 def _autocast(kind: str) -> tuple[str, bool, torch.dtype, bool]:
     if not torch.amp.is_autocast_available(kind):
-        # As of meta tensors.
+        # For example for meta tensors.
         return kind, False, torch.float32, False
     return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
 
@@ -212,17 +213,17 @@ class _Tapes(NamedTuple):
     backward: Tape | None = None
 
     saved: Sequence[int] = ()
-    """Tensors of the call that the backward pass takes."""
+    """Tensors of the call that the backward pass needs."""
 
     autocast: tuple[str, bool, torch.dtype, bool] | None = None
-    """As it was in the backward pass."""
+    """State of autocast in the backward pass."""
 
 
 _calls: WeakKeyDictionary[nn.Module, "_Calls"] = WeakKeyDictionary()
 
 
 def replay(forward: Forward, layer: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
-    """`forward(layer, *arguments, **options)`, a tensor, in one autograd function, from tapes if there are some."""
+    """`forward(layer, *arguments, **options)`, a tensor, in one autograd function, from tapes if there are any."""
     if is_compiling() or torch._C._get_tracing_state() is not None or _thread.is_calling:
         return forward(layer, *arguments, **options)
     calls = _calls.get(layer)
@@ -231,7 +232,7 @@ def replay(forward: Forward, layer: nn.Module, arguments: tuple[Any, ...], optio
     if not calls.modules.are_plain() or _is_seen():
         return forward(layer, *arguments, **options)
     if torch.is_inference_mode_enabled():
-        # There, PyTorch computes a linear layer in another way while something takes it down.
+        # In inference mode, PyTorch computes a linear layer in another way while it is recorded.
         with torch.inference_mode(False), torch.no_grad():
             return replay(forward, layer, arguments, options)
     call = _Call(forward, layer, calls.modules, arguments, options)
@@ -240,7 +241,7 @@ def replay(forward: Forward, layer: nn.Module, arguments: tuple[Any, ...], optio
 
 
 def _is_seen() -> bool:
-    """True if a mode of PyTorch has to see each operator, or each tensor that is saved."""
+    """True if a mode of PyTorch has to see each operator, or each saved tensor."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or any(type(each) is not DeviceContext for each in _function_modes())
@@ -250,19 +251,19 @@ def _is_seen() -> bool:
 
 
 def _function_modes() -> list[Any]:
-    """Modes that see calls of PyTorch's functions. A `DeviceContext` says where new tensors are."""
+    """Modes that see calls of PyTorch's functions. A `DeviceContext` only sets the device of new tensors."""
     return [torch._C._get_function_stack_at(place) for place in range(torch._C._len_torch_function_stack())]
 
 
 class _Recent(OrderedDict[Any, Any]):
-    """The values that were used last. Others go when there are more than most."""
+    """The most recently used values. The oldest is dropped if there are more than `most`."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
         self._most = most
 
     def use(self, key: Any) -> Any:
-        # Another thread may have pushed it out in between.
+        # Another thread may have dropped it in between.
         with suppress(KeyError):
             self.move_to_end(key)
             return self[key]
@@ -282,7 +283,7 @@ class _Calls:
         self.modules = _Modules(layer)
         self.tapes = _Recent(MOST_TAPES)
         self.runs = _Recent(MOST_KEYS)
-        """Numbers of runs of calls that have no tapes, or reasons why there are none."""
+        """Number of runs of each call without tapes, or the reason why it has none."""
 
     def call(self, key: tuple[Any, ...], call: _Call) -> Tensor:
         tapes = self.tapes.use(key)
@@ -302,7 +303,7 @@ class _Calls:
             return _Run(call, None)
         runs = (runs or 0) + 1
         self.runs.keep(key, runs)
-        # Where no backward pass has followed, the forward pass was recorded in vain: ever less often.
+        # If no backward pass follows, the recording was in vain, so attempts become less and less frequent.
         if runs == 1 or runs & (runs - 1):
             return _Run(call, None)
 
@@ -313,7 +314,7 @@ class _Calls:
 
 
 def _key_of(call: _Call) -> tuple[Any, ...] | None:
-    """All that a call depends on beside modules and values; None where it has to run as it is written."""
+    """All that a call depends on besides modules and values. None if the call has to run the code of the layer."""
     tensors = call.tensors
     of_this_device = call.device < 0 or call.device == torch._C._cuda_getDevice()
     if not of_this_device or not runs_triton(tensors[0]) or is_traced(tuple(tensors)):
@@ -330,7 +331,7 @@ def _key_of(call: _Call) -> tuple[Any, ...] | None:
 
 
 class _Run:
-    """A call that runs as it is written, in a graph of its own.
+    """A call that runs the code of the layer, in a separate autograd graph.
 
     Args:
         keep: is called with the tapes of the call, or with the reason why there are none. None: it is not recorded.
@@ -339,7 +340,7 @@ class _Run:
     def __init__(self, call: _Call, keep: Callable[[_Tapes | str], None] | None) -> None:
         self._call, self._keep = call, keep
         self._recorder = Recorder()
-        # No gradient goes further than to these.
+        # Gradients stop at these tensors.
         given = [each.detach().requires_grad_(each.requires_grad) for each in call.tensors[: call.n_given]]
         self._tensors = [*given, *call.tensors[call.n_given :]]
         self._edge: GradientEdge | None = None
@@ -353,7 +354,7 @@ class _Run:
         with torch.set_grad_enabled(differentiates), self._running(self._tensors) as self._forward:
             out = self._call.run(self._tensors)
         if out.requires_grad:
-            # The result itself is not held: the backward pass may not need it.
+            # The result itself is not kept: the backward pass may not need it.
             self._edge = get_gradient_edge(out)
         if self._keep is not None:
             if not recorder.has_made(out):
@@ -404,7 +405,7 @@ class _Run:
 
 
 class _Written(_SingleLevelFunction):
-    """A call that is not played. Gradients are added up, and laid out in memory, as in one that is."""
+    """A call that is not played. Gradients are added up, and laid out in memory, as in a played call."""
 
     @staticmethod
     def forward(ctx: Any, run: _Run, *tensors: Tensor) -> Tensor:
@@ -444,7 +445,7 @@ class _Played(_SingleLevelFunction):
         nothing = None, None
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        # PyTorch refuses this where they have changed, or are not kept any more.
+        # PyTorch raises an error here if they have changed, or are not kept any more.
         given = [*ctx.saved_tensors]
         call, tapes = ctx.call, ctx.tapes
         if torch.is_grad_enabled() or is_traced((grad,)) or _autocast(call.autocast[0]) != tapes.autocast:
@@ -468,6 +469,6 @@ def _keeps_graph() -> bool:
 
 
 def known_calls(layer: nn.Module) -> list[Any]:
-    """Tapes of the calls of a layer, then why others have none, or how often they ran."""
+    """Tapes of the calls of a layer, followed by the reasons or numbers of runs of calls without tapes."""
     calls = _calls.get(layer)
     return [] if calls is None else [*calls.tapes.values(), *calls.runs.values()]

@@ -1,9 +1,9 @@
-"""Words of shared memory that a program adds to, stores and loads by their numbers; Triton's language has no such.
+"""Words of shared memory that a program adds to, stores and loads by index, which Triton's language lacks.
 
-Functions that add take as many elements as the program has threads, or a multiple. Of fewer, Triton would have several
-threads add the same one. Triton knows nothing of these words: a program calls `tl.debug_barrier` between what some of
-its threads write and others read. The interpreter, whose programs run one after the other, has memory of the GPU in
-their place.
+Functions that add take as many elements as the program has threads, or a multiple. For fewer elements, Triton would let
+several threads add the same one. Triton does not know about these words: a program calls `tl.debug_barrier` between the
+writes of some of its threads and the reads of others. The interpreter, which runs programs one by one, uses GPU memory
+instead.
 """
 
 from typing import Any
@@ -18,11 +18,11 @@ from kernels._common.launch import Scratch
 INTERPRETED: tl.constexpr = tl.constexpr(tensors.INTERPRETED)
 
 MOST_WORDS = 12288
-"""Words that a kernel can declare: 48 KiB."""
+"""Most words that a kernel can declare: 48 KiB."""
 
 
 def stand_in(words: int, otherwise: Any) -> Any:
-    """The argument that `shared_words` takes: words for the interpreter; otherwise any pointer."""
+    """The argument of `shared_words`: words for the interpreter; otherwise any pointer."""
     return Scratch(words, dtype=torch.int32) if tensors.INTERPRETED else otherwise
 
 
@@ -33,7 +33,7 @@ def _declaration(words: int) -> str:
 
 @triton.jit
 def shared_words(stand_in_ptr, WORDS: tl.constexpr):
-    """Words of any content, up to `MOST_WORDS`. A kernel declares them once, and outside of loops."""
+    """Words with undefined values, up to `MOST_WORDS`. A kernel declares them once, outside of loops."""
     if INTERPRETED:
         return stand_in_ptr
     return tl.inline_asm_elementwise(_declaration(WORDS), "=r,r", [tl.program_id(0)], tl.int32, is_pure=False, pack=1)
@@ -41,7 +41,7 @@ def shared_words(stand_in_ptr, WORDS: tl.constexpr):
 
 @triton.jit
 def load_word(words, place):
-    """int32 at some places."""
+    """int32 at some indices."""
     if INTERPRETED:
         return tl.load(words + place)
     return tl.inline_asm_elementwise(
@@ -67,7 +67,7 @@ def store_word(words, place, value, mask):
 
 @triton.jit
 def load_four(words, place):
-    """Four int32 in a row, from places that are multiples of four."""
+    """Four consecutive int32, from indices that are multiples of four."""
     if INTERPRETED:
         return (
             tl.load(words + place),
@@ -87,7 +87,7 @@ def load_four(words, place):
 
 @triton.jit
 def store_four(words, place, first, second, third, fourth):
-    """Store four int32 in a row, at places that are multiples of four."""
+    """Store four consecutive int32, at indices that are multiples of four."""
     if INTERPRETED:
         tl.store(words + place, first)
         tl.store(words + place + 1, second)
@@ -106,7 +106,7 @@ def store_four(words, place, first, second, third, fourth):
 
 @triton.jit
 def load_pair(words, place, mask):
-    """The int64 in two words from twice a place on, 0 where a mask is False."""
+    """The int64 in the two words from twice an index on, 0 where a mask is False."""
     if INTERPRETED:
         return tl.load(words.to(tl.pointer_type(tl.int64)) + place, mask=mask, other=0)
     return tl.inline_asm_elementwise(
@@ -121,7 +121,7 @@ def load_pair(words, place, mask):
 
 @triton.jit
 def store_pair(words, place, value, mask):
-    """Store int64 in two words from twice a place on, where a mask is True."""
+    """Store int64 in the two words from twice an index on, where a mask is True."""
     if INTERPRETED:
         tl.store(words.to(tl.pointer_type(tl.int64)) + place, value, mask=mask)
     else:
@@ -153,7 +153,7 @@ def count_word(words, place, mask):
 
 @triton.jit
 def add_word(words, place, amount: tl.constexpr, mask):
-    """Add an amount where a mask is True. The results are what each found, in any order, and 0 elsewhere."""
+    """Add an amount where a mask is True. The results are the previous values, in any order, and 0 elsewhere."""
     if INTERPRETED:
         return tl.where(mask, tl.atomic_add(words + place, amount, mask=mask), 0)
     return tl.inline_asm_elementwise(
@@ -168,7 +168,8 @@ def add_word(words, place, amount: tl.constexpr, mask):
 
 @triton.jit
 def take_place(words, place, mask):
-    """Add 1 to one word where a mask is True. The results are what each found, in any order, and anything elsewhere.
+    """Add 1 to one word where a mask is True. The results are the previous values, in any order, and undefined
+    elsewhere.
 
     The first thread of a warp adds for all of them.
     """

@@ -1,7 +1,8 @@
-"""Sums over all programs of a kernel, by the programs themselves and in one order.
+"""Sums over all programs of a kernel, computed by the programs themselves in a fixed order.
 
-Each program writes its share. The last of a group to arrive adds up the shares of the group, and the last of these the
-sums of all groups. No kernel of its own does it, and results are bitwise equal from run to run.
+Each program writes its share. The last program of a group to arrive adds up the shares of the group, and the last of
+these programs adds up the sums of all groups. This needs no extra kernel, and results are bitwise equal from run to
+run.
 """
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 GROUP: tl.constexpr = tl.constexpr(32)
-"""Programs of a group."""
+"""Number of programs in a group."""
 
 MOST_GROUPS: tl.constexpr = tl.constexpr(127)
 
@@ -38,7 +39,7 @@ def clear_arrivals(arrivals_ptr):
 
 @triton.jit
 def share_ptrs(shares_ptr, number, program, programs, d, columns):
-    """Where one of the programs writes its share of the sum of that number."""
+    """Pointers to the share of one program in the sum `number`."""
     return shares_ptr + ((number * (programs + tl.cdiv(programs, GROUP)) + program) * d + columns)
 
 
@@ -66,7 +67,7 @@ def add_up_shares(shares_ptr, sums_ptr, arrivals_ptr, program, programs, d, SUMS
     group = program // GROUP
     first = group * GROUP
     of_group = tl.minimum(programs - first, GROUP)
-    # The counter tells others of the writes of all threads.
+    # The counter publishes the writes of all threads.
     tl.debug_barrier()
     if tl.atomic_add(arrivals_ptr + 1 + group, 1, sem="acq_rel") == of_group - 1:
         tl.store(arrivals_ptr + 1 + group, 0)

@@ -1,6 +1,6 @@
 """A tape of all that a call does on a device: allocations, operators of PyTorch, and launches of kernels.
 
-A call that does the same to other memory is played from the tape, without the Python in between.
+A call that does the same with other memory is played from the tape, without the Python code in between.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import driver
 
 ALLOCATING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-"""Operators that write nothing to the memory that they allocate."""
+"""Operators that only allocate memory."""
 
 OF_DTYPES = {"promote_types", "result_type"}
-"""Operators that return no tensor, and depend on no value of one."""
+"""Operators that return no tensor, and do not depend on the values of tensors."""
 
 ADD, ADD_IN_PLACE = torch.ops.aten.add.Tensor._op, torch.ops.aten.add_.Tensor._op
 
@@ -35,7 +35,7 @@ class Place(NamedTuple):
     stride: tuple[int, ...]
 
     offset: int
-    """In entries, from the first one of the owner."""
+    """Entries from the start of the owner."""
 
 
 class _Owner(NamedTuple):
@@ -55,11 +55,11 @@ class _Instruction(NamedTuple):
     only_allocates: bool = False
 
     in_place: tuple[int, Step] | None = None
-    """A step that does the same in the memory of this tensor, if nothing takes that afterwards."""
+    """A step that does the same in the memory of this tensor, if no later step needs that memory."""
 
 
 class Pass:
-    """A forward or a backward pass, as it is taken down."""
+    """A forward or a backward pass while it is recorded."""
 
     def __init__(self, inputs: list[int]) -> None:
         self.inputs = inputs
@@ -72,16 +72,16 @@ class Pass:
 
 
 class Recorder:
-    """Takes down what the passes of a call do while they run."""
+    """Records the passes of a call while they run."""
 
     def __init__(self) -> None:
         self.failure: str | None = None
-        """Why no tape can repeat the call."""
+        """Reason why no tape can repeat the call."""
 
         self._pass = Pass([])
         self._owners: list[_Owner] = []
         self._number_of: dict[int, int] = {}
-        # While there is a reference to a storage, no other one gets its number.
+        # A reference to a storage keeps its number from being used again.
         self._storages: list[StorageWeakRef] = []
 
     @property
@@ -89,13 +89,13 @@ class Recorder:
         return len(self._owners)
 
     def fail(self, reason: str) -> bool:
-        """Give up, if it has not been done before."""
+        """Give up, unless this happened before."""
         self.failure = self.failure or reason
         return False
 
     @contextmanager
     def running(self, inputs: Sequence[Tensor]) -> Iterator[Pass]:
-        """Take down the next pass. Inputs are tensors whose memory no pass of the call allocates."""
+        """Record the next pass. Inputs are tensors whose memory no pass of the call allocates."""
         if not all(map(self._is_new, inputs)) or len({each.untyped_storage()._cdata for each in inputs}) < len(inputs):
             self.fail("two inputs share memory")
         self._pass = Pass([self._add(each) for each in inputs])
@@ -113,7 +113,7 @@ class Recorder:
         return Place(number, tensor.shape, tensor.stride(), offset)
 
     def launch(self, tensors: Sequence[Tensor], parts: Sequence[tuple[int, int]], ready: Sequence[Any]) -> None:
-        """Take down launches of which all but addresses is known, as a `Launcher` keeps them."""
+        """Record launches that are known except for addresses, as a `Launcher` keeps them."""
         if not self._has(tensors):
             return
         numbers = [self._number(each) for each in tensors]
@@ -129,7 +129,7 @@ class Recorder:
     def call(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Sequence[Any]
     ) -> None:
-        """Take down a call of a function that is to be called again."""
+        """Record the call of a function, to be repeated."""
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         if not self._has(tensors):
             return
@@ -141,12 +141,12 @@ class Recorder:
         numbers = [self._number(each) for each in tensors]
         in_place = None
         if function is ADD and len(numbers) == 2 and self._is_alike(tensors[0], outputs[0]):
-            # So does autograd add up gradients, but not while a mode takes them down.
+            # Autograd adds up gradients in the same way, but not while a mode records it.
             in_place = numbers[0], _calling(ADD_IN_PLACE, getters, [*kwargs], made)
         self._pass.instructions.append(_Instruction({*numbers}, makes, step, in_place=in_place))
 
     def operator(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        """Take down an operator of PyTorch."""
+        """Record an operator of PyTorch."""
         name, schema = func.overloadpacket.__name__, func._schema
         results = result if isinstance(result, (tuple, list)) else (result,)
         outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
@@ -155,7 +155,7 @@ class Recorder:
         if not outputs and not schema.is_mutable:
             self.fail(f"{name} returns no tensor")
         elif name == "lift_fresh":
-            # A constant of Python. The call may change its copy.
+            # A Python constant. The call may change its copy.
             self.call(result.clone().clone, (), {}, results)
         elif name in ALLOCATING:
             number = self._add(outputs[0])
@@ -164,10 +164,10 @@ class Recorder:
             self._pass.instructions.append(_Instruction(set(), [number], step, True))
         elif schema.is_mutable or any(map(self._is_new, outputs)):
             self.call(func._op, args, kwargs, results)
-        # Else it gives views.
+        # Otherwise the operator returns views.
 
     def getter(self, place: Place) -> Callable[[list[Any]], Tensor]:
-        """A function that makes a tensor from those that own memory."""
+        """A function that makes a tensor from the tensors that own memory."""
         number, size, stride, offset = place
         if place == self._owners[number].place:
             return lambda owners: owners[number]
@@ -202,13 +202,13 @@ class Recorder:
         return number
 
     def _is_alike(self, tensor: Tensor, other: Tensor) -> bool:
-        """True for two tensors that own memory of the same layout and dtype."""
+        """True for two tensors that own memory and have the same layout and dtype."""
         places = [self.place_of(each) for each in (tensor, other)]
         own = all(each == self._owners[each.owner].place for each in places)
         return own and places[0][1:] == places[1][1:] and tensor.dtype == other.dtype
 
     def _has(self, tensors: Sequence[Tensor]) -> bool:
-        """True if tensors are of the call, and there is to be a tape."""
+        """True if all tensors belong to the call, and recording has not failed."""
         if self.failure is not None:
             return False
         if any(map(self._is_new, tensors)):
@@ -218,9 +218,9 @@ class Recorder:
         return True
 
     def _can_repeat(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        """True if an operator makes as many entries for other values, and writes to memory of this pass alone."""
+        """True if an operator's result sizes do not depend on values, and it writes only to memory of this pass."""
         name, parameters = func.overloadpacket.__name__, func._schema.arguments
-        # A pass that runs once more would draw others.
+        # A repeated pass would draw other random numbers.
         if torch.Tag.nondeterministic_seeded in func.tags and "dropout_p" not in {each.name for each in parameters}:
             return self.fail(f"{name} draws random numbers")
         if torch.Tag.dynamic_output_shape in func.tags and not _takes_integers(name, args):
@@ -234,13 +234,14 @@ class Recorder:
 
 
 def _takes_integers(name: str, args: Sequence[Any]) -> bool:
-    """True for an operator that indexes by integers: by truth values, how many entries there are depends on these."""
+    """True for an operator that indexes by integers. With booleans, the number of entries would depend on their
+    values."""
     indices = tree_leaves(args[1]) if name == "index" else []
     return bool(indices) and all(each is None or each.dtype in (torch.int32, torch.int64) for each in indices)
 
 
 class _Mode(TorchDispatchMode):
-    """Tells a recorder of operators. PyTorch takes it along to the threads of a backward pass."""
+    """A mode that passes operators to a recorder. PyTorch carries it to the threads of a backward pass."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -253,7 +254,7 @@ class _Mode(TorchDispatchMode):
 
 
 def current_recorder() -> Recorder | None:
-    """The one that takes down what this thread does; None if there is none, or another mode beside it."""
+    """The recorder of this thread; None if there is none, or if another mode is active as well."""
     if torch._C._len_torch_dispatch_stack() != 1:
         return None
     mode = torch._C._get_dispatch_stack_at(0)
@@ -264,10 +265,10 @@ class Tape:
     """A pass, to be played.
 
     Args:
-        given: numbers of the tensors that it is handed.
-        taken: as it was taken down.
-        results: places of the tensors that it gives; None for none.
-        keep: numbers of the tensors that it hands over to a later pass.
+        given: numbers of its input tensors.
+        taken: the recorded pass.
+        results: places of the tensors that it returns; None for no tensor.
+        keep: numbers of the tensors that it passes on to a later pass.
     """
 
     def __init__(
@@ -282,7 +283,7 @@ class Tape:
         self._results = [None if each is None else recorder.getter(each) for each in results]
         self._steps: list[Step] = []
         needed = {*keep, *(each.owner for each in results if each is not None)}
-        # From the last step to the first: memory is free after the step that uses it last.
+        # From the last step to the first: memory is freed after the last step that uses it.
         for instruction in reversed(taken.instructions):
             if instruction.only_allocates and needed.isdisjoint(instruction.makes):
                 continue
@@ -296,21 +297,21 @@ class Tape:
         self._given = [number if number in needed else None for number in given]
 
     def play(self, tensors: list[Tensor], device: int) -> tuple[list[Any], list[Tensor]]:
-        """Do the same to the memory of other tensors, which are taken out of the list.
+        """Repeat the pass with the memory of other tensors, which are removed from the list.
 
         Returns:
-            Results, each a tensor or None, and what is kept.
+            Results, each a tensor or None, and the kept tensors.
         """
         owners: list[Any] = [None] * self._n_owners
         addresses = [0] * self._n_owners
         for number in self._given:
-            # Out of the list, so that it can be freed.
+            # Removed from the list, so that it can be freed.
             tensor = tensors.pop(0)
             if number is not None:
                 owners[number], addresses[number] = tensor, tensor.data_ptr()
         del tensor
         stream = driver.active.get_current_stream(device) if device >= 0 else 0
-        # Operators were taken down below all three.
+        # The operators were recorded below all three.
         with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast(), torch._C.DisableTorchFunction():
             for step in self._steps:
                 step(owners, addresses, stream)
@@ -321,7 +322,7 @@ class Tape:
 def _allocating(number: int, owner: _Owner) -> Step:
     (_, shape, stride, _), dtype, device = owner[:3]
     size = tuple(shape)
-    # As Inductor allocates, in half the time: on the current device, which is that of the call.
+    # Allocated as Inductor does, in half the time: on the current device, which is that of the call.
     allocate = _empty_strided_cuda if device.type == "cuda" else _empty_strided_cpu
 
     def step(owners: list[Any], addresses: list[int], stream: int) -> None:
@@ -336,7 +337,7 @@ def _launching(ready: Any, places: Sequence[tuple[int, int]]) -> Step:
 
     def step(owners: list[Any], addresses: list[int], stream: int) -> None:
         taken = [addresses[owner] + offset for owner, offset in places]
-        # A reference to all that is ready holds the kernel that the function is of.
+        # A reference to this object keeps the kernel of the function alive.
         run(programs, 1, 1, stream, function, ready.metadata, None, None, None, *taken, *rest)
 
     return step
@@ -348,7 +349,7 @@ def _calling(
     names: list[str],
     made: list[int | None],
 ) -> Step:
-    """Call a function with arguments, of which the last go by names."""
+    """Call a function with arguments, the last of which are passed by name."""
     unnamed = len(getters) - len(names)
 
     def step(owners: list[Any], addresses: list[int], stream: int) -> None:

@@ -1,6 +1,6 @@
-"""The bias of a product and the GELU after it, in one pass each way.
+"""The bias of a product and the GELU after it, in one pass each for forward and backward.
 
-PyTorch's products add a bias on their way out, but the gradient of the bias is a sum over all tokens, by a kernel that
+PyTorch's products add a bias to their result, but the gradient of the bias is a sum over all tokens, by a kernel that
 reads the gradient of the product once more. Here each program of the backward pass adds up its share of that sum, and
 the last programs add up the shares.
 """
@@ -39,8 +39,8 @@ _operation = Operation("biased_gelu", _forward, _backward, outputs=("y", "arriva
 def biased_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """`reference.biased_gelu` in one read and one write, and in one sweep backward, with the gradient of the bias.
 
-    The backward pass needs x. Results are bitwise equal from run to run. A CPU tensor, one of fp64, and rows of more
-    than 8192 features get the same mathematics in PyTorch.
+    The backward pass needs x. Results are bitwise equal from run to run. PyTorch computes CPU tensors, fp64, and rows
+    of more than 8192 features by the same mathematics.
 
     Args:
         x: `... d`, any float dtype. Any strides.
@@ -50,8 +50,8 @@ def biased_gelu(x: Tensor, bias: Tensor) -> Tensor:
         `... d`, in the dtype of x.
 
     Raises:
-        ValueError: x is of no float dtype, or shapes do not match.
-        NotImplementedError: a second derivative or forward mode is asked for, but on the CPU.
+        ValueError: x is not of a float dtype, or shapes do not match.
+        NotImplementedError: for a second derivative or forward mode, except on the CPU.
     """
     check_biased_gelu(x, bias)
     if torch.float64 in (x.dtype, bias.dtype) or x.shape[-1] > WIDEST_BIASED_GELU or not runs_triton(x):

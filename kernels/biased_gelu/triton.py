@@ -1,4 +1,4 @@
-"""Kernels of `kernels.biased_gelu`: one program for some rows forward, a sweep over all of them backward."""
+"""Kernels of `kernels.biased_gelu`: forward, a program computes some rows; backward, programs sweep over all rows."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ DENSITY_AT_0: tl.constexpr = tl.constexpr(0.3989422804014327)
 
 @triton.jit
 def _load(x_ptr, bias_ptr, rows, columns, stride, n_rows, d):
-    """Rows with the bias, in fp32, and which entries there are."""
+    """Rows with the bias added, in fp32, and a mask of valid entries."""
     there = (rows < n_rows)[:, None] & (columns < d)[None, :]
     x = tl.load(x_ptr + rows[:, None] * stride + columns[None, :], mask=there, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + columns, mask=columns < d, other=0.0).to(tl.float32)
@@ -43,7 +43,7 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """ROWS rows."""
+    """Compute ROWS rows."""
     clear_arrivals(arrivals_ptr)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
@@ -68,7 +68,7 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Every so many-th tile of ROWS rows."""
+    """Compute every `programs`-th tile of ROWS rows."""
     columns = tl.arange(0, BLOCK_D)
     dbias = tl.zeros([ROWS, BLOCK_D], tl.float32)
     program, programs = tl.program_id(0), tl.num_programs(0)

@@ -1,9 +1,9 @@
-"""The branches of a routed layer and its residual in one sum, each of them read once.
+"""The branches of a routed layer and its residual in one sum that reads each of them once.
 
-A map `b n` tells of every token which routed one stands in its place, if any. The backward pass gathers the gradient of
-what was routed; only where a gradient is wanted in another dtype, as that of a light branch under autocast, or the one
-of the null token is, does it read the whole. Each program adds up its share of the latter, and the last programs add up
-the shares.
+A map `b n` has, for each token, the index of its routed token, if any. The backward pass gathers the gradient of routed
+tokens. It reads the gradients of all tokens only for the gradient of the null token, or for a gradient in another
+dtype, as of a light branch under autocast. For the null token, each program adds up its share of the sum, and the last
+programs add up the shares.
 """
 
 import torch
@@ -56,7 +56,7 @@ def _backward(
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of routed tokens and scores, of vectors, and of a light branch of another dtype. Vectors are the null
-    token, or this, bias and bias of routed tokens, one below the other, or none."""
+    token, or null token, bias and bias of routed tokens as rows of one tensor, or none."""
     drouted, dscores = routed.new_empty(routed.shape), scores.new_empty(scores.shape)
     dlight = None if light_dtype is None else grad_output.new_empty(grad_output.shape, dtype=light_dtype)
     n_sums = 3 if has_bias or routed_bias is not None else int(has_null)
@@ -107,7 +107,7 @@ def combine(
     start: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`reference.combine` in one pass, in fp32 and rounded once.
+    """`reference.combine` in one pass, computed in fp32 and rounded once.
 
     Results are bitwise equal from run to run. PyTorch computes CPU tensors, fp64, and tokens of more than 8192 features
     by the same mathematics.
@@ -120,9 +120,9 @@ def combine(
         length: n, of the sequence.
         null: `d`; None means 0.
         light, residual: `b n d`; None means 0. Any strides.
-        bias, routed_bias: `d`, of a light branch and of routed tokens that lack them; None means 0.
-        start: the first token that null applies to.
-        dtype: dtype of the result, by default the one that all of these promote to.
+        bias, routed_bias: `d`, added to a light branch and to routed tokens computed without them; None means 0.
+        start: the first token that may be null.
+        dtype: dtype of the result, by default the promoted dtype of all these.
 
     Returns:
         `b n d`.

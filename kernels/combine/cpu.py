@@ -1,4 +1,4 @@
-"""`kernels.combine` in PyTorch: a CPU tensor gets this."""
+"""`kernels.combine` in PyTorch, for CPU tensors."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ def combine(
     start: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The sum of what is there for all tokens, to which routed ones are added."""
+    """The sum of the terms that exist for all tokens, to which routed ones are added."""
     (batch, _, d), device = routed.shape, routed.device
     wide = torch.promote_types(dtype, torch.float32)
     out = torch.zeros(1, 1, d, dtype=wide, device=device)

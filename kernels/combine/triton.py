@@ -1,4 +1,4 @@
-"""Kernels of `kernels.combine`: the map of routed tokens, their sum with what else there is, and the gradients."""
+"""Kernels of `kernels.combine`: the map of routed tokens, their sum with the other terms, and the gradients."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from kernels._common.shares import add_up_shares, clear_arrivals, new_shares, sh
 from kernels._common.tensors import multiprocessors
 
 LONGEST = 8192
-"""Most features that the kernel takes; more are left to PyTorch."""
+"""Most features that the kernel supports; PyTorch computes more."""
 
 
 PLACES, INDICES = 8192, 1024
@@ -30,12 +30,12 @@ def _places_kernel(
     PLACES: tl.constexpr,
     INDICES: tl.constexpr,
 ):
-    """A program writes some places of one sequence."""
+    """Write some places of one sequence."""
     clear_arrivals(arrivals_ptr)
     batch, start = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * PLACES
     places = start + tl.arange(0, PLACES)
     tl.store(slots_ptr + batch * n + places, -1, mask=places < n)
-    # Threads write over places of others.
+    # Threads overwrite places of other threads.
     tl.debug_barrier()
     for first in range(0, k, INDICES):
         numbers = first + tl.arange(0, INDICES)
@@ -71,7 +71,7 @@ def _forward_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_ROUTED_BIAS: tl.constexpr,
 ):
-    """ROWS tokens."""
+    """Compute ROWS tokens."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)[None, :]
     there = (rows < n_rows)[:, None] & (columns < d)
@@ -103,7 +103,7 @@ def _differentiate_routed(
     grad_output_ptr, routed_ptr, scores_ptr, indices_ptr, routed_bias_ptr, drouted_ptr, dscores_ptr, grad_output_stride,
     routed_stride, program, n_routed, k, n, d, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS routed tokens. What has no place has no gradient."""
+    """Gradients of ROWS routed tokens. A token without a place has no gradient."""
     slots = program * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)[None, :]
     there = (slots < n_routed)[:, None] & (columns < d)
@@ -130,7 +130,7 @@ def _differentiate_others(
     program, programs, n_rows, d, n, start, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_NULL: tl.constexpr,
     HAS_START: tl.constexpr, CASTS_LIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROUTED_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Every so many-th tile of ROWS tokens."""
+    """Gradients through every `programs`-th tile of ROWS tokens."""
     columns = tl.arange(0, BLOCK_D)[None, :]
     dnull = tl.zeros([ROWS, BLOCK_D], tl.float32)
     dbias = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -192,7 +192,7 @@ def _backward_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_ROUTED_BIAS: tl.constexpr,
 ):
-    """The first programs sweep over all tokens, each of the others has some routed ones."""
+    """The first programs sweep over all tokens; each other program has some routed tokens."""
     program = tl.program_id(0)
     if program < of_others:
         _differentiate_others(
@@ -216,7 +216,7 @@ def _plan_places(batch: int, n: int) -> Plan:
 
 @Launcher
 def launch_places(indices: Tensor, slots: Tensor, arrivals: Tensor) -> Iterator[Launch]:
-    """Write to slots `b n`, int32, which of all routed tokens `b k` is in a place; -1 where there is none."""
+    """Write the map to slots `b n`, int32: the index of the routed token `b k` in each place, or -1."""
     (batch, k), n = indices.shape, slots.shape[1]
     plan = _plan_places(batch, n)
     yield Launch(_places_kernel, plan, indices, slots, arrivals, k, n, plan.pieces)
@@ -235,8 +235,8 @@ def launch_forward(
     start: int,
     out: Tensor,
 ) -> Iterator[Launch]:
-    """Write the sum `b n d` of routed tokens `(b k) d` and the optional terms `(b n) d`, by the map of `map_slots`.
-    Null stands for tokens from start on."""
+    """Write the sum `b n d` of routed tokens `(b k) d` and the optional terms `(b n) d`, by the map of `map_slots`. The
+    null token is used from the token `start` on."""
     n_rows, d = slots.numel(), routed.shape[1]
     yield Launch(
         _forward_kernel,
@@ -292,7 +292,8 @@ def launch_backward(
 ) -> None:
     """Write the gradients of routed tokens and of their scores.
 
-    A light branch has one as well, if it is wanted. Those of vectors are the sums `sums d`, of which there may be none.
+    The gradient of the light branch is written as well, if it is needed. Gradients of vectors are the sums `sums d`, of
+    which there may be none.
     """
     n_sums, d = sums.shape
     programs = _plan(grad_output, indices, n_sums > 0).pieces if n_sums else 0

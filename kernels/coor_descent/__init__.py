@@ -1,4 +1,4 @@
-"""`kernels.coor_descent`, and the parts of it that other operations take."""
+"""`kernels.coor_descent`, and its parts that other operations use."""
 
 from kernels.coor_descent.api import coor_descent, descend_rows, descend_rows_backward
 from kernels.coor_descent.backward import LARGEST, MAX_SHIFT, direct_gradient

@@ -1,13 +1,13 @@
-"""Coordinate descent on a scalar state: one number a row instead of two vectors, with a closed-form gradient.
+"""Coordinate descent on a scalar state: one number per row instead of two vectors, with a closed-form gradient.
 
 After its first step the recurrence of `reference.coor_descent` depends on the scores only through
-`a <- e (log k - log sum exp(min(s, -a) / e))`, one fp64 scalar a row (docs/design.md, sections 2 to 4). With
+`a <- e (log k - log sum exp(min(s, -a) / e))`, one fp64 scalar per row (docs/design.md, sections 2 to 4). With
 
     anchor h = min(max s, -a),     weights w = exp((s - base) / e)
 
-an iteration is `S = sum min(w exp((base - h) / e), 1)` and `a = e (log k - log S) - h`. While the temperature is the
-same, the weights are, and with r = exp((a + base) / e) it is `r = k max(r, exp((base - max s) / e)) / S`, where
-`S = sum min(w max(r, exp((base - max s) / e)), 1)`: a multiplication, a minimum and an addition for an entry.
+an iteration is `S = sum min(w exp((base - h) / e), 1)` and `a = e (log k - log S) - h`. The weights stay the same while
+the temperature does. With r = exp((a + base) / e) an iteration then is `r = k max(r, exp((base - max s) / e)) / S`,
+where `S = sum min(w max(r, exp((base - max s) / e)), 1)`: a multiplication, a minimum and an addition per entry.
 """
 
 import torch
@@ -33,7 +33,7 @@ def descend_rows(
     eps_decay: float,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The relaxed selection `rows n`, and the state that its gradient needs beside the scores: nothing of size n."""
+    """The relaxed selection `rows n`, and the state for its gradient, without a tensor of size n."""
     state = allocate_state(scores, n_iters, save)
     if not runs_triton(scores) and has_values(scores):
         wide_k, steps = cpu.wide_k(scores, k_rows, k), list(epsilon_schedule(n_iters, eps, first, eps_decay))
@@ -56,13 +56,13 @@ def descend_rows_backward(
     first: float,
     eps_decay: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the scores and, if it has one entry a row, of k."""
+    """Gradients of the scores and, if k has one entry per row, of k."""
     if not runs_triton(scores) and has_values(scores):
         wide_k, steps = cpu.wide_k(scores, k_rows, k), list(epsilon_schedule(n_iters, eps, first, eps_decay))
         ds, wide_dk = cpu.backward(grad_y, scores, mask, wide_k, steps, *views_of(state))
         return ds, None if k_rows is None else wide_dk
     ds = torch.empty_like(scores, memory_format=torch.contiguous_format)
-    # Each allocation takes its share of a short call.
+    # Each allocation takes a considerable share of a short call.
     dk = None if k_rows is None else scores.new_empty(scores.shape[0], dtype=torch.float64)
     if has_values(scores):
         given = (as_rows(grad_y), scores, mask, k_rows, k, n_iters, eps, first, eps_decay)

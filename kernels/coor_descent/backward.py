@@ -1,4 +1,4 @@
-"""Backward pass of `kernels.coor_descent`: one reduction, then every chunk of a row on its own."""
+"""Backward pass of `kernels.coor_descent`: one reduction, then each chunk of a row independently."""
 
 from collections.abc import Iterator
 
@@ -31,13 +31,13 @@ from kernels.coor_descent.forward import cooling_iterations, from_origin
 from kernels.coor_descent.state import row_state
 
 CHUNK = 4096
-"""Entries of a row that one program of the backward pass handles."""
+"""Entries of a row per program of the backward pass."""
 
 IN_THREAD = 16
-"""Entries of a row in a thread, each of which needs four registers and more."""
+"""Entries of a row per thread; each needs at least four registers."""
 
 REGISTERS = 128
-"""Most registers of a thread, but for addresses."""
+"""Most registers per thread, without addresses."""
 
 MAX_SHIFT: tl.constexpr = tl.constexpr(constants.MAX_SHIFT)
 LARGEST: tl.constexpr = tl.constexpr(constants.LARGEST)
@@ -46,11 +46,12 @@ LARGEST: tl.constexpr = tl.constexpr(constants.LARGEST)
 @triton.jit
 def direct_gradient(scores, grad_output, a, temperature, factor):
     """The gradient of the scores through the output alone, at constant a. It is g y / temperature where y < 1, and 0
-    for a score of -inf, however large g is there."""
+    for a score of -inf, even if g is infinite there."""
     slope, offset, rest = exponent_line(-a, factor)
     scale = exp2(tl.minimum(rest, 1.0).to(tl.float32)) * inverse(temperature).to(tl.float32)
     power = exp2_line(scores, slope, offset)
-    # By the exponential and not by the score: the compiler would keep the outcome for each entry over all iterations.
+    # Compared by the exponential: with the score, the compiler would keep the outcome for each entry during all
+    # iterations.
     return tl.where((scores > per_row(round_down(-a))) | (power == 0), 0.0, grad_output * power * per_row(scale))
 
 
@@ -73,7 +74,7 @@ def _grad_a_kernel(
     WIDTH: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """The part of one chunk of a row in the gradient of the last a."""
+    """The contribution of one chunk of a row to the gradient of the last a."""
     rows = tl.program_id(0) // chunks + tl.arange(0, ROWS).to(tl.int64)
     columns = (tl.program_id(0) % chunks) * (REPEATS * WIDTH) + tile_columns(REPEATS, WIDTH)
     scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
@@ -116,7 +117,7 @@ def _backward_kernel(
     HAS_K: tl.constexpr,
 ):
     """Gradient of ROWS whole rows, or of one chunk of a row, from the last iteration to the first."""
-    # Known to the compiler where a program has whole rows.
+    # A constant for the compiler if a program has whole rows.
     chunks = 1 if SLOTS == 1 else chunks
     rows = (tl.program_id(0) // chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     chunk = tl.program_id(0) % chunks
@@ -129,15 +130,15 @@ def _backward_kernel(
     temperature_ptr = row_state(state_ptr, n_rows + tl.zeros((), tl.int64), n_iters) + n_iters
     last_a = tl.load(a_ptrs, mask=row_exists, other=0.0)
     last_temperature, last_factor = tl.load(temperature_ptr), tl.load(temperature_ptr + n_iters + 1)
-    # The numbers of an iteration and row are read one iteration ahead.
+    # The numbers of an iteration and row are loaded one iteration ahead.
     ratio = tl.load(a_ptrs + n_iters + 1, mask=row_exists, other=0.0)
     previous = tl.load(a_ptrs - 1, mask=row_exists & (n_iters > 1), other=0.0)
 
     scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
     origin = tl.load(a_ptrs + 1, mask=row_exists, other=0.0).to(tl.float32)
     inverse_k = inverse(load_k(k_ptr, rows, k, n_rows, HAS_K))
-    # Loads come before the branch on the origin, which they would wait for. Without that branch, which is seldom taken,
-    # the compiler would subtract the origin anew in each iteration.
+    # Loads are before the branch on the origin, for which they would have to wait. Without that branch, which is rarely
+    # taken, the compiler would subtract the origin again in each iteration.
     if SLOTS == 1:
         grad_output = tl.load(grad_output_ptrs, mask=exists, other=0.0).to(tl.float32)
         scores = from_origin(scores, origin)
@@ -152,7 +153,7 @@ def _backward_kernel(
         scores = from_origin(scores, origin)
 
     # The iterations of the last temperature share weights w = exp((s - base) / e) as long as their a are close. Only
-    # the coefficients of w add up: an exponential for each such run, not for each iteration.
+    # the coefficients of w add up: one exponential for each such run instead of one for each iteration.
     through_a = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
     coefficients = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
     weights = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
@@ -168,7 +169,7 @@ def _backward_kernel(
             coefficients = tl.zeros([REPEATS, ROWS, WIDTH], tl.float32)
             slope, offset, rest = exponent_line(-a, last_factor)
             base = rest * inverse(slope.to(tl.float64)) - a
-            # At most k for an entry below the threshold; above it the weight is not used and must not overflow.
+            # At most k for an entry below the threshold. Above it the weight is not used but must not overflow.
             weights = tl.minimum(exp2_line(scores, slope, offset), LARGEST)
         coefficient = (grad_a * inverse_k).to(tl.float32) * exp2_wide((a + base) * last_factor)
         limit = per_row(round_down(-previous))
@@ -194,7 +195,7 @@ def _backward_kernel(
         a, previous, ratio = previous, next_previous, next_ratio
     dk = (dk + grad_a * tl.load(row_state(state_ptr, n_rows + tl.zeros((), tl.int64), n_iters))) * inverse_k
 
-    # Read and computed again, and not kept: registers decide how many rows are under way.
+    # Read and computed again instead of kept: registers limit how many rows are processed at a time.
     again = opaque(rows)
     last_a = tl.load(row_state(state_ptr, again, n_iters) + n_iters - 1, mask=row_exists, other=0.0)
     grad_output = tl.load(
@@ -210,7 +211,7 @@ def _backward_kernel(
 
 @planner
 def _plan_sums(n_rows: int, n: int, aligned: bool) -> Plan:
-    """Pieces are chunks, each of which has a program."""
+    """Pieces are chunks, each with a program."""
     chunks = triton.cdiv(n, CHUNK)
     tile = tile_settings(min(n, CHUNK), IN_THREAD)
     registers = REGISTERS + registers_of_addresses(tile, aligned)
@@ -219,7 +220,8 @@ def _plan_sums(n_rows: int, n: int, aligned: bool) -> Plan:
 
 @planner
 def _plan(n_rows: int, n: int, aligned: bool) -> Plan:
-    """The same, and how many chunks a program looks at at a time. Few sizes of that serve all lengths."""
+    """The plan of chunks, and the number of chunks that a program reads at a time. Few different sizes serve all
+    lengths."""
     plan = _plan_sums(n_rows, n, aligned)
     slots = next(size for size in (1, 128, 1024) if plan.pieces <= size or size == 1024)
     return plan._replace(settings={**plan.settings, "SLOTS": slots})
@@ -240,7 +242,7 @@ def launch_backward(
     ds: Tensor,
     dk: Tensor,
 ) -> Iterator[Launch]:
-    """Write the gradient of the scores to `ds`, and that of a k with one entry a row to `dk`."""
+    """Write the gradient of the scores to `ds`, and that of a k with one entry per row to `dk`."""
     n_rows, n = scores.shape
     strides = (grad_output.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
     aligned = (n | address(scores) | strides[0] | strides[1] | strides[2]) % 16 == 0

@@ -1,8 +1,8 @@
-"""The scalar-state algorithm of `kernels.coor_descent`, vectorised: what a CPU tensor gets.
+"""The scalar-state algorithm of `kernels.coor_descent`, vectorised, for CPU tensors.
 
-The recurrence runs on one fp64 number a row (docs/design.md, section 2); everything elementwise stays in the dtype of
-the scores, or fp32 for half precision, in as few buffers of their size as will do: to touch memory for the first time
-takes longer than to compute what goes into it.
+The recurrence runs on one fp64 number per row (docs/design.md, section 2). Elementwise operations stay in the dtype of
+the scores, or fp32 for half precision. They use as few buffers of that size as possible, because the first access to
+memory takes longer than the computation of its values.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +19,11 @@ Sums = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray | float]]
 """A function from thresholds and anchors of rows to the sums of an iteration, and the counts of entries above."""
 
 ENTRIES_OF_A_THREAD = 32768
-"""Entries that PyTorch gives a thread at least, in elementwise operations."""
+"""Fewest entries that PyTorch gives to a thread in elementwise operations."""
 
 PASSES_OF_A_SORT = 8
-"""Iterations of one temperature from which on a sort pays in one thread. It takes as long as 2 where NumPy sorts with
-the widest instructions of a CPU, and several times that elsewhere."""
+"""Fewest iterations of one temperature for which a sort pays off in one thread. A sort takes as long as 2 iterations if
+NumPy sorts with the widest instructions of a CPU, and several times as long otherwise."""
 
 
 def forward(
@@ -31,11 +31,11 @@ def forward(
     mask: Tensor | None,  # rows n
     k: Tensor,  # rows, fp64
     temperatures: list[float],
-    kept: Sequence[Tensor] | None,  # fp64: receive a_t and the share of the sum above it, rows n_iters; origins, rows 1
+    kept: Sequence[Tensor] | None,  # fp64, outputs: a_t and share of the sum above, rows n_iters; origins, rows 1
 ) -> Tensor:
     """The relaxed selection `rows n`; see `kernels.coor_descent`.
 
-    Scores and a count from the origin of a row, which is 0 unless all scores are far below.
+    Scores and a are relative to the origin of a row, which is 0 unless all scores are far below.
     """
     rows, n = scores.shape
     s = _working_copy(scores, mask)
@@ -43,7 +43,7 @@ def forward(
     *temperatures, last_temperature = temperatures
     is_ordered = False
 
-    # NumPy for numbers of rows: on few of them, a call of PyTorch takes several times as long.
+    # NumPy for numbers per row: with few rows, a call of PyTorch takes several times as long.
     with np.errstate(all="ignore"):
         max_score = s.amax(dim=-1).double().numpy()
         n_valid = np.where(max_score < np.inf, _count_above(s, -np.inf, work), np.nan)
@@ -67,7 +67,7 @@ def forward(
             else:
                 sums = partial(_sums_of_all, s, work, temperature, kept is not None)
             for _ in range(stretch):
-                # The largest of min(s, -a), which keeps the sum from under- and overflowing.
+                # The largest min(s, -a) protects the sum from underflow and overflow.
                 anchor = np.minimum(max_score, -a)
                 total, above = sums(-a, anchor)
                 total = np.where(empty, 1.0, total)
@@ -85,10 +85,10 @@ def forward(
 
 
 def sorting_pays(stretch: int, entries: int) -> bool:
-    """True if iterations of one temperature take less time with the scores in order.
+    """True if iterations of one temperature take less time with sorted scores.
 
-    A sort and running sums take as long as some passes over the scores. PyTorch divides a pass among its threads, at
-    least `ENTRIES_OF_A_THREAD` for each of them; NumPy sorts in one.
+    A sort and running sums take as long as several passes over the scores. PyTorch divides a pass among its threads,
+    with at least `ENTRIES_OF_A_THREAD` entries each; NumPy sorts in one thread.
     """
     threads = max(min(torch.get_num_threads(), entries // ENTRIES_OF_A_THREAD), 1)
     return stretch >= PASSES_OF_A_SORT * threads
@@ -99,15 +99,15 @@ def _sums_of_all(
 ) -> tuple[np.ndarray, np.ndarray | float]:
     """Sums of exp((min(s, threshold) - anchor) / temperature) by row, and, if asked for, counts above the threshold.
 
-    Each is a pass over all entries."""
+    Each call is a pass over all entries."""
     terms = _exp_above(s, torch.from_numpy(anchor), temperature, out=work).clamp_(max=1.0)
     total = terms.sum(dim=-1, dtype=torch.float64).numpy()
     return total, _count_above(s, threshold, work) if counts else 0.0
 
 
 def _sums_of_ordered(ordered: Tensor, work: Tensor, temperature: float) -> Sums:
-    """The same sums of scores in ascending order, for one temperature. With running sums of their exponentials, a
-    threshold is to be found among them."""
+    """The same sums for scores in ascending order and one temperature. With running sums of their exponentials, only
+    the place of a threshold among them is searched for."""
     rows, n = ordered.shape
     running = torch.empty(rows, n + 1, dtype=torch.float64, device=ordered.device)
     row, base = np.arange(rows), np.full(rows, np.inf)
@@ -146,19 +146,19 @@ def backward(
     work = torch.empty_like(s)
     ds = _exp_above(s, -trace[:, -1], last_temperature, out=torch.empty_like(s)).clamp_(max=1.0)
     ds.mul_(grad_output).mul_(1.0 / last_temperature).mul_(torch.le(s, thresholds[:, -1:], out=work))
-    # However large the gradient from above is there.
+    # Also if the incoming gradient is infinite there.
     ds.masked_fill_(s == -torch.inf, 0.0)
 
-    # Each a hands its gradient on to the one before it, times the share of the sum above the threshold.
+    # The gradient of each a passes to the a before, times the share of the sum above the threshold.
     handed_on = torch.cat([ratio[:, 1:], torch.ones_like(ratio[:, :1])], dim=1)
     grad_a = handed_on.flip(1).cumprod(dim=1).flip(1) * ds.sum(dim=-1, dtype=torch.float64)[:, None]
 
-    # Iterations of one temperature whose a are close share the weights exp((s - base) / temperature). Only the
-    # coefficients of these add up.
+    # Iterations of one temperature with close a share the weights exp((s - base) / temperature). Only their
+    # coefficients add up.
     weights, coefficients = torch.empty_like(s), torch.empty_like(s)
     for start, stop in _runs(trace, temperatures):
         temperature, base = temperatures[start], -trace[:, stop - 1]
-        # At most k for an entry below the threshold; above it the weight is not used and must not overflow.
+        # At most k for an entry below the threshold. Above it the weight is not used but must not overflow.
         _exp_above(s, base, temperature, out=weights).clamp_(max=LARGEST)
         shares = torch.exp((trace[:, start:stop] + base[:, None]) / temperature)
         shares = (grad_a[:, start:stop] / k[:, None] * shares).to(s.dtype)
@@ -173,7 +173,8 @@ def backward(
 
 
 def _runs(trace: Tensor, temperatures: list[float]) -> Iterator[tuple[int, int]]:
-    """Stretches of iterations, the first one left out, of one temperature and with all a near the last, from behind."""
+    """Ranges of iterations, without the first one, of one temperature and with all a near the last; last range
+    first."""
     stop = len(temperatures)
     while stop > 1:
         temperature, start = temperatures[stop - 1], stop - 1
@@ -193,7 +194,7 @@ def wide_k(scores: Tensor, k_rows: Tensor | None, k: float) -> Tensor:
 
 
 def _working_copy(scores: Tensor, mask: Tensor | None, *, out: Tensor | None = None) -> Tensor:
-    """The scores in the dtype of the computation, -inf where there is none to take part."""
+    """The scores in the dtype of the computation, -inf for entries that take no part."""
     if out is None:
         wide = torch.promote_types(scores.dtype, torch.float32)
         out = torch.empty(scores.shape, dtype=wide, device=scores.device)
@@ -202,13 +203,13 @@ def _working_copy(scores: Tensor, mask: Tensor | None, *, out: Tensor | None = N
 
 
 def _move(s: Tensor, origins: Tensor) -> Tensor:
-    """Scores `rows n` of a working copy, counted from the origins of their rows."""
+    """Scores `rows n` in a working copy, relative to the origins of their rows."""
     return s.sub_(origins.to(s.dtype)) if origins.any() else s
 
 
 def _round_down(threshold: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The largest number of a dtype that is not above an fp64 threshold. Scores of that dtype compare with it as they
-    compare with the threshold."""
+    """The largest number of a dtype that is not above an fp64 threshold. It compares with scores of that dtype as the
+    threshold does."""
     nearest = threshold.astype(dtype)
     return np.where(nearest > threshold, np.nextafter(nearest, nearest.dtype.type(-np.inf)), nearest)
 
@@ -220,10 +221,10 @@ def _count_above(s: Tensor, threshold: np.ndarray | float, work: Tensor) -> np.n
 
 
 def _exp_above(s: Tensor, threshold: Tensor, temperature: float, *, out: Tensor) -> Tensor:
-    """exp((s - threshold) / temperature) for an fp64 threshold a row; out may be s.
+    """exp((s - threshold) / temperature) for an fp64 threshold per row; out may be s.
 
-    The threshold is used as an unevaluated pair of the dtype of s: rounded, it would shift every exponent of a row the
-    same way, and with them the next threshold.
+    The threshold is an unevaluated pair of numbers in the dtype of s: if rounded, it would shift every exponent of a
+    row in the same direction, and so the next threshold.
     """
     wide = threshold.numpy()[:, None]
     high = wide.astype(s.numpy().dtype)

@@ -1,4 +1,4 @@
-"""Forward pass of `kernels.coor_descent`: one program for several rows, several for one row, or rows streamed."""
+"""Forward pass of `kernels.coor_descent`: one program for several rows, several for one row, or streamed rows."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -47,14 +47,14 @@ from kernels.coor_descent.state import save_origin, save_step, save_temperature
 from reference._shared.arguments import epsilon_schedule
 
 RESIDENT = 16384
-"""Longest piece of a row that one program keeps in registers. It is twice as long if there is neither a mask nor a
-conversion, which need registers too."""
+"""Longest piece of a row that one program keeps in registers. It is twice as long without a mask and a conversion,
+which need registers too."""
 
 STREAMED = 8192
 """Entries that a program reads at a time from a row too long for the registers of the whole device."""
 
 IN_THREAD, STREAMED_IN_THREAD = 64, 16
-"""Entries in a thread, for the two."""
+"""Entries per thread, for rows in registers and for streamed rows."""
 
 MAX_SCALE: tl.constexpr = tl.constexpr(exp(constants.MAX_SHIFT))
 FAR: tl.constexpr = tl.constexpr(constants.FAR)
@@ -62,7 +62,7 @@ FAR: tl.constexpr = tl.constexpr(constants.FAR)
 
 @triton.jit
 def first_step(log_k, max_score, n_valid, temperature):
-    """a after the first iteration, and the highest score as fp64; finite for a row without a valid entry. Where the
+    """a after the first iteration, and the highest score as fp64. It is finite for a row without a valid entry. If the
     highest score is NaN or +inf, a is NaN."""
     a = temperature * (log_k - tl.log(n_valid))
     a = tl.where(max_score < float("inf"), a, float("nan"))
@@ -71,13 +71,13 @@ def first_step(log_k, max_score, n_valid, temperature):
 
 @triton.jit
 def origin_of(max_score, eps):
-    """Origin of scores and a of a row, fp32: 0, or the highest score where all are far below 0."""
+    """Origin of scores and a of a row, fp32: 0, or the highest score if all are far below 0."""
     return tl.where((max_score < -FAR * eps) & (max_score > -float("inf")), max_score, 0.0).to(tl.float32)
 
 
 @triton.jit
 def from_origin(scores, origin):
-    """Scores of a tile counted from the origin of their row."""
+    """Scores of a tile relative to the origin of their row."""
     if tl.min(origin, axis=0) < 0:
         scores -= per_row(origin)
     return scores
@@ -92,7 +92,7 @@ def cool(temperature, eps_decay, eps):
 
 @triton.jit
 def soft_selection(scores, a, factor, HAS_MASK: tl.constexpr):
-    """exp(min(s + a, 0) / temperature). NaN stays NaN, and masked entries are 0 also where a is not finite."""
+    """exp(min(s + a, 0) / temperature). NaN stays NaN, and masked entries are 0 even if a is not finite."""
     slope, offset, rest = exponent_line(-a, factor)
     # Below 1, unless the threshold is so far above all scores that their exponentials are 0.
     y = exp2_line(scores, slope, offset) * per_row(exp2(tl.minimum(rest, 1.0).to(tl.float32)))
@@ -133,12 +133,12 @@ def descend(
     HAS_K: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """Run all iterations on rows in registers. The results are weights w and an fp64 r a row, of which the output is
-    min(w r, 1); the last a, log2(e) over the temperature of the output, and the next step.
+    """Run all iterations on rows in registers. The results are weights w and an fp64 r per row, with the output min(w
+    r, 1); then the last a, log2(e) over the temperature of the output, and the next step.
 
-    The first `cooling` iterations have temperatures of their own. After them it stays, and so do the exponentials
-    w = exp((s - base) / e): with r = exp((a + base) / e), an iteration is r <- k r / sum min(w r, 1), without a
-    logarithm. Where the threshold, -a, gets far from the base, scores are read again for new weights.
+    The first `cooling` iterations have their own temperatures. After them the temperature stays, and so do the
+    exponentials w = exp((s - base) / e): with r = exp((a + base) / e), an iteration is r <- k r / sum min(w r, 1),
+    without a logarithm. If the threshold, -a, gets far from the base, scores are read again for new weights.
     """
     max_score = max_or_nan(highest_in_thread(scores, ROWS, WIDTH), 1)
     n_valid = tl.sum(count_in_thread(is_above(scores, -float("inf")), ROWS, WIDTH), axis=1).to(tl.float64)
@@ -169,7 +169,7 @@ def descend(
         if PROGRAMS > 1:
             step += 1
             total, above = exchange_sum(mailbox_ptr, step, part, total, above, PROGRAMS, SLOTS)
-        # The largest entry counts 1. Only a row without a valid one has a sum of 0, and no logarithm.
+        # The largest entry counts as 1. Only a row without a valid entry has a sum of 0, and no logarithm.
         total = tl.maximum(total, 0.5)
         a = temperature * (log_k - log_normal(total)) - anchor
         if SAVE:
@@ -182,7 +182,7 @@ def descend(
     for t in range(tl.maximum(cooling, 1), n_iters):
         scale = tl.where(r > r_max, r, r_max)
         clipped = clip_scaled(weights, per_row(scale.to(tl.float32)))
-        # An exponential grows with its score, so that comparing with that of the threshold is comparing scores.
+        # An exponential grows with its score, so comparing it with that of the threshold compares the scores.
         limit = exp2_line(per_row(below), slope, offset)
         total, above = sum_and_count(clipped, is_above(weights, limit), REPEATS, ROWS, WIDTH, SAVE)
         if PROGRAMS > 1:
@@ -209,8 +209,8 @@ def descend(
 
 @triton.jit
 def _weigh(scores, a, max_score, temperature):
-    """Weights of the scores at a base near the threshold -a. With slope and offset of their exponents, and a row's
-    base. Then exp((a + base) / e), and the same for the threshold at the highest score, as fp64."""
+    """Weights of the scores at a base near the threshold -a. With them, slope and offset of their exponents, and the
+    base of a row. Then exp((a + base) / e), and the same for the threshold at the highest score, as fp64."""
     factor = log2_e_over(temperature)
     threshold = -a
     anchor = tl.where(max_score < threshold, max_score, threshold)
@@ -228,7 +228,7 @@ def _relax_rows(
     WIDTH: tl.constexpr, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_K: tl.constexpr,
     SAVE: tl.constexpr,
 ):  # fmt: skip
-    """Rows, or one program's part of a row, from scores to output; the next step."""
+    """Compute rows, or one program's part of a row, from scores to output; return the next step."""
     scores = load_tile(scores_ptr, mask_ptr, rows, columns, scores_stride, mask_stride, n_rows, n, HAS_MASK)
     weights, r, _, _, step = descend(
         scores, rows, columns, part, step, scores_ptr, mask_ptr, k_ptr, state_ptr, mailbox_ptr, scores_stride,
@@ -271,7 +271,7 @@ def _resident_kernel(
     HAS_K: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """Rows that fit into registers: ROWS of them in one program, or one in PROGRAMS of them."""
+    """Rows that fit into registers: ROWS rows in one program, or one row in PROGRAMS programs."""
     group = tl.program_id(0) // PROGRAMS
     part = tl.program_id(0) % PROGRAMS
     columns = part * (REPEATS * WIDTH) + tile_columns(REPEATS, WIDTH)
@@ -322,7 +322,7 @@ def _streaming_kernel(
     HAS_K: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """Compute longer rows, one after the other. One row at a time then lives in the L2 cache and is read from there."""
+    """Compute longer rows one by one. The current row is in the L2 cache and is read from there."""
     part = tl.program_id(0)
     start = tl.cast(part, tl.int64) * tiles * (REPEATS * WIDTH)
     columns = start + tile_columns(REPEATS, WIDTH)
@@ -390,8 +390,8 @@ def _streaming_kernel(
 
 
 def entries_in_thread(n_rows: int, n: int, available: int) -> int:
-    """Entries of a row in a thread: so many that the scalar work of a row weighs little. There are fewer where that
-    leaves multiprocessors without work."""
+    """Entries of a row per thread: enough to make the scalar work of a row negligible. There are fewer if
+    multiprocessors would have no work."""
     warps = n_rows * n // (IN_THREAD * 32)
     if n > RESIDENT or warps >= 8 * available:
         return IN_THREAD
@@ -402,24 +402,24 @@ def entries_in_thread(n_rows: int, n: int, available: int) -> int:
 def _plan(n_rows: int, n: int, simple: bool, aligned: bool, available: int) -> Plan:
     """Pieces are tiles that a program streams, of a row that does not stay in registers.
 
-    Rows are simple with neither a mask nor a conversion. Where others are not aligned, entries are loaded one by one,
-    with addresses for each of them: then half as many fit into registers.
+    Rows are simple without a mask and a conversion. If other rows are not aligned, entries are loaded one by one, each
+    with its address, so only half as many fit into registers.
     """
     resident, most = (RESIDENT, IN_THREAD) if simple or aligned else (RESIDENT // 2, IN_THREAD // 2)
     if n <= resident or (simple and n <= 2 * resident):
         tile = tile_settings(n, min(entries_in_thread(n_rows, n, available), most))
-        # The fewer registers a thread, the more rows under way, which hide each other's waiting. Loading needs more of
-        # them where there is a mask or a conversion.
+        # Fewer registers per thread allow more rows at a time, which hide each other's latency. Loads need more
+        # registers with a mask or a conversion.
         registers = most_registers(tile["num_warps"])
         if simple:
             registers = min(registers, 128 + registers_of_addresses(tile, aligned))
         alone = {"PROGRAMS": 1, "SLOTS": 1, "maxnreg": registers}
         return Plan(triton.cdiv(n_rows, tile["ROWS"]), {**tile, **alone}, 0)
-    # As few entries a program as there are programs to share them, but no fewer than are worth an exchange.
+    # As few entries per program as the number of programs allows, but enough to be worth an exchange.
     halve = n_rows * triton.cdiv(n, resident // 2) <= available
     piece = resident // 2 if halve else resident
     sharing = triton.cdiv(n, piece)
-    # Few numbers of programs serve all lengths, where more of them than have a piece are to be had.
+    # Rounded up if enough programs are available, so that few numbers of programs serve all lengths.
     rounded = 8 * triton.cdiv(sharing, 8)
     if n_rows * rounded <= available:
         sharing = rounded
@@ -431,21 +431,21 @@ def _plan(n_rows: int, n: int, simple: bool, aligned: bool, available: int) -> P
 
 
 def _shared(piece: int, in_thread: int, programs: int) -> dict[str, Any]:
-    """Settings for rows of which each program has a piece; all must run at the same time to talk."""
+    """Settings for rows that are divided among programs, which must all run at the same time to exchange numbers."""
     tile = tile_settings(piece, in_thread)
     return {
         **tile,
         "PROGRAMS": programs,
         "SLOTS": slots_for(programs, tile["num_warps"]),
         "launch_cooperative_grid": True,
-        # All that a multiprocessor has: left to itself, an assembler may spill to make room for a second program.
+        # All registers of a multiprocessor: without a limit, the assembler may spill to fit a second program.
         "maxnreg": most_registers(tile["num_warps"]),
     }
 
 
 @lru_cache(maxsize=1024)
 def cooling_iterations(n_iters: int, eps: float, first: float, eps_decay: float) -> int:
-    """Iterations before the temperature is that of the output."""
+    """Iterations before the temperature reaches that of the output."""
     temperatures = list(epsilon_schedule(n_iters, eps, first, eps_decay))
     return temperatures.index(temperatures[-1])
 

@@ -1,7 +1,6 @@
-"""Attention to keys and values that are taken by index, inside the kernel, from a sequence that holds them once.
+"""Attention to keys and values that the kernel gathers by index from a sequence that has them once.
 
-The operator makes lists that hold -1 where there is nothing to attend to: one load tells a kernel all it needs to fetch
-keys.
+The operator makes lists with -1 for absent entries, so a kernel needs one load to know which keys to fetch.
 """
 
 import torch
@@ -27,7 +26,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the lse of each query, and lists, int32 of the shape of indices. A kernel writes lse to the base 2.
 
-    In memory the heads of a query are side by side, as a projection makes and takes them.
+    In memory the heads of a query are adjacent, as projections write and read them.
     """
     batch, windows, heads, queries, dim = query.shape
     out = query.new_empty((batch, windows, queries, heads, dim)).transpose(2, 3)
@@ -51,12 +50,12 @@ def _backward(
     multiply_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, weights, and the learned pair."""
-    # In memory as `_forward` makes it, by which kernels read it; a function transform hands back a copy.
+    # The layout of `_forward`, which kernels read; a function transform returns a copy.
     as_made = output.transpose(2, 3)
     if not as_made.is_contiguous():
         output = as_made.contiguous().transpose(2, 3)
     dquery = torch.empty_like(output)
-    # The routes of a token are side by side, as the projection that made them takes them.
+    # The routes of a token are adjacent, as the projection that made them needs them.
     dkey_value = key_value.new_empty(key_value.transpose(1, 2).shape).transpose(1, 2)
     if not has_values(query):
         return dquery, dkey_value.zero_(), torch.zeros_like(weights), torch.zeros_like(null_kv)
@@ -67,7 +66,7 @@ def _backward(
 
 
 def _runs_kernel(query: Tensor) -> bool:
-    """fp64 stays fp64, which the kernels are not."""
+    """fp64 stays fp64, which the kernels do not support."""
     return query.dtype != torch.float64 and query.shape[-1] <= LARGEST_HEAD and runs_triton(query)
 
 
@@ -94,10 +93,10 @@ def gathered_attention(
     mask: Tensor | None = None,
     multiply_keys_by_score: bool = False,
 ) -> Tensor:
-    """`reference.gathered_attention` without a copy of any key or value, in memory linear in their number.
+    """`reference.gathered_attention` without copies of keys and values, in memory linear in their number.
 
-    Keys and values are read by index while a softmax goes over the list of a window. The backward pass sorts the
-    entries of all lists by their token. It is right for any lists, and fast if a token stays in the lists of the
+    The kernel reads keys and values by index in an online softmax over the list of a window. The backward pass sorts
+    the entries of all lists by their token. It is correct for any lists, and fast if a token stays in the lists of the
     following windows, as with routing from prefixes. It keeps the output and one number per query and head. Results are
     bitwise equal from run to run. PyTorch computes CPU tensors, fp64, and heads of more than 128 dimensions, window by
     window.
@@ -106,11 +105,11 @@ def gathered_attention(
         query: `b w h i d`, any float dtype: the queries of w windows, h heads of d dimensions.
         key_value: `b r n (h kv d)`, in the dtype of the queries. Each token has a key and a value side by side, per
             route and head of the route.
-        indices: `b w r s`, integers: the tokens that the window attends to. Entries that the mask leaves out may have
-            any value; all other entries of a list are different, and within the sequence.
+        indices: `b w r s`, integers: the tokens that the window attends to. Masked entries may have any value; all
+            other entries of a list are different, and within the sequence.
         weights: `b w r s`, any float dtype: multiplied with values, and with keys if `multiply_keys_by_score`.
         null_kv: `2 h d`, any float dtype: a key and a value that every query also attends to.
-        mask: `b w r s`, bool; False for entries that are not attended to.
+        mask: `b w r s`, bool; False for masked entries.
 
     Returns:
         `b w h i d`, in the dtype of the queries; in memory `b w i h d`.

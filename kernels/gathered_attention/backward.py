@@ -1,11 +1,11 @@
-"""Gradients of attention to the tokens of lists: of queries and weights by window, of keys and values by token.
+"""Gradients of gathered attention: of queries and weights by window, of keys and values by token.
 
-The gradient of a key needs the queries of all windows that have its token in their lists. Entries of all lists, sorted
-by their token, are each token's windows in order. A program takes a block of tokens and goes through the windows from
-the first to the last that has any of them; each token has a pointer to its next entry, which is of the window at hand
-or of a later one. So a block is attended to by matrix products, and the rows of a window's queries are read for all of
-its tokens together. Tokens with nearly the same last window share a block: what a prefix selects stays selected for
-some windows on end, and then some 1.5 times the windows are gone through that need be.
+The gradient of a key needs the queries of all windows that list its token. Sorted by token, the entries of all lists
+give each token's windows in order. A program takes a block of tokens and goes through the windows from the first to the
+last that has any of them. Each token has a pointer to its next entry, which is of the current window or of a later one.
+So a block uses matrix products, and the queries of a window are read once for all tokens of the block. Tokens with
+nearly the same last window share a block: a token selected from a prefix stays selected for several consecutive
+windows, and so programs go through only about 1.5 times as many windows as necessary.
 """
 
 from collections.abc import Iterator
@@ -51,8 +51,8 @@ def _plan_queries(batch: int, n_windows: int, heads: int, n_queries: int, dim: i
 
 @planner
 def _plan_keys(batch: int, n_tokens: int, heads: int, n_queries: int, dim: int, itemsize: int, pairs: bool) -> Plan:
-    """A program for each block of the tokens of a head. It takes windows in pairs, if it may, where a block holds all
-    queries of a window. Pieces are blocks of these."""
+    """One program for each block of the tokens of a head. It processes windows in pairs, if allowed, when a block holds
+    all queries of a window. Pieces are blocks of tokens."""
     settings = settings_for(KEYS, dim, itemsize)
     queries = queries_at_a_time(n_queries, settings.tile)
     blocks = triton.cdiv(n_queries, queries)
@@ -66,7 +66,7 @@ def _plan_keys(batch: int, n_tokens: int, heads: int, n_queries: int, dim: int, 
 def _query_kernel(
     query_ptr,  # b w h i d
     key_value_ptr,  # b r n (h kv d)
-    lists_ptr,  # b w r s, -1 for nothing
+    lists_ptr,  # b w r s, -1 for absent entries
     weights_ptr,  # b w r s
     null_ptr,  # 2 h d
     out_ptr,  # b w i h d
@@ -158,7 +158,7 @@ def _query_kernel(
 
 @triton.jit
 def load_entry(windows_ptr, weights_ptr, entry, end, n_windows):
-    """Windows and weights of entries, one for each token; past the end of its entries none of the windows."""
+    """Windows and weights of entries, one per token; past the end of its entries, no window."""
     windows = tl.load(windows_ptr + entry, mask=entry < end, other=n_windows)
     return windows, tl.load(weights_ptr + entry, mask=entry < end, other=0.0).to(tl.float32)
 
@@ -179,7 +179,7 @@ def _key_value_kernel(
     key_value_ptr,  # b r n (h kv d)
     windows_ptr,  # windows of the entries of all lists in the order of their tokens
     weights_ptr,  # and their weights
-    ends_ptr,  # b r n+1: where the entries of each token begin, and so those of the one before end
+    ends_ptr,  # b r n+1: start of the entries of each token, which is the end of those of the token before
     order_ptr,  # b r n: tokens by their last windows
     grad_output_ptr,  # b w h i d
     lse_ptr,  # b w h i, log2
@@ -214,9 +214,9 @@ def _key_value_kernel(
     WEIGH_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Keys and values of a block of tokens for one head, against the queries of their windows. Windows come one after
-    the other, or two by two, if a block holds all queries of a window."""
-    # The first blocks of each stretch, of the last windows, have the most to do.
+    """Keys and values of a block of tokens for one head, against the queries of their windows. Windows are processed
+    one by one, or in pairs if a block holds all queries of a window."""
+    # The first blocks of each stretch have the last windows, and the most work.
     program = tl.program_id(0)
     head = program % n_heads
     batch = (program // n_heads % n_batches).to(tl.int64)
@@ -266,7 +266,7 @@ def _key_value_kernel(
         attended, weight = here[:, None], weights[:, None]
         passed = here & (block == n_blocks - 1 if WINDOWS == 1 else True)
         if WINDOWS == 2:
-            # Entries of the first of two windows have their next entry for the second one, all others this.
+            # Entries of the first of two windows use their next entry for the second one; all others use this one.
             next_weights = tl.where(here, weights_then, weights)
             here_next = tl.where(here, listed_then, listed_in) == window + 1
             is_next = (windows > window)[None, :]
@@ -274,7 +274,7 @@ def _key_value_kernel(
             weight = tl.where(is_next, next_weights[:, None], weight)
             following += here_next.to(following.dtype)
         following += passed.to(following.dtype)
-        # Loaded before it is needed, with the products of this step to wait for it.
+        # Loaded early, so that the products of this step hide the latency.
         listed_in, weights = load_entry(windows_ptr, weights_ptr, following, end, n_windows)
         if WINDOWS == 2:
             listed_then, weights_then = load_entry(windows_ptr, weights_ptr, following + 1, end, n_windows)
@@ -307,7 +307,7 @@ def launch_backward(
     dquery: Tensor,
     dkey_value: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of weights and learned pair are returned, those of queries, keys and values are written."""
+    """Write the gradients of queries, keys and values, and return those of weights and learned pair."""
     delta = torch.empty_like(lse)
     dweights, dnull = _launch_queries(
         grad_output, query, key_value, lists, weights, null_kv, multiply_keys, out, lse, delta, dquery
@@ -339,7 +339,7 @@ def _launch_queries(
     dnull = lse.new_empty((batch * windows * blocks, 2, heads, dim))
     inputs = (query, key_value, lists, weights, null_kv, out, grad_output, lse)
     _launch_query_kernel(*inputs, delta, dquery, dweights, dnull, multiply_keys)
-    # Over the blocks of a window and the heads of a route; over all but heads.
+    # Sums over the blocks of a window and the heads of a route; over everything but heads.
     dweights = dweights.unflatten(3, (routes, heads // routes)).sum(dim=(2, 4))
     return dweights, dnull.sum(dim=0)
 
@@ -401,10 +401,10 @@ def _launch_keys(
     delta: Tensor,
     dkey_value: Tensor,
 ) -> Iterator[Launch]:
-    """The gradient of keys and values; see `Inverse`."""
+    """Write the gradient of keys and values; see `Inverse`."""
     batch, _, n_tokens, _ = key_value.shape
     _, windows, heads, queries, dim = query.shape
-    # There are no registers left for weights of keys, nor for offsets of 64 bits.
+    # No registers are left for weights of keys, nor for 64-bit offsets.
     reach = max(windows * tensor.stride(1) + queries * tensor.stride(3) for tensor in (query, grad_output))
     pairs = reach < 2**31 and not multiply_keys
     plan = _plan_keys(batch, n_tokens, heads, queries, dim, query.itemsize, pairs)

@@ -1,4 +1,4 @@
-"""`kernels.gathered_attention` in PyTorch, one window after the other: what a CPU tensor gets, and any of fp64."""
+"""`kernels.gathered_attention` in PyTorch, window by window, for CPU tensors and fp64."""
 
 import torch
 from einops import einsum, rearrange

@@ -1,4 +1,5 @@
-"""Attention of a window's queries to the tokens of its list: the forward kernel, and what the backward ones share."""
+"""Attention of a window's queries to the tokens of its list: the forward kernel, and functions for the backward
+ones."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -24,12 +25,13 @@ from kernels._common.plans import Plan, planner
 LN2 = tl.constexpr(0.6931471805599453)
 
 LISTS_BLOCK = 1024
-"""Entries of lists in a program."""
+"""Entries of lists per program."""
 
 
 @triton.jit
 def place(n_heads, n_blocks):
-    """The row (batch and window), block of queries and head of a program. Heads of a list run side by side."""
+    """The row (batch and window), block of queries and head of a program. Programs for the heads of a list are
+    adjacent."""
     program = tl.program_id(0)
     head = program % n_heads
     return (program // n_heads // n_blocks).to(tl.int64), program // n_heads % n_blocks, head
@@ -37,7 +39,7 @@ def place(n_heads, n_blocks):
 
 @triton.jit
 def load_slots(lists_ptr, weights_ptr, slots, n_slots):
-    """Tokens, weights and whether there is anything to attend to in slots of a list."""
+    """Tokens and weights of entries of a list, and a mask of valid ones."""
     tokens = tl.load(lists_ptr + slots, mask=slots < n_slots, other=-1)
     weights = tl.load(weights_ptr + slots, mask=slots < n_slots, other=0.0)
     return tokens, weights.to(tl.float32), tokens >= 0
@@ -47,8 +49,8 @@ def load_slots(lists_ptr, weights_ptr, slots, n_slots):
 def load_null(null_ptr, n_heads, head, dims, DIM: tl.constexpr, kind: tl.constexpr):
     """The learned key and value of a head, rounded as keys are, in fp32.
 
-    Else the output of a query that attends to nothing else would differ from the value by its rounding, and the
-    gradient by the product of the two. Other arithmetic of addresses, as of `kernels.routed_attention`, takes other
+    Without the rounding, the output of a query that attends to nothing else would differ from the value by it, and the
+    gradient by the product of the two. Other address arithmetic, as in `kernels.routed_attention`, would need more
     registers.
     """
     null_ptr += head * DIM + dims
@@ -60,7 +62,7 @@ def load_null(null_ptr, n_heads, head, dims, DIM: tl.constexpr, kind: tl.constex
 @triton.jit(do_not_specialize=["n_entries"])
 def _lists_kernel(
     indices_ptr,  # b w r s, int32 or int64
-    mask_ptr,  # b w r s, if there is one
+    mask_ptr,  # b w r s, if there is a mask
     lists_ptr,  # b w r s, int32
     n_entries,
     HAS_MASK: tl.constexpr,
@@ -78,7 +80,7 @@ def _lists_kernel(
 def _forward_kernel(
     query_ptr,  # b w h i d
     key_value_ptr,  # b r n (h kv d)
-    lists_ptr,  # b w r s, -1 for nothing
+    lists_ptr,  # b w r s, -1 for absent entries
     weights_ptr,  # b w r s
     null_ptr,  # 2 h d
     out_ptr,  # b w i h d
@@ -150,7 +152,8 @@ FORWARD: SettingsBySize = {
 
 
 def queries_at_a_time(n_queries: int, most: int) -> int:
-    """Queries of a window in a program: no more than it has, but as many as a matrix product takes."""
+    """Queries of a window per program. There are at most as many as it has, and at least as many as a matrix product
+    needs."""
     return min(max(16, triton.next_power_of_2(n_queries)), most)
 
 
@@ -176,7 +179,7 @@ def _plan(batch: int, n_windows: int, heads: int, n_queries: int, dim: int, item
 
 
 def arguments(query: Tensor, key_value: Tensor, plan: Plan) -> dict[str, Any]:
-    """Sizes and settings that the kernels have in common."""
+    """Sizes and settings that the kernels share."""
     _, windows, heads, queries, dim = query.shape
     return {
         "n_windows": windows,

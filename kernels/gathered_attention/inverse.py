@@ -1,8 +1,9 @@
-"""Lists of tokens by their tokens: entries of all lists sorted by token, and tokens by their last window.
+"""The inverse of lists of tokens: entries of all lists sorted by token, and tokens sorted by their last window.
 
-PyTorch sorts entries. A kernel before the sort writes its keys, and one after it what it says of each entry and token.
-That kernel also sorts tokens, by stretches, where lists are long enough: tokens that are near each other begin to be
-listed together as well. Of a stretch of a long sequence a list has few tokens, and PyTorch sorts all of them.
+PyTorch sorts the entries. A kernel before the sort writes the keys, and a kernel after it writes the results for each
+entry and token. If lists are long enough, that kernel also sorts tokens within stretches, because neighbouring tokens
+also enter the lists at nearly the same time. In a long sequence, a list has few tokens of a stretch, so PyTorch sorts
+all tokens instead.
 """
 
 from collections.abc import Iterator
@@ -17,11 +18,11 @@ from kernels._common.launch import COUNTS, Launch, Launcher
 from kernels._common.plans import Plan, planner
 
 BLOCK = 1024
-"""Entries, or tokens, of a program."""
+"""Entries, or tokens, per program."""
 
 LISTED = 32
-"""Fewest tokens of a stretch of `BLOCK` tokens that an average list has, for tokens to be sorted by stretches. With as
-many, blocks of `kernels.gathered_attention.backward` go through fewer windows than with all tokens sorted."""
+"""Fewest tokens of a stretch of `BLOCK` tokens that an average list must have for sorting by stretches. With this many,
+blocks of `kernels.gathered_attention.backward` go through fewer windows than with all tokens sorted."""
 
 
 class Inverse(NamedTuple):
@@ -34,19 +35,19 @@ class Inverse(NamedTuple):
     """Weights of the same entries."""
 
     ends: Tensor
-    """`b r n+1` flat: where the entries of each token begin, and so those of the one before end."""
+    """`b r n+1` flat: start of the entries of each token, which is the end of those of the token before."""
 
     order: Tensor
-    """`b r n` flat: the tokens of each sequence, or of each stretch of it, by their last window. Later windows are
+    """`b r n` flat: the tokens of each sequence, or of each of its stretches, by their last window. Later windows are
     first, and tokens without a window last."""
 
     stretch: int
-    """Number of tokens that are in order."""
+    """Number of consecutive tokens that are sorted together."""
 
 
 @triton.jit
 def _lowest(keys_ptr):
-    """The number that keys count from: the least of their type, all of whose bits they use."""
+    """The smallest number of the type of keys, from which keys count so that they use all its bits."""
     return -(1 << (keys_ptr.dtype.element_ty.primitive_bitwidth - 1))
 
 
@@ -62,7 +63,8 @@ def _keys_kernel(
     total,
     BLOCK: tl.constexpr,
 ):
-    """The number of an entry's token among those of all sequences; after all of them where there is none."""
+    """The index of an entry's token among the tokens of all sequences; absent entries have an index after all
+    tokens."""
     entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(lists_ptr + entry, mask=entry < n_entries, other=-1)
     sequence = entry // of_batch * routes + entry // slots % routes
@@ -72,7 +74,7 @@ def _keys_kernel(
 
 @triton.jit
 def _first_at_least(keys_ptr, key, low, high, halvings):
-    """The place of the first of sorted keys, from low to high, that is not less than a key. This counts from 0."""
+    """The index, from 0, of the first of ascending keys that is not less than a key."""
     key += _lowest(keys_ptr)
     for _ in range(halvings):
         middle = (low + high) // 2
@@ -86,7 +88,7 @@ def _first_at_least(keys_ptr, key, low, high, halvings):
 )
 def _sorted_kernel(
     keys_ptr,  # entries, sorted
-    entries_ptr,  # entries, int64: which these are
+    entries_ptr,  # entries, int64: the original indices of entries
     weights_ptr,  # b w r s
     windows_ptr,  # entries, int32
     sorted_weights_ptr,  # entries
@@ -103,8 +105,8 @@ def _sorted_kernel(
     BLOCK: tl.constexpr,
     ORDERS: tl.constexpr,
 ):
-    """The first programs write windows and weights of sorted entries. Others find where the entries of each token
-    begin, and how many windows there are after its last, and order a stretch of tokens by that."""
+    """The first programs write windows and weights of sorted entries. Others find the start of the entries of each
+    token and the number of windows after its last one, by which they sort a stretch of tokens."""
     program = tl.program_id(0).to(tl.int64)
     if program < of_entries:
         place = program * BLOCK + tl.arange(0, BLOCK)
@@ -117,14 +119,14 @@ def _sorted_kernel(
         token = (program - of_entries) * BLOCK + tl.arange(0, BLOCK)
         all_entries = tl.zeros_like(token) + n_entries
         begin = _first_at_least(keys_ptr, token, tl.zeros_like(token), all_entries, halvings)
-        # A token is in the list of a window once.
+        # A token is at most once in the list of a window.
         end = _first_at_least(keys_ptr, token + 1, begin, tl.minimum(begin + n_windows, all_entries), halvings_of_token)
         last = tl.load(entries_ptr + end - 1, mask=(token < total) & (begin < end), other=0)
         missed = tl.where(begin < end, n_windows - 1 - last // of_window % n_windows, n_windows)
         missed += token // n_tokens * (n_windows + 1)
         tl.store(ends_ptr + token, begin.to(ends_ptr.dtype.element_ty), mask=token <= total)
         if ORDERS:
-            # Those past the end have the highest keys.
+            # Entries past the end have the highest keys.
             sorted_lanes = tl.sort(missed * BLOCK + tl.arange(0, BLOCK)) % BLOCK
             missed = (program - of_entries) * BLOCK + sorted_lanes
         else:
@@ -139,13 +141,13 @@ def _plan_keys(n_entries: int) -> Plan:
 
 @planner
 def _plan_sorted(n_entries: int, total: int) -> Plan:
-    """Programs for entries, which are the pieces, then for tokens and the end of the last."""
+    """Programs for entries, which are the pieces, then for tokens and the end of the last one."""
     of_entries = triton.cdiv(n_entries, BLOCK)
     return Plan(of_entries + triton.cdiv(total + 1, BLOCK), {"BLOCK": BLOCK}, of_entries)
 
 
 def invert(lists: Tensor, weights: Tensor, n_tokens: int) -> Inverse:
-    """The inverse of lists `b w r s`, int32 and -1 where there is nothing, with their weights; both contiguous."""
+    """The inverse of contiguous lists `b w r s`, int32 with -1 for absent entries, and their contiguous weights."""
     (batch, windows, routes, slots), device = lists.shape, lists.device
     n_entries, total = lists.numel(), batch * routes * n_tokens
     keys = torch.empty(n_entries, dtype=_narrow(total + 1), device=device)
@@ -210,6 +212,6 @@ def _launch_sorted(
 
 
 def _narrow(n_keys: int) -> torch.dtype:
-    """A type of so many numbers: a sort takes its time by the bits of it."""
+    """The smallest type with enough numbers: the time of a sort depends on its bits."""
     types = (torch.int16, torch.int32, torch.int64)
     return next(dtype for dtype in types if n_keys <= 2 ** torch.iinfo(dtype).bits)

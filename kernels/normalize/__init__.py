@@ -1,4 +1,4 @@
-"""`kernels.normalize`, and the parts of it that other operations take."""
+"""`kernels.normalize`, and its parts that other operations use."""
 
 from kernels.normalize.api import normalize
 from kernels.normalize.triton import Routes, launch_backward, launch_forward

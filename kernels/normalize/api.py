@@ -1,8 +1,8 @@
-"""RMSNorm and LayerNorm with a result in the dtype that the next layer wants: one read, one write.
+"""RMSNorm and LayerNorm with a result in the dtype that the next layer needs: one read, one write.
 
-PyTorch's own `rms_norm` and `layer_norm` are one kernel each, too, but give what they are given: under autocast fp32,
-which is rounded by another kernel, as its gradient is widened by one more. The backward pass is one sweep; each program
-adds up its share of the gradients of weight and bias, row after row, and the last programs add up the shares.
+PyTorch's own `rms_norm` and `layer_norm` are one kernel each, too, but return the dtype of their input: under autocast
+fp32, which another kernel rounds, and one more kernel widens its gradient. The backward pass is one sweep: each program
+adds up its share of the gradients of weight and bias, row by row, and the last programs add up the shares.
 """
 
 import torch
@@ -19,7 +19,7 @@ from reference._shared.arguments import check_normalize, result_dtype
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, center: bool, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The result, of each row the mean, if that is subtracted, and what the rest is multiplied with; and counters."""
+    """The result; for each row, the mean if it is subtracted, and the scale; and counters."""
     n_rows = x.numel() // x.shape[-1]
     y = x.new_empty(x.shape, dtype=dtype)
     mean = x.new_empty(n_rows if center else 0, dtype=torch.float32)
@@ -41,7 +41,7 @@ def _backward(
     has_bias: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x, and in fp32 those of weight and, if there is one, bias, one below the other."""
+    """The gradient of x, and in fp32 those of weight and bias, if any, as rows of one tensor."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if has_values(x):
         rows = as_rows(grad_y), as_rows(x)
@@ -77,9 +77,9 @@ def normalize(
     Args:
         x: `... d`, any float dtype. Any strides.
         weight, bias: `d`.
-        center: LayerNorm, else RMSNorm.
+        center: True for LayerNorm, False for RMSNorm.
         eps: the smallest norm to divide by; with `center`, the number added to the variance.
-        dtype: dtype of the result, by default the one that x, weight and bias promote to.
+        dtype: dtype of the result, by default the promoted dtype of x, weight and bias.
 
     Returns:
         `... d`. A row with a NaN is NaN.

@@ -1,4 +1,4 @@
-"""`kernels.normalize` in PyTorch: a CPU tensor gets this."""
+"""`kernels.normalize` in PyTorch, for CPU tensors."""
 
 import torch
 from torch import Tensor

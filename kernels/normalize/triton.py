@@ -1,4 +1,4 @@
-"""Kernels of `kernels.normalize`: one program for some rows forward, a sweep over all of them backward."""
+"""Kernels of `kernels.normalize`: forward, a program computes some rows; backward, programs sweep over all rows."""
 
 from collections.abc import Iterator
 from math import sqrt
@@ -15,7 +15,7 @@ from kernels._common.shares import add_up_shares, clear_arrivals, new_shares, sh
 from kernels._common.tensors import multiprocessors
 
 LONGEST = 8192
-"""Most features that the kernel takes; more are left to PyTorch."""
+"""Most features that the kernel supports; PyTorch computes more."""
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "n"])
@@ -43,8 +43,8 @@ def _forward_kernel(
     ROUTES: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
 ):
-    """ROWS rows; `most` is the largest scale where there is no center. With ROUTES, rows are tokens of sequences of n,
-    which have scores, too, and no slots yet."""
+    """Normalize ROWS rows; `most` is the largest scale if there is no center. With ROUTES, rows are tokens of sequences
+    of length n; the kernel also writes their scores, and -1 to their slots."""
     clear_arrivals(arrivals_ptr)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
@@ -105,8 +105,8 @@ def _backward_kernel(
     HAS_TOKENS: tl.constexpr,
     HAS_SAME: tl.constexpr,
 ):
-    """Every so many-th tile of ROWS rows. With ROUTES, a row also has a gradient through its scores, one as a selected
-    token, and one as it is."""
+    """Compute every `programs`-th tile of ROWS rows. With ROUTES, a row also has a gradient through its scores, one as
+    a selected token, and one from a residual."""
     columns = tl.arange(0, BLOCK_D)
     drouting = ()
     for _ in tl.static_range(ROUTES):
@@ -151,7 +151,7 @@ def _backward_kernel(
         if CENTER:
             dx = grad_output - x * along[:, None] - (tl.sum(grad_output, axis=1) / d)[:, None]
         else:
-            # A row with less than the least norm was divided by a constant.
+            # A row whose norm is below the smallest norm was divided by a constant.
             dx = grad_output - x * tl.where(scale == most, 0.0, along)[:, None]
         dx *= scale[:, None]
         if ROUTES > 0:
@@ -186,8 +186,9 @@ def launch_forward(
     scores: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> Iterator[Launch]:
-    """Write rows `rows d` normalized to y, and what the backward pass needs. With routing tokens `routes d`, rows are
-    tokens of b sequences: write their scores `b routes n`, and fill slots of that shape, if there is room, with -1."""
+    """Write rows `rows d` normalized to y, and the numbers for the backward pass. With routing tokens `routes d`, rows
+    are tokens of b sequences: write their scores `b routes n`, and fill slots of that shape, if they have entries, with
+    -1."""
     n_rows, d = x.shape
     yield Launch(
         _forward_kernel,
@@ -216,7 +217,7 @@ def launch_forward(
 
 
 class Routes(NamedTuple):
-    """The routes of a backward pass."""
+    """Data of routes for a backward pass."""
 
     routing_tokens: Tensor
     """`routes d`, contiguous."""
@@ -225,13 +226,13 @@ class Routes(NamedTuple):
     """`b routes n`, contiguous."""
 
     slots: Tensor
-    """`b routes n`, contiguous: which of the selected tokens of its route a token is, or -1."""
+    """`b routes n`, contiguous: index of a token among the selected tokens of its route, or -1."""
 
     grad_tokens: Tensor | None
-    """`b routes selected d` of selected tokens, of which those of a route are contiguous."""
+    """`b routes selected d` of selected tokens; those of a route are contiguous."""
 
     grad_same: Tensor | None
-    """`rows d`: what is added to the gradient of x, as that of a residual; its last stride is 1."""
+    """`rows d`: a gradient that is added to the gradient of x, as that of a residual; its last stride is 1."""
 
 
 def launch_backward(
@@ -247,8 +248,8 @@ def launch_backward(
     dx: Tensor,
     routes: Routes | None = None,
 ) -> Tensor:
-    """Write the gradient of x. Return those of weight and, if there is one, bias, one below the other; with routes
-    those of weight, bias, 0 if there is none, and all routing tokens."""
+    """Write the gradient of x. Return those of weight and, if there is one, bias, as rows of one tensor. With routes,
+    the rows are those of weight, bias, 0 if there is none, and all routing tokens."""
     n_rows, d = x.shape
     plan = plan_sweep if routes is None else plan_wide_sweep
     programs = plan(n_rows, d, multiprocessors(x.device)).programs

@@ -1,9 +1,9 @@
-"""The normalized tokens of one branch and the routed tokens of another, in one read of the tokens.
+"""The normalized tokens of one branch and the routed tokens of another, from one read of the tokens.
 
 Both branches of a routed layer begin with all tokens: one normalizes them, the other scores them. The kernels of
-`kernels.normalize` do both at once. Backward, they write one gradient for each token: the sum of those through its
-norm, its scores and a residual, and that which it has as a selected token. PyTorch adds up nothing of the size of all
-tokens. The steps between scores and selected tokens are those of `kernels.route`.
+`kernels.normalize` do both at once. In the backward pass they write one gradient for each token: the sum of its
+gradients through the norm, the scores and a residual, and as a selected token. PyTorch adds no tensors of the size of
+all tokens. The steps between scores and selected tokens are those of `kernels.route`.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ from reference._shared.arguments import (
 from reference._shared.returns import NormalizedRouteReturn
 
 MOST_ROUTES, LONGEST = 4, 2048
-"""Most routes and features for which a program has registers; more are routed on their own."""
+"""Most routes and features for which a program has registers; with more, routes are computed separately."""
 
 
 def _forward(
@@ -53,8 +53,8 @@ def _forward(
     gives_x: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Normalized tokens, weights, tokens, indices and x, then what the backward pass needs. It is mean, scale and
-    counters as `kernels.normalize` has them, and scores, state and slots as `kernels.route` has them."""
+    """Normalized tokens, weights, tokens, indices and x, then the tensors for the backward pass. These are mean, scale
+    and counters as in `kernels.normalize`, and scores, state and slots as in `kernels.route`."""
     (batch, n, d), routes = x.shape, routing_tokens.shape[1]
     y = x.new_empty(x.shape, dtype=dtype)
     mean = x.new_empty(batch * n if center else 0, dtype=torch.float32)
@@ -66,7 +66,7 @@ def _forward(
         norm = (weight, bias, center, norm_eps, y, mean, scale, arrivals)
         launch_forward(as_rows(x), *norm, routing_tokens[0], scores, kept)
     choice = Choice(num_selected, k, n_iters, eps, first, eps_decay, exact, None)
-    # Each route is contiguous: who divides the routes gets tensors that are.
+    # Each route is contiguous, so the caller gets contiguous tensors after dividing the routes.
     shape = (routes, batch, num_selected)
     routed = scores.new_empty(shape), x.new_empty((*shape, d)), x.new_empty(shape, dtype=torch.int64)
     weights, tokens, indices = (each.transpose(0, 1) for each in routed)
@@ -102,7 +102,7 @@ def _backward(
     eps_decay: float,
     exact: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of tokens, and in fp32 those of the parameters, one below the other. These are weight, bias, which
+    """The gradient of tokens, and in fp32 those of the parameters, as rows of one tensor. These are weight, bias, which
     gets 0 if there is none, and all routing tokens."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not has_values(x):
@@ -167,10 +167,11 @@ def normalize_and_route(
     norm_eps: float = 1e-12,
     dtype: torch.dtype | None = None,
 ) -> NormalizedRouteReturn:
-    """`reference.normalize_and_route` with each token read once, and once more for all gradients.
+    """`reference.normalize_and_route` with one read of each token, and one more for all gradients.
 
     Results are bitwise equal from run to run. `kernels.route` and `kernels.normalize` compute CPU tensors, fp64, tokens
-    of more than 2048 features, more than 4 routes, and routing tokens that differ in a batch, with the same results.
+    of more than 2048 features, more than 4 routes, and routing tokens that differ within a batch, with the same
+    results.
 
     Args:
         x: tokens `b n d`, any float dtype, any strides.
@@ -180,7 +181,7 @@ def normalize_and_route(
         center, norm_eps, dtype: as in `kernels.normalize`.
 
     Returns:
-        indices, weights and tokens as of `kernels.route`, normalized tokens `b n d`, and x.
+        indices, weights and tokens as in `kernels.route`, normalized tokens `b n d`, and x.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
@@ -212,7 +213,7 @@ def normalize_and_route(
         None if bias is None else bias.contiguous(),
         mask,
     )
-    # No operator may give what it was given. But an autograd function may, and so adds up the gradients itself.
+    # An operator must not return an input. But an autograd function may, and so it adds up the gradients itself.
     gives_x = not is_traced(tensors) or dry_run_of(x) is not None
     normalized, weights, tokens, indices, same, *_ = _operation(
         *tensors,
@@ -233,6 +234,6 @@ def normalize_and_route(
 
 
 def _is_one(x: Tensor, routing_tokens: Tensor) -> bool:
-    """True if the kernels do all of it."""
+    """True if the kernels can compute all of it."""
     shared, routes, d = routing_tokens.shape
     return runs_triton(x) and x.dtype != torch.float64 and d <= LONGEST and shared == 1 and routes <= MOST_ROUTES

@@ -1,4 +1,4 @@
-"""`kernels.route`, and the parts of it that other operations take."""
+"""`kernels.route`, and its parts that other operations use."""
 
 from kernels.route.api import Choice, route
 

@@ -1,8 +1,9 @@
-"""Routing in one read of the tokens forward and one pass over them backward.
+"""Routing with one read of the tokens forward and one pass over them backward.
 
-Scores of all routes in one read; their relaxed selection by `kernels.coor_descent` or `kernels.soft_topk`; the largest
-by `kernels.select`; and the tokens that these are. Backward, the gradient of the weights goes through the relaxed
-selection to the scores, and from there, together with that of the selected tokens, to all tokens and routing tokens.
+Forward, the steps are scores of all routes in one read; their relaxed selection by `kernels.coor_descent` or
+`kernels.soft_topk`; the largest scores by `kernels.select`; and the tokens of these. Backward, the gradient of the
+weights goes through the relaxed selection to the scores, and from there, together with that of the selected tokens, to
+all tokens and routing tokens.
 """
 
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ class Choice(NamedTuple):
         outputs: tuple[Tensor, Tensor, Tensor],
         slots: Tensor | None,
     ) -> Tensor:
-        """Write weights, tokens and indices, and slots if there is room, from scores `b r blocks*width`. Return the
+        """Write weights, tokens and indices, and slots if they have entries, from scores `b r blocks*width`. Return the
         state of the relaxed selection."""
         blocks, width = _blocks(x.shape[1], self.block_size)
         rows, row_mask = scores.view(-1, width), _row_mask(x, mask, scores.shape[1], blocks, width)
@@ -120,8 +121,8 @@ def _forward(
     straight_through: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Weights, tokens and indices, then what the backward pass needs. It is scores, inverse norms, a state a row, and
-    slots, of the shape of scores: which of the selected tokens of its route a token is, or -1."""
+    """Weights, tokens and indices, then the tensors for the backward pass: scores, inverse norms, a state per row, and
+    slots. Slots have the shape of scores: the index of a token among the selected tokens of its route, or -1."""
     blocks, width = _blocks(x.shape[1], block_size)
     (batch, _, d), routes = x.shape, routing_tokens.shape[1]
     slots = x.new_empty((batch, routes, blocks * width) if save else (0,), dtype=torch.int32)
@@ -136,7 +137,7 @@ def _forward(
 
 
 def _runs_kernel(x: Tensor) -> bool:
-    """fp64 stays fp64, which the kernels are not."""
+    """fp64 stays fp64, which the kernels do not support."""
     return x.dtype != torch.float64 and runs_triton(x)
 
 
@@ -167,8 +168,8 @@ def _backward(
     blocks, width = _blocks(x.shape[1], block_size)
     gathered, past_the_end = None, None
     if grad_tokens is not None and needs_x and has_values(scores):
-        # A last block with fewer tokens than are selected from it has selected all of them. Its other indices are past
-        # the end.
+        # All tokens of a last block with fewer tokens than are selected from it are selected. Its other indices are
+        # past the end.
         missing = blocks * width - x.shape[1]
         kept = indices.shape[2] - max(num_selected - (width - missing), 0)
         past_the_end = grad_tokens[:, :, kept:] if kept < indices.shape[2] else None
@@ -213,7 +214,7 @@ def route(
     straight_through: bool = False,
     mask: Tensor | None = None,
 ) -> RouteReturn:
-    """`reference.route` with each token read once, and once more for the gradients of tokens and routing tokens.
+    """`reference.route` with one read of each token, and one more for the gradients of tokens and routing tokens.
 
     The backward pass needs tokens and scores, and 16 bytes per row of scores and iteration. Results are bitwise equal
     from run to run. PyTorch computes a CPU tensor by the same mathematics.
@@ -226,10 +227,10 @@ def route(
         n_iters, eps, eps_init, eps_decay: as in `kernels.coor_descent`.
         solver: `coor_descent`, or `exact`: `kernels.soft_topk` at temperature eps.
         cosine_sim_scale: the score is the cosine times this, instead of the product.
-        block_size: number of tokens per block, if each block is selected from. A shorter last block is padded with
-            masked tokens.
+        block_size: number of tokens per block, if tokens are selected from each block. A shorter last block is padded
+            with masked tokens.
         straight_through: weights are 1, with the gradient of the relaxed selection.
-        mask: bool `b n`, False for tokens that are left out.
+        mask: bool `b n`, False for masked tokens.
 
     Returns:
         indices int64 `b r s`, weights `b r s` in fp32 at least, and tokens `b r s d`: a `RouteReturn`.

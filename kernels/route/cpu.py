@@ -1,4 +1,4 @@
-"""The steps of `kernels.route` after the selection, in PyTorch: a CPU tensor gets this."""
+"""The steps of `kernels.route` after the selection, in PyTorch, for CPU tensors."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def gather(
     indices: Tensor,
     slots: Tensor | None,
 ) -> None:
-    """As `launch_gather`."""
+    """The same as `launch_gather`."""
     at_selected = relaxed.gather(-1, selected)
     if straight_through:
         at_selected = torch.where(at_selected.isnan(), at_selected, 1.0)
@@ -33,6 +33,6 @@ def gather(
 
 
 def spread(grad_weights: Tensor, slots: Tensor, grad_scores: Tensor) -> None:
-    """As `launch_spread`."""
+    """The same as `launch_spread`."""
     at_slots = grad_weights.gather(2, slots.long().clamp(min=0))
     grad_scores.copy_(at_slots.masked_fill(slots < 0, 0.0))

@@ -1,4 +1,4 @@
-"""The end of `kernels.route`: weights and tokens at what is selected, and where that is. Its backward pass begins with
+"""The end of `kernels.route`: weights, tokens and slots of the selected indices. Its backward pass begins by putting
 the gradients of these weights in their places."""
 
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def _gather_kernel(
     HAS_SLOTS: tl.constexpr,
     ROUTES_FIRST: tl.constexpr,
 ):
-    """Some of the tokens selected from one block. If weights are passed STRAIGHT through, they are 1."""
+    """Write some of the tokens selected from one block. If weights are passed STRAIGHT through, they are 1."""
     row = (tl.program_id(0) // groups).to(tl.int64)
     batch, block = row // (routes * blocks), row % blocks
     slot = (tl.program_id(0) % groups) * SLOTS + tl.arange(0, SLOTS)
@@ -58,7 +58,7 @@ def _gather_kernel(
     tl.store(indices_ptr + place, index, mask=exists)
     weight = tl.load(relaxed_ptr + row * width + in_block, mask=exists, other=0.0)
     if STRAIGHT:
-        # NaN stays, and what should not have been selected is 0.
+        # NaN stays, and the weight of a masked entry is 0.
         weight = tl.where(weight == weight, 1.0, weight)
         if HAS_MASK:
             is_there = tl.load(mask_ptr + row * mask_stride + in_block, mask=exists, other=0) != 0
@@ -66,7 +66,7 @@ def _gather_kernel(
     tl.store(weights_ptr + place, weight, mask=exists)
     if HAS_SLOTS:
         tl.store(slots_ptr + row * width + in_block, (block * selected + slot).to(tl.int32), mask=exists)
-    # A block that fills up the sequence may select past its end.
+    # A block at the end of the sequence may select past the end.
     source = batch * x_stride + tl.minimum(index, n - 1) * token_stride
     for first in range(0, d, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
@@ -87,7 +87,7 @@ def _spread_kernel(
     parts,
     BLOCK: tl.constexpr,
 ):
-    """Gradients of weights in the places of what is selected, and 0 in all others."""
+    """Write gradients of weights in the places of selected entries, and 0 in all others."""
     row = (tl.program_id(0) // parts).to(tl.int64)
     place = tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(slots_ptr + row * n + place, mask=place < n, other=-1)
@@ -124,9 +124,9 @@ def launch_gather(
     slots: Tensor | None,
 ) -> Iterator[Launch]:
     """Write weights and indices `b r blocks*selected` and tokens `b r blocks*selected d` of x `b n d`, whose last
-    stride is 1. All three are contiguous as they are or with routes first. Rows of `b r blocks` have the selection, the
-    relaxed selection, and the mask. If there is room for slots `b r blocks*width`, write into the places of selected
-    tokens which of these they are."""
+    stride is 1. All three are contiguous, or contiguous with routes first. Rows of `b r blocks` have the selection, the
+    relaxed selection, and the mask. If slots `b r blocks*width` have entries, write into the places of selected tokens
+    their index among these."""
     (n, d), (n_rows, n_selected) = x.shape[1:], selected.shape
     plan = _plan(n_rows, n_selected, d)
     yield Launch(

@@ -1,9 +1,9 @@
-"""Coordinate descent and selection on every prefix of a row of scores, of which nothing is copied.
+"""Coordinate descent and selection on every prefix of a row of scores, without copies.
 
-A window after the first routes from the tokens before it: rows that share storage, each with its length. All windows
-select from one order of the row by score: the first entries that lie in their prefix. A longer prefix has a higher
-limit, so that a token is selected by windows that follow each other, and what they hand back to it has a place of its
-own, beside each other, to be added up in order. See `forward.py` and `backward.py`.
+Each window after the first routes from the tokens before it. The prefixes are rows that share storage, each with its
+length. All windows select from one order of the row by score: the first entries that are in their prefix. A longer
+prefix has a higher limit, so a token is selected by consecutive windows. Its gradients from these windows have
+separate, adjacent places, and are added up in order. See `forward.py` and `backward.py`.
 """
 
 import torch
@@ -35,8 +35,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Weights and indices `b w r s`, a mask, counts, and the state of the descents.
 
-    The mask is `b w r s`, and empty if all prefixes have as many tokens as are selected. Counts are `b r n`: how many
-    windows select a token; empty where nothing is to be saved. The state may be known, from `descents`.
+    The mask is `b w r s`, and empty if all prefixes have at least as many tokens as are selected. Counts are `b r n`:
+    the number of windows that select a token; empty if nothing is saved. The state may be known, from `descents`.
     """
     schedule = (n_iters, eps, first, eps_decay)
     batch, routes, n = scores.shape
@@ -94,23 +94,23 @@ _operation = Operation(
 
 
 def _state_shape(prefixes: int, n_iters: int) -> tuple[int, int, int]:
-    """The shape of the state of descents: thresholds and ratios of each prefix, and the schedule behind them."""
+    """The shape of the state of descents: thresholds and ratios of each prefix, followed by the schedule."""
     return prefixes + 1, 2, n_iters + 1
 
 
 def _descend_together(
     scores: Tensor, window_size: int, k: float, schedule: tuple[int, float, float, float], save: bool, ranks: Ranks
 ) -> Tensor:
-    """The state of the descents on all prefixes of scores `b r n`, of which each rank computes a part.
+    """The state of the descents on all prefixes of scores `b r n`, with a part computed by each rank.
 
-    Long prefixes take longer, and every rank has as many long ones. The state is 2 n_iters + 2 numbers a prefix.
+    Long prefixes take longer, and every rank has equally many of them. The state is 2 n_iters + 2 numbers per prefix.
     """
     batch, routes, n = scores.shape
     windows = windows_with_a_prefix(n, window_size)
     shape = _state_shape(batch * windows * routes, schedule[0])
     state = scores.new_zeros(shape, dtype=torch.float64)
     launch_part(as_rows(scores), routes, windows, window_size, k, *schedule, ranks.number, ranks.size, save, state)
-    # As integers: where a rank has nothing there are zeros, to which any bits may be added.
+    # As integers: each rank has zeros outside of its part, so a sum keeps any bits.
     every = torch.stack(ranks.gather(state.view(torch.int64)))
     together = every.sum(dim=0).view(torch.float64)
     together[-1] = state[-1]
@@ -140,7 +140,7 @@ def route_prefixes(
         scores: `b r n`: fp32, bf16 or fp16, and fp64 on the CPU (computed in fp32 on a GPU). Any strides.
         window_size: tokens of a window; the last one may be shorter.
         num_selected: s, number of tokens to select, from 1 to n.
-        k: the sum that each row of coordinate descent approaches, whatever its length.
+        k: the sum that each row of coordinate descent approaches, for any length.
         n_iters, eps, eps_init, eps_decay: as in `reference.coor_descent`.
         straight_through: weights are 1, with the gradient of the relaxed selection.
         ranks: processes that call this together, with the same scores and options. If kernels compute the descents, the

@@ -1,11 +1,12 @@
-"""Backward pass of `kernels.route_prefixes`: what each prefix hands back to its thresholds, then what each token gets.
+"""Backward pass of `kernels.route_prefixes`: first the gradients of each prefix's thresholds, then the gradient of each
+token.
 
-Through the threshold of iteration t of each prefix that holds it, a token that is not above the threshold before
-receives -A exp((s + a) / e) / k (docs/design.md, section 3). With more entries a sum is larger and so the next
-threshold: thresholds ascend from window to window, and the prefixes that a token receives through are all from some
-window w on. From there they add up to exp((s + a_w) / e) S_w, where S_w = A_w / k + exp((a_(w+1) - a_w) / e) S_(w+1)
-does not depend on the token: it has to find w, and computes one exponential for all prefixes. What it receives as one
-that was selected lies side by side for all the windows that selected it, which follow each other.
+Through the threshold of iteration t of each prefix that contains it, a token that is not above the threshold before
+receives -A exp((s + a) / e) / k (docs/design.md, section 3). More entries make a sum larger and so the next threshold:
+thresholds ascend from window to window. So the prefixes through which a token receives are all from some window w on.
+They add up to exp((s + a_w) / e) S_w, where S_w = A_w / k + exp((a_(w+1) - a_w) / e) S_(w+1) does not depend on the
+token: the token has to find w, and computes one exponential for all prefixes. Its gradients as a selected token are
+adjacent in memory, since the windows that selected it are consecutive.
 """
 
 from collections.abc import Iterator
@@ -28,16 +29,16 @@ from kernels.coor_descent import LARGEST, direct_gradient, iterations_of, row_st
 from kernels.route_prefixes.forward import prefix_row
 
 SLOTS = 1024
-"""Selected tokens that a program looks at at a time."""
+"""Selected tokens that a program reads at a time."""
 
 TOKENS = 128
-"""Tokens of a program."""
+"""Tokens per program."""
 
 WINDOWS = 4
-"""Windows that are read at a time, of those that selected a token."""
+"""Windows that selected a token, read at a time."""
 
 PREFIXES, FEW_PREFIXES = 1024, 256
-"""Prefixes that are added up at a time, of many windows and of few. Few sizes serve all lengths."""
+"""Prefixes that are added up at a time, for many windows and for few. Few sizes serve all lengths."""
 
 NUM_WARPS = 4
 
@@ -64,8 +65,8 @@ def _thresholds_kernel(
     SLOTS: tl.constexpr,
     ITERATIONS: tl.constexpr,
 ):
-    """Gradients that the selected tokens of one prefix receive directly. For each iteration also A / k, and the score
-    up to which a token receives through the threshold."""
+    """Gradients that the selected tokens of one prefix receive directly. Also, for each iteration, A / k, and the
+    highest score at which a token receives through the threshold."""
     row = (tl.program_id(0) // n_windows).to(tl.int64)
     window = tl.program_id(0) % n_windows
     prefix = prefix_row(row, window, routes, n_windows)
@@ -105,7 +106,7 @@ def _thresholds_kernel(
 
 @triton.jit
 def _follow(decay, share, next_decay, next_share):
-    """First one step of a linear recurrence, then the next."""
+    """Composition of two steps of a linear recurrence, the first one applied first."""
     return decay * next_decay, next_share + next_decay * share
 
 
@@ -120,8 +121,8 @@ def _sums_kernel(
     n_iters,
     PREFIXES: tl.constexpr,
 ):
-    """For one row and iteration, and each window: the sum of the shares from that window on. The unit is
-    exp(-a / e). The offset of the exponent of tokens goes with it."""
+    """For one row and iteration, and each window: the sum of the shares from that window on. The unit is exp(-a / e).
+    The offset of the exponent of tokens is written with it."""
     row = (tl.program_id(0) // (n_iters - 1)).to(tl.int64)
     t = 1 + tl.program_id(0) % (n_iters - 1)
     schedule_ptr = row_state(state_ptr, tl.cast(n_rows, tl.int64) * n_windows, n_iters)
@@ -138,8 +139,8 @@ def _sums_kernel(
         has_next = exists & (window + 1 < n_windows)
         next_a_ptrs = row_state(state_ptr, prefix_row(row, window + 1, routes, n_windows), n_iters) + t
         next_a = tl.load(next_a_ptrs, mask=has_next, other=0.0)
-        # The factor is at most 1, except for a prefix without a score above -inf, whose a is below the next. There it
-        # must not overflow.
+        # The factor is at most 1, except for a prefix without a score above -inf. The a of such a prefix is below the
+        # next one, and its factor must not overflow.
         decay = tl.where(has_next, tl.exp2(tl.minimum((next_a - a) * factor, 1.0)), 0.0)
         share = tl.load(shares_ptr + window, mask=exists, other=0.0)
         decay, total = tl.associative_scan((decay, share), 0, _follow)
@@ -191,7 +192,7 @@ def _tokens_kernel(
         total = tl.load(step_ptr + n_windows + low, mask=exists, other=0.0)
         offset = tl.load(step_ptr + 2 * n_windows + low, mask=exists, other=0.0)
         slope = tl.load(factor_ptr + t).to(tl.float32)
-        # Where there is no prefix, the weight must not overflow.
+        # Without a prefix, the weight must not overflow.
         through_a += per_row(total) * tl.minimum(exp2_line(per_row(score), slope, offset), LARGEST)
 
     count = tl.load(counts_ptr + row * n + column, mask=column < n, other=0)
@@ -234,7 +235,7 @@ def launch_backward(
     ds: Tensor,
 ) -> None:
     """Write the gradient of scores `rows n` to `ds`, from that of the weights `b w r s`."""
-    # Where the entries of a token end, of which there is one for each window that selected it.
+    # End of the entries of each token, which has one for each window that selected it.
     ends = counts.view(-1).cumsum(dim=0, dtype=torch.int32 if indices.numel() < 2**31 else torch.int64)
     _launch_gradients(grad_output, scores, window_size, k, indices, counts, ends, state, ds)
 

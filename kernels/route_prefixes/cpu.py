@@ -1,4 +1,4 @@
-"""`kernels.route_prefixes` in PyTorch, some windows after the others: what a CPU tensor gets."""
+"""`kernels.route_prefixes` in PyTorch, for CPU tensors, in groups of windows."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,8 @@ from kernels.coor_descent import backward_in_pytorch, forward_in_pytorch, views_
 from reference._shared.arguments import epsilon_schedule
 
 ENTRIES_AT_ONCE = 32768
-"""About how many entries windows have that are computed side by side. On fewer, calls take longer than computing."""
+"""Approximate number of entries of windows that are computed together. With fewer, the overhead of calls exceeds the
+computation."""
 
 
 def forward(
@@ -71,7 +72,8 @@ def backward(
 def _side_by_side(scores: Tensor, window_size: int, windows: int) -> Iterator[tuple[slice, Tensor]]:
     """Groups of windows, and the scores before each of them as rows `(b w r) length`.
 
-    They are in fp32 at least, as weights are. Rows have the length of the longest, and -inf after their own."""
+    They are in fp32 at least, as weights are. Rows have the length of the longest one, with -inf after their own
+    length."""
     batch, routes, _ = scores.shape
     wide, start = scores.to(torch.promote_types(scores.dtype, torch.float32)), 0
     while start < windows:

@@ -1,8 +1,9 @@
-"""Forward pass of `kernels.route_prefixes`: a program descends on neighbouring prefixes of a row, another selects.
+"""Forward pass of `kernels.route_prefixes`: a program computes the descent on neighbouring prefixes of a row, another
+selects.
 
-Prefixes are read from the L2 cache in each iteration; nothing is as large as windows times tokens. Neighbouring ones
-have nearly equal thresholds. So a program has GROUP of them, for which it reads an entry and computes an exponential
-w = exp((s - base) / e) once: for each, an iteration adds up min(w c, 1) with its own c = exp((base - h) / e).
+Prefixes are read from the L2 cache in each iteration; no tensor has the size of windows times tokens. Neighbouring
+prefixes have nearly equal thresholds. So a program has GROUP of them, and reads an entry and computes its exponential
+w = exp((s - base) / e) once: for each prefix, an iteration adds up min(w c, 1) with its own c = exp((base - h) / e).
 """
 
 from collections.abc import Iterator
@@ -41,34 +42,34 @@ from kernels.coor_descent import MAX_SHIFT, cool, first_step, row_state, save_st
 from kernels.select import sort_rows
 
 GROUP = 4
-"""Most prefixes that a program descends on."""
+"""Most prefixes of a program that computes descents."""
 
 NUM_WARPS = 8
 
 IN_THREAD = 32
-"""Entries in a thread of what prefixes have in common."""
+"""Entries per thread of the part that the prefixes share."""
 
 REGISTERS = 128
-"""Most registers of a thread of such a program."""
+"""Most registers per thread of such a program."""
 
 LONGEST_END = 2048
-"""Most entries that one prefix of a program has and another has not."""
+"""Most entries that are in one prefix of a program but not in another."""
 
 RANKS = 2048
-"""Ranks, or places, that selection looks at at a time."""
+"""Ranks, or places, that selection reads at a time."""
 
 RANKS_IN_THREAD = 8
 
 
 @triton.jit
 def prefix_row(row, window, routes, n_windows):
-    """The place, in the order `b w r`, of a window's selection from a row `(b r)` of the scores."""
+    """The index, in the order `b w r`, of a window's selection from a row `(b r)` of the scores."""
     return (row // routes * n_windows + window) * routes + row % routes
 
 
 @triton.jit
 def _clip_scaled_by_pair(x, high, low):
-    """min(x * (high + low), 1), rounded once, for x >= 0, infinity too, and 0 < low; 0 for NaN."""
+    """min(x * (high + low), 1), rounded once, for x >= 0, including infinity, and 0 < low; 0 for NaN."""
     if INTERPRETED:
         scaled = x.to(tl.float64) * high.to(tl.float64) + x.to(tl.float64) * low.to(tl.float64)
         return tl.where(scaled == scaled, tl.minimum(scaled.to(tl.float32), 1.0), 0.0)
@@ -122,8 +123,8 @@ def _descend_kernel(
     WIDTH: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """All iterations on up to GROUP prefixes of one row; the longest prefixes come first. One of `parts` such groups is
-    computed, from the one of number `part` on."""
+    """All iterations on up to GROUP prefixes of one row; the longest prefixes come first. This program computes one of
+    `parts` such groups, from the group number `part` on."""
     row = (tl.program_id(0) % n_rows).to(tl.int64)
     group = tl.program_id(0) // n_rows
     is_own = group % parts == part
@@ -131,7 +132,7 @@ def _descend_kernel(
     window = last - GROUP + tl.arange(0, GROUP)
     n_prefixes = tl.cast(n_rows, tl.int64) * n_windows
     prefixes = tl.where((window >= 0) & is_own, prefix_row(row, window, routes, n_windows), n_prefixes)
-    # One that does not exist is as long as the first.
+    # A prefix that does not exist has the length of the first one.
     lengths = (tl.maximum(window, 0) + 1) * window_size
     common = tl.where(is_own, (tl.maximum(last - GROUP, 0) + 1) * window_size, 0)
     longest = tl.where(is_own, last * window_size, 0)
@@ -168,7 +169,7 @@ def _descend_kernel(
         slope, offset, rest = exponent_line(base, factor)
         scale = tl.exp2(shift + rest) * (1.0 + EXP2_LACKS)
         scale_high = lower_fp32(scale)
-        # Never 0, which times infinity is none of both.
+        # Never 0, because 0 times infinity is NaN.
         scale_low = per_row((scale - scale_high).to(tl.float32) + 1e-30)
         scale_high = per_row(scale_high.to(tl.float32))
         total_in_thread = tl.zeros([GROUP, WIDTH // 4], tl.float64)
@@ -181,8 +182,8 @@ def _descend_kernel(
             if COUNT:
                 above_in_thread += count_in_thread(is_above(scores, per_row(threshold)), GROUP, WIDTH)
 
-        # The second loop reads the tokens of only some of the prefixes. It reads all tokens where thresholds are far
-        # from each other.
+        # The second loop reads the tokens of only some of the prefixes. It reads all tokens if thresholds are far from
+        # each other.
         slope, offset, rest = exponent_line(anchor, factor)
         more = per_row(exp2_minus_1(rest) + EXP2_LACKS)
         for start in range(alike, longest, WIDTH):
@@ -209,7 +210,7 @@ def _select_kernel(
     state_ptr,  # prefixes+1 2 n_iters+1, fp64
     indices_ptr,  # prefixes selected, int64
     weights_ptr,  # prefixes selected
-    mask_ptr,  # prefixes selected, bool, if there is one
+    mask_ptr,  # prefixes selected, bool, if there is a mask
     counts_ptr,  # rows n, int32
     n_rows,
     n,
@@ -223,8 +224,8 @@ def _select_kernel(
     HAS_MASK: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """The first of a row in the order of its scores that lie in a prefix, with weights and mask. For each token, one
-    more window that selects it. The shortest prefixes, which take longest, come first."""
+    """Select the first entries of a row, in the order of scores, that are in a prefix. Write them with weights and
+    mask, and count one more window for each of them. The shortest prefixes, which take longest, come first."""
     row = (tl.program_id(0) % n_rows).to(tl.int64)
     window = tl.program_id(0) // n_rows
     length = (window + 1) * window_size
@@ -268,8 +269,8 @@ def _select_kernel(
 
 @planner
 def _plan_descent(n_rows: int, n_windows: int, window_size: int, aligned: bool, available: int) -> Plan:
-    """A program has so few prefixes that all multiprocessors have work. Most of its reads are common to its prefixes.
-    Where rows are not aligned, the addresses of entries take half of the registers for entries."""
+    """A program has few enough prefixes for all multiprocessors to have work. Its prefixes share most reads. If rows
+    are not aligned, the addresses of entries take half of the registers for entries."""
     group = 1
     while (
         2 * group <= GROUP
@@ -302,9 +303,9 @@ def launch_forward(
     state: Tensor,
     is_descended: bool,
 ) -> None:
-    """Select from scores `rows n`. Write indices and weights `b w r s`, the state unless it is there, and, where they
-    have entries, the mask `b w r s` and `counts` `b r n`, which are zeros before."""
-    # Among equal scores the first comes first. Each prefix selects from the one order by position.
+    """Select from scores `rows n`. Write indices and weights `b w r s`, the state unless it exists already, and, if
+    they have entries, the mask `b w r s` and `counts` `b r n`, which are zeros before."""
+    # Among equal scores the first comes first. Each prefix selects from the single order by position.
     ordered, order = sort_rows(scores)
     sizes = (window_size, k, *schedule, straight_through, is_descended)
     _launch_descent_and_selection(scores, *sizes, ordered, order, indices, weights, mask, counts, state)
@@ -326,12 +327,12 @@ def launch_part(
     save: bool,
     state: Tensor,
 ) -> Iterator[Launch]:
-    """Descend on one of so many parts of the prefixes of scores `rows n`, and write their state."""
+    """Compute the descents for one of several parts of the prefixes of scores `rows n`, and write their state."""
     n_rows = scores.shape[0]
     aligned = (address(scores) | scores.stride(0)) % 16 == 0
     yield Launch(
         _descend_kernel,
-        # The plan is for all prefixes: results have the same bits, whoever computes them.
+        # The plan is for all prefixes, so that results have the same bits on any rank.
         _plan_descent(n_rows, n_windows, window_size, aligned, multiprocessors(scores.device)),
         scores,
         state,

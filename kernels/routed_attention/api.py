@@ -1,8 +1,8 @@
 """Attention to routed keys and values and to a learned pair, in the layout of the projections.
 
-It is that of FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14135), with the weights of the router inside.
-PyTorch's own is as fast, but for the keys and values that have to be put together for it, and not the same from run to
-run: its backward pass adds to the gradient of the queries in any order.
+It is FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14135) with the weights of the router inside.
+PyTorch's own kernel is as fast, but it needs keys and values to be concatenated first, and its results are not the same
+from run to run: its backward pass adds to the gradient of the queries in any order.
 """
 
 import torch
@@ -25,7 +25,7 @@ def _forward(
     multiply_keys: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the same before it is rounded, if that is to be saved, and the lse to the base 2."""
+    """The output, the output before rounding if it is saved, and the lse to the base 2."""
     batch, n_queries, _ = query.shape
     rounds = query.dtype != torch.float32
     out = query.new_empty(query.shape)
@@ -86,7 +86,7 @@ def routed_attention(
             route and head of the route. Any strides but the last.
         weights: `b r j`, multiplied with values, and with keys if `multiply_keys_by_score`.
         null_kv: `2 h d`: a key and a value that every query also attends to.
-        mask: `b r j`, bool; False for tokens that are not attended to.
+        mask: `b r j`, bool; False for masked tokens.
 
     Returns:
         `b i (h d)`, in the dtype of the queries.

@@ -1,4 +1,4 @@
-"""`kernels.routed_attention` in PyTorch: a CPU tensor gets this."""
+"""`kernels.routed_attention` in PyTorch, for CPU tensors."""
 
 import torch
 import torch.nn.functional as F

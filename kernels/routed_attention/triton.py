@@ -1,11 +1,11 @@
 """Kernels of `kernels.routed_attention`: a program for a block of queries, or of keys, of one head.
 
-What a query attends to are a learned key and value, with which its softmax begins, and the routed ones. Weights w of
-values are multiplied with the softmax, and not with the values: with p = exp(s - l) and delta = sum g o,
+A query attends to a learned key and value, with which its softmax begins, and to the routed ones. Weights w of values
+are multiplied with the softmax, not with the values: with p = exp(s - l) and delta = sum g o,
 
     dp = w (g v),    ds = p (dp - delta),    dv = w sum p g,    dw = sum v (sum p g)
 
-and one kernel adds up over keys for the gradient of queries, another over queries for that of keys and values.
+and one kernel sums over keys for the gradient of queries, another over queries for that of keys and values.
 """
 
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def _load_keys(
     kv_ptr, weight_ptr, mask_ptr, keys, columns, stride, n_keys, HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr,
     WEIGH_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Keys, as they are attended to, values, weights, and which of all these there are."""
+    """Keys as they are attended to, values, weights, and a mask of valid entries."""
     present = keys < n_keys
     key = load_rows(kv_ptr, keys, present, columns, stride, HEAD_DIM)
     value = load_rows(kv_ptr + HEAD_DIM, keys, present, columns, stride, HEAD_DIM)
@@ -70,7 +70,7 @@ def _place(n, n_queries, HEADS: tl.constexpr, BLOCK: tl.constexpr):
 def _kv_offset(
     batch, head, batch_stride, route_stride, HEADS: tl.constexpr, ROUTES: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
-    """Where keys of a head begin, and its row of weights and mask."""
+    """Pointers to the keys of a head, and its row of weights and mask."""
     shared: tl.constexpr = HEADS // ROUTES
     route = head // shared
     offset = batch * batch_stride + route.to(tl.int64) * route_stride + (head % shared) * (2 * HEAD_DIM)
@@ -104,7 +104,7 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """A block of queries; scale includes log2(e)."""
+    """Compute a block of queries; scale includes log2(e)."""
     block, head, batch, numbers = _place(n_queries, n_queries, HEADS, BLOCK)
     queries = block * BLOCK + tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_D)
@@ -126,7 +126,7 @@ def _forward_kernel(
         )
         logits = dot(query, tl.trans(key), None, PRECISION) * scale
         logits = tl.where(present[None, :], logits, float("-inf"))
-        # The learned key is always there, so that the maximum is finite.
+        # The learned key is always valid, so that the max is finite.
         p, rescale, max_logit, total = softmax_step(logits, 1.0, max_logit, total)
         weighted = (p * weight[None, :]).to(value.dtype)
         out = out * rescale[:, None] + dot(weighted, value, None, PRECISION)
@@ -183,7 +183,7 @@ def _query_kernel(
 
     query = load_rows(query_ptr + own, queries, queries < n_queries, columns, HEADS * HEAD_DIM, HEAD_DIM)
     grad_output = load_rows(grad_output_ptr + own, queries, queries < n_queries, columns, HEADS * HEAD_DIM, HEAD_DIM)
-    # Not as it was rounded to half precision: that would leave its rounding where dp and delta should cancel.
+    # Not the output rounded to half precision: its rounding error would remain where dp and delta should cancel.
     out = load_rows(out_ptr + own, queries, queries < n_queries, columns, HEADS * HEAD_DIM, HEAD_DIM)
     lse = tl.load(lse_ptr + numbers, mask=queries < n_queries, other=0.0)
     wide_grad, wide_query = grad_output.to(tl.float32), query.to(tl.float32)
@@ -194,7 +194,7 @@ def _query_kernel(
     null_p = tl.exp2(tl.sum(wide_query * null_key[None, :], axis=1) * scale - lse)
     null_ds = null_p * (tl.sum(wide_grad * null_value[None, :], axis=1) - delta) * dim_scale
     dnull_ptr += (batch * tl.cdiv(n_queries, BLOCK) + block) * (2 * HEADS * HEAD_DIM) + head * HEAD_DIM
-    # Queries that are not there are 0, and so is their gradient.
+    # Absent queries are 0, and so is their gradient.
     dnull_key = tl.sum(null_ds[:, None] * wide_query, axis=0)
     dnull_value = tl.sum(null_p[:, None] * wide_grad, axis=0)
     tl.store(dnull_ptr + columns, dnull_key, mask=columns < HEAD_DIM)
@@ -245,7 +245,7 @@ def _key_value_kernel(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Gradients of a block of keys and values, and of their weights as far as this head goes."""
+    """Gradients of a block of keys and values, and this head's share of the gradient of their weights."""
     block, head, batch, numbers = _place(n_keys, n_queries, HEADS, BLOCK)
     keys = block * BLOCK + tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_D)
@@ -293,7 +293,7 @@ FORWARD = {
     (4, 64): Settings(16, 64, 4, 2),
     (4, 128): Settings(16, 32, 8, 2),
 }
-"""By bytes of an entry, and dimensions of a head."""
+"""Settings by the bytes of an entry and the dimension of a head."""
 
 QUERY = {
     (2, 64): Settings(64, 64, 4, 3),
@@ -379,7 +379,7 @@ def launch_backward(
     dquery: Tensor,
     dkey_value: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Writes the gradients of queries, keys and values, and returns those of weights `b r j` and the learned pair."""
+    """Write the gradients of queries, keys and values, and return those of weights `b r j` and the learned pair."""
     (batch, n_queries, _), (_, routes, n_keys, _) = query.shape, key_value.shape
     _, heads, head_dim = null_kv.shape
     blocks = _plan_queries(batch, n_queries, heads, head_dim, query.itemsize).pieces

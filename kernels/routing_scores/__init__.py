@@ -1,4 +1,4 @@
-"""`kernels.routing_scores`, and the parts of it that other operations take."""
+"""`kernels.routing_scores`, and its parts that other operations use."""
 
 from kernels.routing_scores.api import (
     as_kernels_take,

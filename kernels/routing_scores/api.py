@@ -17,8 +17,8 @@ from reference._shared.arguments import check_routing_tokens, check_scale
 def score_tokens(
     x: Tensor, routing_tokens: Tensor, cosine: bool, padded: int, slots: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scores `b r padded` of tokens `b n d`, and inverse norms `b padded` where scores are cosines. Padding has a score
-    of 0. The last stride of both inputs is 1. Slots, int32 of the shape of scores, are filled with -1."""
+    """Scores `b r padded` of tokens `b n d`, and inverse norms `b padded` if scores are cosines. Padding has a score of
+    0. The last stride of both inputs is 1. Slots, int32 of the shape of scores, are filled with -1."""
     wide = torch.promote_types(x.dtype, torch.float32)
     scores = x.new_empty((x.shape[0], routing_tokens.shape[1], padded), dtype=wide)
     inverse_norms = x.new_empty((x.shape[0], padded) if cosine else (0,), dtype=wide)
@@ -48,7 +48,7 @@ def score_tokens_backward(
 
 
 def _runs_kernel(x: Tensor, routing_tokens: Tensor) -> bool:
-    """fp64 stays fp64, which the kernels are not; and they hold a number of routes in registers."""
+    """fp64 stays fp64, which the kernels do not support; and they keep all routes in registers."""
     return x.dtype != torch.float64 and routing_tokens.shape[1] <= MOST_ROUTES and runs_triton(x)
 
 
@@ -87,7 +87,8 @@ def _count_backward_flops(*arguments: Any, **_: object) -> int:
 
 
 def as_kernels_take(x: Tensor, routing_tokens: Tensor, cosine_sim_scale: float | None) -> tuple[Tensor, Tensor]:
-    """Tokens and routing tokens with a last stride of 1, the latter of the norm `cosine_sim_scale` if there is one."""
+    """Tokens and routing tokens with a last stride of 1. With `cosine_sim_scale`, routing tokens are scaled to this
+    norm."""
     check_scale(cosine_sim_scale)
     if cosine_sim_scale is not None:
         wide = torch.promote_types(routing_tokens.dtype, torch.float32)
@@ -97,7 +98,7 @@ def as_kernels_take(x: Tensor, routing_tokens: Tensor, cosine_sim_scale: float |
 
 
 def routing_scores(x: Tensor, routing_tokens: Tensor, *, cosine_sim_scale: float | None = None) -> Tensor:
-    """`reference.routing_scores` in one read of the tokens, which are not copied or converted in memory.
+    """`reference.routing_scores` in one read of the tokens, without copies or conversions in memory.
 
     One pass computes the gradients of both, bitwise equal from run to run. Products and sums are fp32. PyTorch computes
     fp64 tokens, more than 8 routes, and CPU tensors.

@@ -1,4 +1,4 @@
-"""A number that the kernels of routing scores and their CPU path have in common."""
+"""A constant that the kernels of routing scores and their CPU path share."""
 
 SMALLEST_NORM = 1e-12
-"""A token whose norm is below this is divided by this, as by PyTorch's normalize."""
+"""A token with a smaller norm is divided by this instead, as in PyTorch's normalize."""

@@ -1,4 +1,4 @@
-"""`kernels.routing_scores` and the gathering of `kernels.route` in PyTorch: what a CPU tensor gets."""
+"""`kernels.routing_scores` and the gathering of `kernels.route` in PyTorch, for CPU tensors."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from reference._shared.autocast import without_autocast
 def scores(
     x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_norms: Tensor | None, slots: Tensor | None
 ) -> None:
-    """As `launch_scores`."""
+    """The same as `launch_scores`."""
     n, is_padded = x.shape[1], x.shape[1] < scores.shape[-1]
     if slots is not None:
         slots.fill_(-1)
@@ -36,7 +36,7 @@ def gradients(
     gathered: tuple[Tensor, Tensor, Tensor] | None,
     dx: Tensor | None,
 ) -> Tensor:
-    """As `launch_gradients`."""
+    """The same as `launch_gradients`."""
     n, wide = x.shape[1], scores.dtype
     x, grad, scores = x.to(wide), grad_scores[..., :n], scores[..., :n]
     if inverse_norms is not None:
@@ -46,7 +46,7 @@ def gradients(
         grad = grad * inverse_norms[:, None]
     with without_autocast(x):
         if dx is not None:
-            # To touch memory for the first time takes longer than the product.
+            # The first access to memory takes longer than the product.
             grad_x = dx if dx.dtype == wide else dx.new_empty(dx.shape, dtype=wide)
             torch.matmul(grad.mT, routing_tokens.to(wide), out=grad_x)
             if inverse_norms is not None:
@@ -61,7 +61,7 @@ def gradients(
 
 
 def _add_gathered(grad_x: Tensor, indices: Tensor, grad_tokens: Tensor) -> None:
-    """One route after the other, each of which has a token once."""
+    """Routes are added one by one, because each has a token at most once."""
     batch = torch.arange(grad_x.shape[0], device=grad_x.device)[:, None]
     for route in range(indices.shape[1]):
         grad_x[batch, indices[:, route]] += grad_tokens[:, route].to(grad_x.dtype)

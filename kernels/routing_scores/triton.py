@@ -1,8 +1,8 @@
 """Kernels between tokens and their scores: one read of the tokens forward, and one pass over them backward.
 
 A token's score for a route is its product with the routing token, times its inverse norm if scores are cosines. Tiles
-are tokens x routes x columns, of which a thread has all routes: what is read of a token serves each of them, and a warp
-reads a token's columns side by side.
+are tokens x routes x columns, and a thread has all routes: a loaded entry of a token serves each of them, and a warp
+reads adjacent columns of a token.
 """
 
 from collections.abc import Iterator
@@ -19,36 +19,36 @@ from kernels._common.tensors import multiprocessors
 from kernels.routing_scores import constants
 
 MOST_ROUTES = 8
-"""Routes for which a program has accumulators."""
+"""Most routes for which a program has accumulators."""
 
 SMALLEST_NORM: tl.constexpr = tl.constexpr(constants.SMALLEST_NORM)
 
 IN_THREAD = 32
-"""Accumulators of a thread, or twice as many where there are many routes."""
+"""Accumulators per thread; twice as many if there are many routes."""
 
 SCORING_WARPS, GRADIENT_WARPS = 1, 2
-"""Warps of a program. Scores change threads before they are written, for which the warps of a program would wait for
-each other."""
+"""Warps per program. Scores are exchanged between threads before they are written, and the warps of a program would
+have to wait for each other."""
 
 SCORING_PROGRAMS, GRADIENT_PROGRAMS = 32, 8
-"""Programs for each multiprocessor: about as many as it has the registers for. All then run at the same time and have
-equal work."""
+"""Programs per multiprocessor: about as many as its registers allow. All then run at the same time and have equal
+work."""
 
 
 @triton.jit
 def _token_starts(tokens, stride):
-    """Where what belongs to tokens `tokens 1 1` begins."""
+    """Offsets of the data of tokens `tokens 1 1`."""
     starts = tokens.to(tl.int64) * stride
     if tokens.shape[0] > 1:
-        # They are not neighbours. But a compiler looks for these only along columns, which have more of them; of the
-        # other two directions it is to spread tokens over warps, and not, as Triton 3.7 would, routes.
+        # The offsets are not adjacent. But a compiler looks for adjacent ones only along columns, which have more of
+        # them. In the other two directions it is to spread tokens over warps, not routes, as Triton 3.7 would do.
         starts = tl.max_contiguous(starts, [2, 1, 1])
     return starts
 
 
 @triton.jit
 def _load_tokens(x_ptr, tokens, columns, stride, n, d):
-    """Tokens as fp32, 0 where there is none: tokens x 1 x columns."""
+    """Tokens as fp32, 0 for absent ones: tokens x 1 x columns."""
     x_ptrs = x_ptr + _token_starts(tokens, stride) + columns
     return tl.load(x_ptrs, mask=(tokens < n) & (columns < d), other=0.0).to(tl.float32)
 
@@ -57,7 +57,8 @@ def _load_tokens(x_ptr, tokens, columns, stride, n, d):
 def _load_routing(routing_ptr, slots, routes, columns, no_stride, n_routes, d):
     """Routing tokens as fp32, the same for each token of a tile: tokens x routes x columns.
 
-    `no_stride` is 0, but the compiler must not know: of a tile of one token, it would spread routes over warps.
+    `no_stride` is 0, but hidden from the compiler, which would otherwise spread routes over warps for a tile of one
+    token.
     """
     routing_ptrs = routing_ptr + routes * d + _token_starts(slots, no_stride) + columns
     return tl.load(routing_ptrs, mask=(routes < n_routes) & (columns < d), other=0.0).to(tl.float32)
@@ -87,9 +88,9 @@ def _score_kernel(
     COSINE: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
 ):
-    """Scores of every so many blocks of tokens for all routes; of what pads the tokens, 0. No token has a slot yet.
+    """Scores of every `parts`-th block of tokens for all routes, and 0 for padding. Slots of tokens become -1.
 
-    Where a tile has a WHOLE token, the routing tokens stay in registers.
+    With a WHOLE token in a tile, the routing tokens stay in registers.
     """
     batch = (tl.program_id(0) // parts).to(tl.int64)
     route = tl.arange(0, ROUTES)[None, :, None]
@@ -134,14 +135,14 @@ def _through_scores(
     is_token,
     COSINE: tl.constexpr,
 ):
-    """The gradient of tokens through their scores, and what these are multiplied with in that of routing tokens."""
+    """The gradient of tokens through their scores, and the factors of tokens in that of routing tokens."""
     grad = tl.load(grad_scores_ptrs, mask=is_route & is_token, other=0.0)
     if COSINE:
         inverse_norm = tl.load(inverse_norm_ptrs, mask=is_token, other=0.0)
         scores = tl.load(scores_ptrs, mask=is_route & is_token, other=0.0)
         along = tl.sum(grad * scores, axis=1, keep_dims=True) * inverse_norm * inverse_norm
         grad *= inverse_norm
-        # Below the smallest norm, it is a constant that was divided by.
+        # A smaller norm was replaced by a constant.
         dx = tl.sum(grad * routing, axis=1, keep_dims=True)
         dx -= tl.where(inverse_norm < 1.0 / SMALLEST_NORM, along, 0.0) * x
     else:
@@ -174,7 +175,7 @@ def _gradient_kernel(
     COSINE: tl.constexpr,
     NEEDS_X: tl.constexpr,
 ):
-    """Gradient of some columns of every so many blocks of tokens through their scores. These tokens' part of the
+    """Gradient of some columns of every `parts`-th block of tokens through their scores. These tokens' share of the
     gradient of the routing tokens is written too."""
     column_blocks = tl.cdiv(d, COLUMNS)
     part = tl.program_id(0) // column_blocks % parts
@@ -214,7 +215,7 @@ def _gathered_kernel(
     inverse_norms_ptr,  # b padded, fp32
     grad_scores_ptr,  # b r padded, fp32
     indices_ptr,  # b r selected, int64
-    slots_ptr,  # b r padded, int32: which of the selected tokens a token is, or -1
+    slots_ptr,  # b r padded, int32: index of a token among the selected ones, or -1
     grad_tokens_ptr,  # b r selected d
     dx_ptr,  # b n d
     x_stride,
@@ -232,8 +233,8 @@ def _gathered_kernel(
     COLUMNS: tl.constexpr,
     COSINE: tl.constexpr,
 ):
-    """The whole gradient of some selected tokens, in the place of that through their scores alone. Of the routes that
-    have selected a token, the first computes it, and adds up what it gets from all of them in their order."""
+    """Replace the gradient of some selected tokens through their scores by the whole gradient. Of the routes that have
+    selected a token, the first one computes it, and adds up the gradients from all of them in their order."""
     batch = (tl.program_id(0) // blocks // routes).to(tl.int64)
     own_route = tl.program_id(0) // blocks % routes
     route = tl.arange(0, ROUTES)[None, :, None]
@@ -296,10 +297,10 @@ def _plan_gradients(batch: int, n: int, d: int, routes: int, itemsize: int, avai
 @planner
 def _plan_gathered(batch: int, selected: int, d: int, routes: int) -> Plan:
     """Pieces are blocks of the tokens that a route selected."""
-    # The tile of fp32, which is the smallest: what is gathered takes registers, too.
+    # The tile of fp32, which is the smallest, because the gathered gradients take registers, too.
     tile = _tile(d, routes, 4, GRADIENT_WARPS)
     if d % 16:
-        # So do addresses of entries that are loaded one by one.
+        # Addresses of entries that are loaded one by one take registers as well.
         tile = {**tile, "TOKENS": max(tile["TOKENS"] // 2, 1)}
     blocks = triton.cdiv(selected, tile["TOKENS"])
     return Plan(blocks * batch * routes, tile, blocks)
@@ -313,9 +314,9 @@ def _strides(x: Tensor, routing_tokens: Tensor) -> tuple[int, int, int, int]:
 def launch_scores(
     x: Tensor, routing_tokens: Tensor, scores: Tensor, inverse_norms: Tensor | None, slots: Tensor | None
 ) -> Iterator[Launch]:
-    """Write scores `b r padded` of tokens `b n d`, whose last stride is 1, with contiguous routing tokens `b|1 r d`.
-    Where there is room for inverse norms `b padded`, write these, and as scores cosines times the norm of the routing
-    token; where there is room for slots, int32 `b r padded`, fill it with -1."""
+    """Write scores `b r padded` of tokens `b n d`, whose last stride is 1, with contiguous routing tokens `b|1 r d`. If
+    inverse norms `b padded` have entries, write them, and as scores cosines times the norm of the routing token. If
+    slots, int32 `b r padded`, have entries, fill them with -1."""
     batch, n, d = x.shape
     routes, padded = scores.shape[1:]
     plan = _plan_scores(batch, padded, d, routes, x.itemsize, multiprocessors(x.device))
@@ -353,8 +354,8 @@ def launch_gradients(
 
     Args:
         grad_scores: `b r padded`, contiguous.
-        gathered: indices below n `b r selected`, each once in a route; slots `b r padded`, which of these a token is,
-            or -1; and the gradient of these tokens `b r selected d`, contiguous.
+        gathered: indices below n `b r selected`, each once in a route; slots `b r padded`, the index of a token among
+            these, or -1; and the gradient of these tokens `b r selected d`, contiguous.
         dx: None if the tokens need no gradient.
     """
     batch, n, d = x.shape

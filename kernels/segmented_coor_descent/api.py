@@ -1,21 +1,21 @@
-"""Coordinate descent as the CoLT5 system published it: vectors a and b, checkpointed at the borders of segments.
+"""Coordinate descent as the CoLT5 system published it: vectors a and b, with checkpoints at the borders of segments.
 
-The forward pass keeps b at the start of each segment of iterations and a at its end, and the backward pass recomputes
-what lies between: for each iteration of a segment, from the last to the first, all that come before it. More segments
-take more memory and less time, which is what the suite `segments` shows beside `kernels.coor_descent`, which needs
-none.
+The forward pass keeps b at the start of each segment of iterations and a at its end. The backward pass recomputes the
+iterations between them: for each iteration of a segment, from the last to the first, all earlier ones of the segment.
+More segments need more memory and less time, which the suite `segments` shows in comparison with
+`kernels.coor_descent`, which needs none.
 
-Gradient. With x = s + b, p = softmax(x / e) and A_t = dL/da_t, iteration t hands back
+Gradient. With x = s + b, p = softmax(x / e) and A_t = dL/da_t, the gradients through iteration t are
 
     b_{t+1} = -relu(s + a_t)                  db := dL/db_{t+1},  A_t = -sum db [s + a_t > 0],  ds -= db [s + a_t > 0]
     a_t = e (log k - logsumexp(x / e))        dx = -A_t p,  ds += dx,  dL/db_t = dx,  dk += A_t e / k
 
-and s + a_{t-1} > 0 is where b_t < 0, so that the gradient of b_t is used up as soon as it is known, on
+and s + a_{t-1} > 0 if and only if b_t < 0, so the gradient of b_t is passed on as soon as it is known:
 
     ds += -A_t p where b_t = 0,    A_{t-1} = A_t sum p [b_t < 0]
 
-but for b_0 = -s, where x = 0 whatever s is. The output y = exp((s + a + b) / e) starts it: ds = A = g y / e where
-s + a <= 0, A summed over the row.
+except for b_0 = -s, where x = 0 for any s. The gradient begins with the output y = exp((s + a + b) / e): ds = A = g
+y / e where s + a <= 0, with A summed over the row.
 """
 
 import torch
@@ -36,7 +36,7 @@ from reference._shared.arguments import (
 )
 
 LONGEST = 131072
-"""Longest row that is supported: one program handles a row."""
+"""Longest supported row: one program computes a row."""
 
 
 def _forward(
@@ -53,7 +53,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, and the checkpoints: a at the end of each segment and b at its start, and the temperatures."""
     kept, device = segments if save else 0, scores.device
-    # The dtype of b is the one that is computed in, also where nothing is kept.
+    # The dtype of b is the dtype of the computation, even if nothing is kept.
     dtype = torch.promote_types(scores.dtype, torch.float32)
     y = torch.empty(scores.shape, dtype=scores.dtype, device=device)
     a = torch.empty((kept, scores.shape[0]), dtype=dtype, device=device)
@@ -119,9 +119,9 @@ def segmented_coor_descent(
 ) -> Tensor:
     """`reference.coor_descent` by the published algorithm of colt5-attention, for comparisons.
 
-    CoLT5: https://arxiv.org/abs/2303.09752, section 3.1; checkpointing by segments: Chen et al. 2016,
+    CoLT5: https://arxiv.org/abs/2303.09752, section 3.1; checkpoints by segments: Chen et al. 2016,
     https://arxiv.org/abs/1604.06174, section 4.1. The forward pass keeps `segments ... n` numbers for the backward
-    pass. Its time is linear in the number of iterations and in the length of a segment. Results are bitwise equal from
+    pass. The time is linear in the number of iterations and in the length of a segment. Results are bitwise equal from
     run to run. PyTorch computes a CPU tensor by the same algorithm.
 
     Args:

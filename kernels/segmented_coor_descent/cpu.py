@@ -1,4 +1,4 @@
-"""`kernels.segmented_coor_descent` in PyTorch: what a CPU tensor gets."""
+"""`kernels.segmented_coor_descent` in PyTorch, for CPU tensors."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ from kernels.segmented_coor_descent.steps import borders_of
 def _prepare(
     scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, k: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs as the kernels read them, in `dtype`. s is `rows n`, -inf where none takes part. The highest s, k and log
-    k are each `rows 1`."""
+    """Inputs as the kernels read them, in `dtype`. s is `rows n`, -inf for entries that take no part. The highest s, k
+    and log k are each `rows 1`."""
     s = scores.to(dtype)
     s = s if mask is None else s.masked_fill(~mask, -torch.inf)
     max_score = s.amax(dim=-1, keepdim=True)
@@ -43,7 +43,7 @@ def forward(
     steps: list[float],
     segments: int,
     checkpoint_a: Tensor,  # segments rows
-    checkpoint_b: Tensor,  # segments rows n; both without entries where no gradient is wanted
+    checkpoint_b: Tensor,  # segments rows n; both without entries if no gradient is needed
 ) -> Tensor:
     """The relaxed selection `rows n`, as the forward kernels compute it."""
     s, max_score, _, log_k = _prepare(scores, mask, k_rows, k, checkpoint_b.dtype)
@@ -86,7 +86,7 @@ def backward(
     dk = torch.zeros_like(grad_a)
     for segment in reversed(range(segments)):
         start, stop = borders_of.fn(segment, len(temperatures), segments)
-        # The first iteration of all hands nothing back to the scores.
+        # The first iteration of all passes no gradient to the scores.
         for t in reversed(range(max(start, 1), stop)):
             b = checkpoint_b[segment]
             # The largest s + b; in the first segment b = -s.

@@ -1,4 +1,4 @@
-"""Pieces of `kernels.segmented_coor_descent`: what one iteration does to one row, forward and backward."""
+"""Parts of `kernels.segmented_coor_descent`: one iteration on one row, forward and backward."""
 
 import triton
 import triton.language as tl
@@ -8,19 +8,19 @@ from kernels._common.primitives import LOG2_E, exp2
 
 @triton.jit
 def borders_of(segment, n_iters, segments):
-    """First iteration of a segment and of the one after; n_iters are split as evenly as possible."""
+    """First iteration of a segment and of the next one; n_iters are split as evenly as possible."""
     return segment * n_iters // segments, (segment + 1) * n_iters // segments
 
 
 @triton.jit
 def slot_of(segment, row, n_rows):
-    """Where a segment and row is among the checkpoints `segments rows`."""
+    """Index of a segment and row in the checkpoints `segments rows`."""
     return tl.cast(segment, tl.int64) * n_rows + row
 
 
 @triton.jit
 def load_scores(scores_ptr, mask_ptr, columns, n, dtype: tl.constexpr, HAS_MASK: tl.constexpr):
-    """Scores of a row, -inf where there is none to take part."""
+    """Scores of a row, -inf for entries that take no part."""
     valid = columns < n
     if HAS_MASK:
         valid = valid & (tl.load(mask_ptr + columns, mask=valid, other=0) != 0)
@@ -29,7 +29,7 @@ def load_scores(scores_ptr, mask_ptr, columns, n, dtype: tl.constexpr, HAS_MASK:
 
 @triton.jit
 def load_log_k(k_ptr, row, k, dtype: tl.constexpr, HAS_K: tl.constexpr):
-    """Logarithm of the row's k, and k; NaN, and with it the row, where k is not positive."""
+    """Logarithm of the row's k, and k. Both are NaN, and make the row NaN, if k is not positive."""
     k += tl.zeros((), tl.float64)
     if HAS_K:
         k = tl.load(k_ptr + row).to(tl.float64)
@@ -85,13 +85,13 @@ def next_a(total, largest, log_k, temperature):
 
 @triton.jit
 def cool(temperature, eps_decay, eps):
-    """The next of `reference._shared.arguments.epsilon_schedule`."""
+    """The next temperature of `reference._shared.arguments.epsilon_schedule`."""
     return tl.maximum(temperature * eps_decay, eps)
 
 
 @triton.jit
 def output_of(s, a, temperature):
-    """exp((s + a + b) / temperature) for b = -relu(s + a). Entries that take no part are 0, also if a is NaN."""
+    """exp((s + a + b) / temperature) for b = -relu(s + a). Entries that take no part are 0, even if a is NaN."""
     y = _exp_over(s + a + next_b(s, a), temperature)
     return tl.where(s == -float("inf"), 0.0, y)
 
@@ -105,5 +105,5 @@ def gradient_through_output(s, grad_output, a, temperature):
 
 @triton.jit
 def gradient_through_scores(s, b, exponentials, share):
-    """Gradient of s from one iteration, to be subtracted; `share` is A_t over the sum of the exponentials."""
+    """Gradient of s from one iteration, to be subtracted; `share` is A_t divided by the sum of the exponentials."""
     return tl.where((b < 0) | (s == -float("inf")), 0.0, share * exponentials)

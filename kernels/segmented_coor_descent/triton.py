@@ -1,4 +1,4 @@
-"""Kernels of `kernels.segmented_coor_descent`, one program a row: in registers, or read again in each iteration."""
+"""Kernels of `kernels.segmented_coor_descent`, one program per row: in registers, or read again in each iteration."""
 
 from collections.abc import Iterator
 
@@ -27,10 +27,10 @@ from kernels.segmented_coor_descent.steps import (
 )
 
 RESIDENT = 8192
-"""Longest row of which one program keeps s, b and, in the backward pass, ds in registers. In fp64 it is a quarter."""
+"""Longest row whose s, b and, in the backward pass, ds one program keeps in registers. For fp64 it is a quarter."""
 
 STREAMED = 8192
-"""Entries of a longer row that a program reads at a time; a quarter of it in fp64."""
+"""Entries of a longer row that a program reads at a time; a quarter of it for fp64."""
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -115,7 +115,7 @@ def _streaming_forward_kernel(
     HAS_K: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """Run all iterations of a longer row, tile by tile. One pass an iteration updates b and adds up the sums for a."""
+    """Run all iterations of a longer row, tile by tile. One pass per iteration updates b and adds up the sums for a."""
     dtype: tl.constexpr = b_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     scores_ptr += row * scores_stride
@@ -162,7 +162,8 @@ def _streaming_forward_kernel(
 
 @triton.jit
 def _resume(a_ptr, row, segment, n_rows, max_score):
-    """a that a segment starts from, and the largest s + b there. Both are 0 for the first, which starts from b = -s."""
+    """a at the start of a segment, and the largest s + b there. Both are 0 for the first segment, which starts from
+    b = -s."""
     a = tl.load(a_ptr + slot_of(segment - 1, row, n_rows), mask=segment > 0, other=0.0)
     return a, tl.where(segment > 0, largest_of(max_score, a), 0.0)
 
@@ -206,7 +207,7 @@ def _resident_backward_kernel(
     for reverse in range(segments):
         segment = segments - 1 - reverse
         start, stop = borders_of(segment, n_iters, segments)
-        # The first iteration of all hands nothing back to the scores.
+        # The first iteration of all passes no gradient to the scores.
         for steps_back in range(stop - tl.maximum(start, 1)):
             t = stop - 1 - steps_back
             b = tl.load(b_ptr + slot_of(segment, row, n_rows) * n + columns, mask=columns < n, other=0.0)
@@ -234,7 +235,7 @@ def _resident_backward_kernel(
 
 @triton.jit
 def _load_b(b_ptr, s, a, columns, n, saved):
-    """b of a tile: from its checkpoint where an iteration starts from there, else from the a before."""
+    """b of a tile: from its checkpoint if an iteration starts from there, else from the previous a."""
     if saved:
         b = tl.load(b_ptr + columns, mask=columns < n, other=0.0)
     else:
@@ -251,7 +252,7 @@ def _streaming_backward_kernel(
     a_ptr,  # segments rows
     b_ptr,  # segments rows n
     temperature_ptr,  # n_iters + 1, fp64
-    ds_ptr,  # rows n, of the dtype of b: sums up the gradient of the scores
+    ds_ptr,  # rows n, of the dtype of b: accumulates the gradient of the scores
     dk_ptr,  # rows
     grad_output_stride,
     scores_stride,
@@ -293,7 +294,7 @@ def _streaming_backward_kernel(
         segment = segments - 1 - reverse
         start, stop = borders_of(segment, n_iters, segments)
         start_ptr = b_ptr + slot_of(segment, row, n_rows) * n
-        # The first iteration of all hands nothing back to the scores.
+        # The first iteration of all passes no gradient to the scores.
         for steps_back in range(stop - tl.maximum(start, 1)):
             t = stop - 1 - steps_back
             a, largest = _resume(a_ptr, row, segment, n_rows, max_score)
@@ -321,7 +322,7 @@ def _streaming_backward_kernel(
             total = tl.sum(in_lane, axis=0)
             total = tl.where(total == 0, 1.0, total)
             clipped = tl.sum(clipped_in_lane, axis=0)
-            # A thread may read below what another one wrote an iteration ago.
+            # A thread may read entries that another thread wrote in the previous iteration.
             tl.debug_barrier()
             for tile in range(0, n, BLOCK_N):
                 columns = tile + tl.arange(0, BLOCK_N)
@@ -339,13 +340,13 @@ def _streaming_backward_kernel(
 
 @planner
 def _plan(n_rows: int, n: int, itemsize: int) -> Plan:
-    """16 entries of so many bytes in a thread, 4 in fp64. Pieces are tiles that are read again, of a row that does not
-    stay in registers."""
+    """A thread has 16 entries, 4 in fp64. Pieces are tiles of a row that does not stay in registers, which are read
+    again."""
     size = 4 if itemsize == 8 else 1
     resident = n * size <= RESIDENT
     block_n = max(triton.next_power_of_2(n), 32) if resident else STREAMED // size
     num_warps = max(block_n * size // 512, 1)
-    # All that a multiprocessor has: without a limit, the compiler spills to fit more programs on it.
+    # All registers of a multiprocessor: without a limit, the compiler spills to fit more programs.
     settings = {"BLOCK_N": block_n, "num_warps": num_warps, "maxnreg": most_registers(num_warps)}
     return Plan(n_rows, settings, 0 if resident else triton.cdiv(n, block_n))
 

@@ -1,4 +1,4 @@
-"""`kernels.select`, and the parts of it that other operations take."""
+"""`kernels.select`, and its parts that other operations use."""
 
 from kernels.select.api import select, select_rows
 from kernels.select.order import sort_rows

@@ -1,4 +1,4 @@
-"""The hard top-k of long rows: a radix search instead of a sort; see `triton.py`."""
+"""The hard top-k of long rows by a radix search instead of a sort; see `triton.py`."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from reference._shared.arguments import check_select
 
 
 def select_rows(scores: Tensor, mask: Tensor | None, num_selected: int) -> Tensor:
-    """`select` of scores `rows n` with a mask of that shape, the last stride of each of which is 1."""
+    """`select` for scores `rows n` with a mask of that shape, both with a last stride of 1."""
     if has_values(scores) and (scores.dtype == torch.float64 or not runs_triton(scores)):
         return cpu.select_rows(scores, mask, num_selected)
     indices = torch.empty((scores.shape[0], num_selected), dtype=torch.int64, device=scores.device)
@@ -26,7 +26,7 @@ _operation = Operation("select", select_rows)
 def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> Tensor:
     """`reference.select` by a radix search over each row. Only the selected entries are sorted.
 
-    PyTorch selects from a CPU tensor and from fp64, with the same results. Results are equal from run to run.
+    PyTorch computes CPU tensors and fp64, with the same results. Results are equal from run to run.
 
     Args:
         scores: `... n`, any float dtype. Any strides.
@@ -35,8 +35,8 @@ def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> 
             just before them.
 
     Returns:
-        int64 `... num_selected`, the largest first, of equal ones the first by index; NaN counts as larger than any
-        number, as in torch.topk. It has no gradient.
+        int64 `... num_selected`, the largest first, and equal ones in the order of their indices; NaN counts as larger
+        than any number, as in torch.topk. It has no gradient.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.

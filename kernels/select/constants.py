@@ -1,4 +1,4 @@
-"""A number that the kernels of selection and their CPU path have in common."""
+"""A constant that the kernels of selection and their CPU path share."""
 
 LAST_INDEX = 0x7FFFFFFF
-"""A key has the distance of an index from this, so that of equal scores the first is the largest."""
+"""A key contains this minus the index, so that of equal scores the first is the largest."""

@@ -1,4 +1,4 @@
-"""`kernels.select` in PyTorch: a CPU tensor gets this."""
+"""`kernels.select` in PyTorch, for CPU tensors."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from kernels.select.constants import LAST_INDEX
 
 def select_rows(scores: Tensor, mask: Tensor | None, num_selected: int) -> Tensor:
     if scores.dtype == torch.float64:
-        # Neither do scores and indices fit into one integer.
+        # fp64 scores and indices do not fit into one integer.
         order = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).sort(descending=True, stable=True)
         if mask is None:
             return order.indices[:, :num_selected].contiguous()
@@ -16,7 +16,7 @@ def select_rows(scores: Tensor, mask: Tensor | None, num_selected: int) -> Tenso
         valid_first = is_valid.sort(descending=True, stable=True).indices
         return order.indices.gather(-1, valid_first[:, :num_selected])
 
-    # The keys of the kernels.
+    # The same keys as in the kernels.
     scores = scores.float()
     bits = scores.masked_fill(scores == 0, 0.0).view(torch.int32)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).masked_fill_(scores.isnan(), 2**31 - 1)

@@ -1,7 +1,8 @@
-"""Rows in the order of their scores: one kernel ranks the entries of runs, and one merges the runs.
+"""Rows sorted by their scores: one kernel ranks the entries of runs, and one merges the runs.
 
 Keys are those of `triton.py`, no two of which are equal. A key's rank is the number of larger ones in all runs; in a
-run that is in order, a binary search finds it. Neighbours in their run search side by side: they read the same lines.
+sorted run, a binary search finds it. Neighbours in their run search at the same time, so they read the same cache
+lines.
 """
 
 from collections.abc import Iterator
@@ -16,20 +17,20 @@ from kernels._common.plans import Plan, planner
 from kernels.select.triton import SMALLEST, keys_of, load_ordered
 
 RUN = 512
-"""Entries of a run, a power of two, and so a multiple of the sizes that it is ranked by."""
+"""Entries of a run: a power of two, and so a multiple of the sizes below."""
 
 RANKED, RANKED_AGAINST = 16, 256
-"""Entries that one program ranks in their run, and how many others it looks at in one go."""
+"""Entries that one program ranks in their run, and the number of others that it reads at a time."""
 
 MERGED, MERGED_RUNS = 64, 8
-"""Entries that one program finds the ranks of, and in how many runs it searches at a time."""
+"""Entries whose ranks one program finds, and the number of runs that it searches at a time."""
 
 LONGEST = 16384
-"""Longest row. Searches of an entry are as many as the runs of its row."""
+"""Longest row. An entry needs as many searches as its row has runs."""
 
 MOST = 65536
-"""Most entries of all rows. The work of a comparison and a search grows with each; PyTorch has more launches, and less
-work for an entry."""
+"""Most entries of all rows. The work of comparisons and searches grows with either limit; PyTorch has more launches,
+and less work per entry."""
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "n"])
@@ -43,7 +44,7 @@ def _runs_kernel(
     BLOCK: tl.constexpr,
     AGAINST: tl.constexpr,
 ):
-    """Keys of BLOCK entries in the order of their run, the largest first."""
+    """Keys of BLOCK entries sorted within their run, the largest first."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     scores_ptr += row * scores_stride
     first = tl.program_id(0) % blocks * BLOCK
@@ -61,7 +62,7 @@ def _runs_kernel(
 @triton.jit(do_not_specialize=[*COUNTS, "n"])
 def _merge_kernel(
     scores_ptr,  # rows n
-    keys_ptr,  # rows n, int64: runs in order
+    keys_ptr,  # rows n, int64: sorted runs
     ordered_ptr,  # rows n
     order_ptr,  # rows n, int64
     scores_stride,
@@ -72,7 +73,7 @@ def _merge_kernel(
     BLOCK: tl.constexpr,
     RUNS: tl.constexpr,
 ):
-    """Scores and indices of BLOCK entries in their places in the row, RUNS runs at a time."""
+    """Write scores and indices of BLOCK entries to their places in the row, searching RUNS runs at a time."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     keys_ptr += row * n
     own = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -95,24 +96,24 @@ def _merge_kernel(
 
 @planner
 def _plan_runs(n_rows: int, n: int) -> Plan:
-    """Pieces are blocks of a row, each of which has a program."""
+    """Pieces are blocks of a row, each with a program."""
     blocks = triton.cdiv(n, RANKED)
     return Plan(n_rows * blocks, {"RUN": RUN, "BLOCK": RANKED, "AGAINST": RANKED_AGAINST}, blocks)
 
 
 @planner
 def _plan_merge(n_rows: int, n: int) -> Plan:
-    """Pieces are blocks of a row, each of which has a program."""
+    """Pieces are blocks of a row, each with a program."""
     blocks = triton.cdiv(n, MERGED)
     tile = {"RUN": RUN, "HALVINGS": RUN.bit_length(), "BLOCK": MERGED, "RUNS": MERGED_RUNS}
     return Plan(n_rows * blocks, tile, blocks)
 
 
 def sort_rows(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores `rows n`, the largest first and of equal ones the first by index, and their int64 indices.
+    """Scores `rows n`, the largest first and equal ones in the order of their indices, and their int64 indices.
 
-    The last stride of scores is 1. NaN comes first. PyTorch sorts long and many rows, and any of fp64, which the
-    kernels are not.
+    The last stride of scores is 1. NaN comes first. PyTorch sorts long rows, many rows, and fp64, which the kernels do
+    not support.
     """
     if scores.dtype == torch.float64 or scores.shape[1] > LONGEST or scores.numel() > MOST:
         return scores.sort(dim=1, descending=True, stable=True)

@@ -1,14 +1,14 @@
-"""Kernels of `kernels.select`: counting narrows down which entries of a row may be selected; these are put in order.
+"""Kernels of `kernels.select`: counting narrows down the candidates of a row; these are then sorted.
 
-A key of an entry is an integer of its score, and below that of its index, so that no two are equal and the largest come
-first. A row is read to count the entries by the highest 11 bits of their keys, in shared memory, and then by the next
-11 bits among those that agree with the last selected one so far, until what may be selected fits into a list. For most
-scores that is once. Another read collects the list. Entries of the list change places by counting, too: a bucket of
-entries whose order is not known yet is divided into as many as it has entries, by the next bits of their keys, and
-starts with all. A few that are left in a bucket are compared.
+The key of an entry is an integer: its score, and below that its index, so that no two keys are equal and the largest
+come first. A program reads a row and counts entries by the highest 11 bits of their keys, in shared memory. Then it
+counts by the next 11 bits among the entries that agree so far with the last selected one, until the candidates fit into
+a list. For most scores one round is enough. Another read collects the list. Counting also sorts the list: a bucket of
+entries whose order is not known yet is divided by the next bits of their keys into as many buckets as it has entries.
+At first one bucket has all entries. The last few entries of a bucket are compared.
 
-Where rows are few, several programs share a row and wait for each other: their counts meet in integers, which add up to
-the same in any order, and the last one orders the list.
+If rows are few, several programs share a row and wait for each other. Their counts are added as integers, whose sum is
+the same in any order, and the last program sorts the list.
 """
 
 from collections.abc import Iterator
@@ -38,25 +38,25 @@ from kernels._common.shared_memory import (
 from kernels._common.tensors import multiprocessors
 
 LISTED = 4096
-"""Most entries of a list in shared memory, which takes 8 bytes for each."""
+"""Most entries of a list in shared memory, which needs 8 bytes for each."""
 
 IN_THREAD = 8
-"""Entries of a thread that are read in one go."""
+"""Entries per thread that are read at a time."""
 
 CHUNK = 8192
-"""Entries of each of the programs that share a row, or collect a longer list from it."""
+"""Entries for each of the programs that share a row, or collect a longer list from it."""
 
 LONGEST_ALONE = 32768
-"""Longest row that a single program takes where there are programs to share it."""
+"""Longest row for a single program if several programs could share it."""
 
 SHORT = 16384
-"""Longest row that is still in the L2 cache when many programs read their rows again."""
+"""Longest row that stays in the L2 cache until many programs read their rows again."""
 
 RANKED, RANKED_AGAINST = 16, 256
-"""Selected entries that one program ranks, and how many others it looks at in one go."""
+"""Selected entries that one program ranks, and the number of others that it reads at a time."""
 
 MOST_RANKED = 16384
-"""Selected entries of a row up to which ranking, whose work is their square, takes less time than PyTorch's sort."""
+"""Most selected entries of a row for which ranking, with quadratic work, takes less time than PyTorch's sort."""
 
 SMALLEST: tl.constexpr = tl.constexpr(-(2**63))
 
@@ -64,10 +64,10 @@ DIGIT: tl.constexpr = tl.constexpr(11)
 BINS: tl.constexpr = tl.constexpr(2**11)
 
 MOST_ROUNDS: tl.constexpr = tl.constexpr(6)
-"""Digits of a key, of a score's 32 bits and an index's 30."""
+"""Digits of a key: of the 32 bits of a score and the 30 bits of an index."""
 
 MOST_COMPARED: tl.constexpr = tl.constexpr(8)
-"""Entries in a bucket that are compared with each other, and not divided any more."""
+"""Most entries of a bucket that are compared with each other instead of divided."""
 
 
 @triton.constexpr_function
@@ -81,7 +81,8 @@ def load_ordered(scores_ptr, mask_ptr, columns, n, HAS_MASK: tl.constexpr):
     """uint32 in the order of the scores of a row: NaN above all, masked entries, as 0, below all."""
     exists = columns < n
     scores = tl.load(tl.max_contiguous(scores_ptr + columns, 4), mask=exists, other=0.0).to(tl.float32)
-    # Adding makes zeros of either sign equal. On a GPU it results in one NaN alone, so all of these are equal, too.
+    # The addition makes zeros of either sign equal. On a GPU it also turns every NaN into the same one, so NaNs are
+    # equal, too.
     scores += 0.0
     bits = scores.to(tl.int32, bitcast=True)
     if INTERPRETED:
@@ -95,7 +96,7 @@ def load_ordered(scores_ptr, mask_ptr, columns, n, HAS_MASK: tl.constexpr):
 
 @triton.jit
 def _before_end(columns, n):
-    """uint32 that order entries of equal scores."""
+    """uint32 that orders entries of equal scores."""
     return (n - 1 - columns).to(tl.uint32, bitcast=True)
 
 
@@ -119,8 +120,8 @@ def _clear(words, WORDS: tl.constexpr):
 
 @triton.jit
 def _find(first, second, third, fourth, remaining):
-    """The bin that holds the last of the remaining entries, from counts of four bins a thread. Then the numbers of
-    entries before it, and of those up to its end."""
+    """The bin of the last one of the remaining entries, from counts of four bins per thread. Then the numbers of
+    entries before the bin, and up to its end."""
     total = first + second + third + fourth
     end = tl.cumsum(total, axis=0)
     before = end - total
@@ -148,7 +149,7 @@ def _count(
     words, scores_ptr, mask_ptr, n, begin, end, value, last, shift, width,
     BLOCK: tl.constexpr, AMONG_EQUAL: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Count entries by how far a digit is from its last value."""
+    """Count entries by the distance of a digit from its last value."""
     _clear(words, BINS)
     tl.debug_barrier()
     for chunk in range(begin, end):
@@ -165,7 +166,7 @@ def _count(
 
 @triton.jit
 def _sum_counts(words, counts_ptr, arrived_ptr, goal, SHARED: tl.constexpr):
-    """Counts of four bins a thread, of all programs that share a row."""
+    """Counts of four bins per thread, of all programs that share a row."""
     places = 4 * tl.arange(0, BINS // 4)
     first, second, third, fourth = load_four(words, places)
     if SHARED:
@@ -174,7 +175,7 @@ def _sum_counts(words, counts_ptr, arrived_ptr, goal, SHARED: tl.constexpr):
         tl.atomic_add(counts_ptr + places + 2, third, mask=third > 0, sem="relaxed")
         tl.atomic_add(counts_ptr + places + 3, fourth, mask=fourth > 0, sem="relaxed")
         wait_for_all(arrived_ptr, goal)
-        # From the L2 cache, where programs that still run have written them.
+        # From the L2 cache, because programs that still run have written them.
         first = tl.load(counts_ptr + places, cache_modifier=".cg")
         second = tl.load(counts_ptr + places + 1, cache_modifier=".cg")
         third = tl.load(counts_ptr + places + 2, cache_modifier=".cg")
@@ -191,8 +192,8 @@ def _narrow(
 ):  # fmt: skip
     """One more digit of the last selected entry: of its score or, AMONG_EQUAL, of its distance from the end.
 
-    Results are what is then known and how many bits are not; of the candidates before, how many are now above, and how
-    many are not below.
+    Results are the bits that are known then, the number of unknown bits, the number of former candidates that are now
+    above, and the number of those not below.
     """
     next_shift = tl.maximum(shift - DIGIT, 0)
     width = tl.full([], 1, tl.int64) << (shift - next_shift)
@@ -208,16 +209,16 @@ def _narrow(
 
 @triton.jit
 def _bit_length(x):
-    """Bits of x of at least 1, or one more where x has over 24 and all of the first 24 are ones."""
+    """Bits of x >= 1. It is one more if x has more than 24 bits and the first 24 are ones."""
     return (x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
 
 
 @triton.jit
 def _divide(words, distance, bits, bucket, exists, LISTED: tl.constexpr):
-    """Divide each bucket by its highest bits that are left, into as many buckets as fit.
+    """Divide each bucket by its highest remaining bits, into as many buckets as fit.
 
-    Results are how many bits are left then, the bucket of each entry, its start above its size, the place of that in
-    shared memory, and the largest size.
+    Results are the number of remaining bits; the bucket of each entry, as its start in the upper and its size in the
+    lower half; the index of the bucket in shared memory; and the largest size.
     """
     _clear(words, LISTED)
     tl.debug_barrier()
@@ -252,14 +253,14 @@ def _or(x, y):
 
 @triton.jit
 def _sort(words, keys, entries, n, index_bits, LISTED: tl.constexpr):
-    """Put the first entries of LISTED into shared memory, in the order of their keys.
+    """Write the first entries of LISTED to shared memory, in the order of their keys.
 
-    A key is how far the score is from the largest, then the index.
+    A key is the distance of the score from the largest one, then the index.
     """
     exists = tl.arange(0, LISTED) < entries
     values = (keys >> 32).to(tl.uint32) ^ 0x80000000
     below = tl.where(exists, tl.max(tl.where(exists, values, 0), axis=0) - values, 0)
-    # Bits that no two keys differ in would be gone through one after the other.
+    # Otherwise bits in which no two keys differ would be processed one by one.
     differ = tl.reduce(below, 0, _or).to(tl.int64)
     zeros = tl.maximum(_bit_length(differ & -differ) - 1, 0)
     distance = ((below.to(tl.int64) >> zeros) << index_bits) | (n - 1 - (keys & 0x7FFFFFFF))
@@ -289,7 +290,7 @@ def _select_kernel(
     mask_ptr,  # rows n
     stand_in_ptr,  # shared memory, in the interpreter
     counts_ptr,  # rows MOST_ROUNDS+1 BINS, int32: counts of each round, then three counters; zeros at first
-    keys_ptr,  # rows LISTED, int64: of programs that share a row
+    keys_ptr,  # rows LISTED, int64: for programs that share a row
     results_ptr,  # int64: indices, rows selected; unless SORTED, the last selected value and tie, rows 2
     scores_stride,
     mask_stride,
@@ -304,7 +305,7 @@ def _select_kernel(
     SORTED: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """Selection from a row. Programs that share it all run at the same time."""
+    """Select from a row. Programs that share it all run at the same time."""
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     scores_ptr += row * scores_stride
@@ -403,7 +404,7 @@ def _rank_kernel(
     BLOCK: tl.constexpr,
     AGAINST: tl.constexpr,
 ):
-    """Indices of a block of the selected entries, each in the rank that its key has in its row."""
+    """Write the indices of a block of the selected entries to the ranks of their keys in the row."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     keys_ptr += row * selected
     own = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -421,9 +422,9 @@ def _rank_kernel(
 def _plan(n_rows: int, n: int, selected: int, available: int) -> Plan:
     """Pieces are the programs that share a row."""
     parts = max(min(available // n_rows, triton.cdiv(n, CHUNK)), 1) if n > LONGEST_ALONE else 1
-    # Where a multiprocessor has few programs, these need many threads to keep reads on their way.
+    # If a multiprocessor has few programs, they need many threads to keep enough loads in flight.
     are_few = n > LISTED and n_rows * parts <= 2 * available
-    # Another round over a short row in the L2 cache takes less time than to order a long list.
+    # For a short row in the L2 cache, another round takes less time than sorting a long list.
     room = 2 * selected if are_few or n > SHORT else max(selected, min(2 * selected, 1024))
     listed = min(max(triton.next_power_of_2(room), 1024 if are_few else 256), LISTED)
     warps = min(listed, MOST_THREADS) // 32 if are_few else max(listed // 256, min(4, listed // 32))
@@ -436,22 +437,22 @@ def _plan(n_rows: int, n: int, selected: int, available: int) -> Plan:
 
 @planner
 def _plan_collection(n_rows: int, n: int) -> Plan:
-    """Pieces are parts of a row, each of which has a program."""
+    """Pieces are parts of a row, each with a program."""
     parts = triton.cdiv(n, CHUNK)
     return Plan(n_rows * parts, {"BLOCK": CHUNK, "num_warps": max(CHUNK // 1024, 1)}, parts)
 
 
 @planner
 def _plan_ranks(n_rows: int, selected: int) -> Plan:
-    """Pieces are blocks of selected entries, each of which has a program."""
+    """Pieces are blocks of selected entries, each with a program."""
     blocks = triton.cdiv(selected, RANKED)
     return Plan(n_rows * blocks, {"BLOCK": RANKED, "AGAINST": RANKED_AGAINST}, blocks)
 
 
 def launch_select(scores: Tensor, mask: Tensor | None, indices: Tensor) -> None:
-    """Write to `indices` (rows selected, int64) which of the scores (rows n) are the largest, the largest first."""
+    """Write the indices of the largest scores (rows n), the largest first, to `indices` (rows selected, int64)."""
     if scores.shape[1] == 1:
-        # Nothing to choose, and Triton 3.6 does not compile a kernel for it.
+        # There is nothing to choose, and Triton 3.6 cannot compile a kernel for this case.
         indices.zero_()
         return
     if indices.shape[1] <= MOST_RANKED:
@@ -480,7 +481,7 @@ def _launch_collection(scores: Tensor, mask: Tensor | None, keys: Tensor) -> Ite
 
 
 def _arguments(scores: Tensor, mask: Tensor | None, selected: int) -> tuple[tuple[Tensor, Tensor], tuple[int, ...]]:
-    """Inputs, then the numbers that follow the pointers of kernels that read them."""
+    """Inputs, then the numbers after the pointers in the arguments of kernels that read them."""
     inputs = (scores, scores if mask is None else mask)
     return inputs, (scores.stride(0), 0 if mask is None else mask.stride(0), scores.shape[1], selected)
 
@@ -501,7 +502,7 @@ def _search(scores: Tensor, mask: Tensor | None, results: Tensor | Scratch, sele
 
 
 def _collection(scores: Tensor, mask: Tensor | None, keys: Tensor | Scratch, selected: int) -> Iterator[Launch]:
-    """Write keys (rows selected, int64) of what is selected, in any order."""
+    """Write the keys (rows selected, int64) of the selected entries, in any order."""
     n_rows, n = scores.shape
     last = Scratch(n_rows, 2, dtype=torch.int64)
     yield _search(scores, mask, last, selected)

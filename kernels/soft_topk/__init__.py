@@ -1,4 +1,4 @@
-"""`kernels.soft_topk`, and the parts of it that other operations take."""
+"""`kernels.soft_topk`, and its parts that other operations use."""
 
 from kernels.soft_topk.api import soft_topk, solve_rows, solve_rows_backward
 

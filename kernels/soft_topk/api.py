@@ -1,15 +1,16 @@
-"""The exact soft top-k: one monotone equation a row, solved in a handful of passes over the row.
+"""The exact soft top-k: one monotone equation per row, solved in a few passes over the row.
 
 `reference.soft_topk` is y_i = min(1, exp((s_i - v) / e)) with the v at which
 
     F(v) = #{s_i > v} + sum over the others of exp((s_i - v) / e)
 
-falls to k. A pass evaluates F at several probes and keeps the two around the solution, the bracket. The next probes
-stand in a ladder of ever smaller steps around an interpolation, and at the solution that holds if no other score lies
-between it and the bracket's end; where that gains little, they divide the fp32 numbers in the bracket evenly, which
-ends whatever the scores are. As soon as no score is left in the bracket, the entries at 1 are known, and the rest is
-closed form: with the anchor h at an end of the bracket, y = exp((s - h) / e) (k - #{s > h}) / sum exp((s - h) / e).
-The difference s - h of two fp32 numbers is exact where it matters, so that only sums and probes need fp64.
+falls to k. A pass evaluates F at several probes and keeps the two around the solution, the bracket. The next probes are
+at smaller and smaller steps around two points: an interpolation, and the solution under the assumption that no other
+score is between it and an end of the bracket. If that gains little, the probes divide the fp32 numbers in the bracket
+evenly, so that the search ends for any scores. As soon as no score is left in the bracket, the entries at 1 are known,
+and the rest has a closed form: with the anchor h at an end of the bracket, y = exp((s - h) / e) (k - #{s > h}) / sum
+exp((s - h) / e). The difference s - h of two fp32 numbers is exact where it matters, so that only sums and probes need
+fp64.
 """
 
 import torch
@@ -25,8 +26,8 @@ from reference._shared.arguments import check_k, check_positive, check_scores
 def solve_rows(
     scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, k: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The relaxed selection `rows n`, and the solution of each row: anchor, scale, and number of passes, the output
-    included."""
+    """The relaxed selection `rows n`, and the solution of each row: anchor, scale, and number of passes, including the
+    output."""
     y = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
     solution = torch.empty((scores.shape[0], 3), dtype=torch.float64, device=scores.device)
     if has_values(scores):
@@ -48,7 +49,7 @@ def solve_rows_backward(
 
 
 def _runs_kernel(scores: Tensor) -> bool:
-    """fp64 stays fp64, which the kernels are not."""
+    """fp64 stays fp64, which the kernels do not support."""
     return scores.dtype != torch.float64 and runs_triton(scores)
 
 

@@ -1,4 +1,4 @@
-"""`kernels.soft_topk` in PyTorch: what a CPU tensor gets."""
+"""`kernels.soft_topk` in PyTorch, for CPU tensors."""
 
 import math
 
@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NOTHING_AT = 100.0
-"""exp of minus this, times any number of entries, is nothing beside 1 in fp64."""
+"""exp(-this), times any number of entries, is negligible relative to 1 in fp64."""
 
 
 def forward(
     scores: Tensor, mask: Tensor | None, k_rows: Tensor | None, k: float, eps: float, y: Tensor, solution: Tensor
 ) -> None:
-    """The same equation solved through the largest scores in order, of which the last at 1 is one."""
+    """The same equation, solved by testing which of the largest scores, in order, is the last one at 1."""
     n_rows, n = scores.shape
     s = _working_copy(scores, mask)
     wide_k = scores.new_full((n_rows, 1), k, dtype=torch.float64) if k_rows is None else k_rows.double()[:, None]
@@ -23,7 +23,7 @@ def forward(
     depth = n if k_rows is not None else min(math.ceil(k), n)
     ordered = s.topk(depth, dim=-1).values
     exponents, last = _exponents(ordered, eps), ordered[:, -1:]
-    # Entries that are not among the largest; those themselves contribute exactly 1 each.
+    # Entries that are not among the largest. Each of the largest contributes exactly 1.
     rest = (s - last).div_(eps).clamp_(max=0.0).exp_().sum(dim=-1, keepdim=True, dtype=torch.float64) - depth
     rest = rest.masked_fill_(last == -torch.inf, 0.0).clamp_(min=0.0).log_()
     # log of the sum of exponentials over an entry and all below it
@@ -31,7 +31,7 @@ def forward(
     larger = torch.arange(depth, device=scores.device)
     n_at_one = (torch.log((wide_k - larger).clamp(min=0.0)) + exponents > tails).cumprod(dim=-1).sum(-1, keepdim=True)
 
-    # Where all entries are at 1 there is no next one.
+    # If all entries are at 1, there is no next one.
     following = n_at_one.clamp(max=depth - 1)
     is_number = ordered[:, :1] < torch.inf
     anchor = torch.where((wide_k < n_valid) & is_number, ordered.double().gather(-1, following), torch.nan)
@@ -44,8 +44,9 @@ def forward(
 
 
 def _exponents(ordered: Tensor, eps: float) -> Tensor:
-    """(s - last) / eps in fp64 of scores in descending order, as a sum of distances. An outlier then costs the others
-    no digits. No distance needs to be longer than the one at which an exponential is nothing beside another."""
+    """(s - last) / eps in fp64 for scores in descending order, as a sum of distances. So an outlier does not reduce the
+    precision of the others. Distances are limited to the one at which an exponential is negligible relative to
+    another."""
     wide, lowest = ordered.double(), ordered == -torch.inf
     distances = (wide[:, :-1] - wide[:, 1:]).div_(eps).clamp_(max=NOTHING_AT).masked_fill_(lowest[:, 1:], 0.0)
     return F.pad(distances, (0, 1)).flip(-1).cumsum(dim=-1).flip(-1).masked_fill_(lowest, -torch.inf)
@@ -66,13 +67,13 @@ def backward(
 
 
 def _working_copy(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Scores in fp32 or fp64, -inf where there is none to take part."""
+    """Scores in fp32 or fp64, -inf for entries that take no part."""
     s = scores if scores.dtype == torch.float64 else scores.float()
     return s if mask is None else s.masked_fill(~mask, -torch.inf)
 
 
 def _select_in_pytorch(s: Tensor, solution: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y of the entries that are not at 1, and which are."""
+    """y of the entries that are not at 1, and a mask of these entries."""
     anchor, scale = solution[:, :1].to(s.dtype), solution[:, 1:2].to(s.dtype)
     y = (s - anchor).div_(eps).exp_().mul_(scale).clamp_(max=1.0)
     return y.masked_fill_(s == -torch.inf, 0.0), s > anchor

@@ -39,22 +39,23 @@ from kernels.soft_topk.search import (
 )
 
 RESIDENT = 16384
-"""Longest row that one program keeps in registers. It is half as long if there is a mask and entries are loaded one by
-one, with addresses for each of them."""
+"""Longest row that one program keeps in registers. It is half as long with a mask if entries are loaded one by one,
+with addresses for each of them."""
 
 CHUNK = 8192
-"""Entries of a longer row that one program handles."""
+"""Entries of a longer row per program."""
 
 LEAST_CHUNK = 2048
-"""Fewest entries that one program handles where all programs of a row wait for each other."""
+"""Fewest entries per program if all programs of a row wait for each other."""
 
 SEARCHES = 5
-"""Launches that search a longer row. What they leave open, the last launch finishes with every program on its own."""
+"""Launches that search a longer row. If a search is still open then, every program of the last launch finishes it on
+its own."""
 
 RESIDENT_PROBES = 8
 TOGETHER_PROBES = 8
 CHUNK_PROBES = 16
-"""More probes, fewer passes: where a pass is a launch, it takes longer than the exponentials in it."""
+"""More probes need fewer passes: if a pass is a launch, it takes longer than the exponentials in it."""
 
 
 @triton.jit
@@ -149,7 +150,7 @@ def _search_kernel(
     chunk = tl.program_id(0) % chunks
     k = load_k(k_ptr, row, k, HAS_K)
 
-    # This pass reads what the one before wrote, and writes to the next place.
+    # This pass reads the results of the one before, and writes to the next place.
     rows = tl.cast(n_rows, tl.int64)
     partials_ptr += ((search - 1) * rows + row) * chunks * (2 * PROBES)
     states_ptr += ((search - 1) * rows + row) * STATE
@@ -189,7 +190,7 @@ def _finish_kernel(
     HAS_MASK: tl.constexpr,
     HAS_K: tl.constexpr,
 ):
-    """Last pass over rows of several chunks; a search that is still open goes on over the whole row."""
+    """Last pass over rows of several chunks; an open search continues over the whole row."""
     rate = wide(rate)
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
@@ -262,7 +263,7 @@ def _together_kernel(
     while is_searching(bracket, n_valid, k, eps):
         probes = place_probes(bracket, aim, PROBES)
         counts, totals = measure(scores, probes, rate, WIDTH, PROBES)
-        # Passes take two places in turn: whoever writes to one knows that all have read what was there.
+        # Passes alternate between two places: when a program writes to one, all programs have read its old values.
         pass_ptr = partials_ptr + (turn % 2) * tl.cast(n_rows, tl.int64) * chunks * (2 * PROBES)
         store_partials(pass_ptr + chunk * (2 * PROBES), counts, totals, PROBES)
         turn += 1
@@ -278,7 +279,7 @@ def _together_kernel(
 
 @triton.jit
 def _load_for_gradient(grad_output_ptr, scores_ptr, mask_ptr, solution_ptr, columns, n, rate, HAS_MASK: tl.constexpr):
-    """Upstream gradient and y, both 0 at entries that pass no gradient on."""
+    """grad_output and y, both 0 for entries that pass no gradient on."""
     scores = load_scores(scores_ptr, mask_ptr, columns, n, HAS_MASK)
     y, free = select(scores, tl.load(solution_ptr), tl.load(solution_ptr + 1).to(tl.float32), rate)
     grad_output = tl.load(grad_output_ptr + columns, mask=free & (columns < n), other=0.0).to(tl.float32)
@@ -302,7 +303,7 @@ def _gradient_sums_kernel(
     WIDTH: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """Each chunk's part of sum g y and sum y."""
+    """Each chunk's share of sum g y and sum y."""
     rate = wide(rate)
     row = (tl.program_id(0) // chunks).to(tl.int64)
     columns = (tl.program_id(0) % chunks) * (REPEATS * WIDTH) + columns_of(REPEATS, WIDTH)
@@ -337,7 +338,7 @@ def _gradient_kernel(
     SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """Gradient of one chunk of a row, which is the whole row where SLOTS is 1."""
+    """Gradient of one chunk of a row, which is the whole row if SLOTS is 1."""
     rate, inverse_eps = wide(rate), wide(inverse_eps)
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
@@ -359,7 +360,7 @@ def _gradient_kernel(
         weighted = tl.sum(weighted_in_slot, axis=0)
         total = tl.sum(total_in_slot, axis=0)
 
-    # Without an entry below 1 nothing depends on the scores or on k.
+    # Without an entry below 1, the result does not depend on the scores or on k.
     mean = tl.where(total == 0, 0.0, ratio_of(weighted, total))
     ds = (grad_output - mean) * y * inverse_eps.to(tl.float32)
     tl.store(ds_ptr + row * n + columns, ds.to(ds_ptr.dtype.element_ty), mask=columns < n)
@@ -370,7 +371,7 @@ def _gradient_kernel(
 def _plan(n_rows: int, n: int, simple: bool, aligned: bool) -> Plan:
     """Pieces are chunks. A thread has 16 entries, 32 in the largest tile. Rows are simple without a mask.
 
-    The limit on registers is the one there is anyway: without it, ptxas spills some to fit more programs.
+    The explicit limit on registers equals the hardware's: without it, ptxas spills some to fit more programs.
     """
     resident = RESIDENT if simple or aligned else RESIDENT // 2
     chunks = 1 if n <= resident else triton.cdiv(n, CHUNK)
@@ -387,15 +388,15 @@ def _plan(n_rows: int, n: int, simple: bool, aligned: bool) -> Plan:
 
 @planner
 def _plan_slots(n_rows: int, n: int, simple: bool, aligned: bool) -> Plan:
-    """The same, and how many chunks a program looks at at a time."""
+    """The plan of chunks, and the number of chunks that a program reads at a time."""
     plan = _plan(n_rows, n, simple, aligned)
     return plan._replace(settings={**plan.settings, "SLOTS": min(triton.next_power_of_2(plan.pieces), 128)})
 
 
 @planner
 def _plan_together(n_rows: int, n: int, simple: bool, aligned: bool, available: int) -> Plan:
-    """All passes in one launch, in chunks as small as multiprocessors allow, each of which takes one. Where these are
-    too few, passes are launches."""
+    """All passes in one launch, with chunks as small as the number of multiprocessors allows, one chunk for each. If
+    there are too few multiprocessors, each pass is a launch."""
     plan = _plan_slots(n_rows, n, simple, aligned)
     if plan.pieces == 1 or plan.programs > available:
         return plan

@@ -1,4 +1,4 @@
-"""Differentiable top-k in one kernel: coordinate descent, selection and gates of a row while it is in registers."""
+"""Differentiable top-k in one kernel: coordinate descent, selection and gates of a row in registers."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def _forward(
     eps_decay: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Values, indices, relaxed selection and gates, then what the backward pass of `coor_descent` needs."""
+    """Values, indices, relaxed selection and gates, then the tensors for the backward pass of `coor_descent`."""
     shape = (x.shape[0], selected)
     values, soft, gates = x.new_empty(shape), x.new_empty(shape), x.new_empty(shape)
     outputs = values, x.new_empty(shape, dtype=torch.int64), soft, gates, allocate_state(x, n_iters, save)
@@ -55,7 +55,7 @@ def _backward(
     first: float,
     eps_decay: float,
 ) -> Tensor:
-    """The gradient of x; None stands for one of 0. It is rounded once: its two terms may cancel each other."""
+    """The gradient of x; None stands for a gradient of 0. It is rounded once: its two terms may cancel."""
     if not has_values(x):
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
@@ -63,7 +63,7 @@ def _backward(
     grad_values, grad_soft, grad_gates = (
         None if grad is None else grad.to(wide) for grad in (grad_values, grad_soft, grad_gates)
     )
-    # A value is its score, but 0 where nothing was selected. The gradient of descent leaves out what that hands on.
+    # A value is its score, but 0 for an entry that was not selected. The gradient of the descent ignores such entries.
     through_value = None if grad_values is None else grad_values * values
     through_gate = _sum(grad_gates, through_value)
     grad = torch.zeros_like(x).scatter_(-1, indices, _sum(through_gate, grad_soft))

@@ -1,4 +1,4 @@
-"""The kernel of `kernels.topk`: descent, selection and gates of a row while it is in registers."""
+"""The kernel of `kernels.topk`: descent, selection and gates of a row in registers."""
 
 from collections.abc import Iterator
 
@@ -12,20 +12,20 @@ from kernels._common.primitives import highest_in_thread, load_tile, max_or_nan,
 from kernels.coor_descent import cooling_iterations, descend, origin_of, soft_selection
 
 LONGEST = 4096
-"""Longest row that the kernel takes; longer ones go through `coor_descent` and torch.topk."""
+"""Longest row that the kernel supports; longer ones use `coor_descent` and torch.topk."""
 
 
 MOST = 32
-"""Most entries that the kernel selects from a row, one after the other."""
+"""Most entries that the kernel selects from a row, one by one."""
 
 
 IN_THREAD = 16
-"""Entries of a row in a thread: selection keeps two more registers for each."""
+"""Entries of a row per thread: selection keeps two more registers for each."""
 
 
 @triton.jit
 def _sortable(scores, columns):
-    """int64 in the order of the scores, those of equal scores in the reverse order of their columns."""
+    """int64 in the order of the scores; equal scores are in the reverse order of their columns."""
     bits = scores.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - columns).to(tl.int64)
@@ -67,7 +67,7 @@ def _topk_kernel(
         first, eps_decay, eps, cooling, REPEATS, ROWS, WIDTH, 1, 1, HAS_MASK, False, SAVE,
     )  # fmt: skip
 
-    # Columns beyond the row stand behind its masked entries, which stand behind all others.
+    # Columns beyond the row come after its masked entries, which come after all others.
     left = tl.where(columns < n, _sortable(x, columns), -9223372036854775808)
     place = tl.arange(0, SELECTED)[None, :]
     chosen = tl.zeros([ROWS, SELECTED], tl.int64)
@@ -95,7 +95,7 @@ def _topk_kernel(
 @planner
 def _plan(n_rows: int, n: int, selected: int) -> Plan:
     tile = tile_settings(n, IN_THREAD)
-    # Where entries are loaded one by one, an assembler left to itself may spill to make room for another program.
+    # If entries are loaded one by one, the assembler may spill without a limit, to fit another program.
     limit = {"maxnreg": most_registers(tile["num_warps"])} if n % 16 else {}
     return Plan(triton.cdiv(n_rows, tile["ROWS"]), {**tile, **limit, "SELECTED": triton.next_power_of_2(selected)})
 

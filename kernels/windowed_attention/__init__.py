@@ -1,4 +1,4 @@
-"""`kernels.windowed_attention`, and how much work it is."""
+"""`kernels.windowed_attention`, and the amount of its work."""
 
 from kernels.windowed_attention.api import pairs_in_reach, windowed_attention
 

@@ -1,19 +1,18 @@
-"""Windowed attention in one pass over tiles: no window of keys is ever copied, and no weight leaves the chip.
+"""Windowed attention in one pass over tiles: no window of keys is copied, and no p is written to memory.
 
-The forward pass is that of FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14135), over the tiles in reach
-of a block of queries. It keeps one number a query and head beside the output, the log-sum-exp (lse) l of its
-logits s, from which the backward pass computes the weights p again. With p = exp(s - l), g the gradient of the output
-o and delta = sum g o,
+The forward pass is FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14135) over the tiles in reach of a
+block of queries. Besides the output it keeps one number per query and head, the log-sum-exp (lse) l of its logits s,
+from which the backward pass recomputes p. With p = exp(s - l), g the gradient of the output o and delta = sum g o,
 
     ds = p (g v - delta),    dq = scale ds k,    dk = scale ds' q,    dv = p' g
 
 which one kernel computes: its even programs accumulate dq over keys, its odd programs dk and dv over queries.
 
-With rotary position embedding, a first kernel rotates the keys. Queries are rotated by their program, and kept for the
-backward pass; gradients are rotated back before they are written.
+With rotary position embedding, a first kernel rotates the keys. Each program rotates its queries, and keeps them for
+the backward pass; gradients are rotated back before they are written.
 
-The gradient of a position bias is the sum of ds of all pairs at a distance. Tiles of ds at the same place beside the
-diagonal have the same distances, so that a second kernel adds up such tiles of many blocks, and then their diagonals.
+The gradient of a position bias is the sum of ds over all pairs at a distance. Tiles of ds with the same offset from the
+diagonal have the same distances, so a second kernel adds up such tiles of many blocks, and then their diagonals.
 """
 
 from typing import Any
@@ -82,7 +81,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def _runs_kernel(qkv: Tensor, heads: int) -> bool:
-    """fp64 stays fp64, which the kernels are not, and the tiles of a wider head have no place in registers."""
+    """fp64 stays fp64, which the kernels do not support, and tiles of larger heads do not fit into registers."""
     return qkv.dtype != torch.float64 and qkv.shape[-1] <= 3 * heads * LARGEST_HEAD and runs_triton(qkv)
 
 
@@ -103,15 +102,15 @@ def pairs_in_reach(n: int, window_size: int, causal: bool) -> int:
 
 @register_flop_formula(torch.ops.colt5.windowed_attention)
 def _flops(shape: torch.Size, heads: int, window_size: int, causal: bool, *_: object, **__: object) -> int:
-    """Operations of the products of query and key, and of weight and value, for each pair in reach. They are counted as
-    a flop counter counts them."""
+    """Operations of the products of query and key, and of p and value, for each pair in reach. A flop counter counts
+    them in the same way."""
     batch, n, width = shape
     return 2 * 2 * batch * pairs_in_reach(n, window_size, causal) * width // 3
 
 
 @register_flop_formula(torch.ops.colt5.windowed_attention_backward)
 def _backward_flops(grad_output: torch.Size, shape: torch.Size, *arguments: Any, **_: object) -> int:
-    """A gradient for either factor of both products, and the weights again: as PyTorch counts its own kernels."""
+    """A gradient for either factor of both products, and p again, as PyTorch counts its own kernels."""
     return _flops(shape, *arguments[-5:]) * 5 // 2
 
 
@@ -125,23 +124,23 @@ def windowed_attention(
     rotary_theta: float | None = None,
     position_bias: Tensor | None = None,
 ) -> Tensor:
-    """`reference.windowed_attention` tile by tile, forward and backward, in memory linear in n whatever the window.
+    """`reference.windowed_attention` tile by tile, forward and backward, in memory linear in n for any window.
 
     Products are in the dtype of qkv, sums and the softmax in fp32. Results are bitwise equal from run to run: the
-    backward pass has no atomic additions. Autocast lowers qkv to its dtype. The definition, which is a kernel of
+    backward pass has no atomic additions. Autocast converts qkv to its dtype. The definition, which is a kernel of
     PyTorch, computes CPU tensors, fp64, and heads of more than 128 dimensions.
 
     Args:
         qkv: `b n (3 h d)`, any float dtype: queries, keys and values, each as consecutive heads.
         heads: number of heads h.
-        window_size: at least 1, in tokens. It is the radius without `causal`, else the size of windows. A token then
-            attends to its own window, up to itself, and to all of the window before.
+        window_size: at least 1, in tokens. It is the radius without `causal`, else the size of windows. Then a token
+            attends to its own window, up to itself, and to the whole window before.
         causal: whether attention is causal.
-        mask: bool, `b n`, False for tokens that nothing attends to.
+        mask: bool, `b n`, False for masked tokens, which are not attended to.
         rotary_theta: theta of rotary position embedding (2104.09864), None for no embedding. Dimensions i and i + d / 2
             of queries and keys rotate by theta^(-2 i / d) radians per position. d must be even.
         position_bias: `h (2 r + 1)`, any float dtype: entry r + j - i of its head is added to the logit of a query at i
-            and a key at j; those of distances beyond r are those of r.
+            and a key at j; distances beyond r use the entries of r.
 
     Returns:
         `b n (h d)`, in the dtype of qkv. A token that attends to nothing gives 0, with gradient 0.

@@ -1,4 +1,4 @@
-"""The backward kernel of `kernels.windowed_attention`: two programs for a block, of queries and of keys."""
+"""The backward kernel of `kernels.windowed_attention`: two programs per block, one for queries and one for keys."""
 
 from collections.abc import Iterator
 
@@ -194,8 +194,7 @@ def _backward_kernel(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Compute all gradients of a block by two programs side by side. One then finds in the L2 cache what the other
-    read."""
+    """Compute all gradients of a block with two adjacent programs. One then finds data of the other in the L2 cache."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     start, row, column, numbers = place_of(tl.program_id(0) // 2, n, HEADS, HEAD_DIM, BLOCK)
     grad_output_ptr += row * WIDTH + column
@@ -260,7 +259,7 @@ def _backward_kernel(
         )
 
 
-# By bytes of a number and dimensions of a head, as in the forward pass.
+# By the bytes of a number and the dimension of a head, as in the forward pass.
 BACKWARD = {
     (2, 64): Settings(64, 32, 4, 1),
     (2, 128): Settings(64, 16, 4, 1),
@@ -274,7 +273,7 @@ BACKWARD_RAGGED = {
     (4, 64): Settings(16, 16, 8, 1),
     (4, 128): Settings(16, 16, 8, 1),
 }
-"""Settings for heads that take registers to load."""
+"""Settings for heads whose loads need more registers."""
 
 
 @planner
@@ -300,7 +299,7 @@ def launch_backward(
     dqkv: Tensor,
     dbias: Tensor | None,
 ) -> Iterator[Launch]:
-    """Fill in the gradients `b n (3 h d)` and, if it is wanted, `h (2 r + 1)`, from contiguous tensors."""
+    """Fill in the gradients `b n (3 h d)` and, if it is needed, `h (2 r + 1)`, from contiguous tensors."""
     batch, n, width = out.shape
     head_dim = width // heads
     turns = yield from launch_turns(rotary_theta, n, head_dim)

@@ -1,4 +1,5 @@
-"""The gradient of the position bias of `kernels.windowed_attention`: sums over diagonals, of tiles and then of all."""
+"""The gradient of the position bias of `kernels.windowed_attention`: sums over diagonals, first of tiles, then of
+all."""
 
 from collections.abc import Iterator
 
@@ -17,7 +18,7 @@ from kernels.windowed_attention.tiles import NOWHERE, PRECISION, are_present, ke
 
 @triton.jit
 def _part(ptr, rows, n, part, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, PART: tl.constexpr):
-    """Some dimensions of a head, `rows PART`; 0 where there is nothing."""
+    """Some dimensions of a head, `rows PART`; 0 for absent entries."""
     dimension = part + tl.arange(0, PART)
     inside = (rows < n)[:, None] & (dimension < HEAD_DIM)[None, :]
     return tl.load(ptr + rows.to(tl.int64)[:, None] * STRIDE + dimension[None, :], mask=inside, other=0.0)
@@ -47,8 +48,8 @@ def _bias_gradient_kernel(
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Sums of the gradient of logits over the diagonals of tiles. There is a tile for each of a chunk of blocks of
-    queries, as many blocks before or after it as for the others."""
+    """Sums of the gradient of logits over the diagonals of tiles. Each block of queries in a chunk has one tile, and
+    all these tiles have the same offset, in blocks, from the diagonal."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     head = tl.program_id(0) % HEADS
     chunk = tl.program_id(0) // HEADS % chunks
@@ -62,7 +63,7 @@ def _bias_gradient_kernel(
     for block in range(chunk, batch * blocks, chunks):
         start = block % blocks * BLOCK
         start_n = start + shift
-        # Both begin at multiples of a block: a tile is before the sequence, after it, or in it.
+        # Both begin at multiples of a block, so a tile is before the sequence, after it, or in it.
         if (start_n >= 0) & (start_n < n):
             element = (block // blocks).to(tl.int64)
             tokens = qkv_ptr + element * n * (3 * WIDTH) + column
@@ -72,7 +73,7 @@ def _bias_gradient_kernel(
             logits = tl.zeros([BLOCK, BLOCK], tl.float32)
             dp = tl.zeros([BLOCK, BLOCK], tl.float32)
             delta = tl.zeros([BLOCK], tl.float32)
-            # Whole heads of all five would take more registers than there are.
+            # Whole heads of all five tensors would need more registers than there are.
             for part in range(0, HEAD_DIM, PART):
                 q = _part(tokens, query, n, part, 3 * WIDTH, HEAD_DIM, PART)
                 k = _part(tokens + WIDTH, key, n, part, 3 * WIDTH, HEAD_DIM, PART)
@@ -90,7 +91,7 @@ def _bias_gradient_kernel(
             p = tl.where(within(key[None, :], first[:, None], end[:, None]), p, 0.0)
             total += p * (dp - delta[:, None])
 
-    # Row i is turned by i places. A column is then a diagonal, and its part that has come round is another.
+    # Row i is rotated by i columns. Then a column is one diagonal, and its wrapped part is another.
     turned = tl.gather(total, (i + j) % BLOCK, axis=1)
     before = tl.sum(tl.where(i + j < BLOCK, 0.0, turned), axis=0)
     after = tl.sum(tl.where(i + j < BLOCK, turned, 0.0), axis=0)
@@ -134,19 +135,19 @@ BIAS_GRADIENT = {
     (4, False): Settings(32, 32, 4, 1),
     (4, True): Settings(16, 16, 4, 1),
 }
-"""Settings of the gradient of a position bias, by the bytes of a number, and for heads that are ragged. Its tiles are
-as wide as they are long."""
+"""Settings of the gradient of a position bias, by the bytes of a number, and by whether heads are ragged. Its tiles are
+square."""
 
 PROGRAMS = 1024
-"""About as many programs share the blocks of all sequences for that."""
+"""Approximate number of programs among which the blocks of all sequences are divided."""
 
 MOST_CHUNKS = 64
-"""At most so many chunks of blocks, whose sums a program of the second kernel adds up."""
+"""Most chunks of blocks, whose sums a program of the second kernel adds up."""
 
 
 @planner
 def _plan_bias_gradient(tiles: int, chunks: int, head_dim: int, itemsize: int) -> Plan:
-    """A program for each tile beside a block, head and chunk of the blocks of all sequences."""
+    """A program for each tile offset, head and chunk of the blocks of all sequences."""
     block, _, num_warps, num_stages = BIAS_GRADIENT[itemsize, is_ragged(head_dim, itemsize)]
     part = min(max(triton.next_power_of_2(head_dim), 16), 64 // itemsize)
     return Plan(tiles * chunks, {"BLOCK": block, "PART": part, "num_warps": num_warps, "num_stages": num_stages})
@@ -166,7 +167,7 @@ def launch_bias_gradient(
     position_bias: Tensor,
     dbias: Tensor,
 ) -> Iterator[Launch]:
-    """Fill in the gradient `h (2 r + 1)`: first sums of many blocks, then those of diagonals of one distance."""
+    """Fill in the gradient `h (2 r + 1)`: first sums of many blocks, then sums of diagonals of the same distance."""
     out = inputs[3]
     batch, n, width = out.shape
     head_dim = width // heads

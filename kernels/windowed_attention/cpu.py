@@ -1,4 +1,4 @@
-"""`kernels.windowed_attention` by its definition, which is PyTorch's own attention kernel: a CPU tensor gets this."""
+"""`kernels.windowed_attention` by its definition, which is PyTorch's own attention kernel, for CPU tensors."""
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ def windowed_attention(
     rotary_theta: float | None,
     position_bias: Tensor | None,
 ) -> Tensor:
-    """The definition, or, where every token reaches all others, attention without windows."""
+    """The definition or, if every token reaches all others, attention without windows."""
     if not causal and window_size >= qkv.shape[1] > 0 and position_bias is None:
         if rotary_theta is not None:
             qkv = rotate_heads(qkv, heads, places(qkv.shape[1], qkv.device), rotary_theta)

@@ -88,7 +88,7 @@ def _forward_kernel(
             logits += load_bias(bias_ptr, key[None, :] - query[:, None], HEAD_DIM, BIAS_REACH)
         logits = tl.where(within(key[None, :], first[:, None], end[:, None]), logits, float("-inf"))
         new_max = tl.maximum(max_logit, tl.max(logits, axis=1))
-        # Nothing has been within reach of a query whose maximum is -inf. A difference of near numbers is exact.
+        # No key was within reach of a query whose max is -inf. The difference of close numbers is exact.
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         p = tl.exp2((logits - shift[:, None]) * scale)
         rescale = tl.exp2((max_logit - shift) * scale)
@@ -100,13 +100,13 @@ def _forward_kernel(
     out = out / tl.where(nothing, 1.0, total)[:, None]
     own, owned = tile_at(out_ptr + row * WIDTH + column, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
     tl.store(own, out.to(out_ptr.dtype.element_ty), mask=owned)
-    # p is exp2(logits * scale - lse): 0 where there is nothing to attend to.
+    # p is exp2(logits * scale - lse): 0 without keys to attend to.
     lse = tl.where(nothing, float("inf"), max_logit * scale + tl.log2(total))
     tl.store(lse_ptr + numbers + query, lse, mask=query < n)
 
 
-# By bytes of a number and by the dimensions of a head that there is place for. Those of 2 bytes and 64 were the fastest
-# in a sweep on an H100; the others are smaller than what was, where that spilled on sm_80 or sm_90.
+# By the bytes of a number and the largest dimension of a head. Settings for 2 bytes and 64 were the fastest in a sweep
+# on an H100; the others are smaller than the fastest ones, which spilled on sm_80 or sm_90.
 FORWARD = {
     (2, 64): Settings(64, 32, 4, 3),
     (2, 128): Settings(64, 32, 4, 2),
@@ -134,8 +134,8 @@ def launch_forward(
     lse: Tensor,
     turned: Tensor,
 ) -> Iterator[Launch]:
-    """Fill in the output `b n (h d)`, the logarithms `b h n`, and rotated keys and queries `b n t (h d)`, from
-    contiguous tensors. Without rotary position embedding t is 0; queries are not kept where t is 1."""
+    """Fill in the output `b n (h d)`, the lse `b h n`, and rotated keys and queries `b n t (h d)`, from contiguous
+    tensors. Without rotary position embedding t is 0; queries are not kept if t is 1."""
     batch, n, width = out.shape
     head_dim = width // heads
     turns = yield from launch_turns(rotary_theta, n, head_dim)

@@ -1,10 +1,10 @@
 """Positions in both passes: rotary embedding, and the position bias.
 
-With rotary position embedding, a kernel of its own rotates all keys, since each block of queries would have to rotate
-the same keys again. The forward kernel rotates its queries, and keeps them for the backward pass.
+With rotary position embedding, a separate kernel rotates all keys, since each block of queries would have to rotate the
+same keys again. The forward kernel rotates its queries, and keeps them for the backward pass.
 
-A row of cosines and sines is made of two: that of the place in a stretch of positions, which the L1 cache holds, and
-that of the first position of the stretch.
+Cosines and sines of a position are computed from two angles: that of its place in a stretch of positions, which the L1
+cache holds, and that of the first position of the stretch.
 """
 
 import math
@@ -22,15 +22,15 @@ from kernels.windowed_attention.tiles import place_of, tile_at
 QUARTER_TURN = tl.constexpr(math.pi / 2)
 
 STRETCH = tl.constexpr(64)
-"""Positions of a stretch. Blocks of rows divide it."""
+"""Positions per stretch, a multiple of the rows of a block."""
 
 
 @triton.jit
 def _cos_and_sin(angle):
-    """Both in fp32, of an angle in fp64. Those of libdevice spill, to be ready for angles of any size."""
+    """Both in fp32, of an angle in fp64. The functions of libdevice spill, because they support angles of any size."""
     quarters = tl.floor(angle * (1 / QUARTER_TURN) + 0.5)
     x = (angle - quarters * QUARTER_TURN).to(tl.float32)
-    # Taylor series: in an eighth of a turn to either side of 0, the terms left out are below 3e-8.
+    # Taylor series: up to an eighth of a turn on either side of 0, the omitted terms are below 3e-8.
     xx = x * x
     cos = 1 + xx * (-1 / 2 + xx * (1 / 24 + xx * (-1 / 720 + xx * (1 / 40320))))
     sin = x * (1 + xx * (-1 / 6 + xx * (1 / 120 + xx * (-1 / 5040 + xx * (1 / 362880)))))
@@ -49,7 +49,7 @@ def _turns_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Cosines and sines of the angles at each position of the first stretch, and where each stretch begins."""
+    """Cosines and sines of the angles at each position of the first stretch, and at the start of each stretch."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     position = tl.where(row < STRETCH, row, (row - STRETCH) * STRETCH)
     column = tl.arange(0, BLOCK_H)
@@ -125,7 +125,8 @@ def turned_queries(
     BLOCK_D: tl.constexpr,
     TURNED: tl.constexpr,
 ):
-    """Rotated queries `BLOCK BLOCK_D` of a block, which are kept if there is room, arranged as by `load_arranged`."""
+    """Rotated queries `BLOCK BLOCK_D` of a block, arranged as by `load_arranged`, and stored if there is memory for
+    them."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     BLOCK_H: tl.constexpr = BLOCK_D // 2
     first, second = _load_and_turn(qkv_ptr, turns_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_H, 3 * WIDTH)
@@ -138,7 +139,8 @@ def turned_queries(
 def load_arranged(
     ptr, start, n, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE: tl.constexpr
 ):
-    """Rows `ROWS BLOCK_D` whose halves each begin in half of the columns, where there are more of these."""
+    """Rows `ROWS BLOCK_D` with each half at the start of half of the columns, if there are more columns than
+    dimensions."""
     if HEAD_DIM == BLOCK_D:
         at, inside = tile_at(ptr, start, n, ROWS, HEAD_DIM, BLOCK_D, STRIDE)
         return tl.load(at, mask=inside, other=0.0)
@@ -160,7 +162,7 @@ def store_turned_back(
     BLOCK_D: tl.constexpr,
     STRIDE: tl.constexpr,
 ):
-    """Write the gradient of queries or keys from that of the rotated ones, arranged as these."""
+    """Write the gradient of queries or keys from that of the rotated ones, arranged in the same way."""
     BLOCK_H: tl.constexpr = BLOCK_D // 2
     first, second = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, BLOCK_H]), (0, 2, 1)))
     cos, sin = _load_turns(turns_ptr, start, ROWS, HEAD_DIM, BLOCK_H)
@@ -199,7 +201,7 @@ def bias_of_head(ptr, head, BIAS_REACH: tl.constexpr):
 
 @triton.jit
 def load_bias(ptr, distance, HEAD_DIM: tl.constexpr, BIAS_REACH: tl.constexpr):
-    """The position bias of distances, as large as logits are before they are scaled."""
+    """The position bias of distances, in the units of logits before they are scaled."""
     near = tl.minimum(tl.maximum(distance, -BIAS_REACH), BIAS_REACH)
     return tl.load(ptr + near).to(tl.float32) * (HEAD_DIM**0.5)
 
@@ -212,7 +214,7 @@ def _plan_turns(rows: int, half: int) -> Plan:
 
 
 def launch_turns(theta: float | None, n: int, head_dim: int) -> Generator[Launch, None, Scratch | None]:
-    """Cosines and sines of angles, as other kernels read them; None without rotary position embedding."""
+    """Cosines and sines of angles for other kernels; None without rotary position embedding."""
     if theta is None:
         return None
     rows = STRETCH.value + triton.cdiv(n, STRETCH.value)
@@ -231,7 +233,7 @@ def _plan_turn_keys(batch: int, n: int, heads: int, head_dim: int) -> Plan:
 
 
 def launch_turn_keys(qkv: Tensor, heads: int, turns: Scratch, turned: Tensor) -> Launch:
-    """Write rotated keys to `turned`, `b n t (h d)`, of which they are the first and rotated queries may follow."""
+    """Write rotated keys to `turned`, `b n t (h d)`, as the first of t; rotated queries may follow."""
     batch, n, width = qkv.shape
     head_dim = width // (3 * heads)
     options = {"HEADS": heads, "HEAD_DIM": head_dim, "TURNED": turned.shape[2]}

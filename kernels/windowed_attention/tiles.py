@@ -1,7 +1,7 @@
-"""Parts of both passes: which positions are in reach, tiles of rows, and the place of a program.
+"""Parts of both passes: positions in reach, tiles of rows, and the place of a program.
 
 Positions that queries may attend to are an interval, and so are those that attend to a key. Its two ends decide which
-tiles a program looks at and which entries of a tile count.
+tiles a program reads and which entries of a tile count.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ from kernels._common.attention import Settings, options_for
 from kernels._common.plans import Plan
 
 PRECISION = tl.constexpr("tf32x3")
-"""Factors of fp32 are sums of two of tf32."""
+"""Each fp32 factor is a sum of two tf32 numbers."""
 
 NOWHERE = tl.constexpr(-(2**30))
-"""Position of a key that is not there: before every interval."""
+"""Position of an absent key: before every interval."""
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def within(position, first, end):
 
 @triton.jit
 def are_present(mask_ptr, position, n, HAS_MASK: tl.constexpr):
-    """True for keys that are there to attend to."""
+    """True for keys that exist and are not masked."""
     present = position < n
     if HAS_MASK:
         present = tl.load(mask_ptr + position, mask=present, other=0) != 0
@@ -54,7 +54,7 @@ def are_present(mask_ptr, position, n, HAS_MASK: tl.constexpr):
 
 @triton.jit
 def tile_at(ptr, start, n, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE: tl.constexpr):
-    """Pointers to `ROWS BLOCK_D` from position start on, and which of them are inside."""
+    """Pointers to `ROWS BLOCK_D` from position start on, and a mask of those inside."""
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
     inside = start + row < n
     if HEAD_DIM < BLOCK_D:
@@ -66,7 +66,7 @@ def tile_at(ptr, start, n, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: 
 def place_of(program, n, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Start of the program's block, and the numbers of rows, entries of a row and positions before its own.
 
-    The heads of one block run side by side, as they are in memory.
+    Programs for the heads of a block are adjacent, as the heads are in memory.
     """
     head = program % HEADS
     block = program // HEADS
@@ -76,7 +76,7 @@ def place_of(program, n, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.
 
 
 def plan_blocks(settings: Settings, programs: int, n: int, head_dim: int, itemsize: int) -> Plan:
-    """So many programs for each block of a sequence."""
+    """`programs` programs for each block of a sequence."""
     tile = {"BLOCK": settings.block, "TILE": settings.tile, **options_for(settings, head_dim, itemsize)}
     return Plan(programs * triton.cdiv(n, settings.block), tile)
 
