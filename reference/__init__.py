@@ -1,4 +1,4 @@
-"""The CoLT5 system in plain PyTorch: the definition every kernel is compared with."""
+"""The CoLT5 system in plain PyTorch: the definition with which every kernel is compared."""
 
 from reference._shared.returns import NormalizedRouteReturn, PrefixSelection, RouteReturn, TopkReturn
 from reference.biased_gelu import biased_gelu

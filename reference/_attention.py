@@ -1,4 +1,4 @@
-"""Softmax attention, from which the attentions of the layers are made."""
+"""Softmax attention, on which the attention layers are built."""
 
 from torch import Tensor
 
@@ -17,9 +17,9 @@ def attend(
 ) -> Tensor:
     """Softmax attention of queries `b h i d` to keys and values `b h j d`; mask broadcasts to `b h i j`.
 
-    With `use_flash` it is PyTorch's scaled_dot_product_attention, which picks the fastest kernel that the device has
-    for it. A bias, which broadcasts to `b h i j`, is added to the logits; with one it is the formula. A query that may
-    attend to nothing gives 0; `has_some` says that there is none.
+    With `use_flash` it uses PyTorch's scaled_dot_product_attention, which picks the fastest kernel of the device. A
+    bias, which broadcasts to `b h i j`, is added to the logits; with a bias, the formula is computed. A query that may
+    attend to nothing gives 0; pass `has_some` if there is no such query.
     """
     nothing = None
     if mask is not None and not has_some:

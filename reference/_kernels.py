@@ -1,4 +1,4 @@
-"""The one place where the reference reaches for `kernels`, which are imported by name when one is first wanted."""
+"""The only place where the reference uses `kernels`, which it imports by name on first use."""
 
 from collections.abc import Callable
 from importlib import import_module

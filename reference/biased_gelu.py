@@ -19,7 +19,7 @@ def biased_gelu(x: Tensor, bias: Tensor) -> Tensor:
         `... d`, in the dtype of x.
 
     Raises:
-        ValueError: x is of no float dtype, or shapes do not match.
+        ValueError: x is not of a float dtype, or shapes do not match.
     """
     check_biased_gelu(x, bias)
     wide = torch.promote_types(torch.promote_types(x.dtype, bias.dtype), torch.float32)

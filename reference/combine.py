@@ -33,9 +33,9 @@ def combine(
         length: n, of the sequence.
         null: `d`; None means 0.
         light, residual: `b n d`; None means 0.
-        bias, routed_bias: `d`, of a light branch and of routed tokens that lack them; None means 0.
-        start: the first token that null applies to.
-        dtype: dtype of the result, by default the one that all of these promote to.
+        bias, routed_bias: `d`, added to a light branch and to routed tokens computed without them; None means 0.
+        start: the first token that may be null.
+        dtype: dtype of the result, by default the promoted dtype of all these.
 
     Returns:
         `b n d`.
@@ -50,7 +50,7 @@ def combine(
     heavy = heavy * scores.unsqueeze(-1).to(result)
     empty = torch.zeros(d, dtype=result, device=device) if null is None else null.to(result)
     places = repeat(indices.long().clamp(max=length), "b k -> b k d", d=d)
-    # Those without a place end in a row of their own.
+    # Tokens without a place are written to an additional row.
     rows = F.pad(empty.expand(batch, length - start, d), (0, 0, start, 1))
     out = rows.scatter(1, places, heavy)[:, :length]
     if light is not None:

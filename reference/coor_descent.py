@@ -1,4 +1,4 @@
-"""Coordinate descent for the soft top-k, as it is defined."""
+"""Coordinate descent for the soft top-k, by its definition."""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from reference._shared.arguments import (
 )
 
 FAR = 1024.0
-"""Distance, in temperatures, from which on scores are outliers."""
+"""Distance, in temperatures, beyond which scores are outliers."""
 
 
 def coor_descent(
@@ -58,7 +58,7 @@ def coor_descent(
     k = rearrange(k.to(scores.dtype), "... -> ... 1")
     log_k = torch.log(torch.where(k > 0, k, torch.nan))
 
-    # A row in which nothing takes part computes with 0, so that its gradient is 0 and not 0 times infinity.
+    # A row without valid entries computes with 0, so that its gradient is 0, not 0 times infinity.
     hidden = takes_no_part(scores, mask)
     s = without_infinities(scores).masked_fill(hidden, -torch.inf)
     s = s.masked_fill(hidden.all(dim=-1, keepdim=True), 0.0)
@@ -74,11 +74,11 @@ def coor_descent(
 
 
 def _without_outliers(s: Tensor, log_k: Tensor, far: float) -> tuple[Tensor, Tensor]:
-    """Move scores for coordinate descent, and leave out those that would cost others their digits. The second result is
-    s + b before the first iteration: 0, where all scores of a row are not moved.
+    """Move scores for coordinate descent, and remove those that would reduce the precision of others. The second result
+    is s + b before the first iteration: 0 for a row whose scores are not all moved.
 
-    Thresholds -a are at most the sum of the temperatures times log(n / k): what is far above that may be lower. Where
-    all scores are far below 0, they may be higher by any number, if s + b starts as far above them.
+    Thresholds -a are at most the sum of the temperatures times log(n / k), so scores far above that may be lowered. If
+    all scores are far below 0, they may be raised by any number, if s + b starts as far above them.
     """
     with torch.no_grad():
         highest = s.amax(dim=-1, keepdim=True)

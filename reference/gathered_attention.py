@@ -1,4 +1,4 @@
-"""Attention to keys and values that are projected once for a sequence, and taken from it by their index."""
+"""Attention to keys and values that are projected once for a sequence, and gathered by index."""
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +29,11 @@ def gathered_attention(
         query: `b w h i d`, any float dtype: the queries of w windows, h heads of d dimensions.
         key_value: `b r n (h kv d)`, in the dtype of the queries. Each token has a key and a value side by side, per
             route and head of the route.
-        indices: `b w r s`, integers: the tokens that the window attends to. Entries that the mask leaves out may have
-            any value; all other entries of a list are different, and within the sequence.
+        indices: `b w r s`, integers: the tokens that the window attends to. Masked entries may have any value; all
+            other entries of a list are different, and within the sequence.
         weights: `b w r s`, any float dtype: multiplied with values, and with keys if `multiply_keys_by_score`.
         null_kv: `2 h d`, any float dtype: a key and a value that every query also attends to.
-        mask: `b w r s`, bool; False for entries that are not attended to.
+        mask: `b w r s`, bool; False for masked entries.
 
     Returns:
         `b w h i d`, in the dtype of the queries.
@@ -57,13 +57,13 @@ def gather_and_attend(
     multiply_keys_by_score: bool = False,
     use_flash: bool = False,
 ) -> Tensor:
-    """`gathered_attention`; with `use_flash` by PyTorch's scaled_dot_product_attention."""
+    """`gathered_attention`; with `use_flash` it uses PyTorch's scaled_dot_product_attention."""
     check_gathered(query, key_value, indices, weights, null_kv, mask)
     (batch, windows, heads, _, _), routes = query.shape, key_value.shape[1]
     indices = indices if mask is None else indices.masked_fill(~mask, 0)
     batches = torch.arange(batch, device=query.device)[:, None, None, None]
     route = torch.arange(routes, device=query.device)[:, None]
-    # By indexing and not by `torch.gather`, whose gradient is as large as the sequence for each window.
+    # Indexing instead of `torch.gather`, whose gradient would have the size of the sequence for each window.
     key_value = key_value[batches, route, indices.long()]
     key, value = rearrange(key_value, "b w r s (h kv d) -> kv (b w) r h s d", kv=2, h=heads // routes)
 

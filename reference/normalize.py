@@ -1,4 +1,4 @@
-"""Tokens brought to one scale: by their root mean square, or by their standard deviation about their mean."""
+"""Tokens scaled by their root mean square, or centered and scaled by their standard deviation."""
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ def normalize(
         weight, bias: `d`.
         center: whether the mean is subtracted.
         eps: the smallest norm to divide by; with `center`, the number added to the variance.
-        dtype: dtype of the result, by default the one that x, weight and bias promote to. The next operation may need
+        dtype: dtype of the result, by default the promoted dtype of x, weight and bias. The next operation may need
             less precision, as a linear layer under autocast does.
 
     Returns:
@@ -37,7 +37,7 @@ def normalize(
     """
     check_normalize(x, weight, bias, eps, dtype)
     result = result_dtype(dtype, x, weight, bias)
-    # In fp16 a norm can overflow, and the least norm to divide by, 1e-12, is 0.
+    # In fp16 a norm can overflow, and the smallest norm to divide by, 1e-12, is 0.
     wide = torch.promote_types(result_dtype(None, x, weight, bias), torch.float32)
     x, weight = x.to(wide), weight.to(wide)
     bias = None if bias is None else bias.to(wide)

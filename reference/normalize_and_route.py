@@ -1,4 +1,4 @@
-"""Both reads of the tokens of a routed layer: normalized for its light branch, and routed to its heavy one."""
+"""The tokens of a routed layer, normalized for its light branch and routed to its heavy one."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Routing as it is defined: scores, their relaxed top-k, the choice of the largest, and the tokens that these are."""
+"""Routing by its definition: scores, their relaxed top-k, the choice of the largest, and the selected tokens."""
 
 from collections.abc import Callable
 from functools import partial
@@ -47,10 +47,10 @@ def route(
         n_iters, eps, eps_init, eps_decay: as in `reference.coor_descent`.
         solver: `coor_descent`, or `exact`: `reference.soft_topk` at temperature eps.
         cosine_sim_scale: the score is the cosine times this, instead of the product.
-        block_size: number of tokens per block, if each block is selected from. A shorter last block is padded with
-            masked tokens.
+        block_size: number of tokens per block, if tokens are selected from each block. A shorter last block is padded
+            with masked tokens.
         straight_through: weights are 1, with the gradient of the relaxed selection.
-        mask: bool `b n`, False for tokens that are left out. So are tokens with a score of -inf.
+        mask: bool `b n`, False for masked tokens. Tokens with a score of -inf count as masked.
 
     Raises:
         ValueError: an argument is out of its range, or shapes do not match.
@@ -79,9 +79,9 @@ def choose(
     """Indices and weights `b r s` that `route` chooses by scores `b r n`, with a mask that broadcasts to these.
 
     Args:
-        relax: the solver, with all its options but the mask.
+        relax: the solver, with all its options except the mask.
         select: `reference.select`, or its kernel.
-        num_selected, block_size, straight_through: of `route`.
+        num_selected, block_size, straight_through: as in `route`.
     """
     scores, mask = in_blocks(scores, mask, block_size)
     with without_autocast(scores):
@@ -103,7 +103,7 @@ def pass_through(weights: Tensor) -> Tensor:
 
 
 def in_blocks(scores: Tensor, mask: Tensor | None, size: int | None) -> tuple[Tensor, Tensor | None]:
-    """Scores `... n` and a mask that broadcasts to them as `... m size`, masked where they had to be filled up."""
+    """Scores `... n` and a mask that broadcasts to them, as blocks `... m size` with masked padding."""
     if size is None:
         return scores, mask
     n = scores.shape[-1]
@@ -123,9 +123,9 @@ def positions(indices: Tensor, size: int) -> Tensor:
 
 
 def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
-    """Tokens `b ... k d` of x `b n d` at indices `b ... k`; of an index past the end, the last token.
+    """Tokens `b ... k d` of x `b n d` at indices `b ... k`; an index past the end gives the last token.
 
-    By indexing and not by `torch.gather`, whose gradient is as large as x for each of `...`.
+    Indexing instead of `torch.gather`, whose gradient would have the size of x for each of `...`.
     """
     batch = torch.arange(x.shape[0], device=x.device).view(-1, *(1,) * (indices.dim() - 1))
     return x[batch, indices.clamp(max=x.shape[1] - 1)]

@@ -23,17 +23,18 @@ def route_prefixes(
     eps_decay: float = 1.0,
     straight_through: bool = False,
 ) -> PrefixSelection:
-    """Select, for each window but the first, the largest scores before it, weighted by coordinate descent over these.
+    """Select, for each window except the first, the largest scores before it, weighted by coordinate descent over
+    these.
 
     A row of coordinate descent is a prefix of the scores, window by window (CoLT5, https://arxiv.org/abs/2303.09752,
-    section 3.1, with a mask of what is before a window). Of equal scores the first is selected. If a window selects a
-    token, so do all windows between the token and that window: later tokens can only displace it.
+    section 3.1, with a mask of the tokens before a window). Of equal scores the first is selected. If a window selects
+    a token, so do all windows between the token and that window: later tokens can only displace it.
 
     Args:
         scores: `b r n`, any float dtype.
         window_size: tokens of a window; the last one may be shorter.
         num_selected: s, number of tokens to select, from 1 to n.
-        k: the sum that each row of coordinate descent approaches, whatever its length.
+        k: the sum that each row of coordinate descent approaches, for any length.
         n_iters, eps, eps_init, eps_decay: as in `reference.coor_descent`.
         straight_through: weights are 1, with the gradient of the relaxed selection.
 

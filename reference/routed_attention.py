@@ -28,7 +28,7 @@ def routed_attention(
             route and head of the route.
         weights: `b r j`, multiplied with values, and with keys if `multiply_keys_by_score`.
         null_kv: `2 h d`: a key and a value that every query also attends to.
-        mask: `b r j`, bool; False for tokens that are not attended to.
+        mask: `b r j`, bool; False for masked tokens.
 
     Returns:
         `b i (h d)`, in the dtype of the queries.
@@ -51,7 +51,7 @@ def attend_to_routed(
     multiply_keys_by_score: bool = False,
     use_flash: bool = False,
 ) -> Tensor:
-    """`routed_attention`; with `use_flash` by PyTorch's scaled_dot_product_attention."""
+    """`routed_attention`; with `use_flash` it uses PyTorch's scaled_dot_product_attention."""
     check_routed(query, key_value, weights, null_kv, mask)
     (batch, routes), heads = key_value.shape[:2], null_kv.shape[1]
     query = rearrange(query, "b i (h d) -> b h i d", h=heads)

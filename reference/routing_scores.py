@@ -1,4 +1,4 @@
-"""The scores that a router selects tokens by, as they are defined."""
+"""The scores by which a router selects tokens, by their definition."""
 
 import torch
 import torch.nn.functional as F

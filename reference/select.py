@@ -1,4 +1,4 @@
-"""The hard top-k, as it is defined: which scores of a row are the largest."""
+"""The hard top-k by its definition: the indices of the largest scores of a row."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from reference._shared.arguments import check_select
 
 
 def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> Tensor:
-    """Indices of the largest scores of each row, the largest first, of equal ones the first by index.
+    """Indices of the largest scores of each row, the largest first, equal ones in the order of their indices.
 
     NaN counts as larger than any number, as in torch.topk; zeros of either sign are equal.
 
@@ -24,11 +24,11 @@ def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> 
         ValueError: an argument is out of its range, or shapes do not match.
     """
     check_select(scores, num_selected, mask)
-    # A GPU sorts by bits: one NaN would come first and another, for its sign, last.
+    # A GPU sorts by bits: NaNs with different signs would be first and last.
     scores = scores.detach().masked_fill(scores.isnan(), torch.nan)
     if mask is None:
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :num_selected]
     order = scores.masked_fill(~mask, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-    # A score of minus infinity is as large as what a masked entry was filled with.
+    # A score of -inf is equal to the fill value of a masked entry.
     is_valid = mask.expand(scores.shape).gather(-1, order).to(torch.int8)
     return order.gather(-1, is_valid.sort(dim=-1, descending=True, stable=True).indices[..., :num_selected])

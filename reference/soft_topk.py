@@ -1,4 +1,4 @@
-"""The exact soft top-k: what coordinate descent converges to."""
+"""The exact soft top-k: the solution that coordinate descent converges to."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor
 from reference._shared.arguments import check_k, check_positive, check_scores, takes_no_part, without_infinities
 
 NOTHING_AT = 100.0
-"""exp of minus this, times any number of entries, is nothing beside 1 in fp64."""
+"""exp(-this), times any number of entries, is negligible relative to 1 in fp64."""
 
 
 def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | None = None) -> Tensor:
@@ -47,13 +47,13 @@ def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | N
     full = (k >= (~hidden).sum(dim=-1, keepdim=True)) & ~s.isnan().any(dim=-1, keepdim=True)
 
     with torch.no_grad():
-        # A NaN sorts first, where no entry can be at 1 before it.
+        # A NaN sorts first, before any entry that could be at 1.
         ordered = s.masked_fill(hidden, -torch.inf).sort(dim=-1, descending=True).values
         exponent = _exponents(ordered, eps)
         # log of the sum of exp(s / eps) over an entry and all below it
         tails = exponent.flip(-1).logcumsumexp(dim=-1).flip(-1)
         larger = torch.arange(scores.shape[-1], device=scores.device)
-        # An entry is at 1 if, with those before it at 1 and itself not, it would come out above 1.
+        # An entry is at 1 if it would be above 1 when only the entries before it are at 1.
         at_one = torch.log((k.double() - larger).clamp(min=0)) + exponent > tails
         n_at_one = at_one.cumprod(dim=-1).sum(dim=-1, keepdim=True)
         largest_below_one = ordered.gather(-1, n_at_one.clamp(max=scores.shape[-1] - 1))
@@ -61,7 +61,7 @@ def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | N
 
     # Rows without an equation to solve compute one with all their entries, so that their gradient is 0 and not NaN.
     others = ~saturated & ~hidden | full
-    # Relative to the kink, exponents are exact where they matter. The shift cancels, so that it needs no gradient.
+    # Relative to the kink, exponents are exact where they matter. The shift cancels, so it needs no gradient.
     exponent = (s - torch.where(full, 0.0, largest_below_one)) / eps
     lse = exponent.masked_fill(~others, -torch.inf).logsumexp(dim=-1, keepdim=True)
     log_y = exponent + torch.log(torch.where(full, 1.0, k - n_at_one)) - lse
@@ -69,10 +69,10 @@ def soft_topk(scores: Tensor, *, k: float | Tensor, eps: float, mask: Tensor | N
 
 
 def _exponents(ordered: Tensor, eps: float) -> Tensor:
-    """s / eps in fp64, shifted by one number for each row, for scores in descending order.
+    """s / eps in fp64, shifted by one number per row, for scores in descending order.
 
-    Distances of neighbours add up, and one at which an exponential is nothing beside another is as good as any larger
-    one: an outlier costs the others no digits.
+    Distances of neighbours are added up, limited to one at which an exponential is negligible relative to another. So
+    an outlier does not reduce the precision of the others.
     """
     ordered = ordered.double()
     lowest = ordered == -torch.inf

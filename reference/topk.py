@@ -28,7 +28,7 @@ def topk(
 
     Args:
         x: `... n`, any float dtype.
-        k: how many to select, from 1 to n.
+        k: number of entries to select, from 1 to n.
         coor_descent_k_ratio: at least 1. Coordinate descent sums to `min(k * ratio, n)`, because a sum above k gives
             the next candidates a gradient (CoLT5, https://arxiv.org/abs/2303.09752, section 3.1).
         n_iters, eps, eps_init, eps_decay, mask: as in `coor_descent`.

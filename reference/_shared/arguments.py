@@ -12,16 +12,16 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Solver = Literal["coor_descent", "exact"]
-"""Who relaxes the choice of the largest scores: coordinate descent, or what it converges to."""
+"""Solvers for the relaxed selection: coordinate descent, or the solution that it converges to."""
 
 
 def require(holds: bool, name: str, value: object, allowed: str, *named: object) -> None:
     """Raise ValueError that names the argument, its value and what is allowed, unless `holds`.
 
     Args:
-        value: a `torch.Size` is shown as a shape, a device as where the argument is.
-        allowed: a format of what is `named` in it. A message is made only where it is needed: making it takes time, and
-            specialises compiled code to the sizes in it.
+        value: a `torch.Size` is shown as a shape, a device as the place of the argument.
+        allowed: a format string for the values in `named`. The message is made only if needed: it takes time, and it
+            would specialise compiled code to the sizes in it.
     """
     if holds:
         return
@@ -30,17 +30,17 @@ def require(holds: bool, name: str, value: object, allowed: str, *named: object)
     elif isinstance(value, torch.device):
         value = f"on {value}"
     elif isinstance(value, Tensor):
-        # Its values may be on a device that is not done with them.
+        # Its values may be on a device that has not finished.
         value = "a tensor"
     shown = (tuple(each) if isinstance(each, torch.Size) else each for each in named)
     raise ValueError(f"{name} must be {allowed.format(*shown)}, got {value}")
 
 
 def check_float(name: str, tensor: Tensor) -> None:
-    """A tensor is of a float dtype, and is no value of a trace: every operation begins with this.
+    """Check that a tensor has a float dtype and is not part of a trace. Every operation begins with this.
 
     Raises:
-        NotImplementedError: in `torch.jit.trace`, for which a number that depends on a size is a constant.
+        NotImplementedError: in `torch.jit.trace`, which turns a number that depends on a size into a constant.
     """
     if torch._C._get_tracing_state() is not None:
         raise NotImplementedError(
@@ -51,7 +51,7 @@ def check_float(name: str, tensor: Tensor) -> None:
 
 
 def check_integers(**integers: int) -> None:
-    """Arguments that are compared with bounds of their own are integers."""
+    """Arguments with separate bounds are integers."""
     for name, integer in integers.items():
         require(_is_integer(integer), name, integer, "an integer")
 
@@ -71,18 +71,19 @@ def check_positive(**numbers: float) -> None:
 
 
 def check_scale(cosine_sim_scale: float | None) -> None:
-    """The factor of cosines is a finite number, or there is none."""
+    """The factor of cosines is a finite number, or None."""
     fits = cosine_sim_scale is None or (_is_number(cosine_sim_scale) and cosine_sim_scale == cosine_sim_scale)
     require(fits, "cosine_sim_scale", cosine_sim_scale, "None or a finite number")
 
 
 def _is_integer(value: object) -> bool:
-    """Python's, numpy's, or one that a compiler leaves open; a truth value is none."""
+    """True for an integer of Python or numpy, or a symbolic one of a compiler. A bool is not one."""
     return type(value) is int or (isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool))
 
 
 def _is_number(value: Any) -> bool:
-    """An integer, or a float that is not infinite. NaN is one here: who compares it with a bound refuses it."""
+    """True for an integer, or a float that is not infinite. NaN passes, because every comparison with a bound refuses
+    it."""
     if type(value) is float or type(value) is int or isinstance(value, Real):
         return not isinstance(value, bool) and abs(value) != inf
     return isinstance(value, (torch.SymInt, torch.SymFloat))
@@ -101,14 +102,14 @@ def check_scores(scores: Tensor, mask: Tensor | None) -> None:
 
 
 def takes_no_part(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """bool, of the shape of the scores. Entries are True for masked scores and for scores of -inf, which are as if
+    """bool, of the shape of the scores. Entries are True for masked scores and for scores of -inf, which count as
     masked."""
     lowest = scores == -torch.inf
     return lowest if mask is None else lowest | ~mask
 
 
 def without_infinities(scores: Tensor) -> Tensor:
-    """Scores with NaN for +inf: above all others by more than any number, it leaves nothing to compute."""
+    """Scores with NaN in place of +inf: a score that is infinitely above all others has no defined result."""
     return scores.masked_fill(scores == torch.inf, torch.nan)
 
 
@@ -153,7 +154,7 @@ def check_windows(
 def check_gathered(
     query: Tensor, key_value: Tensor, indices: Tensor, weights: Tensor, null_kv: Tensor, mask: Tensor | None
 ) -> None:
-    """Shapes, dtypes and devices of `gathered_attention`; which tokens the indices name is not looked at."""
+    """Shapes, dtypes and devices of `gathered_attention`. The values of indices are not checked."""
     check_float("query", query)
     require(query.ndim == 5, "query", query.shape, "of shape (b, w, h, i, d)")
     batch, windows, heads, _, dim = query.shape
@@ -182,10 +183,10 @@ def check_gathered(
 
 
 def check_k(k: float | Tensor, scores: Tensor) -> None:
-    """k is a positive number, or a tensor that broadcasts to scores.shape[:-1], one k a row.
+    """k is a positive number, or a tensor that broadcasts to scores.shape[:-1], one k per row.
 
-    The values of a tensor are not looked at, which would make the host wait for the device: a row whose k is not
-    positive is NaN.
+    The values of a tensor are not checked, because the host would wait for the device: a row whose k is not positive is
+    NaN.
     """
     if isinstance(k, Tensor):
         require(not k.is_complex() and k.dtype != torch.bool, "k", k.dtype, "a number or a tensor of real numbers")
@@ -227,7 +228,7 @@ def epsilon_schedule(n_iters: int, eps: float, eps_init: float | None, eps_decay
 
 
 def result_dtype(dtype: torch.dtype | None, *tensors: Tensor | None) -> torch.dtype:
-    """The dtype of a result: `dtype` if it is given, else the one that all tensors promote to."""
+    """The dtype of a result: `dtype` if it is given, else the promoted dtype of all tensors."""
     given = [tensor.dtype for tensor in tensors if tensor is not None]
     return reduce(torch.promote_types, given) if dtype is None else dtype
 
@@ -339,7 +340,7 @@ def check_route(
     mask: Tensor | None,
     length: int | None = None,
 ) -> None:
-    """Everything that `route` asks of its arguments. The length is that of x, unless x is a part of a sequence."""
+    """Check all arguments of `route`. The length is that of x, unless x is a part of a sequence."""
     check_routing_tokens(x, routing_tokens)
     check_tokens(x, x.shape[-1], mask)
     check_counts(num_selected=num_selected, **({} if block_size is None else {"block_size": block_size}))

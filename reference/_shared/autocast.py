@@ -1,4 +1,4 @@
-"""Questions to autocast about the device of a tensor. Meta tensors have none: for them autocast is off."""
+"""Autocast on the device of a tensor. Meta tensors have no such device: for them autocast is off."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that a linear layer rounds x to under autocast; None where it takes x as it is."""
+    """The dtype to which a linear layer rounds x under autocast; None if it uses x without a change."""
     device = x.device.type
     if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
@@ -15,9 +15,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Products on the device of x are of the dtypes that they are given."""
+    """Turn autocast off on the device of x, so that products keep the dtypes of their factors."""
     device = x.device.type
-    # A program that is exported can be saved only without such a region: it has one under autocast alone.
+    # An exported program can be saved only without such a region, so it has one only under autocast.
     if x.is_meta or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)

@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class Ranks(NamedTuple):
-    """One of several processes, as it sees them."""
+    """One of several processes, with its view of the group."""
 
     number: int
-    """Number of this one, from 0."""
+    """Number of this process, from 0."""
 
     size: int
     gather: Callable[[Tensor], list[Tensor]]
-    """From a tensor to those of all of them, in their order. All call it."""
+    """Function from a tensor to the tensors of all processes, in their order. All processes call it."""

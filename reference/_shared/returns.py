@@ -1,4 +1,4 @@
-"""Results of operations that have several parts, the same for the plain and the fused ones."""
+"""Results of operations that return several tensors, the same for the plain and the fused ones."""
 
 from typing import NamedTuple
 
@@ -23,14 +23,14 @@ class RouteReturn(NamedTuple):
     """Routed tokens of `b n d`: s for each of r routes, block after block, the largest score first."""
 
     indices: Tensor
-    """int64 `b r s`. From n on where a block that fills up the tokens has none left to select."""
+    """int64 `b r s`. It is n or more if a padded last block has no more tokens to select."""
 
     weights: Tensor
-    """`b r s`: the relaxed selection at what is selected, or 1 with its gradient. It is in the dtype of the scores, and
-    0 for what should not be selected."""
+    """`b r s`: the relaxed selection at the selected entries, or 1 with its gradient. It is in the dtype of the scores,
+    and 0 for masked tokens."""
 
     tokens: Tensor
-    """`b r s d`; of an index past the end, the last token."""
+    """`b r s d`; the last token for an index past the end."""
 
 
 class NormalizedRouteReturn(NamedTuple):
@@ -43,17 +43,18 @@ class NormalizedRouteReturn(NamedTuple):
     """`b n d`."""
 
     x: Tensor
-    """The tokens as they were given, for a residual: its gradient is added where the others are."""
+    """The input tokens, for a residual, so that its gradient is added with the others."""
 
 
 class PrefixSelection(NamedTuple):
-    """Tokens that each window but the first selects from those before it, the largest score first: each `b w r s`."""
+    """Tokens that each window except the first selects from those before it, the largest score first: each
+    `b w r s`."""
 
     indices: Tensor
-    """int64. Where a window has fewer than s tokens before it, all of these, then the ones that follow."""
+    """int64. If a window has fewer than s tokens before it, all of these, then the ones that follow."""
 
     weights: Tensor
-    """The relaxed selection, or 1 with its gradient, in fp32 at least; 0 for what is not before the window."""
+    """The relaxed selection, or 1 with its gradient, in fp32 at least; 0 for tokens that are not before the window."""
 
     mask: Tensor | None
-    """False for what is not before the window; None where every window has s tokens before it."""
+    """False for tokens that are not before the window; None if every window has s tokens before it."""

@@ -9,10 +9,10 @@ from reference._shared.autocast import autocast_dtype
 
 
 def rotary_angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """Angles `n d` of positions `n p` of p coordinates, each of which turns a share of the d / 2 planes.
+    """Angles `n d` of positions `n p` with p coordinates; each coordinate rotates an equal share of the d / 2 planes.
 
-    Plane i of a share turns by theta^(-2 i p / d) radians a position. Both dimensions of a plane get its angle. Angles
-    are within a turn, so that they are as exact far from the start as near to it.
+    Plane i of a share rotates by theta^(-2 i p / d) radians per position. Both dimensions of a plane get its angle.
+    Angles are within one turn, so that they are equally exact at all positions.
     """
     dim_share = dim // positions.shape[-1]
     exponents = torch.arange(0, dim_share, 2, device=positions.device, dtype=torch.float64) / dim_share
@@ -21,7 +21,7 @@ def rotary_angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype)
 
 
 def places(n: int, device: torch.device, start: int = 0) -> Tensor:
-    """Positions `n 1` of a sequence, or from a start on."""
+    """Positions `n 1` of a sequence, counted from `start`."""
     return torch.arange(start, start + n, device=device)[:, None]
 
 
@@ -37,7 +37,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def rotate_heads(qkv: Tensor, heads: int, positions: Tensor, theta: float) -> Tensor:
-    """`b n (3 h d)` with queries and keys rotated by positions `n p`. Autocast lowers it to its dtype."""
+    """`b n (3 h d)` with queries and keys rotated by positions `n p`. Autocast converts it to its dtype."""
     lowered = autocast_dtype(qkv)
     qkv = qkv if lowered is None else qkv.to(lowered)
     query_key, value = qkv.unflatten(-1, (3, heads, -1)).split((2, 1), dim=2)

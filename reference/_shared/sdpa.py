@@ -14,12 +14,12 @@ from reference._shared.autocast import without_autocast
 def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of queries `b h i d` to keys and values `b h j d` by PyTorch, which picks its fastest kernel for them.
 
-    These kernels have a first derivative only, and that in reverse mode; others are those of the formula. A mask
+    These kernels have only a first derivative, in reverse mode; other derivatives are those of the formula. A mask
     broadcasts to `b h i j`; each query must have a key that it may attend to.
     """
     tensors = (query, key, value)
     if torch.compiler.is_compiling():
-        # No more can be asked of what it compiles.
+        # Compiled code has no further derivatives.
         return F.scaled_dot_product_attention(*tensors, attn_mask=mask)
     if torch._C._are_functorch_transforms_active() or _are_dual(tensors):
         return attend_by_formula(*tensors, mask)
@@ -30,7 +30,7 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask
 def attend_by_formula(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None = None
 ) -> Tensor:
-    """The same, as it is written, with a bias that is added to the logits."""
+    """The same as a formula, with a bias that is added to the logits."""
     logits = einsum(query * query.shape[-1] ** -0.5, key, "b h i d, b h j d -> b h i j")
     logits = logits if bias is None else logits + bias
     logits = logits if mask is None else logits.masked_fill(~mask, -torch.inf)
@@ -43,11 +43,11 @@ def _are_dual(tensors: tuple[Tensor, ...]) -> bool:
 
 
 class _WithSecondDerivative(torch.autograd.Function):
-    """The result of a kernel as it is. Where its gradient is to have a gradient, it is that of the formula."""
+    """The result of a kernel. If its gradient needs a gradient, it is that of the formula."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        # The same tensors that the kernel has saved.
+        # The tensors that the kernel has saved as well.
         ctx.save_for_backward(query, key, value, mask)
         return out
 
@@ -56,7 +56,7 @@ class _WithSecondDerivative(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return grad, None, None, None, None
         *tensors, mask = ctx.saved_tensors
-        # The dtype of the result is what autocast has chosen.
+        # Autocast has chosen the dtype of the result.
         query, key, value = (each.to(grad.dtype) for each in tensors)
         with without_autocast(grad):
             out = attend_by_formula(query, key, value, mask)

@@ -1,24 +1,25 @@
-"""Arithmetic on sizes, some of which a compiler leaves open: a question about these fixes them, as a float does."""
+"""Arithmetic on sizes, which may be symbolic under a compiler. A comparison fixes a symbolic size, and so does a
+conversion to float."""
 
 import torch
 from torch import Tensor
 
 WIDEST_BIASED_GELU = 8192
-"""Most features of a row that the kernels of `biased_gelu` take."""
+"""Most features of a row for which `biased_gelu` has kernels."""
 
 
 def ceil_div(n: int, size: int) -> int:
-    """Number of blocks of a size that hold n."""
+    """Number of blocks of a size that contain n."""
     return (n + size - 1) // size
 
 
 def missing(n: int, size: int) -> int:
-    """Number of entries that fill up the last block of a size after n entries."""
+    """Number of entries that pad the last block of a size after n entries."""
     return ceil_div(n, size) * size - n
 
 
 def is_certain(holds: bool) -> bool:
-    """True if a relation of sizes holds, and holds for all sizes that a compiler leaves open."""
+    """True if a relation of sizes holds for all values that a compiler allows."""
     if not torch.compiler.is_compiling():
         return holds
     from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -27,18 +28,18 @@ def is_certain(holds: bool) -> bool:
 
 
 def without_padding(x: Tensor, *sizes: int) -> Tensor:
-    """The first of `b *sizes ...` of x, which has been filled up to more than these."""
+    """The first entries `b *sizes ...` of x, which was padded to more than these."""
     for dim, (filled_up, size) in enumerate(zip(x.shape[1:], sizes, strict=False), start=1):
         if is_certain(filled_up == size):
             continue
-        # PyTorch asks if a slice is dense, which depends on both sizes.
+        # PyTorch checks if a slice is dense, which depends on both sizes.
         is_open = not is_certain(filled_up != size)
         x = x.index_select(dim, torch.arange(size, device=x.device)) if is_open else x.narrow(dim, 0, size)
     return x
 
 
 def window_for(n: int, window_size: int) -> int:
-    """At least 1: the size of the windows of n tokens, which need not be larger than these."""
+    """The size of the windows of n tokens, which is at most n but at least 1."""
     return max(n, 1) if is_certain(n < window_size) else window_size
 
 

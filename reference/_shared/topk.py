@@ -33,7 +33,7 @@ def select_topk(
     check_topk(x, k, coor_descent_k_ratio)
 
     indices = choose(x, k, mask)
-    # Two gradients come together in x, which may cancel each other: they are added before they are rounded.
+    # Two gradients of x may cancel each other, so they are added before they are rounded.
     dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
     values = x.gather(-1, indices)
     surplus = takes_no_part(values.detach(), None if mask is None else mask.expand(x.shape).gather(-1, indices))

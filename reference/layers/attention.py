@@ -25,9 +25,9 @@ class ConditionalRoutedAttention(RoutedBranch):
     Args:
         dim: size of a token.
         num_heavy_tokens_q, num_heavy_tokens_kv: number of tokens that are routed as queries, and as keys and values.
-        has_light_attn: whether the layer has the attention within a radius.
+        has_light_attn: whether the layer has attention within a radius.
         light_dim_head, light_heads: of the attention within a radius.
-        light_window_size: at least 2; a token attends to those at a distance of at most half of this.
+        light_window_size: at least 2; a token attends to tokens at a distance of at most half of this.
         heavy_dim_head, heavy_heads: of the dense attention.
         rotary_emb: rotary position embedding in the dense attention.
         light_rotary_emb: the same in the attention within a radius.
@@ -104,9 +104,9 @@ class ConditionalRoutedAttention(RoutedBranch):
         """Tokens `b n d` to `b n d`.
 
         Args:
-            num_heavy_tokens_q, num_heavy_tokens_kv: instead of those of the layer.
-            mask: `b n`, False for tokens that nothing attends to and that are not routed.
-            routing_tokens_q, routing_tokens_kv: `b d` and `b r d`, instead of those of the routers.
+            num_heavy_tokens_q, num_heavy_tokens_kv: override those of the layer.
+            mask: `b n`, False for masked tokens: they are not attended to and not routed.
+            routing_tokens_q, routing_tokens_kv: `b d` and `b r d`, override those of the routers.
             residual: `b n d`, added to the result.
 
         Raises:
@@ -166,7 +166,8 @@ class ConditionalRoutedAttention(RoutedBranch):
         routing_tokens_q: Tensor | None,
         routing_tokens_kv: Tensor | None,
     ) -> Together | None:
-        """Tokens of the light branch, and those that both routers route, where nobody watches the modules."""
+        """Tokens of the light branch, and those that both routers route, unless an observer needs to see the
+        modules."""
         light = self.light_attn
         if light is None or not is_plain(light, WindowedAttention) or not is_plain(self.heavy_attn, Attention):
             return None
@@ -176,7 +177,7 @@ class ConditionalRoutedAttention(RoutedBranch):
         return route_together(x, light.norm, routers, counts, mask, (routing_tokens_q, routing_tokens_kv))
 
     def _divide(self, together: Together, rounded: Rounded) -> tuple[RouterReturn, RouterReturn]:
-        """Normalized queries, and keys and values as `route_context` makes them."""
+        """Normalized queries, and keys and values as from `route_context`."""
         routes = self.kv_router.num_routing_tokens
         indices, indices_kv = together.indices.split((1, routes))
         scores, scores_kv = together.scores.split((1, routes))

@@ -30,9 +30,10 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
 
     By default the choice of the queries of a window depends on all its tokens, as published: a later token may displace
     an earlier one, whose output then changes. With `causal_query_routing` the choice does not depend on later tokens. A
-    token is routed if its score is above the least of the `num_heavy_tokens_q` largest scores of the window before, and
-    if fewer than `num_heavy_tokens_q` tokens of its own window were routed before it. Its weight is that of its score
-    among the scores of the window before. A `route_block_size` of the routers then applies only to keys and values.
+    token is routed if its score is above the smallest of the `num_heavy_tokens_q` largest scores of the window before,
+    and if fewer than `num_heavy_tokens_q` tokens of its own window were routed before it. Its weight is that of its
+    score among the scores of the window before. A `route_block_size` of the routers then applies only to keys and
+    values.
 
     Args:
         dim: size of a token.
@@ -113,7 +114,7 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
 
     @property
     def _route_prefixes(self) -> Operation | None:
-        """The operation that routes prefixes of a row without a copy of each; None if this layer has none."""
+        """The operation that routes prefixes of a row without copies; None if this layer has none."""
         return self.kv_router.operations.route_prefixes if self._has_prefixes else None
 
     def extra_repr(self) -> str:
@@ -131,12 +132,12 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         routing_tokens_q: Tensor | None = None,
         routing_tokens_kv: Tensor | None = None,
     ) -> Tensor:
-        """Tokens `b n d` to `b n d`. Where there is nothing before a window, there is no heavy branch for it.
+        """Tokens `b n d` to `b n d`. A window without tokens before it has no heavy branch.
 
         Args:
-            num_heavy_tokens_q, num_heavy_tokens_kv: instead of those of the layer.
+            num_heavy_tokens_q, num_heavy_tokens_kv: override those of the layer.
             random_route: select at random, as a control.
-            routing_tokens_q, routing_tokens_kv: `b d` and `b r d`, instead of those of the routers.
+            routing_tokens_q, routing_tokens_kv: `b d` and `b r d`, override those of the routers.
 
         Raises:
             ValueError: an argument is out of its range, or shapes do not match.
@@ -163,8 +164,8 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
     def _attend_windows(
         self, x: Tensor, before: int, q: RouterReturn, kv: Selection, rounded: Rounded, light: Tensor
     ) -> Tensor:
-        """The heavy branch for tokens `b n d`, from the second window on, added to the light one. Tokens are as the
-        routers see them: q is `b w i` of each window, with its places from `before` tokens ahead of x; kv are lists
+        """The heavy branch for tokens `b n d`, from the second window on, added to the light one. Tokens are those of
+        the routers. q is `b w i` for each window, with places that count from `before` tokens ahead of x; kv are lists
         `b w r s` of tokens of the sequence. Keys and values are projected once for all windows."""
         attention, size, n = self.heavy_attn, self.heavy_window_size, x.shape[1]
         key_value = attention.project(rearrange(x, "b n d -> b 1 n d"), self.kv_router.num_routing_tokens, rounded)
@@ -191,8 +192,8 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
     def _route_queries(
         self, padded: Tensor, n: int, num_tokens: int, routing_tokens: Tensor | None, random_route: bool
     ) -> RouterReturn:
-        """Queries of each window but the first, of the first n tokens: `b w i`. Indices are places in the sequence,
-        from n on for what has none."""
+        """Queries `b w i` of each window except the first, of the first n tokens. Indices are places in the sequence; n
+        or more means no place."""
         size, router = self.heavy_window_size, self.q_router
         if size <= num_tokens:
             tokens = rearrange(padded[:, size:], "b (w i) d -> b w i d", i=size)
@@ -213,22 +214,22 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
             selection = self._select_causally(scores[:, :-1], scores[:, 1:], exists, num_tokens, random_route)
         else:
             selection = router.select(scores[:, 1:], num_tokens, exists, random_route)
-        # Past the end of a window is no place, not one of the next window.
+        # An index past the end of a window is no place; it must not be one in the next window.
         places = (selection.indices + starts).masked_fill(selection.indices >= size, n)
         return RouterReturn(places, selection.weights.to(padded.dtype), gather_tokens(padded, places), None)
 
     def _select_causally(
         self, before: Tensor, scores: Tensor, exists: Tensor, num_tokens: int, random_route: bool
     ) -> Selection:
-        """From each window `b w i` of scores those above the least of the largest of the window before, in order."""
+        """Scores of each window `b w i` above the smallest selected score of the window before, in order."""
         count = self.q_router.num_selected(num_tokens, scores.shape[-1])
         ranks_before, ranks = before.detach(), scores.detach()
         if random_route:
             ranks_before, ranks = torch.rand_like(before), torch.rand_like(scores)
         accepted = (ranks > ranks_before.topk(count, dim=-1).values[..., -1:]) & exists
         accepted &= accepted.cumsum(dim=-1) <= count
-        # Accepted tokens first, in their order. The indices of all others are past the end: how many of these there are
-        # depends on what comes later.
+        # Accepted tokens first, in their order. The indices of all others are past the end, because their number
+        # depends on later tokens.
         order = accepted.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., :count]
         chosen = accepted.gather(-1, order)
         among = torch.cat((repeat(before, "b w j -> b w k j", k=count), scores.gather(-1, order).unsqueeze(-1)), dim=-1)
@@ -238,9 +239,9 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
     def _route_windows(
         self, padded: Tensor, before: int, num_tokens: int, routing_tokens: Tensor | None, random_route: bool
     ) -> Selection:
-        """Keys and values of each window but the sequence's first, from the tokens before it: `b w r s`.
+        """Keys and values `b w r s` of each window except the sequence's first, from the tokens before it.
 
-        On the way of the kernels, scores are not copied for each window; they take neither the exact solver nor blocks.
+        With kernels, scores are not copied for each window. The kernels support neither the exact solver nor blocks.
         """
         operations = self.operations
         n, first = operations.length(padded), operations.start(padded) - before
@@ -255,19 +256,19 @@ class ConditionalRoutedAutoregressiveAttention(RoutedBranch):
         return selection._replace(weights=selection.weights.to(padded.dtype))
 
     def _starts(self, windows: int, device: torch.device, first: int = 0) -> Tensor:
-        """Where so many windows begin, `w 1`, of which one more is ahead; that begins at `first`."""
+        """Starts `w 1` of windows, after one earlier window that starts at `first`."""
         size = self.heavy_window_size
         return torch.arange(first + size, first + (windows + 1) * size, size, device=device)[:, None]
 
     def _before_windows(self, n: int, windows: int, device: torch.device, first: int) -> Tensor:
-        """A mask `w 1 n` of the tokens, of n, that are before each of these windows."""
+        """A mask `w 1 n` of the tokens, among n, that are before each of these windows."""
         return (torch.arange(n, device=device) < self._starts(windows, device, first)).unsqueeze(1)
 
     def _select_before(
         self, scores: Tensor, windows: int, first: int, num_tokens: int, random_route: bool
     ) -> Selection:
-        """Selections `b w r s` of so many windows, from the tokens before each, by scores `b r n` of the sequence. The
-        window ahead of these begins at `first`."""
+        """Selections `b w r s` of windows, from the tokens before each, by scores `b r n` of the sequence. The window
+        before these starts at `first`."""
         router, n = self.kv_router, scores.shape[-1]
         if random_route or self._route_prefixes is None or not router.operations.are_fused_for(scores):
             before = self._before_windows(n, windows, scores.device, first)

@@ -109,7 +109,8 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         )
 
     def _passes(self, x: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-        """Forward passes of both layers. Where nobody watches either, one kernel rounds the weights of both."""
+        """Forward passes of both layers. Unless an observer needs to see them, one kernel rounds the weights of
+        both."""
         attention, feed_forward = self.conditional_attn, self.conditional_ff
         if is_plain(attention, ConditionalRoutedAttention) and is_plain(feed_forward, ConditionalRoutedFeedForward):
             rounded = round_weights(x, *attention.rounding(attention.light_attn), *feed_forward.rounding())

@@ -19,7 +19,7 @@ class ConditionalRoutedCrossAttention(RoutedBranch):
 
     Args:
         dim: size of a token.
-        num_tokens_q, num_tokens_kv: number of tokens that are routed, of the sequence and of the context.
+        num_tokens_q, num_tokens_kv: number of routed tokens of the sequence and of the context.
         num_sets_kv: 1, or the same as kv_routing_tokens; it has no further effect.
         dim_head, heads: of the attention.
         rotary_emb: rotary position embedding, for aligned sequences: positions of tokens and of the context both count
@@ -90,10 +90,10 @@ class ConditionalRoutedCrossAttention(RoutedBranch):
         """Tokens `b n d` and a context `b m d` to `b n d`.
 
         Args:
-            num_tokens_q, num_tokens_kv: instead of those of the layer.
+            num_tokens_q, num_tokens_kv: override those of the layer.
             mask: `b n`, False for tokens that are not routed.
-            context_mask: `b m`, False for tokens that nothing attends to.
-            routing_tokens_q, routing_tokens_kv: `b d` and `b r d`, instead of those of the routers.
+            context_mask: `b m`, False for masked tokens, which are not attended to.
+            routing_tokens_q, routing_tokens_kv: `b d` and `b r d`, override those of the routers.
 
         Raises:
             ValueError: an argument is out of its range, or shapes do not match.

@@ -72,8 +72,8 @@ class ConditionalRoutedFeedForward(nn.Module):
 
         Args:
             mask: `b n`, False for tokens that are not routed.
-            num_heavy_tokens: instead of that of the layer.
-            routing_tokens: `b d`, instead of that of the router.
+            num_heavy_tokens: overrides that of the layer.
+            routing_tokens: `b d`, overrides that of the router.
             residual: `b n d`, added to the result.
 
         Raises:
@@ -121,7 +121,7 @@ class ConditionalRoutedFeedForward(nn.Module):
     def _route_together(
         self, x: Tensor, num_tokens: int, mask: Tensor | None, routing_tokens: Tensor | None
     ) -> Together | None:
-        """Tokens of the narrow layer, and those that are routed, where nobody watches the modules."""
+        """Tokens of the narrow layer, and those that are routed, unless an observer needs to see the modules."""
         if not is_plain(self.light_ff, nn.Sequential):
             return None
         return route_together(x, self.light_ff[0], (self.router,), (num_tokens,), mask, (routing_tokens,))
@@ -129,8 +129,8 @@ class ConditionalRoutedFeedForward(nn.Module):
     def _run(
         self, layers: nn.Sequential, x: Tensor, rounded: Rounded, normalized: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """The layers' result for x, which may have been through the first of them, the norm. It may come without the
-        bias of the last, which is then the second result."""
+        """The result of the layers for x, which may be normalized already. The bias of the last layer may be left out;
+        then it is the second result."""
         if not normalized and (not rounded or not is_plain(layers, nn.Sequential)):
             return layers(x), None
         *inner, last = islice(layers, int(normalized), len(layers))
@@ -157,9 +157,9 @@ def _through(layers: Sequence[nn.Module], x: Tensor, rounded: Rounded) -> Tensor
 
 
 def _end_with_biased_gelu(layers: Sequence[nn.Module], rounded: Rounded) -> bool:
-    """True if `biased_gelu` has kernels for the last two layers, and nobody can tell a call of these from it."""
+    """True if `biased_gelu` has kernels for the last two layers, and no observer needs to see their calls."""
     if len(layers) < 2 or not is_plain(layers[-1], nn.GELU) or layers[-1].approximate != "none":
         return False
     bias = layers[-2]._parameters["bias"] if layers[-2] in rounded else None
-    # For wider rows the operation is PyTorch's in fp32, which takes longer than the product's own bias and GELU.
+    # For wider rows the operation is PyTorch's in fp32, which takes longer than a product with bias and a GELU.
     return bias is not None and len(bias) <= WIDEST_BIASED_GELU

@@ -14,7 +14,7 @@ from reference.layers.rotary import Rotations
 
 
 class Attention(nn.Module):
-    """The heavy branch: dense attention of routed queries to routed keys and values, and to a learned pair of these."""
+    """The heavy branch: dense attention of routed queries to routed keys and values, and to a learned pair."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Attention(nn.Module):
         """Keys and values `b r j (h kv d)` of tokens `b r j d`, or of `b 1 j d` for all routes."""
         context = context if normalized else self.norm(context)
         if context.shape[1] == 1:
-            # One product for all routes, and no copy of the tokens for each.
+            # One product for all routes, without a copy of the tokens for each.
             return rearrange(linear(self.to_kv, context, rounded), "b 1 j (r hd) -> b r j hd", r=routes)
         if is_plain(self.to_kv, nn.Linear) and self.to_kv._parameters["bias"] is None:
             weight, _ = rounded.get(self.to_kv, (self.to_kv.weight, None))
@@ -67,17 +67,17 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Queries from tokens `b i d`, which attend in each route with its share of the heads: `b i d`.
 
-        Queries may be of windows, `b w i d`. Each window then attends to its own list of keys and values.
+        Queries may belong to windows, `b w i d`. Each window then attends to its own list of keys and values.
 
         Args:
-            key_value: `b r j (h kv d)`, as `project` makes them.
+            key_value: `b r j (h kv d)`, as from `project`.
             scores_kv: `b r j`, or `b w r s` with windows; multiplied with values, and with keys if
                 `multiply_keys_by_score`.
-            rounded: as `round_weights` makes them.
-            mask: as scores_kv, False for keys that are not attended to.
+            rounded: as from `round_weights`.
+            mask: as scores_kv, False for masked keys.
             scores_q: as x without features, multiplied with queries.
-            indices: `b w r s` with windows: the list of each, as places of j.
-            normalized: whether x has been normalized.
+            indices: `b w r s` with windows: the list of each window, as indices into j.
+            normalized: True if x has been normalized.
         """
         query = linear(self.to_q, x if normalized else self.norm(x), rounded)
         if scores_q is not None:
@@ -117,6 +117,6 @@ class Attention(nn.Module):
         return rearrange(query, "... i (h d) -> ... h i d", h=self.heads)
 
     def _rotate_keys(self, key_value: Tensor, angles: Tensor) -> Tensor:
-        """Keys, beside values, at their positions."""
+        """Keys rotated to their positions; values stay."""
         key, value = rearrange(key_value, "b r j (h kv d) -> kv b r h j d", kv=2, d=self.null_kv.shape[-1])
         return rearrange(torch.stack((rotate(key, angles), value)), "kv b r h j d -> b r j (h kv d)")

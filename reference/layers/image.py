@@ -103,9 +103,9 @@ class ConditionalRoutedImageAttention(RoutedBranch):
         """A feature map `b h w d`, or `b d h w` if channel_first, to one of that shape.
 
         Args:
-            num_heavy_tokens_q, num_heavy_tokens_kv: instead of those of the layer.
-            mask: `b h w`, False for positions that nothing attends to and that are not routed.
-            routing_tokens_q, routing_tokens_kv: `b d` and `b r d`, instead of those of the routers.
+            num_heavy_tokens_q, num_heavy_tokens_kv: override those of the layer.
+            mask: `b h w`, False for masked positions: they are not attended to and not routed.
+            routing_tokens_q, routing_tokens_kv: `b d` and `b r d`, override those of the routers.
             residual: of the shape of the map, added to the result.
 
         Raises:

@@ -1,4 +1,4 @@
-"""`combine` as layers call it: also where all tokens are routed."""
+"""`combine` for layers, including the case that all tokens are routed."""
 
 from torch import Tensor
 
@@ -20,8 +20,7 @@ def join(
     routed_bias: Tensor | None = None,
     start: int = 0,
 ) -> Tensor:
-    """`combine` for a layer of tokens x `b n d`; without indices all of them are routed,
-    in their order."""
+    """`combine` for a layer of tokens x `b n d`. Without indices, all tokens are routed, in their order."""
     if indices is not None:
         dtype = result_dtype(None, x, light, residual)
         branches = {"null": null, "light": light, "residual": residual, "bias": bias, "routed_bias": routed_bias}

@@ -1,4 +1,4 @@
-"""The light branch of the attention layers: each token attends to those around it."""
+"""The light branch of the attention layers: each token attends to tokens near it."""
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,14 @@ from reference.layers.rotary import THETA, check_even
 
 
 class WindowedAttention(nn.Module):
-    """The light branch: each token attends to those around it, in memory linear in the number of tokens.
+    """The light branch: each token attends to tokens near it, in memory linear in the number of tokens.
 
     Args:
-        window_size: if causal, the size of windows, and a token attends to what is before it in its window and to all
-            of the window before; else the radius: a token attends to those at most so far away.
+        window_size: if causal, the size of windows: a token attends to its window, up to itself, and to the whole
+            window before. Otherwise the radius: a token attends to tokens at a distance of at most this.
         rotary_emb: rotary position embedding. It has no parameters, and counts positions from 0.
-        position_bias: instead of that T5's relative position bias, learned for each head and bucket of distances, and 0
-            at first.
+        position_bias: T5's relative position bias instead of rotary_emb, learned for each head and bucket of distances,
+            initially 0.
         use_triton: as in `CoordinateDescentRouter`.
     """
 
@@ -68,8 +68,8 @@ class WindowedAttention(nn.Module):
         rounded: Rounded | None = None,
         normalized: bool = False,
     ) -> Tensor:
-        """Tokens `b n d`, which may be normalized; mask `b n`, False for tokens that nothing attends to; weights that
-        are rounded already."""
+        """Tokens `b n d`, which may be normalized. Mask `b n` is False for masked tokens, which are not attended to;
+        weights are rounded already."""
         rounded = round_weights(x, *self.children()) if rounded is None else rounded
         qkv = linear(self.to_qkv, x if normalized else self.norm(x), rounded)
         options = {"window_size": self.window_size, "causal": self.causal, "rotary_theta": self.rotary_theta}
@@ -79,7 +79,7 @@ class WindowedAttention(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Dense self-attention, by which the image layer's windows see themselves.
+    """Dense self-attention within the windows of the image layer.
 
     Args:
         use_triton: as in `CoordinateDescentRouter`.
@@ -104,9 +104,10 @@ class SelfAttention(nn.Module):
         rounded: Rounded | None = None,
         places: Tensor | None = None,
     ) -> Tensor:
-        """Tokens `b n d`; mask `b n`, False for tokens that nothing attends to; weights that are rounded already.
+        """Tokens `b n d`. Mask `b n` is False for masked tokens, which are not attended to; weights are rounded
+        already.
 
-        With rows and columns `n 2` of tokens there is a rotary position embedding.
+        Rows and columns `n 2` of tokens switch rotary position embedding on.
         """
         rounded = round_weights(x, *self.children()) if rounded is None else rounded
         qkv = linear(self.to_qkv, self.norm(x), rounded)

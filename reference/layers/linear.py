@@ -1,6 +1,6 @@
-"""Linear layers whose weights are rounded together, where autocast would round each by a kernel of its own.
+"""Linear layers whose weights are rounded together, while autocast would need one kernel for each.
 
-So are their gradients widened, all in one kernel. Values are those of autocast.
+Another kernel widens all their gradients. Values are those of autocast.
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ Rounded: TypeAlias = Mapping[nn.Module, tuple[Tensor, Tensor | None]]
 """Weight and bias of linear layers in the dtype of autocast."""
 
 _BATCHES_OF_GRADIENTS = torch._C._dispatch_key_parse("VmapMode")
-"""In use while `torch.autograd.grad` has `is_grads_batched`."""
+"""Dispatch key while `torch.autograd.grad` has `is_grads_batched`."""
 
 
 def round_weights(x: Tensor, *layers: nn.Module) -> Rounded:
-    """Weights and biases of those layers that nobody watches, for tokens on the device of x; none without autocast."""
+    """Rounded weights and biases of layers without observers, for tokens on the device of x; none without autocast."""
     dtype = autocast_dtype(x)
     if dtype is None or _is_transformed():
         return {}
@@ -44,9 +44,9 @@ def linear(layer: nn.Module, x: Tensor, rounded: Rounded) -> Tensor:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """True if nobody can tell a call of the module from what a module of that kind of PyTorch computes. An adapter, a
+    """True if a call of the module computes exactly as PyTorch's module of that kind, without observers. An adapter, a
     quantiser or a hook has to see the call."""
-    # Past `nn.Module.__getattr__`, which takes longer than all the rest.
+    # Bypasses `nn.Module.__getattr__`, which takes longer than everything else here.
     return (
         type(module) is kind
         and "forward" not in vars(module)
@@ -66,7 +66,7 @@ def _is_linear_in_fp32(layer: nn.Module, device: torch.device) -> bool:
 
 
 def _is_transformed() -> bool:
-    """True where a gradient may be asked for that `_Together` has not."""
+    """True if a gradient may be needed that `_Together` does not support."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -76,7 +76,7 @@ def _is_transformed() -> bool:
 
 
 class _Together(torch.autograd.Function):
-    """Tensors in another dtype, and their gradients back in theirs, by one kernel each."""
+    """Tensors in another dtype, and their gradients in the original one, by one kernel each."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""The norms that come before linear layers."""
+"""The norms before linear layers."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from reference.layers.operations import Operations, UseTriton
 
 
 class RMSNorm(nn.Module):
-    """Tokens `... d` divided by their root mean square, times a learned gain, for a linear layer to come next."""
+    """Tokens `... d` divided by their root mean square, times a learned gain, as input of a linear layer."""
 
     def __init__(self, dim: int, use_triton: UseTriton = False) -> None:
         super().__init__()
@@ -25,12 +25,12 @@ class RMSNorm(nn.Module):
         return normalized
 
     def options(self) -> dict[str, Any]:
-        """Arguments of `normalize` beside tokens and dtype."""
+        """Arguments of `normalize` besides tokens and dtype."""
         return {"weight": self.gamma}
 
 
 class LayerNorm(nn.LayerNorm):
-    """PyTorch's, for a linear layer to come next."""
+    """PyTorch's LayerNorm, as input of a linear layer."""
 
     def __init__(self, dim: int, use_triton: UseTriton = False) -> None:
         super().__init__(dim)
@@ -43,5 +43,5 @@ class LayerNorm(nn.LayerNorm):
         return self.operations.normalize(input, dtype=autocast_dtype(input), **self.options())
 
     def options(self) -> dict[str, Any]:
-        """As of `RMSNorm`."""
+        """The same as in `RMSNorm`."""
         return {"weight": self.weight, "bias": self.bias, "center": True, "eps": self.eps}

@@ -1,4 +1,4 @@
-"""The seam between layers and kernels: who computes the operations of a tree of layers is chosen here, once."""
+"""The choice between operations of `reference` and of `kernels`, made once for a tree of layers."""
 
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -25,19 +25,19 @@ KERNEL_OF = {
     "flash_gathered_attention": "gathered_attention",
     "flash_routed_attention": "routed_attention",
 }
-"""Names of kernels where they are not those of the operations: one kernel may stand for several plain functions."""
+"""Names of kernels that differ from those of the operations: one kernel may replace several plain functions."""
 
 
 @dataclass(frozen=True)
 class Operations:
     """The operations that layers call, each with the signature of its definition in `reference`.
 
-    A layer makes them from its `use_triton` and hands them on to the layers that it is made of. Whoever wants other
-    operations, to watch them or to replace one, makes an object with `dataclasses.replace` and passes that.
+    A layer makes them from its `use_triton` and passes them on to its inner layers. To observe or replace an operation,
+    make an object with `dataclasses.replace` and pass it.
     """
 
     use_triton: bool | None
-    """True if these are kernels. None: for CUDA tensors alone."""
+    """True if these are kernels. None means kernels only for CUDA tensors."""
 
     attend_to_all: Operation
     biased_gelu: Operation
@@ -45,34 +45,34 @@ class Operations:
     coor_descent: Operation
     flash_gathered_attention: Operation
     flash_routed_attention: Operation
-    """These two are PyTorch's scaled_dot_product_attention where there is no kernel."""
+    """These two are PyTorch's scaled_dot_product_attention if there is no kernel."""
 
     gathered_attention: Operation
     normalize: Operation
     normalize_and_route: Operation
     route: Operation
     route_prefixes: Operation | None
-    """None where there are no kernels: layers then select from rows with a mask."""
+    """None without kernels: layers then select from rows with a mask."""
 
     routed_attention: Operation
     routing_scores: Operation
     segmented_coor_descent: Operation | None
-    """None where there are no kernels."""
+    """None without kernels."""
 
     select: Operation
     soft_topk: Operation
     windowed_attention: Operation
 
     replay: Operation | None = None
-    """Plays calls of layers with kernels from tapes, but where `kernels.played` has switched it off."""
+    """Plays calls of layers with kernels from tapes, unless `kernels.played` has switched it off."""
 
     shards_of: Operation | None = None
-    """Tells who holds which tokens of the sequence that `b n d` is a part of; None where sequences are whole."""
+    """Returns the shards of the sequence that `b n d` is a part of; None if sequences are whole."""
 
     @classmethod
     def of(cls, use_triton: "UseTriton") -> "Operations":
-        """Kernels if `use_triton`, plain PyTorch if not, and for None kernels for CUDA tensors alone. `Operations` are
-        taken as they are."""
+        """Kernels if `use_triton` is True, and plain PyTorch if it is False. None means kernels only for CUDA tensors,
+        and `Operations` are returned as they are."""
         if isinstance(use_triton, Operations):
             return use_triton
         plain = _plain()
@@ -85,15 +85,15 @@ class Operations:
 
     @property
     def are_own(self) -> bool:
-        """True if nobody has replaced one by another function, which may have to see each call."""
+        """True if no operation was replaced by another function, which may have to see each call."""
         return self == replace(Operations.of(self.use_triton), replay=self.replay)
 
     def are_fused_for(self, x: Tensor) -> bool:
-        """True if a tensor goes to the kernels."""
+        """True if the operations use kernels for a tensor."""
         return x.is_cuda if self.use_triton is None else self.use_triton
 
     def length(self, x: Tensor) -> int:
-        """Number of tokens of the sequence that x `b n d` is, or is a part of."""
+        """Length of the sequence that x `b n d` is, or is a part of."""
         return x.shape[1] if self.shards_of is None else self.shards_of(x).total
 
     def start(self, x: Tensor) -> int:
@@ -101,7 +101,7 @@ class Operations:
         return 0 if self.shards_of is None else self.shards_of(x).start
 
     def with_window_before(self, x: Tensor, window_size: int) -> Tensor:
-        """Tokens `b n d`, after those of the window before them that another rank holds."""
+        """Tokens `b n d`, preceded by the tokens of the window before that another rank holds."""
         return x if self.shards_of is None else self.shards_of(x).with_window_before(x, window_size)
 
     def whole_rows(self, scores: Tensor, x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Operations:
         return scores if self.shards_of is None else self.shards_of(x).gather_for_each(scores, -1, "scores")
 
     def path(self, name: str) -> str:
-        """Who computes an operation, for people."""
+        """The implementation of an operation, as text."""
         if self.use_triton:
             return f"kernels.{name}"
         if isinstance(getattr(self, name), ByDevice):
@@ -118,12 +118,12 @@ class Operations:
 
 
 UseTriton: TypeAlias = bool | Operations | None
-"""The argument `use_triton` of a layer; a layer that is made of others hands them its `Operations`."""
+"""The argument `use_triton` of a layer; a layer passes its `Operations` to its inner layers."""
 
 
 @dataclass(frozen=True)
 class ByDevice:
-    """An operation by the device of its first tensor."""
+    """An operation that depends on the device of its first tensor."""
 
     on_gpu: Operation
     elsewhere: Operation

@@ -4,14 +4,15 @@ from math import log
 
 BUCKETS = 32
 FARTHEST = 128
-"""All distances from here on share a bucket."""
+"""All distances from this one on share a bucket."""
 
 
 def buckets_of_distances(reach: int, causal: bool) -> list[int]:
     """The buckets of distances from a query to a key, from `-reach` to `reach`.
 
-    Half of the buckets are of one distance each, the others grow with it. If causal, all are of keys before the query,
-    else half of them. Later keys, which causal attention does not see, are in the first one then.
+    Half of the buckets have one distance each; the others get wider with distance. If causal, all buckets are for keys
+    before the query, otherwise half of them. Later keys, which causal attention does not see, are then in the first
+    bucket.
     """
     if causal:
         return [_bucket(max(-distance, 0), BUCKETS) for distance in range(-reach, reach + 1)]

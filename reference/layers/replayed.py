@@ -1,4 +1,4 @@
-"""Calls of layers that kernels may record and play again, without the Python between launches."""
+"""Calls of layers that kernels may record and play, without the Python code between launches."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -10,7 +10,7 @@ Forward = TypeVar("Forward", bound=Callable[..., Tensor])
 
 
 def replayed(forward: Forward) -> Forward:
-    """A forward pass of a layer, which its `operations` may play again as they have recorded it."""
+    """A forward pass of a layer, which its `operations` may record and play."""
 
     @wraps(forward)
     def call(self: Any, *args: Any, **options: Any) -> Tensor:

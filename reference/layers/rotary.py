@@ -14,13 +14,13 @@ THETA = 10000.0
 
 
 def check_even(**dims: int) -> None:
-    """Dimensions of heads that are turned in pairs."""
+    """Dimensions of heads that are rotated in pairs."""
     for name, dim in dims.items():
         require(dim % 2 == 0, name, dim, "even for a rotary embedding")
 
 
 def check_fourfold(**dims: int) -> None:
-    """Dimensions of heads of which one half is turned by rows, the other by columns."""
+    """Dimensions of heads, half of which are rotated by rows and the other half by columns."""
     for name, dim in dims.items():
         require(dim % 4 == 0, name, dim, "a multiple of 4 for a rotary embedding of rows and columns")
 
@@ -40,13 +40,13 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", theta**-exponents)
 
     def forward(self, seq_len: int, start: int = 0) -> Tensor:
-        # A module in half precision has its buffer rounded, by which later positions would be off by several turns.
+        # A module in half precision has its buffer rounded, which would shift later positions by several turns.
         dtype = torch.promote_types(self.inv_freq.dtype, torch.float32)
         return rotary_angles(places(seq_len, self.inv_freq.device, start), self.dim, self.theta, dtype)
 
 
 def angles_at(angles: Tensor, indices: Tensor | None) -> Tensor:
-    """Angles `n d` at indices `... k`, with a dimension for heads: `... 1 k d`. Past the end, those of the last."""
+    """Angles `n d` at indices `... k`, with a dimension for heads: `... 1 k d`. Past the end, the last angles."""
     return (
         angles if indices is None else rearrange(angles[indices.clamp(max=angles.shape[0] - 1)], "... k d -> ... 1 k d")
     )

@@ -1,4 +1,4 @@
-"""The part that the routed attention layers have in common."""
+"""The base of the routed attention layers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -80,7 +80,7 @@ class RoutedBranch(nn.Module):
     def route_context(
         self, context: Tensor, num_tokens: int, mask: Tensor | None, routing_tokens: Tensor | None, rounded: Rounded
     ) -> RouterReturn:
-        """Route a context `b m d` to keys and values, with a dimension of routes even if there is one."""
+        """Route a context `b m d` to keys and values, always with a dimension of routes."""
         routed = self.kv_router(
             context, num_tokens=num_tokens, mask=mask, routing_tokens=routing_tokens, keep_one_route_dim=True
         )
@@ -90,7 +90,7 @@ class RoutedBranch(nn.Module):
     def rotations(
         self, q: RouterReturn, kv: RouterReturn, places: Tensor, of_context: Tensor | None = None
     ) -> Rotations:
-        """Angles of routed queries and keys, from the places `n p` of tokens and, if there is another, of a context."""
+        """Angles of routed queries and keys, from the places `n p` of tokens and of a separate context, if any."""
         tokens = q.routed_tokens
         dim_head, dtype = self.heavy_attn.null_kv.shape[-1], torch.promote_types(tokens.dtype, torch.float32)
         angles = rotary_angles(places, dim_head, THETA, dtype)
@@ -108,9 +108,9 @@ class RoutedBranch(nn.Module):
         residual: Tensor | None = None,
         normalized: bool = False,
     ) -> Tensor:
-        """The heavy branch for tokens `b n d`, of which q are routed, to kv as `route_context` makes them. Tokens of q
-        may be normalized. Light and residual, `b n d`, are added if there are any. The result is `b n d`; weights are
-        as `round_weights` rounds them."""
+        """The heavy branch for tokens `b n d`, from routed queries q and keys and values kv as from `route_context`.
+        Tokens of q may be normalized. Light and residual, `b n d`, are added if they are given. The result is `b n d`;
+        weights are as from `round_weights`."""
         out = self.heavy_attn(
             q.routed_tokens,
             key_value=kv.routed_tokens,

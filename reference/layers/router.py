@@ -1,4 +1,4 @@
-"""The router: which tokens go through a heavy branch, by a relaxed top-k of their product with a routing token."""
+"""The router: selects tokens for a heavy branch, by a relaxed top-k of their product with a routing token."""
 
 from math import ceil
 from typing import Any, Literal, NamedTuple
@@ -30,13 +30,13 @@ class Selection(NamedTuple):
     """Entries that a router selects from rows `... n`, each `... k`, the largest score first."""
 
     indices: Tensor
-    """int64. Past the end of the row where a block that fills up the row has nothing more to select."""
+    """int64. Past the end of the row if a padded last block has no more tokens to select."""
 
     weights: Tensor
-    """The relaxed selection, 1 in value if it is passed straight through; 0 for what should not have been selected."""
+    """The relaxed selection, 1 in value if it is passed straight through; 0 for masked entries."""
 
     mask: Tensor | None
-    """False where a row has nothing more to select; None where that cannot be."""
+    """False if a row has no more entries to select; None if that is impossible."""
 
 
 class RouterReturn(NamedTuple):
@@ -54,10 +54,10 @@ class RouterReturn(NamedTuple):
 
 
 def is_selected(x: Tensor, mask: Tensor | None, indices: Tensor, more: int) -> Tensor | None:
-    """A mask of routed tokens of `b n d` from that of all, `b n`; None where all belong to the routed ones.
+    """A mask of routed tokens of `b n d` from that of all, `b n`; None if all routed tokens are valid.
 
     Args:
-        indices: `b r k`, of which some may be past the end by less than `more`.
+        indices: `b r k`, some of which may be past the end by less than `more`.
     """
     if mask is None and is_certain(more == 0):
         return None
@@ -66,7 +66,7 @@ def is_selected(x: Tensor, mask: Tensor | None, indices: Tensor, more: int) -> T
     return filled_up[:, None].expand(*indices.shape[:2], -1).gather(-1, indices)
 
 
-# By this name a router that `torch.export` has saved is loaded.
+# `torch.export` saves a router with this name and needs it to load the router.
 _register_namedtuple(RouterReturn, serialized_type_name="reference.router.RouterReturn")
 
 
@@ -94,10 +94,10 @@ class CoordinateDescentRouter(nn.Module):
             coordinate descent uses the kernel that saves the state of each segment. The default kernel saves one number
             per iteration. The operations around it are then separate, too.
         solver: `coor_descent`, or `exact`: the solution that it converges to at temperature eps. After too few
-            iterations all selected entries may be 1, where they have no gradient.
+            iterations of coordinate descent all selected entries may be 1, where they have no gradient.
         normalize_to: sum of the relaxed selection. `fetched`: fetch_k_ratio times the number of selected tokens.
-            `selected`: the number of tokens to route, while fetch_k_ratio times as many are selected and carry weight,
-            as in the paper. With the exact solver some weights are then below 1, whatever the scores.
+            `selected`: the number of tokens to route, while fetch_k_ratio times as many are selected and have weights,
+            as in the paper. With the exact solver some weights are then below 1 for any scores.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -175,11 +175,12 @@ class CoordinateDescentRouter(nn.Module):
         """Route tokens `b n d`.
 
         Args:
-            num_tokens: how many; with blocks, rounded up to a multiple of their number. All, if there are no more.
-            mask: `b n`, False for tokens that take part in nothing.
+            num_tokens: number of tokens to route; with blocks, rounded up to a multiple of their number. All tokens are
+                routed if there are no more.
+            mask: `b n`, False for masked tokens, which take no part.
             random_route: select at random, as a control.
-            routing_tokens: `b d` or `b r d`, instead of the router's own.
-            keep_one_route_dim: results have a dimension of routes even if there is one.
+            routing_tokens: `b d` or `b r d`, override the router's own.
+            keep_one_route_dim: results always have a dimension of routes, even of size 1.
 
         Raises:
             ValueError: shapes do not match, or there is no routing token.
@@ -205,14 +206,14 @@ class CoordinateDescentRouter(nn.Module):
         )
 
     def check_random(self, random_route: bool) -> None:
-        """Ranks that hold parts of a sequence would draw other numbers each."""
+        """Refuse random routes for parts of a sequence, because each rank would draw other numbers."""
         if random_route and self.operations.shards_of is not None:
             raise NotImplementedError("random_route must be False for a sequence that is sharded, got True")
 
     def _route_some(
         self, x: Tensor, routing_tokens: Tensor, n: int, num_tokens: int, mask: Tensor | None, random_route: bool
     ) -> RouterReturn:
-        """Fewer than the n tokens of the sequence, with a dimension of routes."""
+        """Route fewer than all n tokens of the sequence, with a dimension of routes."""
         per_route = None if mask is None else rearrange(mask, "b n -> b 1 n")
         if random_route or self.checkpoint_segments is not None:
             selection = self.select(self._score(x, routing_tokens), num_tokens, per_route, random_route)
@@ -222,7 +223,7 @@ class CoordinateDescentRouter(nn.Module):
         size = self._block_size(n)
         each = num_tokens if size is None else ceil_div(num_tokens, ceil_div(n, size))
         indices, weights, tokens = self._route(x, routing_tokens, each, n if size is None else size, size, mask)
-        # Lists of a rank with a part of a sequence are filled up with the first place past its end.
+        # With parts of a sequence, lists of a rank are padded with the first place past its end.
         more = 1 if self.operations.shards_of is not None else 0 if size is None else missing(n, size)
         return RouterReturn(indices, weights.to(x.dtype), tokens, is_selected(x, mask, indices, more))
 
@@ -235,14 +236,14 @@ class CoordinateDescentRouter(nn.Module):
         block_size: int | None,
         mask: Tensor | None = None,
     ) -> RouteReturn:
-        """So many tokens of a row of that width, or of each block if there are blocks, in one operation."""
+        """Route `num_tokens` of a row of `width` tokens, or of each block if there are blocks, in one operation."""
         options = self._choice(num_tokens, width)
         options |= {"cosine_sim_scale": self._cosine_sim_scale, "block_size": block_size, "mask": mask}
         routed: RouteReturn = self.operations.route(x, routing_tokens, **options)
         return routed
 
     def _choice(self, num_tokens: int, n: int) -> dict[str, Any]:
-        """Arguments of `route` that say how so many of n tokens are chosen by their scores."""
+        """Arguments of `route` for selecting `num_tokens` of n tokens by their scores."""
         return {
             "num_selected": self.num_selected(num_tokens, n),
             **self.relaxation(num_tokens, n),
@@ -252,21 +253,21 @@ class CoordinateDescentRouter(nn.Module):
         }
 
     def choice_of_all(self, n: int, num_tokens: int) -> dict[str, Any] | None:
-        """Arguments of `normalize_and_route` for so many of n tokens. None where the operation does not route as this
-        router does, or there is nothing to choose."""
+        """Arguments of `normalize_and_route` for selecting `num_tokens` of n tokens. None if the operation cannot route
+        as this router does, or there is nothing to choose."""
         takes = self.routing_token is not None and not self.cosine_sim_routing and self.takes_windows(n)
         return self._choice(num_tokens, n) if takes and n > num_tokens else None
 
     def route_windows(self, x: Tensor, window_size: int, num_tokens: int, routing_tokens: Tensor | None) -> RouteReturn:
-        """As many tokens of each window of `b n d`, in one operation; `takes_windows` says whether there is one."""
+        """Route `num_tokens` of each window of `b n d` in one operation, which exists if `takes_windows`."""
         return self._route(x, self._routing_tokens(x, routing_tokens), num_tokens, window_size, window_size)
 
     def takes_windows(self, window_size: int) -> bool:
-        """True if one operation routes from windows of that size, and they are not divided into blocks."""
+        """True if one operation can route from windows of that size, and they are not divided into blocks."""
         return self.checkpoint_segments is None and self._block_size(window_size) is None
 
     def _routing_tokens(self, x: Tensor, routing_tokens: Tensor | None) -> Tensor:
-        """The router's own as `1 r d`, or those that are passed as `b r d`."""
+        """The router's own routing tokens as `1 r d`, or the passed ones as `b r d`."""
         if routing_tokens is None:
             if self.routing_token is None:
                 raise ValueError("routing_tokens must be a tensor where learned_routing_tokens is set, got None")
@@ -292,7 +293,7 @@ class CoordinateDescentRouter(nn.Module):
         return self.cosine_sim_scale if self.cosine_sim_routing else None
 
     def _block_size(self, n: int) -> int | None:
-        """None where there is one block only, which need not be filled up."""
+        """Size of blocks. None if there is only one block, which needs no padding."""
         return None if self.route_block_size is None or n <= self.route_block_size else self.route_block_size
 
     def select(
@@ -304,7 +305,7 @@ class CoordinateDescentRouter(nn.Module):
         each = num_tokens if size is None else ceil_div(num_tokens, ceil_div(n, size))
         scores, mask = in_blocks(scores, mask, size)
         relaxed = self.relax(scores, each, mask)
-        # By score, not by weight: of saturated weights, which are all 1, any are the largest.
+        # By score, not by weight: weights that are saturated at 1 are all equal.
         candidates = torch.rand_like(scores) if random_route else scores
         indices = self.operations.select(candidates, num_selected=self.num_selected(each, scores.shape[-1]), mask=mask)
         weights = relaxed.gather(-1, indices)
@@ -315,12 +316,12 @@ class CoordinateDescentRouter(nn.Module):
         return self.weighed(indices, weights, selected)
 
     def weighed(self, indices: Tensor, weights: Tensor, selected: Tensor | None) -> Selection:
-        """A selection with the weights that it is to have; 0 where nothing should have been selected."""
+        """A selection with its final weights, which are 0 for entries that were not selected."""
         weights = pass_through(weights) if self.straight_through else weights
         return Selection(indices, weights if selected is None else weights.masked_fill(~selected, 0.0), selected)
 
     def num_selected(self, num_tokens: int, n: int) -> int:
-        """Number of selected entries of n where `num_tokens` are asked for."""
+        """Number of selected entries among n if `num_tokens` are requested."""
         return min(num_tokens if self.normalize_to == "fetched" else ceil(num_tokens * self.fetch_k_ratio), n)
 
     def relax(self, scores: Tensor, num_tokens: int, mask: Tensor | None = None) -> Tensor:
@@ -341,13 +342,13 @@ class CoordinateDescentRouter(nn.Module):
         return segmented(scores, checkpoint_segments=self.checkpoint_segments, **options)
 
     def relaxation(self, num_tokens: int, n: int) -> dict[str, Any]:
-        """Arguments of coordinate descent over rows of n: the sum that a row is to have, and the temperatures."""
+        """Arguments of coordinate descent over rows of n: the target sum of a row, and the temperatures."""
         fetched = num_tokens * (self.fetch_k_ratio if self.normalize_to == "fetched" else 1.0)
         return {"k": min(fetched, n), "eps": self.eps, "eps_init": self.eps_init, "eps_decay": self.eps_decay}
 
     def route_back(self, src: Tensor, routed_tokens: Tensor, indices: Tensor) -> Tensor:
-        """src `b n d` with routed tokens `b k d` in their places `b k`; those past the end have none."""
+        """src `b n d` with routed tokens `b k d` in their places `b k`; indices past the end have no place."""
         n = src.shape[1]
         places = repeat(indices.clamp(max=n), "b k -> b k d", d=src.shape[-1])
-        # Those without a place end in a row of their own.
+        # Tokens without a place are written to an additional row.
         return F.pad(src, (0, 0, 0, 1)).scatter_(1, places, routed_tokens.to(src.dtype))[:, :n]

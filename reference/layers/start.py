@@ -1,4 +1,4 @@
-"""The start of a layer: as published, or with a heavy branch that adds nothing until it is trained."""
+"""The start of a layer: as published, or with a heavy branch that adds nothing before training."""
 
 from typing import Literal
 
@@ -7,18 +7,18 @@ from torch import Tensor, nn
 from reference._shared.arguments import require
 
 Start = Literal["published", "zero"]
-"""`published`: as colt5-attention draws parameters. `zero`: what the heavy branch adds to a token is 0 at first."""
+"""`published`: parameters are drawn as by colt5-attention. `zero`: the heavy branch initially adds 0 to each token."""
 
 
 def check_start(init: Start) -> None:
-    """It is one of the two."""
+    """Check that it is one of the two."""
     require(init in ("published", "zero"), "init", init, "published or zero")
 
 
 def start(init: Start, output: nn.Module, null: Tensor | None = None) -> None:
-    """Start a heavy branch by its output projection, and by the output of tokens that are not routed.
+    """Initialise the output projection of a heavy branch, and the output of tokens that are not routed.
 
-    They are zeroed after they were drawn, so that all other parameters are the same from a seed.
+    They are zeroed after they were drawn, so that the same seed gives the same other parameters.
     """
     check_start(init)
     if init == "zero":

@@ -15,13 +15,13 @@ from reference.layers.router import CoordinateDescentRouter, is_selected
 
 
 class Together(NamedTuple):
-    """Normalized tokens, and those of all routes of all routers, with routes first."""
+    """Normalized tokens, and routed tokens of all routes of all routers, with routes first."""
 
     normalized: Tensor
     """`b n d`."""
 
     indices: Tensor
-    """`r b k`, as are scores and mask; these are as in `RouterReturn`."""
+    """`r b k`, like scores and mask; these are as in `RouterReturn`."""
 
     scores: Tensor
     tokens: Tensor
@@ -30,7 +30,7 @@ class Together(NamedTuple):
     mask: Tensor | None
 
     x: Tensor
-    """The tokens as they were given, for a residual."""
+    """The input tokens, for a residual."""
 
 
 def route_together(
@@ -44,10 +44,10 @@ def route_together(
     """Normalize and route tokens `b n d` in one operation, which reads them once and writes their gradient once.
 
     Args:
-        norm: of all tokens.
-        num_tokens: how many each router routes.
+        norm: the norm of all tokens.
+        num_tokens: number of tokens that each router routes.
         mask: `b n`, False for tokens that are not routed.
-        routing_tokens: of each router; None for its own.
+        routing_tokens: those of each router; None for its own.
 
     Returns:
         None where somebody watches one of the modules, or where routers differ in more than their routing tokens or

@@ -28,7 +28,7 @@ class ConditionalRoutedViT(nn.Module):
         attn_*, ff_*, router_*, flash_attn, init: arguments of the two layers.
 
     Raises:
-        ValueError: patches do not divide images, or dim is no multiple of 4.
+        ValueError: patches do not divide images, or dim is not a multiple of 4.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class ConditionalRoutedViT(nn.Module):
         """Images `b c h w` to logits `b num_classes`.
 
         Raises:
-            ValueError: images have not these channels, or patches do not divide them.
+            ValueError: images do not have these channels, or patches do not divide them.
         """
         height, width = self.patch_size
         fits = img.dim() == 4 and img.shape[1] == self.channels

@@ -1,8 +1,8 @@
 """Layers of sequences whose tokens are sharded over the ranks of a process group.
 
-They are the layers of `reference` with other operations at their seam. A rank routes its own tokens by the scores of
-all, and runs its own queries: these and their results do not travel. Keys and values that are routed go to all ranks,
-and tokens near the ends of a shard, as they are projected for the light attention, to the neighbours.
+They are the layers of `reference` with other operations. A rank routes its own tokens by the scores of all, and runs
+its own queries: queries and their results are not exchanged. Routed keys and values go to all ranks. Tokens near the
+ends of a shard, as projected for the light attention, go to the neighbours.
 """
 
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def shard_sequences(model: Module, *, mesh: Mesh) -> Module:
 
 
 def _check(name: str, module: nn.Module, operations: Operations) -> None:
-    """A module may be sharded."""
+    """Check that a module may be sharded."""
     if operations.shards_of is not None:
         raise ValueError(f"model must have no layer that is sharded already, got {name or type(module).__name__}")
     if isinstance(module, ConditionalRoutedImageAttention):
@@ -137,12 +137,12 @@ def _gathered_attention(
     mask: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """`gathered_attention` of this rank's windows to lists of tokens of the whole sequence, which it fetches."""
+    """`gathered_attention` of this rank's windows to lists of tokens of the whole sequence, which are fetched."""
     shards = Shards.of(key_value, 2, group, name="key_value")
     listed = indices if mask is None else indices[mask]
     fetched = listed.unique()
     key_value = shards.fetch_rows(key_value, fetched, "key_value")
-    # Where the mask is False anything may stand.
+    # Masked entries may have any value.
     indices = torch.searchsorted(fetched, indices)
     return attend(query, key_value, indices, weights, null_kv, mask=mask, **options)
 
@@ -158,9 +158,9 @@ def _windowed_attention(
     mask: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """`windowed_attention` of this rank's tokens to those of all ranks that are in their reach.
+    """`windowed_attention` of this rank's tokens to the tokens of all ranks within their reach.
 
-    Positions count from the first token in reach: rotary embedding and position bias are of distances.
+    Positions count from the first token in reach, because rotary embedding and position bias depend only on distances.
     """
     shards = Shards.of(qkv, 1, group, mask, "qkv")
     reaches = [_reach(shards.own(rank), shards.total, window_size, causal) for rank in range(len(shards.lengths))]
@@ -174,7 +174,8 @@ def _windowed_attention(
 
 
 def _reach(own: tuple[int, int], total: int, window_size: int, causal: bool) -> tuple[int, int]:
-    """Tokens that those of a rank attend to. If causal, they begin with a window, as windows of the whole do."""
+    """Tokens that those of a rank attend to. If causal, they begin with a window, like the windows of the whole
+    sequence."""
     first, end = own
     if causal:
         return max((first // window_size - 1) * window_size, 0), end

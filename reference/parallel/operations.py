@@ -1,10 +1,11 @@
 """Operations on rows whose entries are sharded over the ranks of a process group.
 
-Scores travel, 4 bytes a token. Every rank runs the operation of `reference`, or its kernel, on the whole row, so that
-all get the bits of one process, in values and in gradients, and keeps its own part.
+Only scores are exchanged, 4 bytes per token. Every rank runs the operation of `reference`, or its kernel, on the whole
+row, and keeps its own part. So all ranks get the same bits as one process, in values and in gradients.
 
-A loss is the sum of the losses of all ranks, as it is for DistributedDataParallel and FSDP2 up to the factor of their
-mean. Backward is called on all ranks alike. It gives each rank the gradient of that sum with respect to its own part.
+A loss is the sum of the losses of all ranks. For DistributedDataParallel and FSDP2 it is the same except for the factor
+of their mean. Backward is called on all ranks. It gives each rank the gradient of that sum with respect to its own
+part.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,7 @@ class Rows:
 
     @classmethod
     def of(cls, scores: Tensor, mask: Tensor | None, mesh: Mesh, name: str = "scores") -> "Rows":
-        """The rows `... n` of which this rank has scores, and a mask that broadcasts to them."""
+        """The rows `... n` of this rank's scores, and a mask that broadcasts to them."""
         shards = Shards.of(scores, -1, mesh, mask, name)
         check_scores(scores, mask)
         return cls(shards, shards.gather(scores, name=name), shards.gather_mask(mask, scores))
@@ -183,9 +184,9 @@ def route(
         routing_tokens: `b r d`, or `1 r d` for the whole batch; the same on all ranks.
         num_selected: number of tokens of the whole sequence that each route selects, from each block if there are
             blocks.
-        block_size: number of tokens of the whole sequence per block, if each block is selected from.
+        block_size: number of tokens of the whole sequence per block, if tokens are selected from each block.
         k, n_iters, eps, eps_init, eps_decay, solver, cosine_sim_scale, straight_through: as in `reference.route`.
-        mask: bool `b n`, False for tokens that are left out. None means True everywhere, if other ranks have a mask.
+        mask: bool `b n`, False for masked tokens. None means True everywhere, if other ranks have a mask.
         mesh, use_triton: as in `coor_descent`.
 
     Returns:
@@ -217,7 +218,7 @@ def route(
 
 
 class _Gathered(torch.autograd.Function):
-    """Tokens that are gathered from joined ones, to which their gradient is given."""
+    """Gather tokens from joined ones, and pass the gradient to the joined ones."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, indices: Tensor, given: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -229,16 +230,16 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # It will be differentiated.
+            # This result is differentiated.
             return _add_tokens(grad.new_zeros(ctx.shape), indices, grad), None, None
         ctx.given.append((indices, grad))
         return None, None, None
 
 
 class _Joined(torch.autograd.Function):
-    """Tokens that are scored and gathered. Gradients of gathered ones are added to the others in their place.
+    """Tokens that are scored and gathered. The gradients of gathered tokens are added at their places.
 
-    A tensor of the size of all tokens would take as long to fill and to add as all else of a router.
+    Filling and adding a tensor of the size of all tokens would take as long as the rest of a router.
     """
 
     @staticmethod
@@ -256,14 +257,14 @@ class _Joined(torch.autograd.Function):
 
 
 def _add_tokens(total: Tensor, indices: Tensor, x: Tensor, *, in_place: bool = False) -> Tensor:
-    """Tokens `b n d`, to which those of x `b ... k d` are added at indices `b ... k`; past the end is the last one."""
+    """Tokens `b n d`, with x `b ... k d` added at indices `b ... k`; an index past the end is the last token."""
     batch = torch.arange(total.shape[0], device=total.device).view(-1, *(1,) * (indices.dim() - 1))
     add = total.index_put_ if in_place else total.index_put
     return add((batch, indices.clamp(max=total.shape[1] - 1)), x, accumulate=True)
 
 
 def _own(indices: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
-    """Entries of lists `... s` of places in the whole that this rank owns, and whether there is one.
+    """Entries of lists `... s` of places in the whole that this rank owns, and a mask of valid ones.
 
     Both are `... m`, in the order of the list, for the longest such list of any rank."""
     owners = shards.owners(indices)

@@ -1,10 +1,10 @@
-"""Dimensions that are sharded over the ranks of a process group, and how their entries travel.
+"""Dimensions that are sharded over the ranks of a process group, and exchanges of their entries.
 
-Two primitives move bytes: `all_gather` and `all_to_all_single`. Sums are taken where they are needed, in the order of
-ranks. Values are of two kinds, and each autograd function leads from one to the other.
+Two primitives move bytes: `all_gather` and `all_to_all_single`. Each rank adds up the terms of its sums itself, in the
+order of ranks. Values are of two kinds, and each autograd function converts one kind to the other.
 
-- Local values: each rank has its own, and the gradient of the ranks' losses, all added up, with respect to these.
-- Common values: all ranks compute the same from the same, and each of them has the whole gradient.
+- Local values: each rank has its own, and its gradient of the sum of all ranks' losses.
+- Common values: all ranks compute the same value from the same inputs, and each rank has the whole gradient.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,12 +36,13 @@ def group_of(mesh: Mesh) -> ProcessGroup:
 
 
 Stretch: TypeAlias = tuple[int, int]
-"""Places of a dimension from the first on, and before the second."""
+"""Places of a dimension: the first one, and the one after the last."""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """A dimension of which each rank of a group holds a stretch, in the order of ranks. Lengths may differ."""
+    """A dimension divided among the ranks of a group, one stretch per rank in the order of ranks. Lengths may
+    differ."""
 
     group: ProcessGroup
     lengths: tuple[int, ...]
@@ -52,7 +53,7 @@ class Shards:
 
     @classmethod
     def of(cls, x: Tensor, dim: int, mesh: Mesh, mask: Tensor | None = None, name: str = "x") -> "Shards":
-        """The shards of a dimension of x, of which each rank calls this with its own.
+        """The shards of a dimension of x. All ranks call this, each with its own x.
 
         Raises:
             ValueError: a rank has no entries, or ranks differ in more than the lengths of this dimension.
@@ -70,12 +71,12 @@ class Shards:
 
     @property
     def rank(self) -> int:
-        """This process in the group."""
+        """Rank of this process in the group."""
         return self.group.rank()
 
     @property
     def length(self) -> int:
-        """Number of entries that this rank holds."""
+        """Number of entries of this rank."""
         return self.lengths[self.rank]
 
     @property
@@ -89,7 +90,7 @@ class Shards:
         return sum(self.lengths)
 
     def owners(self, indices: Tensor) -> Tensor:
-        """The ranks that hold these places of the whole; past its end, the size of the group."""
+        """The ranks of these places of the whole; past its end, the size of the group."""
         ends = torch.tensor([*accumulate(self.lengths)], device=indices.device)
         return torch.bucketize(indices, ends, right=True)
 
@@ -106,15 +107,15 @@ class Shards:
         return _GatherForEach.apply(x, self, dim, name)
 
     def fetch(self, x: Tensor, stretches: Sequence[Stretch], name: str) -> Tensor:
-        """Entries in the stretch of the whole that each rank wants, of local x `b n ...`, as a local value.
+        """Entries in the stretch of the whole that each rank needs, of local x `b n ...`, as a local value.
 
         Args:
-            stretches: of each rank; it has the rank's own entries within.
+            stretches: one for each rank, which includes the rank's own entries.
         """
         return _Fetch.apply(x, self, stretches, name)
 
     def with_window_before(self, x: Tensor, window_size: int) -> Tensor:
-        """Local x `b n ...`, after the entries of the window before it if another rank holds these.
+        """Local x `b n ...`, preceded by the entries of the window before if another rank holds them.
 
         Raises:
             NotImplementedError: a shard begins within a window.
@@ -131,7 +132,7 @@ class Shards:
         """Entries `b r m ...` of the whole of local x `b r n ...`, as a local value.
 
         Args:
-            indices: `m`, the places that this rank asks for, in ascending order.
+            indices: `m`, the places that this rank requests, in ascending order.
         """
         ranks = range(len(self.lengths))
         owners = self.owners(indices)
@@ -144,7 +145,7 @@ class Shards:
         return _FetchRows.apply(x, [each - self.start for each in places], taken, self.group, name)
 
     def gather_mask(self, mask: Tensor | None, scores: Tensor) -> Tensor | None:
-        """All of a mask that broadcasts to this rank's scores. None where no rank has one."""
+        """The whole of a mask that broadcasts to this rank's scores. None if no rank has a mask."""
         if not self.some_are_masked:
             return None
         there = scores.new_ones((), dtype=torch.bool) if mask is None else mask
@@ -230,7 +231,7 @@ class _GatherForEach(torch.autograd.Function):
 
 
 class _SumAtOwner(torch.autograd.Function):
-    """The sum of local values of all ranks for all entries, each at the rank that holds the entry."""
+    """The sum of local values of all ranks for all entries; each rank gets its own entries."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: Shards, dim: int, name: str) -> Tensor:
@@ -262,7 +263,7 @@ class _Fetch(torch.autograd.Function):
 
 
 class _Return(torch.autograd.Function):
-    """Entries that were fetched go back to their ranks, and are added up there."""
+    """Fetched entries are returned to their ranks, and added up there."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: Shards, stretches: Sequence[Stretch], name: str) -> Tensor:
@@ -297,7 +298,7 @@ class _FetchRows(torch.autograd.Function):
 
 
 class _ReturnRows(torch.autograd.Function):
-    """Rows that were fetched go back to their ranks, and are added up there."""
+    """Fetched rows are returned to their ranks, and added up there."""
 
     @staticmethod
     def forward(
@@ -309,7 +310,7 @@ class _ReturnRows(torch.autograd.Function):
         total = x.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
         shapes = [torch.Size((*x.shape[:2], len(each), *x.shape[3:])) for each in places]
         for each, part in zip(places, _all_to_all([*x.split(taken, dim=2)], shapes, group, name), strict=True):
-            # No two of a rank are the same, so that their order has no say.
+            # All rows from one rank are different, so their order does not matter.
             total[:, :, each] += part
         return total.to(x.dtype)
 
@@ -319,7 +320,7 @@ class _ReturnRows(torch.autograd.Function):
 
 
 def _overlaps(shards: Shards, stretches: Sequence[Stretch]) -> tuple[list[Stretch], list[Stretch]]:
-    """Places that this rank sends to each rank, and those that it takes from each. Its own ones stay."""
+    """Places that this rank sends to each rank, and those that it receives from each. Its own entries stay."""
     ranks, me = range(len(shards.lengths)), shards.rank
     sent = [_overlap(shards.own(me), stretches[rank], rank == me) for rank in ranks]
     return sent, [_overlap(shards.own(rank), stretches[me], rank == me) for rank in ranks]
@@ -331,13 +332,14 @@ def _overlap(held: Stretch, wanted: Stretch, is_own: bool) -> Stretch:
 
 
 def _summed(parts: list[Tensor]) -> Tensor:
-    """The sum of tensors of one shape, in their order, in fp32 at least."""
+    """The sum of tensors of one shape, in order, in fp32 at least."""
     wide = torch.promote_types(parts[0].dtype, torch.float32)
     return torch.stack(parts).sum(dim=0, dtype=wide).to(parts[0].dtype)
 
 
 def _gathered(x: Tensor, shards: Shards, dim: int, name: str) -> Tensor:
-    """All entries of a dimension. Shards travel filled up to the longest: not every backend takes uneven ones."""
+    """All entries of a dimension. Shards are padded to the longest one, because not every backend supports different
+    sizes."""
     shape = list(x.shape)
     shape[dim] = max(shards.lengths)
     filled_up = x.new_zeros(shape)
@@ -347,7 +349,7 @@ def _gathered(x: Tensor, shards: Shards, dim: int, name: str) -> Tensor:
 
 
 def all_gather(x: Tensor, group: ProcessGroup, name: str) -> list[Tensor]:
-    """x of each rank, all of one shape."""
+    """x of each rank; all have one shape."""
     x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(group.size())]
     with _travelling(name, group):
@@ -356,7 +358,7 @@ def all_gather(x: Tensor, group: ProcessGroup, name: str) -> list[Tensor]:
 
 
 def _all_to_all(parts: list[Tensor], shapes: list[torch.Size], group: ProcessGroup, name: str) -> list[Tensor]:
-    """Tensors of these shapes that the ranks send to this one, which sends each of them its part."""
+    """Tensors of these shapes that the ranks send to this one, after it sends each of them its part."""
     sent = torch.cat([part.flatten() for part in parts])
     sizes = [shape.numel() for shape in shapes]
     taken = sent.new_empty(sum(sizes))
@@ -367,7 +369,7 @@ def _all_to_all(parts: list[Tensor], shapes: list[torch.Size], group: ProcessGro
 
 @contextmanager
 def _travelling(name: str, group: ProcessGroup) -> Iterator[None]:
-    """Say which exchange has failed, and why it may have."""
+    """Name the failed exchange in the error, and possible reasons."""
     try:
         yield
     except RuntimeError as error:
