@@ -1,4 +1,4 @@
-"""Dense layers, in whose place the routed ones stand: every token goes through what is the heavy branch there."""
+"""Dense layers that routed layers replace: every token passes through the equivalent of the heavy branch."""
 
 from collections.abc import Callable
 
@@ -15,11 +15,11 @@ Attend = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 """From queries `b h i d`, keys and values `b h j d` and whether attention is causal to `b h i d`."""
 
 CHUNK_SIMILARITIES = 2**26
-"""Similarities of queries and keys that plain attention holds at a time."""
+"""Most logits that plain attention holds at a time."""
 
 
 def attend_plainly(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-    """Softmax attention by its definition, for a few queries at a time: the logits of all may not fit."""
+    """Softmax attention by its definition, for a few queries at a time, because the logits of all may not fit."""
     rows = max(1, CHUNK_SIMILARITIES // (query.shape[0] * query.shape[1] * key.shape[2]))
     starts = range(0, query.shape[2], rows)
     parts = zip(query.split(rows, dim=2), starts, strict=True)
@@ -35,18 +35,18 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, start: int, causal: bool)
 
 
 def attend_with_sdpa(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-    """PyTorch's scaled_dot_product_attention, by whatever it picks."""
+    """PyTorch's scaled_dot_product_attention, with the kernel that it picks."""
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
 
 
 def attend_with_flash(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-    """PyTorch's scaled_dot_product_attention by its flash kernel, which has no fp32."""
+    """PyTorch's scaled_dot_product_attention by its flash kernel, which does not support fp32."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return attend_with_sdpa(query, key, value, causal)
 
 
 class DenseAttention(nn.Module):
-    """Attention of all tokens to all tokens, of a context if there is one, as wide as a heavy branch."""
+    """Attention of all tokens to all tokens, or to those of a context, with the width of a heavy branch."""
 
     def __init__(self, attend: Attend, dim: int, heads: int, dim_head: int = 64, causal: bool = False) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class DenseAttention(nn.Module):
 
 
 class DenseFeedForward(nn.Sequential):
-    """A feed-forward layer for all tokens, as wide as a heavy branch."""
+    """A feed-forward layer for all tokens, with the width of a heavy branch."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__(RMSNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))

@@ -1,4 +1,4 @@
-"""Parts that the suites of coordinate descent share: the case, its inputs, its fp64 answer, cost and accuracy."""
+"""Parts that the suites of coordinate descent share: the case, its inputs, its fp64 truth, cost and accuracy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +33,8 @@ CONSTANT = Temperature(0.1)
 COLD = Temperature(0.03)
 
 DECAYING = Temperature(0.03, eps_init=4.0, eps_decay=0.7)
-"""With which 20 iterations are said to do what 50 do without: https://arxiv.org/abs/2304.04947, section 3.2."""
+"""With it, 20 iterations are said to have the effect of 50 without it: https://arxiv.org/abs/2304.04947, section
+3.2."""
 
 HEAVY_SHARE = 16
 """k = n / 16: the share of tokens that CoLT5 routes to its heavy branch (2303.09752, section 3)."""
@@ -42,13 +43,13 @@ FORWARD_BOUND, GRADIENT_BOUND = 2e-6, 1e-4
 """Bounds for the project's own kernels in fp32: the largest error of an output, and of a gradient."""
 
 LONGEST_SEGMENTED = 131072
-"""Entries of a row that the published algorithm takes, whole as it is in one program."""
+"""Most entries of a row for the published algorithm, which has a whole row in one program."""
 
 UNIT_ROUNDOFF = torch.finfo(torch.float32).eps / 2
-"""The largest relative difference between a number and the fp32 that it is rounded to."""
+"""The largest relative rounding error of fp32."""
 
 CHUNK_BYTES = 2**30
-"""About how much memory the fp64 answer may take at a time."""
+"""Approximate memory for the fp64 truth at a time."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class DescentCase(Case):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments of every implementation of coordinate descent, beside the scores."""
+        """Arguments of every implementation of coordinate descent, besides the scores."""
         return {
             "n_iters": self.n_iters,
             "k": self.k,
@@ -110,7 +111,7 @@ class DescentCase(Case):
         }
 
     def temperatures(self) -> list[float]:
-        """One for each iteration, and that of the output."""
+        """One temperature for each iteration, and one for the output."""
         return list(epsilon_schedule(self.n_iters, self.eps, self.eps_init, self.eps_decay))
 
 
@@ -137,7 +138,7 @@ plain = descending(reference.coor_descent)
 
 def truth(case: DescentCase, problem: Problem, direction: str) -> Truth:
     """The definition in fp64 on the same scores, by autograd, a few rows at a time."""
-    # Autograd keeps about six tensors of the size of the scores for an iteration.
+    # Autograd keeps about six tensors of the size of the scores per iteration.
     kept = 6 * 8 * case.n * (1 if direction == FORWARD else case.n_iters)
     rows = max(1, CHUNK_BYTES // kept)
     outputs, gradients, at_kink = [], [], []
@@ -154,17 +155,17 @@ def truth(case: DescentCase, problem: Problem, direction: str) -> Truth:
 
 
 def entries_at_kink(case: DescentCase, scores: Tensor, k: float | None = None) -> Tensor:
-    """bool: entries of fp64 scores `... n` without a decided derivative. They are at the kink s = -a of some iteration.
+    """bool: True for fp64 scores `... n` without a defined derivative, which are at the kink s = -a of some iteration.
 
     relu(s + a) has no derivative at the kink. There are two kinds of such entries.
 
-    - Within fp64 rounding of the kink, fp64 itself cannot tell the side. Such an entry is or is not among those that
-      pass the gradient on to the a before, which every entry of the row depends on: so the whole row is marked. Equal
-      scores put many entries there at once.
-    - Within the unit roundoff of fp32 of the kink, relative to the score, the input cannot tell the side: numbers on
-      both sides of the kink have the same fp32 score. Of a million scores of std 5 some four get that near to one of
-      100 kinks. The tolerance is that of the input and not of a kernel, whose a is exact to a fraction of it. Only the
-      entry itself is marked: what its side does to the rest of the row has to stay within the bound.
+    - Within fp64 rounding of the kink, fp64 itself cannot decide the side. The side decides whether the entry passes
+      its gradient on to the a before, and every entry of the row depends on that a: so the whole row is marked. Equal
+      scores can put many entries there at once.
+    - Within the unit roundoff of fp32 of the kink, relative to the score, the input cannot decide the side: numbers on
+      both sides of the kink have the same fp32 score. Of a million scores of std 5, about four are that close to one of
+      100 kinks. The tolerance is that of the input, not of a kernel, whose a is exact to a fraction of it. Only the
+      entry itself is marked: the effect of its side on the rest of the row has to stay within the bound.
     """
     log_k = log(case.k if k is None else k)
     *temperatures, _ = case.temperatures()
@@ -182,10 +183,10 @@ def entries_at_kink(case: DescentCase, scores: Tensor, k: float | None = None) -
 
 
 def cost(case: DescentCase, direction: str) -> Cost:
-    """Scores read and output written; then scores and upstream gradient read and gradient written.
+    """Scores read and output written; then scores and grad_output read and gradient written.
 
     An entry costs one exponential for each temperature of the iterations after the first, which needs none, and one for
-    the output; the backward pass costs as many again.
+    the output. The backward pass costs the same again.
     """
     _, *later, _ = case.temperatures()
     entries, size = case.rows * case.n, getattr(torch, case.dtype).itemsize
@@ -196,7 +197,8 @@ def cost(case: DescentCase, direction: str) -> Cost:
 
 
 def promised(case: DescentCase, tensor: str, expected: Tensor, tolerance: Tolerance) -> Tolerance:
-    """The bound of our own kernels, whatever plain PyTorch does; in half precision, plus the rounding of the result."""
+    """The bound of our own kernels, independent of plain PyTorch; in half precision, plus the rounding of the
+    result."""
     bound = FORWARD_BOUND if tensor == "output" else GRADIENT_BOUND
     dtype = getattr(torch, case.dtype)
     rounding = 0.0 if dtype.itemsize > 2 else torch.finfo(dtype).eps / 2 * expected.abs().max().item()
@@ -206,14 +208,14 @@ def promised(case: DescentCase, tensor: str, expected: Tensor, tolerance: Tolera
 def lenient(case: Case, tensor: str, expected: Tensor, tolerance: Tolerance) -> Tolerance:
     """The bound of code with a coordinate descent in fp32.
 
-    An entry next to a kink falls on either side of it by chance, which makes errors of gradients erratic: up to a
-    thousandth of the largest gradient counts as rounding.
+    An entry near a kink is on either side of it by chance, so errors of gradients are erratic: up to a thousandth of
+    the largest gradient counts as rounding.
     """
     return tolerance if tensor == "output" else tolerance.at_least(1e-3 * expected.abs().max().item())
 
 
 def segments_of(case: DescentCase) -> int:
-    """Segments of five iterations, with which the published algorithm is at its best."""
+    """Segments of five iterations, the best choice for the published algorithm."""
     return max(1, case.n_iters // 5)
 
 
@@ -222,7 +224,7 @@ def in_segments(case: DescentCase, device: torch.device) -> str | None:
 
 
 def compiled(case: DescentCase) -> Callable[..., Tensor]:
-    # A function is compiled for a few sets of arguments only, and runs uncompiled for more of them.
+    # A function is compiled for only a few sets of arguments, and runs uncompiled for more of them.
     torch.compiler.reset()
     return torch.compile(lambda scores: reference.coor_descent(scores, **case.arguments), fullgraph=True, dynamic=False)
 

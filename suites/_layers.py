@@ -1,11 +1,10 @@
-"""Parts that the suites of layers share. They are a layer as a function of its inputs and parameters, its fp64 answer
-and its cost.
+"""Parts that the suites of layers share: layers as functions of inputs and parameters, their fp64 truth and cost.
 
-Parameters are inputs of a problem like tokens are, under their names in the module: so implementations that have the
-same ones get the same, and the gradient of each is asked for, compared with fp64 and timed. Masks are all True: every
-implementation does the work of having one.
+Parameters are inputs of a problem like tokens, under their names in the module. So implementations with the same names
+get the same parameters, and the gradient of each one is computed, compared with fp64 and timed. Masks are all True, so
+that every implementation does the work for a mask.
 
-Under autocast the layer that sets the accuracy budget is the plain one under autocast, and fp64 is fp64.
+Under autocast, the tolerance comes from the plain layer under autocast, and the truth is fp64.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,22 +27,23 @@ from suites._ours import by_kernels, guest
 from suites._pieces import in_pieces
 
 SCORE_STD = 0.25
-"""Standard deviation of the scores of normally distributed tokens. Wide enough to select by and so narrow that fewer
-entries than are selected saturate at 1: a package that ranks what has saturated selects the same tokens then."""
+"""Standard deviation of the scores of normally distributed tokens. It is large enough to distinguish tokens, and so
+small that fewer entries than are selected saturate at 1. Otherwise a package that ranks saturated entries would select
+other tokens."""
 
 TRAINING_PRODUCTS = 3
-"""Matrix products of forward+backward over those of forward: each has a gradient for either factor."""
+"""Matrix products of forward+backward divided by those of forward: each has a gradient for either factor."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer and the shapes of what it is called with."""
+    """A layer and the shapes of its arguments."""
 
     make: Callable[[Any, bool], nn.Module]
     """From a package with the classes of colt5-attention, and whether to use Triton, to the module."""
 
     inputs: Mapping[str, tuple[int, ...]]
-    """Shapes of the tensors that it is called with, by the names of its arguments."""
+    """Shapes of the tensors of a call, by the names of its arguments."""
 
     output: tuple[int, ...]
     masks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -52,20 +52,20 @@ class Layer:
     """
 
     sparing: Callable[[nn.Module], Callable[..., Tensor]] = in_pieces
-    """From the plain module to a function of the same inputs that holds less memory at a time. It serves the fp64
-    answer, and the accuracy budget, of any size."""
+    """From the plain module to a function of the same inputs that holds less memory at a time. It computes the fp64
+    truth, and the tolerance, for any size."""
 
     settle: Callable[["Layer", Problem], Problem] | None = None
-    """From a problem to one in which no rounding changes what is routed, if that can happen within the layer."""
+    """From a problem to one in which no rounding changes the routing, if rounding can do so within the layer."""
 
     dense: Callable[[Attend], nn.Module] | None = None
-    """From a function that attends to the layer in whose place this one stands, if there is such a layer."""
+    """From an attention function to the layer that this one replaces, if there is such a layer."""
 
     dense_pairs: int = 0
-    """Pairs of query and key that this has to look at."""
+    """Number of pairs of query and key that this has to compute."""
 
     colt5_raises: str | None = None
-    """Why colt5-attention 0.11.2 cannot be compared with."""
+    """Reason why colt5-attention 0.11.2 cannot be compared."""
 
     @property
     def autocast(self) -> bool:
@@ -79,7 +79,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class LayerCase(Case):
-    """A case that is about a layer; a subclass says which."""
+    """A case of a layer, which a subclass defines."""
 
     @property
     def layer(self) -> Layer:
@@ -89,7 +89,7 @@ class LayerCase(Case):
 class RoutedTokens(nn.Module):
     """A router alone: the tokens that it routes, in the order of their positions, times their weights.
 
-    In the order of selection those of equal weight could change places.
+    In the order of selection, tokens of equal weight could be in either order.
     """
 
     def __init__(self, router: nn.Module, num_tokens: int) -> None:
@@ -111,7 +111,7 @@ def as_function(
     """The module as a function of its inputs and, by their names, of its parameters.
 
     Args:
-        call: computes with the module, if that is not the module's own call.
+        call: a function that computes with the module, instead of the module's own call.
     """
     call = module if call is None else call
     owners = {}
@@ -120,7 +120,8 @@ def as_function(
         owners[name] = module.get_submodule(owner)._parameters, own_name
 
     def function(**tensors: Tensor) -> Tensor:
-        # For good: the backward pass may need them again. A call with the same ones costs no more.
+        # Permanently, because the backward pass may need them again. A second call with the same ones costs nothing
+        # more.
         for name, (parameters, own_name) in owners.items():
             given = tensors.pop(name)
             if parameters[own_name] is not given:
@@ -132,15 +133,15 @@ def as_function(
 
 
 def without_memory(make: Callable[[], nn.Module]) -> nn.Module:
-    """A module whose parameters are given with each call."""
+    """A module whose parameters are passed with each call."""
     with torch.device("meta"):
         return make()
 
 
 def seeded_problem(case: LayerCase, layer: Layer, make: Callable[[], nn.Module], device: torch.device) -> Problem:
-    """Normally distributed inputs, and parameters as the module initialises them, but for those that make scores.
+    """Normally distributed inputs, and parameters as the module initialises them, except those that make scores.
 
-    The gradient of the output is scaled so that those of the parameters are about 1, however many tokens there are.
+    The gradient of the output is scaled so that gradients of parameters are about 1, for any number of tokens.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(case.generator().initial_seed())
@@ -180,7 +181,7 @@ def ours(case: LayerCase, *, use_triton: bool) -> Callable[..., Tensor]:
 
 
 class _Instead:
-    """The plain package, with somebody's class in place of its layers."""
+    """The plain package with a custom class in place of its layers."""
 
     def __init__(self, layer: Callable[..., nn.Module]) -> None:
         self._layer = layer
@@ -191,10 +192,10 @@ class _Instead:
 
 
 def of_class(layer: Callable[..., nn.Module]) -> Callable[[LayerCase], Callable[..., Tensor]]:
-    """Somebody's layer, which has the parameters of ours, by their names and shapes.
+    """A custom layer with the parameters of ours, by their names and shapes.
 
     Raises:
-        TypeError: it has others.
+        TypeError: it has other parameters.
     """
 
     def build(case: LayerCase) -> Callable[..., Tensor]:
@@ -225,7 +226,7 @@ def of_class(layer: Callable[..., nn.Module]) -> Callable[[LayerCase], Callable[
 def sparingly(
     layer: Layer, sparing: Callable[[nn.Module], Callable[..., Tensor]], *, autocast: bool
 ) -> Callable[..., Tensor]:
-    """The plain layer as `sparing` computes it, as `as_function` makes it a function."""
+    """The plain layer as `sparing` computes it, in the form of `as_function`."""
     module = without_memory(lambda: layer.make(reference, False))
     return as_function(module, sparing(module), autocast=autocast)
 
@@ -261,8 +262,8 @@ def _sizes(case: LayerCase) -> tuple[int, int, int]:
 
 
 def cost(case: LayerCase, direction: str) -> Cost:
-    """Inputs and parameters read and the output written. Then these and the upstream gradient again, and a gradient
-    written for each. Products are those of plain PyTorch, and of the windowed branch those of keys within reach."""
+    """Inputs and parameters read and the output written. Then these and grad_output read again, and a gradient written
+    for each. Products are those of plain PyTorch; the windowed branch counts only keys within reach."""
     layer, (elements, masks, flops) = case.layer, _sizes(case)
     size, output = layer.torch_dtype.itemsize, prod(layer.output)
     forward = size * (elements + output) + masks
@@ -273,7 +274,7 @@ def cost(case: LayerCase, direction: str) -> Cost:
 
 
 REFERENCE = Implementation[LayerCase]("reference", lambda case: ours(case, use_triton=False), bound=lenient)
-"""The layer as a whole; what sets the tolerance is the layer in pieces, which rounds in another order."""
+"""The layer as a whole. The tolerance comes from the layer in pieces, which rounds in another order."""
 
 OURS: Implementation[LayerCase] = by_kernels(lambda case: ours(case, use_triton=True), bound=lenient)
 

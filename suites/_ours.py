@@ -13,12 +13,12 @@ C = TypeVar("C", bound=Case)
 
 
 def by_kernels(build: Callable[[C], Callable[..., Tensor]], *, name: str = "ours", **options: Any) -> Implementation[C]:
-    """An implementation whose kernels are compiled where there is no GPU to launch them."""
+    """An implementation whose kernels are compiled if there is no GPU to launch them."""
     return Implementation(name, build, launching=triton_for_cpu_tensors, **options)
 
 
 def guest(
     call: Callable[[Callable[..., Any]], Callable[[C], Callable[..., Tensor]]], **options: Any
 ) -> Callable[[Callable[..., Any]], Implementation[C]]:
-    """Implementations by functions of others, each called by `call` as ours is."""
+    """Implementations by functions of others, with the same arguments for `call` as ours."""
     return lambda function: by_kernels(call(function), name="guest", **options)

@@ -1,5 +1,5 @@
-"""Plain layers in pieces, so that the fp64 answer for a long sequence fits into memory. The mathematics is the same, a
-few windows at a time. Nothing but the result is kept for the backward pass."""
+"""Plain layers in pieces, so that the fp64 truth for a long sequence fits into memory. The mathematics is the same, a
+few windows at a time. Only the result is kept for the backward pass."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from reference.layers.linear import Rounded
 from reference.layers.router import RouterReturn
 
 TOKENS = 2**16
-"""About how many tokens are attended to at a time in a light branch."""
+"""Approximate number of tokens that are attended to at a time in a light branch."""
 
 
 def in_pieces(module: nn.Module) -> Callable[..., Tensor]:
@@ -28,15 +28,15 @@ def in_pieces(module: nn.Module) -> Callable[..., Tensor]:
 
 
 class _Windowed:
-    """Windowed attention of some windows, with the tokens that these reach."""
+    """Windowed attention of some windows, with the tokens within their reach."""
 
     def __init__(self, attention: WindowedAttention) -> None:
-        # Not the module itself, of which a copy would then belong to the original.
+        # Not the module itself, because a copy of it would belong to the original.
         self.whole = type(attention).forward
         self.attention = attention
 
     def __call__(self, x: Tensor, mask: Tensor | None = None, rounded: Rounded | None = None) -> Tensor:
-        """Tokens `b n d`; mask `b n`. Each piece rounds weights for itself."""
+        """Tokens `b n d`; mask `b n`. Each piece rounds its weights."""
         n, size = x.shape[1], self.attention.window_size
         # Causal windows begin at multiples of their size.
         length = max(TOKENS // size, 1) * size
@@ -52,7 +52,7 @@ class _Windowed:
 
 
 class _EachWindow:
-    """Attention of windows that are the batch."""
+    """Attention within windows, which are the batch."""
 
     def __init__(self, attention: SelfAttention) -> None:
         self.whole = type(attention).forward
@@ -65,7 +65,7 @@ class _EachWindow:
         rounded: Rounded | None = None,
         places: Tensor | None = None,
     ) -> Tensor:
-        """Windows `b n d`; mask `b n`; places `n 2`. Each piece rounds weights for itself."""
+        """Windows `b n d`; mask `b n`; places `n 2`. Each piece rounds its weights."""
         rows = max(TOKENS // 8 // x.shape[1], 1)
         if x.shape[0] <= rows:
             return self.whole(self.attention, x, mask, places=places)
@@ -76,7 +76,7 @@ class _EachWindow:
 
 def by_window(layer: nn.Module) -> Callable[..., Tensor]:
     """`ConditionalRoutedAutoregressiveAttention` of sequences of whole windows, with its default options. Plain PyTorch
-    over rows of all windows at once keeps every iteration of every window's descent."""
+    on rows of all windows would keep every iteration of every window's descent."""
     assert isinstance(layer, reference.ConditionalRoutedAutoregressiveAttention)
     in_pieces(layer)
 
@@ -113,7 +113,7 @@ def _window(
     batch = torch.arange(len(x), device=x.device)[:, None]
     q = RouterReturn(indices, weights.to(x.dtype), tokens[batch, indices], None)
 
-    # The row is as long as what its relaxed selection sums to, if what is before the window is not.
+    # The row is padded to the target sum of its relaxed selection, if there are fewer tokens before the window.
     num_tokens, n = layer.num_heavy_tokens_kv, x.shape[1]
     length = min(max(start, 2 * num_tokens), n)
     before = None if length == start else torch.arange(length, device=x.device) < start

@@ -1,6 +1,6 @@
-"""Calls of a layer that all ranks of a `torchrun` make together, as a function that the first rank calls.
+"""Calls that all ranks of a `torchrun` make together, as a function that the first rank calls.
 
-The first rank measures, and tells the others what to do: each serves until the first has ended.
+The first rank measures, and sends commands to the others, which serve until the first has ended.
 """
 
 import atexit
@@ -26,7 +26,7 @@ from torch.distributed import ProcessGroup
 from colt5_bench.records.environment import gpu_state
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-"""Processes that `torchrun` has started."""
+"""Number of processes that `torchrun` has started."""
 
 
 @dataclass
@@ -36,19 +36,19 @@ class Part:
     module: nn.Module
     inputs: dict[str, Tensor] = field(default_factory=dict)
     upstream: Tensor | None = None
-    """Gradient of the output. The first rank gets its own, and its inputs, with each call."""
+    """grad_output. The first rank gets its own, and its inputs, with each call."""
 
     around: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Makes a context that forward and backward passes are in."""
+    """Makes a context for forward and backward passes."""
 
     warm: set[str] = field(default_factory=set)
-    """Passes that have been done before: the first one compiles, and its time says nothing."""
+    """Passes that ran before. The first run compiles, so it is not timed."""
 
 
 MakePart = Callable[[Any, ProcessGroup | None, torch.device], Part]
 """Makes a rank's part from a case, a group and a device. There is no group for one process.
 
-It is a function of a file, with some arguments or none, so that other ranks can be told of it."""
+It is a function in a file, possibly with bound arguments, so that it can be sent to other ranks."""
 
 
 class Graph(NamedTuple):
@@ -64,36 +64,36 @@ T = TypeVar("T")
 
 @dataclass
 class Rank:
-    """One of the processes, and the call that it makes at present."""
+    """One of the processes, and its current call."""
 
     groups: dict[int, ProcessGroup | None]
-    """Those of the first so many ranks."""
+    """Groups of the first ranks, by number of ranks."""
 
     control: ProcessGroup | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     case: Any = None
     parts: dict[int, tuple[int, Part | None]] = field(default_factory=dict)
-    """Functions of the case, by number: their calls may take turns. Each has its number of ranks, and no part for those
-    beyond."""
+    """Functions of the case, by number, because their calls may alternate. Each has its number of ranks; ranks beyond
+    have no part."""
 
     given: dict[str, Tensor] = field(default_factory=dict)
-    """Inputs of the first rank for the call that comes."""
+    """Inputs of the first rank for the next call."""
 
     upstream: Tensor | None = None
-    """Gradient of its output."""
+    """grad_output of the first rank."""
 
     graph: "Graph | None" = None
     gradients: list[Tensor] = field(default_factory=list)
-    """Those of the leaves."""
+    """Gradients of the leaves."""
 
     passes: "list[tuple[Moment, Moment]]" = field(default_factory=list)
     """Begin and end of each pass of the latest call, forward or backward."""
 
     bytes_sent: int = 0
-    """By this rank to others, since the latest forward pass began."""
+    """Bytes from this rank to others, since the latest forward pass began."""
 
     def prepare(self, number: int, make: MakePart, case: Any, ranks: int, device_type: str) -> None:
-        """Get ready for the calls of one more function. Functions of another case are forgotten."""
+        """Prepare the calls of one more function. Functions of another case are forgotten."""
         if case != self.case:
             self.parts.clear()
         self.case, self.device = case, _device(device_type)
@@ -103,11 +103,11 @@ class Rank:
 
     @property
     def number(self) -> int:
-        """This process among all."""
+        """Rank of this process."""
         return dist.get_rank() if WORLD > 1 else 0
 
     def forward(self, number: int, wanted: tuple[str, ...]) -> None:
-        """Call the module. Inputs that are wanted will have gradients."""
+        """Call the module. Inputs in `wanted` get gradients."""
         ranks, part = self.parts[number]
         if part is None:
             return
@@ -148,12 +148,12 @@ class Rank:
             return compute()
 
     def taken(self) -> tuple[Tensor, ...]:
-        """Gradients of the latest call, which are not kept here: they may be as large as a GPU's memory."""
+        """Gradients of the latest call. They are not kept here, because they may be as large as a GPU's memory."""
         gradients, self.gradients = self.gradients, []
         return tuple(gradients)
 
     def figures(self) -> list[dict[str, float]]:
-        """Figures of all ranks, for the first."""
+        """Figures of all ranks, for the first rank."""
         on_gpu = self.device.type == "cuda"
         state = gpu_state(self.device) if on_gpu else None
         peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
@@ -168,7 +168,7 @@ class Rank:
         return every
 
     def end(self) -> None:
-        """Leave the others. Threads of groups that are still held could end the interpreter by an error."""
+        """Leave the other ranks. Threads of groups that are still held could end the interpreter with an error."""
         self.groups.clear()
         self.parts.clear()
         self.control = None
@@ -176,7 +176,7 @@ class Rank:
 
     @contextmanager
     def _watched(self, ranks: int) -> Iterator[None]:
-        """Take the time, and count the bytes that go to other ranks."""
+        """Measure the time, and count the bytes sent to other ranks."""
         gather, to_all = dist.all_gather, dist.all_to_all_single
 
         def counted_gather(parts: list[Tensor], x: Tensor, **options: Any) -> Any:
@@ -194,7 +194,7 @@ class Rank:
 
 
 Moment = float | torch.cuda.Event
-"""On a GPU, where its stream is: a pass is not done when the host is."""
+"""On a GPU an event in its stream, because a pass may end after its host code."""
 
 
 def _moment(device: torch.device) -> Moment:
@@ -215,7 +215,7 @@ def _seconds(begin: Moment, end: Moment) -> float:
 
 
 def _device(device_type: str) -> torch.device:
-    """This process's device of a type."""
+    """The device of this process, by type."""
     return (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device_type == "cuda" else torch.device("cpu")
     )
@@ -223,7 +223,7 @@ def _device(device_type: str) -> torch.device:
 
 @cache
 def rank() -> Rank:
-    """This process. All ranks of the run have to ask for it."""
+    """This process. All ranks of the run have to call this."""
     if WORLD == 1:
         return Rank({1: None})
     if torch.cuda.is_available():
@@ -237,9 +237,9 @@ def rank() -> Rank:
 
 
 def _outlive_others() -> None:
-    """Write the records when another rank has ended: `torchrun` tells this one, and gives it half a minute.
+    """Write the records after another rank has ended: `torchrun` signals this one, and waits for half a minute.
 
-    A GPU would wait for that rank, and its host with it, unless a thread aborts what they exchange.
+    The GPU and its host would wait for that rank, so a thread aborts their exchanges.
     """
     signal.signal(signal.SIGTERM, lambda *_: None)
     if not torch.cuda.is_available():
@@ -258,7 +258,7 @@ def _outlive_others() -> None:
 
 
 def serve() -> None:
-    """Do as the first rank says, until it ends."""
+    """Execute the commands of the first rank, until it ends."""
     name = ""
     while name != "end":
         message: list[Any] = [None]
@@ -281,19 +281,19 @@ def _end() -> None:
 
 
 def _together(name: str, *arguments: Any, ranks: int) -> None:
-    """Call a method of all ranks that take part, or of this one alone."""
+    """Call a method on all participating ranks, or only on this one."""
     if ranks > 1:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            # Others would wait for what this one leaves out.
+            # A capture does not run the exchanges that other ranks would wait for.
             raise RuntimeError("a call of several processes cannot be captured in a CUDA graph")
         _tell(name, *arguments)
     getattr(rank(), name)(*arguments)
 
 
 def together(make: MakePart, case: Any, ranks: int) -> Callable[..., Tensor]:
-    """A function of the first rank's inputs that gives its output, while other ranks do their part.
+    """A function of the first rank's inputs that returns its output, while other ranks compute their parts.
 
-    It is for the calls until the first one of another case."""
+    It is valid for calls until the first one of another case."""
     number = next(_numbers)
 
     @cache
@@ -316,7 +316,7 @@ _numbers = count()
 
 def _forward(number: int, wanted: tuple[str, ...], ranks: int) -> Graph:
     _together("forward", number, wanted, ranks=ranks)
-    # Nothing of a call stays here that the caller has done with.
+    # No tensor of a call stays here after the caller has dropped it.
     graph, rank().graph = rank().graph, None
     assert graph is not None
     return graph
@@ -338,7 +338,7 @@ class _Step(torch.autograd.Function):
 
 
 def figures(ranks: int) -> dict[str, float]:
-    """Figures of each rank of the latest call, by name, and the bytes that all have sent."""
+    """Figures of each rank in the latest call, by name, and the bytes that all ranks have sent."""
     _tell("figures")
     every = rank().figures()[:ranks]
     found = {f"rank_{number}_{name}": each for number, own in enumerate(every) for name, each in own.items()}

@@ -1,8 +1,8 @@
-"""Sparse attention layers by their papers, in plain PyTorch, as wide as `DenseAttention`.
+"""Sparse attention layers by their papers, in plain PyTorch, with the width of `DenseAttention`.
 
-Each takes tokens `b n d` to `b n d`. Routers see the tokens as they are, in fp32 or more, whatever autocast says: many
+Each takes tokens `b n d` to `b n d`. Routers use unrounded tokens, in fp32 or more, even under autocast, because many
 scores of half precision are equal. Rows of a router are orthogonal at the start, so that `apart` can move the scores of
-one head and leave those of the others.
+one head without changing those of the others.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ MARGIN = 1e-3
 of it."""
 
 CHUNK_ELEMENTS = 2**27
-"""Elements of gathered keys that block attention holds at a time."""
+"""Most elements of gathered keys that block attention holds at a time."""
 
 
 class _Routed(nn.Module):
@@ -65,7 +65,7 @@ class MixtureOfSparseAttention(_Routed):
 
 
 class MixtureOfDepths(_Routed):
-    """Dense attention among the tokens that one router selects; others pass by: 2404.02258, section 3.4."""
+    """Dense attention among the tokens that one router selects; others bypass it: 2404.02258, section 3.4."""
 
     def __init__(
         self, attend: Attend, dim: int, heads: int, num_tokens: int, dim_head: int = 64, causal: bool = False
@@ -81,7 +81,7 @@ class MixtureOfDepths(_Routed):
 
 
 def apart(problem: Problem, num_tokens: int) -> Problem:
-    """Move tokens near the edge of a selection along their router, until no rounding changes what is selected."""
+    """Move tokens near the edge of a selection along their router, until no rounding changes the selection."""
     x, routers = (problem.inputs[name].double() for name in ("x", "router.weight"))
     scores = x @ routers.mT
     beyond = scores - scores.topk(num_tokens + 1, dim=1).values[:, -2:].mean(dim=1, keepdim=True)
@@ -92,8 +92,7 @@ def apart(problem: Problem, num_tokens: int) -> Problem:
 class NativeSparseAttention(nn.Module):
     """Gated sum of attention to means of blocks, to selected blocks and to a window: NSA, 2502.11089, section 3.3.
 
-    All heads share a key and a value. Means are in place of the paper's learned compression, as flash-linear-attention
-    has it.
+    All heads share a key and a value. Means replace the paper's learned compression, as in flash-linear-attention.
     """
 
     def __init__(self, attend: Callable[..., Tensor], dim: int, heads: int, dim_head: int = 64) -> None:
@@ -114,7 +113,7 @@ class NativeSparseAttention(nn.Module):
 
 
 class SharedKeyAttention(nn.Module):
-    """Attention of all heads to one key for each token, which is its value as well."""
+    """Attention of all heads to one key for each token, which is also its value."""
 
     def __init__(self, attend: Callable[[Tensor, Tensor], Tensor], dim: int, heads: int, dim_head: int = 64) -> None:
         super().__init__()
@@ -138,9 +137,9 @@ def to_blocks(query: Tensor, key: Tensor, value: Tensor, causal: bool, *, size: 
 
     Args:
         query, key, value: `b h n d`, of whole blocks.
-        causal: has to be true.
-        size: tokens of a block.
-        blocks: number of blocks that a query attends to, its own included.
+        causal: has to be True.
+        size: tokens per block.
+        blocks: number of blocks that a query attends to, including its own.
     """
     assert causal
     means = key.unflatten(2, (-1, size)).mean(dim=3)
@@ -161,8 +160,8 @@ def native_sparse(
         query: `b h n d`.
         key, value: `b 1 n d`, of whole blocks.
         gates: `3 b h n 1`, of the means, the selected blocks and the window.
-        size: tokens of a block.
-        blocks: number of blocks that a query attends to. The first, its own and the one before are among them.
+        size: tokens per block.
+        blocks: number of blocks that a query attends to. They include the first, its own and the one before.
         window: number of last keys that a query attends to.
     """
     mean_keys, mean_values = (each.unflatten(2, (-1, size)).mean(dim=3) for each in (key, value))
@@ -170,7 +169,7 @@ def native_sparse(
 
     def attend(part: Tensor, position: Tensor) -> Tensor:
         ended = (block + 1) * size <= position + 1
-        # Not minus infinity: before the first block has ended there is none to attend to, and its gradient were NaN.
+        # Not -inf: a query in the first block has no keys here, and its gradient would be NaN.
         logits = (scale * part @ mean_keys.mT).masked_fill(~ended, torch.finfo(part.dtype).min)
         weights = logits.softmax(dim=-1).masked_fill(~ended, 0.0)
         importance = weights.sum(dim=1, keepdim=True)
@@ -197,7 +196,7 @@ def to_selected(query: Tensor, key: Tensor, *, window: int, selected: int) -> Te
 
 
 def selection(position: Tensor, window: int, selected: int) -> Tensor:
-    """Places `i m` of keys before the windows of queries at positions `i 1`, evenly spread; -1 is none."""
+    """Places `i m` of keys before the windows of queries at positions `i 1`, evenly spread; -1 means none."""
     before, place = (position - window + 1).clamp(min=0), torch.arange(selected, device=position.device)
     spread = torch.where(before > selected, place * before // selected, place)
     return spread.masked_fill(place >= before, -1)
@@ -209,7 +208,7 @@ def attend_at(query: Tensor, key: Tensor, value: Tensor, places: Tensor) -> Tens
     Args:
         query: `b (g r) i d`.
         key, value: `b g j d`, for r heads each.
-        places: `b g i m`, at least one of which is not negative; negative ones are none.
+        places: `b g i m`, at least one of which is not negative; negative ones mean no key.
     """
     batch, group = (torch.arange(length, device=query.device) for length in key.shape[:2])
     at = batch[:, None, None, None], group[:, None, None], places.clamp(min=0)
@@ -220,7 +219,7 @@ def attend_at(query: Tensor, key: Tensor, value: Tensor, places: Tensor) -> Tens
 
 
 def _by_rows(attend: Callable[[Tensor, Tensor], Tensor], query: Tensor, key: Tensor, keys: int) -> Tensor:
-    """Attention of some queries at a time, each of which gathers so many keys. Gradients compute it again."""
+    """Attention of some queries at a time, each of which gathers its keys. The backward pass computes it again."""
     rows = max(1, CHUNK_ELEMENTS // (key.shape[0] * key.shape[1] * key.shape[3] * keys))
     positions = torch.arange(query.shape[2], device=query.device)[:, None].split(rows)
     parts = zip(query.split(rows, dim=2), positions, strict=True)
@@ -228,13 +227,13 @@ def _by_rows(attend: Callable[[Tensor, Tensor], Tensor], query: Tensor, key: Ten
 
 
 def _best(scores: Tensor, own: Tensor, blocks: int, *, always: tuple[int, ...], first: bool = False) -> Tensor:
-    """The best blocks up to the own one, by scores `... i m`; -1 where there are fewer.
+    """The best blocks up to a query's own, by scores `... i m`; -1 if there are fewer.
 
     Args:
         own: the blocks of the queries, `i 1`.
-        blocks: how many.
-        always: distances from the own block of those that are always among them.
-        first: the first block is, too.
+        blocks: number of blocks.
+        always: distances from the own block of blocks that are always included.
+        first: whether the first block is always included, too.
     """
     block = torch.arange(scores.shape[-1], device=scores.device)
     kept = torch.isin(own - block, torch.tensor(always, device=scores.device)) | (first & (block == 0))
@@ -255,7 +254,7 @@ def _last(position: Tensor, window: int) -> Tensor:
 
 
 def entmax(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-    """Attention `b h n d` with the 1.5-entmax in place of the softmax: 1905.05702. Its small weights are exactly 0."""
+    """Attention `b h n d` with the 1.5-entmax instead of the softmax: 1905.05702. Its small weights are exactly 0."""
     everywhere = torch.arange(key.shape[2], device=key.device)
 
     def attend(part: Tensor, position: Tensor) -> Tensor:
@@ -268,7 +267,7 @@ def entmax(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
 def entmax_15(logits: Tensor) -> Tensor:
     """Weights (x / 2 - t)^2 of the entries of `... n` above 2 t, with the t for which they sum to 1.
 
-    With the largest m entries above it, t is their mean minus the root of (1 - their squared distances from it) / m.
+    If the largest m entries are above it, t is their mean minus the root of (1 - their squared distances from it) / m.
     The right m is the last one for which the m-th entry is above its t.
     """
     half = logits / 2

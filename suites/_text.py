@@ -1,4 +1,4 @@
-"""Bytes to learn from: the Python source of installed packages, or a file or folder of the user."""
+"""Bytes for training: the Python source of installed packages, or a file or folder of the user."""
 
 import hashlib
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ PACKAGES = ("matplotlib", "networkx", "numpy", "pandas", "scipy", "sympy", "torc
 """Packages that this project or PyTorch needs, so that they are installed; `constraints.txt` pins them."""
 
 SPLITS = {"train": 0.9, "validation": 0.05, "test": 0.05}
-"""Shares of the corpus, of files by number, or of the bytes of a single file."""
+"""Shares of the corpus, by number of files, or by bytes of a single file."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Corpus:
     splits: dict[str, Tensor]
 
     digest: str
-    """Hash of the content; the names of files have no part in it."""
+    """Hash of the content, independent of file names."""
 
 
 @lru_cache(maxsize=1)
@@ -36,7 +36,7 @@ def corpus(path: Path | None) -> Corpus:
     single file is split in its order, as enwik8 is.
 
     Raises:
-        ValueError: there is nothing to read at the path, or too little for each split to have some.
+        ValueError: the path has no text, or too little for each split.
     """
     if path is not None and path.is_file():
         content = path.read_bytes()
@@ -46,7 +46,7 @@ def corpus(path: Path | None) -> Corpus:
     if empty := [name for name, part in splits.items() if not part]:
         where = "the Python source of installed packages" if path is None else path
         raise ValueError(f"--corpus must have data for each split, got {where}, where {', '.join(empty)} is empty")
-    # Writable, as PyTorch wants it.
+    # Writable, as PyTorch requires.
     tensors = {name: torch.from_numpy(np.frombuffer(bytearray(part), np.uint8)) for name, part in splits.items()}
     return Corpus(tensors, digest[:16])
 

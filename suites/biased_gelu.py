@@ -58,7 +58,7 @@ plain = activating(reference.biased_gelu)
 
 
 def cost(case: BiasedGeluCase, direction: str) -> Cost:
-    """Tokens read and the result written; then tokens and upstream gradient read and the gradient written."""
+    """Tokens read and the result written; then tokens and grad_output read and the gradient written."""
     entries, bias = case.rows * case.d * getattr(torch, case.dtype).itemsize, 4 * case.d
     return Cost(2 * entries + bias if direction == FORWARD else 5 * entries + 3 * bias)
 

@@ -41,8 +41,8 @@ class CombineCase(Case):
 
 
 def cases(preset: str, device: torch.device) -> list[CombineCase]:
-    """The sizes of the attention and feed-forward layers in colt5-attention's README; these have a null token, and
-    none."""
+    """The sizes of the attention and feed-forward layers in colt5-attention's README. The former has a null token, the
+    latter has none."""
     sizes, dtypes = (2, 32768, 1024, 512), ["autocast"]
     if preset == "smoke":
         sizes = (2, 96, 5, 24)
@@ -82,8 +82,8 @@ plain = combining(reference.combine)
 
 
 def cost(case: CombineCase, direction: str) -> Cost:
-    """All inputs read and the result written. Then the upstream gradient read, which is also the one of the residual,
-    and a gradient written for everything else."""
+    """All inputs read and the result written. Then grad_output read, which is also the gradient of the residual, and a
+    gradient written for everything else."""
     result, branch = case.wide.itemsize, case.of_branches.itemsize
     entries, routed = case.batch * case.n * case.d, case.batch * case.k * (case.d * branch + result)
     light, null = entries * branch, case.null * case.d * result

@@ -1,24 +1,25 @@
 """Layers of sequences that are sharded over several processes: strong and weak scaling, memory, and bytes sent.
 
-`torchrun --nproc-per-node=N bench.py --suite context_parallel` starts it. The first rank measures and writes; the
-others do their part of each call. Times are those of the first rank, from its word to the others until its own part is
-done. Its part of the output is compared with that of one process in fp64, and so is the gradient of its tokens, for a
-loss of these. Backward passes have the gradients of parameters too, which are summed over ranks.
+`torchrun --nproc-per-node=N bench.py --suite context_parallel` starts it. The first rank measures and writes records;
+the others compute their part of each call. Times are those of the first rank, from its command to the others until its
+own part is done. Its part of the output, and the gradient of its tokens for a loss of these, are compared with one
+process in fp64. Backward passes also compute the gradients of parameters, which are summed over ranks.
 
-Sequences on GPUs are so long that their fp64 answer takes more memory than a GPU has, or minutes. They are compared
-with one process that runs the same kernels in the same dtype. The problem of such a case is every so many-th token of
-the first rank: these get new values in each call, and are looked at. All other tokens stay where they are.
+For the long sequences on GPUs, the fp64 truth would need more memory than a GPU has, or minutes. They are compared with
+one process that runs the same kernels in the same dtype. The problem of such a case has every `every`-th token of the
+first rank: these get new values in each call, and are compared. All other tokens keep their values.
 
-Cases of one rank have the layer as it is, and no process group. `tokens` are those of a sequence on one rank. Where
-scaling is weak a sequence has so many for each rank, and as many times the routed ones.
+Cases of one rank have the layer without changes, and no process group. `tokens` are those of a sequence on one rank.
+With weak scaling, a sequence has this many for each rank, and routed tokens grow by the same factor.
 
-Beside self-attention is dense attention by PyTorch's context parallelism, in bf16, at lengths that it reaches.
+Next to self-attention is dense attention by PyTorch's context parallelism, in bf16, at lengths that are feasible for
+it.
 
-Metrics, of the latest call, its backward pass included if it has one:
+Metrics of the latest call, with its backward pass if it has one:
 
     rank_I_seconds             time of rank I for its passes: of its stream on a GPU, else of the host
-    rank_I_process_peak_bytes  most memory of rank I: of its allocator on a GPU, in this case; else of the process
-    rank_I_bytes_sent          by rank I to others within the layer; sums of parameters' gradients are not counted
+    rank_I_process_peak_bytes  peak memory of rank I: of its allocator on a GPU, in this case; else of the process
+    rank_I_bytes_sent          by rank I to others within the layer, without sums of parameters' gradients
     rank_I_sm_clock_mhz        clock of its GPU
     bytes_sent                 by all ranks
 """
@@ -55,10 +56,10 @@ from suites._ranks import WORLD, MakePart, Part
 from suites.peers import MOST_DENSE_PAIRS
 
 HEAVY_SHARE = 16
-"""One of so many tokens is routed, but of millions fewer."""
+"""Tokens per routed token; sequences of millions of tokens have fewer routed ones."""
 
 QUERY_SHARE = 64
-"""Memories of cross attention for each of its tokens."""
+"""Memory tokens of cross attention for each of its queries."""
 
 LONG = (
     ("router", "strong", 2**24),
@@ -72,29 +73,29 @@ LONG = (
 """Kind, scaling and tokens of the sequences on GPUs."""
 
 SHARE_OF_LONG, EVERY = 1024, 1021
-"""One of so many of their tokens is routed, and is of the problem. No block or window has the same places as another if
-the latter is a prime."""
+"""Tokens per routed token, and per token of the problem, for these sequences. The latter is a prime, so that its places
+differ between blocks and windows."""
 
 SAME = 1e-5
-"""Allowed error of an output beside that of the same kernels in one process, as a share of the largest."""
+"""Allowed error of an output relative to the same kernels in one process, as a share of the largest value."""
 
 
 @dataclass(frozen=True)
 class ParallelCase(LayerCase):
-    """A layer, the number of ranks, and the tokens that one rank has alone."""
+    """A layer, the number of ranks, and the number of tokens on a single rank."""
 
     kind: str
     scaling: str
     tokens: int
-    """Tokens of the sequence, or of a rank if scaling is weak; memories of cross attention."""
+    """Tokens of the sequence, or of a rank if scaling is weak; memory tokens of cross attention."""
 
     ranks: int
     dim: int
     heavy_share: int = HEAVY_SHARE
-    """One of so many tokens is routed."""
+    """Tokens per routed token."""
 
     every: int = 1
-    """The problem has one of so many tokens of the first rank. One that has all is judged in fp64."""
+    """Tokens of the first rank per token of the problem. If the problem has all of them, the truth is fp64."""
 
     dtype: str = "float32"
 
@@ -121,7 +122,7 @@ class ParallelCase(LayerCase):
 
     @property
     def is_long(self) -> bool:
-        """True if one process with kernels says what is right."""
+        """True if the truth comes from one process with kernels."""
         return self.every > 1
 
     def places(self, n: int) -> slice:
@@ -162,9 +163,9 @@ def _autoregressive(package: ModuleType, case: ParallelCase, use_triton: bool) -
 
 
 class Routed(nn.Module):
-    """A router alone: of each token that it routes the weight times the mean, and 0 of all others.
+    """A router alone: the weight times the mean for each routed token, and 0 for all others.
 
-    The result has a place for each token, and so a part for each rank, and is no larger than it has to be.
+    The result has a place for each token, so that it has a part for each rank, and is as small as possible.
     """
 
     def __init__(self, router: nn.Module, num_tokens: int) -> None:
@@ -175,13 +176,13 @@ class Routed(nn.Module):
         """Tokens `b n d` to `b n 1`."""
         n, routed = x.shape[1], self.router(x, num_tokens=self.num_tokens)
         means = routed.scores * routed.routed_tokens.mean(dim=-1)
-        # Past the end is no place.
+        # An index past the end is no place.
         places = x.new_zeros(x.shape[0], n + 1).scatter(1, routed.indices.clamp(max=n), means)
         return places[:, :n].unsqueeze(-1)
 
 
 def _router(package: ModuleType, case: ParallelCase, use_triton: bool) -> nn.Module:
-    """Without its straight-through weights, so that the output shows what they are."""
+    """The router without straight-through weights, so that the output shows the weights."""
     router = package.CoordinateDescentRouter(case.dim, straight_through=False, use_triton=use_triton)
     return Routed(router, case.routed)
 
@@ -196,9 +197,9 @@ MAKE = {
 
 
 def cases(preset: str, device: torch.device) -> list[ParallelCase]:
-    """From one rank to as many as there are, in powers of two."""
+    """From one rank to all ranks, in powers of two."""
     if WORLD > 1:
-        # The others wait for this before they can be told anything.
+        # The other ranks wait for this before they accept commands.
         _ranks.rank()
     counts = [2**power for power in range(WORLD.bit_length()) if 2**power <= WORLD]
     counts = counts if WORLD > 1 else [1, 2]
@@ -219,12 +220,12 @@ def cases(preset: str, device: torch.device) -> list[ParallelCase]:
 
 
 def directions(case: ParallelCase) -> Sequence[str]:
-    """Long sequences are there to be trained with."""
+    """Only training for long sequences."""
     return (FORWARD_BACKWARD,) if case.is_long else both_directions(case)
 
 
 def module_of(case: ParallelCase, use_triton: bool, device: torch.device) -> nn.Module:
-    """The layer, with the same parameters in each process, and of scores as narrow as those of other suites."""
+    """The layer, with the same parameters in each process, and with scores as in other suites."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = case.layer.make(reference, use_triton)
@@ -243,7 +244,8 @@ _held: WeakValueDictionary[Any, Tokens] = WeakValueDictionary()
 
 
 def held(case: ParallelCase, ranks: range, device: torch.device, dtype: torch.dtype) -> Tokens:
-    """Normally distributed tokens of some ranks, in their order. They are the same ones while somebody holds them."""
+    """Normally distributed tokens of some ranks, in their order. The same tensors are returned while they are in
+    use."""
     key = case, ranks, device, dtype
     tokens = _held.get(key)
     if tokens is None:
@@ -262,7 +264,7 @@ def _made(case: ParallelCase, ranks: range, device: torch.device, dtype: torch.d
 
 
 class _Placed(torch.autograd.Function):
-    """Tokens with some given ones among them."""
+    """Tokens, some of which are replaced by given ones."""
 
     @staticmethod
     def forward(ctx: Any, some: Tensor, tokens: Tensor, places: slice) -> Tensor:
@@ -277,7 +279,7 @@ class _Placed(torch.autograd.Function):
 
 
 def placed(case: ParallelCase, some: Mapping[str, Tensor], tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tokens of the first rank, and of others if they come after it, with those of the problem among them."""
+    """Tokens of the first rank, and of the ranks after it if included, with the problem's tokens in their places."""
     return {
         name: _Placed.apply(some[name], tokens[name], case.places(n)) for name, (_, n, _) in case.layer.inputs.items()
     }
@@ -290,7 +292,7 @@ def part(case: ParallelCase, group: ProcessGroup | None, device: torch.device, *
 
 
 def of_rank(case: ParallelCase, module: nn.Module, group: ProcessGroup | None, **more: Any) -> Part:
-    """A layer, and the tokens of a rank. Only the first has a loss, and gets its tokens with each call."""
+    """A layer, and the tokens of a rank. Only the first rank has a loss, and gets its tokens with each call."""
     rank = 0 if group is None else group.rank()
     if rank == 0:
         return Part(module, **more)
@@ -325,7 +327,7 @@ def metrics(case: ParallelCase, problem: Problem) -> Mapping[str, float]:
 
 
 def metrics_of_dense(case: ParallelCase, problem: Problem) -> Mapping[str, float]:
-    """All but bytes: PyTorch's context parallelism sends them in its own ways."""
+    """All metrics but bytes, which PyTorch's context parallelism sends by other functions."""
     return {name: each for name, each in metrics(case, problem).items() if "bytes_sent" not in name}
 
 
@@ -336,10 +338,10 @@ def too_long(case: ParallelCase, device: torch.device) -> str | None:
 
 
 def operation(judge: Callable[[ParallelCase, torch.device], nn.Module], dtype: torch.dtype) -> Operation[ParallelCase]:
-    """The first rank's output, by a layer in one process that has all tokens."""
+    """The first rank's output, from a layer in one process that has all tokens."""
 
     def plain(case: ParallelCase) -> Callable[..., Tensor]:
-        # With the first call, in which no operands are moved.
+        # Only for the first call, in which no operands are moved.
         tokens = cache(partial(held, case, range(case.ranks)))
 
         def function(**some: Tensor) -> Tensor:
@@ -394,12 +396,12 @@ def dense_part(case: ParallelCase, group: ProcessGroup | None, device: torch.dev
 
 @contextmanager
 def _in_a_ring(mesh: DeviceMesh) -> Iterator[None]:
-    """PyTorch's attention is of all ranks of a mesh while this lasts."""
+    """PyTorch's attention covers all ranks of a mesh within this context."""
     # The import takes longer than many cases.
     from torch.distributed.tensor.experimental import context_parallel
     from torch.distributed.tensor.experimental._attention import _cp_options
 
-    # The context wants a tensor to shard. Balance is for causal attention, and refused here.
+    # The context needs a tensor to shard. Load balancing is for causal attention only, and is refused here.
     nothing = torch.empty(mesh.size(), device=mesh.device_type)
     sharding: dict[str, Any] = {"buffers": [nothing], "buffer_seq_dims": [0], "no_restore_buffers": {nothing}}
     with patch.object(_cp_options, "enable_load_balance", False), context_parallel(mesh, **sharding):
@@ -418,7 +420,7 @@ def dense_missing(case: ParallelCase, device: torch.device) -> str | None:
 
 
 ROUTED = operation(lambda case, device: module_of(case, case.is_long, device), torch.float32)
-"""Millions of tokens by kernels."""
+"""Millions of tokens, with kernels."""
 
 DENSE = operation(
     lambda case, device: dense(case, attend_with_flash if case.is_long else attend_plainly, device), torch.bfloat16

@@ -37,7 +37,7 @@ MILESTONES = [
     DescentCase.at(1, 1048576, 20, DECAYING),
     DescentCase.at(4, 4194304, 20, DECAYING),
 ]
-"""The shapes whose times on an H200 the project is held to."""
+"""The shapes for which the project has targets of times on an H200."""
 
 BY_ITERATIONS = [DescentCase.at(1024, 4096, n_iters, CONSTANT) for n_iters in (5, 20, 100)]
 

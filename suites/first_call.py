@@ -1,6 +1,6 @@
 """The first training step of a layer, and its first steps at new lengths, with nothing compiled before.
 
-Each case has a process of its own, with an empty cache of Triton. Metrics are those of `steps`. Without a GPU they come
+Each case has its own process, with an empty cache of Triton. Metrics are those of `steps`. If there is no GPU they come
 from dry runs: kernels are counted, and none is compiled.
 """
 
@@ -37,12 +37,12 @@ ROOT = Path(__file__).parents[1]
 KINDS = ("attention", "feed_forward", "block", "autoregressive", "cross_attention")
 
 LENGTHS = 20
-"""New lengths, drawn between SHORTEST and LONGEST."""
+"""Number of new lengths, drawn between SHORTEST and LONGEST."""
 
 SHORTEST, LONGEST = 2048, 60000
 
 MOST_SECONDS = 300
-"""Seconds that the steps of a case may take."""
+"""Time limit in seconds for the steps of a case."""
 
 
 def cases(preset: str, device: torch.device) -> list[StepCase]:
@@ -73,9 +73,9 @@ def steps(case: StepCase, device: str) -> dict[str, float]:
     """Take steps at the length of the case and at new ones.
 
     Returns:
-        kernels: compiled for the first step. stalls: steps at new lengths that compile. later_kernels: what they
-        compile. On a GPU also first_seconds, of the first step, and longest_stall, the seconds of the longest of these
-        steps; 0 where there is none.
+        kernels: number compiled for the first step. stalls: steps at new lengths that compile. later_kernels: number of
+        kernels that these compile. On a GPU also first_seconds, of the first step, and longest_stall, the seconds of
+        the longest of these steps; 0 if there is none.
     """
     compiled: list[object] = []
     triton.knobs.runtime.jit_post_compile_hook = lambda **given: compiled.append(given)
@@ -96,7 +96,7 @@ def steps(case: StepCase, device: str) -> dict[str, float]:
 
 
 def _inputs(case: StepCase, length: int | None, device: str) -> dict[str, Tensor]:
-    """Tensors of the case, or of another length. On a CPU nobody touches their memory."""
+    """Tensors of the case, or of another length. On a CPU their memory is never accessed."""
     make = torch.randn if device == "cuda" else torch.empty
     shapes = {name: (b, length or n, d) for name, (b, n, d) in case.layer.inputs.items()}
     return {name: make(shape, device=device, requires_grad=True) for name, shape in shapes.items()}
@@ -116,7 +116,7 @@ def _on_a_gpu(layer: nn.Module) -> Callable[[dict[str, Tensor]], None]:
 
 
 def _without_a_gpu(layer: nn.Module) -> Callable[[dict[str, Tensor]], None]:
-    """Let Triton believe that it compiles. This process launches nothing that could notice."""
+    """Make Triton assume that it compiles. This process launches nothing, so it has no effect on results."""
     triton.compiler.compile = lambda *_, **__: object()
 
     def told(module: nn.Module, inputs: dict[str, Tensor]) -> list[Launch]:
@@ -125,7 +125,7 @@ def _without_a_gpu(layer: nn.Module) -> Callable[[dict[str, Tensor]], None]:
 
     def take_step(inputs: dict[str, Tensor]) -> None:
         with triton_for_cpu_tensors(), driver_for(90):
-            # A copy has no lengths before, and so none to come.
+            # A copy has no earlier lengths, and so no expected ones.
             own = told(copy.deepcopy(layer), inputs)
             compile_side_by_side(own, lambda: told(layer, inputs), device=-1)
 

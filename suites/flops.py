@@ -8,13 +8,13 @@ gives the sum; its terms, as read here, are
     light feed-forward    4 n d^2        light projections    n d^2
     heavy feed-forward    2 n d^2        heavy projections    9/32 n d^2      heavy attention    3/256 n^2 d
 
-which make 7.28 n d^2 + n^2 d / 85.3, the table's figures but for rounding. What is linear in n and in d or the window
-is in no formula: the light attention, the router, and the local attention of LongT5, which counts as `attention` here
-because one softmax is over both.
+whose sum is 7.28 n d^2 + n^2 d / 85.3, the table's figures except for rounding. No formula has the terms that are
+linear in n and in d or the window: the light attention, the router, and the local attention of LongT5, which counts as
+`attention` here because one softmax is over both.
 
-Nothing is computed: tensors are fake, of any size. What is gated is that the counted multiply-adds are exactly those
-that follow from the shapes of the layer. Metrics are each term over the one above, `total` over the formula of the
-table, `unlisted`, the share of the count that is in no formula, and `giga` multiply-adds.
+Nothing is computed: tensors are fake, of any size. The accuracy gate checks that the counted multiply-adds are exactly
+those that follow from the shapes of the layer. Metrics are each term divided by the one above, `total` divided by the
+formula of the table, `unlisted`, the share of the count that is in no formula, and `giga` multiply-adds.
 """
 
 from collections import Counter
@@ -48,7 +48,7 @@ from suites._descent import implementations
 DIM_HEAD = 64
 RADIUS = 127
 GLOBAL_BLOCK = 16
-"""Tokens that a global token of LongT5 is the sum of (2112.07916, section 3.1.2)."""
+"""Tokens that a global token of LongT5 sums (2112.07916, section 3.1.2)."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ def longt5(case: FlopsCase) -> nn.Module:
 
 
 def _on_a_gpu(qkv: Tensor, **options: Any) -> Tensor:
-    """The kernel, which counts pairs within reach; a CPU tensor would get the definition."""
+    """The kernel, which counts pairs within reach; for a CPU tensor the definition would be used."""
     with triton_for_cpu_tensors():
         return windowed_attention(qkv, **options)
 
 
 class _AttentionFlops(TorchFunctionMode):
-    """Counts what attention takes within each module."""
+    """Counts the operations of attention within each module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ def _colt5_terms(of_all: Counter[str], of_attention: Counter[str]) -> dict[str, 
 
 
 def _colt5_expected(case: FlopsCase, use_triton: bool = False) -> dict[str, int]:
-    """Plain PyTorch looks at all of a window and its neighbours, the kernel is counted by the pairs in reach."""
+    """Plain PyTorch computes whole windows and their neighbours; the kernel counts only pairs in reach."""
     n, d, light, heavy = case.n, case.dim, case.heads // 4 * DIM_HEAD, (case.heads - case.heads // 4) * DIM_HEAD
     q, kv = n // 16, n // 8
     light_pairs = pairs_in_reach(n, RADIUS, False) if use_triton else ceil(n / RADIUS) * RADIUS * 3 * RADIUS
@@ -221,7 +221,7 @@ def _colt5_expected(case: FlopsCase, use_triton: bool = False) -> dict[str, int]
         "heavy_feed_forward": 2 * q * d * 16 * d,
         "light_projections": 4 * n * d * light,
         "heavy_projections": 2 * q * d * heavy + 2 * kv * d * heavy,
-        # A learned key comes to those that are routed.
+        # A learned key is added to the routed ones.
         "heavy_attention": 2 * q * (kv + 1) * heavy,
         "light_attention": 2 * light_pairs * light,
         "routing": 3 * n * d,
@@ -250,7 +250,7 @@ def _dense_terms(of_all: Counter[str], of_attention: Counter[str]) -> dict[str, 
 
 
 def _dense_expected(keys: Callable[[FlopsCase], int], sums: Callable[[FlopsCase], int]) -> Any:
-    """Terms of a layer in which each query has so many keys. So many sums are projected to some of the keys."""
+    """Terms of a layer in which each query has `keys` keys, some of which are projected from sums."""
     return lambda case: {
         "feed_forward": 8 * case.n * case.dim**2,
         "projections": 4 * case.n * case.dim**2,
@@ -260,7 +260,7 @@ def _dense_expected(keys: Callable[[FlopsCase], int], sums: Callable[[FlopsCase]
 
 
 def _dense_paper(per_pair: float) -> Callable[[FlopsCase], dict[str, float]]:
-    """12 n d^2 and so many n^2 d."""
+    """The formula of 12 n d^2 and a multiple of n^2 d."""
     return lambda case: {
         "feed_forward": 8 * case.n * case.dim**2,
         "projections": 4 * case.n * case.dim**2,
@@ -301,7 +301,7 @@ LONGT5 = Accounting(
 
 
 def problem(case: FlopsCase, device: torch.device) -> Problem:
-    """Nothing: the tensors that are counted with are fake."""
+    """Empty, because the counted tensors are fake."""
     return Problem({}, torch.empty(0), ())
 
 

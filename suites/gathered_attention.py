@@ -1,4 +1,4 @@
-"""Attention of windows to what is routed of the tokens before them, by the length of the sequence.
+"""Attention of windows to tokens routed from those before them, by the length of the sequence.
 
 Lists are the tokens with the largest of normally distributed scores, as autoregressive attention selects them; the
 projections and the routing of that layer are not part of it. `sdpa` is PyTorch's scaled_dot_product_attention on a copy
@@ -25,15 +25,15 @@ from suites._ours import by_kernels, guest
 
 @dataclass(frozen=True)
 class GatheredCase(Case):
-    """Windows of `batch` sequences of n tokens, all but the first, with queries routed in each."""
+    """Windows of `batch` sequences of n tokens, except the first, with queries routed in each."""
 
     batch: int
     n: int
     window: int
-    """Tokens of a window."""
+    """Tokens per window."""
 
     queries: int
-    """Queries of a window."""
+    """Queries per window."""
 
     selected: int
     """Tokens before a window that each route selects for it."""
@@ -49,7 +49,7 @@ class GatheredCase(Case):
 
     @property
     def pairs(self) -> int:
-        """Pairs of a query and a key, over all heads, the learned key included."""
+        """Pairs of a query and a key, over all heads, including the learned key."""
         listed = sum(min(self.selected, self.window * window) + 1 for window in range(1, self.windows + 1))
         return self.batch * self.heads * self.queries * listed
 
@@ -92,7 +92,7 @@ DIFFERENTIABLE = ("query", "key_value", "weights", "null_kv")
 
 
 def _prefixes(case: GatheredCase, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest scores before each window, `b w r s`, and which there are."""
+    """The largest scores before each window, `b w r s`, and a mask of valid ones."""
     indices, mask = [], []
     for window in range(1, case.windows + 1):
         before = torch.arange(case.n, device=scores.device) < window * case.window
@@ -135,10 +135,10 @@ def truth(case: GatheredCase, problem: Problem, direction: str) -> Truth:
 
 
 def cost(case: GatheredCase, direction: str) -> Cost:
-    """All inputs read and the output written; then these and the upstream gradient again, and a gradient for each.
+    """All inputs read and the output written; then these and grad_output again, and a gradient for each.
 
     A pair of query and key costs two products of the head dimension, four more in the backward pass, and an
-    exponential, which has to be computed again: nothing can keep them all.
+    exponential, which is computed again because all of them would not fit into memory.
     """
     size, windows = getattr(torch, case.dtype).itemsize, case.batch * case.windows
     queries = size * windows * case.heads * case.queries * case.dim_head

@@ -1,7 +1,7 @@
 """Every layer of colt5-attention. Sizes are those of the examples in its README, and of the models of the CoLT5 paper.
 
-Beside them are the dense layers in whose place they stand, as wide as the heavy branch. These compute something else,
-with weights of their own, and each is judged by its own fp64 answer.
+Next to them are the dense layers that they replace, with the width of the heavy branch. These compute something else,
+with separate weights, and each is judged by its own fp64 truth.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ from suites.peers import COLT5_LAYER_PLAIN, COLT5_LAYER_TRITON, DENSE, DENSE_FLA
 
 
 class Encoder(NamedTuple):
-    """The layers of an encoder: sizes, and how many tokens are routed."""
+    """The layers of an encoder: sizes, and numbers of routed tokens."""
 
     batch: int
     n: int
@@ -83,7 +83,7 @@ ENCODERS = {
 
 
 class Example(NamedTuple):
-    """Sizes of the other examples in colt5-attention's README, and by how much they are smaller here."""
+    """Sizes of the other examples in colt5-attention's README, and the factors by which they are smaller here."""
 
     context: int
     side: int
@@ -110,10 +110,10 @@ AUTOREGRESSIVE = {
 """The document's example, smaller and longer ones: sequences, their length and dim."""
 
 LONGEST_AT_ONCE = 8192
-"""Tokens of an autoregressive layer whose windows can all be routed at once in fp64."""
+"""Most tokens of an autoregressive layer whose windows can all be routed at once in fp64."""
 
 ONLY_FORWARD = {"document-1m"}
-"""Models that are too long to be trained with."""
+"""Models that are too long for training."""
 
 
 def feed_forward(model: str) -> Layer:
@@ -156,7 +156,7 @@ def attention(model: str) -> Layer:
 
 
 GAP = 0.02
-"""Least distance of the scores of routed tokens from the others, where rounding reaches them. It is some 80 times the
+"""Least distance of the scores of routed tokens from the others, if rounding affects them. It is some 80 times the
 error of bf16 for a score of standard deviation 0.25."""
 
 
@@ -168,9 +168,10 @@ def _attended(block: nn.Module) -> Callable[..., Tensor]:
 
 
 def _apart(layer: Layer, problem: Problem) -> Problem:
-    """Move tokens near the edge of the selection of a feed-forward layer. Along its routing token, their scores get to
-    GAP from the edge. Its scores are of what attention gives, in bf16 under autocast: a token that is routed here and
-    not there differs by all that the heavy branch adds, and says nothing about rounding."""
+    """Move tokens near the edge of the selection of a feed-forward layer. They move along its routing token, until
+    their scores are at GAP from the edge. Its scores depend on the result of attention, in bf16 under autocast. A token
+    that is routed in one implementation but not in another differs by the whole heavy branch, which shows nothing about
+    rounding."""
     wide = {name: each.double() if each.is_floating_point() else each for name, each in problem.inputs.items()}
     token, x = wide["conditional_ff.router.routing_token"], wide["x"]
     block = without_memory(lambda: layer.make(reference, False))
@@ -328,7 +329,7 @@ LAYERS: dict[str, Callable[[str], Layer]] = {
 OF_AN_ENCODER = ("feed_forward", "attention", "block")
 
 WITHOUT_PRODUCTS = ("router", "cross_attention")
-"""Layers of which most is routing, in fp32 under autocast too."""
+"""Layers that mostly route, in fp32 also under autocast."""
 
 
 @dataclass(frozen=True)

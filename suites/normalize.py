@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm for a linear layer to come next, beside PyTorch's and Liger's own with a conversion."""
+"""RMSNorm and LayerNorm as inputs of a linear layer, compared with PyTorch's and Liger's own with a conversion."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ plain = normalizing(reference.normalize)
 
 
 def in_torch(case: NormalizeCase) -> Callable[..., Tensor]:
-    """PyTorch's kernel adds its epsilon to the mean square; what is used here is too small to show."""
+    """PyTorch's kernel adds its epsilon to the mean square; the epsilon here is too small to matter."""
 
     def function(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if case.center:
@@ -91,7 +91,7 @@ def in_torch(case: NormalizeCase) -> Callable[..., Tensor]:
 
 
 def by_liger(case: NormalizeCase) -> Callable[..., Tensor]:
-    """Liger's kernels add the epsilon as PyTorch's do. In fp32 inside, as all others are here."""
+    """Liger's kernels add the epsilon as PyTorch's do. They compute in fp32, like all others here."""
     functional = import_module("liger_kernel.transformers.functional")
 
     def function(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -105,7 +105,7 @@ def by_liger(case: NormalizeCase) -> Callable[..., Tensor]:
 
 
 def cost(case: NormalizeCase, direction: str) -> Cost:
-    """Tokens read and the result written; then tokens and upstream gradient read and the gradient written."""
+    """Tokens read and the result written; then tokens and grad_output read and the gradient written."""
     size, result = (getattr(torch, dtype).itemsize for dtype in (case.dtype, case.result))
     entries, parameters = case.rows * case.d, size * case.d * (1 + case.center)
     forward = entries * (size + result) + parameters

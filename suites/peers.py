@@ -1,4 +1,4 @@
-"""Other people's implementations, each of them optional, and PyTorch's dense layers."""
+"""Peers, each of them optional, and PyTorch's dense layers."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -54,7 +54,7 @@ COLT5_TRITON = Implementation[DescentCase](
 COLT5_TRITON_SEGMENTED = Implementation[DescentCase](
     "colt5_triton_segmented", lambda case: in_triton(case, segments_of(case)), in_triton_missing, bound=lenient
 )
-"""With segments of five iterations, which takes more memory and less time."""
+"""Segments of five iterations, which take more memory and less time."""
 
 
 def _colt5_layer(case: LayerCase, use_triton: bool) -> Callable[..., Tensor]:
@@ -87,11 +87,11 @@ COLT5_LAYER_TRITON = Implementation[LayerCase](
 )
 
 MOST_DENSE_PAIRS = {"cuda": 2**34, "cpu": 2**24}
-"""Pairs of query and key that dense attention is tried with, by type of device."""
+"""Most pairs of query and key for dense attention, by type of device."""
 
 
 def _dense_layer(case: LayerCase, dtype: str | None) -> tuple[Layer, Callable[[Attend], nn.Module]]:
-    """The shapes that the dense layer is called with, and what makes it. It has no mask."""
+    """The shapes of the dense layer's arguments, and its constructor. It has no mask."""
     layer = case.layer
     assert layer.dense is not None
     return replace(layer, masks={}, dtype=dtype or layer.dtype), layer.dense
@@ -103,7 +103,7 @@ def _dense(case: LayerCase, attend: Attend, dtype: str | None = None) -> Callabl
 
 
 def _dense_operation(dtype: str | None = None) -> Operation[LayerCase]:
-    """The dense layer, with weights of its own; in the dtype of the case by default."""
+    """The dense layer with its own weights, by default in the dtype of the case."""
 
     def problem(case: LayerCase, device: torch.device) -> Problem:
         layer, make = _dense_layer(case, dtype)
@@ -140,7 +140,7 @@ DENSE = Implementation[LayerCase](
     bound=lenient,
     operation=_dense_operation(),
 )
-"""In the dtype of the case, with the attention that PyTorch picks."""
+"""The dense layer in the dtype of the case, with the attention that PyTorch picks."""
 
 DENSE_FLASH = Implementation[LayerCase](
     "dense_flash",
@@ -148,16 +148,16 @@ DENSE_FLASH = Implementation[LayerCase](
     _flash_missing,
     operation=_dense_operation("bfloat16"),
 )
-"""In bf16 whatever the dtype of the case, judged by fp64 on the inputs rounded to bf16."""
+"""The dense layer in bf16 for any dtype of the case, judged by fp64 on the inputs rounded to bf16."""
 
 
 def not_installed(module: str, package: str, *, gpu: bool) -> Callable[[Case, torch.device], str | None]:
-    """Why a package cannot be measured, or None.
+    """Reason why a package cannot be measured, or None.
 
     Args:
-        module: what is imported.
-        package: what is installed.
-        gpu: it runs on a GPU only.
+        module: name of the imported module.
+        package: name of the installed package.
+        gpu: True if it runs only on a GPU.
     """
 
     def missing(case: Case, device: torch.device) -> str | None:
@@ -186,9 +186,9 @@ def attend_with_adasplash(query: Tensor, key: Tensor, value: Tensor, causal: boo
 
 
 def native_sparse_with_fla(size: int, blocks: int, window: int) -> Callable[..., Tensor]:
-    """As `suites._sparse.native_sparse`. The window is FlexAttention's: fla's own needs flash-attn."""
+    """The same as `suites._sparse.native_sparse`. The window uses FlexAttention: fla's own needs flash-attn."""
     parallel_nsa = import_module("fla.ops.nsa").parallel_nsa
-    # A function is compiled for a few sets of arguments only.
+    # A function is compiled for only a few sets of arguments.
     torch.compiler.reset()
     flex = torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
@@ -215,7 +215,7 @@ def native_sparse_with_fla(size: int, blocks: int, window: int) -> Callable[...,
 
 
 def to_blocks_with_fla(query: Tensor, key: Tensor, value: Tensor, causal: bool, *, size: int, blocks: int) -> Tensor:
-    """As `suites._sparse.to_blocks`, of one sequence."""
+    """The same as `suites._sparse.to_blocks`, for one sequence."""
     assert causal
     length = query.shape[2]
     attended = import_module("fla.ops.moba").parallel_moba(
@@ -229,7 +229,8 @@ def to_blocks_with_fla(query: Tensor, key: Tensor, value: Tensor, causal: bool, 
 
 
 def to_selected_with_attn_gym(query: Tensor, key: Tensor, places: Tensor, *, window: int) -> Tensor:
-    """As `suites._sparse.to_selected`, with the places `i m` of the selected keys. On a CPU it is plain PyTorch."""
+    """The same as `suites._sparse.to_selected`, with the places `i m` of the selected keys. On a CPU it is plain
+    PyTorch."""
     gather_attn = import_module("attn_gym.sparse.gather_attn").gather_attn
     places = places.expand(len(query), -1, -1).contiguous()
     impl = "fused" if query.is_cuda else "reference"

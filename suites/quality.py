@@ -1,26 +1,26 @@
-"""Bits per byte that attention layers reach in training, on text and where an answer lies far back.
+"""Bits per byte of attention layers after training, on text and on tasks whose answer is far back.
 
-Each run trains a small decoder of bytes, whose blocks differ in their attention alone. Attention has no positions of
-its own, so a causal convolution of 4 bytes stands before it; `light_rotary` and `rotary` have rotary position embedding
-in place of the convolution. Tasks:
+Each run trains a small decoder of bytes; the blocks differ only in their attention. Attention has no positions, so a
+causal convolution of 4 bytes comes before it; `light_rotary` and `rotary` have rotary position embedding instead of the
+convolution. Tasks:
 
     text    the next byte of the corpus, at every position
-    recall  the value that a key had at least `distance` bytes before, among random bytes (MQAR: Zoology, 2312.04927)
-    needle  a number that a line of the text said exactly `distance` bytes before
+    recall  the value of a key, at least `distance` bytes before, among random bytes (MQAR: Zoology, 2312.04927)
+    needle  a number that a line of the text stated exactly `distance` bytes before
 
-Metrics, on the test split unless it is said otherwise:
+Metrics, on the test split unless stated otherwise:
 
     bits_per_byte      cross entropy of the bytes that count, in bits
     accuracy           share of these that are the most likely byte
     leak               largest change of a logit when only later bytes change: 0 for a causal model, or rounding
     validation_*       the same two on the validation split, at the last evaluation
-    seconds            time of all training steps, host and device together, evaluations left out
-    router_gradient    norm of the gradient of all routing tokens over that of all parameters
+    seconds            time of all training steps, host and device together, without evaluations
+    router_gradient    norm of the gradient of all routing tokens, divided by that of all parameters
     changed            share of routed keys and values that were not routed at the evaluation before
-    overlap            share of the tokens of a route that another route of the layer has, too
-    position_entropy   entropy in bits of where in the sequence routed tokens are, over 64 parts of it: at most 6
+    overlap            share of the tokens of a route that another route of the layer has selected, too
+    position_entropy   entropy in bits of the positions of routed tokens, in 64 parts of the sequence: at most 6
 
-The curves `position` and `bits_by_position` give bits per byte from each position on until the next.
+The curves `position` and `bits_by_position` give bits per byte from each position to the next.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ from suites._text import corpus
 BYTES = 256
 SEEDS = (1, 2, 3)
 EVALUATIONS = 10
-"""Most of a run, which has at least 8 steps between two."""
+"""Most evaluations of a run, with at least 8 steps between two."""
 
 VALIDATION_BATCHES, TEST_BATCHES = 2, 8
 POSITION_PARTS = 64
@@ -65,7 +65,7 @@ class QualityCase(Case):
     """Bytes of a sequence."""
 
     distance: int
-    """Bytes from where the answer is said to where it is asked for; 0 for text."""
+    """Bytes from the answer to the question; 0 for text."""
 
     layers: int
     dim: int
@@ -81,7 +81,7 @@ class QualityCase(Case):
 
 
 class Batch(NamedTuple):
-    """Bytes `b n` and the next ones, int64; those that do not count are `IGNORED`."""
+    """Bytes `b n` and the next ones, int64; bytes that do not count are `IGNORED`."""
 
     inputs: Tensor
     targets: Tensor
@@ -91,7 +91,7 @@ class Batch(NamedTuple):
 
 
 def text(case: QualityCase, content: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Bytes from anywhere, all of which count."""
+    """Bytes from random places, all of which count."""
     if len(content) <= case.n:
         raise ValueError(f"--corpus must have more than n = {case.n} bytes in each split, got {len(content)}")
     starts = torch.randint(len(content) - case.n, (case.batch,), generator=generator)
@@ -100,14 +100,14 @@ def text(case: QualityCase, content: Tensor, generator: torch.Generator) -> tupl
 
 
 PAIRS, SYMBOLS = 32, 64
-"""Pairs of a sequence, and bytes that keys and values are each drawn from."""
+"""Pairs per sequence, and the number of different bytes for keys and for values."""
 
 
 def recall(case: QualityCase, content: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Pairs of key and value, and at the end all keys again in another order, with their values.
 
-    No key comes twice among the pairs. Keys are below SYMBOLS, values below 2 SYMBOLS, all other bytes above. A key is
-    asked for no nearer than `distance` bytes behind its first place.
+    No key is twice among the pairs. Keys are below SYMBOLS, values below 2 SYMBOLS, all other bytes above. A key is
+    asked for at least `distance` bytes behind its first place.
     """
 
     def permutations(count: int) -> Tensor:
@@ -131,7 +131,7 @@ LINE, DIGITS = b"\n# the number is ", 8
 
 
 def needle(case: QualityCase, content: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Text, a line in it that says a number, and the same line at the end."""
+    """Text with a line that states a number, and the same line at the end."""
     sequences, counts = text(case, content, generator)
     number = torch.randint(ord("0"), ord("9") + 1, (case.batch, DIGITS), generator=generator)
     line = torch.cat((torch.tensor(list(LINE)).expand(case.batch, -1), number), dim=1)
@@ -151,7 +151,7 @@ TASKS: Mapping[str, Callable[[QualityCase, Tensor, torch.Generator], tuple[Tenso
 
 
 def draw(case: QualityCase, content: Tensor, *what: object) -> Batch:
-    """The batch that is called so, of a split."""
+    """A batch of a split, by name."""
     digest = hashlib.sha256(repr((case.task, case.n, case.distance, case.batch, *what)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     sequences, counts = TASKS[case.task](case, content, generator)
@@ -162,7 +162,7 @@ def draw(case: QualityCase, content: Tensor, *what: object) -> Batch:
 
 
 class CausalConvolution(nn.Module):
-    """Each feature of a token from those of the token itself and the 3 before it."""
+    """Each feature of a token is computed from that of the token itself and of the 3 before it."""
 
     def __init__(self, dim: int, width: int = 4) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class DenseAttention(nn.Module):
 
 
 class RandomRoutes(nn.Module):
-    """A routed layer that selects at random, another choice at each call."""
+    """A routed layer that selects at random, differently in each call."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -220,10 +220,10 @@ class Decoder(nn.Module):
     """Bytes `b n` to logits `b n 256` of the next ones.
 
     Args:
-        attentions: of the blocks.
+        attentions: one for each block.
         dim: size of a token.
         hidden: size of a token within the feed-forward layers.
-        convolves: whether a convolution stands before each attention.
+        convolves: whether a convolution comes before each attention.
         autocasts: whether to compute under autocast to bf16, on a GPU.
     """
 
@@ -273,7 +273,7 @@ def routed(case: QualityCase, causal: bool = True, **options: Any) -> nn.Module:
 
 
 def frozen(case: QualityCase) -> nn.Module:
-    """Routing tokens stay as they were drawn."""
+    """Routing tokens keep their initial values."""
     layer = routed(case, init="zero")
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(not name.endswith("routing_token"))
@@ -283,11 +283,12 @@ def frozen(case: QualityCase) -> nn.Module:
 def decoder(
     case: QualityCase, *attentions: Attention, parameters_of: Attention | None = None, **options: bool
 ) -> Decoder:
-    """A decoder whose layers have these attentions in turn.
+    """A decoder whose layers alternate between these attentions.
 
     Args:
-        parameters_of: makes the feed-forward layers so wide that there are as many parameters as with this attention.
-        options: of the decoder.
+        parameters_of: an attention; feed-forward layers get the width that gives the same number of parameters as with
+            it.
+        options: options of the decoder.
     """
     layers = [attentions[index % len(attentions)](case) for index in range(case.layers)]
     hidden = 4 * case.dim
@@ -306,11 +307,11 @@ def trainee(name: str, *attentions: Attention, **options: Any) -> Trainee[Qualit
 
 
 LONG_RUN = 1000
-"""Steps after which small errors of gradients would have led elsewhere."""
+"""Number of steps after which small errors of gradients would have a visible effect."""
 
 
 def in_full_precision(name: str, attention: Attention) -> Trainee[QualityCase]:
-    """A decoder in fp32 throughout, for the question whether kernels and bf16 change how a model trains."""
+    """A decoder that computes only in fp32, to see whether kernels and bf16 change the training of a model."""
 
     def unavailable(case: QualityCase, device: torch.device) -> str | None:
         if case.task == "text" and case.steps >= LONG_RUN:
@@ -343,22 +344,23 @@ TRAINEES = (
     in_full_precision("zero_fp32", ZERO),
     in_full_precision("zero_plain", partial(ZERO, use_triton=False)),
 )
-"""`light_wide` has as many parameters as `zero`. All from `cosine` on are `zero` with another option, but for
-`light_rotary`. `noncausal` routes queries as published, by all of their window, and so sees what comes later.
-`zero_fp32` runs kernels in fp32, and `zero_plain` runs plain PyTorch, in long runs. If gradients are right, both train
-as `zero` does, within the noise of seeds."""
+"""`light_wide` has as many parameters as `zero`. All from `cosine` on are `zero` with another option, except
+`light_rotary`. `noncausal` routes queries as published, by their whole window, and so uses later bytes. `zero_fp32`
+runs kernels in fp32, and `zero_plain` runs plain PyTorch, in long runs. If gradients are right, both train as `zero`
+does, within the noise of seeds."""
 
 
 # Training and its figures.
 
 
 LEARNING_RATE, WARM_UP = 3e-3, 0.1
-"""Highest learning rate of a model of width 64, and share of the steps until it is reached. A cosine leads to 0."""
+"""Highest learning rate of a model of width 64, and share of the steps until it is reached. Then it decays to 0 as a
+cosine."""
 
 
 @dataclass
 class Run:
-    """A model in training on a case, and what is measured of it."""
+    """A model in training on a case, and its figures."""
 
     case: QualityCase
     model: Decoder
@@ -375,7 +377,7 @@ class Run:
             return self.model(inputs.to(self.device)).float()
 
     def losses(self, batch: Batch) -> Tensor:
-        """Cross entropy `b n` in nats, 0 where it does not count."""
+        """Cross entropy `b n` in nats, 0 for bytes that do not count."""
         logits = self.logits(batch.inputs)
         return F.cross_entropy(logits.mT, batch.targets.to(self.device), ignore_index=IGNORED, reduction="none")
 
@@ -416,7 +418,7 @@ class Run:
 
     @torch.no_grad()
     def leak(self) -> float:
-        """Largest change of a logit before the middle of the last window, from which on all bytes change."""
+        """Largest change of a logit before the middle of the last window, if all bytes from there on change."""
         inputs = next(self.batches("test", 1)).inputs
         start = self.case.n - self.case.window // 2
         other = inputs.clone()
@@ -442,7 +444,7 @@ class Run:
         routed = torch.stack([self.routed(layer, x, random) for layer, x in zip(layers, inputs, strict=True)])
         before, self.memory["routed"] = self.memory.get("routed"), routed
         figures = {"router_gradient": share, "position_entropy": _position_entropy(routed)}
-        # A value at each evaluation, as curves have.
+        # One value per evaluation, like the curves.
         figures["changed"] = 1.0 if before is None else 1 - ((routed & before).sum() / routed.sum()).item()
         if routed.shape[2] > 1:
             figures["overlap"] = _overlap(routed)
@@ -461,7 +463,7 @@ class Run:
 
 @contextmanager
 def _inputs_of(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """The tokens that each layer is called with, in the order of the calls."""
+    """The input tokens of each layer, in the order of the calls."""
     inputs: list[Tensor] = []
     hooks = [each.register_forward_pre_hook(lambda layer, args: inputs.append(args[0].detach())) for each in layers]
     try:
@@ -522,13 +524,13 @@ def course(case: QualityCase, trainee: Trainee[QualityCase], device: torch.devic
 
 
 def far(task: str, distance: int) -> tuple[str, int, int]:
-    """A task, the length that its sequences need, a multiple of 64, and the distance."""
+    """A task, the length of its sequences, which must be a multiple of 64, and the distance."""
     needed = distance + (4 * PAIRS if task == "recall" else 2 * (len(LINE) + DIGITS))
     return task, 64 * ceil(needed / 64), distance
 
 
 def cases(preset: str, device: torch.device) -> list[QualityCase]:
-    """Tokens of a batch are as many at each length."""
+    """The number of tokens per batch is the same at each length."""
     sizes: dict[str, Any]
     if preset == "smoke":
         tasks = [("text", 128, 0), far("recall", 64), far("needle", 64)]

@@ -1,7 +1,7 @@
-"""Routing from tokens to tokens: scores, their relaxed top-k, selection and gathering, and the gradient of it all.
+"""Routing from tokens to tokens: scores, their relaxed top-k, selection and gathering, and their gradient.
 
-What is compared is the sum of the routed tokens of each route times their weights, in which the order of what has been
-selected does not show: two of almost equal scores may change places by rounding.
+The compared result is the sum of the routed tokens of each route times their weights. It does not depend on the order
+of selected tokens, because rounding may exchange two of almost equal scores.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class RouteCase(Case):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of every implementation, beside the tokens."""
+        """Arguments of every implementation, besides the tokens."""
         each = self.k // (1 if self.block_size is None else self.n // self.block_size)
         return {
             "num_selected": each,

@@ -23,10 +23,10 @@ ROUTES, WINDOW, SELECTED = 2, 128, 1024
 
 @dataclass(frozen=True)
 class PrefixCase(DescentCase):
-    """Coordinate descent on every prefix of a number of windows, of which 8 / 9 k entries are selected."""
+    """Coordinate descent on the prefixes of all windows, each of which selects 8 / 9 k entries."""
 
     batch: int
-    """`rows` of scores are those of so many sequences."""
+    """`rows` is the number of sequences of scores."""
 
     window_size: int
 
@@ -52,8 +52,8 @@ def cases(preset: str, device: torch.device) -> list[PrefixCase]:
 
 
 def directions(case: PrefixCase) -> tuple[str, ...]:
-    """Both directions, but only forward above 131072 tokens. For a million tokens, the answer alone for the gradient
-    would take hours."""
+    """Both directions, but only forward above 131072 tokens. For a million tokens, the truth of the gradient would take
+    hours."""
     return (FORWARD,) if case.n > 131072 else both_directions(case)
 
 
@@ -76,7 +76,7 @@ plain = weights(reference.route_prefixes)
 
 
 def in_masked_rows(case: PrefixCase) -> Callable[..., Tensor]:
-    """As the plain layer does it: the scores once for each window, with a mask."""
+    """The method of the plain layer: scores copied for each window, with a mask."""
 
     def select(scores: Tensor) -> Tensor:
         lengths = torch.arange(case.window_size, case.n, case.window_size, device=scores.device)
@@ -111,8 +111,8 @@ def cost(case: PrefixCase, direction: str) -> Cost:
     """Scores read, and an index and a weight written for each selected entry. Then the gradient of the weights, indices
     and scores read, and the gradient of the scores written.
 
-    An exponential for each entry and temperature, which prefixes can share, and one for each weight; and as many again.
-    Adding them up, for each prefix and iteration, takes longer than all this and is not counted here.
+    An exponential for each entry and temperature, which prefixes can share, and one for each weight; and the same
+    again. Adding them up, for each prefix and iteration, takes longer than all this and is not counted here.
     """
     _, *later, _ = case.temperatures()
     entries = case.rows * case.n
@@ -125,7 +125,7 @@ def cost(case: PrefixCase, direction: str) -> Cost:
 
 
 def promised(case: PrefixCase, tensor: str, expected: Tensor, tolerance: Tolerance) -> Tolerance:
-    """The bound of our own kernels on weights; a gradient sums up those of all windows."""
+    """The bound of our own kernels for weights; a gradient sums up those of all windows."""
     return tolerance.at_most(_descent.FORWARD_BOUND) if tensor == "output" else tolerance
 
 

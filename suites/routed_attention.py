@@ -20,7 +20,7 @@ from suites._ours import by_kernels, guest
 
 @dataclass(frozen=True)
 class RoutedAttentionCase(Case):
-    """n routed queries of each of `batch` sequences attend to as many routed keys."""
+    """n routed queries of each of `batch` sequences attend to n routed keys."""
 
     batch: int
     n: int
@@ -52,7 +52,7 @@ def cases(preset: str, device: torch.device) -> list[RoutedAttentionCase]:
 
 
 def problem(case: RoutedAttentionCase, device: torch.device) -> Problem:
-    """Normally distributed, with weights from 0 to 1; of the keys a quarter is masked, if any."""
+    """Normally distributed, with weights from 0 to 1; a quarter of the keys is masked if there is a mask."""
     width, dtype = case.heads * case.dim_head, case.torch_dtype
     tokens, of_routes = (case.batch, case.n, width), (case.batch, case.routes, case.n)
     query, key_value, weights, null_kv, presence, upstream = case.normal(
@@ -88,8 +88,8 @@ plain = attending(reference.routed_attention)
 
 
 def cost(case: RoutedAttentionCase, direction: str) -> Cost:
-    """Queries, keys and values read and the output written. Then all of these and the upstream gradient read, and
-    gradients written. A key is multiplied with a query, and a value with its weight."""
+    """Queries, keys and values read and the output written. Then all of these and grad_output read, and gradients
+    written. A key is multiplied with a query, and a value with its weight."""
     width, size = case.heads * case.dim_head, case.torch_dtype.itemsize
     queries, keys = case.batch * case.n * width * size, 2 * case.batch * case.n * width * size
     rest = case.batch * case.routes * case.n * (4 + case.masked) + 8 * width
@@ -99,7 +99,7 @@ def cost(case: RoutedAttentionCase, direction: str) -> Cost:
     if direction == FORWARD:
         return Cost(forward, exponentials, flops, case.dtype)
     backward = 3 * queries + 2 * keys + 2 * rest
-    # The weights of the softmax have to be computed again.
+    # The softmax has to be computed again.
     return Cost(forward + backward, 2 * exponentials, TRAINING_PRODUCTS * flops + flops // 2, case.dtype)
 
 

@@ -1,17 +1,17 @@
-"""The health of a router: does it select what it scores highest, and does what it selects train it?
+"""The health of a router: does it select the highest scores, and is it trained by the selected tokens?
 
-At the start of training the scores of a router are as wide as its routing token is long: `score_std`, 22.6 for
-colt5-attention's randn(512). Metrics, over the rows of a case and for a gradient of the selected weights that is
+At the start of training the standard deviation of a router's scores is the norm of its routing token: `score_std`, 22.6
+for colt5-attention's randn(512). Metrics, over the rows of a case and for a gradient of the selected weights that is
 normally distributed with norm 1:
 
-    sum_error   |sum y - k| of the relaxed selection y, where k is what it is normalised to
-    agreement   share of the tokens with the k largest scores, in fp64, that are among the selected
+    sum_error   |sum y - k| of the relaxed selection y, where k is its target sum
+    agreement   share of the tokens with the k largest scores, in fp64, that are selected
     saturated   entries of a row that are exactly 1
-    carrying    share of the selected whose scores have a gradient, above 1e-6
+    carrying    share of the selected tokens whose scores have a gradient, above 1e-6
     gradient    norm of the gradient of the routing token
 
 Weights are not passed straight through, so that outputs show them; their gradients are the same either way.
-colt5-attention is not held to an accuracy bound: that it selects other tokens is what is measured.
+colt5-attention has no accuracy gate, because its selection of other tokens is what the suite measures.
 """
 
 from collections.abc import Callable
@@ -40,12 +40,12 @@ EPS_INIT, EPS_DECAY = 4.0, 0.7
 """Defaults of colt5-attention's README."""
 
 NEGLIGIBLE = 1e-6
-"""A gradient of a score that trains nothing, for a gradient of the weights that has norm 1."""
+"""Smallest gradient of a score that counts as training, for a gradient of the weights with norm 1."""
 
 
 @dataclass(frozen=True)
 class RoutingCase(Case):
-    """A router that selects k of n tokens of dimension dim, for each of so many rows."""
+    """A router that selects k of n tokens of dimension dim, for each of `rows` rows."""
 
     rows: int
     n: int
@@ -53,7 +53,7 @@ class RoutingCase(Case):
     dim: int
     score_std: float
     n_iters: int | None
-    """None for the exact solver, which has none."""
+    """None for the exact solver, which has no iterations."""
 
     eps: float
     solver: str

@@ -1,4 +1,4 @@
-"""Scores of tokens for several routes, products or cosines, beside a matrix product."""
+"""Scores of tokens for several routes, products or cosines, compared with a matrix product."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,7 +71,8 @@ def truth(case: ScoresCase, problem: Problem, direction: str) -> Truth:
 
 
 def cost(case: ScoresCase, direction: str) -> Cost:
-    """Tokens read and scores written; then both read, the latter's gradient that is, and that of the tokens written."""
+    """Tokens read and scores written; then tokens and the gradient of scores read, and the gradient of tokens
+    written."""
     tokens, scores = case.n * case.dim * case.torch_dtype.itemsize, 4 * case.n * case.routes
     forward = tokens + scores
     return Cost(bytes=forward if direction == FORWARD else 2 * forward + tokens)

@@ -1,4 +1,4 @@
-"""The published algorithm by its number of segments, beside the one that needs none."""
+"""The published algorithm by its number of segments, compared with the one that needs none."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from suites.peers import COLT5_TRITON, in_triton
 
 @dataclass(frozen=True)
 class SegmentCase(DescentCase):
-    """Coordinate descent whose intermediates are kept at the start of each segment of iterations."""
+    """Coordinate descent that keeps its intermediates at the start of each segment of iterations."""
 
     segments: int
 

@@ -1,11 +1,11 @@
-"""The hard top-k by the length of rows and the kind of scores, beside torch.topk.
+"""The hard top-k by the length of rows and the kind of scores, compared with torch.topk.
 
-Values at the indices are compared, which ours has to gather first: of equal scores torch.topk may give any. They are
-copies, so none may be off at all. NaN counts as larger than any number, as in torch.topk; zeros of either sign are
+The values at the indices are compared, which ours has to gather first: of equal scores torch.topk may return any. They
+are copies, so no error is allowed. NaN counts as larger than any number, as in torch.topk; zeros of either sign are
 equal, and so are all NaN.
 
-Metric: `not_largest`, the number of selected values that are not among the k largest of their row. It counts what no
-distance shows: a value that is right but comes twice, or one that is next to the right one.
+Metric: `not_largest`, the number of selected values that are not among the k largest of their row. It counts errors
+that no distance shows: a right value that comes twice, or a neighbour of the right value.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,7 +41,7 @@ class SelectCase(Case):
 
 @dataclass(frozen=True)
 class HostileCase(SelectCase):
-    """The k largest of scores that a search by bits, by counting or by comparing can get wrong."""
+    """The k largest of scores that are difficult for a search by bits, by counting or by comparing."""
 
     distribution: str
     """A name in `DISTRIBUTIONS`."""
@@ -57,7 +57,7 @@ def _bits(scores: Tensor, generator: torch.Generator, first: int, last: int) -> 
 
 
 def _some(scores: Tensor, generator: torch.Generator, value: float) -> Tensor:
-    """The value, with the sign of the score, in place of some scores: in the last row, of all."""
+    """Scores, some of which are replaced by the value with their sign; in the last row, all are."""
     share = torch.arange(1, len(scores) + 1)[:, None] / len(scores)
     replaced = torch.rand(scores.shape, generator=generator) < share**2
     return torch.where(replaced, torch.tensor(value).copysign(scores), scores)
@@ -116,14 +116,14 @@ def truth(case: SelectCase, problem: Problem, direction: str) -> Truth:
 
 
 def cost(case: SelectCase, direction: str) -> Cost:
-    """Scores read, and for each of the selected an index and a value written."""
+    """Scores read, and an index and a value written for each selected entry."""
     return Cost(bytes=4 * case.rows * case.n + 12 * case.rows * case.k)
 
 
 def count_not_largest(selected: Tensor, scores: Tensor) -> int:
     """Number of selected values `rows k` that are not among the k largest of fp32 scores `rows n`.
 
-    A value may be selected as often as it is among these.
+    A value may be selected as often as it is among the k largest.
     """
     rows, k = selected.shape
     largest = scores.gather(-1, reference.select(scores, num_selected=k))
@@ -137,12 +137,12 @@ def count_not_largest(selected: Tensor, scores: Tensor) -> int:
 
 
 def exact(case: SelectCase, tensor: str, expected: Tensor, tolerance: Tolerance) -> Tolerance:
-    """Copies of scores are not off."""
+    """Copies of scores have no error."""
     return tolerance.at_most(0.0)
 
 
 def held(implementation: Implementation[SelectCase]) -> Implementation[SelectCase]:
-    """The implementation, held to the values, with its wrong ones counted."""
+    """The implementation with exact values required, and its wrong ones counted."""
 
     def metrics(case: SelectCase, problem: Problem) -> Mapping[str, float]:
         scores = problem.inputs["scores"]

@@ -1,8 +1,8 @@
 """The router and the attention layers by length, to rows of 1,048,576 tokens: routed whole, or in blocks.
 
-Metrics of the router: `lost`, the share of the tokens with the k largest scores that it does not select, as routing in
-blocks does where one block has more of them than another. Tokens here are independent of their position: those of a
-text, whose important parts lie together, lose more.
+Metrics of the router: `lost`, the share of the tokens with the k largest scores that it does not select. Routing in
+blocks loses some if one block has more of them than another. Tokens here are independent of their position. A text,
+whose important parts are close together, loses more.
 """
 
 from collections.abc import Callable
@@ -25,10 +25,10 @@ from suites.layers import LONGEST_AT_ONCE
 from suites.peers import COLT5_LAYER_PLAIN, COLT5_LAYER_TRITON, DENSE, DENSE_FLASH
 
 BLOCK = 131_072
-"""The document's `route_block_size`, the longest row that the published kernel takes."""
+"""The document's `route_block_size`, the longest row of the published kernel."""
 
 MOST_ROUTED = 1024
-"""Tokens that are routed, of a million too; of few tokens a quarter."""
+"""Number of routed tokens, even of a million; a quarter if there are few tokens."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class LengthCase(LayerCase):
 
 
 def _router(case: LengthCase) -> Layer:
-    """Without its straight-through weights, so that the output shows what they are."""
+    """The router without straight-through weights, so that the output shows the weights."""
     options: dict[str, Any] = {"route_block_size": case.route_block_size, "straight_through": False}
     return Layer(
         lambda package, use_triton: RoutedTokens(
@@ -66,7 +66,7 @@ def _router(case: LengthCase) -> Layer:
 
 
 def _cross_attention(case: LengthCase) -> Layer:
-    """k tokens attend to a context of n, of which half of them and k of the context are routed."""
+    """k tokens attend to a context of n; half of them and k tokens of the context are routed."""
     shape = (1, case.k, case.dim)
     return Layer(
         lambda package, use_triton: package.ConditionalRoutedCrossAttention(
@@ -137,9 +137,9 @@ LAYERS = {
 
 
 def cases(preset: str, device: torch.device) -> list[LengthCase]:
-    """Without a GPU tokens are small, and a million of them is for the router alone.
+    """If there is no GPU, tokens are small, and only the router has a million of them.
 
-    Windows of an autoregressive layer are not routed in blocks; it has no gradient of a million tokens.
+    Windows of an autoregressive layer are not routed in blocks; it has no gradient for a million tokens.
     """
 
     def at(kind: str, n: int, block: int | None, dim: int, dtype: str = "float32") -> LengthCase:
@@ -173,7 +173,7 @@ def directions(case: LayerCase) -> tuple[str, ...]:
 
 
 def lost(use_triton: bool) -> Callable[[LayerCase, Problem], dict[str, float]]:
-    """By the router of the reference with or without kernels."""
+    """Implementations by the router of the reference, with or without kernels."""
 
     def metrics(case: LayerCase, problem: Problem) -> dict[str, float]:
         assert isinstance(case, LengthCase)

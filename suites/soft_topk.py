@@ -1,14 +1,14 @@
 """The exact soft top-k by the spread of the scores and the temperature. These decide how hard it is to solve.
 
-Beside it stand other relaxations of the top-k, whose k entries are soft in another way, with the temperature as their
+Next to it are other relaxations of the top-k, whose k entries are soft in another way, with the temperature as their
 softness. Each is judged by itself in fp64, entmax by its closed form:
 
     entmax        the projection of scores / eps to the k-subsets (budget_bisect)
-    softtorch     the sum of the k rows that SoftTorch's top-k gives (2602.08824), by SoftSort (2006.16038): others of
-                  its methods hold n x n matrices
+    softtorch     the sum of the k rows of SoftTorch's top-k (2602.08824), by SoftSort (2006.16038): its other methods
+                  hold n x n matrices
 
-difftopk and torchsort are not among them: the one holds n x n matrices for each layer of a sorting network and has no
-fp64, the other gives ranks and no selection.
+difftopk and torchsort are not included: difftopk holds n x n matrices for each layer of a sorting network and has no
+fp64, and torchsort gives ranks and no selection.
 """
 
 from collections.abc import Callable
@@ -30,10 +30,10 @@ from suites._ours import by_kernels, guest
 from suites.peers import ENTMAX, SOFTTORCH
 
 HALVINGS = 100
-"""More than numbers of fp64 have bits."""
+"""More steps than fp64 numbers have bits."""
 
 MOST_OF_MATRICES = {"cuda": 2**30, "cpu": 2**26}
-"""Elements of k x n matrices, of all rows, that SoftTorch may hold, by type of device."""
+"""Most elements of k x n matrices, for all rows, for SoftTorch, by type of device."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def truth(case: SoftTopkCase, problem: Problem, direction: str, plain: Relax = p
 def cost(case: SoftTopkCase, direction: str) -> Cost:
     """Scores read and output written, with an exponential to solve for the shift and one for the output.
 
-    Backward, the output is what the gradient is made of: it, the upstream gradient and the scores' own, no exponential.
+    The gradient is computed from the output: output and grad_output read, the gradient of scores written, no
+    exponential.
     """
     entries = case.rows * case.n
     return Cost(bytes=entries * 4 * (2 if direction == FORWARD else 5), exponentials=2 * entries)
@@ -112,7 +113,7 @@ def projected(case: SoftTopkCase) -> Callable[..., Tensor]:
                 too_many = (scaled - middle).clamp(0, 1).sum(-1, keepdim=True) > case.k
                 low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
             whole, inside = scaled - high >= 1, (scaled - high > 0) & (scaled - high < 1)
-        # The entries between are those of which t is the mean, less what they have to sum to.
+        # The mean of the entries between 0 and 1, minus their share of the sum, is t.
         count = inside.sum(-1, keepdim=True)
         rest = case.k - whole.sum(-1, keepdim=True)
         t = (scaled.masked_fill(~inside, 0).sum(-1, keepdim=True) - rest) / count.clamp(min=1)
@@ -142,7 +143,7 @@ def softtorch_missing(case: SoftTopkCase, device: torch.device) -> str | None:
 def _relaxation(
     name: str, build: Relax, missing: Callable[..., str | None], define: Relax | None = None
 ) -> Implementation[SoftTopkCase]:
-    """Another relaxation, judged by its definition in fp64; without one by itself."""
+    """Another relaxation, judged by its definition in fp64, or by itself in fp64 if it has none."""
     define = build if define is None else define
     operation = Operation(problem, partial(truth, plain=define), define)
     return Implementation(name, build, missing, bound=lenient, operation=operation)

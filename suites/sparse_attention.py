@@ -1,24 +1,24 @@
-"""Sparse attention layers beside dense attention, from 1,024 to 1,048,576 tokens, causal and not.
+"""Sparse attention layers compared with dense attention, from 1,024 to 1,048,576 tokens, causal and not.
 
-All are as wide and have as many heads. With `settings=published` each attends as its paper or package has it; with
-`settings=equal` a query that is routed attends to as many keys in each, which is the metric `keys`:
+All have the same width and number of heads. With `settings=published` each attends as in its paper or package. With
+`settings=equal` a routed query attends to the same number of keys in each, which is the metric `keys`:
 
     ours                  CoLT5 (2303.09752): a sixteenth of the tokens are queries and an eighth keys of the heavy
-                          branch, as many as of 65,536 tokens at most, the longest input of the paper; causal: windows
+                          branch, at most as many as for 65,536 tokens, the longest input of the paper; causal: windows
                           with 1,024 keys for each of two routes, as in the example of colt5-attention's README
     mosa                  each head attends among a thirty-second of the tokens (2505.00315)
     mixture_of_depths     an eighth of the tokens attend to each other (2404.02258)
-    moba, fla_moba        blocks of 512 keys, 3 of them for a query (2502.13189); causal alone
-    nsa, fla_nsa          means of blocks of 64 keys, 16 selected ones and the last 512 keys (2502.11089); causal alone;
-                          fla's with the window by FlexAttention, since its own needs flash-attn
-    selected,             the last 512 keys and 512 others for each query, which are given; causal alone, and a key is
-      attn_gym_gather     its own value
-    entmax, adasplash     1.5-entmax (1905.05702, 2502.12082), by which scores decide how many keys a query attends to
+    moba, fla_moba        blocks of 512 keys, 3 of them per query (2502.13189); causal only
+    nsa, fla_nsa          means of blocks of 64 keys, 16 selected ones and the last 512 keys (2502.11089); causal only;
+                          fla's with FlexAttention for the window, since its own needs flash-attn
+    selected,             the last 512 keys and 512 given others for each query; causal only, and a key is also its
+      attn_gym_gather     value
+    entmax, adasplash     1.5-entmax (1905.05702, 2502.12082), in which scores decide the number of keys of a query
 
-Names with a package in front are the package's kernels; the others are plain PyTorch by the papers. Each is judged by
-its own definition in fp64, and its speed-up is over dense attention: the page of a run says from which length on it is
-the faster one. Where attention scores decide what is attended to, a rounding decides for some queries: the errors of
-moba and nsa are shown and not gated.
+Names that begin with a package are the package's kernels; the others are plain PyTorch by the papers. Each is judged by
+its own definition in fp64, and its speed-up is over dense attention: the page of a run shows the length from which it
+is faster. If attention scores select keys, a rounding decides for some queries: the errors of moba and nsa are shown
+but not gated.
 """
 
 from collections.abc import Callable
@@ -79,10 +79,10 @@ from suites.peers import (
 )
 
 MOST_KEYS = 1024
-"""Keys that a query attends to with equal settings; of few tokens a quarter."""
+"""Keys that a query attends to with equal settings; a quarter of the tokens if there are few."""
 
 LONGEST_BACKWARD = 131_072
-"""Longest causal sequence with a gradient: the routed layer's own in fp64 takes too long beyond."""
+"""Longest causal sequence with a gradient: above it, the routed layer's own in fp64 takes too long."""
 
 LONGEST_GATHERED = {"cuda": 131_072, "cpu": 4096}
 LONGEST_SORTED = {"cuda": 16_384, "cpu": 4096}
@@ -171,13 +171,13 @@ def _in_its_place(
     num_tokens: Callable[[SparseCase], int] | None = None,
     **options: Any,
 ) -> Implementation[SparseCase]:
-    """A layer with parameters of its own in place of ours.
+    """A layer with its own parameters in place of ours.
 
     Args:
         build: the layer that is timed.
         define: the same layer by its definition.
-        keys: how many keys a query that is routed attends to, at most; None if that is not known.
-        num_tokens: how many tokens a router selects, if there is one.
+        keys: most keys that a routed query attends to; None if unknown.
+        num_tokens: number of tokens that a router selects, if there is one.
     """
 
     def function(build: Build, case: SparseCase, *, autocast: bool) -> Callable[..., Tensor]:
@@ -200,7 +200,7 @@ def _in_its_place(
 
 
 def _by_router(name: str, layer: Callable[..., nn.Module], published: int) -> Implementation[SparseCase]:
-    """A layer whose router selects the n-th part of the tokens in its paper."""
+    """A layer whose router selects the share of tokens of its paper, one in n."""
 
     def num_tokens(case: SparseCase) -> int:
         return case.of(case.n // published)
@@ -222,7 +222,7 @@ def _dense_with(attend: Callable[[SparseCase], Attend]) -> Build:
 
 
 def _blocks(case: SparseCase) -> dict[str, int]:
-    """Blocks of MoBA, of as many keys as its paper's or as all have."""
+    """Blocks of MoBA, with as many keys as in its paper, or with the number for equal settings."""
     if case.settings == "published":
         return {"size": min(512, case.n // 4), "blocks": 3}
     return {"size": case.keys // 4, "blocks": 4}
@@ -237,7 +237,7 @@ def _keys_of_moba(case: SparseCase) -> int:
 
 
 def _parts(case: SparseCase) -> dict[str, int]:
-    """Parts of NSA: half of the keys in blocks and half in the window, if all have as many."""
+    """Parts of NSA; with equal settings, half of the keys are in blocks and half in the window."""
     if case.settings == "published":
         return {"size": 64, "blocks": 16, "window": min(512, case.n // 4)}
     size = min(64, case.keys // 8)
@@ -254,7 +254,7 @@ def _keys_of_nsa(case: SparseCase) -> int:
 
 
 def _given(case: SparseCase) -> dict[str, int]:
-    """Keys in the window of a query, and others that are given."""
+    """Keys in the window of a query, and other keys that are given."""
     half = case.of(min(1024, case.n // 2)) // 2
     return {"window": half, "selected": half}
 
@@ -288,7 +288,7 @@ Unavailable = Callable[[SparseCase, torch.device], str | None]
 
 
 def _any_of(*reasons: Unavailable) -> Unavailable:
-    """The first reason that there is."""
+    """The first reason, if there is one."""
     return lambda case, device: next((why for each in reasons if (why := each(case, device))), None)
 
 
@@ -313,7 +313,7 @@ def _by_its_scores(case: SparseCase, device: torch.device) -> str | None:
 
 
 def not_gated(case: SparseCase, tensor: str, expected: Tensor, tolerance: Tolerance) -> Tolerance:
-    """No finite error is too large."""
+    """Any finite error is allowed."""
     return tolerance.at_least(inf)
 
 
@@ -377,7 +377,7 @@ SPARSE = (
         unavailable=_by_its_scores,
     ),
 )
-"""Layers in the place of ours, by their papers and by packages."""
+"""Layers in place of ours, by their papers and by packages."""
 
 
 def _keys_of_ours(case: LayerCase, problem: Problem) -> dict[str, float]:
@@ -391,7 +391,7 @@ def _keys_of_dense(case: LayerCase, problem: Problem) -> dict[str, float]:
 
 
 def cases(preset: str, device: torch.device) -> list[SparseCase]:
-    """Without a GPU sequences are short and tokens small; with one, layers run under autocast."""
+    """If there is no GPU, sequences are short and tokens small; with one, layers run under autocast."""
     kinds = list(product((False, True), ("published", "equal")))
     if preset == "smoke":
         return [SparseCase(256, causal, settings, 32, 2) for causal, settings in kinds]

@@ -1,4 +1,4 @@
-"""The differentiable top-k of colt5-attention's README, beside the hard one that it cannot be faster than."""
+"""The differentiable top-k of colt5-attention's README, compared with the hard one, a bound for its speed."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,7 +36,7 @@ def cases(preset: str, device: torch.device) -> list[DescentCase]:
 def selected_values(
     function: Callable[..., tuple[Any, ...]], *, fused: bool
 ) -> Callable[[DescentCase], Callable[..., Tensor]]:
-    """The selected values times their gates: the part of the result through which both forward and gradient go."""
+    """The selected values times their gates: the part of the result that depends on both forward and gradient."""
 
     def build(case: DescentCase) -> Callable[..., Tensor]:
         settings = {**case.arguments, "coor_descent_k_ratio": COOR_DESCENT_K_RATIO, "fused": fused}
@@ -49,13 +49,13 @@ plain = selected_values(reference.topk, fused=False)
 
 
 def selection_problem(case: DescentCase, device: torch.device) -> Problem:
-    """The gradient of the output is one of k values a row."""
+    """The gradient of the output has k values per row."""
     whole = problem(case, device)
     return Problem(whole.inputs, whole.upstream[:, : case.k].contiguous())
 
 
 def truth(case: DescentCase, problem: Problem, direction: str) -> Truth:
-    """The definition in fp64. Rows at a kink are those of the coordinate descent inside."""
+    """The definition in fp64. Rows at a kink are those of its coordinate descent."""
     scores = problem.inputs["scores"].detach().double().requires_grad_(direction != FORWARD)
     values = plain(case)(scores)
     if direction == FORWARD:
@@ -67,7 +67,7 @@ def truth(case: DescentCase, problem: Problem, direction: str) -> Truth:
 
 
 def cost(case: DescentCase, direction: str) -> Cost:
-    """Scores read, and a value and its index written for each selected entry; then all that again for the gradient."""
+    """Scores read, and a value and its index written for each selected entry; then the same again for the gradient."""
     whole, size = _descent.cost(case, direction), getattr(torch, case.dtype).itemsize
     entries, selected = case.rows * case.n, case.rows * case.k
     bytes_forward = entries * size + selected * (size + 8)

@@ -1,7 +1,7 @@
-"""A training step as a caller gets it, of single layers and of eight blocks, under autocast to bfloat16.
+"""A training step as the user calls it, of single layers and of eight blocks, under autocast to bfloat16.
 
-The `eager` column is what a caller waits for. `ours_graphed` and `ours_reduce_overhead` are the two ways by which
-PyTorch launches a whole step at once.
+The `eager` column is the time that a caller waits. `ours_graphed` and `ours_reduce_overhead` are PyTorch's two ways to
+launch a whole step at once.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ DEPTH = 8
 
 
 class InTurn(nn.Module):
-    """Several layers, one after the other."""
+    """Several layers in sequence."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def eight_blocks(model: str) -> Layer:
         assert block.dense is not None
         return InTurn([block.dense(attend) for _ in range(DEPTH)])
 
-    # Not moved apart: of the second block on, scores depend on all that was routed before.
+    # Scores are not moved apart: from the second block on, they depend on all earlier routing.
     return replace(block, make=make, dense=dense, settle=None)
 
 
@@ -102,7 +102,7 @@ def _needs_a_gpu(case: StepCase, device: torch.device) -> str | None:
 
 
 class _Relayed(torch.autograd.Function):
-    """A call on tensors of its own, which share the memory of those given and hand over their gradients."""
+    """A call on separate tensors, which share the memory of the given ones and pass their gradients on."""
 
     @staticmethod
     def forward(ctx, call, own, *_):
@@ -119,7 +119,8 @@ class _Relayed(torch.autograd.Function):
 def _captured(
     case: StepCase, capture: Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
 ) -> Callable[..., Tensor]:
-    """The layer as `capture` makes it. A graph has addresses, so it is made once for all tensors in the same memory."""
+    """The layer as `capture` makes it. A graph contains addresses, so it is made once for all tensors in the same
+    memory."""
     kept: dict[tuple[int, ...], tuple[Callable[..., Tensor], dict[str, Tensor]]] = {}
 
     def made() -> Callable[..., Tensor]:
@@ -146,13 +147,13 @@ def _captured(
 
 
 def _graphed(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
-    # Weights that autocast keeps for a whole step would be those of the capture.
+    # Weights that autocast caches for a whole step would be those of the capture.
     torch.set_autocast_cache_enabled(False)
     try:
         torch.cuda.make_graphed_callables(module, (x,))
     finally:
         torch.set_autocast_cache_enabled(True)
-    # Its calls replay the graphs from here on.
+    # From here on, its calls replay the graphs.
     return module
 
 

@@ -1,5 +1,5 @@
-"""The light branch's attention by length, window, dtype and kind of positions, beside PyTorch's FlexAttention with the
-same mask."""
+"""The light branch's attention by length, window, dtype and kind of positions, compared with PyTorch's FlexAttention
+with the same mask."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class PositionsCase(WindowedAttentionCase):
     """The same with positions."""
 
     positions: str
-    """rotary, or bias: one for each distance up to 128."""
+    """rotary, or bias: one value for each distance up to 128."""
 
 
 BIAS_REACH = 128
@@ -112,7 +112,7 @@ def flex(case: WindowedAttentionCase) -> Callable[..., Tensor]:
             return (key <= query) & (key // size >= query // size - 1)
         return (key - query).abs() <= size
 
-    # A function is compiled for a few sets of arguments only, and runs uncompiled for more of them.
+    # A function is compiled for only a few sets of arguments, and runs uncompiled for more of them.
     torch.compiler.reset()
     blocks = create_block_mask(within, None, None, case.n, case.n, device="cuda")
 
@@ -131,9 +131,9 @@ def no_flex(case: WindowedAttentionCase, device: torch.device) -> str | None:
 
 
 def cost(case: WindowedAttentionCase, direction: str) -> Cost:
-    """Queries, keys and values read and the output written; then those and the upstream gradient read and gradients
-    written. Positions cost nothing here: they could be computed. Pairs within reach have an exponential and two
-    products, whose four factors have a gradient each."""
+    """Queries, keys and values read and the output written; then those and grad_output read and gradients written.
+    Positions cost nothing here: they could be computed. Pairs within reach have an exponential and two products, whose
+    four factors have a gradient each."""
     width = case.heads * case.dim_head
     pairs = case.batch * pairs_in_reach(case.n, case.window_size, case.causal)
     tensor = case.torch_dtype.itemsize * case.batch * case.n * width
