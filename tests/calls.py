@@ -1,4 +1,4 @@
-"""Calls of all operations and layers, drawn at random: for tests of what holds of all alike."""
+"""Random calls of all operations and layers, for tests of their common properties."""
 
 import inspect
 import random
@@ -15,7 +15,7 @@ LAYERS = sorted(SIZES)
 REFERENCES = [name for name in reference.__all__ if inspect.isfunction(getattr(reference, name))]
 KERNELS = [name for name in kernels.__all__ if inspect.isfunction(getattr(kernels, name))]
 OPERATIONS = [("reference", name) for name in REFERENCES] + [("kernels", name) for name in KERNELS]
-"""Package and name of each."""
+"""Package and name of each operation."""
 
 
 def operation(package, name):
@@ -23,18 +23,18 @@ def operation(package, name):
 
 
 def arguments_of(name, rng: random.Random):
-    """What to call an operation with, by name: small tensors, and options."""
+    """Arguments of an operation, by name: small tensors, and options."""
     return globals()[f"_{name}"](rng)
 
 
 def tensor_arguments(name) -> set[str]:
-    """What may be a tensor, by the signature of the operation of `kernels`."""
+    """Names of arguments that may be tensors, by the signature of the operation of `kernels`."""
     parameters = inspect.signature(getattr(kernels, name)).parameters.values()
     return {each.name for each in parameters if Tensor in (each.annotation, *typing.get_args(each.annotation))}
 
 
 def all_tensors_of(name, rng: random.Random) -> tuple[dict[str, Tensor], dict]:
-    """Arguments of which each that may be a tensor is one, and the others."""
+    """Arguments, with a tensor for each one that may be a tensor, and the others."""
     for _ in range(1000):
         arguments = arguments_of(name, rng)
         tensors = {key: arguments.pop(key) for key in [*arguments] if isinstance(arguments[key], Tensor)}
@@ -189,8 +189,7 @@ def _combine(rng):
 
 
 def layer_of(name, rng: random.Random, use_triton=False, block_sizes=(None, 16), **fixed) -> nn.Module:
-    """A small layer with options drawn at random, but for those that are fixed; it routes in blocks of one of these
-    sizes."""
+    """A small layer with random options, except for given ones; it routes in blocks of one of these sizes."""
     router = {
         "n_iters": 2,
         "solver": rng.choice(["coor_descent", "exact"]),
@@ -218,7 +217,7 @@ def layer_of(name, rng: random.Random, use_triton=False, block_sizes=(None, 16),
 
 
 def inputs_of(name, layer: nn.Module, batch=2, length=60, context=70) -> tuple[tuple[Tensor, ...], dict]:
-    """Tensors of these sizes for a layer, and what else its `forward` needs. Of an image, length is the width."""
+    """Tensors of these sizes for a layer, and other arguments of its `forward`. For an image, length is the width."""
     if name == "ConditionalRoutedViT":
         return (torch.randn(batch, 3, 32, length // 4 * 4),), {}
     if name == "ConditionalRoutedImageAttention":

@@ -1,4 +1,4 @@
-"""What all tests share: reproducible numbers, and which tests run where."""
+"""Settings that all tests share: reproducible numbers, and conditions of tests."""
 
 import gc
 import os
@@ -13,20 +13,20 @@ from hypothesis import settings
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-"""Processes that run tests side by side, by `-n`."""
+"""Number of processes that run tests in parallel, by `-n`."""
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
-    # Commands that tests start have one, too.
+    # Commands started by tests also have one thread.
     os.environ["OMP_NUM_THREADS"] = "1"
 
-# A runner in the background may ignore signals, as nohup does: the commands that tests start would inherit that.
+# A runner in the background may ignore signals, as with nohup: the commands that tests start would inherit that.
 for ignored in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(ignored) is signal.SIG_IGN:
         signal.signal(ignored, signal.default_int_handler if ignored is signal.SIGINT else signal.SIG_DFL)
 
-# PyTorch's profiler reads its level of messages when it is first used in a process. Those of one test, which lets them
-# be, would be in what another one prints. Commands that tests start have none of this.
+# PyTorch's profiler reads its level of messages on first use in a process. Otherwise a test that allows messages would
+# cause messages in the output of another one. Commands started by tests do not have this setting.
 with patch.dict(os.environ, KINETO_LOG_LEVEL="6"), torch.autograd.profiler.profile():
     pass
 
@@ -37,10 +37,10 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Keep the garbage collector from tests and modules, which all stay: it would go through them again and again.
+    """Exclude tests and modules from garbage collection, because they all stay and would be scanned again and again.
 
-    A measurement collects garbage too, each time: with thousands of tests in memory that takes 0.4 s. Elsewhere it may
-    come less often: what traces a layer makes many objects that stay until the end.
+    A measurement collects garbage too, each time: with thousands of tests in memory that takes 0.4 s. Otherwise
+    collections may be less frequent: tracing a layer makes many objects that stay until the end.
     """
     gc.disable()
     try:
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        # The compiler takes no times.
+        # Tests of the compiler measure no times.
         if item.get_closest_marker("alone") and not item.get_closest_marker("compiled") and WORKERS > 1:
             item.add_marker(pytest.mark.skip(reason="runs alone, without -n"))
 

@@ -1,4 +1,4 @@
-"""A backward pass within autocast gives the gradients of one outside of it, whatever the layer."""
+"""A backward pass within autocast gives the gradients of one outside of it, for every layer."""
 
 import random
 
@@ -29,7 +29,7 @@ def test_backward_within_autocast(name, use_triton, seed):
         if mine is None:
             continue
         assert mine.dtype == theirs.dtype == torch.float32
-        # PyTorch rounds the factors of the plain router's products, and what it gives: within autocast, all that it
-        # multiplies backward. The operators of `kernels` decide for themselves.
+        # PyTorch rounds the factors of the plain router's products, and their results. Within autocast it does so for
+        # all products of the backward pass. The operators of `kernels` choose their own dtypes.
         bound = 0.0 if use_triton else 2 * torch.finfo(torch.bfloat16).eps * theirs.norm()
         assert (mine - theirs).norm() <= bound

@@ -1,4 +1,4 @@
-"""The workflow that comments on a pull request, with a GitHub of our own."""
+"""The workflow that comments on a pull request, tested with a fake GitHub."""
 
 import json
 import os
@@ -41,7 +41,7 @@ BOT = "github-actions[bot]"
 
 @pytest.fixture
 def comment(tmp_path, monkeypatch):
-    """Run the script of the last step with pull requests and comments that there are: changes, and the body."""
+    """Run the script of the last step with given pull requests and comments; return its changes, and the body."""
     if shutil.which("jq") is None:
         pytest.skip("jq is not installed, which gh has in it: apt-get install jq")
     (tmp_path / "gh").write_text(GH)
@@ -72,7 +72,7 @@ def pull(number, revision):
     ("measured", "by_bot", "marked"), [*product((True, False), repeat=3)], ids=lambda value: "yes" if value else "no"
 )
 def test_the_verdict_is_one_comment_of_the_measured_revision(comment, measured, by_bot, marked):
-    """Its own comment is changed; another's, or of another workflow, is left."""
+    """Its own comment is changed; comments of others, or of another workflow, stay."""
     before = {"id": 5, "user": {"login": BOT if by_bot else "them"}, "body": f"{MARK if marked else 'words'}\nold"}
     changes, body = comment([pull(3, "other"), pull(7, "abc" if measured else "newer")], [before])
     if not measured:
@@ -105,7 +105,7 @@ def test_it_follows_the_workflows_that_measure_and_gets_their_verdict():
 
 
 def test_it_runs_nothing_of_the_pull_request_and_has_the_standard_token_alone():
-    """A branch, which a stranger may name, reaches the script as a variable."""
+    """The name of a branch, which a stranger may choose, reaches the script as a variable."""
     text = (WORKFLOWS / "comment.yml").read_text()
     assert "checkout" not in text
     assert "secrets." not in text

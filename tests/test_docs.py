@@ -1,4 +1,4 @@
-"""README and docs are true: their Python runs, and so do their commands, the long ones in short."""
+"""README and docs are true: their Python and their commands run, long ones in a short form."""
 
 import ast
 import math
@@ -27,10 +27,10 @@ from colt5_bench.records.results import load
 from colt5_bench.request import NO_REPORT, REPORT
 
 SHORT = ["--preset", "smoke", "--impl", "ours"]
-"""Appended to what measures; of an option that is given twice the last counts."""
+"""Appended to commands that measure; of an option that is given twice the last one counts."""
 
 FEW = ["--shard", "1/8"]
-"""Appended to what records: the first case of a suite, and every eighth after it."""
+"""Appended to commands that record: the first case of a suite, and every eighth one after it."""
 
 REDUCED = {
     "ConditionalRoutedTransformerBlock": {"32768": "256", "1024": "32", "512": "64", "128": "16"},
@@ -39,11 +39,11 @@ REDUCED = {
     "ConditionalRoutedImageAttention": {"65536": "256", "1024": "48", "256": "16", "32": "8"},
     "ConditionalRoutedViT": {"1024": "64", "1000": "10"},
 }
-"""Without a GPU the layers run at these sizes: for the class that a block is about, each number that it prints and the
-one that takes its place. All of them have to be there, and no larger number may be left over."""
+"""Sizes of layers if there is no GPU. For the class of a block, they map each number in it to its replacement. All of
+them must occur, and no larger number may remain."""
 
 LARGEST = 800
-"""Of the numbers that a block of layers may have without a GPU."""
+"""Largest number that a block of layers may have if there is no GPU."""
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -54,7 +54,7 @@ MEASURING = [file for file in WORKFLOWS if file.stem.startswith("regressions")]
 
 
 def blocks(language, pages=PAGES):
-    """The code of that language, in all pages or some; a block that several pages show is one."""
+    """The code of that language, in all pages or some; a block on several pages counts once."""
     found = (re.findall(rf"^```{language}\n(.*?)^```$", PAGES[page], flags=re.DOTALL | re.MULTILINE) for page in pages)
     return list(dict.fromkeys(chain.from_iterable(found)))
 
@@ -64,7 +64,7 @@ def lines(language):
 
 
 def run(arguments, **environment):
-    # Neither the interpreter nor what pytest tells its own workers is meant for a command of its own.
+    # Neither the interpreter nor pytest's variables for its workers are meant for a separate command.
     inherited = {name: v for name, v in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INTERPRET"))}
     environment = {**inherited, REPORT: NO_REPORT, **environment}
     done = subprocess.run(
@@ -77,7 +77,7 @@ def run(arguments, **environment):
 RECIPE = blocks("python", ["docs/training.md"])
 
 
-# Other tests run the blocks that import what is installed, or are files: test_wheel.py, kernels/test_guest.py and
+# Other tests run the blocks that import installed packages, or are files: test_wheel.py, kernels/test_guest.py and
 # reference/parallel/test_page.py.
 @pytest.mark.parametrize(
     "source",
@@ -92,7 +92,7 @@ def test_python(source):
 
 
 def test_the_recipe_of_training_learns():
-    """In few steps, from the 8 bits of a byte that nothing is known about."""
+    """In few steps, from the 8 bits of an unknown byte."""
     (source,) = RECIPE
     namespace = execute(reduce(source))
     assert namespace["step"] < 100
@@ -100,7 +100,7 @@ def test_the_recipe_of_training_learns():
 
 
 def execute(source):
-    """Names that a block defines, after tensors were found to have the shapes that it tells."""
+    """Names that a block defines, after a check that tensors have the shapes in its comments."""
     namespace = {"__name__": "docs"}
     exec(compile(source, "a block of the docs", "exec"), namespace)
     shapes = re.findall(r"^(\w+)\b.*  # \((\d+(?:, \d+)+)\)", source, flags=re.MULTILINE)
@@ -111,7 +111,7 @@ def execute(source):
 
 
 def reduce(source):
-    """A block with the sizes of REDUCED, if it is about layers and has larger ones than LARGEST."""
+    """A block with the sizes of REDUCED, if it is about layers and has numbers above LARGEST."""
     imported = {alias.name for node in ast.walk(ast.parse(source)) for alias in getattr(node, "names", [])}
     layers = {name for name in imported if name.startswith("ConditionalRouted")}
     if not layers or largest(source) <= LARGEST:
@@ -158,7 +158,7 @@ def parsed(command):
 
 @pytest.mark.parametrize(
     "command",
-    # The self-test takes times, and says whether they are right.
+    # The self-test measures times, and checks them.
     [pytest.param(each, marks=pytest.mark.alone if "selftest" in each else ()) for each in lines("bash")],
 )
 def test_command(command):
@@ -169,7 +169,7 @@ def test_command(command):
 
 @pytest.mark.parametrize("command", lines("shell"))
 def test_a_command_of_several_is_one_that_there_is(command):
-    """What takes long, or needs what another has written, is read as it is and not run."""
+    """A command that takes long, or needs the output of another one, is parsed but not run."""
     _, words = parsed(command)
     assert words[:2] == ["python", "bench.py"]
     cli._parser(cli.COMMANDS).parse_args(cli._with_command(words[2:]))
@@ -177,7 +177,7 @@ def test_a_command_of_several_is_one_that_there_is(command):
 
 @pytest.mark.parametrize("file", MEASURING, ids=[file.stem for file in MEASURING])
 def test_a_workflow(file):
-    """Its commands are commands that there are, its targets are made, and the baselines that it names are there."""
+    """Its commands and targets exist, and so do the baselines that it names."""
     workflow = yaml.safe_load(file.read_text())
     assert workflow[True] == "pull_request"  # `on`, as YAML 1.1 reads it
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
@@ -195,7 +195,7 @@ def test_a_workflow(file):
 
 
 def test_what_the_hosted_workflow_compares_with_is_there():
-    """For a GPU that need not be there: the baseline has no times of one, and the facts of kernels."""
+    """For a GPU that need not exist: the baseline has no times of one, but the facts of kernels."""
     (command,) = (line for line in run(["make", "--dry-run", "check"]).splitlines() if "--check" in line)
     words = shlex.split(command)
     records = load(ROOT / words[words.index("--baseline") + 1]).records
@@ -229,7 +229,7 @@ def python(arguments, environment):
 
 @cache
 def measure(arguments):
-    """Commands that differ in the preset alone are one and the same here."""
+    """Commands that differ only in the preset count as the same here."""
     few, written = ([], "*.trace.json.gz") if "--profile" in arguments else (FEW, "*.jsonl")
     with TemporaryDirectory() as directory:
         bench([*arguments, *SHORT, *few, "--out", directory])
@@ -237,7 +237,7 @@ def measure(arguments):
 
 
 def bench(arguments):
-    """Text that `python bench.py` prints, run in this process: it has imported already what a command waits for."""
+    """Output of `python bench.py`, run in this process, which has already imported what a command needs."""
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
         patch.chdir(ROOT)
         patch.delenv("TRITON_INTERPRET", raising=False)
@@ -251,7 +251,7 @@ def bench(arguments):
 
 
 def pytest_(arguments, environment):
-    """Suites run; the tests, of which this is one, are there."""
+    """Suites run; tests, which include this one, only have to exist."""
     if arguments[0].startswith("suites"):
         output = run([sys.executable, "-m", "pytest", *arguments, *SHORT, *FEW], **environment)
         assert re.search(r"\d+ passed", output)
@@ -260,13 +260,13 @@ def pytest_(arguments, environment):
 
 
 def enter(arguments, environment):
-    """The environment that make makes."""
+    """The environment that make creates."""
     made = re.search(r"^VENV \?= (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
     assert arguments == [f"{made}/bin/activate"]
 
 
 def pip(arguments, environment):
-    """Installing is what `make install` does; here it is enough that everything named exists."""
+    """`make install` does the installation; here it is enough that all named files and extras exist."""
     assert arguments[:2] == ["install", "-c"]
     assert (ROOT / arguments[2]).is_file()
     extras = re.fullmatch(r"\.\[(.+)\]", arguments[-1])[1].split(",")
@@ -278,7 +278,7 @@ def test_the_readme_is_short():
 
 
 def test_badges():
-    """They name a workflow that is there, and the Python and licence of the package."""
+    """They name an existing workflow, and the Python and licence of the package."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     badges = [line for line in PAGES["README.md"].splitlines() if line.startswith("[![")]
     (workflow,) = {name for line in badges for name in re.findall(r"actions/workflows/([^/)]+)", line)}

@@ -1,4 +1,4 @@
-"""What is made from nothing says where and of which dtype: PyTorch's defaults belong to whoever calls."""
+"""New tensors have an explicit device and dtype, because PyTorch's defaults belong to the caller."""
 
 import ast
 from pathlib import Path
@@ -9,16 +9,16 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(path for package in ("reference", "kernels") for path in (ROOT / package).glob("*.py"))
 
 OF_ITS_ARGUMENTS = {"arange", "tensor", "as_tensor", "asarray", "full", "scalar_tensor"}
-"""Factories whose dtype is that of a number that they are given: the default for a float."""
+"""Factories that take their dtype from a number: the default for a float."""
 
 FLOAT = {"empty", "zeros", "ones", "eye", "linspace", "logspace", "rand", "randn", "normal"}
-"""Of the default dtype."""
+"""Factories with the default dtype."""
 
 OTHER = {"randint", "randperm", "tril_indices", "triu_indices"}
 
 
 def may_be_float(call):
-    """Whether a number that the dtype is of can be a float, for all that is to be seen: sizes and counts cannot."""
+    """True if the number that decides the dtype may be a float, as far as the code shows. Sizes and counts cannot."""
     if call.func.attr == "arange":
         return any(isinstance(each, ast.Constant) and isinstance(each.value, float) for each in ast.walk(call))
     return call.func.attr not in OTHER
@@ -30,17 +30,17 @@ def of_torch(node):
 
 
 def is_kernel(node):
-    """Triton's language: what it makes is in a kernel."""
+    """Triton's language makes tensors only in a kernel."""
     return isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(each) for each in node.decorator_list)
 
 
 def is_parameter(node):
-    """Parameters are made where and as the user says by the defaults, as those of PyTorch's layers are."""
+    """Parameters are made by the defaults of the user, as those of PyTorch's layers are."""
     return isinstance(node, ast.Call) and ast.unparse(node.func) == "nn.Parameter"
 
 
 def calls(tree):
-    """Those of torch's factories that are neither in a kernel nor of a parameter."""
+    """Calls of torch's factories, except those in kernels and for parameters."""
     if is_kernel(tree) or is_parameter(tree):
         return
     if of_torch(tree) and tree.func.attr in OF_ITS_ARGUMENTS | FLOAT | OTHER:
@@ -50,7 +50,7 @@ def calls(tree):
 
 
 def missing(source):
-    """What each call leaves to PyTorch's defaults."""
+    """Arguments that each call leaves to PyTorch's defaults."""
     found = []
     for call in calls(ast.parse(source)):
         given = {keyword.arg for keyword in call.keywords}

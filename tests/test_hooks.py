@@ -1,4 +1,4 @@
-"""Every module of a layer is called: hooks see it, and one that computes the same may take its place."""
+"""Every module of a layer is called: hooks see it, and an equivalent module may replace it."""
 
 import copy
 import random
@@ -12,7 +12,7 @@ from tests.calls import LAYERS, inputs_of, layer_of, results
 
 
 class Wrapped(nn.Module):
-    """As adapters have it: a layer of which nothing is known but that it can be called."""
+    """A wrapper like that of an adapter: the layer knows only that it can be called."""
 
     def __init__(self, inner):
         super().__init__()
@@ -57,7 +57,7 @@ def test_hooks_see_every_module(name, use_triton, seed):
     layer, inputs, options = drawn(name, use_triton, seed)
     expected = layer(*inputs, **options)
     called = {kind: set() for kind in ("before", "after")}
-    # Routers are called by the autoregressive layer in parts; of these they have no modules. A list is never called.
+    # The autoregressive layer calls its routers in parts, so their modules are not called. A list is never called.
     modules = {key: each for key, each in layer.named_modules() if key and not isinstance(each, nn.ModuleList)}
     watched = {key: each for key, each in modules.items() if not key.endswith("router")}
     for key, each in watched.items():

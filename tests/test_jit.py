@@ -1,4 +1,4 @@
-"""`torch.jit.trace` is refused: it would keep what depends on a size as a constant."""
+"""`torch.jit.trace` is refused, because it would turn numbers that depend on a size into constants."""
 
 import random
 from functools import partial

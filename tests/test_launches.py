@@ -1,4 +1,4 @@
-"""A training step launches no more kernels than it has to."""
+"""A training step launches no more kernels than necessary."""
 
 import pytest
 import torch
@@ -62,14 +62,14 @@ def test_with_a_mask(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MOST)
 def test_on_a_gpu(name):
-    """As many as are counted without one, but that cuBLAS may add up a product's parts in a kernel of its own."""
+    """The same number as counted without one, except that cuBLAS may add up a product's parts in a separate kernel."""
     expected = launches(name)
     found = launches_on_a_gpu(name)
     assert found.total() <= expected.total() + expected["mm"] + expected["addmm"], found.most_common()
 
 
 def test_no_kernel_selects_from_one_entry():
-    """Triton 3.6 would not compile it."""
+    """Triton 3.6 cannot compile it."""
     with counted() as counts:
         kernels.select(torch.randn(3, 1), num_selected=1)
         assert not [name for name in counts if name.startswith("select.")]

@@ -1,4 +1,4 @@
-"""There is no registry: an operation has one name in each package, and the versions are those of two files."""
+"""An operation has one name in each package, without a registry, and versions are those of two files."""
 
 import inspect
 import re
@@ -14,13 +14,13 @@ ROOT = Path(__file__).parent.parent
 OPERATIONS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/api.py"))
 
 OTHER_SUITE = {"normalize_and_route": "layers", "segmented_coor_descent": "segments"}
-"""Operations whose suite is about something else than the operation's name says."""
+"""Operations whose suite has another subject than the operation's name."""
 
 VARIANT_OF = {
     "route_prefixes": ("route_prefixes", {"ranks"}),
     "segmented_coor_descent": ("coor_descent", {"checkpoint_segments"}),
 }
-"""Operations that compute what another one does: which one's reference is theirs, and what they take besides."""
+"""Variants of another operation: the operation whose reference they share, and their additional arguments."""
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_only_the_harness_is_distributed():
 
 
 def test_every_dependency_has_a_tested_version(project, tested_versions):
-    # Peers that `make install` leaves out are measured in whatever version there is, which the record names.
+    # Peers that `make install` leaves out are measured in any version, which the record names.
     extras = [each for name, each in project["optional-dependencies"].items() if not name.startswith("peers-")]
     requirements = [*project["dependencies"], *chain(*extras)]
     names = [re.match(r"[\w-]+", requirement)[0] for requirement in requirements]

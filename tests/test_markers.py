@@ -21,7 +21,7 @@ def skipped(marked, workers):
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_a_test_is_skipped_where_it_cannot_run(workers, tmp_path):
-    """As one of several processes, or as the only one."""
+    """In one of several processes, or in the only one."""
     (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
     (tmp_path / "test_marked.py").write_text(
         "import pytest\n"

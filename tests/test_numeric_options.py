@@ -1,4 +1,5 @@
-"""Numeric options of operations and layers: whatever is no number, or no integer where one is wanted, is named."""
+"""Numeric options of operations and layers. An error names each value that is not a number, or not an integer if one is
+needed."""
 
 import inspect
 import random
@@ -16,7 +17,7 @@ TENSORS = {("coor_descent", "k"), ("soft_topk", "k"), ("segmented_coor_descent",
 SIGNED = {"cosine_sim_scale"}
 OPTIONAL = {"eps_init", "cosine_sim_scale", "rotary_theta"}
 NUMBERS = {"eps": 0.1, "eps_init": 2.0, "cosine_sim_scale": 8.0, "block_size": 6}
-"""Options that a call may be drawn without."""
+"""Options that a random call may lack."""
 
 
 def is_numeric(value):

@@ -1,4 +1,4 @@
-"""Pages of docs describe what the code has: fields of records, sections that docstrings cite, all that is exported."""
+"""Pages of docs describe what the code has: fields of records, sections that docstrings cite, all exported names."""
 
 import re
 import tomllib
@@ -50,7 +50,7 @@ def baselines():
 
 
 def test_all_of_an_environment_is_described(baselines, tmp_path):
-    """Of the lines that are committed, with a GPU and without, and of a run now."""
+    """For the committed lines, with and without a GPU, and for a run now."""
     code = Code.of(Path(__file__)).described | Code.of(tmp_path / "folder" / "file.py").described
     ceilings = {field.name: {"any": 1} if field.name == "products" else 1 for field in fields(Ceilings)}
     now = {
@@ -75,7 +75,7 @@ def test_all_facts_of_a_kernel_are_described(baselines):
 
 
 def both_ways(names, found):
-    """Each name is found and each that is found is named, by itself or by a pattern."""
+    """Each name is found and each found name is described, by itself or by a pattern."""
     assert not [name for name in found if not any(fnmatch(name, pattern) for pattern in names)]
     assert not [pattern for pattern in names if not any(fnmatch(name, pattern) for name in found)]
 
@@ -96,7 +96,7 @@ def test_cited_sections_of_the_design_are_there():
 
 
 def test_the_design_is_cited_by_its_page_and_section():
-    """No other way to name it, and no citation without a section."""
+    """There is no other form of citation, and no citation without a section."""
     loose = r"\bDESIGN\b|docs/design\.md(?!,? sections? \d)"
     texts = {file: " ".join(file.read_text().replace("#", " ").split()) for file in CODE}
     assert not [file.relative_to(ROOT).as_posix() for file, text in texts.items() if re.search(loose, text)]
@@ -104,7 +104,7 @@ def test_the_design_is_cited_by_its_page_and_section():
 
 @pytest.mark.parametrize("package", ["kernels", "reference"])
 def test_all_that_is_exported_has_a_page(package):
-    """By the module that defines it. Layers of `kernels` are those of `reference`."""
+    """Pages list names by their defining module. Layers of `kernels` are those of `reference`."""
     shown = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api" / f"{package}.md").read_text(), flags=re.MULTILINE)
     module = import_module(package)
     exported = {getattr(module, name) for name in module.__all__}
@@ -121,14 +121,14 @@ def test_the_changelog_begins_with_the_version_of_the_package():
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
 def test_files_that_pages_name_are_there(page):
-    """Those in a folder of code; `<op>` stands for any operation."""
+    """Checked for files in a folder of code; `<op>` stands for any operation."""
     named = re.findall(rf"`((?:{'|'.join(FOLDERS)}|docs|reports/baselines)/[\w./<>-]*)`", page.read_text())
     assert not [name for name in named if not any(ROOT.glob(name.replace("<op>", "coor_descent")))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
 def test_sentences_begin_with_their_subject(page):
-    """But for questions."""
+    """Questions are exempt."""
     text = re.sub(r"^```.*?^```$|<!--.*?-->|^#.*?$", "\n\n", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     paragraphs = re.split(r"\n\s*\n|\n(?=\s*(?:-|\d+\.) )|\|", text)
     sentences = chain.from_iterable(re.split(r"(?<=[.:?!])\W* ", " ".join(each.split())) for each in paragraphs)

@@ -1,4 +1,4 @@
-"""Tables of README and docs, and figures in the text beside them, are what the baseline of the H200 says."""
+"""Tables of README and docs, and figures in the text next to them, match the baseline of the H200."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def texts():
 
 
 def test_pages_say_what_the_baseline_says(baseline, texts):
-    """If a baseline has been recorded anew, `python -m tests.measurements.tables` writes what has to stand there."""
+    """After a new baseline, `python -m tests.measurements.tables` writes the figures into the pages."""
     assert pages(baseline, texts) == texts
 
 

@@ -18,7 +18,7 @@ def test_each_part_of_watching_is_found_in_a_run(tmp_path, monkeypatch):
     ]
     status, whole, seconds = watched(arguments)
     assert status == 0
-    # It waits only within other parts, but for what is wrong.
+    # A wait outside of other parts happens only after a fault.
     assert {*seconds} | {"Watch.wait"} == {"other_values"} | {
         name if owner is fairness else f"Watch.{name}" for owner, name in PARTS
     }

@@ -1,4 +1,4 @@
-"""The wheel, and the layout of a Hugging Face kernel: built, and used where there is no checkout."""
+"""The wheel, and the layout of a Hugging Face kernel: built, and used outside of a checkout."""
 
 import os
 import re
@@ -75,14 +75,15 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory):
-    """The interpreter of an environment with the wheel and others beside it, which borrows what takes long to get."""
+    """The interpreter of an environment with the wheel and other packages; it borrows those that take long to
+    install."""
     directory = tmp_path_factory.mktemp("environment")
     venv.create(directory)
     found = directory / "bin" / "python"
     purelib = run(found, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=directory).strip()
-    # Not the packages that are installed as a link to a checkout: files that say so count in the first directory alone.
+    # Packages installed as a link to a checkout are not borrowed: their files count only in the first directory.
     (Path(purelib) / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
-    # Few of thousands of modules are imported, and compiled then.
+    # Few of thousands of modules are imported, so only these are compiled.
     install = (sys.executable, "-m", "pip", "--python", found, "install", "--quiet", "--no-compile")
     run(*install, "--no-deps", wheel, cwd=directory)
     run(*install, *OTHERS, cwd=directory)

@@ -28,7 +28,7 @@ def docstrings(source: str) -> Iterator[tuple[int, str]]:
 
 
 def comments(source: str) -> Iterator[tuple[int, str]]:
-    """Line and text of each comment; lines of one indent that follow each other are one comment."""
+    """Line and text of each comment; consecutive lines with one indent are one comment."""
     line, column, text = 0, 0, ""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type != tokenize.COMMENT:

@@ -1,4 +1,4 @@
-"""Records of which everything is known."""
+"""Records with known content."""
 
 from colt5_bench.records.derived import label
 from colt5_bench.records.results import Divergence, Record, Timing

@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def make_checkout(directory):
-    """A checkout that holds the toy suite and nothing else."""
+    """A checkout that contains only the toy suite."""
     for package in ("reference", "kernels", "suites"):
         (directory / package).mkdir()
         (directory / package / "__init__.py").touch()
@@ -44,7 +44,7 @@ def make_checkout(directory):
 
 
 def start(checkout, implementations, *options, longest=resource.RLIM_INFINITY, **environment):
-    """Run bench.py in a checkout; its exit status and its output."""
+    """Run bench.py in a checkout; return its exit status and its output."""
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -76,7 +76,7 @@ def bench(checkout):
 
 @pytest.fixture
 def bench_here(tmp_path, monkeypatch, capfd):
-    """The same in this process, for the suite by its path: its exit status and its output."""
+    """The same in this process, for the suite by its path; return the exit status and the output."""
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     file = tmp_path / "toy.py"
@@ -93,7 +93,7 @@ def bench_here(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A whole run with its results. It says what it imports, and options for other tests stand in its environment."""
+    """A whole run with its results. It logs its imports, and the environment has options for other tests."""
     checkout = make_checkout(tmp_path_factory.mktemp("whole"))
     run = start(checkout, "good", "--quiet", PYTEST_ADDOPTS="--co -x --lf", PYTHONPROFILEIMPORTTIME="1")
     return run, checkout / "out" / "toy.jsonl"
@@ -120,7 +120,7 @@ def test_a_run_prints_a_table_and_says_where_results_are(bench, checkout):
 def test_a_failed_accuracy_gate_is_the_exit_status(bench_here, tmp_path):
     run = bench_here("good,wrong,raising", "--preset", "smoke", "--verbose")
     assert run.returncode == commands.FAILURE
-    # All but of which code it is.
+    # All lines except the revision.
     lines = [line for line in run.stderr.splitlines() if not line.startswith("warning: ")]
     told = [re.sub(r"\d\S* ms$", "? ms", line) for line in lines]
     assert "ok           rows=2,n=8-forward-good  ? ms" in told
@@ -166,7 +166,7 @@ Measurer.measure = failing_once
 
 
 def test_a_failure_of_the_harness_is_shown_and_fails(bench_here):
-    """It costs what was under way and no more."""
+    """It loses only the current point."""
     run = bench_here("good", "--preset", "smoke", "--quiet", more=FAILING_ONCE)
     assert run.returncode == commands.UNMEASURED
     assert "no luck in the harness" in run.stderr
@@ -461,7 +461,7 @@ def test_whatever_is_raised_it_is_a_line_and_a_status_that_says_no_regression(mo
     [(">/dev/full", commands.UNMEASURED), ("| true", commands.CLOSED), (">/dev/full 2>/dev/full", commands.UNMEASURED)],
 )
 def test_what_cannot_be_said_is_no_success_and_no_regression(redirection, status):
-    """Found when the output is flushed, or as it is written: there is more of it than a pipe holds."""
+    """Detected when the output is flushed, or during the write: there is more output than a pipe holds."""
     script = """
 import sys
 from colt5_bench import cli, commands, startup
@@ -506,7 +506,7 @@ def test_it_says_which_version_it_is(capsys):
 
 @pytest.mark.parametrize("module", ["colt5_bench.commands", "numpy", "torch"])
 def test_while_all_is_imported_an_interrupt_ends_it_there_and_then(module):
-    """At the moment that a module is looked for."""
+    """At the moment of a search for a module."""
     script = f"""
 import os, runpy, signal, sys
 class Finder:
@@ -524,7 +524,7 @@ runpy.run_path("bench.py", run_name="__main__")
 
 @pytest.fixture
 def broken(checkout, monkeypatch):
-    """The checkout with suites beside the toy suite that are broken, each in its way, imported in this process."""
+    """A checkout whose suites besides the toy suite are broken in different ways, imported in this process."""
     sources = {
         "raising": "raise RuntimeError('no luck')",
         "leaving": "import sys; sys.exit(0)",
@@ -572,7 +572,7 @@ def test_runs_that_begin_in_one_second_have_a_directory_each(tmp_path):
 
 
 def test_less_than_all_records_is_no_success(bench, checkout, whole):
-    """Whether options are named for pytest here, or stand in the environment for other tests."""
+    """For options for pytest on this command line, or in the environment for other tests."""
     partial = bench("wrong,good", "--", "-x", **{REPORT: NO_REPORT})
     assert partial.returncode == commands.UNMEASURED, partial.stdout
     assert "of the expected records are missing" in partial.stderr
@@ -593,7 +593,7 @@ def test_a_run_does_not_wait_for_imports_that_it_can_do_without(whole, module):
 
 
 def test_on_a_full_disk_a_run_says_so_in_a_line(bench, checkout, whole):
-    """As long as half of the run the file may become, and a page is longer."""
+    """The file may reach the length of half of the run, and a page is longer."""
     _, results = whole
     full = bench("good", "--quiet", longest=results.stat().st_size // 2)
     assert full.returncode == commands.UNMEASURED

@@ -1,4 +1,4 @@
-"""Implementations that the user brings by `--impl NAME=...`, and suites by path."""
+"""Implementations that the user adds by `--impl NAME=...`, and suites by path."""
 
 import hashlib
 import os
@@ -63,7 +63,7 @@ NUMBER = 3
 
 @pytest.fixture
 def place(tmp_path):
-    """A folder outside of any checkout, with functions and what they import."""
+    """A folder outside of any checkout, with functions and modules that they import."""
     folder = tmp_path / "my kernels"
     folder.mkdir()
     (folder / "mine.py").write_text(MINE)
@@ -168,14 +168,14 @@ def test_packages_bring_guests_by_entry_points(place, tmp_path, capsys, monkeypa
     loading.installed_guests(toy.suite())
     assert not capsys.readouterr().err
     assert loading.installed_guests(toy.suite(name="none")) == ()
-    # Nor does one end the runs of a suite that takes none.
+    # A guest does not end runs of a suite that takes none either.
     assert loading.installed_guests(toy.suite(guest=None)) == ()
     assert "toy.mine is left out: suite toy takes no added implementations" in capsys.readouterr().err
     loading._installed_guests.cache_clear()
 
 
 def bench(checkout, place, *options):
-    """In the folder of the functions."""
+    """Run the command in the folder of the functions."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     return subprocess.run(
         [sys.executable, ROOT / "bench.py", "--suite", "toy", "--preset", "smoke", "--device", "cpu", *options],

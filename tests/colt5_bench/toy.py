@@ -1,4 +1,4 @@
-"""A suite of which everything is known: y = 2 x, and implementations that go wrong in each way there is."""
+"""A suite with known results: y = 2 x, and implementations that fail in all possible ways."""
 
 import ctypes
 import os
@@ -74,19 +74,19 @@ def hanging(scores):
 
 
 def take(share, device):
-    """So much of a GPU's memory, for a moment; PyTorch's allocator keeps it."""
+    """Take an amount of a GPU's memory for a moment; PyTorch's allocator keeps it."""
     torch.empty(int(share * torch.cuda.get_device_properties(device).total_memory), dtype=torch.uint8, device=device)
 
 
 def greedy(scores):
-    """Needs more of a GPU's memory than is left beside `breaking`; a graph of it, as much again."""
+    """Needs more of a GPU's memory than `breaking` leaves; its graph needs the same amount again."""
     if scores.is_cuda:
         take(0.4, scores.device)
     return 2 * scores
 
 
 def breaking(scores):
-    """Breaks the context of a GPU, most of whose memory it had; where there is none it says so all the same."""
+    """Breaks the context of a GPU after taking most of its memory. If there is no GPU, it raises the same error."""
     if scores.is_cuda:
         take(0.7, scores.device)
         return 2 * scores.gather(-1, torch.full_like(scores, 1000, dtype=torch.int64))
@@ -94,7 +94,7 @@ def breaking(scores):
 
 
 def leaving(scores):
-    """Changes the directory, then ends the process as if all were well."""
+    """Changes the directory, then ends the process as if without an error."""
     os.chdir("/")
     os._exit(0)
 
@@ -110,7 +110,7 @@ def _implementation(function, **more):
 
 
 def suite(*functions, **more):
-    """The toy suite with these implementations beside the reference."""
+    """The toy suite with these implementations besides the reference."""
     implementations = {function.__name__: _implementation(function) for function in functions}
     settings = {
         "name": "toy",

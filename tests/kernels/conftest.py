@@ -1,4 +1,4 @@
-"""What tests of kernels share."""
+"""Settings and fixtures for tests of kernels."""
 
 from types import ModuleType
 
@@ -11,7 +11,7 @@ from kernels._common.plans import PLANNERS
 
 @pytest.fixture
 def set_sizes(monkeypatch):
-    """Set sizes that launchers plan with, so that a few entries go the way of many, and forget what was planned."""
+    """Set sizes with which launchers plan, so that a few entries take the path of many, and forget earlier plans."""
 
     def forget():
         for planner in PLANNERS:

@@ -11,13 +11,13 @@ from kernels._common.tensors import INTERPRETED
 T = TypeVar("T")
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-"""Where kernels run: on a GPU if there is one, else in the interpreter or by their CPU path."""
+"""Device of the kernels: a GPU if there is one, else the interpreter or the CPU path."""
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def capture(step: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A CUDA graph of a step, and the tensors that each replay writes. A first run compiles, in a stream of its own."""
+    """A CUDA graph of a step, and the tensors that each replay writes. A first run compiles, in a separate stream."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -35,6 +35,6 @@ def tokens(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def rounding(actual: torch.Tensor) -> float:
-    """The error allowed for functions and sums over rows in fp32, and one conversion to the dtype of the result. It is
+    """The allowed error for functions and sums over rows in fp32, and one conversion to the dtype of the result. It is
     relative to the largest element."""
     return 8 * torch.finfo(torch.float32).eps + (torch.finfo(actual.dtype).eps if actual.dtype.itemsize < 4 else 0)

@@ -1,4 +1,4 @@
-"""Triton's interpreter computes the same in a fraction of its time, once this is imported."""
+"""After its import, Triton's interpreter computes the same in a fraction of its time."""
 
 from functools import cache, reduce
 
@@ -13,9 +13,9 @@ _patch_lang = interpreter._patch_lang
 
 
 def _patch_lang_once(fn):
-    """Patch the language modules that a function sees, unless all are patched already.
+    """Patch the language modules that a function uses, unless all are patched already.
 
-    Triton's interpreter patches them again at each call of a function from a kernel, which takes most of its time.
+    Triton's interpreter patches them again in each call of a function from a kernel, which takes most of its time.
     """
     seen = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
     patched = seen and not any(tl.core.is_builtin(lang.load) for lang in seen)
@@ -29,9 +29,9 @@ _np_dtypes = {}
 
 
 def _get_np_dtype_once(dtype):
-    """NumPy's dtype of numbers or blocks, remembered by name.
+    """NumPy's dtype of numbers or blocks, cached by name.
 
-    Triton's interpreter makes a table of all dtypes each time that it asks for one, several times an operation.
+    Triton's interpreter makes a table of all dtypes at each request, several times per operation.
     """
     scalar = dtype.scalar
     if scalar.name not in _np_dtypes:
@@ -46,9 +46,9 @@ generic_reduce = interpreter.ReduceOps.generic_reduce
 
 
 def _reduce_slices(self, blocks):
-    """Blocks reduced along an axis by any function, slice after slice.
+    """Blocks reduced along an axis by any function, slice by slice.
 
-    Triton's interpreter calls the function for one element after the other: for as many as a sort compares.
+    Triton's interpreter calls the function element by element, for as many elements as a sort compares.
     """
     ndim = len(blocks[0].shape)
     blocks, axis = self.unravel(blocks, self.axis)
@@ -72,7 +72,7 @@ def _reduce_slices(self, blocks):
 interpreter.ReduceOps.generic_reduce = _reduce_slices
 
 
-# It takes a dozen operations for each addition and asserts nothing, for that is left to `debug`.
+# Overflow checks take a dozen operations per addition and assert nothing, because that needs `debug`.
 interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 
@@ -86,7 +86,7 @@ def _shape(*sizes):
 
 
 def _init_type(self, element_ty, shape):
-    """Make a type of blocks, whose shape is one that others have: Triton's interpreter makes one for each operation."""
+    """Make a type of blocks with shared data for its shape: Triton's interpreter makes new data for each operation."""
     sizes = [size.value if isinstance(size, tl.constexpr) else size for size in shape]
     self.shape, text, self.numel, *self.of_tensors = _shape(*sizes)
     self.element_ty, self.name = element_ty, f"<{text}, {element_ty}>"
@@ -103,7 +103,7 @@ _broadcast = TritonSemantic.broadcast_impl_value
 
 
 def _broadcast_if_need_be(self, one, other):
-    """Both as they are if they have one shape: Triton's interpreter compares it size by size."""
+    """Both unchanged if they have the same shape, which Triton's interpreter compares size by size."""
     return (one, other) if one.shape is other.shape else _broadcast(self, one, other)
 
 

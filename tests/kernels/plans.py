@@ -36,12 +36,12 @@ from kernels.windowed_attention import bias_gradient, positions
 from kernels.windowed_attention import forward as windowed_forward
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
-"""By the bytes of an entry."""
+"""Dtypes by the bytes of an entry."""
 
 BOOL = (False, True)
 
 MOST_ENTRIES = 2**24
-"""Of a tensor that tests allocate."""
+"""Most entries of a tensor that tests allocate."""
 
 
 def around(*borders: int, most: int = 2**22) -> tuple[int, ...]:
@@ -78,7 +78,7 @@ COUNTS = {
     "total": (1, 2, 1023, 1024, 1025, 2**20, 2**31, 2**33),
     "window_size": around(prefix_forward.LONGEST_END, most=8192),
 }
-"""What sizes of a name are tried; a launcher whose sizes go by other names has to say here what they may be."""
+"""Tested sizes by name. A launcher with other names has to add its sizes here."""
 
 
 NOT_A_COUNT = {
@@ -91,12 +91,12 @@ NOT_A_COUNT = {
     "simple",
     "sweeps",
 }
-"""Of these, what makes no tensor larger."""
+"""Names among these that do not make a tensor larger."""
 
 
 def sizes_of(planner: Callable[..., Plan], **limits: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """All combinations of what the sizes of a planner may be, or ten thousand of them if there are more. No more is
-    selected than there is."""
+    """All combinations of the possible sizes of a planner, or ten thousand of them if there are more. No more entries
+    are selected than exist."""
     names = tuple(inspect.signature(planner).parameters)
     values = [limits.get(name, COUNTS[name]) for name in names]
     if math.prod(map(len, values)) <= 50_000:
@@ -122,32 +122,32 @@ class Case(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """How to call an operation so that it follows a plan."""
+    """Recipe for calls of an operation that follow a plan."""
 
     planners: tuple[Callable[..., Plan], ...]
 
     call: Callable[..., None]
-    """Takes the sizes of a planner and a variant: forward and backward pass."""
+    """Function of the sizes of a planner and a variant: forward and backward pass."""
 
     variants: tuple[dict[str, Any], ...]
-    """What else makes another kernel."""
+    """Other options that make another kernel."""
 
     limits: Mapping[str, tuple[int, ...]] = MappingProxyType({})
-    """Of sizes, other than for all."""
+    """Sizes that differ from the common ones."""
 
     key: Callable[[Plan], object] = lambda plan: tuple(sorted(plan.settings.items()))
-    """The key of a plan: plans with one key are launched alike."""
+    """The key of a plan: plans with the same key are launched in the same way."""
 
 
 def _variants(**choices: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
-    """All combinations, in an order in which neighbours differ in most."""
+    """All combinations, in an order in which neighbours differ in most options."""
     combined = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
     random.Random(0).shuffle(combined)
     return tuple(combined)
 
 
 def _call_and_differentiate(kept: bool, call: Callable[[], Tensor]) -> None:
-    """Forward and backward pass; unless `kept`, a forward pass too that keeps nothing for it."""
+    """Forward and backward pass; unless `kept`, also a forward pass that keeps nothing for it."""
     if not kept:
         with torch.no_grad():
             call()
@@ -164,7 +164,7 @@ def _rows(
     differentiable: bool = True,
     aligned: bool = True,
 ):
-    """Scores, mask and k. Rows are aligned if their length allows that."""
+    """Scores, mask and k. Rows are aligned if their length allows it."""
     wide = torch.zeros(n_rows, n + (not aligned), dtype=dtype)
     scores = wide[:, :n].requires_grad_(differentiable)
     mask = torch.ones(n_rows, n, dtype=torch.bool) if masked else None
@@ -180,7 +180,7 @@ def coor_descent(n_rows, n, simple=True, aligned=True, per_row=False, kept=True,
 
 
 def topk(n_rows, n, selected, masked=False, save=True, itemsize=4, **_):
-    """Without the backward pass, which is that of coordinate descent."""
+    """No backward pass, because it is that of coordinate descent."""
     x, mask, _ = _rows(n_rows, n, DTYPES[itemsize], masked, differentiable=save)
     kernels.topk(x, min(selected, n), n_iters=4, mask=mask, fused=True)
 
@@ -191,7 +191,7 @@ def soft_topk(n_rows, n, simple=True, aligned=True, per_row=False, itemsize=4, *
 
 
 def select(n_rows, n=1, selected=1, available=None, masked=False, itemsize=4, **_):
-    """Plans that do not depend on a GPU are of longer lists."""
+    """Plans that do not depend on a GPU are for longer lists."""
     selected = max(selected, 1 if available else select_kernels.LISTED + 1)
     scores, mask, _ = _rows(n_rows, max(n, selected), DTYPES[itemsize], masked, differentiable=False)
     kernels.select(scores, num_selected=selected, mask=mask)
@@ -221,7 +221,7 @@ def gathered_gradients(batch, selected, d, routes, cosine, itemsize, **_):
 
 
 def gather(n_rows, selected, d, itemsize, straight=False, masked=False, kept=True, **_):
-    """From as many sequences, of one block each."""
+    """From several sequences of one block each."""
     x = torch.zeros(n_rows, selected, d, dtype=DTYPES[itemsize])
     indices, weights = torch.zeros(n_rows, selected, dtype=torch.int64), torch.zeros(n_rows, selected)
     mask = torch.zeros(n_rows, selected, dtype=torch.bool) if masked else None
@@ -261,7 +261,7 @@ def normalize_and_route(n_rows, d, center, biased, itemsize, routes=1, **_):
 def combine(
     d=8, n_rows=1, batch=None, n=1, nulled=True, lit=True, residual=True, biased=False, started=False, itemsize=4, **_
 ):
-    """Sequences of which one token is routed."""
+    """Sequences with one routed token."""
     batch = batch or n_rows
     dtype = DTYPES[itemsize]
     branches = {
@@ -303,7 +303,7 @@ def gathered_attention(
 
 
 def listed(n_entries, masked=False, **_):
-    """One list, of one token again and again."""
+    """One list, of the same token several times."""
     indices = torch.zeros(1, 1, 1, n_entries, dtype=torch.int64)
     mask = torch.ones(indices.shape, dtype=torch.bool) if masked else None
     query, key_value, null_kv = torch.zeros(1, 1, 1, 16, 16), torch.zeros(1, 1, 1, 32), torch.zeros(2, 1, 16)
@@ -311,7 +311,7 @@ def listed(n_entries, masked=False, **_):
 
 
 def invert(n_entries, total=None, **_):
-    """One list, of any of so many tokens."""
+    """One list, of any of `total` tokens."""
     lists = torch.zeros(1, 1, 1, n_entries, dtype=torch.int32)
     inverse.invert(lists, torch.zeros(lists.shape), n_entries if total is None else total)
 
@@ -343,7 +343,7 @@ def windowed_attention(
     chunks=None,
     **_,
 ):
-    """Arguments with the kind of positions that a planner is for."""
+    """Arguments with the kind of positions of a planner."""
     if itemsize is None:
         itemsize, kind = 2, "rotary"
     if chunks is not None:
@@ -360,7 +360,7 @@ def windowed_attention(
 
 
 def _but_for_programs(plan: Plan) -> object:
-    """A row is shared by any number of programs, which only moves addresses."""
+    """Any number of programs may share a row, which only moves addresses."""
     return tuple(sorted((name, value) for name, value in plan.settings.items() if name != "PROGRAMS"))
 
 
@@ -465,19 +465,19 @@ OPERATIONS = {
 
 
 OPTIONS = ("launch_cooperative_grid", "maxnreg", "num_stages", "num_warps")
-"""Of a launch; what else is in its settings makes a tile."""
+"""Options of a launch; all other settings define a tile."""
 
 
 def _kind_of(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """What the sizes of a plan make another kernel by, at the same settings."""
+    """Properties of a plan's sizes that make another kernel with the same settings."""
     kind = {name: sizes[name] for name in ("aligned", "simple", "itemsize") if name in sizes}
     dim = sizes.get("dim", sizes.get("head_dim"))
     return {**kind, "ragged": is_ragged(dim, sizes["itemsize"])} if dim is not None and "itemsize" in sizes else kind
 
 
 def _smallest(planner: Callable[..., Plan], operation: Operation) -> list[tuple[dict[str, Any], Plan]]:
-    """The smallest sizes of each plan that is compiled differently, and the plan. Where a plan has sizes without a 1,
-    which is compiled as a constant, these."""
+    """The smallest sizes of each plan that is compiled differently, and the plan. If a plan has sizes without a 1,
+    which would be compiled as a constant, these are used."""
     smallest: dict[object, tuple[tuple[int, int], dict[str, Any], Plan]] = {}
     for sizes in sizes_of(planner, **operation.limits):
         counts = [size for name, size in sizes.items() if name not in NOT_A_COUNT]
@@ -490,7 +490,7 @@ def _smallest(planner: Callable[..., Plan], operation: Operation) -> list[tuple[
 
 
 def _with_largest_tile(plans: list[tuple[dict[str, Any], Plan]]) -> list[tuple[dict[str, Any], Plan]]:
-    """One plan for each set of options, which has the least to spare of what these give it."""
+    """The plan with the least reserve for each set of options."""
     largest: dict[object, tuple[int, dict[str, Any], Plan]] = {}
     for sizes, plan in plans:
         tile = math.prod(size for name, size in plan.settings.items() if name not in (*OPTIONS, "PROGRAMS"))
@@ -500,8 +500,8 @@ def _with_largest_tile(plans: list[tuple[dict[str, Any], Plan]]) -> list[tuple[d
 
 
 def cases_of(operation: Operation, every: bool) -> list[Case]:
-    """All plans that are compiled differently, at the smallest sizes that have them, with each of the variants; or
-    some of them, with one variant each."""
+    """All plans that are compiled differently, at their smallest sizes, with each of the variants. Or some of these
+    plans, with one variant each."""
     cases = []
     turn = itertools.cycle(operation.variants)
     for planner in operation.planners:

@@ -59,7 +59,7 @@ def test_strides():
 
 
 def test_rows_that_programs_share():
-    """More tiles than programs on one multiprocessor, and rows that fill no tile."""
+    """More tiles than programs on one multiprocessor, and rows that do not fill a tile."""
     check(tokens(9 * 2048 // 4 + 1, 3))
 
 

@@ -1,4 +1,5 @@
-"""The fused sum of branches against the plain one in fp64: on the CPU path, in Triton's interpreter and on a GPU."""
+"""The fused sum of branches against the plain one in fp64. It runs on the CPU path, in Triton's interpreter and on a
+GPU."""
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_tokens_without_a_place_have_no_gradient():
 
 
 def test_the_null_token_has_the_gradient_of_what_is_not_routed():
-    """And not what is left of large numbers, those of routed tokens, that cancel."""
+    """It is not the small difference of large numbers, which belong to routed tokens."""
     tensors, indices = problem(1, 3, 8, 4, names=("null",))
     null = tensors["null"].requires_grad_()
     upstream = torch.ones(1, 8, 4, device=DEVICE).index_fill(1, indices[0], 1e30)

@@ -20,7 +20,7 @@ from tests.kernels.devices import DEVICE, capture
 
 INTERPRETED = triton.knobs.runtime.interpret
 
-# The interpreter takes its time for each iteration; in fewer of them the kernel does all that it does in more.
+# The interpreter is slow per iteration; the kernel has no additional code paths for more iterations.
 CONSTANT = {"n_iters": 6 if INTERPRETED else 20, "eps": 0.1}
 DECAYING = {"n_iters": 9, "eps_decay": 0.3} if INTERPRETED else {"n_iters": 20, "eps_decay": 0.7}
 DECAYING = {**DECAYING, "eps": 0.03, "eps_init": 4.0}
@@ -28,11 +28,11 @@ COLD = {"n_iters": 12 if INTERPRETED else 30, "eps": 0.03}
 SCHEDULES = {"constant": CONSTANT, "decaying": DECAYING, "cold": COLD, "once": {"n_iters": 1, "eps": 0.5}}
 
 FORWARD = 2e-6
-"""Bound on the error of an output; the gradient's is this times what an output contributes to it, |g| / eps."""
+"""Bound on the error of an output. For the gradient it is multiplied by the contribution of an output, |g| / eps."""
 
 
 def differentiate(operation, scores, grad, k, mask=None, **options):
-    """Output, and the gradients of the scores and of k (None where k is a number)."""
+    """Output, and the gradients of the scores and of k (None if k is a number)."""
     scores = scores.detach().clone().requires_grad_()
     k = k.detach().clone().requires_grad_() if isinstance(k, torch.Tensor) else k
     y = operation(scores, k=k, mask=mask, **options)
@@ -145,7 +145,7 @@ def test_extreme_scores(eps):
 
 
 def test_ties():
-    """Away from kinks equal scores share one gradient, and a row of nothing else sums to k."""
+    """Away from kinks equal scores have equal gradients, and a row of equal scores sums to k."""
     scores = torch.round(randn(3, 100) * 2) / 2 + 0.1
     check(scores, 10.0, grad=torch.ones_like(scores), **CONSTANT)
     y, _, _ = check(torch.full((2, 64), 0.7, device=DEVICE), 16.0, n_iters=20, eps=0.1)
@@ -154,7 +154,7 @@ def test_ties():
 
 @pytest.mark.parametrize("iteration", [1, 3, 6])
 def test_next_to_a_kink_the_gradient_is_that_of_one_side(iteration):
-    """k puts the a of an iteration so near to a score that its fp32 number leaves open which side it is on."""
+    """k puts the a of an iteration so close to a score that fp32 does not decide the side."""
     options = {"n_iters": 6, "eps": 0.03, "eps_init": 4.0, "eps_decay": 0.7}
     scores, grad = randn(1, 200, std=5.0), randn(1, 200)
     wide = scores.double()
@@ -213,7 +213,7 @@ def test_any_layout(layout):
     view = scores.detach().requires_grad_()
     y = coor_descent(view, k=5.0, mask=mask, **CONSTANT)
     y.sum().backward()
-    # Not bitwise: how entries lie in threads, and with it the order of sums, depends on alignment.
+    # Not bitwise: the layout of entries in threads, and so the order of sums, depends on alignment.
     wide = scores.double().contiguous()
     expected = differentiate(reference.coor_descent, wide, torch.ones_like(wide), 5.0, mask.contiguous(), **CONSTANT)
     torch.testing.assert_close(y.detach().double(), expected[0], rtol=0, atol=FORWARD)
@@ -260,9 +260,9 @@ def test_a_row_too_long_for_the_registers_of_the_device():
 
 
 def check_all_but_few(scores, k, **options):
-    """a is right to about 1e-7 of a temperature. Of millions of scores a few lie in between, on one side of the kink
-    for the kernel and on the other for fp64, which is worth as much as they pass on. And of millions of outputs, whose
-    errors are sums of many roundings, a few are off by somewhat more than what bounds thousands."""
+    """a is exact to about 1e-7 of a temperature. Of millions of scores, a few are within this error, on one side of the
+    kink for the kernel and on the other for fp64. Their error is the gradient that they pass on. Of millions of
+    outputs, whose errors are sums of many roundings, a few exceed slightly the bound for thousands."""
     grad = torch.randn_like(scores)
     y, ds, _ = differentiate(coor_descent, scores, grad, k, **options)
     expected = differentiate(reference.coor_descent, scores.double(), grad.double(), k, **options)
@@ -291,7 +291,7 @@ def test_the_same_with_and_without_a_gradient():
 @settings(max_examples=8 if INTERPRETED else 50)
 @given(data=st.data())
 def test_laws(data):
-    """Entries are exchangeable, keep the order of their scores, and know temperatures only in units of scores."""
+    """Entries are exchangeable, keep the order of their scores, and depend on temperatures only in units of scores."""
     scores = torch.tensor([data.draw(st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=30))], device=DEVICE)
     k, options = data.draw(st.floats(0.5, 30)), data.draw(st.sampled_from([CONSTANT, DECAYING]))
     y = coor_descent(scores, k=k, **options)
@@ -346,7 +346,7 @@ def operator_arguments():
 
 
 def test_opcheck():
-    # That a kernel writes to none of its inputs shows where it has all of them.
+    # A call with all inputs shows that a kernel writes to none of them.
     for arguments in list(operator_arguments())[-2 if INTERPRETED else 0 :]:
         torch.library.opcheck(torch.ops.colt5.coor_descent.default, arguments)
 
@@ -382,7 +382,7 @@ def test_captured_in_a_cuda_graph(shape):
 
 
 def test_what_is_kept_for_the_backward_pass():
-    """16 bytes a row and iteration, and the schedule as one row more: nothing of the size of the scores."""
+    """16 bytes per row and iteration, and the schedule as one more row: no tensor has the size of the scores."""
     from colt5_bench.measuring.memory import saved_bytes
 
     rows, n_iters = 3, CONSTANT["n_iters"]
@@ -410,7 +410,7 @@ def test_the_cpu_path_is_worth_it():
 
     threads = torch.get_num_threads()
     try:
-        # On one core, so that what else runs on the machine disturbs little.
+        # On one core, so that other programs on the machine have little effect.
         torch.set_num_threads(1)
         timings = time_interleaved(calls, device=torch.device("cpu"), columns=("wall",))
     finally:
@@ -421,7 +421,7 @@ def test_the_cpu_path_is_worth_it():
 
 @pytest.mark.compiled
 def test_short_rows_are_spread_over_the_warp_that_they_share():
-    """Otherwise the compiler adds up every four entries of a row by shuffles: hundreds of them."""
+    """Otherwise the compiler adds up every four entries of a row by hundreds of shuffles."""
     from colt5_bench.measuring.static_facts import compiled_kernels
 
     with triton_for_cpu_tensors(), torch.no_grad():

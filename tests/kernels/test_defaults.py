@@ -12,7 +12,7 @@ from tests.reference import samples
 INTERPRETED = triton.knobs.runtime.interpret
 
 
-# The interpreter takes its time.
+# The interpreter is slow.
 DTYPES = [torch.float32] if INTERPRETED else [torch.bfloat16, torch.float32, torch.float64]
 DEFAULTS = [(torch.bfloat16, "meta"), (torch.float64, None)] if INTERPRETED else samples.EVERY_DEFAULT
 

@@ -1,4 +1,4 @@
-"""The first call of a layer compiles all kernels of its step side by side, because a dry run tells them."""
+"""The first call of a layer compiles all kernels that a dry run lists, in parallel."""
 
 import random
 import threading
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles no
 
 @pytest.fixture
 def allocating_zeros(monkeypatch):
-    """No kernel writes to memory, and PyTorch may go on with it as indices."""
+    """Kernels do not write to memory, and PyTorch may use the memory as indices."""
     for owner, function in ALLOCATING:
         monkeypatch.setattr(owner, function, zeroed(getattr(owner, function)))
 
@@ -46,7 +46,7 @@ def step(layer, inputs, options, *, wanted=True, autocast=True):
 
 
 def told(layer, inputs, options, *, wanted=True, autocast=True):
-    """The launches of that step, by a dry run."""
+    """The launches of that step, from a dry run."""
     with (
         triton_for_cpu_tensors(),
         torch.set_grad_enabled(wanted),
@@ -57,7 +57,7 @@ def told(layer, inputs, options, *, wanted=True, autocast=True):
 
 
 def test_none_runs_within_a_backward_pass():
-    """On a GPU its own backward pass would wait for the thread that it holds up."""
+    """On a GPU its own backward pass would wait for the thread that it blocks."""
     layer = layer_of("ConditionalRoutedAttention", random.Random(0), use_triton=True)
     inputs, options = inputs_of("ConditionalRoutedAttention", layer)
     launches = []
@@ -78,7 +78,7 @@ def test_none_runs_within_a_backward_pass():
 
 
 def what_is_compiled(kernel, pointers, numbers, named):
-    """All that Triton may compile a kernel for."""
+    """Everything that Triton may compile a kernel for."""
     types = ((x.dtype, x.data_ptr() % 16 == 0) for x in pointers)
     return kernel.__module__, kernel.__name__, *types, *numbers, *sorted(named.items())
 
@@ -108,7 +108,7 @@ def test_a_dry_run_tells_what_a_step_launches(name, seed, monkeypatch, allocatin
 
 
 class Compiler:
-    """In the place of Triton's compiler: kernels that a recorder launches. It takes their compilations down."""
+    """Replacement for Triton's compiler, with kernels that a recorder launches. It lists their compilations."""
 
     def __init__(self):
         self.recorder, self.compiled, self.threads = Recorder(), [], set()
@@ -122,14 +122,14 @@ class Compiler:
 
 @pytest.fixture
 def compiler(monkeypatch, allocating_zeros):
-    """A compiler of all kernels, for a device of its own."""
+    """A compiler of all kernels, for a separate device."""
     compiler, real, active = Compiler(), triton.compiler.compile, driver._active
     monkeypatch.setattr(triton.compiler, "compile", compiler)
     driver.set_active(compiler.recorder)
     yield compiler
     driver.set_active(active)
     for kernel, *_ in compiler.compiled:
-        # Triton left it there when the kernel first saw the device.
+        # Triton stored it when the kernel first saw the device.
         kernel.compile = real
         kernel.device_caches.pop(compiler.recorder.device, None)
 
@@ -187,7 +187,8 @@ OF_LENGTHS = [name for name in LAYERS if not name.endswith(("Router", "ViT", "Im
 
 @pytest.mark.parametrize("name", OF_LENGTHS)
 def test_new_lengths_seldom_compile(name, compiler, monkeypatch):
-    """A second length brings those that may follow; a much longer or shorter one, or one that is aligned, may add."""
+    """A second length compiles for expected lengths. A much longer or shorter one, or an aligned one, may compile
+    more."""
     rng = random.Random(name)
     layer = build(name, kernels, use_triton=True)
     compiling = []
@@ -228,7 +229,7 @@ def test_lengths_to_come_follow_a_change(known, new, lengths):
 
 
 def test_of_nested_layers_the_outermost_is_run(compiler):
-    """Its dry run tells the kernels of all."""
+    """Its dry run lists the kernels of all."""
     first, inputs, options = layer_and_inputs()
     second, _, _ = layer_and_inputs("ConditionalRoutedFeedForward")
     compiled = {}
@@ -273,7 +274,7 @@ def test_hooks_see_steps_with_values_alone(register, compiler):
 
 
 class WithValues(nn.Module):
-    """A layer that looks at values, which a dry run has none of."""
+    """A layer that uses values, which a dry run does not have."""
 
     def __init__(self, layer):
         super().__init__()
@@ -293,7 +294,7 @@ def test_a_layer_that_needs_values_launches_all_the_same(compiler):
 
 
 def test_nobody_sees_a_dry_run(compiler, monkeypatch):
-    """Neither hooks of saved tensors, of which a checkpoint counts the calls, nor gradients, nor random numbers."""
+    """It changes neither hooks of saved tensors, whose calls a checkpoint counts, nor gradients, nor random numbers."""
     layer, inputs, options = layer_and_inputs()
     packed = []
 

@@ -1,6 +1,6 @@
-"""Random cases of all operations and layers, and that they would find faults. `fuzz/` says what a case is.
+"""Random cases of all operations and layers, and proof that they find faults. `fuzz/` defines cases.
 
-`FUZZ_SECONDS`, `FUZZ_SEED` and `FUZZ_WORKERS` are of the test on a GPU; `FUZZ_CASE` is a line that a failure printed.
+`FUZZ_SECONDS`, `FUZZ_SEED` and `FUZZ_WORKERS` are for the test on a GPU; `FUZZ_CASE` is a line from a failure.
 """
 
 import inspect
@@ -34,7 +34,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 CPU = torch.device("cpu")
 SCALE = "interpreter" if INTERPRETED else "cpu"
 ROUNDS = 2 if INTERPRETED else 3
-"""How often each name takes its turn in CI."""
+"""Number of cases per name in CI."""
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def _one_thread():
 
 
 MADE_OF_OTHERS = ("ConditionalRoutedTransformerBlock", "ConditionalRoutedViT") if INTERPRETED else ()
-"""Take long in the interpreter."""
+"""Layers that are slow in the interpreter."""
 
 CASES = [case for case in islice(cases(0, SCALES[SCALE]), ROUNDS * len(NAMES)) if case.name not in MADE_OF_OTHERS]
 
@@ -62,7 +62,7 @@ def test_follows_the_definition(case):
 SHAPES = [
     draw_case(5, index, SCALES[SCALE], name)
     for name in sorted(OPERATIONS)
-    # More of them where more arguments may be left out.
+    # More of them if more arguments may be left out.
     for index in range(2 + 2 * str(inspect.signature(getattr(kernels, name))).count("Tensor | None = None"))
 ]
 
@@ -70,7 +70,7 @@ SHAPES = [
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", SHAPES, ids=[case.name for case in SHAPES])
 def test_a_compiler_is_told_the_shapes_of_results(case, device):
-    """Shapes, strides and dtypes of what an operator gives, without values and with them."""
+    """Shapes, strides and dtypes of an operator's results, without values and with them."""
     function, parameters = ours(case, torch.device(device), Watched())
     tensors = {**build(case, torch.device(device)).tensors, **parameters}
     with CrossRefFakeMode(lambda operator: operator.namespace != "colt5", check_aliasing=False):
@@ -78,20 +78,20 @@ def test_a_compiler_is_told_the_shapes_of_results(case, device):
 
 
 FOUND = [
-    # In half precision the CPU path rounded weights to that.
+    # In half precision the CPU path rounded weights to half precision.
     (
         '{"name": "route_prefixes", "seed": 1771501593, "dtype": "bfloat16", "autocast": null, "grad": true, '
         '"layout": "contiguous", "data": {"scores": [1, 1, 176], "std": 1.0, "ties": false}, '
         '"options": {"n_iters": 10, "eps": 0.1, "eps_init": 4.0, "eps_decay": 0.7, '
         '"window_size": 31, "num_selected": 14, "k": 14}}'
     ),
-    # With one feature, a GPU leaves the rounding of a product where the gate had found exactly 0.
+    # With one feature, a GPU has a rounding error of the product where the gate had found exactly 0.
     (
         '{"name": "normalize", "seed": 1833130297, "dtype": "float32", "autocast": null, "grad": true, '
         '"layout": "mixed", "data": {"x": [965, 128, 1], "weight": "float32", "bias": "float32", "std": 0.001}, '
         '"options": {"center": true, "eps": 0.1, "dtype": "float16"}}'
     ),
-    # Queries see one key. What roundings leave of their gradient vanishes in fp16 in some orders, in others not.
+    # Queries see one key. The rounding error of their gradient becomes 0 in fp16 in some orders, but not in others.
     (
         '{"name": "ConditionalRoutedImageAttention", "seed": 1189887800, "dtype": "float32", "autocast": "float16", '
         '"grad": true, "layout": "transposed", "data": {"x": [4, 3, 2, 16], "dim": 16, "routes": 1, "std": 0.1, '
@@ -112,7 +112,7 @@ FOUND = [
         '"power": 8, "null": null, "light": "float32", "residual": null, "scores": null}, '
         '"options": {"length": 3, "dtype": "float16"}}'
     ),
-    # A single route came with a dimension of its own from one of two ways, and without it from the other.
+    # A single route had a dimension in one of two paths, but not in the other.
     (
         '{"name": "ConditionalRoutedAutoregressiveAttention", "seed": 395859943, "dtype": "float32", '
         '"autocast": null, "grad": true, "layout": "transposed", "data": {"x": [2, 4, 64], "dim": 64, '
@@ -128,20 +128,20 @@ FOUND = [
         '"use_null_q_tokens": false, "use_flash_attn": true, "rotary_emb": true, '
         '"causal_query_routing": false}}'
     ),
-    # No row: the gate made a shape of -1 out of nothing.
+    # Without rows, the gate could not infer a dimension of -1.
     (
         '{"name": "route", "seed": 419173495, "dtype": "float32", "autocast": null, "grad": true, '
         '"layout": "transposed", "data": {"x": [0, 6, 20], "routing_tokens": [1, 1, 20], "std": 0.05, "mask": null}, '
         '"options": {"n_iters": 3, "eps": 1.0, "eps_init": null, "eps_decay": 0.7, "num_selected": 1, '
         '"solver": "exact", "cosine_sim_scale": null, "block_size": null, "straight_through": false, "k": 1.125}}'
     ),
-    # The first token sees itself alone: terms of its query's gradient cancel, and the gate had nearly found 0.
+    # The first token sees only itself: terms of its query's gradient cancel, and the gate had nearly found 0.
     (
         '{"name": "windowed_attention", "seed": 2122722642, "dtype": "float32", "autocast": null, "grad": true, '
         '"layout": "transposed", "data": {"qkv": [2, 73, 384], "mask": "all"}, '
         '"options": {"heads": 2, "window_size": 8192, "causal": true}}'
     ),
-    # Ours routed in segments, for one router after the other, and the definition for all at once.
+    # Ours routed in segments, router by router, and the definition routed for all at once.
     (
         '{"name": "ConditionalRoutedTransformerBlock", "seed": 23676721, "dtype": "bfloat16", "autocast": null, '
         '"grad": false, "layout": "contiguous", "data": {"x": [3, 4, 16], "dim": 16, "routes": 2, "std": 0.1, '
@@ -164,11 +164,11 @@ FOUND = [
         '"checkpoint_segments": 36}}'
     ),
 ]
-"""Lines of cases that failed once, and why."""
+"""Lines of cases that failed once, with reasons."""
 
 
 def with_few_rows(case):
-    """A case of the interpreter, which takes a tenth of a second for a program of 50 iterations."""
+    """A case for the interpreter, which takes a tenth of a second for a program of 50 iterations."""
     shape = case.data.get("scores")
     if not isinstance(shape, list):
         return case
@@ -210,7 +210,7 @@ def test_on_a_gpu(capsys):
 @pytest.mark.skipif(INTERPRETED, reason="is not about kernels")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_argument_is_drawn(name):
-    """Each argument of an operation, and of a layer's constructor and call, takes several values."""
+    """Each argument of an operation, and of a layer's constructor and call, gets several values."""
     seen = defaultdict(set)
     for index in range(400):
         case = draw_case(0, index, SCALES["gpu"], name)
@@ -218,7 +218,7 @@ def test_every_argument_is_drawn(name):
             seen[option].add(str(value))
     if name in OPERATIONS:
         arguments = list(inspect.signature(getattr(kernels, name)).parameters)
-        # Tensors, and the numbers that they share a name with.
+        # Tensors, and the numbers that share a name with them.
         made = {key for index in range(60) for key in build(draw_case(0, index, SCALES["cpu"], name), CPU).tensors}
         for key in made:
             seen[key] |= {"a tensor", "more of them"}
@@ -257,7 +257,7 @@ def test_a_line_makes_the_same_case(index):
 
 @pytest.mark.skipif(INTERPRETED, reason="is not about kernels")
 def test_sizes_reach_what_kernels_do():
-    """Rows of one entry and the longest, no rows at all, and more than a dimension of a grid takes."""
+    """Rows of one entry and the longest, no rows at all, and more rows than a grid dimension allows."""
     drawn = [draw_case(seed, index, SCALES["gpu"]) for seed in range(20) for index in range(len(NAMES))]
     shapes = [case.data["scores"] for case in drawn if "scores" in case.data and isinstance(case.data["scores"], list)]
     assert min(shape[-1] for shape in shapes) == 1
@@ -270,7 +270,7 @@ def test_sizes_reach_what_kernels_do():
 
 
 class _Contracted(torch.autograd.Function):
-    """LayerNorm in fp32, in whose gradient a multiplication and an addition are one rounding, as a GPU has them."""
+    """LayerNorm in fp32, whose gradient rounds a multiplication and an addition only once, as on a GPU."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
@@ -298,7 +298,7 @@ def _contracted(right, x, weight, bias=None, *, center, eps, dtype=None):
 
 
 def _rounded_once(right, *args, dtype=None, **options):
-    """All in fp64, but for the result."""
+    """Computed in fp64, except for the result."""
     floats = [each for each in (*args, *options.values()) if isinstance(each, Tensor) and each.is_floating_point()]
     args, options = tree_map(lambda each: each.double() if any(each is x for x in floats) else each, (args, options))
     return right(*args, **options, dtype=torch.float64).to(result_dtype(dtype, *floats))
@@ -350,7 +350,7 @@ def test_a_kink_is_wherever_fp32_may_be_on_the_other_side(eps, eps_init, eps_dec
     options = {"n_iters": n_iters, "eps": eps, "eps_init": eps_init, "eps_decay": eps_decay}
 
     def descend(s, k, order):
-        """-a before each iteration and at the end, with sums in an order."""
+        """-a before each iteration and at the end, with sums in a given order."""
         *temperatures, _ = epsilon_schedule(*options.values())
         a = temperatures[0] * (k.log() - mask.sum(-1, keepdim=True).to(s).log())
         for temperature in temperatures[1:]:
@@ -364,7 +364,7 @@ def test_a_kink_is_wherever_fp32_may_be_on_the_other_side(eps, eps_init, eps_dec
 
     everything = torch.arange(509)
     assert kinks().float().mean() < 0.2
-    # An entry of each row comes as near to one as fp32 may be off. It moves the kink as well.
+    # An entry of each row gets as close to a kink as the error of fp32 allows. It moves the kink as well.
     for _ in range(4):
         *_, kink = descend(s.double(), k.double(), everything)
         s[:, :1] = kink
@@ -398,10 +398,10 @@ def test_roundings_of_sums_are_handed_on_to_the_output(n, eps, eps_init, eps_dec
                     a = temperature * (log(k) - log_sum + lost)
                 return ((s + a).clamp(max=0) / last).exp()
 
-            # All sums are off the same way, which is the worst.
+            # All sums have errors in the same direction, which is the worst case.
             error = (descend(LOST * UNIT) - descend(0.0)).abs().amax(-1, keepdim=True)
             ratios.append((error / error_handed_on("coor_descent", s, {**options, "k": k})).max().item())
-    # And it is no bound that nothing reaches.
+    # The bound is also nearly reached.
     assert 0.1 < max(ratios) <= 1.01
 
 
@@ -483,7 +483,7 @@ def _gradient_halved(right, *args, **options):
     ],
 )
 def test_finds_a_planted_fault(monkeypatch, name, fault, expected_message):
-    """Within few cases: of these some have no mask, no gradient or nothing that the fault touches."""
+    """Within few cases, because some have no mask, no gradient, or nothing that the fault affects."""
     _planted(monkeypatch, name, fault)
     verdicts = (examine(draw_case(1, index, SCALES["cpu"], name), CPU) for index in range(12))
     assert any(v.status == "failed" and expected_message in str(v.messages) for v in verdicts)
@@ -498,7 +498,7 @@ def test_finds_a_planted_fault(monkeypatch, name, fault, expected_message):
     ],
 )
 def test_a_layer_whose_calls_are_wrong_is_found(monkeypatch, factors, messages):
-    """The layer that nobody watches gives its results times these factors."""
+    """The layer without observers multiplies its results by these factors."""
 
     def of_kernels(*arguments, right=check.by_kernels):
         function, factor = right(*arguments), iter(factors)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 
 def make(device, b=2, w=2, h=2, i=5, d=16, r=2, n=40, s=20, dtype=torch.float32, masked=True):
-    """Random tensors, and lists of different tokens; where masked, of none, as all of one window are."""
+    """Random tensors, and lists of different tokens. Masked lists may be empty, as all lists of one window are."""
     indices = torch.rand(b, w, r, n).argsort(dim=-1)[..., :s]
     mask = torch.rand(b, w, r, s) > 0.3 if masked else None
     if masked and w and b:
@@ -50,7 +50,7 @@ def run(function, tensors, grad, dtype=None, **options):
 
 
 def check(tensors, **options):
-    """As near to fp64 as a correct computation in the same dtype is."""
+    """Results are as close to fp64 as a correct computation in the same dtype."""
     query = tensors["query"]
     grad = torch.randn(query.shape, device=query.device).to(query.dtype)
     actual = run(gathered_attention, tensors, grad, **options)
@@ -95,7 +95,8 @@ def test_more_queries_than_a_program_takes(device, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_prefixes(device, dtype):
-    """Lists as they are routed: the largest scores of ever longer prefixes. In half precision windows go in pairs."""
+    """Routed lists: the largest scores of longer and longer prefixes. In half precision windows are processed in
+    pairs."""
     tensors = make(device, b=1, w=5, s=20, n=80, i=3, dtype=dtype)
     scores = torch.randn(1, 1, 2, 80, device=device).expand(1, 5, 2, 80)
     before = torch.arange(80, device=device) < 16 * torch.arange(1, 6, device=device)[:, None, None]
@@ -106,7 +107,7 @@ def test_prefixes(device, dtype):
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 130, 200])
 @pytest.mark.parametrize("by_stretches", [False, True])
 def test_tokens_in_order_of_stretches_or_all_of_them(device, set_sizes, n, by_stretches):
-    """Each block of tokens has a program, whatever the order."""
+    """Each block of tokens has a program, in any order."""
     set_sizes(inverses, BLOCK=64, LISTED=0 if by_stretches else 10**6)
     check(make(device, b=2, w=3, n=n, s=min(n, 20), masked=False))
 
@@ -147,7 +148,7 @@ def test_layouts(device):
 
 
 def test_lists_that_windows_share(device):
-    """Expanded indices, weights and mask, as those of a sequence no longer than a list."""
+    """Expanded indices, weights and mask, as for a sequence no longer than a list."""
     tensors = make(device, b=1)
     for name in ("indices", "weights", "mask"):
         tensors[name] = tensors[name][:, :1].expand(1, 2, 2, 20)
@@ -160,7 +161,7 @@ def test_extreme_logits(device):
     grad = torch.randn(1, 2, 2, 5, 16, device=device)
     results = run(gathered_attention, tensors, grad)
     expected = run(reference.gathered_attention, tensors, grad, torch.float64)
-    # An exponent of this size has the rounding of a sum this large: what the softmax is off by, relative to itself.
+    # An exponent of this size has the rounding error of a sum this large. It is the relative error of the softmax.
     largest = tensors["query"].norm(dim=-1).max() * tensors["key_value"].abs().max()
     rounding = (largest * torch.finfo(torch.float32).eps).item()
     assert 1e-5 < rounding < 1e-2
@@ -263,7 +264,7 @@ def test_compiles_into_one_graph(device):
 
 
 def test_in_its_layer(device):
-    """Under autocast, which gives fp32 weights and parameters with queries and keys in half precision."""
+    """Under autocast, with fp32 weights and parameters, and with queries and keys in half precision."""
     sizes = {"dim": 16, "num_heavy_tokens_q": 3, "num_heavy_tokens_kv": 6, "light_window_size": 8, "light_heads": 1}
     options = {**sizes, "heavy_heads": 2, "heavy_dim_head": 16, "num_routed_kv": 2, "rotary_emb": True}
     layers = [
@@ -314,7 +315,7 @@ def test_nothing_is_copied_for_a_window(device):
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_lists_are_inverted(device, set_sizes, data):
-    """Tokens are in order within stretches, or all of a sequence where an average list has few of a stretch."""
+    """Tokens are sorted within stretches, or all of a sequence if an average list has few of a stretch."""
     if device == "cpu" and not INTERPRETED:
         pytest.skip("a CPU has no kernels")
     block, by_stretches = data.draw(st.sampled_from([2, 4, 1024])), data.draw(st.booleans())
@@ -344,7 +345,7 @@ def test_lists_are_inverted(device, set_sizes, data):
 
 @pytest.mark.parametrize("n", [2**15, 2**16 - 1, 2**16])
 def test_lists_of_as_many_tokens_as_keys_can_tell_apart(device, n):
-    """Keys are narrow where they can be, and use all numbers of their type."""
+    """Keys have the smallest possible type, and use all numbers of it."""
     if device == "cpu" and not INTERPRETED:
         pytest.skip("a CPU has no kernels")
     lists = torch.tensor([n - 1, 0, n // 2, -1, n // 2 - 1], device=device, dtype=torch.int32).view(1, 1, 1, 5)
@@ -364,7 +365,7 @@ def test_no_register_spills(device, dtype, dim, target):
         tensors["indices"].clamp_(0, 199)
         tensors["query"].requires_grad_()
         with triton_for_cpu_tensors():
-            # Weights of keys take registers; without them the gradient of keys takes two windows at a time in bf16.
+            # Weights of keys take registers; without them the gradient of keys processes two windows at a time in bf16.
             gathered_attention(**tensors, multiply_keys_by_score=dtype == torch.float32).sum().backward()
 
     kernels = compiled_kernels(launch, target=target)

@@ -1,4 +1,4 @@
-"""The kernel in docs/guests.md is wrong as the page says, and right when it is mended as the page says."""
+"""The kernel in docs/guests.md is wrong as the page says, and right after the fix on the page."""
 
 import re
 from dataclasses import replace

@@ -15,7 +15,7 @@ ROWS, COLUMNS = 4, 8
 
 @triton.jit
 def _in_order(a, b):
-    """No sum: another order gives another number, and so does another element in the wrong place."""
+    """A reduction that depends on order and place, unlike a sum."""
     return 3 * a - b
 
 
@@ -47,7 +47,7 @@ def test_reduces_as_tritons_own_does(monkeypatch, axis, dtype):
         _reduce_kernel[(1,)](x, out, at, axis, ROWS, COLUMNS)
         return out, at
 
-    # Few numbers, so that some are as small as others.
+    # Few different numbers, so that some are equal.
     x = torch.randint(-5, 5, (ROWS * COLUMNS,)).to(dtype)
     ours = reduced()
     monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", generic_reduce)

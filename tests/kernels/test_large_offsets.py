@@ -1,4 +1,4 @@
-"""Entries that lie more than 2**31 entries apart, which 32 bits do not count, though there are few of them."""
+"""Entries more than 2**31 entries apart, beyond the range of 32 bits, though there are few of them."""
 
 import mmap
 import random
@@ -14,20 +14,21 @@ from tests.calls import KERNELS, arguments_of, results
 INTERPRETED = triton.knobs.runtime.interpret
 
 NEAR, FAR = 3 * 2**29, 2**31 + 16
-"""Strides that 32 bits count, though not twice of them, and that they do not count."""
+"""Strides within 32 bits, though not when doubled, and strides beyond."""
 
 WRAPPED = 2**32
-"""By how much an offset is wrong in 32 bits: so many zeros before the entries are read for them, no foreign memory."""
+"""Error of an offset in 32 bits. This many zeros come before the entries, so that wrong offsets read no foreign
+memory."""
 
 
 NO_RESERVE = 0x4000
-"""Linux's MAP_NORESERVE, which Python 3.11 has no name for: there may be less memory than addresses."""
+"""Linux's MAP_NORESERVE, which Python 3.11 does not define: there may be less memory than addresses."""
 
 
 @pytest.fixture
 def far_apart(monkeypatch):
-    """Copies of tensors with some stride that is large, in memory of which nearly nothing is ever touched."""
-    # What the interpreter would copy to a GPU and back is all that is between the entries, too.
+    """Copies of tensors with a large stride, in memory that is almost never accessed."""
+    # The interpreter would also copy everything between the entries to a GPU and back.
     monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
 
     def copy(x, rng):
@@ -45,7 +46,7 @@ def far_apart(monkeypatch):
 
 
 def run(name, arguments, upstream=None):
-    """Results, and gradients of what has one for `upstream`, or for one that is made."""
+    """Results, and gradients of differentiable ones for `upstream`, or for a generated one."""
     tensors = {key: each for key, each in arguments.items() if isinstance(each, torch.Tensor)}
     sources = [each.requires_grad_() for each in tensors.values() if each.is_floating_point()]
     outputs = results(getattr(kernels, name)(**arguments))

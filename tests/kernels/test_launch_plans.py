@@ -1,4 +1,4 @@
-"""Plans of launches, for machines that need not be there: each can run, and spills nothing."""
+"""Plans of launches, for GPUs that need not exist: each can run, and does not spill."""
 
 import itertools
 import os
@@ -24,18 +24,18 @@ ROOT = Path(__file__).parents[2]
 EVERY = "EVERY_PLAN" in os.environ
 
 THREADS, REGISTERS = 1024, 65536
-"""Of a program, and of a multiprocessor; a thread has up to 255."""
+"""Limits of a program, and of a multiprocessor; a thread has up to 255 registers."""
 
 MOST_PROGRAMS = 2**31 - 1
-"""In the first direction of a grid."""
+"""Limit of the first dimension of a grid."""
 
 SHARED = {80: 163, 90: 227, 120: 99}
-"""KiB that a program may take, by compute capability times ten."""
+"""KiB of shared memory per program, by compute capability times ten."""
 
 
 class Spill(NamedTuple):
-    """Bytes that a kernel is known to spill at most, in some of its variants. Plans know no target: to avoid these
-    would make the kernel slower where nothing spills."""
+    """Most bytes that a kernel is known to spill, in some of its variants. Plans do not depend on the target: without
+    these spills, the kernel would be slower on targets that do not spill."""
 
     operation: str
     target: int
@@ -53,8 +53,8 @@ HALF = {"BLOCK_D": 128, "PRECISION": "ieee", "TILE": 64}
 PINNED = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))["triton"]
 
 BY_ANOTHER_COMPILER = 64
-"""Bytes that a kernel may spill where the version of Triton is not the pinned one, of which `KNOWN` says all. Each
-version allocates registers in its own way."""
+"""Bytes that a kernel may spill with another version of Triton. `KNOWN` is exact for the pinned one. Each version
+allocates registers in its own way."""
 
 KNOWN = (
     Spill("coor_descent", 80, "_streaming_kernel", {"HAS_MASK": True}, 24),
@@ -137,7 +137,7 @@ def name_of(planner):
 
 
 def planned(planner, sizes):
-    """A plan, or why there is none."""
+    """A plan, or the reason why there is none."""
     try:
         return planner.__wrapped__(**sizes)
     except NotImplementedError as error:
@@ -149,7 +149,7 @@ def test_all_that_plans_is_tried():
     assert {name_of(planner) for planner in PLANNERS} == {name_of(planner) for planner in tried}
 
 
-# More than the second and third directions of a grid have room for; forward and backward, for all there is to repeat.
+# More than the second and third dimensions of a grid allow; forward and backward, for all repeatable sizes.
 MANY = {
     "coor_descent": [{"n_rows": 70001, "n": 3}],
     "topk": [{"n_rows": 70001, "n": 3, "selected": 1}],
@@ -210,22 +210,22 @@ def test_a_multiprocessor_has_what_a_plan_asks_for(planner):
             assert plan.startswith("programs must be at most 2147483647 on a GPU, got "), sizes
             continue
         threads = 32 * plan.settings.get("num_warps", 4)
-        # Without a limit of its own, a thread gets what there is.
+        # Without an explicit limit, a thread gets all available registers.
         registers = plan.settings.get("maxnreg", min(255, REGISTERS // threads))
         assert threads <= THREADS, sizes
         assert registers <= 255, sizes
-        # They are given out eight at a time.
+        # Registers are allocated eight at a time.
         assert threads * (-(-registers // 8) * 8) <= REGISTERS, sizes
-        # None where there is nothing to do, as between the iterations of a single one.
+        # None if there is no work, as between the iterations of a single one.
         assert 0 <= plan.programs <= MOST_PROGRAMS, sizes
         if plan.settings.get("launch_cooperative_grid"):
             assert plan.programs <= sizes["available"], sizes
-            # Each word of a mailbox is read by one thread: else not all find the same.
+            # Each word of a mailbox is read by one thread, because several may see different values.
             assert 4 * plan.settings.get("SLOTS", threads) >= threads, sizes
 
 
 def faults_of(kernel, target, spared=0):
-    """What a GPU lacks for a kernel, of which some spilled bytes are spared."""
+    """Resources that a GPU lacks for a kernel, with some spilled bytes allowed."""
     registers = -(-kernel["registers"] // 8) * 8 * 32 * kernel["num_warps"]
     found = {
         "spills": kernel["spilled_bytes"] > spared,
@@ -236,14 +236,14 @@ def faults_of(kernel, target, spared=0):
 
 
 def follows(kernel, plan):
-    """Whether a kernel was compiled at the settings of a plan."""
+    """True if a kernel was compiled with the settings of a plan."""
     facts = {**kernel, **kernel["constants"], "launch_cooperative_grid": kernel["cooperative"]}
     settings = {name: value for name, value in plan.settings.items() if name != "maxnreg"}
     return all(name in facts and facts[name] == value for name, value in settings.items())
 
 
 def faults_of_cases(name, cases):
-    """All that is wrong with the kernels of cases, each for its target, and which known spills none of them has."""
+    """All faults of the kernels of cases, each for its target, and the known spills that did not occur."""
     operation = OPERATIONS[name]
     found, spilled = set(), {}
     for (planner, sizes, variant), target in cases:
@@ -268,7 +268,7 @@ def faults_of_cases(name, cases):
 @pytest.mark.parametrize("target", SHARED)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_what_follows_a_plan_can_run_and_spills_nothing(name, target):
-    """The plan with the least to spare of each set of options, in one of its variants and for one of the GPUs."""
+    """The plan with the least reserve for each set of options, in one variant, for one GPU."""
     cases = cases_of(OPERATIONS[name], every=False)[[*SHARED].index(target) :: len(SHARED)]
     found, _ = faults_of_cases(name, zip(cases, itertools.repeat(target), strict=False))
     assert not found
@@ -306,7 +306,7 @@ def test_a_layer_of_many_sequences_on_a_gpu():
 
 @pytest.mark.gpu
 def test_more_entries_than_32_bits_count():
-    """In half precision, as its last rows alone."""
+    """In half precision, and only its last rows."""
     n_rows, d = 2**24 + 3, 256
     if torch.cuda.mem_get_info()[0] < 5 * n_rows * d * 2:
         pytest.skip("takes 40 GB")

@@ -1,4 +1,4 @@
-"""Launches that are kept: each is the one that Triton would choose for the arguments at hand."""
+"""Kept launches: each is the one that Triton would choose for the current arguments."""
 
 import random
 import threading
@@ -56,7 +56,7 @@ def mix_kernel(
 
 
 class Recorder:
-    """A driver without a GPU: it takes launches down."""
+    """A driver without a GPU, which records launches."""
 
     def __init__(self) -> None:
         self.launches: list[tuple[Any, ...]] = []
@@ -107,7 +107,7 @@ class Recorder:
 
 @pytest.fixture
 def recorder():
-    """In the place of the driver. Its device is its own: kernels keep by device what was compiled."""
+    """Replacement for the driver. It has a separate device, because kernels keep compilations by device."""
     active, recorder = driver._active, Recorder()
     recorder.device = f"recorder {id(recorder)}"
     driver.set_active(recorder)
@@ -116,7 +116,7 @@ def recorder():
 
 
 class Uncompiled(CompiledKernel):
-    """As much of a compiled kernel as Triton launches. Its function says what it is specialised on."""
+    """The parts of a compiled kernel that Triton launches. Its function shows its specialisation."""
 
     def __init__(self, src, recorder):
         self.module, self.src = None, None
@@ -134,7 +134,7 @@ def uncompiled(kernel, recorder, *devices):
     active = driver._active
     driver.set_active(recorder)
     for recorder.device in devices:
-        # A device that a kernel has not seen gives it a compiler.
+        # A kernel gets a compiler for a new device.
         kernel.device_caches[recorder.device]
     compiler, kernel.compile = kernel.compile, lambda src, **_: Uncompiled(src, recorder)
     try:
@@ -155,7 +155,7 @@ tensors = st.tuples(st.sampled_from(DTYPES), st.sampled_from((16, 17, 40)), st.i
 
 
 class Call(NamedTuple):
-    """Arguments of a call, and where it goes."""
+    """Arguments of a call, and its target."""
 
     x: tuple[torch.dtype, int, int, int]
     y: tuple[torch.dtype, int, int, int] | None
@@ -169,7 +169,7 @@ class Call(NamedTuple):
     stream: int
 
     def arguments(self):
-        """Without a y, it is x: one tensor in two places."""
+        """Without a y, it is x: one tensor twice."""
         x = made(*self.x)
         y = x if self.y is None else made(*self.y)
         return x, y, y if self.masked else None, *self[3:-2]
@@ -197,7 +197,7 @@ FIELDS = {
 
 @st.composite
 def neighbours(draw):
-    """Calls, each of which differs from the one before in one field, or in one property of a tensor."""
+    """Calls, each of which differs from the previous one in one field, or in one property of a tensor."""
     call = draw(st.builds(Call, **FIELDS))
     calls = [call]
     for name in draw(st.lists(st.sampled_from(sorted(FIELDS)), min_size=1, max_size=6)):
@@ -211,7 +211,7 @@ def neighbours(draw):
 
 
 def mix(x, y, mask, wide, factor, exact, flag, block):
-    """One launch or two, that share scratch memory."""
+    """One launch or two, which share scratch memory."""
     n, free = x.shape[0], Scratch(64, dtype=torch.float32)
     plan = Plan(n, {"BLOCK": block, "num_warps": 1 if mask is None else 2})
     inputs = (x, y, y if mask is None else mask, Part(free, 1 + n % 2), free)
@@ -222,7 +222,7 @@ def mix(x, y, mask, wide, factor, exact, flag, block):
 @settings(max_examples=300)
 @given(neighbours())
 def test_what_is_kept_is_what_triton_chooses(drawn):
-    """For arguments of any dtype, alignment, size class, type and device, one after the other, each of them twice."""
+    """For arguments of any dtype, alignment, size class, type and device in sequence, each of them twice."""
     recorder, launch_mix = Recorder(), Launcher(mix)
     with uncompiled(mix_kernel, recorder, *DEVICES):
         for call in drawn + drawn[::-1]:
@@ -240,7 +240,7 @@ def test_what_is_kept_is_what_triton_chooses(drawn):
 @settings(max_examples=100)
 @given(st.builds(Call, **FIELDS), st.integers(0, 2), st.booleans())
 def test_a_tape_launches_what_triton_chooses(call, stream, is_known):
-    """In the memory of other tensors, whether or not the launches were known when they were recorded."""
+    """With the memory of other tensors, for launches that were known at the recording or not."""
     driver, launch_mix, tape = Recorder(), Launcher(mix), recording.Recorder()
     with uncompiled(mix_kernel, driver, call.device):
         driver.device = call.device
@@ -248,7 +248,7 @@ def test_a_tape_launches_what_triton_chooses(call, stream, is_known):
         for _ in range(is_known):
             launch_mix(*arguments)
         with tape.running(different(arguments)) as taken:
-            # Memory that the call allocates beside that of its inputs is on the tape, too.
+            # Memory that the call allocates besides its inputs is on the tape, too.
             result = torch.empty_like(arguments[0])
             launch_mix(*arguments)
             launch_mix(result, *arguments[1:])
@@ -276,7 +276,7 @@ def mix_call(**changed):
 
 @pytest.fixture
 def launch_mix():
-    """A launcher that launches, its recorder, and how often Triton's own way is gone."""
+    """A launcher that launches, its recorder, and the number of Triton's own launches."""
     recorder, launcher, by_triton = Recorder(), Launcher(mix), []
     launch_by_triton = launcher._launch_by_triton
     launcher._launch_by_triton = lambda arguments: (by_triton.append(arguments), launch_by_triton(arguments))[1]
@@ -365,7 +365,7 @@ def test_a_launch_that_is_watched_goes_tritons_own_way(launch_mix, monkeypatch, 
         launcher(*call.arguments())
         assert len(by_triton) == 3
     assert len(seen) == (4 if watch in (enter_hook, exit_hook, replaced_run) else 0)
-    # The launches that were kept before are there again.
+    # The earlier launches are kept again.
     launcher(*call.arguments())
     assert len(by_triton) == 3
     assert len(recorder.launches) == 10
@@ -407,7 +407,7 @@ def test_what_is_only_compiled_is_not_kept(recorder):
 @pytest.mark.compiled
 @pytest.mark.parametrize("name", KERNELS)
 def test_operations_launch_what_triton_chooses(name, recorder, monkeypatch):
-    """With their gradients, and for tensors that are aligned or not."""
+    """With their gradients, for aligned and misaligned tensors."""
     run, launched = Launcher.__call__, []
 
     def compared(self, *arguments):
@@ -442,17 +442,17 @@ def zeroed(allocate):
 
 
 def at_offset(x, offset, device="cpu"):
-    """A copy that begins so many entries after a multiple of 16 bytes."""
+    """A copy that begins a number of entries after a multiple of 16 bytes."""
     copy = torch.zeros(x.numel() + offset, dtype=x.dtype, device=device)[offset:].view(x.shape).copy_(x)
     return copy.requires_grad_(x.is_floating_point())
 
 
 @pytest.mark.gpu
 class TestOnGPU:
-    """Launches that are kept compute what the reference does, wherever the call goes."""
+    """Kept launches give the results of the reference, for any target of a call."""
 
     def agrees(self, device="cuda", **given):
-        """Forward and backward pass, of a call whose key was seen before or not."""
+        """Forward and backward pass, for keys seen before or not."""
         scores = at_offset(torch.randn(5, 600), given.pop("offset", 0), device)
         y = kernels.coor_descent(scores, n_iters=10, k=20, **given)
         (ds,) = torch.autograd.grad(y.square().sum(), scores)

@@ -20,7 +20,7 @@ from tests.reference.conftest import build
 INTERPRETED = triton.knobs.runtime.interpret
 
 ROUTER = {"n_iters": 2, "eps": 0.3}
-"""Few iterations, and so warm that no score is near a kink."""
+"""Few iterations at a temperature so warm that no score is near a kink."""
 
 MASK = torch.arange(30) < torch.tensor([[30], [21]])
 
@@ -37,11 +37,11 @@ LAYERS = [
     ("ImageAttention", {"mask": MASK.view(2, 5, 6), "num_routed_kv": 2}),
     ("ImageAttention", {"channel_first": True, "residual": True, "rotary_emb": True, "light_rotary_emb": True}),
 ]
-# These are made of the others, and take long in the interpreter.
+# These contain other layers, and are slow in the interpreter.
 LAYERS += [] if INTERPRETED else [("TransformerBlock", {"mask": MASK}), ("ViT", {})]
 
 SINGLE = ["FeedForward", "Attention", "CrossAttention", "AutoregressiveAttention", "ImageAttention"]
-"""Where all routers see the input itself, so that rounding changes no selection."""
+"""Layers whose routers all see the input itself, so that rounding changes no selection."""
 
 
 def inputs_for(name, options):
@@ -60,7 +60,7 @@ def results(layer, inputs, arguments, upstream, autocast=False):
         arguments = {**arguments, "residual": inputs[0]}
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         out = layer(*inputs, **arguments)
-    # Where all tokens are routed, no router has a gradient.
+    # If all tokens are routed, no router has a gradient.
     sources = [*inputs, *layer.parameters()]
     gradients = torch.autograd.grad(out, sources, upstream.to(out.dtype), materialize_grads=True)
     names = ["out", *map(str, range(len(inputs))), *(name for name, _ in layer.named_parameters())]
@@ -68,7 +68,7 @@ def results(layer, inputs, arguments, upstream, autocast=False):
 
 
 def three(name, options, autocast=False):
-    """Results of the layer with kernels, a function that gives those of the plain one, and the plain one's in fp64."""
+    """Results of the layer with kernels, a function that gives those of the plain one, and these in fp64."""
     arguments = {key: options[key] for key in ("mask", "residual") if key in options}
     options = {key: value for key, value in options.items() if key not in arguments}
     if name != "ViT":
@@ -115,7 +115,7 @@ def test_a_layer_says_which_way_it_goes():
 
 
 class TestLayersOfKernels:
-    """`kernels` has the layers of `reference`, by kernels for CUDA tensors."""
+    """`kernels` has the layers of `reference`, with kernels for CUDA tensors."""
 
     @pytest.mark.parametrize("name", NAMES)
     def test_arguments_are_those_of_the_reference_but_for_one_default(self, name):

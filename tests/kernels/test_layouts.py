@@ -1,5 +1,5 @@
-"""However the memory of a tensor is laid out, it is read as it is: every tensor argument of every operation, and every
-gradient that comes from above, on the CPU path, in Triton's interpreter and on a GPU."""
+"""Tensors in any memory layout are read correctly. This covers every tensor argument of every operation, and every
+incoming gradient, on the CPU path, in Triton's interpreter and on a GPU."""
 
 import random
 
@@ -11,7 +11,7 @@ from tests.kernels.devices import DEVICE
 
 
 def poisoned(x, shape):
-    """Memory that nothing may read: NaN, or the one value of another dtype that is always allowed."""
+    """Memory that must not be read: NaN, or for another dtype the value that is always allowed."""
     return x.new_full(shape, torch.nan if x.is_floating_point() else 0)
 
 
@@ -23,7 +23,7 @@ def column(x):
 
 
 def inner(x):
-    """What is left without the border in every dimension."""
+    """The inner part, without the border, in every dimension."""
     memory = poisoned(x, [size + 2 for size in x.shape])
     for dim, size in enumerate(x.shape):
         memory = memory.narrow(dim, 1, size)
@@ -42,8 +42,7 @@ def shifted(x):
 
 
 def repeated(x, dims):
-    """The same in some dimensions, of which memory holds one; lists of indices, in which nothing stands twice, in the
-    first."""
+    """Expanded in some dimensions, which memory has once; lists of indices, whose entries differ, in the first one."""
     narrow = x
     for dim in dims if x.dtype != torch.int64 else [0]:
         narrow = narrow.narrow(dim, 0, 1)
@@ -62,7 +61,7 @@ LAYOUTS = [column, inner, transposed, shifted, repeated_last, repeated_throughou
 
 
 def everything(function, tensors, options, layout):
-    """Outputs and gradients, by name; tensors and upstream gradients are used as they lie."""
+    """Outputs and gradients, by name; tensors and incoming gradients keep their layout."""
     tensors = {name: tensor.detach().requires_grad_(tensor.is_floating_point()) for name, tensor in tensors.items()}
     outputs = results(function(**tensors, **options))
     named = {f"output {number}": output.detach() for number, output in enumerate(outputs)}
@@ -85,7 +84,7 @@ def test_is_that_of_a_contiguous_copy(name, layout):
     function = operation("kernels", name)
     expected = everything(function, copies, options, lambda x: layout(x).contiguous())
     actual = everything(function, tensors, options, layout)
-    # The order in which PyTorch adds up depends on strides; no sum of these calls has more than 256 terms.
+    # PyTorch's order of additions depends on strides; no sum of these calls has more than 256 terms.
     largest = max((each.abs().max().item() for each in expected.values() if each.numel()), default=0.0)
     for key, truth in expected.items():
         bound = 256 * torch.finfo(truth.dtype).eps * largest if truth.is_floating_point() else 0

@@ -1,4 +1,4 @@
-"""Meta tensors, which have a shape and no values: results have the shapes and dtypes of those of a real call."""
+"""Meta tensors, which have a shape and no values: results have the shapes and dtypes of a real call."""
 
 import random
 
@@ -8,8 +8,7 @@ import triton
 
 from tests.calls import LAYERS, OPERATIONS, arguments_of, inputs_of, layer_of, operation, results
 
-# In the interpreter real calls take long: those of layers that are made of the others, and the way without kernels is
-# the same.
+# Real calls are slow in the interpreter. These layers contain other layers, and the path without kernels is the same.
 SLOW = {"ConditionalRoutedTransformerBlock", "ConditionalRoutedViT"} if triton.knobs.runtime.interpret else set()
 WAYS = [True] if triton.knobs.runtime.interpret else [False, True, None]
 
@@ -19,7 +18,7 @@ def as_seen(tensors):
 
 
 def shapes(function, sources, *inputs, **arguments):
-    """Shapes and dtypes of what a call returns, and of the gradients of `sources`."""
+    """Shapes and dtypes of the results of a call, and of the gradients of `sources`."""
     sources = [each for each in sources if each.is_floating_point()]
     for each in sources:
         each.requires_grad_()

@@ -76,7 +76,7 @@ def test_rows_shorter_than_the_least_norm_are_divided_by_it():
 @pytest.mark.parametrize("center", [False, True])
 def test_large_and_small_tokens(center):
     for scale in (1e-6, 1e6):
-        # An epsilon as small beside the tokens of either scale.
+        # An epsilon that is equally small relative to the tokens at either scale.
         check(tokens(5, 20) * scale, center, eps=1e-5 * (scale**2 if center else scale))
 
 

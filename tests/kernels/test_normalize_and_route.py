@@ -13,7 +13,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 OPTIONS = {"k": 6.75, "n_iters": 4, "eps": 0.3, "eps_init": 2.0, "eps_decay": 0.7, "norm_eps": 1e-5}
 RESULTS = ("weights", "tokens", "normalized", "x")
 
-# Where a branch is not taken, tensors hold what the interpreter's NumPy warns of.
+# In branches that are not taken, tensors have values that the interpreter's NumPy warns of.
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.parametrize("device", DEVICES)]
 
 
@@ -28,7 +28,7 @@ def inputs(device, b=2, n=37, d=20, r=2, biased=True, shared=True, dtype=torch.f
 
 
 def check(tensors, wanted=RESULTS, **options):
-    """Results, and the gradients of all inputs through those that are wanted, against the reference in fp64."""
+    """Results, and the gradients of all inputs through the wanted ones, against the reference in fp64."""
     options = {"num_selected": 6, **OPTIONS, **options}
     x = tensors[0]
     wide = [each.detach().double().requires_grad_() for each in tensors]
@@ -53,7 +53,7 @@ def check(tensors, wanted=RESULTS, **options):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_follows_the_reference(device, seed):
-    """Any number of routes and features, masked or not, whichever results have a gradient."""
+    """Any number of routes and features, masked or not, with gradients of any results."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     b, n, shared = rng.randint(1, 3), rng.randint(1, 40), rng.random() < 0.8
@@ -100,7 +100,7 @@ def test_normalizes_as_the_norm_alone(device):
 
 
 def test_each_route_lies_by_itself(device):
-    """Whoever divides the routes then gets tensors that need no copy."""
+    """Dividing the routes then gives tensors that need no copy."""
     found = normalize_and_route(*inputs(device, r=3), num_selected=6, **OPTIONS)
     for each in found[:3]:
         assert all(of_route.is_contiguous() for of_route in each.unbind(1)) or not INTERPRETED
@@ -120,7 +120,7 @@ def test_repeats_bitwise(device):
 
 @pytest.mark.skipif(not INTERPRETED, reason="the CPU path composes other operations")
 def test_operator(device):
-    """What PyTorch asks of an operator; its gradient is checked above."""
+    """PyTorch's checks of an operator; its gradient is checked above."""
     x, routing_tokens, weight, bias = (each.detach() for each in inputs(device, n=9, d=4))
     mask = torch.rand(x.shape[:2], device=device) > 0.2
     norm, routing = (True, 1e-5, torch.float32), (2, 2.0, 2, 0.3, 2.0, 0.7, False, True, False)

@@ -1,4 +1,4 @@
-"""The one policy by which every operation reaches PyTorch: who calls an operator, and who goes past the dispatcher."""
+"""The policy by which every operation reaches PyTorch: calls of an operator, and calls past the dispatcher."""
 
 import random
 from functools import partial
@@ -19,7 +19,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 IN_PYTORCH = {
     *("biased_gelu", "combine", "normalize", "normalize_and_route", "routed_attention", "topk", "windowed_attention")
 }
-"""Operations that are not called where no kernel takes the tensors."""
+"""Operations that are not called if no kernel accepts the tensors."""
 
 
 class Subclass(Tensor):
@@ -59,11 +59,11 @@ def in_a_transform(call, tensors):
 
 
 def call_of(name):
-    """An operation as a function of tensors by their names, and such tensors."""
+    """An operation as a function of tensors by name, and such tensors."""
     tensors, options = all_tensors_of(name, random.Random(name))
     options |= {"fused": True, "non_differentiable": False} if name == "topk" else {}
     if name == "normalize_and_route":
-        # With those of each of a batch it is two operations.
+        # Routing tokens that differ within a batch make it two operations.
         tensors["routing_tokens"] = tensors["routing_tokens"][:1]
 
     def call(tensors):
@@ -74,7 +74,7 @@ def call_of(name):
 
 @pytest.fixture
 def way(monkeypatch):
-    """By which the operation of a name was called, as a list."""
+    """The ways by which the operation of a name was called, as a list."""
 
     def watch(name):
         taken = []

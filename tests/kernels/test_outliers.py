@@ -1,4 +1,4 @@
-"""Kernels and CPU paths of any scores, outliers and infinities among them, against the definition in fp64."""
+"""Kernels and CPU paths for any scores, with outliers and infinities, against the definition in fp64."""
 
 import math
 
@@ -28,10 +28,10 @@ INFINITIES = st.sampled_from([(-math.inf,), (-math.inf, math.inf, math.nan)])
 
 
 def compare(kernel, definition, scores, mask, options, scale=1):
-    """Values, and gradients where those of the definition are of one side of a kink."""
+    """Values, and gradients if those of the definition are on one side of a kink."""
     hidden = ~mask | (scores == -math.inf)
     upstream = torch.linspace(-1, 2, mask.numel(), dtype=scores.dtype, device=scores.device).view(mask.shape)
-    # As of a logarithm: what takes no part is a constant 0, whatever is made of it.
+    # As of a logarithm: an entry that takes no part is a constant 0, for any use of it.
     upstream = upstream.masked_fill(hidden, math.inf)
 
     def differentiate(operation, scores):
@@ -78,13 +78,13 @@ def test_soft_topk(dtype, data, k, eps, infinities):
 @settings(max_examples=EXAMPLES)
 @given(data=st.data(), k=K, options=OPTIONS, infinities=INFINITIES)
 def test_segmented_coordinate_descent(data, k, options, infinities):
-    """Of scores without outliers: it computes the definition as it stands, in fp32."""
+    """For scores without outliers, because it computes the plain definition in fp32."""
     scores, mask = (each.to(DEVICE) for each in data.draw(matrices(torch.float32, infinities, largest=100.0)))
 
     def segmented(scores, **options):
         return kernels.segmented_coor_descent(scores, checkpoint_segments=min(2, options["n_iters"]), **options)
 
-    # Three roundings in an iteration of numbers of up to 103, in units of the temperature.
+    # Three roundings per iteration of numbers of up to 103, in units of the temperature.
     scale = 3 * 2**-24 * 103 / options["eps"] / 1e-6
     compare(segmented, reference.coor_descent, scores, mask, {"k": k, **options}, scale)
 
@@ -93,7 +93,7 @@ def test_segmented_coordinate_descent(data, k, options, infinities):
 @settings(max_examples=EXAMPLES)
 @given(data=st.data(), k=st.sampled_from([1, 3, 9]), options=OPTIONS)
 def test_topk(dtype, data, k, options):
-    """The values are the scores, whatever they are; of fewer than k that take part the rest is 0."""
+    """The values are the scores, for any scores; if fewer than k take part, the rest is 0."""
     scores, mask = (each.to(DEVICE) for each in data.draw(matrices(dtype)))
 
     values, _, soft, gates = kernels.topk(scores, k, mask=mask, fused=True, **options)
@@ -106,7 +106,7 @@ def test_topk(dtype, data, k, options):
     torch.testing.assert_close(soft.double(), wide_soft, rtol=rounding, atol=1e-6 * options["n_iters"])
     torch.testing.assert_close(gates.double(), wide_gates, rtol=rounding, atol=0)
 
-    # A gradient is as large as a value, and some are too large for that.
+    # A gradient is as large as a value, and some values are too large for that.
     small = torch.where(scores.abs() < 100, scores, scores.sign()).masked_fill(hidden, -math.inf).requires_grad_()
     values, _, soft, gates = kernels.topk(small, k, fused=True, **options)
     upstream = torch.ones_like(values), *(x.detach().masked_fill(gates == 0, math.inf) for x in (soft, 1 - gates))
@@ -118,7 +118,7 @@ def test_topk(dtype, data, k, options):
 @settings(max_examples=EXAMPLES)
 @given(data=st.data(), k=K, options=OPTIONS)
 def test_prefixes(data, k, options):
-    """Of scores that are not all far below 0, from which there are no digits left between them."""
+    """For scores that are not all far below 0, where no digits are left for their differences."""
     scores, _ = data.draw(matrices(torch.float32, (-math.inf,), largest=1e4))
     scores = scores.nan_to_num(nan=0.5, neginf=-math.inf).to(DEVICE)[None]
     options = {"window_size": 2, "num_selected": 4, "k": k, **options}
@@ -130,7 +130,7 @@ def test_prefixes(data, k, options):
         upstream = torch.ones_like(weights).masked_fill(of_lowest, math.inf)
         outs.append((indices, weights, torch.autograd.grad(weights, x, upstream)[0]))
     assert torch.equal(outs[0][0], outs[1][0])
-    # A rounding of fp32 of scores of up to 1e4, over the temperature.
+    # A rounding of fp32 of scores of up to 1e4, divided by the temperature.
     torch.testing.assert_close(outs[0][1].double(), outs[1][1], rtol=0, atol=1e-6 * options["n_iters"])
     assert outs[0][2].isfinite().all()
     assert not outs[0][2][scores == -math.inf].any()
@@ -143,6 +143,6 @@ def test_select(dtype, data, count, infinities):
     scores, mask = (each.to(DEVICE) for each in data.draw(matrices(dtype, infinities)))
     expected = reference.select(scores, num_selected=count, mask=mask)
     assert torch.equal(kernels.select(scores, num_selected=count, mask=mask), expected)
-    # What takes no part comes after all others.
+    # Entries that take no part come after all others.
     hidden = (~mask | (scores == -math.inf)).gather(-1, expected)
     assert (hidden.cummax(dim=-1).values == hidden).all()

@@ -1,4 +1,4 @@
-"""The scalar functions of the kernels against fp64: in Triton's interpreter, and on a GPU where there is one."""
+"""The scalar functions of the kernels against fp64: in Triton's interpreter, and on a GPU if there is one."""
 
 import pytest
 import torch
@@ -98,7 +98,7 @@ def test_exponential_of_wide_numbers():
 
 @pytest.mark.gpu
 def test_what_the_exponential_lacks_on_average():
-    """Over the exponents that count in a sum, weighted by what they contribute to it."""
+    """Over the exponents that count in a sum, weighted by their contribution to it."""
     for lowest in (-1, -2, -4, -9):
         x = torch.empty(2**22, dtype=torch.float32).uniform_(lowest, 0).double()
         expected = torch.exp2(x.to(DEVICE))

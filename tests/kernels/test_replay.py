@@ -1,4 +1,4 @@
-"""Calls that are played from tapes give what the layer gives as it is written."""
+"""Calls that are played from tapes give the same results as the code of the layer."""
 
 import copy
 import gc
@@ -33,7 +33,7 @@ from tests.measurements import host_time
 PLAYED = [name for name in LAYERS if hasattr(getattr(reference, name).forward, "__wrapped__")]
 
 TIMES = 4
-"""Calls of which the last ones are played: the first runs as it is written, and the second one is recorded."""
+"""Number of calls, the last of which are played. The first runs the code of the layer, the second is recorded."""
 
 
 def gradients(layer, inputs, options, grad, **more):
@@ -55,7 +55,7 @@ def n_played(layer):
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter computes what kernels do")
 @pytest.mark.parametrize("name", PLAYED)
 def test_layers(name):
-    """Whether their results are right, the fuzz tests."""
+    """The fuzz tests check whether their results are right."""
     layer = kernels.played(layer_of(name, random.Random(name), True, block_sizes=(None,)))
     inputs, options = inputs_of(name, layer, batch=1, length=24, context=24)
     given = [each.requires_grad_() for each in inputs]
@@ -120,7 +120,7 @@ def test_played_switches_it_off_and_on():
 
 
 class Small(nn.Module):
-    """A layer that counts how often it runs as it is written."""
+    """A layer that counts the runs of its code."""
 
     def __init__(self):
         super().__init__()
@@ -144,12 +144,12 @@ class Small(nn.Module):
 
 
 WRITTEN = {"mask": None, "times": 1, "residual": None}
-"""Arguments of `compute`, where there is but one of `forward`."""
+"""Arguments of `compute`, if there is only one of `forward`."""
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """It is played on a CPU, where it takes operators of PyTorch alone."""
+    """It is played on a CPU if it uses only operators of PyTorch."""
     monkeypatch.setattr(replay, "runs_triton", lambda x: True)
     monkeypatch.setattr(replay, "PACKAGES", (*replay.PACKAGES, "tests."))
     torch.manual_seed(0)
@@ -172,7 +172,7 @@ def played(layer, *inputs, **options):
 
 
 def expected(layer, inputs, options, grad, **more):
-    """The same of the layer as it is written."""
+    """The same from the code of the layer."""
     given = [each.detach().requires_grad_(each.is_floating_point()) for each in inputs]
     out = layer.compute(*given, **{"mask": None, "times": 1, "residual": None, **options})
     wanted = [each for each in (*given, *layer.parameters()) if each.requires_grad]
@@ -182,7 +182,7 @@ def expected(layer, inputs, options, grad, **more):
 
 
 def check(layer, x=None, grad=None, runs=0, **options):
-    """It gives what it gives as it is written, and has run so often for that."""
+    """It gives the results of its code, and has run the code this often."""
     x = x_of() if x is None else x
     grad = torch.randn(x.shape) if grad is None else grad
     mine = gradients(layer, (x,), options, grad)
@@ -215,7 +215,7 @@ def test_what_changes_values_alone_is_played(small, kind):
 
 
 class Doubled(nn.Module):
-    # Its computing is not known.
+    # Its computation is unknown.
     __module__ = "elsewhere"
 
     def forward(self, x):
@@ -251,7 +251,7 @@ ALWAYS_RUN = {
     *("an unknown child", "a tensor that is no parameter", "a parametrization", "a hook", "a hook before"),
     *("an operation", "a forward of its own", "a shared parameter"),
 }
-"""Changes after which a layer is never played: somebody may see its calls, or parameters share memory."""
+"""Changes after which a layer is never played: an observer may see its calls, or parameters share memory."""
 
 
 @pytest.mark.parametrize("kind", CHANGES)
@@ -308,7 +308,7 @@ def test_any_gradient_of_the_output(small, kind):
 @pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize("kind", ["create_graph", "is_grads_batched", "autocast"])
 def test_unusual_backward_passes(small, kind, record):
-    """They go through the layer once more, of the call that is recorded as of one that is played."""
+    """They run the code of the layer once more, for the recorded call as for a played one."""
     for _ in range(1 if record else TIMES):
         gradients(small, (x_of(),), {}, x_of())
     x = x_of().requires_grad_()
@@ -328,7 +328,7 @@ def test_unusual_backward_passes(small, kind, record):
 
 
 def test_backward_passes_under_autocast_are_played(small):
-    """Another one than was recorded goes through the layer once more."""
+    """A dtype other than the recorded one runs the code of the layer once more."""
     for autocast, runs in ((True, 1), (True, 1), (True, 0), (True, 0), (False, 1)):
         small.runs.clear()
         x, grad = x_of().requires_grad_(), x_of()
@@ -389,7 +389,7 @@ def test_modes_without_gradients(small, mode):
 
 @pytest.mark.parametrize("together", [False, True])
 def test_autocast(small, together):
-    """Each call has its own casts of weights, also where all are within one context."""
+    """Each call has its own casts of weights, even if all are within one context."""
     x, grad = x_of().requires_grad_(), x_of()
     everything = torch.autocast("cpu", torch.bfloat16)
     with everything if together else nullcontext():
@@ -498,7 +498,7 @@ def test_a_forward_pass_that_no_backward_pass_follows_is_seldom_recorded(small, 
 
 
 def test_gradients_are_added_in_place(small):
-    """As autograd does: a third tensor for the sum would be the peak."""
+    """As in autograd: a third tensor for the sum would be the peak."""
 
     def forward(self, x):
         return torch.cat([x, x, x, x])
@@ -601,7 +601,7 @@ def test_what_no_tape_can_repeat_runs(small, kind):
 
 
 class Model(nn.Module):
-    """Layers one after the other, and tensors that are used inside and outside of them."""
+    """Layers in sequence, and tensors that are used inside and outside of them."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -636,7 +636,7 @@ MODELS = {
 
 
 class Outer(Small):
-    """A layer that is made of one."""
+    """A layer that contains another one."""
 
     def __init__(self):
         super().__init__()
@@ -674,7 +674,7 @@ MODES = {
 
 
 WATCHED = {"a function mode", "anomaly mode", "saved tensors elsewhere"}
-"""Modes in which layers run as they are written."""
+"""Modes in which the code of layers runs."""
 
 
 def _within(context, step):

@@ -15,7 +15,7 @@ from tests.kernels.devices import DEVICES, capture
 INTERPRETED = triton.knobs.runtime.interpret
 OPTIONS = {"num_selected": 6, "k": 6.75, "n_iters": 4, "eps": 0.3, "eps_init": 2.0, "eps_decay": 0.7}
 
-# Where a branch is not taken, tensors hold what the interpreter's NumPy warns of.
+# In branches that are not taken, tensors have values that the interpreter's NumPy warns of.
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.parametrize("device", DEVICES)]
 
 
@@ -29,7 +29,7 @@ def inputs(device, b=1, n=37, d=20, r=2, shared=True, dtype=torch.float32):
 def check(x, routing_tokens, **options):
     """Indices, weights and tokens, and both gradients, against the reference in fp64.
 
-    Gradients of the relaxed selection are up to 1 / eps, and off by 1e-4 at most by what the project promises.
+    Gradients of the relaxed selection are up to 1 / eps, with a promised error of at most 1e-4.
     """
     options = {**OPTIONS, **options}
     wide = [tensor.detach().double().requires_grad_() for tensor in (x, routing_tokens)]
@@ -61,7 +61,7 @@ def test_follows_the_reference(device, solver, cosine_sim_scale):
 
 @pytest.mark.parametrize(("block_size", "masked"), [(12, True), (32, False), (40, True)])
 def test_blocks(device, block_size, masked):
-    """A tail of one token, of five, of which fewer than six can be selected, and a block that is not full."""
+    """Tails of one token and of five, from which six cannot be selected, and a block that is not full."""
     mask = torch.rand(1, 37, device=device) > 0.5 if masked else None
     check(*inputs(device), block_size=block_size, mask=mask)
 
@@ -70,7 +70,7 @@ def test_blocks(device, block_size, masked):
 @pytest.mark.parametrize("block_size", [None, 12])
 @pytest.mark.parametrize("masked", [False, True])
 def test_straight_through(device, masked, block_size, solver):
-    """A mask leaves less than is selected, and so does the last block."""
+    """A mask leaves fewer tokens than are selected, and so does the last block."""
     mask = torch.rand(2, 37, device=device) > 0.5 if masked else None
     if masked:
         mask[1, 4:] = False
@@ -110,7 +110,7 @@ def test_layouts(device):
 
 
 def test_of_a_router(device):
-    """With blocks, routes, cosines and a mask, beside the plain one."""
+    """With blocks, routes, cosines and a mask, compared with the plain one."""
     options = {"num_routing_tokens": 2, "cosine_sim_routing": True, "route_block_size": 16, "n_iters": 3, "eps": 0.3}
     plain, fused = (
         reference.CoordinateDescentRouter(20, use_triton=use_triton, straight_through=False, **options).to(device)

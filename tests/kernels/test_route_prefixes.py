@@ -23,13 +23,13 @@ ONCE = pytest.mark.skipif(INTERPRETED, reason="the operator is the same, and cal
 CONSTANT = {"n_iters": 3, "eps": 0.1}
 DECAYING = {"n_iters": 5, "eps": 0.1, "eps_init": 0.5, "eps_decay": 0.5}
 
-# Where a branch is not taken, tensors hold what the interpreter's NumPy warns of.
+# In branches that are not taken, tensors have values that the interpreter's NumPy warns of.
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.parametrize("device", DEVICES)]
 
 
 @pytest.fixture
 def small_tiles(set_sizes):
-    """Prefixes, selections and tokens of these tests' size go through several steps of every loop."""
+    """Small tiles, so that these tests' prefixes, selections and tokens take several steps of every loop."""
     set_sizes(prefix_forward, NUM_WARPS=1, IN_THREAD=4, RANKS=16, RANKS_IN_THREAD=1)
     set_sizes(prefix_backward, SLOTS=16, TOKENS=128, PREFIXES=2, NUM_WARPS=1)
 
@@ -106,7 +106,7 @@ def test_wide_scores(device, spread):
 
 
 def test_ascending_scores(device):
-    """Each window selects nothing but what is nearest before it; the last scores are the first in the order."""
+    """Each window selects only the tokens nearest before it; the last scores are the first in the order."""
     scores = torch.arange(40.0, device=device).view(1, 1, -1) / 8
     check(scores, window_size=8, num_selected=8, **CONSTANT)
     assert route_prefixes(scores, window_size=8, num_selected=8, k=9, **CONSTANT).indices[0, 3, 0, 0].item() == 31
@@ -153,7 +153,7 @@ def test_nan_concerns_what_comes_after(device):
 @settings(max_examples=4 if INTERPRETED else 50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(-3, 3), min_size=2, max_size=30), st.integers(1, 9), st.integers(1, 30))
 def test_what_is_selected_once_is_so_until_it_is_not(device, numbers, window_size, num_selected):
-    """A token is selected by windows that follow each other, from the first after it: the backward pass needs it."""
+    """A token is selected by consecutive windows, from the first after it: the backward pass relies on it."""
     scores = torch.tensor(numbers, dtype=torch.float32, device=device).view(1, 1, -1)
     num_selected = min(num_selected, len(numbers))
     selected = route_prefixes(scores, window_size=window_size, num_selected=num_selected, k=2, **CONSTANT)
@@ -232,7 +232,7 @@ def test_is_bitwise_reproducible(device):
 
 
 def of_ranks(count, scores, grad, **arguments):
-    """Results of several processes, each of which this one is in turn."""
+    """Results of several processes, which this process simulates in turn."""
     states = []
 
     def first_gather(x):

@@ -1,5 +1,5 @@
-"""The fused attention to routed tokens against the plain one in fp64: on the CPU path, in Triton's interpreter and on a
-GPU."""
+"""The fused attention to routed tokens against the plain one in fp64. It runs on the CPU path, in Triton's interpreter
+and on a GPU."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def check(tensors, mask=None, **options):
         if not truth.numel():
             continue
         error, of_plain = ((each[name].double() - truth).abs().max().item() for each in (actual, plain))
-        # What cancels, as in the gradient of a query with one key, leaves roundings of what did.
+        # If terms cancel, as in the gradient of a query with one key, their roundings remain.
         scale = max(truth.abs().max().item(), upstream.abs().max().item() * width**0.5 / 10)
         rounding = torch.finfo(tensors["query"].dtype).eps
         assert error <= max(2 * of_plain, 8 * rounding * scale), (name, error, of_plain, scale)
@@ -83,7 +83,7 @@ def test_fp64_and_wide_heads_stay_what_they_are():
 
 def test_strides():
     tensors, _ = problem(2, 6, 4, 8, 2, 9)
-    # As one product for all routes leaves them.
+    # The layout of one product for all routes.
     key_value = tensors["key_value"].transpose(1, 2).contiguous().transpose(1, 2)
     tensors |= {"key_value": key_value, "query": tensors["query"].mT.contiguous().mT}
     check(tensors)

@@ -18,8 +18,8 @@ def inputs(device, b=2, n=13, d=20, r=2, shared=True, dtype=torch.float32):
 def check(x, routing_tokens, scale=None):
     """Values and gradients against the reference in fp64; each is a sum of products, rounded in fp32.
 
-    A sum of m products is off by m roundings of the sum of their sizes at most, and by the square root of m as rounding
-    goes: 8 of them are for sums of up to 64.
+    The error of a sum of m products is at most m roundings of the sum of their sizes, and typically the square root of
+    m: 8 of them are for sums of up to 64.
     """
     x, routing_tokens = x.requires_grad_(), routing_tokens.requires_grad_()
     wide = [tensor.detach().double().requires_grad_() for tensor in (x, routing_tokens)]
@@ -64,7 +64,7 @@ def test_layouts(device):
 
 
 def test_cosines_of_nothing_and_of_little(device):
-    """Below the smallest norm, a token is divided by that, which is then a constant."""
+    """A token below the smallest norm is divided by it, which is then a constant."""
     x, routing_tokens = inputs(device, n=3)
     x[:, 0], x[:, 1] = 0.0, x[:, 1] * 1e-14
     x, wide = x.requires_grad_(), x.detach().double().requires_grad_()
@@ -116,5 +116,5 @@ def test_is_an_operator(device, cosine):
     compiled = torch.compile(routing_scores, backend="aot_eager", fullgraph=True)
     scores = compiled(x, routing_tokens), routing_scores(x, routing_tokens)
     torch.testing.assert_close(*scores)
-    # Products of a CPU may be summed in another order from call to call.
+    # Products on a CPU may be summed in another order from call to call.
     assert device == "cpu" or torch.equal(*scores)

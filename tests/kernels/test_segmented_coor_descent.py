@@ -1,7 +1,7 @@
 """The published algorithm against the definition in fp64, at every number of segments.
 
-The same tests run on the CPU path, in Triton's interpreter (TRITON_INTERPRET=1) and on a GPU where there is one. The
-kernels compute fp64 scores in fp64, which tells a wrong algorithm from rounding.
+The same tests run on the CPU path, in Triton's interpreter (TRITON_INTERPRET=1) and on a GPU if there is one. The
+kernels compute fp64 scores in fp64, which distinguishes a wrong algorithm from rounding.
 """
 
 from itertools import pairwise, product
@@ -22,22 +22,22 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 CONSTANT = {"n_iters": 5, "eps": 0.1}
 DECAYING = {"n_iters": 5, "eps": 0.05, "eps_init": 1.0, "eps_decay": 0.4}
-"""Reaches eps in the last iteration, so that temperatures differ within segments and between them."""
+"""It reaches eps in the last iteration, so that temperatures differ within segments and between them."""
 
 SHORT = {"n_iters": 2, "eps": 0.1, "checkpoint_segments": 2}
-"""For what does not depend on the number of iterations."""
+"""Options for tests that do not depend on the number of iterations."""
 
 SCHEDULES = pytest.mark.parametrize("options", [CONSTANT, DECAYING], ids=["constant", "decaying"])
 
 
-# The CPU path has no rows that are too long.
+# The CPU path has no limit on the length of rows.
 @pytest.fixture(params=["resident", "streamed"] if INTERPRETED or DEVICE == "cuda" else ["CPU"])
 def path(request, set_sizes):
-    """Rows in registers, and rows read tile by tile, at sizes that the interpreter can do."""
+    """Rows in registers, and rows read tile by tile, at sizes that are feasible for the interpreter."""
     if request.param == "streamed":
         # In fp64, which counts four times: tiles of 32.
         set_sizes(segmented_kernels, RESIDENT=0, STREAMED=128)
-        # Settings for a tile that a few warps at most share.
+        # Settings for a tile that at most a few warps share.
         settings = {"BLOCK_N": 32, "num_warps": 1, "maxnreg": 255}
         assert segmented_kernels._plan(2, 100, torch.float64.itemsize) == (2, settings, 4)
 
@@ -47,7 +47,7 @@ def randn(*shape, std=1.0, dtype=torch.float64):
 
 
 def differentiate(operation, scores, grad, k, **options):
-    """Output, and the gradients of the scores and of k (None where k is a number)."""
+    """Output, and the gradients of the scores and of k (None if k is a number)."""
     scores = scores.detach().clone().requires_grad_()
     k = k.detach().clone().requires_grad_() if isinstance(k, torch.Tensor) else k
     y = operation(scores, k=k, **options)
@@ -56,7 +56,7 @@ def differentiate(operation, scores, grad, k, **options):
 
 
 def shift_by_rounding(scores, n_iters, eps, eps_init=None, eps_decay=1.0):
-    """How far rounding may move an exponent of the output.
+    """Possible effect of rounding on an exponent of the output.
 
     An iteration rounds a and s + a, numbers of up to `largest`, and passes on an error in a times the share of the
     clipped entries, which is at most 1: errors at most add up.
@@ -75,10 +75,10 @@ def check(scores, k, *, grad=None, mask=None, **options):
     expected = differentiate(reference.coor_descent, scores.double(), grad.double(), wide_k, mask=mask, **schedule)
 
     shift = shift_by_rounding(scores, **schedule)
-    # An output is at most 1, and what an entry contributes to a gradient |g| / eps times that.
+    # An output is at most 1, and the contribution of an entry to a gradient is |g| / eps times that.
     steepest = grad.abs().max().item() / options["eps"]
     bounds = {"output": shift, "gradient of scores": shift * steepest, "gradient of k": shift * steepest}
-    # Half precision rounds once, and the interpreter truncates to bf16, which is as good as twice.
+    # Half precision rounds once, and the interpreter truncates to bf16, which counts as two roundings.
     rounding = 2 * torch.finfo(scores.dtype).eps if scores.dtype.itemsize == 2 else 0.0
     for (name, bound), tensor, wanted in zip(bounds.items(), actual, expected, strict=True):
         if tensor is not None:
@@ -221,7 +221,7 @@ def test_extreme_scores(segments, eps):
     check(scores, 4.0, checkpoint_segments=segments, n_iters=5, eps=eps)
     check(scores, 4.0, checkpoint_segments=segments, n_iters=5, eps=eps, eps_init=4.0, eps_decay=0.5)
 
-    # Half an exponent of rounding or more is left of these in fp32: what matters is that nothing overflows.
+    # For these, the rounding error in fp32 is half an exponent or more: the test is only about overflow.
     narrow, options = scores.float(), {"checkpoint_segments": segments, "n_iters": 5, "eps": eps}
     y, ds, _ = differentiate(segmented_coor_descent, narrow, narrow.sign(), 4.0, **options)
     assert ((y >= 0) & (y <= 1)).all()
@@ -237,7 +237,7 @@ def test_ties_and_kinks(segments):
     tied = (2 * randn(3, 60)).round() / 2 + 0.1
     check(tied, 10.0, checkpoint_segments=segments, **CONSTANT)
 
-    # Of n, powers of two, of which log2 and with it log k - log n is exact.
+    # n is a power of two, whose log2 is exact, and with it log k - log n.
     at_kink = torch.tensor([[0.0, 0.0, -1.0, 1.0], [0.0, -0.5, -0.25, -2.0]], dtype=torch.float64, device=DEVICE)
     check(at_kink, 4.0, checkpoint_segments=segments, **CONSTANT)
 
@@ -289,7 +289,7 @@ def test_a_mask_broadcasts(shape):
     mask = torch.arange(torch.Size(shape).numel(), device=DEVICE).reshape(shape) % 3 > 0
     scores = randn(3, 2, 40)
     y = segmented_coor_descent(scores, k=4.0, mask=mask, **SHORT)
-    # Strides have a say in which thread adds up what.
+    # Strides affect which thread adds up which entries.
     spread_out = segmented_coor_descent(scores, k=4.0, mask=mask.expand(3, 2, 40).clone(), **SHORT)
     torch.testing.assert_close(y, spread_out, rtol=1e-13, atol=1e-14)
 
@@ -339,7 +339,7 @@ def test_segments_change_time_and_memory_alone(data):
     other_y, *other = differentiate(segmented_coor_descent, scores, grad, k, checkpoint_segments=segments, **options)
     assert torch.equal(y, other_y)
     for one, another in zip(gradients, other, strict=True):
-        # Recomputed from another start, but in the same order: the same but for a last a that is not recomputed.
+        # Recomputed from another start, but in the same order: the same except for a last a that is not recomputed.
         torch.testing.assert_close(one, another, rtol=0, atol=shift_by_rounding(scores, **options) / 0.1)
 
 
@@ -425,7 +425,7 @@ def test_captured_in_a_cuda_graph(n):
 @pytest.mark.parametrize("segments", [1, 4, 20])
 @pytest.mark.parametrize("shape", [(1024, 512), (64, 4096), (16, 8192), (16, 8193), (8, 32768), (2, 131072)], ids=str)
 def test_rows_at_their_real_lengths(shape, segments):
-    """In fp64, where an entry next to a kink is on one side of it for all."""
+    """In fp64, where all agree on the side of an entry near a kink."""
     options = {"n_iters": 20, "eps": 0.1, "checkpoint_segments": segments}
     check(randn(*shape), shape[-1] / 16, **options)
     y = segmented_coor_descent(scores := randn(*shape).float(), k=shape[-1] / 16, **options)

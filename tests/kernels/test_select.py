@@ -19,7 +19,7 @@ pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 @pytest.fixture(params=["listed at once", "counted", "shared"])
 def path(request, set_sizes):
-    """Each way in which a kernel goes through a row of these tests' length. The interpreter shares none."""
+    """Each path of a kernel through a row of these tests' length. The interpreter shares no rows."""
     if request.param != "listed at once":
         set_sizes(select_kernels, LISTED=128)
     if request.param == "shared":
@@ -56,12 +56,12 @@ def _far_apart(x):
 
 
 def _doubling(x):
-    """Each a bucket of its own, but for one, over and over."""
+    """Each entry has its own bucket, except for one, over and over."""
     return torch.exp2(-(torch.arange(x.shape[1], device=x.device) % 100).float()).expand(x.shape)
 
 
 def _a_bit_apart(x):
-    """Numbers that agree in all but their last bits."""
+    """Numbers that differ only in their last bits."""
     return (x * 3).round().to(torch.int32).add(0x3F800000).view(torch.float32)
 
 
@@ -71,7 +71,7 @@ KINDS = [torch.round, torch.zeros_like, torch.bfloat16, _close_together, _far_ap
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: getattr(kind, "__name__", str(kind)))
 @pytest.mark.parametrize(("n", "k"), [(1000, 400), (3000, 1), (3000, 1024), (6000, 4096)])
 def test_distributions(device, n, k, kind):
-    """Rows that fit into a list, and rows that are counted first, in every order that keys can have."""
+    """Rows that fit into a list, and rows that are counted first, in every possible order of keys."""
     x = torch.randn(3, n, device=device)
     check(x.to(kind) if isinstance(kind, torch.dtype) else kind(x), k)
 
@@ -192,7 +192,7 @@ def run(request, set_sizes):
 
 
 def check_order(scores):
-    """Exactly PyTorch's order, where it has but one NaN and one zero."""
+    """Exactly PyTorch's order, if there is only one NaN and one zero."""
     if not (scores.is_cuda or INTERPRETED):
         pytest.skip("a CPU sorts by PyTorch alone")
     ordered, order = sort_rows(scores)

@@ -1,4 +1,4 @@
-"""Words of shared memory against PyTorch: in Triton's interpreter, and on a GPU where there is one."""
+"""Words of shared memory against PyTorch: in Triton's interpreter, and on a GPU if there is one."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="nee
 
 @triton.jit
 def _count_kernel(places_ptr, mask_ptr, stand_in_ptr, counts_ptr, numbers_ptr, takers_ptr, BLOCK: tl.constexpr):
-    """Counts of places, three times the number that each entry takes at its place, and the one that it takes of all."""
+    """Counts of places, three times the ticket of each entry at its place, and its ticket among all."""
     words = shared.shared_words(stand_in_ptr, 2 * BLOCK + 4)
     fours = 4 * tl.arange(0, BLOCK // 4)
     entries = tl.arange(0, BLOCK)
@@ -37,7 +37,7 @@ def _count_kernel(places_ptr, mask_ptr, stand_in_ptr, counts_ptr, numbers_ptr, t
 
 @triton.jit
 def _move_kernel(x_ptr, places_ptr, mask_ptr, stand_in_ptr, y_ptr, BLOCK: tl.constexpr):
-    """Some of x, each at another place, and 0 for the others."""
+    """Some of x, each moved to another place, and 0 for the others."""
     words = shared.shared_words(stand_in_ptr, 2 * BLOCK)
     entries = tl.arange(0, BLOCK)
     shared.store_pair(words, entries, tl.zeros([BLOCK], tl.int64), entries >= 0)

@@ -17,13 +17,13 @@ from tests.kernels.devices import DEVICES, capture
 
 INTERPRETED = triton.knobs.runtime.interpret
 
-# Where a branch is not taken, tensors hold what the interpreter's NumPy warns of.
+# In branches that are not taken, tensors have values that the interpreter's NumPy warns of.
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.parametrize("device", DEVICES)]
 
 
 @pytest.fixture(params=["one program a row", "together", "chunks", "chunks, finished alone"])
 def path(request, set_sizes):
-    """Each way in which a kernel goes through a row of these tests' length. The interpreter has none together."""
+    """Each path of a kernel through a row of these tests' length. The interpreter cannot run programs together."""
     if request.param != "one program a row":
         set_sizes(soft_topk_kernels, RESIDENT=100, CHUNK=128, CHUNK_PROBES=8)
     if request.param.startswith("chunks"):
@@ -45,7 +45,7 @@ def check(scores, k, eps, mask=None):
     rounding = torch.finfo(scores.dtype).eps if scores.dtype != torch.float32 else 0.0
     torch.testing.assert_close(y.double(), expected, rtol=rounding, atol=2e-6)
 
-    # An error of y is multiplied by what the gradient multiplies it with: (g_i - mean g) / eps.
+    # An error of y is multiplied by its factor in the gradient: (g_i - mean g) / eps.
     largest = 2 * grad.abs().max().item()
     tolerances = (2e-6 * largest / eps, 2e-6 * largest)
     actual = torch.autograd.grad(y, inputs, grad)
@@ -260,8 +260,9 @@ def test_ten_passes_suffice_for_a_row_of_chunks(device, set_sizes):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("n", [256, 400, 1024, 40000])
 def test_lanes_agree_on_what_a_search_depends_on(device, n, masked):
-    """In a sum over lanes, each adds what it has to what another sends. If that is a product that one fuses with the
-    addition, and the other one rounds and sends, both get another sum, and may leave the loop after another pass."""
+    """In a sum over lanes, each adds its number to one that another lane sends. If that is a product, one lane may fuse
+    it with the addition, while the other rounds and sends it. Then the sums differ, and lanes may leave the loop after
+    different passes."""
     kernels = {}
     with static_facts._observed(kernels, compile_only=True), static_facts.driver_for(90), triton_for_cpu_tensors():
         scores, mask = torch.zeros(3, n), torch.ones(3, n, dtype=torch.bool) if masked else None
@@ -283,7 +284,7 @@ def test_lanes_agree_on_what_a_search_depends_on(device, n, masked):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("n", [100, 256, 400, 512, 1024, 4096, 16384])
 def test_many_rows_sum_to_k(device, n, masked):
-    """Faults that one row in 100,000 shows. On a CPU that many take minutes."""
+    """Faults that occur in one row of 100,000. On a CPU this many take minutes."""
     if device == "cpu":
         pytest.skip("is for a GPU")
     rows = 2**20 if n <= 512 else 2**29 // n

@@ -1,4 +1,4 @@
-"""A GPU selects no slower than torch.topk, whatever the number and length of rows and the number selected."""
+"""A GPU selects no slower than torch.topk, for any number and length of rows and any number selected."""
 
 from itertools import product
 

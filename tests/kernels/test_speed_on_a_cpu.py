@@ -1,4 +1,4 @@
-"""A CPU tensor waits for no kernel longer than for its definition, whatever the sizes, iterations and direction."""
+"""For CPU tensors, no operation is slower than its definition, for any sizes, iterations and direction."""
 
 from functools import partial
 from itertools import product
@@ -19,13 +19,13 @@ pytestmark = [
 ]
 
 SLOWER = 1.1
-"""From which ratio on an interval of ours over the definition, if it lies above as a whole, is a failure."""
+"""Limit of the ratio of ours to the definition: an interval completely above it is a failure."""
 
 SHORT, LONG = {"min_samples": 5, "max_seconds": 0.03}, {"max_seconds": 0.25}
-"""Measurements. A short one counts only if its whole interval lies below the limit."""
+"""Measurements. A short one counts only if its whole interval is below the limit."""
 
 REPETITIONS = 3
-"""Long measurements that all have to fail: other work on the machine makes one of them wrong."""
+"""Number of long measurements that all have to fail, because other work on the machine may spoil one of them."""
 
 CONSTANT, DECAYING = {"eps": 0.1}, {"eps": 0.03, "eps_init": 4.0, "eps_decay": 0.7}
 TWENTY = {"n_iters": 20, **DECAYING}

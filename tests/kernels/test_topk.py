@@ -14,7 +14,7 @@ from tests.kernels.devices import DEVICE, capture
 INTERPRETED = triton.knobs.runtime.interpret
 
 N_ITERS = 5 if INTERPRETED else 20
-"""The interpreter takes its time for each iteration."""
+"""The interpreter is slow per iteration."""
 
 
 def randn(*shape):
@@ -29,13 +29,13 @@ PARTS = ("values", "coor_descent_values", "gates")
 
 
 def weighted(result, weights, parts=PARTS):
-    """A scalar that differentiable parts of the result reach."""
+    """A scalar that depends on the differentiable parts of the result."""
     given = zip((getattr(result, part) for part in parts), weights, strict=True)
     return sum((part * weight.to(part)).sum() for part, weight in given)
 
 
 def check(x, k, mask=None, parts=PARTS, **options):
-    """Results and gradient against plain PyTorch in fp64, where as many entries are valid as are selected."""
+    """Results and gradient against plain PyTorch in fp64, with as many valid entries as are selected."""
     options.setdefault("n_iters", N_ITERS)
     one, other = x.detach().clone().requires_grad_(), x.detach().double().requires_grad_()
     fused = topk(one, k, mask=mask, fused=True, **options)
@@ -53,7 +53,7 @@ def check(x, k, mask=None, parts=PARTS, **options):
     weights = [randn(*fused.values.shape) for _ in parts]
     weighted(fused, weights, parts).backward()
     weighted(plain, weights, parts).backward()
-    # 2e-6 in an output of the descent, times what it contributes: a gradient of 3 weights and |x|, over eps.
+    # 2e-6 in an output of the descent, times its contribution: a gradient of 3 weights and |x|, divided by eps.
     scale = 3 * max_abs(*weights) * (1 + max_abs(x)) / options.get("eps", 0.1)
     torch.testing.assert_close(one.grad.double(), other.grad, rtol=rounding, atol=2e-6 * scale + rounding)
 
@@ -128,7 +128,7 @@ def test_without_fused_kernels_come_one_after_the_other():
         assert torch.equal(values, x.gather(-1, indices))
 
 
-# On a GPU most examples are a kernel to compile.
+# On a GPU most examples compile a kernel.
 @settings(max_examples=8 if INTERPRETED or DEVICE == "cuda" else 50)
 @given(data=st.data())
 def test_laws(data):

@@ -1,5 +1,5 @@
-"""What PyTorch's function transforms make of every operation: what they make of the reference in fp64, or an error that
-names the reference; on the CPU path, in Triton's interpreter and on a GPU."""
+"""PyTorch's function transforms of every operation. They give the results of the reference in fp64, or an error that
+names the reference, on the CPU path, in Triton's interpreter and on a GPU."""
 
 import random
 from functools import partial
@@ -16,24 +16,24 @@ from tests.calls import KERNELS, LAYERS, all_tensors_of, inputs_of, layer_of, op
 from tests.kernels.devices import DEVICE
 
 NOT_DIFFERENCES = {"select", "topk"}
-"""What has no gradient, and one that is passed straight through."""
+"""An operation without a gradient, and one whose gradient is passed straight through."""
 
 pytestmark = [
     # PyTorch's own rules of forward mode are such scripts.
     pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning"),
-    # Its own word on its own operators.
+    # PyTorch's warning about its own operators.
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
 ]
 
 INTERPRETED = triton.knobs.runtime.interpret
 DTYPE = torch.float64 if DEVICE == "cpu" and not INTERPRETED else torch.float32
-"""Not all kernels take fp64."""
+"""Not all kernels support fp64."""
 
 ROUNDINGS = 256
-"""Of the largest number of a result: a call has sums of so many terms at most, and a temperature of .3."""
+"""Number of roundings of the largest result. A call has sums of at most this many terms, and a temperature of .3."""
 
 REFERENCE = {"segmented_coor_descent": "coor_descent"}
-"""What the operation of `reference` is called, if it has another name."""
+"""Names of operations in `reference`, if they differ."""
 
 
 def is_float(tensor):
@@ -41,7 +41,7 @@ def is_float(tensor):
 
 
 def two_examples(name):
-    """Tensors that are floating-point and others, each with a dimension of 2 in front, and options."""
+    """Float tensors and others, each with a dimension of 2 in front, and options."""
     draws = [all_tensors_of(name, random.Random(name)) for _ in range(2)]
     tensors = {key: torch.stack([each[key] for each, _ in draws]).to(DEVICE) for key in draws[0][0]}
     floats = {key: x.to(DTYPE) for key, x in tensors.items() if x.is_floating_point()}
@@ -66,7 +66,7 @@ def both(name, options):
 
 
 def loss(function, number=0):
-    """A number that depends on all that is returned."""
+    """A number that depends on all results."""
 
     def weighted(floats, others):
         total = torch.zeros((), dtype=torch.float64, device=DEVICE)
@@ -120,7 +120,7 @@ def vmap(function, floats, others):
 
 
 def vmap_of_one(function, floats, others):
-    """Each argument alone, its new dimension at the end."""
+    """Each argument separately, with its new dimension at the end."""
     made = []
     for name in (*floats, *others):
         arguments = {**first(floats), **first(others)}
@@ -155,7 +155,7 @@ def backward_through_vmap(function, floats, others):
 
 
 RIGHT = [grad, vjp, grads_batched, vmap, vmap_of_grad, backward_through_vmap]
-# What is made of the others takes too long in the interpreter.
+# Layers with inner layers take too long in the interpreter.
 RIGHT += [] if INTERPRETED else [jacrev, vmap_of_one, nested_vmap, grad_of_vmap]
 
 
@@ -177,7 +177,7 @@ def dual_with_gradient(function, floats, others):
 
 
 def jvp_of_one(function, floats, others):
-    """Each argument alone."""
+    """Each argument separately."""
     made = []
     for name, each in first(floats).items():
         rest = {**first(floats), **first(others)}
@@ -278,7 +278,7 @@ def test_gradcheck(name):
 
 
 def layers(name, use_triton):
-    """A layer and its plain twin in fp64, as functions of tensors, the parameters among them; and two examples."""
+    """A layer and its plain twin in fp64, as functions of tensors, including the parameters; and two examples."""
     layer, plain = (layer_of(name, random.Random(name), way).to(DEVICE) for way in (use_triton, False))
     plain.load_state_dict(layer.state_dict())
     inputs, options = inputs_of(name, layer, length=24, context=30)
@@ -297,7 +297,7 @@ def layers(name, use_triton):
 
 
 LARGE = {"ConditionalRoutedTransformerBlock", "ConditionalRoutedViT"}
-"""Layers whose routers see what others have computed, and select by it."""
+"""Layers whose routers select by results of other layers."""
 
 FEW = ["CoordinateDescentRouter", "ConditionalRoutedFeedForward"]
 """Layers for the interpreter, in which the others take too long."""

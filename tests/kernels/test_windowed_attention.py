@@ -17,7 +17,7 @@ from tests.kernels.devices import DEVICES, capture
 
 INTERPRETED = triton.knobs.runtime.interpret
 
-# Where nothing has been within reach of a query yet, the interpreter's NumPy warns of infinities that are not used.
+# If a query has seen no key within reach yet, the interpreter's NumPy warns of infinities that are not used.
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.parametrize("device", DEVICES)]
 
 in_a_kernel = pytest.mark.skipif(
@@ -59,7 +59,7 @@ def with_gradient(operation, qkv, grad, bias=None):
 
 
 def check(qkv, heads, window_size, causal=False, mask=None, theta=None, bias=None):
-    """Values and gradients are as near to the definition in fp64 as a correct computation in the same dtype is."""
+    """Values and gradients are as close to the definition in fp64 as a correct computation in the same dtype."""
     batch, n, width = qkv.shape
     grad = torch.randn(batch, n, width // 3, device=qkv.device).to(qkv.dtype)
     options = {"heads": heads, "window_size": window_size, "causal": causal, "mask": mask, "rotary_theta": theta}
@@ -100,7 +100,7 @@ def test_follows_the_definition(device, heads, n, window_size, causal, masked):
     mask = None
     if masked:
         mask = torch.rand(heads, n, device=device) > 0.3
-        # More in a row than is within reach.
+        # More consecutive tokens than are within reach.
         mask[0, n // 4 : n // 2 + 1] = False
     check(tokens(heads, n, heads, 16, device), heads, window_size, causal, mask)
 
@@ -140,7 +140,7 @@ def test_rotary_position_embedding(device, dtype, dim_head, n, window_size, caus
     ],
 )
 def test_position_bias(device, dtype, batch, dim_head, n, window_size, causal, reach):
-    """Its gradient too, of distances that are nowhere, and of those that share the last entry."""
+    """Also its gradient, for distances that do not occur, and for those that share the last entry."""
     qkv, mask = tokens(batch, n, 2, dim_head, device, dtype), torch.rand(batch, n, device=device) > 0.2
     bias = torch.randn(2, 2 * reach + 1, device=device).to(torch.promote_types(dtype, torch.float32))
     check(qkv, 2, window_size, causal, mask, bias=bias)
@@ -148,17 +148,17 @@ def test_position_bias(device, dtype, batch, dim_head, n, window_size, causal, r
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_extreme_similarities(device, causal):
-    """Of whole numbers, whose products are exact in fp32: up to 6400 and down to -6400."""
+    """Whole numbers, whose products are exact in fp32: up to 6400 and down to -6400."""
     qkv = torch.randint(-40, 41, (1, 50, 3 * 16), device=device).float()
     grad = torch.randint(-2, 3, (1, 50, 16), device=device).float()
     ours = with_gradient(lambda x: windowed_attention(x, heads=1, window_size=20, causal=causal), qkv, grad)
     exact = with_gradient(lambda x: dense(x, 1, 20, causal), qkv.double(), grad)
-    # Exponents that count are small and exact, and a weight is rounded a few times; values are up to 40.
+    # Relevant exponents are small and exact, and p is rounded a few times; values are up to 40.
     torch.testing.assert_close(
         ours["output"].double(), exact["output"], rtol=0, atol=40 * 8 * torch.finfo(torch.float32).eps
     )
-    # The logarithm that the backward pass starts from is one number, rounded where it is as large as similarities are:
-    # that much of each weight. A gradient of similarities is of up to 2 x 16 x 40, and of keys and queries 40 / 4 more.
+    # The backward pass starts from the lse, one number per query, rounded at the size of logits. This is the relative
+    # error of each p. The gradient of a logit is up to 2 x 16 x 40, and that of keys and queries 40 / 4 times more.
     log_rounding = 6400 * 1.44 * torch.finfo(torch.float32).eps
     torch.testing.assert_close(ours["qkv"].double(), exact["qkv"], rtol=0, atol=2 * log_rounding * 2 * 16 * 40 * 10)
 
@@ -359,7 +359,7 @@ def test_is_captured_in_a_cuda_graph(device, causal):
 @settings(max_examples=4 if INTERPRETED else 40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(2, 90), st.integers(1, 100), st.booleans(), st.sampled_from([None, 100.0]), st.data())
 def test_what_is_out_of_reach_does_not_matter(device, n, window_size, causal, theta, data):
-    """Another token at one position changes the output within reach of it, and not a bit elsewhere."""
+    """Another token at one position changes the output within reach of it, and no bit elsewhere."""
     at = data.draw(st.integers(0, n - 1))
     qkv = tokens(1, n, 1, 16, device)
     other = qkv.clone()

@@ -1,1 +1,1 @@
-"""Commands that measure something that no suite does: figures of a document, and limits that tests hold."""
+"""Commands for figures that no suite measures: figures of a document, and limits of tests."""

@@ -1,13 +1,12 @@
-"""Two ways to descend on a row of scores that is sharded: gather all scores, or exchange one number an iteration.
+"""Two ways of coordinate descent on a sharded row: gather all scores, or exchange one number per iteration.
 
-`torchrun --nproc-per-node=2 -m tests.measurements.exchange` takes the times of the parts that either way is made of,
-and adds them:
+`torchrun --nproc-per-node=2 -m tests.measurements.exchange` measures the times of the parts of each way, and adds them:
 
     gathered  scores and their gradients are gathered, and each rank descends on the whole row
     one number  each rank descends on its part; in each iteration, forward and backward, numbers of all are added up
 
 The latter is a lower bound: a kernel would have to end, or to wait, for each exchange. Numbers are added up by NCCL, or
-by a one-shot all-reduce through symmetric memory. Without GPUs it runs on gloo, to be tried.
+by a one-shot all-reduce through symmetric memory. Without GPUs it runs on gloo, only to try it.
 """
 
 import os
@@ -23,14 +22,14 @@ import kernels
 
 ITERATIONS, SAMPLES, WARM_UP = 20, 20, 3
 SHARE = 1024
-"""One of so many entries is selected."""
+"""Entries per selected entry."""
 
 ON_GPU = torch.cuda.is_available()
 LENGTHS = [2**power for power in (range(18, 27, 2) if ON_GPU else (12, 14))]
 
 
 def seconds(call: Callable[[], object], in_a_row: int = 1) -> float:
-    """Median time of a call, of one among so many in a row. All ranks begin together."""
+    """Median time of a call in a series. All ranks begin together."""
     samples = []
     for _ in range(WARM_UP + SAMPLES):
         dist.barrier()
@@ -53,7 +52,7 @@ def exchanges_of_a_number(device: torch.device) -> dict[str, Callable[[], object
     number = torch.zeros(1, dtype=torch.float64, device=device)
     ways: dict[str, Callable[[], object]] = {"all-reduce": lambda: dist.all_reduce(number)}
     if ON_GPU:
-        # It takes no fp64, and 16 bytes at least.
+        # It does not support fp64, and needs at least 16 bytes.
         shared = symmetric.empty(4, dtype=torch.float32, device=device)
         symmetric.rendezvous(shared, dist.group.WORLD)
         name = dist.group.WORLD.group_name

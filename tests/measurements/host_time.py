@@ -1,9 +1,9 @@
-"""Host time of a training step of a layer, measured where there is no GPU.
+"""Host time of a training step of a layer, measured without a GPU.
 
-`python -m tests.measurements.host_time attention` measures a step as it is written and as it is played from tapes. CPU
-tensors go to the launchers, whose kernels are replaced by functions that do nothing; layers are so small that PyTorch's
-operators compute next to nothing. The time is that of Python, autograd and PyTorch's dispatcher. Launches of a driver
-come on top: the more, the slower the host.
+`python -m tests.measurements.host_time attention` measures a step that runs the code of the layer, and a step that is
+played from tapes. CPU tensors go to the launchers, whose kernels are replaced by functions that do nothing; layers are
+so small that the time of PyTorch's operators is negligible. The time is that of Python, autograd and PyTorch's
+dispatcher. Launches of a driver add to it, and take longer on a slower host.
 """
 
 import argparse
@@ -58,7 +58,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 
 
 class _Nothing(CompiledKernel):
-    """A compiled kernel that is not there."""
+    """A compiled kernel that does nothing."""
 
     def __init__(self) -> None:
         self.function, self.packed_metadata, self.module = 0, (), None
@@ -68,7 +68,7 @@ class _Nothing(CompiledKernel):
 
 @contextmanager
 def launching_nothing() -> Iterator[None]:
-    """CPU tensors go to launchers, which keep their launches and hand them to nobody."""
+    """CPU tensors go to launchers, which keep their launches but start none."""
 
     def compile_nothing(*_: Any, **__: Any) -> CompiledKernel:
         return _Nothing()
@@ -85,7 +85,7 @@ def launching_nothing() -> Iterator[None]:
 
 
 def step_of(name: str, *, played: bool) -> Callable[[], None]:
-    """A training step of a layer, of which nothing stays."""
+    """A training step of a layer that leaves no state behind."""
     layer, x = LAYERS[name](), torch.randn(BATCH, LENGTH, DIM, requires_grad=True)
     kernels.played(layer, played)
     grad_output, tensors = torch.ones(x.shape), [x, *layer.parameters()]
@@ -99,7 +99,7 @@ def step_of(name: str, *, played: bool) -> Callable[[], None]:
 
 
 def microseconds(call: Callable[[], object], times: int = 200, rounds: int = 7) -> float:
-    """Processor time of a call: the least of some rounds, each a train of calls."""
+    """Processor time of a call: the least of some rounds, each with a series of calls."""
     best = float("inf")
     for _ in range(rounds):
         begin = time.process_time()

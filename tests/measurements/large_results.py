@@ -1,4 +1,4 @@
-"""What 200,000 records (287 MB) take to load and to write as CSV, each in a fresh process.
+"""Cost of loading 200,000 records (287 MB) and of writing them as CSV, each in a new process.
 
 python -m tests.measurements.large_results
 """
@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[2]
 RECORDS, FILE_BYTES = 200_000, 287e6
 
 GROUP = 10_000
-"""Records that differ in more than rows."""
+"""Number of records that differ in more than rows."""
 
 COLUMN, SAMPLES = "cold", 15
-"""Samples of a record: with so many, the file is as large."""
+"""Number of samples per record, which gives the size of the file."""
 
 MEASURING = """
 import json, sys
@@ -53,24 +53,24 @@ with open(sys.argv[2]) as table:
 
 @dataclass(frozen=True)
 class Cost:
-    """Time and memory of a process for all records. The start counts where it is the command's own."""
+    """Time and memory of a process for all records. The start is included if it is that of the command."""
 
     wall: float
     """Seconds."""
 
     cpu: float
-    """Seconds of processor time: on a busy machine the one that tells."""
+    """Seconds of processor time, which is reliable on a busy machine."""
 
     peak_bytes: int
-    """Most memory that was resident, all of the process."""
+    """Peak resident memory of the whole process."""
 
     records: int
 
 
 def write_large(path: Path, records: int = RECORDS) -> None:
-    """A results file as a run writes it, of so many different records: groups that differ in numbers of rows.
+    """A results file as from a run, with different records: groups that differ in numbers of rows.
 
-    Only the first group is written from records, which takes longer than a test may.
+    Only the first group is written from records, because all of them would take too long for a test.
     """
     write(path, [{"key": "large", "utc": "2026-11-21T10:00:00+00:00", "git": None}], _made(min(records, GROUP)))
     environment, *group = path.read_text().splitlines(keepends=True)
@@ -105,7 +105,7 @@ def _made(records: int) -> Iterator[Record]:
 
 
 def measure(program: str, *arguments: Path) -> Cost:
-    """Run a program in a process of its own."""
+    """Run a program in a separate process."""
     command = [sys.executable, "-c", program, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,8 +1,8 @@
 """Kernels and copies that a step of a layer would launch on a GPU, counted without one.
 
-`python -m tests.measurements.launches attention` lists them. Kernels of Triton are counted where they would be
-launched, and nothing is compiled; operators of PyTorch as they run on the CPU, below autocast and autograd. Both see
-the path of an eager call. A matrix product may take one kernel more on a GPU, where cuBLAS divides a long sum. With
+`python -m tests.measurements.launches attention` lists them. Kernels of Triton are counted at their launches, and
+nothing is compiled; operators of PyTorch are counted as they run on the CPU, below autocast and autograd. Both follow
+the path of an eager call. A matrix product may need one more kernel on a GPU, if cuBLAS divides a long sum. With
 `--gpu` PyTorch's profiler counts them there.
 """
 
@@ -25,7 +25,7 @@ from kernels._common import operation
 from kernels._common.tensors import triton_for_cpu_tensors
 
 BATCH, LENGTH, DIM = 2, 8192, 64
-"""As many tokens as make kernels divide a row; features are few, as PyTorch computes with them."""
+"""Enough tokens for kernels to divide a row; few features, because PyTorch computes with them."""
 
 ROUTED = LENGTH // 32
 
@@ -51,7 +51,7 @@ FREE = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach"),
     *("promote_types", "result_type", "resize_", "lift_fresh"),
 }
-"""Operators that launch nothing, beside views."""
+"""Operators that launch nothing, besides views."""
 
 SHORT = 4096
 """Longest row that PyTorch sorts by one kernel in shared memory."""
@@ -59,7 +59,7 @@ SHORT = 4096
 SEVERAL = {
     # A scan in two kernels.
     "cumsum": 2,
-    # Room is made by filling or copying it, and written to by another kernel.
+    # One kernel fills or copies the memory, another one writes to it.
     "constant_pad_nd": 2,
     "index_put": 8,
     "masked_fill": 2,
@@ -68,14 +68,14 @@ SEVERAL = {
     "select_backward": 2,
     "slice_backward": 2,
 }
-"""Operators that launch more than one kernel on a GPU, and how many."""
+"""Operators that launch more than one kernel on a GPU, and their numbers."""
 
 
 def _launches_of_sort(x: Tensor) -> int:
     """PyTorch sorts copies of short rows and of indices, and longer ones by a radix sort.
 
-    This has a histogram, its sum, and a pass for each byte of what it sorts. Before it the indices are written.
-    Up to 127 rows are sorted as one by value, and then by row, by a byte of it; a last kernel takes them apart.
+    A radix sort has a histogram, its sum, and a pass for each byte of the keys. Before it the indices are written. Up
+    to 127 rows are sorted together by value, and then by row, by one byte of it; a last kernel separates them.
     """
     rows = x.numel() // x.shape[-1]
     if x.shape[-1] <= SHORT:
@@ -84,7 +84,7 @@ def _launches_of_sort(x: Tensor) -> int:
 
 
 class _Operators(TorchDispatchMode):
-    """Count operators, and fill new memory with 0: no kernel writes it, and PyTorch may go on with it as indices."""
+    """Count operators, and fill new memory with 0: no kernel writes it, and PyTorch may use it as indices."""
 
     def __init__(self, counts: Counter[str]) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def counted() -> Iterator[Counter[str]]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(JITFunction, "run", launch))
-        # The mode that counts must not send a call to its operator, which is not the path of an eager call.
+        # The counting mode must not send a call to its operator, which an eager call bypasses.
         stack.enter_context(patch.object(operation, "is_in_torch_dispatch_mode", lambda: False))
         stack.enter_context(triton_for_cpu_tensors())
         stack.enter_context(_Operators(counts))
@@ -125,7 +125,7 @@ def training_step(layer: nn.Module, x: Tensor, grad_output: Tensor, **options: T
 
 
 def launches(name: str, *, masked: bool = False) -> Counter[str]:
-    """How often a training step of a layer launches each kernel, and operators of PyTorch theirs."""
+    """Number of launches of each kernel and operator of PyTorch in a training step of a layer."""
     layer, x = LAYERS[name](), torch.randn(BATCH, LENGTH, DIM, requires_grad=True)
     grad_output = torch.ones(x.shape)
     options = {"mask": torch.ones(BATCH, LENGTH, dtype=torch.bool)} if masked else {}
@@ -135,7 +135,7 @@ def launches(name: str, *, masked: bool = False) -> Counter[str]:
 
 
 def launches_on_a_gpu(name: str) -> Counter[str]:
-    """The same, without a mask, as PyTorch's profiler sees it: kernels and copies of a step by their names."""
+    """The same, without a mask, from PyTorch's profiler: kernels and copies of a step by their names."""
     layer, x = LAYERS[name]().cuda(), torch.randn(BATCH, LENGTH, DIM, device="cuda", requires_grad=True)
     grad_output = torch.ones(x.shape, device="cuda")
     for _ in range(4):
@@ -146,7 +146,7 @@ def launches_on_a_gpu(name: str) -> Counter[str]:
             training_step(layer, x, grad_output)
             torch.cuda.synchronize()
     names = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
-    # PyTorch's sums and sorts set counters to 0 by a command of their own, which is neither.
+    # PyTorch's sums and sorts set counters to 0 by a separate command, which is neither a kernel nor a copy.
     return Counter(name for name in names if not name.startswith("Memset"))
 
 

@@ -1,7 +1,7 @@
-"""Tables of README and docs, and figures in the text beside them, from the baseline of the H200.
+"""Tables of README and docs, and figures in the text next to them, from the baseline of the H200.
 
-`python -m tests.measurements.tables` writes them anew into the pages. A figure that changes says so in the diff, and so
-does a sentence whose words no longer hold: those are for whoever records the baseline to mend.
+`python -m tests.measurements.tables` writes them into the pages again. The diff shows changed figures, and sentences
+whose words no longer hold. The author of the new baseline has to correct these sentences.
 """
 
 import re
@@ -26,7 +26,7 @@ HEADLINES: dict[str, dict[str, object]] = {
     "1 x 1048576, 20, decaying": {"rows": 1},
     "4 x 4194304, 20, decaying": {"rows": 4},
 }
-"""Rows of the table of coordinate descent, and the fields that their cases are known by."""
+"""Rows of the table of coordinate descent, and the fields that identify their cases."""
 
 LAYERS: dict[str, dict[str, object]] = {
     "router, 1 x 1048576, 2 routes, fp32": {"kind": "router", "dtype": "float32"},
@@ -40,10 +40,10 @@ LAYERS: dict[str, dict[str, object]] = {
     "autoregressive, 1 x 131072": {"model": "document-128k"},
     "autoregressive, 1 x 1048576": {"model": "document-1m"},
 }
-"""Rows of the table of layers, likewise."""
+"""Rows of the table of layers, with the same kind of fields."""
 
 OF_LAYERS = {"model": "document", "dtype": "autocast"}
-"""Fields of a layer where a row does not name others."""
+"""Default fields of a layer, if a row does not override them."""
 
 LENGTHS = [4**power for power in range(5, 11)]
 
@@ -53,7 +53,7 @@ BY_LENGTH = {
     "self_attention": "autocast",
     "autoregressive": "autocast",
 }
-"""Columns of the table by length. All but the first have the dense layer beside them."""
+"""Columns of the table by length. All but the first are compared with the dense layer."""
 
 WINDOWED = {"radius 64": 64, "causal windows of 128": 128}
 
@@ -78,7 +78,7 @@ class Baseline:
 
 
 class Table(NamedTuple):
-    """A table, known by the first cells of its header."""
+    """A table, identified by the first cells of its header."""
 
     page: str
     header: str
@@ -116,7 +116,7 @@ class Sentence(NamedTuple):
 
 
 def milliseconds(records: Records, *implementations: str, column: str = "cold") -> str:
-    """Forward and forward+backward, of the faster one where there are several."""
+    """Forward and forward+backward of the fastest one, if there are several."""
     return " / ".join(_fastest(records, implementations, direction, column) for direction in DIRECTIONS)
 
 
@@ -210,7 +210,7 @@ def _crossover(waited: Callable[[Record], float], baseline: Baseline) -> dict[st
     """The longest sequence of self-attention for which dense attention is faster, and the next one measured.
 
     Raises:
-        ValueError: routing is faster for all, or for none: the sentence has to say that.
+        ValueError: routing is faster for all, or for none, so the sentence has to change.
     """
 
     def is_faster(n: int) -> bool:
@@ -231,7 +231,7 @@ def _on_the_gpu(record: Record) -> float:
 
 
 def _as_called(record: Record) -> float:
-    """Records without the column have what is longer, on the host or on the GPU."""
+    """Records without the column have the longer time, of the host or of the GPU."""
     return record.seconds("eager") or max(record.seconds("wall") or 0.0, _on_the_gpu(record))
 
 
@@ -272,7 +272,7 @@ WRITTEN: Sequence[Table | Sentence] = (
 
 
 def pages(baseline: Baseline, texts: Mapping[str, str]) -> dict[str, str]:
-    """The texts of pages, by path, with what a baseline says."""
+    """The texts of pages, by path, with the figures of a baseline."""
     written = dict(texts)
     for each in WRITTEN:
         written[each.page] = each.written_to(written[each.page], baseline)

@@ -1,9 +1,9 @@
-"""Share of the time of a run that goes into watching what is timed, so that nobody cheats.
+"""Share of the time of a run that goes into watching for cheats.
 
-`python -m tests.measurements.watching --suite coor_descent --preset smoke` takes the arguments of `bench.py` and says
-it at the end. Watching is all that a harness without suspicion would leave out: drawing other values for timed calls,
-putting them in and looking at what a call leaves behind, and judging results once more after the times are taken. The
-GPU is waited for before and after, so that its part is counted; the run itself takes longer for that.
+`python -m tests.measurements.watching --suite coor_descent --preset smoke` takes the arguments of `bench.py` and prints
+the share at the end. Watching is all work that a harness without suspicion would omit: drawing other values for timed
+calls, setting them and checking the effects of a call, and judging results once more after the timing. The command
+waits for the GPU before and after each part, so that its time is counted; the run itself takes longer for that.
 """
 
 import sys
@@ -30,7 +30,7 @@ PARTS: tuple[tuple[Any, str], ...] = (
 
 
 class Stopwatch:
-    """Seconds by part. A part that is called by another one belongs to that."""
+    """Seconds by part. The time of a part that is called by another one belongs to the caller."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -50,7 +50,7 @@ class Stopwatch:
             self._running = False
 
     def taking(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, whose time counts."""
+        """A version of the function whose time is counted."""
 
         @wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -67,7 +67,7 @@ def _now() -> float:
 
 
 def watched(arguments: list[str]) -> tuple[int, float, Counter[str]]:
-    """The exit status of a run, the seconds that it took, and those of them that went into each part."""
+    """The exit status of a run, its time in seconds, and the time of each part."""
     stopwatch = Stopwatch()
 
     @contextmanager

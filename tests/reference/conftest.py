@@ -1,4 +1,4 @@
-"""Small layers, and what they compute said a second time: one batch element, one head, one token at a time."""
+"""Small layers, and a second implementation of them: one batch element, one head, one token at a time."""
 
 from math import sqrt
 from types import SimpleNamespace
@@ -69,7 +69,7 @@ SIZES = {
 def build(name, package=reference, spread=0.1, **options):
     """A small layer whose scores have about this standard deviation on standard normal tokens.
 
-    It is so small that coordinate descent leaves no more than a few entries at 1.
+    It is so small that coordinate descent leaves at most a few entries at 1.
     """
     layer = getattr(package, name)(**{**SIZES[name], **options})
     with torch.no_grad():
@@ -108,8 +108,8 @@ def turn(vectors, positions):
 
 
 def heavy(layer, x, context, num_q, num_kv, valid_q=None, valid_kv=None, first=0, where=None, **options):
-    """The heavy branch for the queries `n d` of one batch element; `first` is the position of the first of them.
-    `where` gives positions of several coordinates."""
+    """The heavy branch for the queries `n d` of one batch element; `first` is the position of the first query. `where`
+    gives positions with several coordinates."""
     everything = torch.ones(len(x), dtype=torch.bool), torch.ones(len(context), dtype=torch.bool)
     valid_q, valid_kv = (e if v is None else v for e, v in zip(everything, (valid_q, valid_kv), strict=True))
     attention = layer.heavy_attn
@@ -142,8 +142,8 @@ def heavy(layer, x, context, num_q, num_kv, valid_q=None, valid_kv=None, first=0
 
 
 def light(attention, x, reachable, positions=None):
-    """Dense attention of tokens `n d`, of which `reachable` `n n` says what attends to what. If there are positions,
-    queries and keys are turned by them."""
+    """Dense attention of tokens `n d`; `reachable` `n n` is True if a token attends to another one. If there are
+    positions, queries and keys are rotated by them."""
     size = attention.to_qkv.out_features // 3
     query, key, value = (attention.norm(x) @ attention.to_qkv.weight.T).split(size, dim=-1)
     dim_head = size // attention.heads
@@ -157,7 +157,7 @@ def light(attention, x, reachable, positions=None):
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Tensors this small gain nothing by threads, and lose by their waiting for each other on a busy machine."""
+    """Threads do not help for tensors this small, and wait for each other on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -175,7 +175,7 @@ def by_hand():
 
 
 class Casts(TorchDispatchMode):
-    """Count the operators that convert a tensor, or several."""
+    """Counts the operators that convert a tensor, or several."""
 
     def __init__(self):
         super().__init__()

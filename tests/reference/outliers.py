@@ -1,4 +1,4 @@
-"""Rows of scores as nobody expects them: outliers, ties, infinities, either sign, of any dtype."""
+"""Unusual rows of scores: outliers, ties, infinities, either sign, of any dtype."""
 
 import math
 
@@ -9,7 +9,7 @@ LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float16, torch.bflo
 
 
 def rows(dtype, infinities=(-math.inf,), largest=math.inf):
-    """Lists of up to 8 numbers of a dtype, most of which are near each other, or near an outlier up to `largest`."""
+    """Lists of up to 8 numbers of a dtype. Most of them are near each other, or near an outlier up to `largest`."""
     finfo = torch.finfo(dtype)
     magnitudes = [1e2, 1e4, 6e4, 1e6, 1e9, 1e15, 1e30, 2e30, 1e38, finfo.max, finfo.tiny, finfo.smallest_normal / 8]
     far = st.sampled_from([each for each in magnitudes if each <= min(finfo.max, largest)]).flatmap(
@@ -33,7 +33,7 @@ WIDTH = 9
 
 
 def matrices(dtype, infinities=(-math.inf,), largest=math.inf):
-    """Scores `6 n` of such rows and a mask; what a row lacks is NaN beneath the mask."""
+    """Scores `6 n` of such rows and a mask; missing entries of a row are NaN and masked."""
 
     def pad(drawn):
         scores = torch.full((len(drawn), WIDTH), math.nan, dtype=dtype)

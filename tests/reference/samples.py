@@ -1,4 +1,4 @@
-"""A small call of every operation and layer: the tensors that it differentiates, and its other arguments."""
+"""A small call of every operation and layer: its differentiable tensors, and its other arguments."""
 
 from contextlib import contextmanager
 from itertools import product
@@ -61,11 +61,11 @@ INPUTS = {
     "ConditionalRoutedImageAttention": ((1, 3, 5, 16),),
     "ConditionalRoutedViT": ((1, 3, 32, 32),),
 }
-"""Of layers that take more than tokens `b n d`."""
+"""Inputs of layers that take more than tokens `b n d`."""
 
 
 def call(package, name, dtype=torch.float64, device="cpu", **more):
-    """An operation as a function of the tensors that it differentiates, and these."""
+    """An operation as a function of its differentiable tensors, and these."""
     shapes, options = OPERATIONS[name]
     options = {**options, **more}
     names = list(shapes)
@@ -88,7 +88,7 @@ def layer(name, dtype=torch.float64, device="cpu", **options):
 
 
 def leaves(result):
-    """The floating tensors of a result."""
+    """The float tensors of a result."""
     return [each for each in results(result) if each.is_floating_point()]
 
 
@@ -96,10 +96,10 @@ ROTARY = {
     f"ConditionalRouted{name}Attention": {"rotary_emb": True, "light_rotary_emb": True}
     for name in ("", "Autoregressive", "Image")
 }
-"""Options of layers that make something of their own in each call."""
+"""Options of layers that make new tensors in each call."""
 
 EVERY_DEFAULT = list(product((torch.bfloat16, torch.float16, torch.float32, torch.float64), (None, "meta")))
-"""Default dtypes, and devices, of which `meta` shows on a CPU what a wrong one would do."""
+"""Default dtypes, and devices; on a CPU, `meta` shows the effect of a wrong device."""
 
 
 @contextmanager
@@ -116,7 +116,7 @@ def defaults(dtype, device):
 
 
 def check_defaults(function, tensors, others=EVERY_DEFAULT):
-    """Results and gradients are equal, to the bit, whatever the defaults are."""
+    """Results and gradients are equal, to the bit, for any defaults."""
 
     def results():
         found = function(*tensors)

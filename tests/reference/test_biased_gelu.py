@@ -23,7 +23,7 @@ def test_a_token_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_rounded_once(dtype):
-    """The bias keeps what is too small for the dtype of tokens."""
+    """The bias keeps digits that are too small for the dtype of tokens."""
     x = X.to(dtype)
     out = biased_gelu(x, BIAS.float())
     assert out.dtype == dtype

@@ -52,7 +52,7 @@ def by_hand(scores, k, mask=None, **options):
 )
 def test_is_the_definition(shape, k, spread, options):
     scores = spread * randn(*shape)
-    # Rounding of numbers as large as the scores, in each iteration, and over the temperature in the exponent.
+    # Rounding of numbers as large as the scores, in each iteration, divided by the temperature in the exponent.
     bound = 1e-15 * options["n_iters"] * (1 + 5 * spread) / options["eps"]
     expected = by_hand(scores, k, **options)
     torch.testing.assert_close(coor_descent(scores, k=k, **options), expected, rtol=0, atol=bound)
@@ -81,7 +81,7 @@ def test_first_and_second_derivatives(masked, options):
 
 
 def test_relu_has_no_slope_at_its_kink():
-    """With k = n the first a is exactly 0: an entry of score 0 is then at the kink, and counts as below it."""
+    """With k = n the first a is exactly 0. An entry of score 0 is then at the kink, and counts as below it."""
     scores = torch.tensor([0.0, -0.5, -1.0, -2.0], dtype=torch.float64, requires_grad=True)
     options = {"n_iters": 2, "k": 4.0, "eps": 0.5}
     (at_kink,) = torch.autograd.grad(coor_descent(scores, **options)[1], scores)
@@ -143,7 +143,7 @@ def test_extreme_scores(eps, scale):
     scores[0] *= scale
     scores[1, 3] = scale
     expected = by_hand(scores, 3, n_iters=6, eps=eps)
-    # 1e4 is known to 2e-12, which the exponent divides by eps, in each iteration.
+    # 1e4 has an error of 2e-12, which the exponent divides by eps, in each iteration.
     torch.testing.assert_close(coor_descent(scores, k=3, n_iters=6, eps=eps), expected, rtol=0, atol=6 * 4e-12 / eps)
 
 
@@ -152,7 +152,7 @@ def test_computes_in_the_dtype_of_the_scores(dtype):
     scores, k = randn(3, 16).to(dtype), torch.tensor([1, 2, 3])
     y = coor_descent(scores, k=k, n_iters=3, eps=1.0)
     assert y.dtype == dtype
-    # A few roundings of numbers of up to 8, over a temperature of 1.
+    # A few roundings of numbers of up to 8, divided by a temperature of 1.
     bound = 3 * 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(y.double(), by_hand(scores.double(), k, n_iters=3, eps=1.0), rtol=0, atol=bound)
 
@@ -169,7 +169,7 @@ def test_laws(row, k, options):
     assert ((y >= 0) & (y <= 1)).all()
     # (s + a) - relu(s + a) is monotone in s, rounded or not.
     assert (y[scores.argsort()].diff() >= 0).all()
-    # Times 2 is exact in every step.
+    # A factor of 2 is exact in every step.
     twice = {name: 2 * value if name in ("eps", "eps_init") else value for name, value in options.items()}
     assert torch.equal(coor_descent(2 * scores, k=k, **twice), y)
 

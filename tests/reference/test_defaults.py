@@ -1,4 +1,4 @@
-"""PyTorch's default dtype and device change no result: what is computed is where and as its inputs are."""
+"""PyTorch's default dtype and device change no result: results have the dtype and device of their inputs."""
 
 import pytest
 import torch

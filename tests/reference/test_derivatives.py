@@ -1,4 +1,5 @@
-"""Everything in `reference` has a second derivative, and one in forward mode: what kernels, which have neither, say."""
+"""Everything in `reference` has a second derivative, and one in forward mode. Errors of kernels, which lack both, refer
+to them."""
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ OPTIONS = {
     "ConditionalRoutedViT": [{"flash_attn": False}],
     "CoordinateDescentRouter": [{"solver": "exact"}],
 }
-"""Of layers, beside the defaults."""
+"""Options of layers, besides the defaults."""
 
 
 def test_everything_has_a_sample():
@@ -34,7 +35,7 @@ def test_everything_has_a_sample():
 
 
 def differentiable(name, result):
-    """What has a gradient; of the hard top-k what is not passed straight through."""
+    """Differentiable results; of the hard top-k those that are not passed straight through."""
     return (result.coor_descent_values,) if name == "topk" else tuple(samples.leaves(result))
 
 
@@ -50,7 +51,7 @@ def test_operations(name, device):
     ("name", "options"), [(name, options) for name in LAYERS for options in [{}, *OPTIONS.get(name, [])]]
 )
 def test_layers(name, options, device):
-    """Of all that they are given and all of their parameters."""
+    """For all inputs and all of their parameters."""
     layer, tensors = samples.layer(name, device=device, **options)
     parameters = dict(layer.named_parameters())
     more = {"num_tokens": 8} if name == "CoordinateDescentRouter" else {}
@@ -63,7 +64,7 @@ def test_layers(name, options, device):
 
 
 def check(function, tensors):
-    """In one direction drawn at random in the space of all tensors, which takes a few calls and no matrix."""
+    """In one random direction in the space of all tensors, which takes a few calls and no matrix."""
 
     def of_one_vector(vector):
         parts = vector.split([tensor.numel() for tensor in tensors])
@@ -78,7 +79,7 @@ def check(function, tensors):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_second_derivative_is_that_of_fp64(dtype, autocast, device):
-    """Kernels of scaled_dot_product_attention differ by dtype: what fp64 takes is not what a user has."""
+    """Kernels of scaled_dot_product_attention differ by dtype: users do not have the ones for fp64."""
     function, (qkv,) = samples.call(reference, "windowed_attention", dtype, device)
     first, second = [], []
     for x in (qkv, qkv.detach().double().requires_grad_()):
@@ -87,7 +88,7 @@ def test_the_second_derivative_is_that_of_fp64(dtype, autocast, device):
             (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         first.append(gradient)
         second += torch.autograd.grad(gradient.square().sum(), x)
-    # About twenty roundings one after the other, of which the cast to the dtype of autocast is the coarsest.
+    # About twenty consecutive roundings, the coarsest of which is the cast to the dtype of autocast.
     rounding = 20 * torch.finfo(torch.bfloat16 if autocast else dtype).eps
     for actual, expected in (first, second):
         assert ((actual.double() - expected).norm() / expected.norm()).item() < rounding
@@ -101,7 +102,7 @@ def test_meta_tensors_have_a_second_derivative():
 
 
 def test_an_ordinary_gradient_is_the_kernels_own():
-    """To the bit, and with nothing more kept."""
+    """Equal to the bit, and with no additional saved tensors."""
     query = torch.randn(1, 2, 8, 16, requires_grad=True)
     attend = torch.nn.functional.scaled_dot_product_attention
     kept, outs = [], []

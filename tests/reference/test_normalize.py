@@ -27,7 +27,7 @@ def test_a_token_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_rounded_once(dtype):
-    """A norm of 300 x 300 entries of 300 is no fp16 number."""
+    """A norm of 300 x 300 entries of 300 is not an fp16 number."""
     x, weight = (300 * X.repeat(1, 1, 300)).to(dtype), torch.ones(2400, dtype=dtype)
     assert torch.equal(normalize(x, weight), normalize(x.double(), weight.double()).to(dtype))
     wide = normalize(x, weight, dtype=torch.float32)

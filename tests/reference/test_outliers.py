@@ -1,4 +1,4 @@
-"""Coordinate descent and the soft top-k of any scores, against what they are in hundreds of digits."""
+"""Coordinate descent and the soft top-k for any scores, against results with hundreds of digits."""
 
 import math
 
@@ -31,7 +31,7 @@ def test_coordinate_descent(dtype, data, k, options):
         expected = torch.zeros_like(row)
     else:
         expected = torch.tensor(exact.coor_descent(row.tolist(), k, **options), dtype=torch.float64)
-    # Nothing near a threshold is larger than the limit on outliers, and each iteration rounds it three times.
+    # Numbers near a threshold are at most the limit on outliers, and each iteration rounds them three times.
     limit = FAR * sum(temperatures) * (1 + max(math.log(len(row) / k), 0.0))
     bound = 3 * options["n_iters"] * torch.finfo(torch.float64).eps * limit / last
     y = reference.coor_descent(row, k=k, **options)
@@ -45,5 +45,5 @@ def test_soft_topk(dtype, data, k, eps):
     row = data.draw(rows(dtype)).double()
     expected = torch.tensor(exact.soft_topk(row.tolist(), k, eps), dtype=torch.float64)
     y = reference.soft_topk(row, k=k, eps=eps)
-    # Exponents are differences, exact where they are near 0; where they are not, y is as small.
+    # Exponents are differences, which are exact near 0; elsewhere y is as small as its error.
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-13)

@@ -1,4 +1,4 @@
-"""Checkpoints of colt5-attention load, and where that package works its results are ours."""
+"""Checkpoints of colt5-attention load, and where that package works its results are equal to ours."""
 
 import inspect
 from functools import partial
@@ -29,10 +29,10 @@ PEERS = {
 }
 OURS_ALONE = {"causal_query_routing", "init", "normalize_to", "self", "solver"}
 OURS_ALONE |= {"attn_light_rotary_emb", "attn_rotary_emb", "light_rotary_emb", "position_bias", "rotary_emb"}
-"""Some of them in some layers, of the peer in others."""
+"""Options that only some of our layers have. Other layers of the peer may have some of them."""
 
 DEFAULT = {"router_kwargs": None}
-"""Where the peer's default is a dictionary that all layers share."""
+"""Options whose default in the peer is a dictionary that all layers share."""
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -74,7 +74,7 @@ def test_checkpoints_load(build, name, options):
 
 
 def watch(layer):
-    """Record of each relaxation: how many entries of a row are at 1 at most, and how many are asked for."""
+    """Record of each relaxation: largest number of entries of a row at 1, and the requested number."""
     records = []
     for router in layer.modules():
         if isinstance(router, reference.CoordinateDescentRouter):
@@ -90,7 +90,8 @@ def watch(layer):
 
 MASK = torch.arange(64) < torch.tensor([[64], [40]])
 TWO_WINDOWS = {"num_routed_kv": 2, "num_heavy_tokens_kv": 6}
-"""Of several routes that package has the tokens right at batch 1, but the masks of another window after the second."""
+"""With several routes, that package has the right tokens at batch 1, but the masks of another window after the
+second."""
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_outputs_and_gradients(build, name, shape, options, call):
     x = torch.randn(shape)
     upstream = torch.randn((2, 5) if name == "ConditionalRoutedViT" else shape)
     if "mask" in call:
-        # What becomes of tokens that are masked is nobody's business.
+        # Masked tokens have no defined output.
         upstream = upstream * call["mask"][..., None]
     results = []
     for layer in (ours, theirs):

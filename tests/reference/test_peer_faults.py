@@ -1,6 +1,6 @@
-"""Where colt5-attention 0.11.2 is wrong: each test holds here and fails there, in the way that is written beside it.
+"""Faults of colt5-attention 0.11.2: each test passes here and fails there, as the text next to it says.
 
-On a GPU alone are those parts of that package that only run there.
+Only parts of that package that need a GPU are tested on a GPU.
 """
 
 from importlib import import_module
@@ -18,7 +18,8 @@ MODULES = {
 
 
 def packages(fails_with, *, cuda=False):
-    """Both packages, of which the peer fails in a certain way; if cuda, on a GPU, while ours is tested on the CPU."""
+    """Both packages, with the expected failure of the peer. With cuda, the peer runs on a GPU, and ours is tested on
+    the CPU."""
     marks = [pytest.mark.xfail(raises=fails_with, strict=True), *([pytest.mark.gpu] if cuda else [])]
     return pytest.mark.parametrize("package", ["reference", pytest.param("colt5_attention", marks=marks)])
 
@@ -81,7 +82,7 @@ def test_3_several_routes_and_masks(create):
 @pytest.mark.parametrize("window", [3, 4, 5])
 @packages(AssertionError)
 def test_3_several_routes_and_windows(create, window):
-    """A later window sees all windows before it. Each but the last token of the sequence is routed, so none is left."""
+    """A later window sees all windows before it. All tokens except the last one are routed, so none is left."""
     options = {"num_heavy_tokens_kv": 8 * (window + 1) - 1, "num_routed_kv": 2}
     attention = create("ConditionalRoutedAutoregressiveAttention", **options)
     torch.nn.init.zeros_(attention.light_attn.to_out.weight)
@@ -92,14 +93,14 @@ def test_3_several_routes_and_windows(create, window):
 
 @packages(RuntimeError)
 def test_4_the_vit(create):
-    """As in its example, as many tokens are routed as there are in a window."""
+    """As in its example, the number of routed tokens is the size of a window."""
     options = {"attn_num_heavy_tokens_q": 16, "attn_num_heavy_tokens_kv": 16}
     assert create("ConditionalRoutedViT", flash_attn=False, **options)(torch.randn(1, 3, 32, 32)).shape == (1, 5)
 
 
 @packages(AssertionError)
 def test_4_the_image_layer_routes_over_the_whole_map(create):
-    """8 positions of the map as queries, and not of each of its 16 windows."""
+    """8 positions of the map as queries, not of each of its 16 windows."""
     attention = create("ConditionalRoutedImageAttention")
     torch.nn.init.zeros_(attention.light_attn.to_out.weight)
     out = attention(torch.randn(1, 16, 16, 16))
@@ -108,7 +109,7 @@ def test_4_the_image_layer_routes_over_the_whole_map(create):
 
 @packages(RuntimeError)
 def test_4_the_image_example(create):
-    """In it too, as many tokens are routed as there are in a window."""
+    """As in its example, the number of routed tokens is the size of a window."""
     options = {"num_heavy_tokens_q": 16, "num_heavy_tokens_kv": 16, "channel_first": True}
     assert create("ConditionalRoutedImageAttention", **options)(torch.randn(1, 16, 16, 16)).isfinite().all()
 
@@ -135,7 +136,7 @@ def test_5_autocast(create, name, shape):
 
 @packages(AssertionError)
 def test_6_what_is_selected_are_the_largest(create):
-    """At default settings, where the relaxation leaves hundreds of entries at exactly 1."""
+    """With default settings, for which the relaxation leaves hundreds of entries at exactly 1."""
     router = create("CoordinateDescentRouter", dim=512, spread=512**0.5)
     x = torch.randn(1, 4096, 512)
     largest = (x @ router.routing_token[0]).topk(256).indices
@@ -196,7 +197,7 @@ def test_12_fewer_than_five_iterations(create, package, n_iters):
 
 @packages(AssertionError, cuda=True)
 def test_13_flash_attention_is_left_on(create, package, monkeypatch):
-    """PyTorch chooses among all of its kernels, on whatever GPU."""
+    """PyTorch chooses among all of its kernels, on any GPU."""
     if package != "reference" and torch.cuda.get_device_capability() == (8, 0):
         pytest.skip("that GPU is the one where it is on")
     device = "cpu" if package == "reference" else "cuda"
@@ -218,7 +219,7 @@ def test_13_flash_attention_is_left_on(create, package, monkeypatch):
 @packages(AssertionError)
 @torch.no_grad()
 def test_14_a_later_token_changes_nothing_before_it(create, package):
-    """Here with `causal_query_routing`; without, as there."""
+    """Here with `causal_query_routing`; without it, as there."""
     options = {"causal_query_routing": True} if package == "reference" else {}
     attention = create("ConditionalRoutedAutoregressiveAttention", **options)
     x = torch.randn(1, 32, 16)
@@ -232,7 +233,7 @@ def test_14_a_later_token_changes_nothing_before_it(create, package):
 
 @packages(AssertionError)
 def test_15_light_attention_sees_no_padding(create):
-    """Without a mask as with one that masks nothing."""
+    """The same without a mask as with one that masks nothing."""
     light = create("ConditionalRoutedAttention").light_attn
     x = torch.randn(2, 30, 16)
     torch.testing.assert_close(light(x), light(x, mask=torch.ones(2, 30, dtype=torch.bool)))

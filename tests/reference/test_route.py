@@ -1,4 +1,4 @@
-"""What `route` adds to its pieces; tests of the router say what it is made of."""
+"""Behaviour that `route` adds to its steps, which the tests of the router cover."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_blocks_are_rows_of_their_own_and_the_last_is_filled_up():
         expected = scores.topk(3).indices
         assert torch.equal(indices[..., part], expected + start)
         torch.testing.assert_close(weights[..., part], soft_topk(scores, k=3.5, eps=0.3).gather(-1, expected))
-    # One token is left for the last block, which two more are selected from.
+    # One token is left for the last block, from which two more are selected.
     assert torch.equal(indices[..., 6:], torch.tensor([10, 11, 12]).expand(2, 2, 3))
     assert torch.equal(weights[..., 6:] == 0, torch.tensor([False, True, True]).expand(2, 2, 3))
     assert torch.equal(tokens[..., 6:, :], X[:, None, 10:].expand(2, 2, 3, 4))

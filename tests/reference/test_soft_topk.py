@@ -10,7 +10,7 @@ from reference import coor_descent, soft_topk
 
 
 def bisect(row, k, eps):
-    """y of one fp64 row by halving the interval of a, which knows nothing of sets or sorting."""
+    """y of one fp64 row by bisection of a, without sets or sorting."""
     low, high = -row.max() - eps * math.log(len(row) / k) - 1, -row.min() + 1
     for _ in range(200):
         a = (low + high) / 2
@@ -86,7 +86,7 @@ def test_other_dtypes_follow_fp64(dtype, scale):
     scores = (torch.randn(4, 100) * scale).to(dtype)
     y = soft_topk(scores, k=12, eps=0.5)
     assert y.dtype == dtype
-    # A few roundings of an exponent of at most 12 that matters, log of the smallest y seen.
+    # A few roundings of a relevant exponent of at most 12, the log of the smallest y.
     tolerance = 40 * torch.finfo(dtype).eps
     torch.testing.assert_close(y.double(), soft_topk(scores.double(), k=12, eps=0.5), rtol=0, atol=tolerance)
 

@@ -17,7 +17,7 @@ def test_the_example_of_the_systems_document():
     x = torch.randn(1024, 512)
     values, indices, coor_descent_values, gates = topk(x, k=10)
     expected = x.topk(10)
-    # Gates are 1 but for the rounding of soft + (1 - soft).
+    # Gates are 1 except for the rounding of soft + (1 - soft).
     torch.testing.assert_close(values, expected.values, rtol=2e-7, atol=0)
     torch.testing.assert_close(gates, torch.ones(1024, 10), rtol=2e-7, atol=0)
     assert torch.equal(indices, expected.indices)
@@ -56,7 +56,7 @@ def test_the_gradient_goes_through_the_relaxation_and_the_selected_entries():
 
 
 def test_gradcheck_of_the_relaxed_selection():
-    # Entries far enough apart that finite differences do not change which are selected.
+    # Entries are so far apart that finite differences do not change the selection.
     x = torch.tensor([[0.0, 2.0, 1.0, -1.0], [3.0, 0.5, -2.0, 1.5]], dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([True, True, True, False])
     assert gradcheck(lambda x: topk(x, 2, eps=0.5, n_iters=5, mask=mask).coor_descent_values, x)
@@ -65,7 +65,7 @@ def test_gradcheck_of_the_relaxed_selection():
 @pytest.mark.parametrize("shape", [(40,), (3, 1, 40), (3, 2, 40)], ids=str)
 def test_masked_entries_are_never_selected(shape):
     x, mask = randn(3, 2, 40), torch.rand(shape) > 0.5
-    # The largest, and what no comparison orders.
+    # The largest, and values that no comparison orders.
     x = torch.where(mask, x, torch.tensor([1e6, torch.nan, torch.inf, -torch.inf]).repeat(10)).requires_grad_()
     values, indices, soft, gates = topk(x, 7, mask=mask)
     valid = mask.expand(x.shape)
@@ -83,7 +83,7 @@ def test_fewer_valid_entries_than_k(non_differentiable):
     mask = torch.tensor([[0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0]]).bool()
     result = topk(x, 4, mask=mask, non_differentiable=non_differentiable)
     valid = mask.gather(-1, result.indices)
-    # Those that are valid come first.
+    # Valid entries come first.
     assert valid.tolist() == [[True, True, False, False], [False] * 4, [True] * 4]
     for part in (result.values, result.coor_descent_values, result.gates):
         if part is not None:
@@ -131,7 +131,7 @@ def test_fused_is_what_the_kernels_compute():
 
 @given(st.data())
 def test_laws(data):
-    """k distinct places, values in falling order, and nothing left out that is larger."""
+    """k distinct places, values in descending order, and no larger one left out."""
     row = data.draw(st.lists(st.floats(-50, 50), min_size=1, max_size=25))
     k = data.draw(st.integers(1, len(row)))
     x = torch.tensor(row, dtype=torch.float64)

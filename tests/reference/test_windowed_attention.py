@@ -1,4 +1,4 @@
-"""What layers do with it is tested with them, and its arguments with those of the kernel."""
+"""Only the operation: other tests cover its use in layers, and the tests of the kernel cover its arguments."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from reference import windowed_attention
 
 
 def turned(x, theta):
-    """Tokens `n h d` by complex numbers: the plane of dimensions i and i + d / 2 turns by its frequency a token."""
+    """Tokens `n h d` by complex numbers: the plane of dimensions i and i + d / 2 rotates by its frequency per token."""
     first, second = x.chunk(2, dim=-1)
     half = first.shape[-1]
     angles = torch.arange(len(x))[:, None, None] * torch.tensor([theta ** (-i / half) for i in range(half)])
@@ -17,7 +17,7 @@ def turned(x, theta):
 
 
 def dense(qkv, heads, window_size, causal, mask, theta=None, bias=None):
-    """By the definition, one token after the other."""
+    """By the definition, token by token."""
     rows = []
     for row, present in zip(qkv, mask, strict=True):
         query, key, value = row.unflatten(-1, (3, heads, -1)).unbind(1)
@@ -79,7 +79,7 @@ def test_position_bias_gradients(causal):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rotary_sees_distances_alone(dtype):
-    """Tokens that are moved, far past any that came before, are attended to as before."""
+    """Tokens that are moved far beyond earlier positions are attended to as before."""
     qkv = torch.randn(1, 20, 3 * 8, dtype=dtype)
     moved = torch.cat((torch.randn(1, 200_000, 3 * 8, dtype=dtype), qkv), dim=1)
     early, late = (windowed_attention(x, heads=1, window_size=4, rotary_theta=10000) for x in (qkv, moved))

@@ -1,4 +1,4 @@
-"""A run of several processes: the first writes what all of them do, also that one has ended."""
+"""A run of several processes: the first one writes the results of all, even after one has ended."""
 
 import gc
 import json
@@ -63,7 +63,7 @@ def test_a_run_and_a_rank_that_ends(tmp_path, device):
         run.communicate(timeout=SECONDS)
     assert run.returncode != 0
     records = records_in(file)
-    # All that are expected are there; those of one process are measured as before.
+    # All expected records are there; cases of one process are measured as before.
     assert len(records) == 4
     assert {record["status"] for record in records if record["fields"]["ranks"] == 1} == {"ok"}
     first, *_, last = of_both(records)
@@ -129,7 +129,7 @@ def times(factor, case, group, device):
 
 @pytest.mark.parametrize("wants_gradient", [False, True])
 def test_functions_of_a_case_take_turns(wants_gradient):
-    """Calls of implementations are timed in turns: none is that of another."""
+    """Calls of implementations alternate: none uses the part of another."""
     factors = [2.0, 3.0, 5.0]
     functions = [_ranks.together(partial(times, factor), "case", 1) for factor in factors]
     for number in (0, 2, 1, 2, 0):
@@ -143,7 +143,7 @@ def test_functions_of_a_case_take_turns(wants_gradient):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_nothing_of_a_call_stays(backward):
-    """Sequences may be as large as half of a GPU's memory: a call holds nothing when its caller does not."""
+    """Sequences may be as large as half of a GPU's memory: a call holds nothing that its caller has dropped."""
     seen = []
 
     def make(case, group, device):

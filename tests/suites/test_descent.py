@@ -71,19 +71,19 @@ def test_an_entry_at_a_kink_is_marked(iteration, temperature):
     scores = _descent.problem(case, CPU).inputs["scores"].double()
     assert not _descent.entries_at_kink(case, scores).any()
 
-    # a depends on the score only weakly: putting the score at -a over and over ends where it is at -a.
+    # a depends only weakly on the score: setting the score to -a repeatedly converges to the kink.
     for _ in range(60):
         scores[2, 7] = -a_by_definition(case, scores)[iteration][2, 0]
     whole_row = torch.zeros_like(scores, dtype=torch.bool)
     whole_row[2] = True
     assert torch.equal(_descent.entries_at_kink(case, scores), whole_row)
 
-    # Next to the kink fp64 knows the side, and the score as an fp32 number does not.
+    # Near the kink fp64 can decide the side, but the score as an fp32 number cannot.
     exact, roundoff = scores[2, 7].item(), 2.0**-24 * scores[2, 7].abs().item()
     scores[2, 7] = exact + 0.3 * roundoff
     assert _descent.entries_at_kink(case, scores).nonzero().tolist() == [[2, 7]]
 
-    # An a that moves along takes up to two thirds of the distance back.
+    # A change of a takes back up to two thirds of the distance.
     scores[2, 7] = exact + 4 * roundoff
     assert not _descent.entries_at_kink(case, scores).any()
 

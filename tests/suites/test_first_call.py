@@ -28,12 +28,12 @@ for kind in sys.argv[1:]:
         os._exit(0)
     os.wait()
 """
-"""A process for each kind. Steps at new lengths are for test_suites.py and tests/kernels/test_dry_run.py."""
+"""A process for each kind. Steps at new lengths are covered by test_suites.py and tests/kernels/test_dry_run.py."""
 
 
 @pytest.fixture(scope="module")
 def kernels_of_first_steps():
-    """Numbers by kind, of forks of a process that has imported everything and compiled nothing."""
+    """Numbers by kind, from forks of a process that has imported everything and compiled nothing."""
     ended = subprocess.run([sys.executable, "-c", FIRST_STEPS, *KINDS], cwd=ROOT, check=True, stdout=subprocess.PIPE)
     return dict(zip(KINDS, map(int, ended.stdout.split()), strict=True))
 

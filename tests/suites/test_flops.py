@@ -31,7 +31,7 @@ def test_projections_and_feed_forward_are_exactly_those_of_the_paper():
         terms = metrics(implementation)
         names = ("light_feed_forward", "heavy_feed_forward", "light_projections", "heavy_projections")
         assert [terms[name] for name in names] == [1, 1, 1, 1]
-        # One learned key beside the 128 that are routed.
+        # One learned key in addition to the 128 routed ones.
         assert terms["heavy_attention"] == pytest.approx(129 / 128)
 
 

@@ -1,6 +1,6 @@
-"""The accuracy gates of all suites let correct computations pass, whatever order they sum in, and no faulty ones.
+"""The accuracy gates of all suites pass correct computations, for any order of sums, and fail faulty ones.
 
-By environment variables: GATE_SEEDS, how many problems are made of each case (1). `make test-gates` runs this file with
+The environment variable GATE_SEEDS is the number of problems for each case (1). `make test-gates` runs this file with
 20 of them under each of PyTorch's instruction sets, in one thread and two.
 """
 
@@ -27,7 +27,7 @@ SEEDS = int(os.environ.get("GATE_SEEDS", "1"))
 
 
 def judged(suite):
-    """A suite without times, and without the further figures that no gate judges."""
+    """A suite without times, and without further figures that no gate judges."""
     implementations = {
         name: replace(each, metrics=Implementation.metrics) for name, each in suite.implementations.items()
     }
@@ -45,7 +45,7 @@ def conditions():
 
 @pytest.fixture
 def seeded(monkeypatch):
-    """A function that makes the problems of all cases others than they were."""
+    """A function that changes the problems of all cases by a seed."""
 
     def seed(number):
         def generator(case, device="cpu"):
@@ -58,7 +58,7 @@ def seeded(monkeypatch):
 
 
 def smallest(suite):
-    """Some of the cases that a smoke test runs, of each kind."""
+    """Some cases of a smoke test, of each kind."""
     cases = suite.cases("smoke", CPU)
     return cases if len(cases) <= 12 else cases[:: len(cases) // 12]
 
@@ -104,7 +104,7 @@ LAYER_NORM = "native_layer_norm"
 
 
 class SumsInHalfPrecision(TorchDispatchMode):
-    """Within this context what sums gives numbers of fp16."""
+    """Within this context, functions that sum return fp16 numbers."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -114,7 +114,7 @@ class SumsInHalfPrecision(TorchDispatchMode):
 
 
 class TermDropped(TorchDispatchMode):
-    """Within this context each sum is without its last term."""
+    """Within this context each sum omits its last term."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.overloadpacket.__name__, dict(kwargs or {})
@@ -138,7 +138,7 @@ class TermDropped(TorchDispatchMode):
 
 
 def last_element_off(suite, case):
-    """By a thousandth of it."""
+    """By a thousandth of its value."""
 
     def computed(**inputs):
         out = suite.plain(case)(**inputs)
@@ -150,12 +150,12 @@ def last_element_off(suite, case):
 
 
 def eps_off(suite, case):
-    """By a hundredth of it."""
+    """By a hundredth of its value."""
     return suite.plain(replace(case, eps=1.01 * case.eps)) if hasattr(case, "eps_decay") else None
 
 
 def wrong_mask(suite, case):
-    """In the last row, where one entry more is masked."""
+    """In the last row, where one more entry is masked."""
     names = suite.problem(case, CPU).inputs.keys()
     if not names & {"mask", "scores"} or names & {"indices", "routed"}:
         return None
@@ -183,11 +183,11 @@ FAULTS = {
 }
 
 SUMS_NOTHING = {name: {"term dropped", "sums in fp16"} for name in ("biased_gelu", "combine", "select")}
-"""By suite, faults that cannot be planted there: its operation carries tokens and adds two or three of them."""
+"""Faults that cannot be planted, by suite: its operation moves tokens and adds two or three of them."""
 
 
 NOT_JUDGED_HERE = ("flops", "first_call")
-"""One computes nothing with floats, and the other has cases of suite `layers` under autocast alone."""
+"""One computes nothing with floats, and the other has cases of suite `layers` only under autocast."""
 
 
 @pytest.mark.parametrize("name", [name for name in SUITES if name not in NOT_JUDGED_HERE])

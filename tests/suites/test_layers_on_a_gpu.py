@@ -1,5 +1,5 @@
-"""The layers with kernels on a GPU: the same bits in every call and in CUDA graphs, at the sizes of colt5-attention's
-README; small ones compiled."""
+"""The layers with kernels on a GPU at the sizes of colt5-attention's README. They give the same bits in every call and
+in CUDA graphs. Small ones are compiled."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_the_same_bits_from_run_to_run_and_from_a_cuda_graph(case):
     assert_same_bits(captured, first)
 
 
-# Inductor imports what PyTorch deprecates, and says that TF32, which would change what is compared, is off.
+# Inductor imports deprecated names of PyTorch, and warns that TF32, which would change the results, is off.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_compiles_in_one_graph(kind):

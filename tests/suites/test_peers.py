@@ -1,4 +1,4 @@
-"""Other people's implementations: what is said of them where they are not, and definitions that they are judged by."""
+"""Peers: reasons for their absence, and the definitions by which they are judged."""
 
 import re
 from dataclasses import replace
@@ -29,7 +29,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def reasons(suite, device):
-    """Why implementations of a suite cannot run its smallest cases, without any package but the dependencies."""
+    """Reasons why implementations of a suite cannot run its smallest cases, without any package but the
+    dependencies."""
     return {
         each.unavailable(case, device)
         for each in suite.implementations.values()
@@ -78,7 +79,7 @@ def test_softtorch_takes_what_fits(device, preset, monkeypatch):
 @pytest.mark.parametrize("name", ["adasplash", "fla_nsa", "attn_gym_gather"])
 @pytest.mark.parametrize("case", [each for each in SPARSE.cases("default", CUDA) if each.n == 4096], ids=lambda c: c.id)
 def test_sparse_attention_of_packages_runs_at_one_setting_at_least(case, name, monkeypatch):
-    """Packages that need flash-attn apart, which is compiled as it is installed."""
+    """Except packages that need flash-attn, which is compiled at its installation."""
     monkeypatch.setattr(peers, "find_spec", lambda module: None if module == "flash_attn" else "there")
     why = SPARSE.implementations[name].unavailable(case, CUDA)
     if name == "adasplash":
@@ -99,7 +100,7 @@ def test_kernels_for_many_heads_say_how_many(heads, monkeypatch):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("heads", [1, 4])
 def test_adasplash_gets_what_lies_in_a_row(causal, heads, monkeypatch):
-    """Its kernels take no other memory, and heads are a view of what a linear layer makes."""
+    """Its kernels need contiguous memory, and heads are a view of the result of a linear layer."""
     taken = []
 
     def adasplash(query, key, value, *, alpha, is_causal):
@@ -136,7 +137,7 @@ def test_native_sparse_attention_with_fla_is_the_definition(size, blocks, window
 @given(st.lists(st.floats(-20, 20), min_size=2, max_size=12), st.data(), st.sampled_from([0.05, 0.5, 4.0]))
 @settings(max_examples=60, deadline=None)
 def test_the_projection_sums_to_k_and_moves_along_the_simplex(row, data, eps):
-    """Its gradient is that of scores, less their mean, where entries are between 0 and 1."""
+    """Its gradient is that of scores, minus their mean, where entries are between 0 and 1."""
     k = data.draw(st.integers(1, len(row) - 1))
     scores = torch.tensor([row], dtype=torch.float64, requires_grad=True)
     y = projected(SoftTopkCase(1, len(row), k, eps, 1.0))(scores)

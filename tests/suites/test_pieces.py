@@ -1,4 +1,4 @@
-"""A layer in pieces computes what the layer does, in memory that does not grow with all of its windows."""
+"""A layer in pieces gives the result of the layer. Its memory does not grow with the number of windows."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 def truths(monkeypatch, kind, sparing, tokens):
-    """The fp64 answer of a tiny case by the layer itself, and in pieces of so many tokens."""
+    """The fp64 truth of a tiny case by the layer itself, and in pieces of a number of tokens."""
     case = ModelLayerCase(kind, "tiny")
     problem = _layers.problem(case, CPU)
     whole = _layers.truth_of(_layers.ours(case, use_triton=False), problem, FORWARD_BACKWARD)

@@ -1,4 +1,4 @@
-"""Tests of the suite that trains: its data, its tasks, its models, and that it learns."""
+"""Tests of the training suite: its data, its tasks, its models, and that it learns."""
 
 import hashlib
 from dataclasses import replace
@@ -22,7 +22,7 @@ HONEST = [name for name in quality.SUITE.implementations if name != "noncausal"]
 
 @pytest.fixture
 def folder(tmp_path):
-    """Files of random content, among them one twice."""
+    """Files of random content, with one of them twice."""
     generator = torch.Generator().manual_seed(0)
     for index in range(200):
         content = torch.randint(256, (int(torch.randint(1, 200, (), generator=generator)),), generator=generator)
@@ -34,7 +34,7 @@ def folder(tmp_path):
 
 
 def read(path):
-    """Read again, though it is the path of before."""
+    """Read again, even if the path is the same as before."""
     _text.corpus.cache_clear()
     return _text.corpus(path)
 
@@ -199,7 +199,7 @@ def test_precision_is_asked_about_in_long_runs_on_text(name):
 
 @pytest.mark.parametrize("name", ["zero_fp32", "zero_plain"])
 def test_precision_alone_differs(name):
-    """A decoder of the same weights has the same loss and gradients, but for rounding."""
+    """A decoder with the same weights has the same loss and gradients, except for rounding."""
     runs = [run_of(each) for each in ("zero", name)]
     losses = [run.loss(0) for run in runs]
     for loss in losses:
@@ -215,7 +215,7 @@ def test_precision_alone_differs(name):
 @pytest.mark.parametrize("convolves", [True, False])
 @pytest.mark.parametrize("rotary_emb", [True, False])
 def test_the_order_of_bytes_is_seen_by_convolution_or_rotary_embedding(convolves, rotary_emb):
-    # With two layers a causal mask alone tells some of the order.
+    # With two layers, a causal mask alone reveals some of the order.
     case = replace(TINY, layers=1)
     model = quality.decoder(case, partial(quality.light, rotary_emb=rotary_emb), convolves=convolves)
     inputs = torch.randint(256, (1, TINY.window))
@@ -233,7 +233,7 @@ def test_parameters_are_as_the_names_say(name):
     sizes = {each: quality._size(quality.SUITE.implementations[each].build(TINY)) for each in (name, "light", "zero")}
     narrow = name in ("light", "light_rotary", "dense", "hybrid")
     expected = sizes["light"] if narrow else sizes["zero"]
-    # Routing tokens of further sets, convolutions that there are not, and the rounding of a hidden size.
+    # Routing tokens of further sets, absent convolutions, and the rounding of a hidden size.
     assert sizes[name] == pytest.approx(expected, rel=0.01)
 
 

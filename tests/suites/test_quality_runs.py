@@ -1,4 +1,4 @@
-"""Tests of whole runs of the suite that trains, from the command line."""
+"""Tests of whole runs of the training suite, from the command line."""
 
 import signal
 import subprocess
@@ -31,7 +31,7 @@ def command(out, *options):
 
 
 def run(out, *options):
-    """In this process: its status, and its records by implementation."""
+    """Run in this process; return its status, and its records by implementation."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setenv(REPORT, NO_REPORT)
@@ -41,7 +41,7 @@ def run(out, *options):
 
 
 def course(record):
-    """Everything of a run that does not depend on time."""
+    """All of a run that does not depend on time."""
     curves = {name: curve for name, curve in record.curves.items() if name != "seconds"}
     return curves, {name: value for name, value in record.metrics.items() if "seconds" not in name}, record.data
 
@@ -70,7 +70,7 @@ def killed(out, *options):
 def test_a_killed_run_is_completed_bit_for_bit(tmp_path, whole, way, capfd):
     out, options = tmp_path / "out", [*QUICK, "--impl=light", "--impl=random", *way]
     killed(out, *options)
-    # One that is finished, and one under way.
+    # One finished run, and one in progress.
     assert len([*(out / CHECKPOINTS).iterdir()]) == 2
     status, records = run(out, *options, "--resume", "-v")
     told = capfd.readouterr().err
@@ -110,7 +110,7 @@ def test_a_training_suite_is_not_profiled(tmp_path, capsys):
 
 
 def test_smoke_takes_less_than_a_minute_and_every_loss_falls(tmp_path):
-    """Without second seeds, a quarter of it, and by processor time: the time of a clock is that of all programs."""
+    """A quarter of it, without second seeds, by processor time, because wall time includes other programs."""
     begun = process_time()
     status, _ = run(tmp_path / "out", "-k", "seed=1")
     assert process_time() - begun < 45

@@ -17,7 +17,7 @@ from suites.sequence_length import LengthCase
 
 CPU = torch.device("cpu")
 CASE = RoutingCase(4, 1024, 64, 32, 22.6, 20, 0.03, "coor_descent", "fetched")
-"""A router as it is initialised for dimension 512, with the settings of colt5-attention's README."""
+"""A router initialised for dimension 512, with the settings of colt5-attention's README."""
 
 needs_colt5 = pytest.mark.skipif(not find_spec("colt5_attention"), reason="colt5-attention is not installed")
 

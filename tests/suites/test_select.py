@@ -1,4 +1,4 @@
-"""The hard top-k of hostile scores: what the suite makes, counts and refuses."""
+"""The hard top-k of difficult scores: the suite's scores, counts and failures."""
 
 from collections import Counter
 from dataclasses import replace
@@ -100,7 +100,7 @@ FAULTS = {
     by_sign_of_nan: {"nan", "any_bits"},
     one_twice: {*DISTRIBUTIONS} - {"ties", "constant", "signed_zeros", "infinite"},
 }
-"""Distributions by which each fault has to be seen."""
+"""Distributions that have to detect each fault."""
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -1,4 +1,4 @@
-"""Sparse attention by the papers: what each attends to, and that settings called equal are."""
+"""Sparse attention by the papers: the keys of each, and the equality of settings that are called equal."""
 
 from functools import partial
 
@@ -27,7 +27,7 @@ from suites.sparse_attention import SPARSE, SUITE
 CPU = torch.device("cpu")
 CASES = SUITE.cases("smoke", CPU)
 SHAPES = st.tuples(st.integers(1, 2), st.sampled_from([1, 2, 4]), st.sampled_from([2, 4]), st.integers(1, 4))
-"""Batch, heads, tokens of a block, blocks."""
+"""Batch, heads, tokens per block, blocks."""
 
 generated = settings(max_examples=15, deadline=None)
 
@@ -71,7 +71,7 @@ def test_native_sparse_attention_is_the_sum_of_its_parts(shape):
     torch.testing.assert_close(part(1), dense)
     torch.testing.assert_close(part(2, window=n), dense)
     torch.testing.assert_close(part(2, window=1), value.expand_as(query))
-    # Before the first block has ended there is no mean, and in the block after it there is one.
+    # Before the end of the first block there is no mean, and in the block after it there is one.
     means = part(0)
     assert (means[:, :, : size - 1] == 0).all()
     ends = slice(size - 1, 2 * size - 1)
@@ -116,7 +116,7 @@ def test_no_query_attends_to_a_later_key(changed):
 @generated
 @given(st.lists(st.floats(-30, 30), min_size=1, max_size=12), st.integers(0, 3))
 def test_entmax_is_the_root_of_its_condition(logits, masked):
-    """The one t for which max(x / 2 - t, 0)^2 sums to 1, found by halving."""
+    """The unique t for which max(x / 2 - t, 0)^2 sums to 1, found by bisection."""
     x = torch.tensor(logits + [-torch.inf] * masked, dtype=torch.float64)
     low, high = x.max() / 2 - 1, x.max() / 2
     for _ in range(100):
@@ -170,7 +170,7 @@ def test_tokens_that_are_not_selected_pass_by():
 @given(st.integers(1, 3), st.integers(1, 20), st.integers(0, 9))
 def test_scores_near_an_edge_are_moved_and_the_selection_is_not(routes, k, seed):
     routers = torch.linalg.qr(drawn(8, routes, seed=seed)).Q.mT
-    # As near as roundings.
+    # As small as roundings.
     x = drawn(1, 32, 8, seed=seed) * 1e-3
     case = CASES[0]
     problem = SUITE.problem(case, CPU)

@@ -1,4 +1,4 @@
-"""What holds for every suite, and that its implementations pass on its smallest cases."""
+"""Properties of every suite, and its implementations on its smallest cases."""
 
 import json
 import re
@@ -24,12 +24,12 @@ from colt5_bench.suite import Suite
 ROOT = Path(__file__).parents[2]
 ALL = load_suites(ROOT)
 SUITES = {name: suite for name, suite in ALL.items() if isinstance(suite, Suite)}
-"""Those that measure an operation."""
+"""Suites that measure an operation."""
 DEVICES = [torch.device("cpu"), torch.device("cuda")]
 
 
 def some(cases):
-    """The first, the last and some between: to count the products of a layer takes a fifth of a second."""
+    """The first, the last and some in between. Counting the products of a layer takes a fifth of a second."""
     return [*cases[:-1:12], cases[-1]]
 
 
@@ -56,7 +56,7 @@ WITHOUT_KERNELS = {"flops"}
 @pytest.mark.compiled
 @pytest.mark.parametrize("name", sorted(set(SUITES) - WITHOUT_KERNELS))
 def test_kernels_are_compiled_where_there_is_no_gpu(name):
-    """Those of the first case, whose calls end though no kernel has written anything."""
+    """Kernels of the first case, whose calls end although no kernel has written anything."""
     suite = SUITES[name]
     case, ours = suite.cases("smoke", DEVICES[0])[0], suite.implementations["ours"]
     call = Call(ours.build(case), suite.problem(case, DEVICES[0]), suite.directions(case)[-1])
@@ -124,10 +124,10 @@ def test_problems_are_the_same_each_time(suite):
     ("name", "case"), [(name, case) for name, suite in SUITES.items() for case in suite.cases("smoke", DEVICES[0])[::5]]
 )
 def test_every_implementation_that_runs_here_passes_its_gate(name, case, conditions):
-    """On the first case of each suite it is timed as well: nobody who is honest is refused."""
+    """The first case of each suite is also timed: no honest implementation is refused."""
     is_first = case == SUITES[name].cases("smoke", DEVICES[0])[0]
     suite = replace(SUITES[name], timed=is_first and SUITES[name].timed)
-    # Ours runs everywhere, but for cases of several processes.
+    # Ours runs everywhere, except for cases of several processes.
     of_several = getattr(case, "ranks", 1) > 1
     for direction in suite.directions(case):
         records = measure(suite, case, direction, list(suite.implementations), conditions)
@@ -142,7 +142,7 @@ OWN = {
         ("layers", "heads", "sequence_length", "sparse_attention", "training_step"), "ConditionalRoutedAttention"
     ),
 }
-"""Names in `kernels` of our own implementations of suites, if not those of the suites."""
+"""Names in `kernels` of our own implementations of suites, if they differ from those of the suites."""
 
 
 @pytest.mark.parametrize("name", [name for name, suite in SUITES.items() if suite.guest])

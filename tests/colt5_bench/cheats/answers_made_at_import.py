@@ -1,4 +1,4 @@
-"""The answers to all cases are computed when this is imported."""
+"""The answers to all cases are computed at import."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Tricks of functions that are to return twice their argument, each in a function named after it."""
+"""Tricks of functions that should return twice their argument, each in a function named after it."""
 
 import queue
 import random
@@ -14,10 +14,10 @@ from torch.overrides import TorchFunctionMode
 from colt5_bench.measuring import accuracy, oracle, rounds
 
 calls = Counter()
-"""By the name of a function."""
+"""Number of calls by the name of a function."""
 
 LATE = 10
-"""Calls after which the first ones are over, and calls are timed."""
+"""Number of calls after which the first calls are over, and calls are timed."""
 
 
 def is_late(name):
@@ -76,13 +76,13 @@ def keeps_its_gradient(scores):
     return KeptGradient.apply(scores)
 
 
-# Work that the clock does not see.
+# Work outside of the measured time.
 
 work = queue.SimpleQueue()
 
 
 def do_later():
-    """The last of what waits."""
+    """Do the last of the postponed work."""
     while True:
         y, scores = work.get()
         time.sleep(0.002)
@@ -126,7 +126,7 @@ def does_nothing_for_the_clock(scores):
 
 
 def takes_the_truth(scores):
-    """From whoever holds it, and nothing where it is not known yet."""
+    """Take the truth from the object that holds it, or nothing if it is not known yet."""
     held = (each for frame in frames() for each in frame.f_locals.values() if isinstance(each, oracle.Oracle))
     found = next(held, None)
     return torch.zeros_like(scores) if found is None else found.truth.output.to(scores.dtype)
@@ -143,11 +143,11 @@ def writes_its_output_to_its_input(scores):
     return scores.mul_(2)
 
 
-# Results that are none.
+# Results that are not valid.
 
 
 class Lazy(torch.Tensor):
-    """Is computed when somebody looks at it."""
+    """A tensor that is computed on access."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -204,7 +204,7 @@ def replaces_the_clock_later(scores):
 
 
 def replaces_the_clock_once(scores):
-    """Only when others are timed beside it."""
+    """Replaces the clock only while others are timed in the same rounds."""
     if is_late("replaces_the_clock_once") and calls["replaces_the_clock_once"] == LATE + 1:
         rounds.perf_counter = fast_clock
     return 2 * scores
@@ -255,7 +255,7 @@ def leaves_a_mode_on(scores):
     return 2 * scores
 
 
-# Settings that hold for others, too.
+# Settings that also affect others.
 
 
 def takes_threads_later(scores):

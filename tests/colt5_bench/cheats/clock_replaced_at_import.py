@@ -1,4 +1,4 @@
-"""The clock stands still from the import on."""
+"""The clock stands still after the import."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Functions that return twice their argument, and do by rights what a cheat could do as well."""
+"""Functions that return twice their argument, and legitimately do things that a cheat could also do."""
 
 import random
 import warnings

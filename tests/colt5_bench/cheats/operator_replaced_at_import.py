@@ -1,4 +1,4 @@
-"""An operator of PyTorch has another kernel from the import on."""
+"""An operator of PyTorch has another kernel after the import."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Guests that try to look faster or more accurate than they are. None of them has a time in the end."""
+"""Guests that try to look faster or more accurate than they are. None of them gets a time."""
 
 import re
 from pathlib import Path
@@ -62,10 +62,10 @@ ON_A_GPU = {
     "is_captured_without_work": "(while it is timed|later|as a CUDA graph) output is off",
 }
 HONEST_ON_A_GPU = {"has_one_buffer"}
-"""CUDA graphs, which others may replay as well, write all outputs to the same place."""
+"""CUDA graphs, which are allowed, write all outputs to the same memory."""
 
 FOUND_BY_EITHER_ON_A_GPU = {"works_in_a_thread", "leaves_it_to_a_worker"}
-"""A thread writes its results before they are compared with their copies, or after."""
+"""A thread writes its results before or after they are compared with their copies."""
 
 EXPECTED = {
     **{name: ("refused", why) for name, why in REFUSED.items()},
@@ -79,7 +79,7 @@ def conditions(request):
 
 
 def measured(name, conditions, file="calls"):
-    """Records of the toy suite with a guest, which joins as by `--impl NAME=FILE:FUNCTION`."""
+    """Records of the toy suite with a guest, added as by `--impl NAME=FILE:FUNCTION`."""
     own = FOLDER / f"{name}.py"
     place = f"{own}:double" if own.exists() else f"{FOLDER}/{file}.py:{name}"
     suite = invite(toy.suite(), [Guest.parse(f"{name}={place}")])
@@ -103,14 +103,14 @@ def test_a_cheat_is_found_and_costs_nobody_else_anything(conditions, name):
     assert (records[name].status, records[name].timings) == (status, {}), records[name].reason
     assert re.search(why, records[name].reason)
     assert (records["reference"].status, records["reference"].reason) == ("ok", "")
-    # A kernel that was registered stays.
+    # A registered kernel stays registered.
     assert functions.restore() in ("", "aten/digamma/CPU of PyTorch")
     assert settings.restore() == []
 
 
 @pytest.mark.parametrize("name", ["memory", "Call", "a_new_one"])
 def test_a_second_look_starts_from_how_things_are_then(name, monkeypatch):
-    """It takes over what the first one saw where that is still so, and nothing else."""
+    """The second one takes over observations of the first one that are still true, and nothing else."""
     Functions()
     now, later = (lambda: 1), (lambda: 2)
     monkeypatch.setattr(call, name, now, raising=False)
@@ -123,7 +123,7 @@ def test_a_second_look_starts_from_how_things_are_then(name, monkeypatch):
 
 
 def test_a_clock_that_is_replaced_once_gives_nobody_a_time(conditions):
-    """Nobody knows which of several did it. Each is timed again on its own, by the true clock."""
+    """The culprit among several is unknown. Each is timed again separately, by the true clock."""
     records = measured("replaces_the_clock_once", conditions)
     assert records["replaces_the_clock_once"].status in ("ok", "refused")
     assert records["reference"].status == "ok"
@@ -133,7 +133,7 @@ def test_a_clock_that_is_replaced_once_gives_nobody_a_time(conditions):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ON_A_GPU)
 def test_a_cheat_on_a_gpu_is_found(name):
-    """Results of another stream may be late even for the first judgement, or for a later one alone."""
+    """Results of another stream may be late for the first judgement, or only for a later one."""
     records = measured(name, Conditions.on(torch.device("cuda"), "abc", max_seconds=0.02))
     assert records[name].status in ("refused", "wrong")
     assert records[name].timings == {}
@@ -155,7 +155,7 @@ def test_nobody_who_is_honest_is_refused(conditions, name):
 
 
 def test_no_cheat_is_forgotten():
-    """Each function of a scores tensor, and each file that does something when it is imported."""
+    """Covers each function with a scores tensor, and each file with an effect at import."""
     written = re.findall(r"^def (\w+)\(scores\)", (FOLDER / "calls.py").read_text(), re.MULTILINE)
     assert {*written, *(file.stem for file in FOLDER.glob("*_at_import.py"))} == {
         *EXPECTED,
@@ -174,7 +174,7 @@ def given(scores):
 
 @pytest.mark.parametrize("plain", [copied, given])
 def test_an_output_in_the_memory_of_an_input_is_for_those_whose_operation_is_a_view(conditions, plain):
-    """As it is for plain PyTorch."""
+    """The same rule as for plain PyTorch."""
 
     def truth(case, problem, direction):
         return Truth(problem.inputs["scores"].double())
@@ -188,7 +188,7 @@ def test_an_output_in_the_memory_of_an_input_is_for_those_whose_operation_is_a_v
 
 
 def test_a_setting_that_an_import_changes_is_put_back_and_said(conditions, tmp_path):
-    """For it may be an accident: scripts often begin like this."""
+    """It may be an accident: scripts often begin like this."""
     (tmp_path / "mine.py").write_text("""
 import torch
 

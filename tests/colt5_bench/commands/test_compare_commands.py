@@ -1,4 +1,4 @@
-"""Comparing on the command line: exit statuses, revisions, baselines, and runs that are checked."""
+"""Comparisons on the command line: exit statuses, revisions, baselines, and checked runs."""
 
 import argparse
 import json
@@ -56,14 +56,14 @@ def slowed(scores):
 clock = colt5_bench.measuring.rounds.perf_counter = Clock()
 SUITE = suite(slowed)
 """
-"""Makes the toy suite measure by a clock of its own, on which one implementation takes a known time."""
+"""Makes the toy suite use its own clock, on which one implementation takes a known time."""
 
 OF_OURS = replace(
     toy.SUITE,
     cases=lambda preset, device: [argparse.Namespace(id=ours().case)],
     implementations=dict.fromkeys(("reference", "ours"), toy.SUITE.implementations["reference"]),
 )
-"""A suite of just what `ours()` and `reference()` are records of."""
+"""A suite with exactly the records of `ours()` and `reference()`."""
 
 FAKE_BENCH = """
 import hashlib
@@ -98,7 +98,8 @@ with Path("{log}").open("a") as log:
 {after}
 sys.exit({status})
 """
-"""A bench.py that takes its results from a file beside it, each time with another offset, and says that it ran."""
+"""A bench.py that reads its results from a file next to it. It shifts them by another offset each time, and logs its
+run."""
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def here(monkeypatch):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A results file with the records given."""
+    """A results file with the given records."""
 
     def saved(name, *records, **more):
         described = {**ENVIRONMENT, **more}
@@ -136,7 +137,7 @@ class TestSavedRuns:
         assert "1 worse" in capsys.readouterr().out
         assert compare(before, saved("e.jsonl", reference(), ours(1.04))) == UNDECIDED
         assert "1 time may have become worse" in capsys.readouterr().out
-        # Nothing of a GPU can be compared with what was measured on a CPU.
+        # No figure of a GPU can be compared with a measurement on a CPU.
         assert compare(before, saved("d.jsonl", ours(column="wall"), gpu=None)) == UNMEASURED
 
     def test_only_what_is_selected_counts(self, here, saved):
@@ -178,7 +179,7 @@ class TestSavedRuns:
         assert message in capsys.readouterr().err
 
     def test_the_page_of_a_run_has_them_on_top(self, here, saved, tmp_path):
-        """Of the suites that the run has; of others it says nothing."""
+        """Findings on the suites of the run, and on no others."""
         before = saved("a.jsonl", reference(), ours(1.0), replace(ours(), suite="other"))
         page = tmp_path / "page.html"
         run = saved("b.jsonl", reference(), ours(1.1))
@@ -189,7 +190,7 @@ class TestSavedRuns:
 class TestRevisions:
     @pytest.fixture
     def repository(self, tmp_path, here, saved, monkeypatch):
-        """A checkout with two revisions, `before` and `after`, and what was started of them."""
+        """A checkout with two revisions, `before` and `after`, and the list of started runs."""
         root, log = tmp_path / "checkout", tmp_path / "log"
         for package in ("reference", "kernels", "suites"):
             (root / package).mkdir(parents=True)
@@ -227,14 +228,14 @@ class TestRevisions:
         arguments = ("before", "after", "--suite", "toy", "--out", out)
         assert compare(*arguments, "--rounds", "2", "--preset", "smoke") == FAILURE
         sides = [line.split()[0] for line in started()]
-        # More turns than asked for: what is worse is confirmed, by as many as it takes for one time.
+        # More turns than requested: a slowdown is confirmed by as many turns as one time needs.
         turns = 2 * math.ceil(runs_that_confirm(1) / 2)
         assert sides == ["a", "b", "b", "a"] * (turns // 2)
         assert all("--suite=toy" in line and "--preset smoke" in line for line in started())
         assert {len(load(out / side).records) for side in "ab"} == {turns}
         worktrees = subprocess.run(["git", "worktree", "list"], check=True, capture_output=True, text=True).stdout
         assert len(worktrees.splitlines()) == 1
-        # Results that are there are not mixed with others.
+        # Existing results are not mixed with others.
         assert compare(*arguments) == USAGE
 
     def test_the_first_turn_of_each_measures_what_the_device_can_do(self, repository, tmp_path):
@@ -274,7 +275,7 @@ class TestRevisions:
         file.write_text("# Another, in the checkout of another revision.")
         commit("after", ours(1.1))
         assert compare("before", "after", "--suite", file, "--out", tmp_path / "out") == FAILURE
-        # As many turns more as confirm what is worse.
+        # As many additional turns as confirm the slowdown.
         assert len(started()) > 2 * TURNS
         assert all(f"--suite={file.absolute()} " in line for line in started())
 
@@ -303,7 +304,7 @@ class TestRevisions:
         assert "saved runs are not measured" in capsys.readouterr().err
 
     def test_what_is_unclear_is_measured_more_often(self, repository, tmp_path, capsys):
-        """Until it is clear, or as often as may be: a tenth slower on a machine whose runs differ by 3 and by 30 %."""
+        """Until it is clear, or until the limit: a tenth slower on a machine whose runs differ by 3 and by 30 %."""
         commit, started = repository
         commit("before", ours(1.0), noise=0.03)
         commit("after", ours(1.1), noise=0.03)
@@ -393,7 +394,7 @@ class TestBaseline:
         assert "contains no records" in capsys.readouterr().err
 
     def test_of_several_runs_it_knows_how_far_they_are_apart(self, baseline, saved, capsys):
-        """One of 1.0 ms may be 4 % off where runs are 3 % apart, and not where three are alike."""
+        """A time of 1.0 ms may differ by 4 % if runs differ by 3 %, but not if three are alike."""
         for number in range(3):
             saved(f"runs/{number}.jsonl", reference(4 + 0.001 * number), ours(1 + 0.001 * number), key=str(number))
         status, file = baseline(saved("runs/3.jsonl", reference(), ours(1.0001), key="b").parent)
@@ -410,7 +411,7 @@ class TestBaseline:
         ],
     )
     def test_what_cannot_have_been_measured_is_named_with_file_and_line(self, here, saved, capsys, field, sample):
-        """Wherever a baseline is read."""
+        """In every command that reads a baseline."""
         run = saved("run.jsonl", reference(), ours(peak_bytes=1234, saved_bytes=1234))
         told = run.read_text().splitlines()
         value = '"samples": [0.000' if field == "samples" else f'"{field}": 1234'
@@ -548,7 +549,7 @@ class TestCheck:
         ],
     )
     def test_a_baseline_with_nothing_in_common_is_refused(self, check, saved, record, more):
-        """Before anything is measured: `check` would then look at what was."""
+        """Before any measurement, because `check` would then compare the results."""
         other = saved("other.jsonl", record, **more)
         with pytest.raises(SelectionError, match=r"has no record of a case that this run would measure \(suite toy"):
             check(reference(), baseline=other)
@@ -584,7 +585,7 @@ def test_a_check_leaves_out_what_others_make_unless_it_is_named(tmp_path, capsys
 
 @pytest.mark.alone
 def test_a_slowdown_is_found_by_a_whole_run(saved, tmp_path):
-    """A checkout whose one suite measures by a clock of its own, on which a call takes 1.3 ms; it took 1 ms before."""
+    """A checkout with one suite and its own clock, on which a call takes 1.3 ms; it took 1 ms before."""
     for package in ("reference", "kernels", "suites"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").touch()
@@ -617,13 +618,13 @@ def test_a_slowdown_is_found_by_a_whole_run(saved, tmp_path):
         command, cwd=tmp_path, env=inherited | told, capture_output=True, text=True, check=False, timeout=240
     )
     assert done.returncode == FAILURE, done.stdout + done.stderr
-    # What was not asked for, `lost`, is not missing.
+    # `lost` was not requested, so it is not missing.
     assert "against the baseline: 2 worse, " in done.stdout
     changes = re.findall(r"worse .* \+(\S+) %$", done.stdout, flags=re.MULTILINE)
     assert [float(change) for change in changes] == pytest.approx([30, 30], abs=0.5)
     assert summary.read_text().startswith("### 2 regressions against the baseline")
     assert "Against the baseline" in (tmp_path / "out" / "report.html").read_text()
-    # Doubt was measured again, and of that there are records alone.
+    # Unclear cases were measured again, with records only.
     assert [each.name for each in (tmp_path / "out" / "again-1").iterdir()] == ["toy.jsonl"]
 
 
@@ -632,6 +633,6 @@ IDS = st.lists(st.sampled_from(["n=1", "n=10", "in=1", "k=1", "k=12"]), min_size
 
 @given(cases=st.sets(IDS, min_size=1), others=st.sets(IDS))
 def test_just_the_cases_that_are_unsettled_are_repeated(cases, others):
-    """Ids often contain those of others: `n=1` is in `n=10`, and one more field makes a case longer."""
+    """Ids often contain other ids: `n=1` is in `n=10`, and one more field makes an id longer."""
     selects = case_filter(expression(sorted(cases), sorted(others)))
     assert {each for each in cases | others if selects(each)} == cases

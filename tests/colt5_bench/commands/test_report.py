@@ -21,7 +21,7 @@ def _in_the_checkout(monkeypatch):
 
 
 def write(path, revision, milliseconds, day):
-    """A run of one revision; `n=1024` is of the toy suite's own, and `reference` takes twice as long."""
+    """A run of one revision; `n=1024` is a case of the toy suite, and `reference` takes twice as long."""
     writer = Writer(path)
     utc = f"2026-11-{day}T10:00:00+00:00"
     writer.environment({"key": revision, "utc": utc, "git": {"revision": revision * 8, "dirty": day == 22}})
@@ -131,7 +131,7 @@ def test_runs_of_one_revision_are_told_apart_by_as_much_of_their_time_as_it_take
 @pytest.mark.parametrize("field", ["suite", "dtype"])
 @pytest.mark.parametrize("value", ["../../x", "{tmp}/x"])
 def test_what_a_file_names_is_written_nowhere_else(tmp_path, capsys, command, field, value):
-    """Where there are two suites, or two dtypes, each is part of a path."""
+    """With two suites, or two dtypes, each of them is part of a path."""
     (run := tmp_path / "runs").mkdir()
     value, lines = value.format(tmp=tmp_path), []
     for each in (value, "toy"):

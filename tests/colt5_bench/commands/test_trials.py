@@ -1,4 +1,4 @@
-"""Comparisons of which it is known what they have to say: how they are counted, and how they end."""
+"""Comparisons with known outcomes: how they are counted, and how they end."""
 
 import json
 from collections import Counter
@@ -108,7 +108,7 @@ def test_the_summary_counts_each(outcomes):
 class TestCommand:
     @pytest.fixture
     def bench(self, monkeypatch, tmp_path, capsys):
-        """The command, where comparisons say what is given, in turn; an exception is raised."""
+        """The command with given outcomes of comparisons, in order; an exception is raised."""
         monkeypatch.chdir(ROOT)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         asked = []
@@ -161,7 +161,7 @@ class TestCommand:
         assert "name a suite of the checkout, or leave out --planted" in printed.err
 
     def test_on_a_gpu_its_own_times_have_to_show_it(self, bench, monkeypatch):
-        """The host's clock has a wider threshold, and a longer kernel need not reach it."""
+        """The host's clock has a wider threshold, which a longer kernel need not reach."""
         monkeypatch.setattr(_trials, "choose_device", lambda name: torch.device("cuda"))
         said = [Comparison([*(time("worse", metric=column) for column in GPU_TIME_COLUMNS), time("same")])]
         status, printed, _ = bench(said, "--comparisons", "1", "--planted", "0.1")

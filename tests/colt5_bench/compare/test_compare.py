@@ -1,4 +1,4 @@
-"""Verdicts on the figures of made records: planted faults, and what differs between machines."""
+"""Verdicts on figures of constructed records: planted faults, and differences between machines."""
 
 import json
 from dataclasses import replace
@@ -58,7 +58,7 @@ KERNEL = {
 
 @pytest.fixture
 def rules(tmp_path):
-    """Thresholds, with what a test adds to them."""
+    """Thresholds, with additions of a test."""
 
     def rules(more=""):
         path = tmp_path / "thresholds.toml"
@@ -89,7 +89,7 @@ def reference(milliseconds=4.0):
 
 
 def verdicts(comparison):
-    """By metric, of implementation `ours`, without what is the same."""
+    """Verdicts by metric, for the implementation `ours`, without those that are the same."""
     return {
         finding.metric: finding.verdict
         for finding in comparison.findings
@@ -99,7 +99,7 @@ def verdicts(comparison):
 
 @pytest.fixture
 def against(rules):
-    """The verdicts on a record, or on none, that was another one in the baseline."""
+    """The verdicts on a record, or on none, against another one in the baseline."""
 
     def against(before, after, more="", **conditions):
         old, new = ([] if made is None else [made] for made in (before, after))
@@ -167,7 +167,7 @@ class TestTimes:
     @pytest.mark.parametrize("others", [0, 1, 76])
     @pytest.mark.parametrize("column", ["cold", "wall", "eager"])
     def test_a_certain_slowdown_is_found_by_few_samples(self, rules, factor, counts, others, column):
-        """However many other times are compared, and if they all became slower."""
+        """For any number of other times, even if all of them became slower."""
         sides = []
         for count, milliseconds in zip(counts, (1.0, factor), strict=True):
             made = [ours(milliseconds, column=column, case=f"n={n}", fields={"n": n}) for n in range(others + 1)]
@@ -193,7 +193,7 @@ class TestTimes:
 
     @pytest.mark.parametrize(("factor", "expected"), [(1.0, {}), (1.3, {"cold": "worse"})])
     def test_what_the_reference_shares_is_no_change(self, rules, factor, expected):
-        """The machine takes 1.2 times as long now. The reference itself has nothing that excuses it."""
+        """The machine takes 1.2 times as long as before. The reference itself has no excuse."""
         after = [reference(4.8), ours(1.2 * factor)]
         comparison = compare(run_of(reference(), ours()), run_of(*after), rules(), {"toy": "reference"})
         assert verdicts(comparison) == expected
@@ -281,7 +281,7 @@ class TestFigures:
             (1e-6, 2.1e-6, "worse"),
             (1e-6, 1.9e-6, None),
             (2.1e-6, 1e-6, "better"),
-            (1e-8, 9e-7, None),  # below a quarter of the budget all is well
+            (1e-8, 9e-7, None),  # below a quarter of the allowed error, changes do not count
             (1e-8, 1.1e-6, "worse"),
             (1e-6, nan, "failed"),
             (1e-6, inf, "failed"),
@@ -358,7 +358,7 @@ class TestFigures:
 
 class TestOtherConditions:
     def test_on_another_gpu_speed_ups_take_the_place_of_times(self, rules):
-        """A GPU of half the speed is no regression; a kernel that is a third slower beside the reference is."""
+        """A GPU of half the speed is no regression. A kernel that is a third slower relative to the reference is."""
 
         def on_another(factor):
             slower = [replace(made, device="Another GPU") for made in (reference(8.0), ours(2.0 * factor))]
@@ -449,7 +449,7 @@ class TestThresholds:
             assert (getattr(of_reference, column) > getattr(of_ours, column)) == wider, column
 
     def test_metrics_that_they_name_are_there(self):
-        """A metric that was renamed would be held to nothing."""
+        """Otherwise a renamed metric would have no threshold."""
         rules = load_rules(ROOT / "suites" / "thresholds.toml")
         for suite in ("routing", "sequence_length", "flops"):
             source = (ROOT / "suites" / f"{suite}.py").read_text()

@@ -1,4 +1,4 @@
-"""Comparisons of revisions that are killed, by each signal at each moment."""
+"""Comparisons of revisions that are killed by each signal at each moment."""
 
 import multiprocessing
 import os
@@ -21,7 +21,7 @@ time.sleep(3600)
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A checkout of which measuring takes for ever; each call of git is a moment at which a signal may come."""
+    """A checkout whose measurements never end; each call of git is a moment for a signal."""
     root, commands = tmp_path / "checkout", tmp_path / "bin"
     root.mkdir()
     commands.mkdir()
@@ -39,7 +39,7 @@ def checkout(tmp_path, monkeypatch):
 
 
 def compare(checkout, moment, number):
-    """In a process of its own: be killed at a moment."""
+    """In a separate process: be killed at a moment."""
     os.setsid()
     calls = 0
 
@@ -86,7 +86,7 @@ def test_a_comparison_that_is_killed_leaves_nothing_that_measures_and_nothing_fo
     if number != signal.SIGKILL:
         assert left_behind(checkout) == []
     with Alternating(checkout, ["HEAD", "HEAD"], [], checkout.parent / "out"):
-        # Another comparison puts away what the killed one could not, and nothing of one that goes on.
+        # Another comparison removes what the killed one left behind, and nothing of a running one.
         assert len(left_behind(checkout)) == 3
         with Alternating(checkout, ["HEAD", "HEAD"], [], checkout.parent / "other"):
             assert len(left_behind(checkout)) == 6

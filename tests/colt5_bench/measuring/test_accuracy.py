@@ -112,7 +112,7 @@ class TestDiverge:
         wrong = data.draw(st.lists(place, min_size=1, max_size=5, unique=True))
         actual, kinks = expected.clone(), torch.zeros(shape, dtype=torch.bool)
         for number, where in enumerate(wrong):
-            # One is farther away than the others.
+            # One error is larger than the others.
             actual[where] += error * (1 + (number == 0))
         kink = data.draw(place)
         kinks[kink] = kink not in wrong
@@ -135,7 +135,7 @@ class TestDiverge:
 
 
 def sums(x):
-    """What plain PyTorch makes of rows of x: its sums, and their gradient."""
+    """Plain PyTorch's results for rows of x: sums, and their gradient."""
     x = x.detach().requires_grad_()
     y = (x * x).sum(dim=-1)
     return {"output": y, "x": torch.autograd.grad(y.sum(), x)[0]}
@@ -155,7 +155,7 @@ class TestTolerances:
     @pytest.mark.parametrize("factor", [1.0, 0.1, 0.02, 0.004])
     @pytest.mark.parametrize("terms", [1, 16, 512])
     def test_it_does_not_matter_where_numbers_vanish_in_fp16(self, terms, factor):
-        """As in a gradient whose terms cancel, of which roundings are left."""
+        """For example, in a gradient whose terms cancel, so that only roundings remain."""
         for seed in range(5):
             u = torch.randn(64, terms, 30, generator=torch.Generator().manual_seed(seed))
 
@@ -256,7 +256,7 @@ class TestTolerances:
         assert torch.equal(one.tolerance().by_magnitude, many.tolerance().by_magnitude)
 
     def test_elements_count_once_however_many_results_there_are(self):
-        """The error of few small ones is a matter of luck, and no more of them are there for being computed again."""
+        """The error of a few small elements is random, and repeated computations do not add elements."""
         expected = torch.cat([fp64(1e-3).repeat(FEWEST - 1), fp64(1.0).repeat(FEWEST)])
         spread = Spread(expected)
         for _ in range(3):

@@ -19,7 +19,7 @@ def test_inputs_stay_the_same_in_a_stream_and_are_new_in_another(direction):
         call()
         call.renew()
     assert len({id(x) for x in given}) == 1
-    # As if what was launched so far had been in a stream that is not current now.
+    # As if earlier launches had been in a stream that is not current now.
     call._stream = object()
     call.renew()
     call()

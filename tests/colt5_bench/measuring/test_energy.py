@@ -23,7 +23,7 @@ CPU, CASE = torch.device("cpu"), toy_suite.ToyCase(2, 8)
 
 
 def readings_of(watts, *, step, between, seconds=2.0, sensed=1.0):
-    """Readings of a counter that moves in steps, and of a sensor that may be off."""
+    """Readings of a counter that moves in steps, and of a sensor that may be wrong."""
     moments = [at * between for at in range(int(seconds / between))]
     return [Reading(at, 7.0 + watts * (at // step) * step, watts * sensed) for at in moments]
 
@@ -61,7 +61,7 @@ def test_what_takes_no_more_than_the_idle_gpu_has_no_energy():
 
 
 class Toy:
-    """Instruments of a device that takes more power from a call on, until it rests."""
+    """Instruments of a device that uses more power after a call, until it rests."""
 
     def __init__(self, busy=300.0, idle=100.0):
         self._busy, self._idle = busy, idle
@@ -120,7 +120,7 @@ class Field:
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """NVML that answers; a dict of its answers, which may be changed."""
+    """A fake NVML; a dict of its answers, which may be changed."""
     answers = {"handle": "handle", "joules": lambda: 5_000, "watts": Field(250_000, pynvml.NVML_SUCCESS)}
     monkeypatch.setattr(environment, "_nvml_handle", lambda device: answers["handle"])
     monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: answers["joules"]())
@@ -153,7 +153,7 @@ def test_a_device_without_an_instrument_is_refused(nvml, answers, why):
 
 @pytest.fixture
 def records_of(nvml, monkeypatch):
-    """Records of the toy suite, by name, where measuring the energy of a call ends as told."""
+    """Records of the toy suite, by name, with a given outcome of measuring the energy of a call."""
 
     def measured(end):
         monkeypatch.setattr(energy, "measure_energy", lambda call, meter, device: end(call()))
@@ -204,5 +204,5 @@ def test_the_selftest_expects_twice_the_energy_of_twice_the_work(monkeypatch, fa
 @pytest.mark.alone
 def test_twice_the_work_takes_twice_the_energy_on_a_gpu():
     check = checks.check_energy(torch.device("cuda"))
-    # Where the instruments disagree no energy is shown, and nothing can be said of it.
+    # If the instruments disagree, no energy is shown, and the check has no result.
     assert check.outcome in ("passed", "unclear"), check

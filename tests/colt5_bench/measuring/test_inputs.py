@@ -1,4 +1,4 @@
-"""Comparisons of what calls are given and of what they return."""
+"""Comparisons of inputs and results of calls."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ DTYPES = [
 @given(st.data(), st.lists(st.integers(0, 5), max_size=3))
 @settings(max_examples=15, deadline=None)
 def test_each_bit_counts(dtype, data, shape):
-    """Those of any number are equal to their copy, NaN as well; one that differs is seen, wherever it is."""
+    """Tensors of any size are equal to their copy, including NaN; a single different element is found at any place."""
     size = torch.empty((), dtype=dtype).itemsize
     limit = 1 if dtype is torch.bool else 255
     numbers = torch.randint(0, limit + 1, (*shape, size), dtype=torch.uint8)

@@ -33,7 +33,7 @@ def conditions():
 
 @pytest.fixture
 def point(tmp_path, monkeypatch):
-    """The toy case, of a suite that is the same in this process and in another."""
+    """The toy case, in a suite that is the same in this process and in another."""
     monkeypatch.chdir(tmp_path)
 
     def point(source):
@@ -120,7 +120,7 @@ class TestABrokenContext:
         assert [record.status for record in records] == ["error", "out_of_memory"]
 
     def test_lets_go_of_the_gpu_and_never_of_an_object(self, monkeypatch):
-        """Neither of what the frames of its error hold, nor of what was garbage by then."""
+        """Neither objects in the frames of its error, nor those that were garbage by then."""
         called, seen = [], []
         driver = SimpleNamespace(
             cuDeviceGet=lambda handle, index: called.append(index),
@@ -152,7 +152,8 @@ class TestABrokenContext:
     @pytest.mark.gpu
     @pytest.mark.alone
     def test_of_a_real_gpu(self, tmp_path):
-        """In a run of its own, as this process would lose its context. What that held is free for what comes then."""
+        """In a separate run, because this process would lose its context. The memory of the lost context is free for
+        later calls."""
         (tmp_path / "test_toy.py").write_text(Path(toy.__file__).read_text())
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         command = [
@@ -174,7 +175,7 @@ class TestABrokenContext:
             check=False,
             timeout=250,
         )
-        # What is left of the context does not end the run as it exits.
+        # The remains of the context do not end the run at exit.
         assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout + run.stderr
         records = load(tmp_path / "results" / "toy.jsonl").records
         assert [record.implementation for record in records] == ["reference", "breaking", "greedy"] * 2, run.stdout

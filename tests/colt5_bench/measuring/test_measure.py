@@ -31,7 +31,7 @@ def conditions():
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Names of what is timed, in place of the time that it takes."""
+    """Names of timed calls instead of their times."""
     names = []
 
     def time_interleaved(calls, *, device, columns, before, after, max_seconds):
@@ -79,7 +79,7 @@ def test_without_a_gpu_kernels_are_compiled_for_those_that_are_named(conditions,
         return [{"name": "kernel", "target": target, "launched": bool(launching)}]
 
     def unwritten_unless_run(scores):
-        """An output holds whatever the memory held if kernels were only compiled."""
+        """An output has the old content of its memory if kernels were only compiled."""
         return 7 * scores if launching else toy.good(scores)
 
     monkeypatch.setattr(static_facts, "compiled_kernels", compiled_kernels)
@@ -210,7 +210,7 @@ def test_of_several_that_are_timed_the_one_that_fails_fails_alone(conditions, ti
 class TestBrokenMeasurements:
     @pytest.fixture
     def on_gpu(self, conditions, monkeypatch):
-        """The record of a call that is said to take so many seconds on a GPU that copies 1 GB/s."""
+        """The record of a call with a given time on a GPU that copies 1 GB/s."""
         slow = replace(conditions.ceilings, copy_bandwidth=1e9)
 
         def take(**seconds):
@@ -396,7 +396,7 @@ def test_what_goes_wrong_after_the_first_call_is_found_and_the_others_stay_right
 
 @pytest.mark.parametrize("position", [0, 1])
 def test_an_input_that_is_spoilt_while_it_is_timed_and_never_else_is_found(conditions, monkeypatch, position):
-    """The one that did it is not the one that happens to come next."""
+    """The culprit is not simply the next one."""
     being_timed = []
 
     def spoiling(scores):
@@ -423,7 +423,7 @@ def test_an_input_that_is_spoilt_while_it_is_timed_and_never_else_is_found(condi
 
 
 def test_a_timed_output_is_judged(conditions, monkeypatch):
-    """Of the calls that are timed any may be the one, so that no call is safe to be wrong."""
+    """Any of the timed calls may be judged, so no call is safe to be wrong."""
     being_timed = []
 
     def wrong_while_it_is_timed(scores):
@@ -472,7 +472,7 @@ def test_a_setting_that_an_implementation_changes_is_put_back_and_recorded(condi
     listed = {each.__name__: toy.Implementation(each.__name__, lambda case, f=each: f) for each in (leaking, toy.good)}
     records = run(toy.suite(implementations=listed), conditions)
     assert records["good"].status == "ok"
-    # Without gradients its own second call fails.
+    # Without gradients, its own second call fails.
     assert records["leaking"].status == ("error" if name == "grad mode" else "ok"), records["leaking"].reason
     assert records["leaking"].changed_settings == [name]
     assert records["good"].changed_settings == []
@@ -564,7 +564,7 @@ MOMENTS = ("unavailable", "build", "call", "gradient", "later", "bound", "metric
 
 
 def ending_at(moment, end):
-    """A suite whose `ending` ends with an exception at a moment of its measurement; all do, if they share that."""
+    """A suite whose `ending` raises an exception at a moment of its measurement; if that moment is shared, all do."""
 
     class Ending(torch.autograd.Function):
         @staticmethod
@@ -600,7 +600,7 @@ def ending_at(moment, end):
 
 @pytest.mark.parametrize(
     ("moment", "how", "error", "said"),
-    # Each moment with three endings, each ending at two moments or three.
+    # Each moment with three exceptions, each exception at two moments or three.
     [
         (moment, *ENDINGS[(3 * place + step) % len(ENDINGS)])
         for place, moment in enumerate(MOMENTS)

@@ -139,7 +139,7 @@ class TestSaved:
     @pytest.mark.parametrize("saved", ["input", "output", "both"])
     @pytest.mark.parametrize("calls", [1, 3])
     def test_nothing_stays(self, saved, calls):
-        """Functions may save what they give, and so may those that come after them."""
+        """Functions may save their results, and so may later functions."""
         outputs = []
 
         class Keep(torch.autograd.Function):
@@ -175,7 +175,7 @@ class TestSaved:
         def forward():
             total = x.sum()
             for _ in range(5):
-                # Saved, and freed with its graph at the next pass of the loop, if nothing holds on to it.
+                # Saved, and freed with its graph at the next pass of the loop, if nothing else refers to it.
                 total = x.exp().exp().sum().detach() + x.sum()
             return total
 

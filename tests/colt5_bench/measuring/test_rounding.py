@@ -68,7 +68,7 @@ def test_infinities_and_nan_stay(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("multiple", [0, 1, 3, 50])
 def test_a_number_that_is_rounded_to_multiples_of_the_least_one_is_moved_by_it(dtype, multiple):
-    """Zeros too in fp16, where it is no small number. They stay in other dtypes."""
+    """Zeros, too, in fp16, where the least number is not small. They stay in other dtypes."""
     least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps if dtype == torch.float16 else 0.0
     x = torch.full((1000,), multiple * least, dtype=dtype)
     with MovedOperands(0):
@@ -109,11 +109,11 @@ def test_inputs_are_not_written_to():
 
 
 def test_the_mask_of_an_attention_stays_as_it_lies():
-    """Its rows may be padded, as PyTorch's kernels want them, and are not contiguous then."""
+    """Its rows may be padded, as PyTorch's kernels require, and are not contiguous then."""
     seen = []
 
     class Watch(TorchDispatchMode):
-        """In place of the operation, which is one of GPUs."""
+        """A replacement for an operation that exists only on GPUs."""
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if "attention" not in func.overloadpacket.__name__:

@@ -77,7 +77,7 @@ def test_kernels_are_disassembled_side_by_side_and_each_once(monkeypatch):
     def disassemble(command, **options):
         cubin = Path(command[-1]).read_bytes()
         asked.append(cubin)
-        # It comes when the other one is there, too.
+        # It starts when the other one is running, too.
         both.wait(timeout=30)
         return SimpleNamespace(stdout=f"/*0000*/ FADD ; {len(cubin) * '/*0010*/ LDG.E ; '}")
 

@@ -97,7 +97,7 @@ class TestCompileOnly:
         assert [each["constants"] for each in facts] == [
             {"BLOCK": 128, "NEGATE": True},
             {"BLOCK": 256, "NEGATE": False},
-            # 500 is not a multiple of 16, and fp64 another type: kernels of their own.
+            # 500 is not a multiple of 16, and fp64 is another type, so these are separate kernels.
             {"BLOCK": 128, "NEGATE": True},
             {"BLOCK": 128, "NEGATE": True},
         ]
@@ -124,7 +124,7 @@ class TestCompileOnly:
         assert sorted(caches) == ["compile only: sm_80", "compile only: sm_90"]
 
     def test_what_no_kernel_has_written_is_zero(self):
-        """Even where PyTorch would index with it; and only then."""
+        """Even if PyTorch indexes with it; and only within this function."""
         indexed = []
 
         def launch():
@@ -133,7 +133,7 @@ class TestCompileOnly:
                 indexed.append(torch.arange(3)[torch.empty_like(indices)] + indices)
 
         allocating = torch.empty, torch.empty_like, torch.Tensor.new_empty
-        # PyTorch fills what is allocated empty with the largest numbers then.
+        # PyTorch then fills empty allocations with the largest numbers.
         torch.use_deterministic_algorithms(True)
         try:
             compiled_kernels(launch, target=90)

@@ -25,7 +25,7 @@ durations = st.floats(1e-6, 1e3)
 
 
 class Clock:
-    """Stands still but for what calls take."""
+    """Stands still except during calls."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
@@ -34,7 +34,7 @@ class Clock:
             monkeypatch.setattr(module, "perf_counter", lambda: self.now)
 
     def call(self, name, seconds):
-        """A call that takes the next of the seconds, and the last of them from then on."""
+        """A call that takes the next one of the seconds, and after that always the last one."""
         remaining = iter(seconds)
 
         def run():
@@ -201,7 +201,7 @@ class TestOrder:
 class TestThrottling:
     @pytest.fixture
     def states(self, monkeypatch):
-        """What the GPU says between rounds; its last word is repeated."""
+        """States of the GPU between rounds; the last one is repeated."""
         queue = [COOL]
         monkeypatch.setattr(timing, "gpu_state", lambda device: queue.pop(0) if len(queue) > 1 else queue[0])
         return queue
@@ -253,7 +253,7 @@ class TestThrottling:
 
 
 class FakeCuda:
-    """A GPU whose events are moments of a clock that work advances, and whose cache is known to be warm or not."""
+    """A GPU whose events are times of a clock that work advances, and whose cache is either warm or not."""
 
     def __init__(self, monkeypatch):
         self.now, self.log = 0.0, []
@@ -267,7 +267,7 @@ class FakeCuda:
         monkeypatch.setattr(rounds, "_spin_cycles_per_second", lambda: 1e9)
 
     def call(self):
-        """Takes a second, and three if it finds nothing of its data."""
+        """Takes a second, or three if the cache has none of its data."""
         self.log.append("call")
         previous = [entry for entry in self.log[:-1] if entry not in ("spin", "event")]
         self.now += 1.0 if previous[-1:] == ["call"] else 3.0
@@ -375,7 +375,7 @@ class TestColumnsOfAGpu:
         assert now < 3 * 3 * (on_host + on_gpu) + 1e-9
         called.clear()
         assert host(["a"]) == [pytest.approx(on_host)]
-        # One comes first that is not counted.
+        # The first call is not counted.
         assert len(called) == in_a_row + (in_a_row > 1)
 
     def test_the_flush_is_larger_than_the_cache(self, monkeypatch):
@@ -400,7 +400,7 @@ class TestArguments:
 
 
 def test_a_real_call_takes_about_the_time_it_takes():
-    # NumPy's run in one thread: two have to wait for each other where other programs run.
+    # NumPy calls in one thread: two threads would wait for each other if other programs run.
     x, y = np.zeros(2**16), np.zeros(2**16)
 
     def exponentials(times):
@@ -409,7 +409,7 @@ def test_a_real_call_takes_about_the_time_it_takes():
 
     calls = {"one": lambda: exponentials(1), "eight": lambda: exponentials(8)}
     results = on_wall(calls, max_seconds=0.3)
-    # The fastest of many, which other programs on the machine disturb least.
+    # The fastest of many, which other programs on the machine affect least.
     ratio = min(results["eight"].samples) / min(results["one"].samples)
     assert 4 < ratio < 16
 
@@ -427,7 +427,7 @@ def test_a_train_takes_as_long_as_its_calls(seconds):
     started.clear()
     (measured,) = train(["call"])
     durations = spin.durations(len(started))
-    # Another program may have its turn between two calls.
+    # Another program may run between two calls.
     assert sum(durations) / len(durations) <= measured < 2 * sum(durations) / len(durations)
     most = min(max(rounds.TRAIN_SECONDS / seconds, 1), rounds.CALLS_IN_A_TRAIN)
     assert most / 4 < len(durations) <= most

@@ -1,4 +1,4 @@
-"""Tests of training runs on a line that is fitted: curves, checkpoints, and losses that are no number."""
+"""Training runs that fit a line: curves, checkpoints, and losses that are not finite."""
 
 import math
 
@@ -50,7 +50,7 @@ def course(steps=12, evaluations=4, spoilt=None, killed=None):
 
 
 def curves(progress):
-    """Everything but times."""
+    """All of a record except times."""
     return {name: curve for name, curve in progress.curves.items() if name != "seconds"}
 
 

@@ -22,7 +22,7 @@ CASE, CPU, GPU = toy.ToyCase(2, 8), torch.device("cpu"), torch.device("cuda")
 
 
 class Streams:
-    """Streams of a GPU, of which the current one has number 0 and the others do their work when all are waited for."""
+    """Streams of a GPU. The current one is number 0, and the others do their work when all are waited for."""
 
     def __init__(self, monkeypatch):
         self.waiting, self.held, self._numbers, self._current = [], Counter(), count(), 0
@@ -56,12 +56,12 @@ def test_work_in_another_stream_is_found_if_the_call_does_not_wait_for_it(monkey
         return (y,)
 
     assert watch.works_elsewhere(call, GPU) is elsewhere
-    # Each of both pools once, and not its own.
+    # Each stream of both pools once, without its own.
     assert streams.held == Counter(range(1, 2 * watch.STREAMS_OF_A_POOL + 1))
 
 
 def timed(function):
-    """A watch, once its call was timed."""
+    """A watch after the timing of its call."""
     given = Inputs(toy.problem(CASE, CPU), toy.problem(CASE, CPU))
     watched = watch.Watch(Call(function, given.problem, FORWARD), given, Functions(), ())
     watched.before()
@@ -76,7 +76,7 @@ def in_a_new_thread(work):
 @pytest.mark.parametrize("quick", [0, 1, 2, watch.MOST_REPEATS - 1])
 @pytest.mark.parametrize("start", [in_a_new_thread, "worker"], ids=["new thread", "worker"])
 def test_work_in_a_thread_is_found_however_often_the_thread_was_quicker(monkeypatch, start, quick):
-    """It is so on a busy machine, where the calling thread may wait for a core before it has copied the results."""
+    """On a busy machine, the calling thread may wait for a core before it has copied the results."""
     copied, written, calls = Event(), Event(), count()
     keep = watch.Watch._keep
 
@@ -112,7 +112,7 @@ def test_work_in_a_thread_is_found_however_often_the_thread_was_quicker(monkeypa
 
 
 def test_a_call_without_threads_is_repeated_once():
-    """Or a few times, as other threads of this process may do something meanwhile."""
+    """Or a few times, because other threads of this process may work meanwhile."""
     calls, finished = count(), 20
     watched = timed(lambda scores: (next(calls), 2 * scores)[1])
     for _ in range(finished):
@@ -138,7 +138,7 @@ def test_inputs_get_values_that_no_call_had_and_their_first_ones_back():
         assert given.spoilt() == ""
         assert not any(torch.equal(given.problem.inputs["scores"], each) for each in seen)
         seen.append(given.problem.inputs["scores"].clone())
-        # A factor is for what gradients are asked for: it would make other numbers of places.
+        # Only inputs with gradients get a factor: it would change places into other numbers.
         assert torch.equal(given.problem.inputs["places"], first["places"] + 5)
         assert not given.problem.inputs["mask"].any()
     assert given.restore() == ""
@@ -159,7 +159,7 @@ def test_inputs_that_are_written_to_are_named_and_put_back(name, renewed):
 
 
 def test_each_call_is_as_probable_to_be_the_last_that_is_kept():
-    """And all implementations have the same plan, whoever asks first."""
+    """All implementations have the same plan, for any order of requests."""
     last = Counter()
     for _ in range(2000):
         given = made(other=False)
@@ -217,7 +217,7 @@ def test_bits_with_holes_between_them(shape, step):
 @pytest.mark.parametrize("right", [True, False])
 @pytest.mark.parametrize("kept", [True, False], ids=["a kept call", "another call"])
 def test_results_of_a_graph_are_compared_with_those_of_a_call(monkeypatch, right, kept):
-    """Whichever calls chance keeps: a graph may have been captured without the work."""
+    """For any random choice of kept calls: a graph may have been captured without the work."""
     oracle = Oracle.consult(toy.suite(), CASE, FORWARD, CPU, "secret")
     given = oracle.inputs
     monkeypatch.setattr(given, "plan", lambda number: giving.Plan(0.99, kept))

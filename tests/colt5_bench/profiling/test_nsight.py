@@ -75,7 +75,7 @@ class TestReading:
 
 @pytest.fixture
 def tool(monkeypatch):
-    """A tool that writes its report, then shows the table that it is given; the commands that it was started with."""
+    """A tool that writes its report, then shows the given table; and the list of its commands."""
     started = []
 
     def answer(shown, *, log="", report=True, status=0, shows=0):

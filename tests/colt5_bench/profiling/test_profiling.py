@@ -34,7 +34,7 @@ def profile(mode, suite, directory, *, wanted=None):
 
 @pytest.fixture
 def ranges(monkeypatch):
-    """The stacks of NVTX ranges, each when it is as high as it gets."""
+    """The stacks of NVTX ranges, each at its maximum height."""
     stacks, open_now = [], []
 
     @contextmanager
@@ -154,7 +154,7 @@ def test_without_being_asked_for_there_are_no_ranges(ranges):
 
 
 class TestOnAGpu:
-    """What only a GPU can record, with its interfaces replaced."""
+    """Parts that only a GPU can record, with their interfaces replaced."""
 
     def test_tools_are_told_where_it_begins_and_ends(self, monkeypatch, tmp_path):
         said = []
@@ -172,7 +172,7 @@ class TestOnAGpu:
 
     @pytest.fixture
     def history(self, monkeypatch):
-        """What PyTorch was told to record of the GPU's memory."""
+        """Arguments with which PyTorch was told to record the GPU's memory."""
         told = []
         record = lambda enabled="all", **options: told.append(enabled)  # noqa: E731
         monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", record)
@@ -212,7 +212,7 @@ class TestOnAGpu:
 class TestCommand:
     @pytest.fixture
     def bench(self, monkeypatch, capsys, tmp_path):
-        """Profile the toy suite; the exit status, what is said, and the files below the directory."""
+        """Profile the toy suite; return the exit status, the output, and the files in the directory."""
         monkeypatch.chdir(ROOT)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         suite = toy.suite(toy.good, toy.raising)
@@ -278,7 +278,7 @@ class TestCommand:
         assert "--profile nsys: saw nothing" in said.err
 
 
-# CUPTI, which profilers ask, serves one process of a GPU at a time, and in a process the first profiler alone.
+# CUPTI, which profilers use, serves one process per GPU at a time, and only the first profiler of a process.
 @pytest.mark.gpu
 @pytest.mark.alone
 @pytest.mark.parametrize("mode", ["nvtx", "torch", "memory", "proton"])

@@ -20,8 +20,8 @@ from colt5_bench.report.exchange import export
 from colt5_bench.startup import PACKAGES
 from tests.colt5_bench.repository import commit
 
-# `pytester` forgets every module that a run inside this process imports, and PyTorch cannot bear to import its compiler
-# twice, which it does on first use: hence the import above.
+# `pytester` forgets every module that a run in this process imports. PyTorch cannot import its compiler twice, which it
+# does on first use: hence the import above.
 pytest_plugins = ("pytester",)
 
 ROOT = Path(__file__).parents[3]
@@ -38,12 +38,12 @@ from colt5_bench.records.provenance import Code
 
 Code.of = classmethod(lambda cls, file: cls(file.parents[1], {"revision": 40 * "0", "dirty": False}))
 """
-"""Makes a known revision of all code: where git knows none of the harness, a run is not resumed."""
+"""Gives all code a known revision, because a run is not resumed if git does not know the harness."""
 
 
 @pytest.fixture
 def run(pytester, monkeypatch, ceilings):
-    """Run pytest on the toy suite, in a repository, with some implementations beside the reference."""
+    """Run pytest on the toy suite, in a repository, with some implementations besides the reference."""
     monkeypatch.setattr(Code, "of", Code.of)
     exec(KNOWN)
     # Measured once for all of these runs.
@@ -53,7 +53,7 @@ def run(pytester, monkeypatch, ceilings):
     pytester.makepyfile(test_toy=TOY.read_text())
     (pytester.path / ".gitignore").write_text("*\n!*.py\n")
     commit(pytester.path)
-    # Other tests of this process may have imported those of the real checkout.
+    # Other tests of this process may have imported the packages of the real checkout.
     for package in PACKAGES:
         monkeypatch.delitem(sys.modules, package, raising=False)
 
@@ -79,7 +79,7 @@ def test_every_point_is_a_test_and_a_record(run, pytester):
     assert environment["ceilings"]["copy_bandwidth"] > 1e8
     assert set(environment["ceilings"]["products"]) == {"float32", "bfloat16", "float16"}
 
-    # What pytest-benchmark kept is what was measured, to the last bit, and nothing of what failed.
+    # pytest-benchmark has exactly the measured samples, and nothing from failed calls.
     benchmarks = json.loads((pytester.path / "benchmark.json").read_text())["benchmarks"]
     kept = {tuple(map(benchmark["params"].get, ("direction", "implementation"))): benchmark for benchmark in benchmarks}
     measured = {(record.direction, record.implementation): record for record in records if record.status == "ok"}
@@ -89,7 +89,7 @@ def test_every_point_is_a_test_and_a_record(run, pytester):
         assert kept[point]["extra_info"]["column"] == "wall"
         assert kept[point]["extra_info"]["peak_bytes"] == record.peak_bytes
         assert kept[point]["group"] == f"rows=2,n=8 {record.direction}"
-    # So is what is made of the records later.
+    # The same holds for later exports of the records.
     exported = {each["name"]: each for each in json.loads(export(taken, "pytest-benchmark"))["benchmarks"]}
     assert len(exported) == len(benchmarks)
     for benchmark in benchmarks:
@@ -182,10 +182,10 @@ def wait_for(condition, seconds=120):
 
 
 def test_a_killed_run_loses_the_case_under_way_and_is_completed(run, pytester, monkeypatch):
-    """With a last line that was cut off, and no process left behind."""
+    """With an incomplete last line, and without remaining processes."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     options = ["-p", "colt5_bench.pytest_plugin.plugin", "--device=cpu", "--out=results"]
-    # The socket of the server from which processes are forked has to have a shorter path.
+    # The server that forks processes needs a shorter path for its socket.
     temporary = pytester.path / ("long" * 25)
     temporary.mkdir()
     killed = subprocess.Popen(
@@ -195,7 +195,7 @@ def test_a_killed_run_loses_the_case_under_way_and_is_completed(run, pytester, m
             "PYTHONPATH": str(ROOT),
             "TOY": "good,hanging",
             "TMPDIR": str(temporary),
-            # As in this process, which completes the run.
+            # The same as in this process, which completes the run.
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
         },
         stdout=subprocess.DEVNULL,

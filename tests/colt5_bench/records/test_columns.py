@@ -1,4 +1,4 @@
-"""One name for one quantity: in records, CSV, terminal, page, plots and comparisons."""
+"""One name for one quantity in records, CSV, terminal, page, plots and comparisons."""
 
 import re
 from math import inf

@@ -1,6 +1,6 @@
 """Files of many records: 5 s and 1 GB to load 200,000, and 15 s to write them as CSV.
 
-Seconds are processor time: the time of a clock is that of all programs on the machine.
+Seconds are processor time, because wall time includes other programs on the machine.
 """
 
 import pytest

@@ -26,14 +26,14 @@ ENVIRONMENT = {
 
 
 def environment(**changed):
-    """With `options` and `gpu` changed in part."""
+    """An environment with `options` and some fields of `gpu` changed."""
     inner = {name: {**ENVIRONMENT[name], **changed.pop(name)} for name in ("options", "gpu") if name in changed}
     return {**ENVIRONMENT, **changed, **inner}
 
 
 @pytest.fixture
 def part(tmp_path):
-    """A shard of a run of 8 cases, in a file of its own."""
+    """A shard of a run of 8 cases, in its own file."""
 
     def part(shard, *, only=8, **changed):
         shard = Shard(*shard)

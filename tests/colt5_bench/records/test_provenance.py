@@ -1,4 +1,4 @@
-"""Records name the code that was measured, however it was changed, hidden or started."""
+"""Records name the measured code, however it was changed, hidden or started."""
 
 import json
 import os
@@ -60,7 +60,7 @@ CHANGES = {
     "a repository": lambda root: commit(Path(write(root / "inner" / "a.py", "")).parent),
     "a changed repository": lambda root: [CHANGES["a repository"](root), write(root / "inner" / "a.py", "changed")],
 }
-"""By kind, something that is not as it was committed."""
+"""Differences from the committed state, by kind."""
 
 NO_CHANGES = {
     "nothing": lambda root: None,
@@ -109,7 +109,7 @@ def save_results(directory):
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """Makes equal repositories, each at another place. None of their packages is imported yet."""
+    """Makes equal repositories, each in another directory. None of their packages has been imported yet."""
     numbers = count()
     for name in provenance.PACKAGES:
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -217,7 +217,7 @@ def test_a_ceiling_hides_no_repository(made, monkeypatch):
 
 
 def of_another_owner(root, patch):
-    """As git itself tests it: a real one needs the rights of root."""
+    """The way in which git itself tests it: a real other owner would need root."""
     real = shutil.which("git")
     program = write(root.parent / "bin" / "git", f'#!/bin/sh\nGIT_TEST_ASSUME_DIFFERENT_OWNER=1 exec {real} "$@"\n')
     program.chmod(0o755)
@@ -261,7 +261,7 @@ UNKNOWN = {
     "a bare repository": (lambda root, patch: git(root, "config", "core.bare", "true"), "cannot read", "work tree"),
     "an ignored copy": (ignoring_its_files, "git ignores", "in a clone"),
 }
-"""By kind of checkout: how it comes about, the reason that is recorded, and the advice."""
+"""Kinds of checkout: how they are made, the recorded reason, and the advice."""
 
 
 class TestUnknown:
@@ -355,7 +355,7 @@ OWN_HARNESS = ("bench.py", "-m")
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Two checkouts, of which one is installed, as `pip install --editable` does."""
+    """Two checkouts, one of which is installed, as by `pip install --editable`."""
     parent = tmp_path_factory.mktemp("places")
     for name in ("installed", "here"):
         root = parent / name
@@ -364,7 +364,7 @@ def places(tmp_path_factory):
         for package in ("reference", "kernels", "suites"):
             write(root / package / "__init__.py", f"# {name}\n")
         before, suite, after = TOY.read_text().rpartition("\n\nSUITE = ")
-        # Nobody asks for its times, which take long to measure and to draw.
+        # Its times are not needed, and take long to measure and to draw.
         after = after.replace("suite(", "suite(timed=False, ", 1)
         write(root / "suites" / "toy.py", f"{before}{CONTROL}{suite}{after}")
         write(root / ".gitignore", "__pycache__/\n")
@@ -409,7 +409,7 @@ class TestStarting:
 
     @pytest.mark.parametrize(
         ("way", "situation"),
-        # A situation does not depend on the way, but on whose the harness is.
+        # A situation does not depend on the way to start, but on the owner of the harness.
         [*((way, "changed") for way in WAYS), *product(("bench.py", "-I"), ("clean", "an export"))],
     )
     def test_in_any_way_names_the_revision_of_what_is_measured(self, places, start, request, way, situation):
@@ -431,7 +431,7 @@ class TestStarting:
 
     @pytest.mark.parametrize("way", ["bench.py", "colt5-bench", "-I"])
     def test_measures_with_the_harness_that_is_recorded(self, places, start, tmp_path, way):
-        """In the process of the run, which imports the suite too, and in processes of their own."""
+        """In the process of the run, which imports the suite too, and in separate processes."""
         options = ("--suite", "toy", "--preset", "smoke", "--device", "cpu", "--quiet", "--out", str(tmp_path / "out"))
         run = start(way, *options, "--isolate")
         assert run.returncode == DONE, run.stderr
@@ -464,7 +464,7 @@ class TestStarting:
         here = places / "here"
         options = ("--suite", "toy", "--device", "cpu", "--quiet")
         write(here / "kernels" / "__init__.py", "# one change")
-        # In the checkout, too, results are no change.
+        # Results are not changes, even within the checkout.
         assert start("bench.py", *options, "--shard", "1/2", "--out", "1").returncode == DONE
         assert start("bench.py", *options, "--shard", "2/2", "--out", "2").returncode == DONE
         assert start("bench.py", *options, "--shard", "1/2", "--out", "1", "--resume").returncode == DONE

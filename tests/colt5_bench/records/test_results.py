@@ -194,7 +194,7 @@ def refuse(word):
 
 @given(given=records(), escaping=st.booleans())
 def test_whatever_a_record_holds_strict_parsers_read_it_and_it_comes_back(tmp_path_factory, given, escaping):
-    """Written here, or by a program that escapes nothing: texts can be printed, and figures are what they were."""
+    """Written here, or by a program that escapes nothing: texts are printable, and figures are unchanged."""
     path = tmp_path_factory.mktemp("records") / "toy.jsonl"
     if escaping:
         write(path, [], [given])
@@ -205,7 +205,7 @@ def test_whatever_a_record_holds_strict_parsers_read_it_and_it_comes_back(tmp_pa
     assert all(map(str.isprintable, texts_of(asdict(read))))
     path.write_text("")
     write(path, [], [read])
-    # Once printable, for ever the same; repr() tells that NaN is NaN.
+    # A printable text stays the same; repr() treats NaN as equal to NaN.
     assert repr(load(path).records) == repr([read])
     plain = [text.isprintable() for text in texts_of(asdict(given))]
     assert repr(read) == repr(given) or not all(plain)
@@ -222,11 +222,11 @@ def test_so_do_they_read_what_is_committed(baseline):
 
 
 WRONG = [None, True, 5, -0.5, "text", [], [1], {}, {"a": 1}, [None], {"": {}}, [[]]]
-"""A value of each type that JSON has."""
+"""A value of each JSON type."""
 
 
 def fits(value, hint):
-    """Whether the field can hold the value: a float can hold an integer."""
+    """True if the field can hold the value: a float can hold an integer."""
     options = get_args(hint) if get_origin(hint) is UnionType else (hint,)
     return any(
         (option is float and type(value) in (int, float))
@@ -321,7 +321,7 @@ def test_a_file_has_one_writer_until_it_is_closed(path, record):
 
     writer = Writer(path)
     assert "another run is writing to it" in elsewhere()
-    # Nor has it another one while its content is put in its place.
+    # There is no second writer while the content is replaced either.
     writer.rewrite([], [record])
     assert "another run is writing to it" in elsewhere()
     writer.record(record)
@@ -356,7 +356,7 @@ def test_of_a_line_that_does_not_fit_nothing_is_written(path, record, monkeypatc
 
 
 def calls(function, *arguments):
-    """How many functions of Python are called, and by it."""
+    """Number of function calls, of Python functions and from them."""
     count = 0
 
     def profile(frame, event, argument):
@@ -372,7 +372,7 @@ def calls(function, *arguments):
 
 
 def test_twice_as_many_records_take_twice_as_many_calls(path, record):
-    """Of reading, which calls per record little that is not compiled, and of making a table."""
+    """For reading, which makes few Python calls per record, and for making a table."""
     odd = replace(record, limit_seconds=math.inf, reason="odd\n")
     small, large = path.with_name("small.jsonl"), path.with_name("large.jsonl")
     write(small, [], [record, odd] * 50)

@@ -1,4 +1,4 @@
-"""The statistics of times: what they find, how rarely they are wrong, and laws that hold for any samples."""
+"""The statistics of times: detections, error rates, and properties that hold for any samples."""
 
 from dataclasses import replace
 from math import comb
@@ -38,7 +38,7 @@ OPPOSITE = {"worse": "better", "better": "worse", "same": "same", "unclear": "un
 
 
 def verdicts(times, threshold=0.05, column="wall", relative=None):
-    """On pairs of runs that are judged together, if there are any in units of the reference, too."""
+    """Verdicts on pairs of runs that are judged together, and in units of the reference if there are any."""
     alone = compared(times, column)
     found, other = narrower(alone, compared(relative or [((), ())] * len(times), column))
     return [verdict_on(meaning) for meaning in judge(found, holm(found.p), np.log1p(threshold), other)]
@@ -81,7 +81,7 @@ def test_the_change_is_that_of_the_middles_and_lies_in_its_interval(times):
 @settings(max_examples=30)
 @given(st.lists(st.tuples(RUNS, RUNS), min_size=1, max_size=4), st.integers(0, 3), SECONDS)
 def test_a_slowdown_makes_no_other_time_faster_or_slower(times, number, longer):
-    """What others changed by is noise to a time, but a slowdown is none to slowdowns: none hides another."""
+    """Changes of other times are noise for a time, but one slowdown is not noise for another: none hides another."""
     number %= len(times)
     before, after = times[number]
     slower = [[sample * (1 + longer) for sample in run] for run in after]
@@ -94,7 +94,7 @@ def test_a_slowdown_makes_no_other_time_faster_or_slower(times, number, longer):
 
 @pytest.mark.parametrize("count", [9, 10, 15])
 def test_many_runs_are_judged_by_their_medians_alone(count):
-    """As by Welch's test, but for what is never less noise, and by the rank test: of scipy both."""
+    """By Welch's test, with noise that never decreases, and by the rank test, both compared with scipy."""
     generator = np.random.default_rng(count)
     logarithms = generator.normal([[0], [0.04]], 0.03, (2, count))
     pair = [[[value] * 7 for value in np.exp(side)] for side in logarithms]
@@ -116,13 +116,13 @@ def test_so_many_runs_confirm_that_the_rank_test_has_power(times):
 
 
 def test_equal_calls_are_hardly_ever_called_different():
-    """At a threshold of 0 the tests alone decide: of 300 times, each in 9 runs a side, 3 may be wrong at 1 %."""
+    """At a threshold of 0 only the tests decide: of 300 times, each in 9 runs per side, 3 may be wrong at 1 %."""
     level = 0.01
     generator = np.random.default_rng(1)
     sides = generator.normal(0, 0.03, (2, 300, 1, 9))
     found = changes(*map(of_runs, sides), rank_test(*sides))
     wrong = int((found.p < level).sum())
-    # More than 10 of 300 at 1 % each are a matter of less than one in a thousand.
+    # More than 10 of 300 at 1 % each have a probability of less than one in a thousand.
     at_most = sum(comb(300, k) * level**k * (1 - level) ** (300 - k) for k in range(11))
     assert 1 - at_most < 1e-3
     assert wrong <= 10
@@ -135,7 +135,7 @@ def test_a_change_below_the_threshold_is_the_same_however_certain():
 
 
 def test_another_mode_within_a_run_is_unclear():
-    """One sample among many shows that the call takes as long at times; a long tail alone changes nothing."""
+    """A single long sample shows that the call sometimes takes as long; a long tail alone changes nothing."""
     before, after = [[1.0] * 99 + [3.0]], [[3.0] * 100]
     assert verdicts([(before, after)]) == ["unclear"]
     assert verdicts([([[1.0] * 100], after)]) == ["worse"]
@@ -147,7 +147,7 @@ def test_a_reference_that_is_slower_too_excuses():
     twice = [[2.0] * 20] * 12
     assert verdicts([(quiet, twice)], relative=[(quiet, quiet)]) == ["same"]
     assert verdicts([(quiet, twice)], relative=[(quiet, twice)]) == ["worse"]
-    # The reference alone became faster.
+    # Only the reference became faster.
     assert verdicts([(quiet, quiet)], relative=[(quiet, twice)]) == ["same"]
 
 
@@ -171,7 +171,7 @@ def test_calls_in_turns_share_their_drift(count):
 def test_holm(values):
     corrected = holm(np.array(values)).tolist()
     assert all(p <= q <= 1 for p, q in zip(values, corrected, strict=True))
-    # Where a plain correction by the number of tests finds something, this does.
+    # It finds whatever a plain correction by the number of tests finds.
     assert all(q <= min(1, len(values) * p) for p, q in zip(values, corrected, strict=True))
     order = sorted(range(len(values)), key=values.__getitem__)
     assert [corrected[i] for i in order] == sorted(corrected)
@@ -192,13 +192,13 @@ def simulated():
 
 class TestSimulated:
     def test_false_alarms_are_rare_under_every_noise(self, simulated):
-        """At most 1 in 100 is asked for: more than 5 of 100 at that rate are a matter of one in a thousand."""
+        """The aim is at most 1 in 100: more than 5 of 100 at that rate have a probability of one in a thousand."""
         assert len(simulated) == 2 * len(simulation.MODELS)
         for row in simulated:
             assert max(row.in_turns.false_alarms, row.saved.false_alarms) <= 5, row
 
     def test_a_tenth_is_found_in_turns_or_said_to_be_undecidable(self, simulated):
-        """95 of 100 are asked for where runs differ by 3 % or less: fewer than 88 are a matter of two in a thousand."""
+        """The aim is 95 of 100 if runs differ by 3 % or less: fewer than 88 have a probability of two in a thousand."""
         for row in simulated:
             _, tenth, quarter = row.in_turns.found
             if "modes" not in row.model:
@@ -219,7 +219,7 @@ class TestSimulated:
     @pytest.mark.parametrize("change", [{"false_alarms": 4}, {"found": (0, 0.94, 1)}, {"missed": (0, 0.06, 0)}])
     @pytest.mark.parametrize("between_runs", [0.03, 0.04])
     def test_the_aim_is_missed_by_as_little(self, change, between_runs):
-        """Where runs differ by more than 3 %, what is not found may be unclear."""
+        """If runs differ by more than 3 %, a slowdown that is not found may be unclear."""
         good = simulation.Outcome(3, (0, 0.95, 1), (0, 0.05, 0))
         assert simulation.meets_aim(simulation.Row("", 3, between_runs, good, replace(good, found=(0, 0, 0))))
         row = simulation.Row("", 3, between_runs, replace(good, **change), good)
@@ -232,7 +232,7 @@ class TestSimulated:
     "samples", [pytest.param(each, marks=[pytest.mark.slow] * (each > 3)) for each in simulation.SAMPLES]
 )
 def test_the_table_of_the_docs_is_what_the_command_prints(samples):
-    """The heads and the rows of this number of samples; the text says that every row meets the aim."""
+    """The headings and the rows for this number of samples; the text says that every row meets the aim."""
     rows = list(simulation.simulate(samples=(samples,)))
     printed = simulation.markdown(rows).splitlines()
     wanted = (*printed[:2], *(f"| {row.model} | {row.samples} |" for row in rows))

@@ -1,4 +1,4 @@
-"""Runs in the formats of other tools, held to what their documents say of these."""
+"""Runs in the formats of other tools, checked against their documentation."""
 
 import json
 from dataclasses import replace
@@ -177,7 +177,7 @@ def test_flashinfer_bench_gets_a_trace_of_whatever_ran(run, reference_name):
     ran = [e for e in run.records if e.status not in ("ok", "skipped") or (e.status == "ok" and main in e.timings)]
     for each, trace in zip(ran, traces, strict=True):
         evaluation = trace.evaluation
-        # As its class asks for.
+        # Required by its class.
         assert (evaluation.correctness is not None) == (evaluation.status in ("PASSED", "INCORRECT_NUMERICAL"))
         assert (evaluation.performance is not None) == (evaluation.status == "PASSED") == (each.status == "ok")
         assert all(trace.workload.axes[name] == each.fields[name] for name in trace.workload.axes)
@@ -200,7 +200,7 @@ def test_the_command_knows_what_a_suite_is_measured_by(name, tmp_path, capsys):
 
 
 def timed_run(path, factor):
-    """A run of two implementations, whose times are the factor times others."""
+    """A run of two implementations, whose times are multiplied by a factor."""
     made = []
     for name, times in (("reference", [8e-3, 9e-3, 8.5e-3]), ("ours", [2e-3, 2.5e-3, 2.25e-3])):
         each = record(name, times={"wall": 1.0})

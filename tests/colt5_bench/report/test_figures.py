@@ -216,7 +216,7 @@ def test_noise_of_many_decades_leaves_room_for_the_values(spread, tmp_path, monk
 @pytest.mark.parametrize("factor", [1.0, 1e-3, 1e4])
 @pytest.mark.parametrize("ns", [(1, 2, 4), tuple(range(1, 12))])
 def test_panels_of_static_plots_show_all_that_they_hold(factor, ns, tmp_path, monkeypatch):
-    """Those of one direction may hold far less, or far more, than those of the other."""
+    """Values of one direction may be far smaller, or far larger, than those of the other."""
     records = [
         timed(name, factor * (1 if direction == FORWARD else 1000), n=n, direction=direction)
         for n in ns

@@ -1,4 +1,4 @@
-"""Places of implementations: what is first, what is tied, and of which run."""
+"""Ranks of implementations: the first, ties, and the run of each."""
 
 import random
 from dataclasses import replace
@@ -41,7 +41,7 @@ def test_the_fastest_for_certain_is_first(levels, seed):
 @given(st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
 def test_what_cannot_be_told_apart_is_tied(seed):
-    """Samples of one series in two orders, whose median is the same, beside one that is slower."""
+    """Samples of one series in two orders, with the same median, next to a slower one."""
     first, slow = noisy("a", 1.0, 0.2, seed), noisy("c", 4.0, 0.2, seed)
     samples = first.timings["wall"].samples
     second = noisy("b", 1.0, 0.2, seed)
@@ -100,13 +100,13 @@ def test_machines_stand_beside_each_other(tmp_path):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_the_newest_run_of_a_machine_counts_and_runs_are_not_mixed(tmp_path, order):
-    """`old` is of the old run alone, in which it is the fastest by far."""
+    """`old` is only in the old run, where it is the fastest by far."""
     runs = [run_of("a", 20, ours=1, old=0.1), run_of("b", 21, ours=2, other=3)]
     _, row = board(tmp_path, *runs[::order])
     assert "old" not in row[2]
     assert row[2].startswith("ours")
     assert "other" in row[2]
-    # A newer one without times does not hide them.
+    # A newer run without times does not hide them.
     empty = run_of("c", 22, ours=1, other=1)
     for each in empty.records:
         each.timings, each.status = {}, "skipped"

@@ -28,11 +28,11 @@ ENVIRONMENT = {
 
 
 RELATIONS = st.sampled_from([0.3, 0.8, 1.0, 1.2, 4.0])
-"""Times over those of the reference."""
+"""Times divided by those of the reference."""
 
 
 def noisy(name, milliseconds, **fields):
-    """Samples with a noise of one percent, which the reference in the same rounds does not share."""
+    """Samples with one percent of noise that the reference does not share in the same rounds."""
     made, chance = timed(name, milliseconds, **fields), random.Random(f"{name} {fields}")
     made.timings["wall"].samples = [milliseconds / 1e3 * (1 + 0.01 * chance.choice((-1, 1))) for _ in range(30)]
     return made
@@ -99,7 +99,7 @@ class TestPage:
     @given(st.dictionaries(st.sampled_from([2**power for power in range(10, 21)]), RELATIONS, min_size=1))
     @settings(max_examples=30, deadline=None)
     def test_it_says_from_where_on_an_implementation_is_faster(self, relations):
-        """A tie is no longer faster, and neither is what is faster at shorter lengths alone."""
+        """A tie is not faster, and neither is an implementation that is faster only at shorter lengths."""
         records = []
         for n, relation in relations.items():
             records += [noisy("reference", 8.0, n=n), noisy("ours", 8.0 * relation, n=n)]
@@ -130,7 +130,7 @@ class TestPage:
         assert "ours over reference, wall: geometric mean of 1 pair" in page_of(tmp_path, run_of(*records))
 
     def test_a_headline_is_about_ours_on_what_all_share(self, tmp_path):
-        """Another one is faster, and has fewer cases."""
+        """Another one is faster, but has fewer cases."""
         records = [timed(name, ms, n=n) for n in (1, 2, 3) for name, ms in (("reference", 8), ("ours", 2 * n))]
         records += [timed("other", 1, n=n) for n in (1, 2)]
         assert "ours over reference, wall: geometric mean of 2 pairs, 2x±0.37% to 4x±0.37%" in page_of(
@@ -142,7 +142,7 @@ class TestPage:
     @pytest.mark.parametrize("count", [1, 2, 3, 10, 100])
     @pytest.mark.parametrize("spread", [0.01, 0.3, 3.0])
     def test_a_ratio_that_may_be_1_is_no_headline(self, tmp_path, count, spread):
-        """As of an implementation that is equal to the reference, however the noise falls."""
+        """For example, for an implementation that is equal to the reference, under any noise."""
         headlines = 0
         for seed in range(20):
             generator = np.random.default_rng([seed, count, int(100 * spread)])
@@ -150,7 +150,7 @@ class TestPage:
             for made in records:
                 made.timings["wall"].samples = (1e-3 * generator.lognormal(0, spread, count)).tolist()
             headlines += _fastest(records, "reference") is not None
-        # 95 % intervals: 6 of 20 at a rate of 1 in 20 are a matter of less than one in a thousand.
+        # 95 % intervals: 6 of 20 at a rate of 1 in 20 have a probability of less than one in a thousand.
         assert headlines < 6
 
     def test_without_times_the_smallest_error_is_the_headline(self, tmp_path):

@@ -1,4 +1,4 @@
-"""The page as its readers have it: in Chromium, from disk, with no network."""
+"""The page as readers see it: in Chromium, from disk, without network."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ sync_api = pytest.importorskip("playwright.sync_api")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 LOADS_WITHIN = 3.0
-"""Seconds in which 2,000 records have to be there, to be read, sorted and filtered."""
+"""Limit in seconds for showing, sorting and filtering 2,000 records."""
 
 WIDE, PHONE = {"width": 1360, "height": 900}, {"width": 390, "height": 844}
 
@@ -35,7 +35,7 @@ ENVIRONMENT = {
 }
 
 BUTTONS = {"Download plot", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes"}
-"""All that a plot has: none sends anything anywhere."""
+"""All buttons of a plot: none sends data anywhere."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def browser():
         missing = f"there is none of {', '.join(BROWSERS)} here: apt-get install chromium"
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
     with sync_api.sync_playwright() as playwright:
-        # Root, as in a container, has no sandbox; nothing but our own page is opened.
+        # Root, as in a container, has no sandbox; the browser opens only our own page.
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -77,7 +77,7 @@ def url(tmp_path_factory):
 
 
 def findings():
-    """Names and figures have any length."""
+    """Findings with names and figures of any length."""
     texts = (
         "n=512",
         "a_rather_long_name_of_an_implementation_or_kernel",
@@ -97,7 +97,7 @@ def findings():
 
 @contextmanager
 def opening(browser, url):
-    """Open the page as on a device; whatever the console says by the end is an error."""
+    """Open the page as on a device; any message on the console at the end is an error."""
     contexts, complaints = [], []
 
     def opened(viewport=WIDE, scheme="light", url=url):
@@ -124,7 +124,7 @@ def opened(browser, url):
 
 @pytest.fixture(scope="module")
 def unchanged(browser, url):
-    """A page for tests that leave it as they found it: 2,000 records take their time."""
+    """A page for tests that do not change it, because 2,000 records take time to load."""
     with opening(browser, url) as opened:
         yield opened()
 
@@ -140,7 +140,7 @@ def heading(page, name):
 @pytest.mark.alone
 def test_2000_records_are_soon_there(opened):
     taken = []
-    # The least of a few: what else runs on the machine is not the page's.
+    # The least of a few, because other programs on the machine may slow it down.
     while len(taken) < 8 and min(taken, default=LOADS_WITHIN) >= LOADS_WITHIN:
         started = perf_counter()
         page = opened()
@@ -162,11 +162,11 @@ def test_every_plot_is_drawn(opened, viewport, scheme):
         card.scroll_into_view_if_needed()
         card.locator(".main-svg").first.wait_for()
         assert card.locator(".trace, .hm").count() > 0
-    # Lines between those of the grid are no brighter.
+    # Lines between those of the grid are not brighter.
     assert page.locator(".minor-gridlayer path").count() > 0
     lines = "document.querySelectorAll('.gridlayer path, .minor-gridlayer path')"
     assert len(set(page.evaluate(f"[...{lines}].map(line => getComputedStyle(line).stroke)"))) == 1
-    # Nothing but what scrolls by itself is wider than the window.
+    # Only elements that scroll by themselves are wider than the window.
     assert page.evaluate("document.documentElement.scrollWidth") == viewport["width"]
 
 
@@ -219,7 +219,7 @@ def test_a_heading_sorts_there_and_back(opened):
     time.get_by_role("button").click()
     assert time.get_attribute("aria-sort") == "descending"
     assert column(page, 6)[0] == "0.4±0.37%"
-    # What is no number is the largest; what is not there comes last, whatever the direction.
+    # NaN counts as the largest; absent values come last in both directions.
     error = heading(page, "largest error")
     error.get_by_role("button").click()
     assert column(page, 12)[0] == "1.0e-6"
@@ -315,7 +315,7 @@ def test_each_row_names_its_date_revision_and_machine(unchanged):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_plot_is_there_in_print(opened, scheme):
-    """Without anyone having scrolled there, and as light as paper."""
+    """Without scrolling to it first, and in the light theme."""
     page = opened(PHONE, scheme)
     page.emulate_media(media="print")
     for card in page.locator(".card").all():
@@ -393,7 +393,7 @@ def test_a_leaderboard_is_searched(browser, leaderboard, viewport, scheme):
         assert page.evaluate("document.documentElement.dataset.theme") == scheme
         page.get_by_role("button", name="Switch between").click()
         assert page.evaluate("document.documentElement.dataset.theme") != scheme
-        # Nothing but what scrolls by itself is wider than the window.
+        # Only elements that scroll by themselves are wider than the window.
         assert page.evaluate("document.documentElement.scrollWidth") == viewport["width"]
         page.get_by_label("contains").fill("TOY n=7 backward")
         assert count.inner_text() == f"{rows.count()} of 500 points"

@@ -72,7 +72,7 @@ class TestTable:
     @pytest.mark.parametrize("spread", [0.0, 0.01, 0.3, 3.0])
     @pytest.mark.parametrize("factor", [1.0, 1.1, 9.0, 22.0])
     def test_a_speed_up_that_may_be_none_is_shown_as_such(self, count, spread, factor):
-        """Whatever the noise: what is shown as a number has an interval beside it that leaves 1 out."""
+        """For any noise: a ratio shown as a number has an interval that does not contain 1."""
         generator = np.random.default_rng([count, int(100 * spread), int(factor)])
         records = [timed("reference", 8), timed("ours", 2)]
         for made, milliseconds in zip(records, (factor, 1), strict=True):
@@ -159,7 +159,7 @@ def names(paths):
 
 
 def texts(path):
-    """What is written in an SVG: matplotlib leaves the text of each piece of it in a comment."""
+    """Texts of an SVG: matplotlib writes each text as a comment."""
     return " ".join(re.findall(r"<!-- (.*?) -->", path.read_text(encoding="utf-8"), re.DOTALL))
 
 

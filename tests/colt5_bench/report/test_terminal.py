@@ -1,4 +1,4 @@
-"""Tables of generated widths and contents: no row is wrapped, no figure cut, and what is left out is named."""
+"""Tables of generated widths and contents: no row is wrapped, no figure is cut, and omitted columns are named."""
 
 import re
 from io import StringIO
@@ -61,10 +61,10 @@ def test_a_table_is_as_wide_as_the_terminal(table, width, heading):
     assert max(map(cell_len, body)) <= width
     rows = [line.split() for line in lines[-len(cells) - bool(gone) :][: len(cells)]]
     shown = [place for place in range(len(ranks)) if f"title {place} [ms]" not in gone]
-    # A line a row, with each figure of what is shown, and names that stay distinct.
+    # One line per row, with each figure of the shown columns, and names that stay distinct.
     assert [row[1:] for row in rows] == [[own[place] for place in shown] for own in cells]
     assert len({row[0] for row in rows}) == len(implementations)
-    # The least important ones are left out, and the width that is named has room for all.
+    # The least important columns are omitted, and the named width has room for all.
     assert {ranks[place] for place in shown} == set(range(len(shown)))
     if gone:
         assert needed > width
@@ -136,7 +136,7 @@ def test_the_table_of_a_comparison_fits(width):
         assert all((figure in row) is (title not in gone) for row in rows)
     if width >= 80:
         assert gone == []
-    # A change that was not seen is nowhere said to be one.
+    # No text shows an insignificant change as a change.
     assert all("+9.0 %" not in row for row in rows if "unclear" in row)
     assert "change" in gone or all("-10.0 to +30.0 %" in row for row in rows if "unclear" in row)
 

@@ -15,7 +15,7 @@ SECONDS = {"copy": 1e-4, "exponentials": 2e-4, "product": 3e-4}
 
 
 def benchmark(name, seconds):
-    """As cuda-bench writes one: numbers are strings."""
+    """A file in cuda-bench's format: numbers are strings."""
     summaries = [
         {"tag": "nv/cold/time/cpu/mean", "data": [{"name": "value", "type": "float64", "value": "9.0"}]},
         {"tag": "nv/cold/time/gpu/mean", "data": [{"name": "value", "type": "float64", "value": str(seconds)}]},
@@ -113,7 +113,7 @@ def test_every_call_is_registered_and_runs_in_the_stream_it_is_given(monkeypatch
     monkeypatch.setattr(cuda_bench, "CALLS", calls)
 
     cuda_bench.main("0", "results.json")
-    # Once to compile, once to be measured.
+    # Once to compile, once to measure.
     assert called == [name for name in SECONDS for _ in range(2)]
     assert streams == [4711] * 3
     assert executed == dict.fromkeys(SECONDS, False)

@@ -1,4 +1,4 @@
-"""A planted slowdown: it is a real one, of the share asked for, in one implementation, and in a copy alone."""
+"""A planted slowdown: it is real, has the requested share, and affects one implementation, only in a copy."""
 
 import os
 import shutil
@@ -64,7 +64,7 @@ def test_the_spin_is_the_share_of_a_call(share, seconds, direction):
         for _ in range(3):
             call()
     assert function._spin._seconds == share * seconds
-    # Measured once, with the backward pass where it belongs to the call.
+    # Measured once, with the backward pass if it belongs to the call.
     assert asked == [{"output"} if direction == FORWARD else {"output", "scores"}]
 
 
@@ -107,7 +107,7 @@ def repository(tmp_path, monkeypatch):
         (root / package).mkdir(parents=True)
         (root / package / "__init__.py").touch()
     (root / "suites" / "toy.py").write_text(Path(toy.__file__).read_text() + TIMED)
-    # Its own harness: a comparison refuses another one.
+    # A copy of the harness, because a comparison refuses another one.
     shutil.copytree(ROOT / "colt5_bench", root / "colt5_bench", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "bench.py", root)
     for name in [name for name in os.environ if name.startswith("PYTEST_")]:

@@ -22,7 +22,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def scaled(factor):
-    """A harness whose times are off by a factor."""
+    """A harness whose times are wrong by a factor."""
     measure = checks.time_interleaved
 
     def time_interleaved(calls, **options):
@@ -35,7 +35,7 @@ def scaled(factor):
 
 
 def said(monkeypatch, samples):
-    """A harness that gives these samples by name, and by column where they differ."""
+    """A harness that returns these samples by name, and by column if they differ."""
 
     def time_interleaved(calls, *, columns, **options):
         return {
@@ -162,7 +162,7 @@ class TestCopy:
 class TestCold:
     @pytest.fixture
     def cold(self, monkeypatch):
-        """A GPU with a megabyte of L2 that copies a gigabyte a second."""
+        """A GPU with a megabyte of L2 that copies a gigabyte per second."""
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=2**20))
         zeros = torch.zeros
         monkeypatch.setattr(torch, "zeros", lambda size, device: zeros(size))
@@ -193,7 +193,7 @@ class TestCold:
 class TestCudaBench:
     @pytest.fixture
     def theirs(self, monkeypatch):
-        """cuda-bench that has measured a second for each call, and a harness that has measured so many."""
+        """cuda-bench with a measured second for each call, and a harness that has measured the given seconds."""
         monkeypatch.setattr(cuda_bench, "unavailable", lambda device: None)
         monkeypatch.setattr(cuda_bench, "CALLS", dict.fromkeys(cuda_bench.CALLS, lambda device: lambda: None))
         monkeypatch.setattr(cuda_bench, "measure", lambda device: dict.fromkeys(cuda_bench.CALLS, 1.0))

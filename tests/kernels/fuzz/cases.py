@@ -1,7 +1,7 @@
 """Random cases of all operations and layers: what is called, with which options, on which tensors.
 
-A case is plain data. `str(case)` is one line from which `Case.parse` makes the same one, whose tensors are the same on
-every machine. `cases(seed, scale)` never ends; its names take turns, so that any stretch of it covers all of them.
+A case is plain data. `str(case)` is one line from which `Case.parse` makes the same case, whose tensors are the same on
+every machine. `cases(seed, scale)` never ends; its names alternate, so that any part of it covers all of them.
 """
 
 import inspect
@@ -25,34 +25,34 @@ EXCLUDED = {
     "router_use_triton": "the same",
     "ranks": "is for several processes",
 }
-"""Options that are not drawn, and why."""
+"""Options that are not drawn, with reasons."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large cases are."""
+    """Limits on the size of cases."""
 
     cells: int
-    """Scores times iterations, of which plain PyTorch in fp64 keeps about six tensors."""
+    """Scores times iterations, for which plain PyTorch in fp64 keeps about six tensors."""
 
     longest: int
     """Entries of a row."""
 
     tokens: int
-    """Tokens of a layer, all sequences together."""
+    """Tokens of a layer, of all sequences together."""
 
     products: int
-    """Similarities of queries and keys, all heads together."""
+    """Logits, of all heads together."""
 
     features: tuple[int, ...]
-    """Sizes of a token, and of a head: each is a specialisation to compile."""
+    """Sizes of a token, and of a head: each is a separate compilation."""
 
     dtypes: tuple[str, ...]
     half: tuple[str, ...]
-    """Dtypes in half precision of attention and layers."""
+    """Half-precision dtypes of attention and layers."""
 
     many: int
-    """Rows of a case with many small ones: beyond what a dimension of a grid may be, on a GPU."""
+    """Rows of a case with many small ones: more than the limit of a grid dimension, on a GPU."""
 
 
 SCALES = {
@@ -79,34 +79,34 @@ class Case:
     """A call of an operation or a layer."""
 
     name: str
-    """Of `kernels` or `reference`."""
+    """Name of the operation or layer in `kernels` or `reference`."""
 
     seed: int
-    """Of the numbers in its tensors."""
+    """Seed of the numbers in its tensors."""
 
     dtype: str
     autocast: str | None
     grad: bool
-    """Whether gradients are asked for, or it runs under `torch.no_grad`."""
+    """True for gradients, False for a run under `torch.no_grad`."""
 
     layout: str
-    """How tensors lie in memory."""
+    """Layout of tensors in memory."""
 
     data: dict[str, Any]
-    """What tensors are made from: shapes, which there are, spreads, kinds of masks."""
+    """Description of tensors: shapes, presence, spreads, kinds of masks."""
 
     options: dict[str, Any]
-    """Arguments that are no tensors; of a layer those of its constructor."""
+    """Arguments that are not tensors; for a layer those of its constructor."""
 
     def __str__(self) -> str:
         return json.dumps(asdict(self))
 
     def arguments(self) -> dict[str, Any]:
-        """The options as they are passed."""
+        """The options in the form of arguments."""
         return {name: _as_argument(name, value) for name, value in self.options.items()}
 
     def is_tensor(self, name: str) -> bool:
-        """Whether what a layer is called with by that name is a tensor."""
+        """True if the argument of that name is a tensor."""
         return name.endswith("mask") or "routing_tokens" in name or name == "residual"
 
     @classmethod
@@ -115,7 +115,7 @@ class Case:
 
 
 def _as_argument(name: str, value: Any) -> Any:
-    """What JSON has no word for: dtypes and tuples."""
+    """Values that JSON lacks: dtypes and tuples."""
     if name == "dtype" and value is not None:
         return getattr(torch, value)
     return tuple(value) if isinstance(value, list) else value
@@ -135,14 +135,14 @@ class Draw:
         return self.random.choice(values)
 
     def size(self, most: int, least: int = 1) -> int:
-        """Uniform in its logarithm: a power of two, one beside it, or any."""
+        """Uniform in its logarithm: a power of two, a neighbour of one, or any."""
         exponent = self.random.uniform(log2(least), log2(max(most, least)))
         power = 2 ** round(exponent)
         size = self.pick(power, power - 1, power + 1, round(2**exponent), round(2**exponent))
         return min(max(size, least), most)
 
     def shape(self, cells: int) -> list[int]:
-        """Of rows: up to three dimensions before the last."""
+        """Shape of rows: up to three dimensions before the last."""
         cells = max(cells, 1)
         n = self.size(min(self.scale.longest, cells))
         if self.chance(0.03):
@@ -155,7 +155,7 @@ class Draw:
         return [*lead, self.size(max(most // prod(lead), 1)), n]
 
     def schedule(self) -> dict[str, Any]:
-        """Of coordinate descent."""
+        """Schedule of coordinate descent."""
         return {
             "n_iters": self.pick(1, 2, 3, 5, 10, 20, 50),
             "eps": self.pick(0.03, 0.1, 0.3, 1.0),
@@ -164,7 +164,7 @@ class Draw:
         }
 
     def number_of(self, n: int) -> float:
-        """k, of n."""
+        """k, from n."""
         return self.pick(max(n // 16, 1), max(n // 2, 1), round(self.random.uniform(0.5, n), 2))
 
     def mask(self, *more: str) -> str | None:
@@ -314,7 +314,7 @@ def _combine(draw: Draw) -> Drawn:
 
 
 def _heads(draw: Draw) -> tuple[int, int, int]:
-    """Routes, heads and the size of one."""
+    """Number of routes, number of heads and their size."""
     routes = draw.pick(1, 1, 2)
     return routes, routes * draw.pick(1, 2, 3), draw.pick(*draw.scale.features)
 
@@ -393,12 +393,12 @@ UNDER_AUTOCAST = {
     "route_prefixes",
     *LAYERS,
 }
-"""What is the same function under autocast, or says what it does."""
+"""Operations that are the same function under autocast, or document their behaviour there."""
 
 
 @dataclass
 class _Sizes:
-    """Of a layer that is being drawn."""
+    """Sizes of a layer that is being drawn."""
 
     batch: int
     n: int
@@ -406,7 +406,7 @@ class _Sizes:
     routes: int
 
     def most_routed(self, draw: Draw) -> int:
-        """So that the similarities of as many queries and keys fit."""
+        """The limit by which the logits of this many queries and keys fit."""
         return max(round((draw.scale.products / self.batch) ** 0.5), 2)
 
 
@@ -500,7 +500,7 @@ CONSTRUCTOR: dict[str, Callable[[Draw, _Sizes], Any]] = {
     "position_bias": _flag,
     "causal_query_routing": _flag,
     "channel_first": _flag,
-    # Of a vision transformer.
+    # For a vision transformer.
     "num_classes": lambda draw, sizes: draw.pick(2, 5),
     "channels": lambda draw, sizes: draw.pick(1, 3),
     "image_size": lambda draw, sizes: (
@@ -524,7 +524,7 @@ CONSTRUCTOR: dict[str, Callable[[Draw, _Sizes], Any]] = {
     "flash_attn": _flag,
     "default_coor_descent_eps": lambda draw, sizes: draw.pick(0.3, 1.0),
 }
-"""What options of layers are drawn from. A layer has those of its signature."""
+"""Random choices for options of layers. A layer uses those of its signature."""
 
 FORWARD: dict[str, Callable[[Draw, _Sizes], Any]] = {
     "num_tokens": _tokens,
@@ -558,7 +558,7 @@ FORWARD: dict[str, Callable[[Draw, _Sizes], Any]] = {
     "random_route": _rarely,
     "keep_one_route_dim": _flag,
 }
-"""What a layer is called with, beside tokens. Of tensors, whether they are there, or what kind of mask."""
+"""Random choices for arguments of a layer besides tokens: for tensors, their presence, or the kind of mask."""
 
 
 def pair(size: int | list[int]) -> list[int]:
@@ -585,7 +585,7 @@ def _layer(draw: Draw, name: str) -> Drawn:
     }
     if options.get("triton_checkpoint_segments"):
         options["triton_checkpoint_segments"] = min(options["triton_checkpoint_segments"], options["n_iters"])
-    # There is one kind of positions.
+    # Only one kind of positions is allowed.
     if options.get("light_rotary_emb") and options.get("position_bias"):
         options[draw.pick("light_rotary_emb", "position_bias")] = False
     given = {
@@ -595,7 +595,7 @@ def _layer(draw: Draw, name: str) -> Drawn:
     }
     given["routing_tokens"] = given.get("routing_tokens") or options.get("learned_routing_tokens") or False
     if options.get("causal_query_routing"):
-        # Which then depends on random numbers that fp64 has others of.
+        # The layer would depend on random numbers, which differ in fp64.
         given["random_route"] = False
     dim = options["dim"]
     shape = [batch, n, dim]
@@ -610,7 +610,7 @@ def _layer(draw: Draw, name: str) -> Drawn:
 
 
 def draw_case(seed: int, index: int, scale: Scale, name: str | None = None) -> Case:
-    """The case of that number of a seed; of a name, or of the one whose turn it is."""
+    """A case by the index and seed; of a given name, or of the next one in turn."""
     draw = Draw(seed, index, scale)
     name = NAMES[index % len(NAMES)] if name is None else name
     data, options = OPERATIONS[name](draw) if name in OPERATIONS else _layer(draw, name)
@@ -634,7 +634,7 @@ def draw_case(seed: int, index: int, scale: Scale, name: str | None = None) -> C
 
 
 def cases(seed: int, scale: Scale, start: int = 0) -> Iterator[Case]:
-    """Endless, with turns for all names, from a place on that depends on the seed."""
+    """Endless cases that alternate between all names, from a start that depends on the seed."""
     index = start
     while True:
         yield draw_case(seed, index, scale)
@@ -650,12 +650,12 @@ class Maker:
         self.layouts = random.Random(case.seed)
         self.dtype = getattr(torch, case.dtype)
         self.memory: dict[str, Tensor] = {}
-        """All memory that tensors lie in, by their names."""
+        """All memory of tensors, by their names."""
 
         self.tensors: dict[str, Tensor] = {}
 
     def add(self, name: str, x: Tensor | None, dtype: torch.dtype | None = None) -> None:
-        """Lay out a tensor under its name, in the dtype of the case if it is a float one and no other is given."""
+        """Lay out a tensor under its name. A float tensor gets the dtype of the case unless another one is given."""
         if x is None:
             return
         x = x.to(dtype or self.dtype) if x.is_floating_point() else x
@@ -681,20 +681,21 @@ class Maker:
             shape = shape[-1:]
         mask = self.rand(*shape) < 0.7
         if kind == "rows":
-            # Some rows have nothing, others little.
+            # Some rows have no entries, others few.
             mask &= self.rand(*shape[:-1], 1) < self.rand(*shape[:-1], 1)
             mask &= self.rand(*shape[:-1], 1) < 0.8
         return torch.full_like(mask, kind == "all") if kind in ("all", "nothing") else mask
 
     def places(self, *shape: int, n: int) -> Tensor:
-        """Different ones of n in each row."""
+        """Different indices below n in each row."""
         return self.rand(*shape[:-1], n).argsort(dim=-1)[..., : shape[-1]]
 
 
 def _lay_out(x: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """The memory and, in it, a tensor with the numbers of x; if expanded, those of the first of its first dimension.
+    """The memory and, in it, a tensor with the numbers of x. If expanded, the numbers are those of the first index of
+    its first dimension.
 
-    Where there are gaps, what would be seen in a result is in them.
+    Gaps contain values that would be seen in a result.
     """
     if layout == "expanded" and x.dim() > 1 and x.shape[0] > 1:
         base = x[:1].clone()
@@ -716,7 +717,7 @@ def _lay_out(x: Tensor, layout: str) -> tuple[Tensor, Tensor]:
 
 
 def build(case: Case, device: torch.device) -> Maker:
-    """The tensors of a case; of a layer its inputs, without parameters."""
+    """The tensors of a case; for a layer its inputs, without parameters."""
     make = Maker(case, device)
     if case.name in OPERATIONS:
         _TENSORS.get(case.name, _scores)(make, case.data)
@@ -768,7 +769,7 @@ def _combined(make: Maker, data: dict[str, Any]) -> None:
     (batch, k, d), length = data["routed"], data["length"]
     wide = {"float32": torch.promote_types(make.dtype, torch.float32)}
     make.add("routed", make.normal(batch, k, d))
-    # To the eighth power, some of them vanish in fp16.
+    # To the eighth power, some of them become 0 in fp16.
     make.add("scores", make.rand(batch, k) ** data["power"], wide.get(data["scores"]))
     indices = make.places(batch, k, n=length + 2 if data["past"] else length)
     make.add("indices", indices.to(getattr(torch, data["index"])))
@@ -779,7 +780,7 @@ def _combined(make: Maker, data: dict[str, Any]) -> None:
 
 
 def _attended(make: Maker, data: dict[str, Any]) -> None:
-    """Of `routed_attention`, and of `gathered_attention`, which has windows."""
+    """Inputs of `routed_attention`, and of `gathered_attention`, which has windows."""
     b, i, r, h, d = (data[name] for name in "birhd")
     wide = torch.promote_types(make.dtype, torch.float32) if data["wide"] else None
     if "w" in data:
@@ -817,7 +818,7 @@ _TENSORS: dict[str, Callable[[Maker, dict[str, Any]], None]] = {
 
 
 def _inputs(make: Maker, data: dict[str, Any]) -> None:
-    """Of a layer: tokens, and what else is given."""
+    """Inputs of a layer: tokens, and other given tensors."""
     name, given, batch, dim = make.case.name, data["given"], data["x"][0], data["dim"]
     make.add("img" if name.endswith("ViT") else "x", make.normal(*data["x"]))
     if "context" in data:

@@ -1,8 +1,8 @@
 """The check of a case: values and gradients of ours against the definition in fp64.
 
-An element may be off by as much as correct computations are, which `colt5_bench.measuring.accuracy` finds: plain
-PyTorch in the dtype of the case, with operands moved by roundings. Where a gradient is off and the definition has not
-decided it, as at a kink of coordinate descent, a case is `undecided`: neither right nor wrong.
+Each element has the allowed error of correct computations, from `colt5_bench.measuring.accuracy`: plain PyTorch in the
+dtype of the case, with operands moved by roundings. If a gradient is wrong where the definition does not decide it, as
+at a kink of coordinate descent, a case is `undecided`: neither right nor wrong.
 """
 
 import traceback
@@ -32,13 +32,13 @@ PROMISED = {
     ("route_prefixes", "weights"): FORWARD_BOUND,
     ("topk", "coor_descent_values"): FORWARD_BOUND,
 }
-"""Promises of our own kernels on numbers in fp32, however far off plain PyTorch is. In a row whose iterations hand on
-many roundings, as where most entries are above the threshold, the promise is their sum."""
+"""Promised errors of our own kernels for numbers in fp32, independent of plain PyTorch. In a row whose iterations pass
+many roundings on, for example if most entries are above the threshold, the promise is their sum."""
 
 
 @dataclass
 class Verdict:
-    """What came of a case."""
+    """Outcome of a case."""
 
     case: Case
     status: str
@@ -52,7 +52,7 @@ class Verdict:
 
 @dataclass
 class Fault:
-    """A tensor that is off, and where."""
+    """A wrong tensor, and the place."""
 
     name: str
     message: str
@@ -63,7 +63,7 @@ class Fault:
 
 
 def examine(case: Case, device: torch.device) -> Verdict:
-    """Run a case in all ways and compare. What breaks the device is raised."""
+    """Run a case in all ways and compare. An error that breaks the device is raised."""
     try:
         return _examine(case, device)
     except torch.OutOfMemoryError as error:
@@ -117,7 +117,7 @@ def execute(function: Function, tensors: Tensors, case: Case, dtype: torch.dtype
 def _executions(
     function: Function, tensors: Tensors, case: Case, dtype: torch.dtype | None = None
 ) -> Iterator[Tensors]:
-    """The same of one run after the other, all with the same leaves."""
+    """The same for several runs in sequence, all with the same leaves."""
     device = next(iter(tensors.values())).device.type
     leaves = {}
     for name, tensor in tensors.items():
@@ -132,7 +132,7 @@ def _executions(
 def _run(function: Function, leaves: Tensors, case: Case, device: str, dtype: torch.dtype | None) -> Tensors:
     lowered = case.autocast is not None and dtype is None
     autocast = torch.autocast(device, getattr(torch, case.autocast)) if lowered else nullcontext()
-    # For what selects at random.
+    # For random selections.
     torch.manual_seed(case.seed)
     with torch.set_grad_enabled(case.grad), autocast:
         outputs = function(leaves)
@@ -148,7 +148,7 @@ def _run(function: Function, leaves: Tensors, case: Case, device: str, dtype: to
 
 
 def _upstream(case: Case, name: str, out: Tensor) -> Tensor:
-    """The same numbers for an output in any dtype, of any layout."""
+    """The same numbers for an output in any dtype and layout."""
     generator = torch.Generator("cpu").manual_seed(case.seed + len(name))
     expanded = case.layout == "expanded" and out.dim() > 0
     shape = (*out.shape[:-1], 1) if expanded else out.shape
@@ -160,12 +160,12 @@ def _upstream(case: Case, name: str, out: Tensor) -> Tensor:
 def _run_again(
     function: Function, tensors: Tensors, case: Case, make: Maker, device: torch.device
 ) -> tuple[Tensors, Tensors, list[Any]]:
-    """Results, those of the calls of a layer that nobody watches, and faults: another run gives other bits, or writes
-    to its inputs."""
+    """Results, those of the calls of a layer without observers, and faults. Faults are that a second run gives other
+    bits, or writes to its inputs."""
     before = {name: memory.clone() for name, memory in make.memory.items()}
     found, called = execute(function, tensors, case), {}
     faults = []
-    # The interpreter has one order of things.
+    # The interpreter always has the same order.
     if not INTERPRETED:
         faults += _differences(found, execute(function, tensors, case), "has other bits in a second run")
     if case.name not in OPERATIONS:
@@ -179,7 +179,7 @@ def _run_again(
 
 
 def _calls_of_layer(tensors: Tensors, case: Case, device: torch.device) -> tuple[Tensors, list[Tensors]]:
-    """The first call of a layer, the one that is recorded, and two more, which are played where Triton runs."""
+    """The first call of a layer, the recorded one, and two more, which are played if Triton runs."""
     first, *later = islice(_executions(by_kernels(case, device), tensors, case), 4)
     return first, later
 
@@ -189,16 +189,16 @@ def _differences(expected: Tensors, results: Tensors, message: str) -> list[Faul
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit, NaN included."""
+    """Bit for bit, including NaN."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
     return torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))
 
 
-# What may be off ------------------------------------------------------------------------------------------------------
+# Allowed errors -------------------------------------------------------------------------------------------------------
 
 
 class _AllMoved(MovedOperands):
-    """In a case of fp64 there is nothing more exact that fp64 could stand for."""
+    """A case of fp64 has no more exact truth than fp64."""
 
     def _move(self, x: Any) -> Any:
         floats = isinstance(x, Tensor) and x.is_floating_point()
@@ -208,8 +208,8 @@ class _AllMoved(MovedOperands):
 def _tolerances(
     case: Case, device: torch.device, of_truth: Watched, dtype: torch.dtype, tensors: Tensors, truth: Tensors
 ) -> tuple[dict[str, tuple[Tolerance, torch.dtype]], list[Watched]]:
-    """What each float tensor may be off by and the dtype that it should have; and what the computations that this is
-    from have selected by."""
+    """The allowed error of each float tensor, and its expected dtype. Also the scores by which the underlying
+    computations have selected."""
     spreads = {name: Spread(expected) for name, expected in truth.items() if expected.is_floating_point()}
     moving = _AllMoved if dtype == torch.float64 else MovedOperands
     seen, dtypes = [], {}
@@ -232,7 +232,7 @@ def _tolerances(
 
 
 def _promised(promise: float, of_truth: Watched, truth: Tensor) -> Tensor:
-    """The largest error of a row `... 1`, or of all rows where they are not those of one descent."""
+    """The largest error of a row `... 1`, or of all rows if they are not those of one descent."""
     rows = [error_handed_on(*each) for each in of_truth.relaxed]
     if len(rows) == 1 and rows[0].shape == (*truth.shape[:-1], 1):
         return rows[0].clamp(min=promise)
@@ -240,7 +240,7 @@ def _promised(promise: float, of_truth: Watched, truth: Tensor) -> Tensor:
 
 
 def _spreads(of_truth: Sequence[tuple], of_moved: Sequence[Sequence[tuple]]) -> list[float]:
-    """By how much the scores of each selection move."""
+    """Rounding errors of the scores of each selection."""
     return [
         max((_distance(each[call][0], scores) for each in of_moved), default=0.0)
         for call, (scores, *_) in enumerate(of_truth)
@@ -267,7 +267,7 @@ def _compare(name: str, found: Tensor, truth: Tensor, allowed: tuple[Tolerance, 
     wide, most = found.double(), tolerance.of(truth)
     away = (wide - truth).abs()
     off = ~((away <= most) | (wide == truth) | (wide.isnan() & truth.isnan()))
-    # Beyond what its dtype can hold.
+    # Beyond the range of its dtype.
     off &= (truth.abs() <= torch.finfo(dtype).max) | wide.isfinite()
     if not off.any():
         return []
@@ -278,7 +278,7 @@ def _compare(name: str, found: Tensor, truth: Tensor, allowed: tuple[Tolerance, 
 
 
 def _check_selections(of_truth: Watched, spreads: list[float]) -> list[Fault]:
-    """What was selected has the largest scores, in their order, within what roundings move these by."""
+    """Selected entries have the largest scores, in order, up to rounding errors of the scores."""
     messages = []
     for (scores, mask, indices), spread in zip(of_truth.ranked, spreads, strict=True):
         if not scores.numel():
@@ -303,7 +303,7 @@ def _check_selections(of_truth: Watched, spreads: list[float]) -> list[Fault]:
 
 
 def _check_topk(tensors: Tensors, indices: Tensor) -> list[Fault]:
-    """What is selected from numbers that are given is right to the last one."""
+    """A selection from given numbers is exactly right."""
     x, mask = tensors["x"], tensors.get("mask")
     ranked = x if mask is None else x.masked_fill(~mask, -torch.inf)
     distinct = (indices.sort(-1).values.diff(dim=-1) > 0).all()
@@ -312,11 +312,11 @@ def _check_topk(tensors: Tensors, indices: Tensor) -> list[Fault]:
     return [] if right else [Fault("indices", "are not those of the largest")]
 
 
-# What is not decided --------------------------------------------------------------------------------------------------
+# Undecided cases ------------------------------------------------------------------------------------------------------
 
 
 def _is_undecided(fault: Fault, of_truth: Watched, spread: float) -> bool:
-    """Whether a fault is one of a gradient in rows, if it has rows, that are at a kink."""
+    """True if a fault is in a gradient, in rows at a kink if it has rows."""
     if fault.where is None or not fault.name.startswith("gradient"):
         return False
     kinks = [rows_at_kink(*relaxed, spread) for relaxed in of_truth.relaxed]
@@ -326,7 +326,8 @@ def _is_undecided(fault: Fault, of_truth: Watched, spread: float) -> bool:
 
 
 def _differ_causally(watched: Watched, of_truth: Watched, moved: Sequence[Watched]) -> str | None:
-    """Of causal selections that are not the definition's: whether that is wrong, or scores are too close to decide."""
+    """For causal selections that differ from the definition: whether they are wrong, or scores are too close to
+    decide."""
     for (found, *_), (expected, before, scores), *others in zip(
         watched.causal, of_truth.causal, *(each.causal for each in moved), strict=False
     ):

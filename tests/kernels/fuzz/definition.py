@@ -1,7 +1,7 @@
-"""A case by ours and by the definition, which is asked what follows from what ours has selected.
+"""A case by ours and by the definition, which computes with the selections of ours.
 
-What is selected may differ where scores differ by less than a rounding, and all that comes after differs then. So what
-ours selects is kept, and the definition selects the same again.
+Selections may differ if scores differ by less than a rounding, and all later results would differ, too. So the
+selections of ours are kept, and the definition uses the same ones.
 """
 
 import inspect
@@ -27,7 +27,7 @@ Tensors = dict[str, Tensor]
 Function = Callable[[Tensors], Tensors]
 
 WIDE = {"coor_descent", "segmented_coor_descent", "soft_topk", "topk"}
-"""Operations that compute in fp32 what they are given in half precision, and round the result."""
+"""Operations that compute half-precision inputs in fp32, and round the result."""
 
 REPLACED_IN = (
     "gathered_attention",
@@ -42,13 +42,13 @@ REPLACED_IN = (
 
 @dataclass
 class Watched:
-    """What happened within an execution, in the order of the calls."""
+    """Events of an execution, in the order of the calls."""
 
     selections: list[Tensor] = field(default_factory=list)
-    """Indices: what ours selects, and what the definition is to select."""
+    """Indices: the selections of ours, which the definition has to repeat."""
 
     ranked: list[tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=list)
-    """Scores and mask that the definition would have selected by."""
+    """Scores and mask by which the definition would have selected."""
 
     relaxed: list[tuple[str, Tensor, dict[str, Any]]] = field(default_factory=list)
     """Relaxations of the definition: the operation, scores and arguments."""
@@ -58,7 +58,7 @@ class Watched:
 
 
 def ours(case: Case, device: torch.device, watched: Watched) -> tuple[Function, Tensors]:
-    """The operation, or the layer with kernels, as a function of tensors; and the parameters that are among these."""
+    """The operation, or the layer with kernels, as a function of tensors; and its parameters among these."""
     if case.name not in OPERATIONS:
         module = layer(case, device, use_triton=_watching(watched))
         _watch_causal(module, watched)
@@ -83,9 +83,9 @@ def by_kernels(case: Case, device: torch.device) -> Function:
 
 
 def definition(case: Case, device: torch.device, watched: Watched, dtype: torch.dtype | None = None) -> Function:
-    """The reference, which selects what is in `watched`, and notes there what it computes.
+    """The reference, which uses the selections in `watched`, and records its computations there.
 
-    Parameters and results are in the dtypes that the case asks for; all of them in `dtype`, if that is given.
+    Parameters and results are in the dtypes of the case, or all in `dtype` if it is given.
     """
     own = dtype or getattr(torch, case.dtype)
 
@@ -129,7 +129,7 @@ def layer(case: Case, device: torch.device, *, use_triton: bool | Operations) ->
 
 
 def _call(module: nn.Module, case: Case, tensors: Tensors) -> Tensors:
-    """A layer called with parameters and inputs by their names, and with the numbers of the case."""
+    """A layer called with parameters and inputs by name, and with the numbers of the case."""
     parameters = {name: tensors[name] for name, _ in module.named_parameters()}
     inputs = {name: tensor for name, tensor in tensors.items() if name not in parameters}
     numbers = {
@@ -144,11 +144,11 @@ def _widened(x: Tensor) -> Tensor:
     return x.float() if x.is_floating_point() and x.dtype.itemsize == 2 else x
 
 
-# What ours selects ----------------------------------------------------------------------------------------------------
+# Selections of ours ---------------------------------------------------------------------------------------------------
 
 
 def _then(function: Callable[..., Any], keep: Callable[..., None]) -> Callable[..., Any]:
-    """The function, and `keep` sees the result and the arguments of each call."""
+    """The function, with `keep` called on the result and the arguments of each call."""
 
     def watching(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
@@ -159,7 +159,7 @@ def _then(function: Callable[..., Any], keep: Callable[..., None]) -> Callable[.
 
 
 def _watching(watched: Watched) -> Operations:
-    """The kernels, of which those that select are watched."""
+    """The kernels, with observed selections."""
 
     def chosen(result: Tensor, *args: Any, **kwargs: Any) -> None:
         watched.selections.append(result)
@@ -184,7 +184,7 @@ def _watch_causal(module: nn.Module, watched: Watched) -> None:
 
 
 def _within_blocks(indices: Tensor, options: dict[str, Any], n: int) -> Tensor:
-    """Indices `b r (m s)` of the whole as what is selected from blocks: `b r m s`."""
+    """Indices `b r (m s)` of the whole as indices within blocks: `b r m s`."""
     size = options.get("block_size")
     if size is None:
         return indices
@@ -196,22 +196,22 @@ def _within_blocks(indices: Tensor, options: dict[str, Any], n: int) -> Tensor:
 def as_rows_of(scores: Tensor, indices: Tensor) -> Tensor:
     """Indices selected from rows of scores, in the shape of these. A single route may have a dimension or not."""
     rows = scores.shape[:-1]
-    # Not by -1, which stands for no one number where there are no rows.
+    # Not by -1, which is ambiguous if there are no rows.
     return indices.reshape(*rows, indices.shape[-1])
 
 
-# What the definition does with it -------------------------------------------------------------------------------------
+# Their use by the definition ------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _replaying(watched: Watched) -> Iterator[dict[str, Callable[..., Any]]]:
-    """The operations of the reference, in which all that select take one selection after the other."""
+    """The operations of the reference, whose selections are replaced by the recorded ones in order."""
     given = iter(watched.selections)
 
     def select(scores: Tensor, *, num_selected: int, mask: Tensor | None = None) -> Tensor:
         indices = next(given)
         expected = (*scores.shape[:-1], num_selected)
-        # Where ours routes for one router after the other, as in segments, the definition may route for all at once.
+        # If ours routes router by router, as in segments, the definition may route for all at once.
         while indices.numel() < prod(expected) and indices.dim() == scores.dim() > 2:
             indices = torch.cat([indices, next(given)], dim=-2)
         fits = indices.shape[-1] == num_selected and indices.numel() == prod(expected)
@@ -233,7 +233,7 @@ def _replaying(watched: Watched) -> Iterator[dict[str, Callable[..., Any]]]:
         return descent(scores, **options)
 
     def topk(x: Tensor, k: int, coor_descent_k_ratio: float, fused: bool, non_differentiable: bool, **rest: Any) -> Any:
-        """`reference.topk`, but for which of equal entries it selects."""
+        """`reference.topk`, except for the choice among equal entries."""
         mask, indices = rest.get("mask"), next(given)
         there = torch.ones_like(indices, dtype=torch.bool) if mask is None else mask.expand(x.shape).gather(-1, indices)
         values = x.gather(-1, indices).masked_fill(~there, 0.0)
@@ -244,12 +244,12 @@ def _replaying(watched: Watched) -> Iterator[dict[str, Callable[..., Any]]]:
         return reference.TopkReturn(values * gates, indices, soft, gates)
 
     def in_steps(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Attention by the definition: what PyTorch's kernels round within is not seen and not moved."""
+        """Attention by the definition, because roundings within PyTorch's kernels cannot be seen or moved."""
         return attend(query, key, value, mask, **{**options, "use_flash": False})
 
     replaced = {"select": select, "coor_descent": descent, "soft_topk": exact, "attend": in_steps}
     with ExitStack() as patches:
-        # By their names: `reference.route`, for one, is a function.
+        # By their names, because `reference.route`, for example, is a function.
         for module in (sys.modules[f"reference.{name}"] for name in REPLACED_IN):
             for name in replaced.keys() & vars(module).keys():
                 patches.enter_context(mock.patch.object(module, name, replaced[name]))

@@ -1,4 +1,4 @@
-"""Where the relaxed selection has no single derivative: rows with an entry that a rounding puts on either side."""
+"""Rows without a unique derivative of the relaxed selection: a rounding decides the side of an entry."""
 
 from collections.abc import Iterator
 from math import log2
@@ -13,16 +13,16 @@ from reference._shared.arguments import epsilon_schedule
 UNIT = torch.finfo(torch.float32).eps / 2
 
 LOST = 4
-"""Roundings that an iteration loses of the sum: an exponential of a GPU is exact to 2**-22."""
+"""Roundings of the sum in an iteration: an exponential of a GPU is exact to 2**-22."""
 
 
 def rows_at_kink(name: str, scores: Tensor, options: dict[str, Any], spread: float) -> Tensor:
-    """Which rows `...` of fp64 scores `... n` have an entry at a kink of an operation.
+    """Rows `...` of fp64 scores `... n` with an entry at a kink of an operation.
 
     Args:
         name: `coor_descent` or `soft_topk`.
-        options: what it was called with.
-        spread: how far scores may be off, beside by a rounding to fp32.
+        options: its arguments.
+        spread: possible error of scores, in addition to a rounding to fp32.
     """
     mask = options.get("mask")
     valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand(scores.shape)
@@ -32,7 +32,7 @@ def rows_at_kink(name: str, scores: Tensor, options: dict[str, Any], spread: flo
 
 
 def _near_kinks(s: Tensor, valid: Tensor, options: dict[str, Any], spread: float) -> Tensor:
-    """Entries that are near s = -a in an iteration of coordinate descent."""
+    """Entries close to s = -a in an iteration of coordinate descent."""
     near, off = torch.zeros_like(valid), 0.0
     for _, a, handed_on, own in _iterations(s, valid, options):
         off = handed_on * off + (1 - handed_on) * spread + UNIT * own
@@ -41,11 +41,11 @@ def _near_kinks(s: Tensor, valid: Tensor, options: dict[str, Any], spread: float
 
 
 def error_handed_on(name: str, scores: Tensor, options: dict[str, Any]) -> Tensor:
-    """The error of each row `... 1` of outputs whose iterations lose a few roundings of the sum each.
+    """The error of each row `... 1` of outputs whose iterations each lose a few roundings of the sum.
 
     Arguments are those of `rows_at_kink`.
 
-    A rounding of the sum moves a by the temperature, and the output by this over the last one.
+    A rounding of the sum moves a by the temperature, and the output by this divided by the last temperature.
     """
     if name != "coor_descent" or not scores.numel():
         return scores.new_zeros((*scores.shape[:-1], 1))
@@ -60,10 +60,10 @@ def error_handed_on(name: str, scores: Tensor, options: dict[str, Any]) -> Tenso
 def _iterations(
     s: Tensor, valid: Tensor, options: dict[str, Any]
 ) -> Iterator[tuple[float, Tensor, Tensor | float, Tensor]]:
-    """Iterations of coordinate descent: temperature, a, and the roundings that add up in a.
+    """Iterations of coordinate descent: temperature, a, and the accumulated roundings of a.
 
-    Each iteration adds its own, in units of a rounding, and hands on those before in the share that the entries with
-    s > -a have in the sum, whose exponent is -a.
+    Each iteration adds its own error, in units of a rounding. It passes on the earlier ones, times the share of the sum
+    of the entries with s > -a, whose exponent is -a.
     """
     *temperatures, _ = epsilon_schedule(
         options["n_iters"], options["eps"], options.get("eps_init"), options.get("eps_decay", 1.0)
@@ -72,7 +72,7 @@ def _iterations(
     sums = log2(max(s.shape[-1], 2))
     log_sum = valid.sum(-1, keepdim=True).double().log()
     a = temperatures[0] * (log_k - log_sum)
-    # The first one does not depend on scores.
+    # The first iteration does not depend on scores.
     yield temperatures[0], a, 1.0, temperatures[0] * (log_k.abs() + log_sum)
     for temperature in temperatures[1:]:
         at_most = torch.minimum(s, -a)
@@ -86,7 +86,7 @@ def _iterations(
 
 
 def _near_saturation(s: Tensor, valid: Tensor, options: dict[str, Any], spread: float) -> Tensor:
-    """Entries that are near to where the exact solution reaches 1; all that round to 1 are there."""
+    """Entries close to the point where the exact solution reaches 1; they include all that round to 1."""
     eps = options["eps"]
     y = reference.soft_topk(s, **{**options, "mask": valid})
     below = s.masked_fill(~valid | (y == 1), -torch.inf).amax(-1, keepdim=True)

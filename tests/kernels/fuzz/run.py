@@ -1,13 +1,13 @@
-"""Run random cases of all operations and layers for some time, on all GPUs that can be seen.
+"""Run random cases of all operations and layers for some time, on all visible GPUs.
 
     CUDA_VISIBLE_DEVICES=0,1 python -m tests.kernels.fuzz.run --seconds 1200 --workers 16 --seed 1
 
-takes twenty minutes on two GPUs with eight processes on each, prints how many cases of each operation there were, how
-many are undecided and what failed, each with a line by which to run it again:
+takes twenty minutes on two GPUs with eight processes on each. It prints the number of cases of each operation, the
+number of undecided ones, and the failures, each with a line by which to repeat it:
 
     python -m tests.kernels.fuzz.run --case '{"name": ...}'
 
-It exits with 1 if a case failed, if there were too few of them, or if more than a tenth is undecided.
+It exits with 1 if a case failed, if there were too few cases, or if more than a tenth is undecided.
 """
 
 import argparse
@@ -30,14 +30,14 @@ from tests.kernels.fuzz.cases import NAMES, SCALES, Case, cases
 from tests.kernels.fuzz.check import Verdict, examine
 
 STARTING = 30
-"""Seconds that processes take to start, and to compile the first kernels."""
+"""Seconds for processes to start, and to compile the first kernels."""
 
 RATE = 400 / (300 - STARTING)
-"""Cases a second that there have to be after that."""
+"""Least cases per second after that."""
 
 MOST_FAILURES = 20
 PROGRAM = [sys.executable, "-W", "ignore", "-m", "tests.kernels.fuzz.run"]
-"""By which a process is started."""
+"""Command that starts a process."""
 
 ROOT = Path(__file__).parents[3]
 
@@ -47,7 +47,7 @@ PATIENCE = 120
 
 @dataclass
 class Summary:
-    """What came of all cases."""
+    """Outcomes of all cases."""
 
     counts: Counter = field(default_factory=Counter)
     undecided: list[Verdict] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Summary:
             (self.failures if verdict.status == "failed" else self.undecided).append(verdict)
 
     def faults(self, least: int) -> list[str]:
-        """Why the fuzz as a whole fails, of which there have to be at least so many cases."""
+        """Reasons why the fuzz as a whole fails, with a least number of cases."""
         faults = [f"{len(self.failures)} cases failed"] if self.failures else []
         if self.cases < least:
             faults.append(f"there were {self.cases} cases, expected are {least}")
@@ -78,7 +78,7 @@ class Summary:
 
 
 def fuzz(seconds: float, workers: int, seed: int, scale: str, device: str) -> Summary:
-    """Cases for so many seconds, in processes of their own: one that a case breaks is started again after it."""
+    """Run cases for a time in separate processes: after a case that breaks its process, a new process starts."""
     summary, lock, deadline = Summary(), threading.Lock(), time.monotonic() + seconds
     threads = [
         threading.Thread(target=_attend_worker, args=(summary, lock, deadline, number, workers, seed, scale, device))
@@ -101,7 +101,7 @@ def _attend_worker(
     scale: str,
     device: str,
 ) -> None:
-    """Start a process, take its verdicts, and start another one where it broke."""
+    """Start a process, receive its verdicts, and start another one after a crash."""
     start = 5 * number
     while time.monotonic() < deadline and len(summary.failures) < MOST_FAILURES:
         options = {"number": number, "workers": workers, "seed": 1000 * seed + number, "scale": scale}
@@ -141,7 +141,7 @@ def _started(options: dict[str, Any], errors: IO[str]) -> subprocess.Popen:
 
 
 def work(number: int, workers: int, seed: int, scale: str, device: str, start: int, seconds: float) -> Iterator[dict]:
-    """What a process reports: each case before it runs, and what came of it."""
+    """Reports of a process: each case before it runs, and its outcome."""
     torch.set_num_threads(1)
     deadline = time.monotonic() + seconds
     chosen = torch.device(device)
@@ -186,7 +186,7 @@ def main() -> int:
 
 
 def expected(seconds: float) -> int:
-    """Cases that there have to be on a GPU."""
+    """Expected number of cases on a GPU."""
     return max(round(RATE * (seconds - STARTING)), 1)
 
 

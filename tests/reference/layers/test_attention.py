@@ -10,7 +10,7 @@ MASK = torch.arange(30) < torch.tensor([[30], [21]])
 
 
 class Largest(TorchDispatchMode):
-    """Watches for the tensor with the most elements."""
+    """Finds the size of the largest tensor."""
 
     numel = 0
 
@@ -47,14 +47,14 @@ OPTIONS = [
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_heavy_branch(layer, by_hand, options, masked):
-    """Without straight-through, so that what is multiplied with a score shows."""
+    """Without straight-through weights, so that products with a score are visible."""
     attention = layer(has_light_attn=False, **{"router_straight_through": False, **options})
     out = attention(X, mask=MASK if masked else None)
     for b, x in enumerate(X):
         valid = MASK[b] if masked else None
         expected = by_hand.heavy(attention, x, x, 8, 10, valid, valid, **options)
         torch.testing.assert_close(out[b], expected)
-        # The option is there for a reason: without it, the result is another.
+        # The option has an effect: without it, the result is different.
         without = by_hand.heavy(attention, x, x, 8, 10, valid, valid)
         visible = {"multiply_keys_by_score", "multiply_queries_by_score", "rotary_emb"} & set(options)
         assert not visible or (without - expected).abs().max() > 1e-3
@@ -76,7 +76,7 @@ def test_light_attention_reaches_exactly_half_a_window_to_either_side(
     layer, by_hand, light_window_size, rotary, n, masked
 ):
     light = layer(light_window_size=light_window_size, light_rotary_emb=rotary).light_attn
-    # What is masked in the middle leaves some tokens with nothing to attend to: they get 0.
+    # A mask in the middle leaves some tokens without tokens to attend to: they get 0.
     mask = MASK[:, :n] & ((torch.arange(n) < 2) | (torch.arange(n) > 12)) if masked else None
     position = torch.arange(n)
     near = (position[:, None] - position).abs() <= light_window_size // 2
@@ -140,7 +140,7 @@ def test_router_kwargs_and_use_triton_reach_both_routers(layer):
 
 
 def test_blocks_and_the_exact_solver_through_router_kwargs(layer):
-    """Of one block of 32 for 30 tokens, the same as without blocks; of blocks of 8, something else."""
+    """One block of 32 for 30 tokens gives the same as no blocks; blocks of 8 give something else."""
     base = layer(has_light_attn=False)
     results = {}
     for size in (None, 32, 8):
@@ -196,7 +196,7 @@ def test_an_empty_batch(layer):
 
 
 def test_rotary_positions_are_exact_in_half_precision(build):
-    """In bf16 positions after 256 and the frequencies would be off by turns."""
+    """In bf16, positions after 256 and the frequencies would be wrong by several turns."""
     wide = build("ConditionalRoutedAttention", rotary_emb=True)
     narrow = build("ConditionalRoutedAttention", rotary_emb=True).bfloat16()
     assert torch.equal(narrow.rotary_emb(5000), wide.rotary_emb(5000))

@@ -93,7 +93,7 @@ def test_nothing_before_the_first_window(layer, causal_query_routing):
 
 
 def causal_by_hand(attention, x, size, num_q):
-    """Which tokens are routed, one after the other, and what each weighs."""
+    """Computes token by token which tokens are routed, and their weights."""
     router = attention.q_router
     scores = (x @ router.routing_token[0]).detach()
     weights = torch.zeros(len(x), dtype=x.dtype)
@@ -124,7 +124,7 @@ def test_causal_query_routing_by_hand(layer, n, rotary_emb):
     everywhere.load_state_dict(attention.state_dict())
     x = X[:, :n]
     heavy = attention(x) - attention.light_attn(x)
-    # Of all tokens as queries with a weight of 1, those that are routed, times their weights.
+    # With all tokens as queries with a weight of 1, the routed ones, times their weights.
     dense = everywhere(x, num_heavy_tokens_q=8) - attention.light_attn(x)
     for b in range(2):
         weights = causal_by_hand(attention, x[b], 8, 3)[:, None]
@@ -151,7 +151,7 @@ def test_causal_query_routing_by_hand(layer, n, rotary_emb):
     ids=str,
 )
 def test_causal_query_routing_is_causal(build, options):
-    """Bit for bit: whatever becomes of a token, no output before it changes."""
+    """Bit for bit: no change of a token changes an output before it."""
     random_route = "random_route" in options
     options = {name: value for name, value in options.items() if name != "random_route"}
     attention = build("ConditionalRoutedAutoregressiveAttention", causal_query_routing=True, **options)
@@ -162,7 +162,7 @@ def test_causal_query_routing_is_causal(build, options):
         changes = 0
         for j in range(x.shape[1]):
             changed = x.clone()
-            # To the top and to the bottom of its window, in turns.
+            # Alternately to the top and to the bottom of its window.
             change = 30 if j % 2 else -30
             changed[:, j] += change * attention.q_router.routing_token[0].sign() + torch.randn(16)
             torch.manual_seed(3)
@@ -173,7 +173,7 @@ def test_causal_query_routing_is_causal(build, options):
 
 
 def test_by_default_the_choice_of_a_window_looks_at_all_of_it(layer):
-    """As published: a late token takes the place of an earlier one."""
+    """As published: a late token replaces an earlier one."""
     attention = layer()
     scores = X[0, 8:16] @ attention.q_router.routing_token[0]
     x = X[:1, torch.cat((torch.arange(8), 8 + scores.argsort(descending=True)))]
@@ -187,7 +187,7 @@ def test_by_default_the_choice_of_a_window_looks_at_all_of_it(layer):
 
 @pytest.mark.parametrize("causal_query_routing", [False, True])
 def test_random_route(layer, causal_query_routing):
-    """What is routed varies, and windows attend to what is before them all the same."""
+    """The routed tokens vary, but windows still attend only to tokens before them."""
     attention = layer(causal_query_routing=causal_query_routing)
     routed = []
     for seed in range(40):
@@ -197,7 +197,7 @@ def test_random_route(layer, causal_query_routing):
     share = torch.stack(routed).double().mean(0)
     assert (share > 0).all()
     assert (share < 1).all()
-    # 3 of 8, and 3 of the 4 that there are in the last window; the first to exceed a threshold are early ones.
+    # 3 of 8, and 3 of the 4 in the last window; the first to exceed a threshold are early ones.
     if not causal_query_routing:
         assert share[:, :32].mean().item() == pytest.approx(3 / 8, abs=1e-9)
         assert share[:, 32:].mean().item() == pytest.approx(3 / 4, abs=1e-9)
@@ -252,12 +252,12 @@ def test_kernels_give_what_plain_pytorch_does(layer, options, n):
         out = attention(x)
         gradients = torch.autograd.grad(out.square().sum(), (x, *attention.parameters()), allow_unused=True)
         results.append((out.detach(), *gradients))
-    # Coordinate descent of the kernels is not that of the definition to the last bit.
+    # Coordinate descent of the kernels differs from the definition in the last bits.
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
 
 
 def test_the_sequence_is_not_copied_for_each_window(build):
-    """Neither forwards nor backwards, where the gradient of `torch.gather` would be as large as all copies."""
+    """Neither forward nor backward, where the gradient of `torch.gather` would be as large as all copies."""
     attention = build("ConditionalRoutedAutoregressiveAttention", num_heavy_tokens_kv=2)
     x = torch.randn(1, 1024, 16, requires_grad=True)
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
@@ -291,7 +291,7 @@ def test_prefixes_are_routed_as_masked_rows_are(layer, options, path, num_kv):
     torch.testing.assert_close(out, expected)
     expected.square().sum().backward()
     out.square().sum().backward()
-    # Nothing is selected, and nothing scored, where there is room for all.
+    # If all tokens fit, nothing is selected or scored.
     assert (plain.kv_router.routing_token.grad is None) == (num_kv == 99)
     for ours, theirs in zip(routed.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)

@@ -41,7 +41,7 @@ def test_routing_tokens(block):
 
 
 def test_options_reach_both_layers(monkeypatch):
-    """Each argument under the name that the layer has for it."""
+    """Each argument has the layer's own name for it."""
     import reference.layers.block as module
 
     received = {}
@@ -99,7 +99,7 @@ def test_short_sequences(block, n):
 
 @pytest.mark.parametrize("watched", [None, "conditional_attn", "conditional_ff"])
 def test_weights_of_both_layers_are_rounded_together(build, count_casts, watched):
-    """By one kernel, and their gradients widened by one. A layer that somebody watches rounds its own."""
+    """One kernel rounds the weights, and one widens their gradients. A layer with an observer rounds its own."""
     layer = build("ConditionalRoutedTransformerBlock")
     seen = []
     if watched is not None:

@@ -57,7 +57,7 @@ def test_numbers_of_tokens_of_a_call(layer, by_hand, num_q, num_kv):
 
 
 def test_blocks_are_of_the_context_alone(layer, by_hand):
-    """Blocks of 16, 16 and 3: the context's keys are those that each block selects, its tail included."""
+    """Blocks of 16, 16 and 3: the context's keys are those that each block selects, including its tail."""
     attention = layer(route_block_size=16, num_tokens_kv=12)
     assert (attention.q_router.route_block_size, attention.kv_router.route_block_size) == (None, 16)
     out = attention(X, CONTEXT)
@@ -107,7 +107,7 @@ def test_a_masked_context_is_not_attended_to(layer):
     changed = CONTEXT.masked_fill(~CONTEXT_MASK[..., None], 1e3)
     mask = {"context_mask": CONTEXT_MASK}
     assert torch.equal(attention(X, CONTEXT, **mask), attention(X, changed, **mask))
-    # Nothing to attend to but the null key.
+    # Only the null key to attend to.
     nothing = attention(X, CONTEXT, context_mask=torch.zeros_like(CONTEXT_MASK), num_tokens_q=20)
     value = attention.heavy_attn.null_kv[1].flatten() @ attention.heavy_attn.to_out.weight.T
     torch.testing.assert_close(nothing, value.expand_as(X))

@@ -1,4 +1,4 @@
-"""Tests of all layers alike: half precision, compilation, copies."""
+"""Tests of all layers: half precision, compilation, copies."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ SHAPES = {
     "ConditionalRoutedViT": (2, 3, 32, 32),
 }
 SINGLE = [name for name in SHAPES if name not in ("ConditionalRoutedTransformerBlock", "ConditionalRoutedViT")]
-"""Where all routers see the input itself, so that half precision changes no selection."""
+"""Layers whose routers all see the input itself, so that half precision changes no selection."""
 
 
 def inputs_for(name, dtype=torch.float32):
@@ -39,7 +39,7 @@ def test_autocast(build, name, dtype, flash):
     with torch.autocast("cpu", dtype=dtype):
         out = layer(*inputs)
     if name in SINGLE:
-        # A few roundings to half precision one after the other.
+        # A few consecutive roundings to half precision.
         assert distance(out, expected) < 4 * torch.finfo(dtype).eps
     out.float().square().mean().backward()
     assert out.isfinite().all()
@@ -84,7 +84,7 @@ def test_modules_in_half_precision(build, name, dtype):
     ],
 )
 def test_compiles_in_one_graph(build, name, options):
-    """Routed in plain PyTorch and by the operators of `kernels`; of the ViT's layers and the block's, too."""
+    """Routed in plain PyTorch and by the operators of `kernels`, also within the ViT and the block."""
     layer = build(name, **options)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x, *rest = inputs_for(name)
@@ -97,7 +97,7 @@ def test_compiles_in_one_graph(build, name, options):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-# Keys of its cache, of open sizes, take longer than what they find.
+# Its cache keys with symbolic sizes cost more time than the cache saves.
 @torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
 @pytest.mark.parametrize("name", [name for name in SINGLE if "Image" not in name])
 def test_compiles_once_for_any_length(build, name):

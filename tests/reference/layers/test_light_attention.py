@@ -1,4 +1,4 @@
-"""The attention itself is tested with its operations, and the layers with those that have them."""
+"""Only properties of the module: the tests of its operations and of the layers cover the attention."""
 
 import pytest
 import torch

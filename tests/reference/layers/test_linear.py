@@ -1,4 +1,4 @@
-"""Weights that are rounded together give what autocast gives, and layers that somebody watches are called."""
+"""Weights that are rounded together give the results of autocast, and layers with observers are called."""
 
 import copy
 from itertools import pairwise
@@ -68,7 +68,7 @@ def test_a_second_derivative():
 
 
 class Adapter(nn.Linear):
-    """A kind of its own."""
+    """A subclass of a linear layer."""
 
 
 def hooked(layer):

@@ -1,4 +1,4 @@
-"""The seam: a tree of layers calls the operations of one object, and only these."""
+"""A tree of layers calls the operations of one object, and no others."""
 
 import ast
 import copy
@@ -65,7 +65,7 @@ def test_a_layer_takes_operations_as_they_are(name, seed, use_triton):
 
 
 def function_of(operation):
-    """A partial function is made anew each time."""
+    """A partial function is a new object each time."""
     return getattr(operation, "func", operation)
 
 

@@ -10,7 +10,7 @@ from reference.layers.light_attention import WindowedAttention
 from tests.calls import LAYERS, inputs_of
 
 PUBLISHED = [(f"ConditionalRouted{name}Attention", "rotary_emb") for name in ("", "Autoregressive")]
-"""Where checkpoints hold frequencies."""
+"""Layers whose checkpoints contain frequencies."""
 
 ROTARY = [
     (name, option)
@@ -22,7 +22,7 @@ ROTARY = [
 
 @pytest.mark.parametrize(("name", "option"), ROTARY)
 def test_rotary_has_no_parameters_and_is_seen(build, name, option):
-    """A checkpoint of a layer without it loads into one with it, and the other way round."""
+    """A checkpoint of a layer without it loads into one with it, and the reverse."""
     without, with_it = (build(name, **{option: use}) for use in (False, True))
     without.load_state_dict(with_it.state_dict(), strict=True)
     with_it.load_state_dict(without.state_dict(), strict=True)
@@ -49,7 +49,7 @@ def test_a_position_bias_is_one_parameter_more_and_starts_as_none(build, name):
 
 
 def bucket(distance, causal, buckets=32, farthest=128):
-    """As T5 has it, of the distance from a query to a key: by thresholds, which grow by a constant factor."""
+    """T5's bucket of the distance from a query to a key, by thresholds that grow by a constant factor."""
     if not causal:
         buckets //= 2
     first = buckets if not causal and distance > 0 else 0
@@ -62,7 +62,7 @@ def bucket(distance, causal, buckets=32, farthest=128):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window_size", [1, 5, 40, 1000])
 def test_position_bias_is_learned_by_bucket(window_size, causal):
-    """Each bucket has the bias of its own distances, those past the last one too."""
+    """Each bucket has the bias of its own distances, including those beyond the last one."""
     layer = WindowedAttention(8, window_size, 4, 2, causal, position_bias=True).double()
     plain = WindowedAttention(8, window_size, 4, 2, causal).double()
     plain.load_state_dict(layer.state_dict(), strict=False)

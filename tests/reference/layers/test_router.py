@@ -120,7 +120,7 @@ def test_each_route_is_a_router_of_its_own(router, mask):
 @pytest.mark.parametrize("n", [24, 40, 33, 8, 5])
 @pytest.mark.parametrize("masked", [False, True])
 def test_blocks(router, n, masked):
-    """Each block of 8 selects as a row of its own, the last one with what it has."""
+    """Each block of 8 selects as a separate row, the last one with its remaining tokens."""
     route, x = router(route_block_size=8, straight_through=False), X[:, :n]
     mask = torch.rand(3, n) > 0.4 if masked else None
     num_tokens = 4 if n == 5 else min(n - 1, 7)
@@ -141,7 +141,7 @@ def test_blocks(router, n, masked):
             count = min(each, int(there.sum()))
             places = raw.masked_fill(~there[0], -torch.inf).topk(count).indices
             assert torch.equal(indices[b, part][:count], places + start)
-            # The tail is padded to a block, of which the number that the relaxation sums to knows.
+            # The tail is padded to a block, which affects the sum of the relaxation.
             k = min(each * 9 / 8, 8 if n > 8 else n)
             relaxed = coor_descent(raw, k=k, mask=there[0], **SCHEDULE)
             torch.testing.assert_close(scores[b, part][:count], relaxed[places])
@@ -177,7 +177,7 @@ def test_cosine_similarity(router, cosine_sim_scale):
 @pytest.mark.parametrize("routes", [1, 2])
 @pytest.mark.parametrize("own", [False, True])
 def test_routing_tokens_that_are_passed(router, routes, own):
-    """One a batch element; they take the place of the router's own."""
+    """One per batch element; they replace the router's own."""
     route = router(num_routing_tokens=routes, learned_routing_tokens=not own, straight_through=False)
     assert (route.routing_token is None) == (not own)
     tokens = (torch.randn(3, routes, 16, dtype=X.dtype) / 40).requires_grad_()
@@ -205,7 +205,7 @@ def test_random_route(router, mask):
         counts.scatter_add_(1, indices, chosen.float())
     valid = torch.ones(3, 40, dtype=torch.bool) if mask is None else mask
     assert not counts[~valid].any()
-    # Every valid token about as often as any other, the largest included: 200 draws of 6 from 40 give 30 +- 5.
+    # Every valid token is selected about equally often, including the largest: 200 draws of 6 from 40 give 30 +- 5.
     expected = 200 * (6 / valid.sum(-1, keepdim=True)).clamp(max=1)
     assert ((counts - expected).abs()[valid] <= 6 * expected.sqrt().expand(3, 40)[valid]).all()
 
@@ -218,7 +218,7 @@ def test_the_control_of_random_routes_is_random_in_what_it_selects_alone(router)
 
 
 def test_normalized_to_what_is_selected(router):
-    """As in the paper: the relaxation sums to k, and 9/8 of k carry weight."""
+    """As in the paper: the relaxation sums to k, and 9/8 of k have weights."""
     route = router(normalize_to="selected", straight_through=False)
     routed = route(X, num_tokens=10)
     raw = scores_of(route).squeeze(1)
@@ -249,8 +249,8 @@ def test_the_exact_solution(router, normalize_to):
     ],
 )
 def test_which_settings_train_at_the_scores_of_an_untrained_router(solver, normalize_to, trains):
-    """Scores have a standard deviation of 22.6. 20 iterations leave all that is selected at 1; and where a sum of
-    9/8 k is exact, the k largest are at 1."""
+    """Scores have a standard deviation of 22.6. 20 iterations leave all selected entries at 1. If a sum of 9/8 k is
+    exact, the k largest are at 1."""
     router = CoordinateDescentRouter(512, solver=solver, normalize_to=normalize_to)
     scores = router(torch.randn(1, 4096, 512), num_tokens=256).scores
     (gradient,) = torch.autograd.grad(scores, router.routing_token, torch.randn_like(scores))
@@ -259,7 +259,7 @@ def test_which_settings_train_at_the_scores_of_an_untrained_router(solver, norma
 
 @pytest.mark.parametrize("solver", ["coor_descent", "exact"])
 def test_use_triton(router, solver):
-    """The kernels have a CPU path, whose bits are not those of the definition."""
+    """The kernels have a CPU path, whose bits differ from the definition."""
     x = X.float()
     plain = router(straight_through=False, solver=solver).float()
     raw = scores_of(plain, x).squeeze(1)
@@ -298,7 +298,7 @@ def test_use_triton(router, solver):
     ids=str,
 )
 def test_kernels_do_what_the_definition_says(router, options, masked):
-    """Each option of a router: what is returned, and the gradients of tokens and routing tokens, in fp64."""
+    """Each option of a router: results, and the gradients of tokens and routing tokens, in fp64."""
     options = dict(options)
     random_route = options.pop("random_route", False)
     mask = torch.rand(3, 40) > 0.3 if masked else None

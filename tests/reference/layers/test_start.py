@@ -1,4 +1,4 @@
-"""Tests of how layers start."""
+"""Tests of the start of layers."""
 
 import pytest
 import torch

@@ -6,7 +6,7 @@ from tests.reference.parallel.ranks import started
 
 @pytest.fixture(scope="session", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
 def started_ranks(request, tmp_path_factory):
-    """Four ranks, or one on each GPU, of which a call takes the first so many."""
+    """Four ranks, or one on each GPU; a call uses the first ones."""
     size = torch.cuda.device_count() if request.param == "nccl" else 4
     with started(tmp_path_factory.mktemp("ranks") / "store", size, backend=request.param) as ranks:
         yield ranks

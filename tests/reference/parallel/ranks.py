@@ -1,4 +1,4 @@
-"""Processes that stay for many tests: starting one takes as long as dozens of the calls that it is for."""
+"""Processes that stay for many tests, because starting one takes as long as dozens of calls."""
 
 import io
 import multiprocessing
@@ -20,11 +20,11 @@ SECONDS = 30.0
 """Timeout of an exchange. It is long: on a busy machine a rank may have to wait for its turn."""
 
 LONGEST = 4 * SECONDS
-"""Longest call. A rank that waits for a GPU has no other end."""
+"""Limit of a call. Nothing else ends a rank that waits for a GPU."""
 
 
 class Ranks:
-    """Ranks of a process group, which call functions with it: on CPUs with gloo, on a GPU each with NCCL.
+    """Ranks of a process group, which call functions with it: on CPUs with gloo, on one GPU each with NCCL.
 
     Tensors of a call are sent to the device of a rank, and those of its results to the device of the first.
     """
@@ -43,10 +43,10 @@ class Ranks:
             theirs.close()
 
     def __call__(self, size, function, *args):
-        """The results of `function(group, *args)` in a group of the first so many ranks, by rank.
+        """The results of `function(group, *args)` in a group of the first ranks, by rank.
 
         Raises:
-            AssertionError: a call has raised something, of which this is the text.
+            AssertionError: a call has raised an error, which the text shows.
         """
         outcomes = self.outcomes(size, function, *args)
         failures = [text for failed, text in outcomes if failed]
@@ -84,7 +84,7 @@ def started(store, size, seconds=SECONDS, backend="gloo"):
 
 
 def _packed(something):
-    """Bytes of an object with tensors in it, wherever they are in it."""
+    """Bytes of an object with tensors in it, at any depth."""
     file = io.BytesIO()
     torch.save(something, file)
     return file.getvalue()

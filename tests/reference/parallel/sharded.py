@@ -1,4 +1,4 @@
-"""Calls that tests make in each rank: of a whole that all have, a rank takes its own part."""
+"""Calls that tests make in each rank: all ranks have the whole, and each takes its own part."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ def part(group, lengths, tensor, dim):
 
 
 def leaves(arguments):
-    """Arguments, of which tensors that may have a gradient are leaves."""
+    """Arguments, with differentiable tensors as leaves."""
     for name, each in arguments.items():
         if isinstance(each, Tensor) and each.is_floating_point():
             arguments[name] = each.detach().clone().requires_grad_()
@@ -47,7 +47,7 @@ def operation(group, name, lengths, arguments, dims, loss_of, on_mesh=False):
     Args:
         dims: the dimension, by name, of arguments that are sharded.
         loss_of: the loss, as a function of group, lengths and outputs.
-        on_mesh: whether the operation gets a mesh in place of the group.
+        on_mesh: whether the operation gets a mesh instead of the group.
     """
     own = {key: part(group, lengths, each, dims[key]) if key in dims else each for key, each in arguments.items()}
     own = leaves(own)
@@ -91,10 +91,11 @@ def layer(group, layer, lengths, tensors, grad, options, context=nullcontext, ru
     """A layer's output for this rank's tokens, and gradients of tokens and parameters.
 
     Args:
-        lengths: of each of the tensors.
-        grad: of the whole output.
-        options: of the call. Those that are tensors are cut as the first tensor is. A mask that is all True is none.
-        context: makes one that the layer is called in.
+        lengths: those of each of the tensors.
+        grad: grad_output of the whole.
+        options: options of the call. Tensors among them are divided like the first tensor. A mask that is all True is
+            omitted.
+        context: makes a context for the call of the layer.
         run: calls the layer with its arguments.
     """
     parallel.shard_sequences(layer, mesh=group)
@@ -129,7 +130,7 @@ def reduced(group, layer, how, lengths, tensors, grad):
     else:
         mesh = DeviceMesh.from_group(group, torch.get_default_device().type)
         for each in layer.children():
-            # Some of these have parameters that their layer uses by itself.
+            # Some of these have parameters that their layer uses directly.
             if how == "FSDP2 of parts" and type(each).__name__.startswith("Conditional"):
                 fully_shard(each, mesh=mesh)
         fully_shard(layer, mesh=mesh)
@@ -144,7 +145,7 @@ def whole_gradients(layer):
 
 
 def reduced_over_batch_and_tokens(group, layer, how, lengths, x, grad):
-    """The output for this rank's tokens of its half of the batch, and gradients as they are reduced over all ranks."""
+    """The output for this rank's tokens of its half of the batch, and gradients reduced over all ranks."""
     mesh = init_device_mesh(torch.get_default_device().type, (2, 2), mesh_dim_names=("dp", "cp"))
     x, grad = (each.chunk(2)[mesh["dp"].get_local_rank()] for each in (x, grad))
     sequence = mesh["cp"].get_group()
@@ -156,7 +157,7 @@ def reduced_over_batch_and_tokens(group, layer, how, lengths, x, grad):
 
 
 class Made(TorchDispatchMode):
-    """Memory of so many bytes or more that operations make."""
+    """Allocations of operations from a size in bytes on."""
 
     def __init__(self, least):
         super().__init__()
@@ -172,7 +173,7 @@ class Made(TorchDispatchMode):
 
 
 def made_in_backward(group, lengths, x, tokens, options):
-    """Operations that make tensors as large as this rank's tokens in a backward pass of `route`."""
+    """Operations that allocate tensors as large as this rank's tokens in a backward pass of `route`."""
     own = part(group, lengths, x, 1).clone().requires_grad_()
     out = parallel.route(own, tokens.clone().requires_grad_(), mesh=group, **options)
     loss = (out.tokens * out.weights.unsqueeze(-1)).sum()
@@ -191,7 +192,7 @@ def shard(group, model, times):
 
 
 def dry_runs(group, layer, x):
-    """Whether a call of a layer has a dry run, before the layer is sharded and after it."""
+    """True if a call of a layer has a dry run, before the layer is sharded and after it."""
     return [_has_dry_run(layer, x), _has_dry_run(parallel.shard_sequences(layer, mesh=group), x)]
 
 
@@ -208,7 +209,7 @@ def _has_dry_run(layer, x):
 
 
 def with_an_absent_rank(group, leave, when, x):
-    """A step of which the last rank does not take part in the forward or the backward pass."""
+    """A step in which the last rank does not take part in the forward or the backward pass."""
     is_last = group.rank() == group.size() - 1
     if is_last and when == "forward":
         leave()

@@ -1,4 +1,4 @@
-"""A rank that ends, or does not come, ends the others with a message."""
+"""A rank that ends, or does not start a call, ends the others with a message."""
 
 import time
 
@@ -15,12 +15,12 @@ TIMEOUT = 3.0
 @pytest.mark.parametrize("leave", [sharded.die, sharded.hang])
 def test_the_others_end(tmp_path, leave, when):
     with started(tmp_path / "store", 3, TIMEOUT) as ranks:
-        # Ranks that have started are no part of the time.
+        # The start of ranks is not part of the time.
         ranks(3, sharded.shard, torch.nn.Identity(), 1)
         start = time.monotonic()
         ranks.send(3, sharded.with_an_absent_rank, leave, when, torch.randn(2, 9))
         outcomes = [ranks.receive(rank) for rank in range(2)]
-        # A rank that is killed is missed at once, another one when its time is over.
+        # A killed rank is noticed at once, another one after the timeout.
         assert time.monotonic() - start < (1 if leave is sharded.die else 2) * TIMEOUT
     for rank, (failed, text) in enumerate(outcomes):
         assert failed
@@ -31,7 +31,7 @@ def test_the_others_end(tmp_path, leave, when):
 @pytest.mark.gpu
 @pytest.mark.parametrize("leave", [sharded.die, sharded.hang])
 def test_nccl_ends_a_process_that_waits(tmp_path, leave):
-    """Its watchdog does, when the timeout is over: the host has gone on, and nobody else could."""
+    """Its watchdog ends it after the timeout: the host has gone on, and nothing else could."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs 2 GPUs")
     with started(tmp_path / "store", 2, TIMEOUT, "nccl") as ranks:

@@ -1,4 +1,4 @@
-"""Layers of sharded sequences compute what the same layers do of whole ones."""
+"""Layers of sharded sequences compute the same as on whole sequences."""
 
 import copy
 import random
@@ -27,7 +27,7 @@ AUTOREGRESSIVE = "ConditionalRoutedAutoregressiveAttention"
 
 
 def in_fp64(rng, device):
-    """Whether to use kernels for fp64. On a GPU some of them compute that in fp32."""
+    """True if kernels are used for fp64. On a GPU some of them compute fp64 in fp32."""
     return rng.random() < 0.5 and device.type == "cpu"
 
 
@@ -60,7 +60,7 @@ def check_close(found, expected):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer(ranks, name, seed, size):
-    """Shards may be shorter than a window, and hold nothing that is routed or not masked."""
+    """Shards may be shorter than a window, and have no routed token, or only masked ones."""
     rng = random.Random(f"{name} {seed}")
     layer = layer_of(name, rng, use_triton=in_fp64(rng, ranks.device)).double()
     sizes = {"length": rng.choice([7, 23, 60]), "context": rng.choice([9, 31, 70])}
@@ -87,7 +87,7 @@ def test_layer(ranks, name, seed, size):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", [*LAYERS, AUTOREGRESSIVE])
 def test_accuracy(ranks, name, autocast, use_triton):
-    """By the gate for one process, whose plain PyTorch in the same dtypes says what may be off."""
+    """By the accuracy gate for one process, whose plain PyTorch in the same dtypes gives the tolerance."""
     options = {"block_sizes": (None,), "router_straight_through": False}
     layer, plain = (layer_of(name, random.Random(0), triton, **options) for triton in (use_triton, False))
     plain.load_state_dict(layer.state_dict())
@@ -122,7 +122,7 @@ def test_second_derivatives(ranks, name):
 
 @pytest.mark.parametrize("name", [*LAYERS, AUTOREGRESSIVE])
 def test_checkpoints_of_activations(ranks, name):
-    """The forward pass of the backward pass exchanges again."""
+    """The forward pass within the backward pass has exchanges again."""
     layer = build(name).double()
     tensors = [x.double() for x in inputs_of(name, layer)[0]]
     lengths = [[24, x.shape[1] - 24] for x in tensors]
@@ -134,7 +134,7 @@ def test_checkpoints_of_activations(ranks, name):
 @pytest.mark.parametrize("how", ["DDP", "FSDP2", "FSDP2 of parts"])
 @pytest.mark.parametrize("name", [*LAYERS, AUTOREGRESSIVE])
 def test_gradients_of_parameters_are_reduced(ranks, name, how):
-    """By the mean of ranks: that of the loss is the mean of their losses."""
+    """By the mean over ranks: the loss is the mean of their losses."""
     layer = build(name).double()
     tensors = [x.double() for x in inputs_of(name, layer)[0]]
     lengths = [[24, x.shape[1] - 24] for x in tensors]
@@ -149,7 +149,7 @@ def test_gradients_of_parameters_are_reduced(ranks, name, how):
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(8))
 def test_autoregressive_layer(ranks, seed, size):
-    """Shards begin with a window. The first may be all there is before the others' windows."""
+    """Shards begin with a window. The first shard may be everything before the windows of the others."""
     rng = random.Random(seed)
     heavy = rng.choice([4, 8, 12])
     layer = layer_of(AUTOREGRESSIVE, rng, use_triton=in_fp64(rng, ranks.device), heavy_window_size=heavy).double()

@@ -41,7 +41,7 @@ def sharded_dims(arguments, name, dim):
 
 
 def cut(rng, n, size):
-    """Lengths of so many shards of n entries; some are as short as they may be."""
+    """Lengths of shards of n entries; some are as short as possible."""
     ends = sorted(rng.sample(range(1, n), size - 1))
     return [end - start for start, end in zip([0, *ends], [*ends, n], strict=True)]
 
@@ -56,7 +56,7 @@ def loss_of_parts(grad, dim, group, lengths, out):
 
 
 def loss_of_all(grads, group, lengths, out):
-    """Each rank uses some of the values that all ranks have, in a way of its own."""
+    """Each rank uses a different part of the values that all ranks have."""
     if out.gates is None:
         return (out.values * grads["values"][group.rank()]).sum()
     return sum((getattr(out, name) * each[group.rank()]).sum() for name, each in grads.items())
@@ -83,7 +83,7 @@ def test_relaxed_selection(ranks, name, size, seed):
     n = arguments["scores"].shape[-1]
     lengths = cut(rng, n, size)
     if rng.random() < 0.5:
-        # A rank with nothing valid.
+        # A rank without valid entries.
         arguments["mask"] = torch.arange(n) >= lengths[0]
     grad = torch.randn(arguments["scores"].shape).to(arguments["scores"].dtype)
 
@@ -135,7 +135,7 @@ def test_topk(ranks, size, seed):
 
 
 def loss_of_routed(by_place, group, lengths, out):
-    """Weights and tokens times numbers that belong to their places in the whole; past the end of a rank, 0."""
+    """Weights and tokens times numbers that depend on their places in the whole; past the end of a rank, 0."""
     sums = 0.0
     for name, grads in by_place.items():
         own = sharded.part(group, lengths, grads, 2)
@@ -149,7 +149,7 @@ def loss_of_routed(by_place, group, lengths, out):
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("size", SIZES)
 def test_route(ranks, size, seed):
-    """Scores of one process and of several have the same bits where sums are exact in any order."""
+    """Scores of one process and of several have the same bits if sums are exact in any order."""
     rng = random.Random(seed)
     arguments = arguments_of("route", rng)
     dims = sharded_dims(arguments, "x", 1)

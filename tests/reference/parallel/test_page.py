@@ -1,4 +1,4 @@
-"""The program of docs/parallel.md runs, and learns."""
+"""The program of docs/parallel.md runs, and its loss falls."""
 
 import os
 import re
@@ -12,7 +12,7 @@ PAGE = (Path(__file__).parents[3] / "docs/parallel.md").read_text()
 
 
 def program(source, rank, ranks, port, out):
-    """Run it as one of the ranks that torchrun starts, which are told apart by these variables."""
+    """Run it as one of the ranks that torchrun starts, which these variables distinguish."""
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{ranks}", "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}"}
     sys.stdout = (out / f"{rank}.txt").open("w")
