@@ -23,8 +23,8 @@ def windowed_attention(
 ) -> Tensor:
     """Softmax attention of each token to tokens near it: the light branch of CoLT5 (2303.09752, section 3.2).
 
-    Without `causal` a token at i attends to those at j with |i - j| <= window_size. With `causal` tokens are in windows
-    of that size. A token attends to its own window, up to itself, and to the whole window before. PyTorch's
+    A token at i attends to those at j with |i - j| <= window_size. With `causal`, tokens are in windows of that size
+    instead. A token attends to its own window, up to itself, and to the whole window before. PyTorch's
     scaled_dot_product_attention computes it per window of queries; autocast converts it to its dtype.
 
     Args:

@@ -107,7 +107,7 @@ AUTOREGRESSIVE = {
     "document-128k": (1, 131_072, 512),
     "document-1m": (1, 1_048_576, 512),
 }
-"""The document's example, smaller and longer ones: sequences, their length and dim."""
+"""The example in colt5-attention's README, smaller and longer ones: sequences, their length and dim."""
 
 LONGEST_AT_ONCE = 8192
 """Most tokens of an autoregressive layer whose windows can all be routed at once in fp64."""

@@ -25,7 +25,7 @@ from suites.layers import LONGEST_AT_ONCE
 from suites.peers import COLT5_LAYER_PLAIN, COLT5_LAYER_TRITON, DENSE, DENSE_FLASH
 
 BLOCK = 131_072
-"""The document's `route_block_size`, the longest row of the published kernel."""
+"""`route_block_size` in colt5-attention's README, the longest row of the published kernel."""
 
 MOST_ROUTED = 1024
 """Number of routed tokens, even of a million; a quarter if there are few tokens."""

@@ -23,7 +23,7 @@ COOR_DESCENT_K_RATIO = 9 / 8
 
 
 def cases(preset: str, device: torch.device) -> list[DescentCase]:
-    """The document's example is 1024 x 512 with k = 10."""
+    """The example in colt5-attention's README is 1024 x 512 with k = 10."""
     document = replace(DescentCase.at(1024, 512, 20, CONSTANT), k=10)
     if preset == "smoke":
         return [replace(document, rows=16)]

@@ -63,7 +63,7 @@ def options_for(settings: Settings, dim: int, itemsize: int) -> dict[str, int]:
         "num_stages": settings.num_stages,
     }
     if is_ragged(dim, itemsize):
-        # Without a limit, the assembler may spill to fit another program.
+        # The assembler might otherwise spill to fit another program.
         options["maxnreg"] = most_registers(settings.num_warps)
     return options
 

@@ -1,4 +1,4 @@
-"""`kernels.biased_gelu`, in a folder of its own."""
+"""`kernels.biased_gelu`, in its own folder."""
 
 from kernels.biased_gelu.api import biased_gelu
 

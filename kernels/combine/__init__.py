@@ -1,4 +1,4 @@
-"""`kernels.combine`, in a folder of its own."""
+"""`kernels.combine`, in its own folder."""
 
 from kernels.combine.api import combine
 

@@ -1,4 +1,4 @@
-"""`kernels.gathered_attention`, in a folder of its own."""
+"""`kernels.gathered_attention`, in its own folder."""
 
 from kernels.gathered_attention.api import gathered_attention
 

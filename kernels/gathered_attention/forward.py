@@ -49,9 +49,9 @@ def load_slots(lists_ptr, weights_ptr, slots, n_slots):
 def load_null(null_ptr, n_heads, head, dims, DIM: tl.constexpr, kind: tl.constexpr):
     """The learned key and value of a head, rounded as keys are, in fp32.
 
-    Without the rounding, the output of a query that attends to nothing else would differ from the value by it, and the
-    gradient by the product of the two. Other address arithmetic, as in `kernels.routed_attention`, would need more
-    registers.
+    If they were not rounded, the output of a query that attends to nothing else would differ from the value by a
+    rounding, and the gradient by the product of the two. Other address arithmetic, as in `kernels.routed_attention`,
+    would need more registers.
     """
     null_ptr += head * DIM + dims
     key = tl.load(null_ptr, mask=dims < DIM, other=0.0).to(kind)

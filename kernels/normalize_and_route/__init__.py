@@ -1,4 +1,4 @@
-"""`kernels.normalize_and_route`, in a folder of its own."""
+"""`kernels.normalize_and_route`, in its own folder."""
 
 from kernels.normalize_and_route.api import normalize_and_route
 

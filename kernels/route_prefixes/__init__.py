@@ -1,4 +1,4 @@
-"""`kernels.route_prefixes`, in a folder of its own."""
+"""`kernels.route_prefixes`, in its own folder."""
 
 from kernels.route_prefixes.api import route_prefixes
 

@@ -192,7 +192,7 @@ def _tokens_kernel(
         total = tl.load(step_ptr + n_windows + low, mask=exists, other=0.0)
         offset = tl.load(step_ptr + 2 * n_windows + low, mask=exists, other=0.0)
         slope = tl.load(factor_ptr + t).to(tl.float32)
-        # Without a prefix, the weight must not overflow.
+        # If there is no prefix, the weight must not overflow.
         through_a += per_row(total) * tl.minimum(exp2_line(per_row(score), slope, offset), LARGEST)
 
     count = tl.load(counts_ptr + row * n + column, mask=column < n, other=0)

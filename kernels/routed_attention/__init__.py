@@ -1,4 +1,4 @@
-"""`kernels.routed_attention`, in a folder of its own."""
+"""`kernels.routed_attention`, in its own folder."""
 
 from kernels.routed_attention.api import routed_attention
 

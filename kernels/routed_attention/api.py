@@ -83,7 +83,7 @@ def routed_attention(
     Args:
         query: `b i (h d)`, any float dtype.
         key_value: `b r j (h kv d)`, in the dtype of the queries. Each token has a key and a value side by side, per
-            route and head of the route. Any strides but the last.
+            route and head of the route. Any strides.
         weights: `b r j`, multiplied with values, and with keys if `multiply_keys_by_score`.
         null_kv: `2 h d`: a key and a value that every query also attends to.
         mask: `b r j`, bool; False for masked tokens.

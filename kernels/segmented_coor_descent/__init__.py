@@ -1,4 +1,4 @@
-"""`kernels.segmented_coor_descent`, in a folder of its own."""
+"""`kernels.segmented_coor_descent`, in its own folder."""
 
 from kernels.segmented_coor_descent.api import segmented_coor_descent
 

@@ -29,8 +29,8 @@ LONGEST = 16384
 """Longest row. An entry needs as many searches as its row has runs."""
 
 MOST = 65536
-"""Most entries of all rows. The work of comparisons and searches grows with either limit; PyTorch has more launches,
-and less work per entry."""
+"""Most entries of all rows. The work of comparisons and searches grows with each entry; PyTorch has more launches, and
+less work per entry."""
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "n"])

@@ -430,7 +430,7 @@ def _plan(n_rows: int, n: int, selected: int, available: int) -> Plan:
     warps = min(listed, MOST_THREADS) // 32 if are_few else max(listed // 256, min(4, listed // 32))
     block = CHUNK if parts > 1 else max(min(triton.next_power_of_2(n), 32 * IN_THREAD * warps), 32 * warps)
     settings = {"BLOCK": block, "LISTED": listed, "SHARED": parts > 1, "SORTED": selected <= LISTED}
-    # Without a limit, the assembler aims at fewer registers than there are, and spills some.
+    # The assembler would otherwise aim at fewer registers than there are, and spill some.
     limits = {"launch_cooperative_grid": parts > 1, "num_warps": warps, "maxnreg": 72 if warps == 4 else 64}
     return Plan(n_rows * parts, {**settings, **limits}, parts)
 

@@ -5,10 +5,10 @@
     F(v) = #{s_i > v} + sum over the others of exp((s_i - v) / e)
 
 falls to k. A pass evaluates F at several probes and keeps the two around the solution, the bracket. The next probes are
-at smaller and smaller steps around two points: an interpolation, and the solution under the assumption that no other
-score is between it and an end of the bracket. If that gains little, the probes divide the fp32 numbers in the bracket
-evenly, so that the search ends for any scores. As soon as no score is left in the bracket, the entries at 1 are known,
-and the rest has a closed form: with the anchor h at an end of the bracket, y = exp((s - h) / e) (k - #{s > h}) / sum
+at smaller and smaller steps around an interpolation, and close to the solution under the assumption that no other score
+is between it and an end of the bracket. If that gains little, the probes divide the fp32 numbers in the bracket evenly,
+so that the search ends for any scores. As soon as no score is left in the bracket, the entries at 1 are known, and the
+rest has a closed form: with the anchor h at an end of the bracket, y = exp((s - h) / e) (k - #{s > h}) / sum
 exp((s - h) / e). The difference s - h of two fp32 numbers is exact where it matters, so that only sums and probes need
 fp64.
 """

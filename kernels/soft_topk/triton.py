@@ -360,7 +360,7 @@ def _gradient_kernel(
         weighted = tl.sum(weighted_in_slot, axis=0)
         total = tl.sum(total_in_slot, axis=0)
 
-    # Without an entry below 1, the result does not depend on the scores or on k.
+    # If no entry is below 1, the result does not depend on the scores or on k.
     mean = tl.where(total == 0, 0.0, ratio_of(weighted, total))
     ds = (grad_output - mean) * y * inverse_eps.to(tl.float32)
     tl.store(ds_ptr + row * n + columns, ds.to(ds_ptr.dtype.element_ty), mask=columns < n)

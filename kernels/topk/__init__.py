@@ -1,4 +1,4 @@
-"""`kernels.topk`, in a folder of its own."""
+"""`kernels.topk`, in its own folder."""
 
 from kernels.topk.api import topk
 

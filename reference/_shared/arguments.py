@@ -374,7 +374,7 @@ def check_topk(x: Tensor, k: int, coor_descent_k_ratio: float) -> None:
 
 
 def check_select(scores: Tensor, num_selected: int, mask: Tensor | None) -> None:
-    """Scores and mask match, and there are as many entries as are to be selected."""
+    """Scores and mask match, and there are at least as many entries as are selected."""
     check_scores(scores, mask)
     n = scores.shape[-1]
     check_integers(num_selected=num_selected)

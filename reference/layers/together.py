@@ -50,8 +50,8 @@ def route_together(
         routing_tokens: those of each router; None for its own.
 
     Returns:
-        None where somebody watches one of the modules, or where routers differ in more than their routing tokens or
-        have options that the operation has not. Each module is then to be called by itself.
+        None if an observer needs to see one of the modules, or if routers differ in more than their routing tokens or
+        have options that the operation lacks. Then each module has to be called separately.
     """
     router = routers[0]
     check_tokens(x, router.dim, mask)

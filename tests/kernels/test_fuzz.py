@@ -128,7 +128,7 @@ FOUND = [
         '"use_null_q_tokens": false, "use_flash_attn": true, "rotary_emb": true, '
         '"causal_query_routing": false}}'
     ),
-    # Without rows, the gate could not infer a dimension of -1.
+    # If there were no rows, the gate could not infer a dimension of -1.
     (
         '{"name": "route", "seed": 419173495, "dtype": "float32", "autocast": null, "grad": true, '
         '"layout": "transposed", "data": {"x": [0, 6, 20], "routing_tokens": [1, 1, 20], "std": 0.05, "mask": null}, '

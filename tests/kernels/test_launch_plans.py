@@ -210,7 +210,7 @@ def test_a_multiprocessor_has_what_a_plan_asks_for(planner):
             assert plan.startswith("programs must be at most 2147483647 on a GPU, got "), sizes
             continue
         threads = 32 * plan.settings.get("num_warps", 4)
-        # Without an explicit limit, a thread gets all available registers.
+        # If there is no explicit limit, a thread gets all available registers.
         registers = plan.settings.get("maxnreg", min(255, REGISTERS // threads))
         assert threads <= THREADS, sizes
         assert registers <= 255, sizes

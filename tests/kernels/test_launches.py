@@ -169,7 +169,7 @@ class Call(NamedTuple):
     stream: int
 
     def arguments(self):
-        """Without a y, it is x: one tensor twice."""
+        """If there is no y, it is x: one tensor twice."""
         x = made(*self.x)
         y = x if self.y is None else made(*self.y)
         return x, y, y if self.masked else None, *self[3:-2]

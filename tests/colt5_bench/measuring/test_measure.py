@@ -472,7 +472,7 @@ def test_a_setting_that_an_implementation_changes_is_put_back_and_recorded(condi
     listed = {each.__name__: toy.Implementation(each.__name__, lambda case, f=each: f) for each in (leaking, toy.good)}
     records = run(toy.suite(implementations=listed), conditions)
     assert records["good"].status == "ok"
-    # Without gradients, its own second call fails.
+    # Its own second call fails if there are no gradients.
     assert records["leaking"].status == ("error" if name == "grad mode" else "ok"), records["leaking"].reason
     assert records["leaking"].changed_settings == [name]
     assert records["good"].changed_settings == []

@@ -315,7 +315,7 @@ def test_each_row_names_its_date_revision_and_machine(unchanged):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_plot_is_there_in_print(opened, scheme):
-    """Without scrolling to it first, and in the light theme."""
+    """Plots are drawn before anyone scrolls there, and the theme is light."""
     page = opened(PHONE, scheme)
     page.emulate_media(media="print")
     for card in page.locator(".card").all():

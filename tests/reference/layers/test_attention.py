@@ -47,7 +47,7 @@ OPTIONS = [
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_heavy_branch(layer, by_hand, options, masked):
-    """Without straight-through weights, so that products with a score are visible."""
+    """Straight-through is off, so that products with a score are visible."""
     attention = layer(has_light_attn=False, **{"router_straight_through": False, **options})
     out = attention(X, mask=MASK if masked else None)
     for b, x in enumerate(X):
