@@ -35,8 +35,8 @@ def per_row(x):
 def tile_pointers(ptr, rows, columns, stride):
     """Pointers to a tile of a matrix `rows n` whose last stride is 1."""
     # A thread gets four neighbours for any size of an entry. Otherwise it would load up to sixteen entries of a mask at
-    # once, and each tile that is combined with the mask would go through shared memory. In the other two directions, a
-    # warp is to be spread over rows, not over repeats, as Triton 3.6 would do.
+    # once, and each tile that is combined with the mask would go through shared memory. In the other two directions,
+    # which have no neighbours, a warp is to be spread over rows, not over repeats, as Triton 3.6 would do.
     ROWS_FIRST: tl.constexpr = 2 if rows.shape[0] > 1 else 1
     return tl.max_contiguous(ptr + per_row(rows) * stride + columns, [1, ROWS_FIRST, 4])
 
