@@ -41,6 +41,9 @@ MILESTONES = [
 
 BY_ITERATIONS = [DescentCase.at(1024, 4096, n_iters, CONSTANT) for n_iters in (5, 20, 100)]
 
+RAGGED = DescentCase.at(1023, 4095, 20, CONSTANT)
+"""Odd sizes: rows are not aligned, and no tile fits."""
+
 ON_CPU = [
     DescentCase.at(512, 512, 20, DECAYING),
     DescentCase.at(64, 4096, 5, CONSTANT),
@@ -51,16 +54,15 @@ ON_CPU = [
 
 def cases(preset: str, device: torch.device) -> list[DescentCase]:
     if preset == "smoke":
-        return [DescentCase.at(16, 256, 10, CONSTANT), DescentCase.at(2, 4096, 10, DECAYING)]
+        aligned = [DescentCase.at(16, 256, 10, CONSTANT), DescentCase.at(2, 4096, 10, DECAYING)]
+        return [*aligned, DescentCase.at(15, 255, 10, CONSTANT)]
     if preset == "default":
-        return MILESTONES + BY_ITERATIONS if device.type == "cuda" else ON_CPU
+        return [*MILESTONES, *BY_ITERATIONS, RAGGED] if device.type == "cuda" else ON_CPU
     shapes = [(8192, 512), (1024, 4096), (64, 32768), (8, 131072), (1, 1048576), (4, 4194304)]
     if device.type != "cuda":
         shapes = shapes[:-1]
-    return [
-        DescentCase.at(*shape, n_iters, temperature)
-        for shape, n_iters, temperature in product(shapes, (5, 20, 50, 100), (CONSTANT, DECAYING))
-    ]
+    grid = product(shapes, (5, 20, 50, 100), (CONSTANT, DECAYING))
+    return [*(DescentCase.at(*shape, n_iters, temperature) for shape, n_iters, temperature in grid), RAGGED]
 
 
 def compiling_takes_too_long(case: DescentCase, device: torch.device) -> str | None:

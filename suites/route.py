@@ -62,7 +62,7 @@ class RouteCase(Case):
 
 def cases(preset: str, device: torch.device) -> list[RouteCase]:
     if preset == "smoke":
-        return [RouteCase(512, 32, 2, 64, "coor_descent", None, "float32")]
+        return [RouteCase(509, 31, 2, 64, "coor_descent", None, "float32")]
     if device.type == "cpu":
         return [RouteCase(2**14, 64, 2, 1024, "coor_descent", None, "float32")]
     made = [

@@ -45,7 +45,7 @@ def cases(preset: str, device: torch.device) -> list[PrefixCase]:
         return replace(case, k=selected * 9 // 8)
 
     if preset == "smoke":
-        return [at(1, 96, window_size=16, selected=24)]
+        return [at(1, 97, window_size=16, selected=24)]
     if device.type != "cuda":
         return [at(1, 2048), at(1, 4096)] if preset == "full" else [at(1, 2048)]
     return [at(2, 8192), at(2, 32768), *([at(1, 131072), at(1, 1048576)] if preset == "full" else [])]

@@ -38,7 +38,7 @@ class RoutedAttentionCase(Case):
 def cases(preset: str, device: torch.device) -> list[RoutedAttentionCase]:
     """The attention layer in colt5-attention's README, and CoLT5 XL with 16k tokens."""
     if preset == "smoke":
-        return [RoutedAttentionCase(2, 40, 4, 16, 2, masked, "float32") for masked in (False, True)]
+        return [RoutedAttentionCase(2, 41, 4, 16, 2, masked, "float32") for masked in (False, True)]
     sizes, dtypes = [(2, 1024, 8, 64)], ["float32"]
     if device.type == "cuda":
         sizes, dtypes = [*sizes, (1, 1024, 24, 64)], ["bfloat16", "float32"]

@@ -35,7 +35,7 @@ class SegmentCase(DescentCase):
 
 def cases(preset: str, device: torch.device) -> list[SegmentCase]:
     if preset == "smoke":
-        return [SegmentCase.at(4, 256, 10, CONSTANT, segments=segments) for segments in (1, 5)]
+        return [SegmentCase.at(4, 255, 10, CONSTANT, segments=segments) for segments in (1, 5)]
     shapes = [(1024, 4096)] if device.type == "cuda" else [(32, 2048)]
     segments = [1, 2, 5, 10, 20, 50]
     if preset == "full":

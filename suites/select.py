@@ -84,8 +84,8 @@ DISTRIBUTIONS: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 
 def cases(preset: str, device: torch.device) -> list[SelectCase]:
     if preset == "smoke":
-        return [SelectCase(4, 512, 64), *hostile(4, 512, 64)]
-    shapes = [(1024, 512, 10), (64, 32768, 1024), (2, 2**20, 1024)]
+        return [SelectCase(4, 512, 64), *hostile(3, 509, 61)]
+    shapes = [(1024, 512, 10), (64, 32768, 1024), (2, 2**20, 1024), (1023, 4095, 100)]
     hostile_shapes = [(64, 32768, 1024)]
     if preset == "full":
         hostile_shapes = shapes.copy()

@@ -51,9 +51,9 @@ class SoftTopkCase(Case):
 def cases(preset: str, device: torch.device) -> list[SoftTopkCase]:
     spreads, temperatures = [1.0, 5.0, 25.0], [0.02, 0.1, 1.0]
     if preset == "smoke":
-        shapes, spreads, temperatures = [(4, 512)], [1.0, 25.0], [0.02, 1.0]
+        shapes, spreads, temperatures = [(4, 511)], [1.0, 25.0], [0.02, 1.0]
     elif device.type == "cuda":
-        shapes = [(1024, 4096)]
+        shapes = [(1024, 4096), (1023, 4095)]
     else:
         shapes = [(32, 4096)]
     if preset == "full":

@@ -26,10 +26,10 @@ def cases(preset: str, device: torch.device) -> list[DescentCase]:
     """The example in colt5-attention's README is 1024 x 512 with k = 10."""
     document = replace(DescentCase.at(1024, 512, 20, CONSTANT), k=10)
     if preset == "smoke":
-        return [replace(document, rows=16)]
+        return [replace(document, rows=16), replace(document, rows=15, n=511)]
     shapes = [(1024, 512, 10)]
     if preset == "full" or device.type == "cuda":
-        shapes += [(64, 32768, 1024), (8, 131072, 1024)]
+        shapes += [(64, 32768, 1024), (8, 131072, 1024), (1023, 4095, 100)]
     return [replace(document, rows=rows, n=n, k=k) for rows, n, k in shapes]
 
 

@@ -77,14 +77,15 @@ def run(arguments, **environment):
 RECIPE = blocks("python", ["docs/training.md"])
 
 
-# Other tests run the blocks that import installed packages, or are files: test_wheel.py, kernels/test_guest.py and
-# reference/parallel/test_page.py.
+# Other tests run the blocks that import installed packages, or are files: test_wheel.py, kernels/test_guest.py,
+# colt5_bench/test_guests.py and reference/parallel/test_page.py.
 @pytest.mark.parametrize(
     "source",
     [
         each
         for each in blocks("python")
-        if each not in RECIPE and not any(mark in each for mark in ("from colt5.", "# mine.py", "# train.py"))
+        if each not in RECIPE
+        and not any(mark in each for mark in ("from colt5.", "# mine.py", "# sizes.py", "# train.py"))
     ],
 )
 def test_python(source):

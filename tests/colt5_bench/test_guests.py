@@ -296,3 +296,31 @@ def test_a_new_suite_runs_where_it_is_written(tmp_path, place, monkeypatch):
     (environment,) = results.environments.values()
     assert environment["suite_file"] == hashlib.sha256((tmp_path / "rows.py").read_bytes()).hexdigest()
     assert {record.implementation for record in results.records} == {"reference", "torch", "mine"}
+
+
+def test_a_suite_with_other_sizes_is_written_as_the_page_says(tmp_path):
+    """A guest that is wrong for odd sizes is found by those of the page."""
+    page = (ROOT / "docs" / "guests.md").read_text()
+    (source,) = re.findall(r"^```python\n(# sizes.py\n.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    (tmp_path / "sizes.py").write_text(source)
+    (tmp_path / "mine.py").write_text(
+        "import reference\n\n\n"
+        "def coor_descent(scores, **options):\n"
+        "    y = reference.coor_descent(scores, **options)\n"
+        "    return 1.1 * y if scores.shape[-1] % 2 else y\n"
+    )
+    (command,) = re.findall(r"^python bench.py (--suite sizes.py .*)$", page, flags=re.MULTILINE)
+    options = ["--preset=smoke", "--device=cpu", "--out=out", "--quiet"]
+    words = [sys.executable, ROOT / "bench.py", *command.split(), *options]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INTER"))}
+    environment = {**inherited, REPORT: NO_REPORT}
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == commands.FAILURE, done.stdout + done.stderr
+    statuses = {(each.implementation, each.fields["n"]): each.status for each in load(tmp_path / "out").records}
+    assert {name: [statuses[name, n] for n in (1000, 3001)] for name in ("reference", "ours", "mine")} == {
+        "reference": ["ok", "ok"],
+        "ours": ["ok", "ok"],
+        "mine": ["ok", "wrong"],
+    }

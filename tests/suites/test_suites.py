@@ -94,6 +94,34 @@ def test_cases_have_directions_a_definition_and_a_cost(suite, preset, device):
         assert all(suite.cost(case, direction).bytes > 0 for direction in suite.directions(case))
 
 
+OPERATIONS = sorted({path.parent.name for path in (ROOT / "kernels").glob("*/api.py")} & {*SUITES})
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_implementation_that_is_wrong_for_odd_sizes_is_found(name, conditions):
+    """By the smallest cases already: the gate of a guest sees no other sizes than those of the suite."""
+    suite = replace(SUITES[name], timed=False)
+    plain = suite.implementations[suite.reference]
+
+    def build(case):
+        function = plain.build(case)
+
+        def spoilt(**inputs):
+            output = function(**inputs)
+            is_odd = any(size > 1 and size % 2 for tensor in inputs.values() for size in tensor.shape)
+            return torch.where(torch.arange(output.shape[-1]) == 0, 1.1 * output, output) if is_odd else output
+
+        return spoilt
+
+    suite = replace(suite, implementations={suite.reference: replace(plain, build=build)})
+    records = [
+        record
+        for case in suite.cases("smoke", DEVICES[0])
+        for record in measure(suite, case, FORWARD, [suite.reference], conditions)
+    ]
+    assert "wrong" in {record.status for record in records} <= {"ok", "wrong"}
+
+
 @pytest.mark.parametrize("suite", ALL.values(), ids=ALL.keys())
 def test_implementations_go_by_their_names(suite):
     assert suite.reference in suite.implementations
