@@ -74,6 +74,7 @@ PAPER_SIZES = {
 
 ENCODERS = {
     "tiny": of_document(1, 128, 64),
+    "odd": of_document(2, 131, 60),
     "document-2k": of_document(2, 2048, 512),
     "document": of_document(2, 32768, 512),
     "document-16k": of_document(1, 16384, 512),
@@ -101,6 +102,7 @@ EXAMPLES = {
 
 AUTOREGRESSIVE = {
     "tiny": (2, 256, 64),
+    "odd": (2, 259, 60),
     "document-2k": (2, 1024, 512),
     "document": (2, 8192, 512),
     "document-32k": (2, 32768, 512),
@@ -354,6 +356,7 @@ def cases(preset: str, device: torch.device) -> list[ModelLayerCase]:
         return [
             *(ModelLayerCase(kind, "tiny") for kind in LAYERS),
             *(ModelLayerCase(kind, "tiny", "autocast") for kind in ("feed_forward", "image")),
+            *(ModelLayerCase(kind, "odd") for kind in (*OF_AN_ENCODER, "autoregressive")),
         ]
     on_gpu = device.type == "cuda"
     of_models = list(product(LAYERS, ["document" if on_gpu else "document-2k"]))
@@ -368,7 +371,7 @@ def cases(preset: str, device: torch.device) -> list[ModelLayerCase]:
         if dtype != "autocast" or kind not in WITHOUT_PRODUCTS
     ]
     if on_gpu:
-        longer = [model for model in AUTOREGRESSIVE if model not in EXAMPLES]
+        longer = [model for model in AUTOREGRESSIVE if model not in (*EXAMPLES, "odd")]
         made += [ModelLayerCase("autoregressive", model, "autocast") for model in longer]
     return made
 
