@@ -108,7 +108,8 @@ def test_an_implementation_that_is_wrong_for_odd_sizes_is_found(name, conditions
 
         def spoilt(**inputs):
             output = function(**inputs)
-            is_odd = any(size > 1 and size % 2 for tensor in inputs.values() for size in tensor.shape)
+            # Images have three channels.
+            is_odd = any(size > 3 and size % 2 for tensor in inputs.values() for size in tensor.shape)
             return torch.where(torch.arange(output.shape[-1]) == 0, 1.1 * output, output) if is_odd else output
 
         return spoilt
