@@ -96,8 +96,8 @@ def compare_in_turns(
         *(f"--impl={_of_each(guest, checkout)}" for guest in options.guests),
     ]
 
-    def measure(suites: Iterable[str], cases: str) -> None:
-        for _ in range(options.rounds):
+    def measure(suites: Iterable[str], cases: str, rounds: int = options.rounds) -> None:
+        for _ in range(rounds):
             alternating.measure([str(options.files.get(name, name)) for name in suites], cases)
 
     with Alternating(checkout, revisions, selection, directory) as alternating:
@@ -110,7 +110,11 @@ def compare_in_turns(
                 break
             _say_what_is_unsettled(comparison.unsettled(runs), alternating.turns)
             cases = dict.fromkeys(case for cases in to_repeat.values() for case in cases)
-            measure(to_repeat, expression(cases, dict.fromkeys(each.case for each in comparison.findings)))
+            others = dict.fromkeys(each.case for each in comparison.findings)
+            # No more turns than are needed to confirm a worse time, or than are allowed.
+            limits = (limit - alternating.turns for limit in (runs, MOST_TURNS))
+            rounds = min(options.rounds, *(turns for turns in limits if turns > 0))
+            measure(to_repeat, expression(cases, others), rounds)
             comparison = _compare(alternating, comparer, options)
     return comparison
 
