@@ -117,6 +117,7 @@ FORWARD = {
 
 @planner
 def _plan_forward(batch: int, n: int, heads: int, head_dim: int, itemsize: int) -> Plan:
+    # Ragged heads need no settings of their own here: nothing spills.
     settings = settings_for(FORWARD, head_dim, itemsize, ragged=FORWARD)
     return plan_blocks(settings, batch * heads, n, head_dim, itemsize)
 
