@@ -127,7 +127,8 @@ class Session:
             for record in records:
                 self._records[group, record.implementation] = record
                 if group.suite in self._writers:
-                    self._writer(group.suite).record(record)
+                    self._write_environment_once(group.suite)
+                    self._writers[group.suite].record(record)
                 if conditions.checkpoints is not None:
                     (conditions.checkpoints / f"{record.digest}.pt").unlink(missing_ok=True)
         return [self._records[group, name] for name in names]
@@ -160,7 +161,7 @@ class Session:
             nothing = not self._environments[suite]["expected"] and not writer.path.stat().st_size
             if nothing and self._request.shard != WHOLE:
                 # A shard without a case gets a file, too.
-                self._writer(suite)
+                self._write_environment_once(suite)
             writer.close()
 
     def _code(self, suite: str, origin: Origin) -> dict[str, Any]:
@@ -196,12 +197,11 @@ class Session:
             checkpoints=None if self._request.out is None else self._request.out / CHECKPOINTS,
         )
 
-    def _writer(self, suite: str) -> Writer:
+    def _write_environment_once(self, suite: str) -> None:
         if suite not in self._begun:
             self._environments[suite]["ceilings"] = asdict(self._prepare(suite).ceilings)
             self._writers[suite].environment(self._environments[suite])
             self._begun.add(suite)
-        return self._writers[suite]
 
 
 def _hash_of_data(suite: TrainingSuite, corpus: Path | None) -> str:
