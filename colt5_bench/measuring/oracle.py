@@ -67,19 +67,23 @@ class Oracle:
         return replace(self, tolerances=accuracy.tolerances(plain.results, self.truth.tensors(), self.truth.at_kink))
 
     def judge(self, implementation: Implementation, results: Mapping[str, Tensor]) -> tuple[dict[str, Divergence], str]:
-        """The error of each result, and the first fault; an empty text if there is none."""
-        divergences, wrong = {}, ""
+        """The error of each result, and the first fault with the names of other wrong results.
+
+        The text is empty if there is no fault.
+        """
+        divergences, wrong = {}, {}
         for tensor, result in results.items():
             expected, at_kink = self.truth.tensors()[tensor], self.truth.at_kink.get(tensor)
             allowed = implementation.bound(self.case, tensor, expected, self.tolerances[tensor])
             divergences[tensor] = accuracy.diverge(result, expected, at_kink, tolerance=allowed)
             named = tensor if tensor == "output" else f"gradient of {tensor}"
-            if not wrong and result.dtype != allowed.dtype:
-                wrong = f"{named} must have dtype {_short(allowed.dtype)}, got {_short(result.dtype)}"
-            if not wrong and not accuracy.passes(divergences[tensor]):
+            if result.dtype != allowed.dtype:
+                wrong[named] = f"{named} must have dtype {_short(allowed.dtype)}, got {_short(result.dtype)}"
+            elif not accuracy.passes(divergences[tensor]):
                 elements = expected.numel() - divergences[tensor].kinks
-                wrong = f"{named} is off by {_excess(divergences[tensor], elements)}"
-        return divergences, wrong
+                wrong[named] = f"{named} is off by {_excess(divergences[tensor], elements)}"
+        first, *others = wrong or [""]
+        return divergences, wrong.get(first, "") + (f"; also wrong: {', '.join(others)}" if others else "")
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -87,12 +91,16 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _excess(divergence: Divergence, elements: int) -> str:
-    """The error, the allowed error, and the wrong elements. Both errors differ in print, even if they are close."""
+    """The largest error, the number of wrong elements, and the one that exceeds its allowed error most.
+
+    Its error and the allowed error differ in print, even if they are close.
+    """
     worst, allowed = divergence.worst, divergence.allowed
     if worst is None or allowed is None:
         return f"{divergence.largest:.3g}"
-    place = f"at {divergence.worst_at}, and {divergence.off:,} of {elements:,} elements are wrong"
+    wrong = f"{divergence.off:,} of {elements:,} elements are wrong"
     if isnan(divergence.largest):
-        return f"nan {place}"
+        return f"nan at {divergence.worst_at}, and {wrong}"
     share = f", {100 * (worst / allowed - 1):.2g} % more than allowed" if worst < 2 * allowed else ""
-    return f"{worst:.3g} where {allowed:.3g} is allowed{share}, {place}"
+    most = f"most at {divergence.worst_at}, by {worst:.3g} where {allowed:.3g} is allowed{share}"
+    return f"up to {divergence.largest:.3g}: {wrong}, {most}"

@@ -215,7 +215,7 @@ def test_guests_are_measured_like_others(tmp_path, place, road):
     assert all(word in run.stdout for word in ("sly", "refused", "perf_counter"))
     wrong = {record.reason for record in results.records if record.status == "wrong"}
     (reason,) = {why for why in wrong if why.startswith("output")}
-    assert re.search(r"at \[\d, 7\], and 2 of 16 elements are wrong", reason)
+    assert re.search(r": 2 of 16 elements are wrong, most at \[\d, 7\], by ", reason)
 
 
 def test_a_run_is_not_completed_with_other_code_of_a_guest(tmp_path, place, monkeypatch, capsys):

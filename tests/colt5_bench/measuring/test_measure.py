@@ -1,18 +1,22 @@
 import json
 import os
 import random
+import re
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from math import nan
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from colt5_bench.case import DIRECTIONS, FORWARD, FORWARD_BACKWARD, Truth
+from colt5_bench.case import DIRECTIONS, FORWARD, FORWARD_BACKWARD, Problem, Truth
 from colt5_bench.measuring import roofline, static_facts, timing
 from colt5_bench.measuring.call import Call
 from colt5_bench.measuring.conditions import Conditions
 from colt5_bench.measuring.measure import measure
+from colt5_bench.measuring.oracle import Oracle
 from colt5_bench.measuring.roofline import Ceilings
 from colt5_bench.process.settings import SETTINGS, _same
 from colt5_bench.records import environment
@@ -420,6 +424,58 @@ def test_an_input_that_is_spoilt_while_it_is_timed_and_never_else_is_found(condi
     assert (records["good"].status, bool(records["good"].timings)) == ("ok", True)
     assert records["spoiling"].reason == "writes to its input scores while it is timed"
     assert (records["spoiling"].status, records["spoiling"].timings) == ("wrong", {})
+
+
+FAULTS = {
+    "": lambda right: right,
+    "must have dtype float32, got float64": Tensor.double,
+    "is off by nan at [0, 0], and 16 of 16": lambda right: right * nan,
+    "is off by up to": lambda right: right + 1,
+}
+"""Results by the beginning of the fault that is found in them."""
+
+
+class TestReason:
+    def judge(self, scores, results):
+        """The reason for results, which are allowed an error of some roundings of each element."""
+        scores = torch.tensor(scores).expand(2, 8)
+        suite = toy.suite(problem=lambda case, device: Problem({"scores": scores}, torch.ones(2, 8)))
+        oracle = Oracle.consult(suite, CASE, FORWARD_BACKWARD, CPU, None)
+        strict = replace(
+            suite.implementations["reference"],
+            bound=lambda case, tensor, expected, plain: replace(plain, by_magnitude=0 * plain.by_magnitude),
+        )
+        return oracle.judge(strict, results(2 * scores))[1]
+
+    @pytest.mark.parametrize("of_output", FAULTS)
+    @pytest.mark.parametrize("of_gradient", FAULTS)
+    def test_names_all_that_is_wrong(self, of_output, of_gradient):
+        gradient = torch.full((2, 8), 2.0)
+        reason = self.judge(
+            [1.0] * 8, lambda right: {"output": FAULTS[of_output](right), "scores": FAULTS[of_gradient](gradient)}
+        )
+        named = {"output": of_output, "gradient of scores": of_gradient}
+        first = next((f"{name} {fault}" for name, fault in named.items() if fault), "")
+        assert reason.startswith(first)
+        assert bool(reason) == bool(first)
+        assert reason.endswith("; also wrong: gradient of scores") is bool(of_output and of_gradient)
+        assert "\n" not in reason
+
+    @pytest.mark.parametrize(("small", "large"), [(1e-3, 0.25), (0.25, 0.5), (1e-4, 3.0)])
+    def test_names_the_largest_error_and_the_one_that_exceeds_its_bound_most(self, small, large):
+        def results(right):
+            output = right.clone()
+            output[1, 2] += small
+            output[0, 5] += large
+            return {"output": output}
+
+        reason = self.judge([200.0, 200.0, 1e-3, *[200.0] * 5], results)
+        pattern = (
+            r"output is off by up to (\S+): 2 of 16 elements are wrong, most at \[1, 2\], by (\S+) where (\S+) is .*"
+        )
+        found = [float(each) for each in re.match(pattern, reason).groups()]
+        assert found[:2] == pytest.approx([large, small], rel=1e-2)
+        assert found[2] < small
 
 
 def test_a_timed_output_is_judged(conditions, monkeypatch):
