@@ -1,5 +1,6 @@
 """The tables at the end of a run."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
@@ -51,6 +52,8 @@ MOST_CASES = 40
 
 STEADY_CLOCK = 0.01
 """Largest change of the clock of a GPU that counts as locked."""
+
+NUMBER = re.compile(r"\b\d[\d.,]*(e[-+]?\d+)?")
 
 NOTHING = "-"
 
@@ -116,15 +119,24 @@ def _implementation() -> Column:
 
 
 def endings(records: Sequence[Record], console: Console) -> None:
-    """Print the number of records of each status, and each reason once."""
+    """Print the number of records of each status, and each reason once, with the first case that it applies to.
+
+    Reasons that differ only in numbers count as one.
+    """
     counts = Counter(record.status for record in records)
     counted = ", ".join(f"{count} {_status(status)}" for status, count in counts.items())
     console.print(counted or "nothing was measured", highlight=False)
-    reasons = Counter((r.implementation, r.status, r.reason) for r in records if r.status != "ok")
-    for (implementation, status, reason), count in reasons.items():
-        times = f" ({count} times)" if count > 1 else ""
-        line = f"  {implementation}{times}: {_status(status)}: {reason or 'no reason given'}"
-        console.print(Text(line, style=STYLES[status]), soft_wrap=True)
+    varying, totals = varying_fields(records), Counter(record.implementation for record in records)
+    failed = (record for record in records if record.status != "ok")
+    for own in group_by(failed, lambda each: (each.implementation, each.status, NUMBER.sub("", each.reason))):
+        first, total = own[0], totals[own[0].implementation]
+        line = f"  {first.implementation}: {_status(first.status)}"
+        # The case explains nothing if it is the only one, or if all of them are skipped.
+        if len(own) < total or (total > 1 and first.status != "skipped"):
+            case = f"{label(first.fields, varying)} {first.direction}".strip()
+            line += f" in {len(own)} of {total}, {'first ' if len(own) > 1 else ''}{case}"
+        line += f": {first.reason or 'no reason given'}"
+        console.print(Text(line, style=STYLES[first.status]), soft_wrap=True)
 
 
 def _print_clocks(records: Iterable[Record], console: Console) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from colt5_bench.records.columns import TIMES
 from colt5_bench.records.derived import label, speed_up_intervals, varying_fields, worst, worst_gradient
-from colt5_bench.records.results import Divergence, Timing
+from colt5_bench.records.results import FAILED, Divergence, Timing
 from colt5_bench.report import plots
 from colt5_bench.report.layout import largest_error
 from colt5_bench.report.plots import write_plots
@@ -91,9 +91,36 @@ class TestTable:
         text = printed(records)
         assert "1 ok, 2 skipped, 1 out of memory" in text
         assert text.count("takes rows to 256") == 1
-        assert "other (2 times): skipped: takes rows to 256" in text
-        assert "third: out of memory: tried to allocate 1 TB" in text
+        assert "  other: skipped: takes rows to 256" in text
+        assert "  third: out of memory: tried to allocate 1 TB" in text
         assert line_of("third", text)[:3] == ["out", "of", "memory"]
+
+    @pytest.mark.parametrize("failing", [[0], [3], [1, 3], [0, 1, 2, 3]])
+    @pytest.mark.parametrize("status", FAILED)
+    def test_a_failure_names_its_first_case_as_the_table_does(self, failing, status):
+        points = [(n, direction) for n in (255, 512) for direction in (FORWARD, BOTH)]
+        records = [record("mine", direction, n=n) for n, direction in points]
+        for place in failing:
+            records[place].status = status
+            records[place].reason = f"off by {place}.5e-0{place} of 1,02{place} at [{place}]"
+        text = printed(records)
+        first = failing[0]
+        where = f"n={points[first][0]} {points[first][1]}"
+        assert re.search(rf"^ *{re.escape(where)} *$", text.split("───", 1)[1], flags=re.MULTILINE)
+        many = "first " if len(failing) > 1 else ""
+        named = f"  mine: {status.replace('_', ' ')} in {len(failing)} of 4, {many}{where}: {records[first].reason}\n"
+        assert named in text
+        assert text.count("off by") == 1
+
+    def test_reasons_that_differ_in_more_than_numbers_are_all_printed(self):
+        whys = ["takes float32 of 8", "takes float16 of 8", "takes float16 of 9", ""]
+        text = printed([record("mine", n=n, status="skipped", reason=why) for n, why in enumerate(whys)])
+        lines = [line for line in text.splitlines() if line.startswith("  mine: ")]
+        assert lines == [
+            "  mine: skipped in 1 of 4, n=0 forward: takes float32 of 8",
+            "  mine: skipped in 2 of 4, first n=1 forward: takes float16 of 8",
+            "  mine: skipped in 1 of 4, n=3 forward: no reason given",
+        ]
 
     def test_a_reason_is_no_markup(self):
         text = printed([timed("ours", 1), record("other", status="error", reason="KeyError: [red]['a']")])
