@@ -49,6 +49,8 @@ class Session:
         self._records: dict[tuple[Group, str], Record] = {}
         self._environments: dict[str, dict[str, object]] = {}
         """By suite."""
+        self._origins: dict[str, Origin] = {}
+        """The code when the run began, by suite."""
         self._writers: dict[str, Writer] = {}
         self._begun: set[str] = set()
         """Suites whose results files already have an environment."""
@@ -94,7 +96,7 @@ class Session:
         for group, implementation in expected:
             self._expected.setdefault(group, []).append(implementation)
         for suite in suites:
-            origin = Origin.of(self._files[suite])
+            self._origins[suite] = origin = Origin.of(self._files[suite])
             for note in origin.notes():
                 _tell_once(note)
             described = {**environment.describe(self._device), **self._code(suite, origin)}
@@ -151,7 +153,9 @@ class Session:
     def close(self) -> None:
         """Check whether the code has changed, and close the results files."""
         for suite, before in self._environments.items():
-            if changes := provenance.changed(before, self._code(suite, Origin.of(self._files[suite]))):
+            origin = Origin.of(self._files[suite])
+            files = origin.changed_files(self._origins[suite])
+            if changes := provenance.changed(before, self._code(suite, origin), files):
                 before |= changes
                 self.changed.append(f"{suite}: {provenance.change(before)}")
                 if suite in self._begun:

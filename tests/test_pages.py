@@ -51,7 +51,9 @@ def baselines():
 
 def test_all_of_an_environment_is_described(baselines, tmp_path):
     """For the committed lines, with and without a GPU, and for a run now."""
-    code = Code.of(Path(__file__)).described | Code.of(tmp_path / "folder" / "file.py").described
+    code = Code.of(Path(__file__)).described
+    changed = provenance.changed({"git": code}, {"git": {**code, "dirty": "0"}}, {"git": "kernels/new.py"})["git"]
+    code = code | Code.of(tmp_path / "folder" / "file.py").described | changed
     ceilings = {field.name: {"any": 1} if field.name == "products" else 1 for field in fields(Ceilings)}
     now = {
         "key": "",

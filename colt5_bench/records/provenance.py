@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,6 +22,12 @@ RESULTS, BESIDE_RESULTS = ".jsonl", (".html", ".png", ".svg")
 """Endings of files that runs write: results, and the page and the plots in the same directory."""
 
 BEGINNING_OF_RESULTS = b'{"kind": "environment"'
+
+DOCUMENT, DOCUMENTS = ".md", "docs"
+"""Ending and top-level folder of files that no measurement depends on."""
+
+MOST_NAMED = 3
+"""Most changed files that a message names."""
 
 FIELDS = ("git", "harness")
 """Fields of an environment with the code of a run."""
@@ -60,13 +66,37 @@ class Code:
     advice: str = ""
     """For the user, if the revision is unknown."""
 
+    contents: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """A hash of each file that a measurement may depend on. Empty if the revision is unknown."""
+
     @classmethod
     def of(cls, file: Path) -> "Code":
         try:
             top = _top(file.parent)
-            return cls(top, _described(top, file.relative_to(top).as_posix()))
+            return cls._in_repository(top, file.relative_to(top).as_posix())
         except UnknownRevisionError as error:
             return cls(_above_packages(file), {"unknown": error.reason}, error.advice)
+
+    @classmethod
+    def _in_repository(cls, top: Path, file: str) -> "Code":
+        revision, committed, present = _listed(top)
+        if file not in committed and file not in present:
+            raise UnknownRevisionError(
+                "git ignores its files",
+                "Measure files that git does not ignore, as with `python bench.py` in a clone",
+            )
+        changes = _changes(top, committed, present)
+        contents = {path: identity for path, (_, identity) in committed.items()} | changes
+        return cls(top, {"revision": revision, "dirty": _digest(changes)}, contents=contents)
+
+    def changed_files(self, began: "Code") -> str:
+        """Files that changed since a run began: a few names, and how many more. Empty if a revision is unknown."""
+        if not began.contents or not self.contents:
+            return ""
+        both = {**began.contents, **self.contents}
+        paths = sorted(path for path in both if began.contents.get(path) != self.contents.get(path))
+        more = f" and {len(paths) - MOST_NAMED} more" if len(paths) > MOST_NAMED else ""
+        return printable(", ".join(paths[:MOST_NAMED])) + more
 
     def __str__(self) -> str:
         return f"{self.place} ({named(self.described) or 'unknown'})"
@@ -115,6 +145,11 @@ class Origin:
             described[SUITE_FILE] = hashlib.sha256(self.suite.read_bytes()).hexdigest()
         return described
 
+    def changed_files(self, began: "Origin") -> dict[str, str]:
+        """Files that changed since a run began, by field of the environment."""
+        harness = self.harness.changed_files(began.harness) if self.harness and began.harness else ""
+        return {"git": self.measured.changed_files(began.measured), "harness": harness}
+
     def notes(self) -> Iterator[str]:
         """Lines for the user: why a revision is unknown, and that the harness is of another checkout."""
         for code in filter(None, (self.measured, self.harness)):
@@ -150,28 +185,35 @@ def doubt(described: Any) -> str:
     return "the uncommitted changes are not recorded" if described.get("dirty") is True else ""
 
 
-def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+def changed(before: Mapping[str, Any], now: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
     """A note for the environment of a run whose code changed since it began. Empty if it did not.
 
     Args:
         before: the environment.
         now: the fields with the code, as they are now.
+        files: changed files, as `Origin.changed_files` names them.
     """
     return {
-        field: {"unknown": "the code changed while it was measured", "began": before[field], "ended": described}
-        for field, described in now.items()
-        if described != before[field]
+        name: {
+            "unknown": "the code changed while it was measured",
+            "began": before[name],
+            "ended": described,
+            **({"files": files[name]} if files.get(name) else {}),
+        }
+        for name, described in now.items()
+        if described != before[name]
     }
 
 
 def change(environment: Mapping[str, Any]) -> str:
     """Changes of the code of a run while it was measured, in words; empty if there are none."""
-    changes = [each for field in FIELDS if "ended" in (each := environment.get(field) or {})]
-    of_user = [each for field in (GUESTS, SUITE_FILE) if "ended" in (each := environment.get(field) or "")]
+    changes = [each for name in FIELDS if "ended" in (each := environment.get(name) or {})]
+    of_user = [each for name in (GUESTS, SUITE_FILE) if "ended" in (each := environment.get(name) or "")]
     return "; ".join(
         [
             *(
                 f"{each['unknown']}: from {named(each['began']) or 'unknown'} to {named(each['ended']) or 'unknown'}"
+                f"{', in ' if 'files' in each else ''}{each.get('files', '')}"
                 for each in changes
             ),
             *(["a file named by --impl or --suite changed while it was measured"] if of_user else []),
@@ -190,31 +232,30 @@ def _top(directory: Path) -> Path:
     return Path(_git(directory, "rev-parse", "--show-toplevel").removesuffix("\n"))
 
 
-def _described(top: Path, file: str) -> dict[str, Any]:
-    revision, committed, present = _listed(top)
-    if file not in committed and file not in present:
-        raise UnknownRevisionError(
-            "git ignores its files",
-            "Measure files that git does not ignore, as with `python bench.py` in a clone",
-        )
-    return {"revision": revision, "dirty": _digest(top, committed, present)}
-
-
 def _listed(top: Path) -> tuple[str, dict[str, tuple[str, str]], set[str]]:
-    """The commit of a repository, mode and object of each path in it, and all paths that are not ignored."""
+    """The commit of a repository, mode and object of each path in it, and all paths that are not ignored.
+
+    Paths of documents are left out.
+    """
     revision = _git(top, "rev-parse", "--verify", "HEAD^{commit}").strip()
     committed = {}
     for entry in filter(None, _git(top, "ls-tree", "-r", "-z", "--full-tree", revision).split("\0")):
         facts, _, path = entry.partition("\t")
         mode, _, identity = facts.split(" ")
-        committed[path] = mode, identity
+        if not _is_document(path):
+            committed[path] = mode, identity
     # No remembered state of files is used, neither that of the index nor that of a file monitor.
     listed = _git(top, "-c", "core.fsmonitor=false", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    return revision, committed, {path.rstrip("/") for path in listed.split("\0") if path}
+    present = {path.rstrip("/") for path in listed.split("\0") if path and not _is_document(path)}
+    return revision, committed, present
 
 
-def _digest(top: Path, committed: Mapping[str, tuple[str, str]], present: set[str]) -> str | bool:
-    """A hash of all uncommitted changes, or False.
+def _is_document(path: str) -> bool:
+    return path.endswith(DOCUMENT) or path.startswith(f"{DOCUMENTS}/")
+
+
+def _changes(top: Path, committed: Mapping[str, tuple[str, str]], present: set[str]) -> dict[str, str]:
+    """All uncommitted changes: by path, a hash of the content.
 
     Only contents count, not times or permissions. Line ends of committed files do not count, because git may have
     changed them when it wrote the file. Results of runs are no change of the code.
@@ -227,7 +268,11 @@ def _digest(top: Path, committed: Mapping[str, tuple[str, str]], present: set[st
     except OSError as error:
         advice = printable(f"Make {error.filename} readable")
         raise UnknownRevisionError("a file of the checkout cannot be read", advice) from error
-    changes = {path: content for path, content in there.items() if content is not None}
+    return {path: content for path, content in there.items() if content is not None}
+
+
+def _digest(changes: Mapping[str, str]) -> str | bool:
+    """A hash of all changes, or False if there are none."""
     return bool(changes) and hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -268,7 +313,7 @@ def _of_repository(path: Path) -> str:
     """The revision of a repository inside another one, and its changes."""
     try:
         revision, committed, present = _listed(path)
-        return f"{revision}{_digest(path, committed, present) or ''}"
+        return f"{revision}{_digest(_changes(path, committed, present)) or ''}"
     except UnknownRevisionError as error:
         return error.reason
 

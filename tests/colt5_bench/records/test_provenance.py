@@ -30,33 +30,39 @@ TOY = Path(__file__).parents[1] / "toy.py"
 FILES = {
     "suites/toy.py": "print('measured')\n",
     "suites/two\nlines é.py": "print('beside it')\n",
-    "notes.md": "one\ntwo\n",
+    "notes.txt": "one\ntwo\n",
+    "README.md": "one\n",
+    "kernels/README.md": "one\n",
+    "docs/hooks.py": "print('one')\n",
     ".gitignore": "ignored*\n",
 }
 
 CHANGES = {
-    "edited": lambda root: (root / "notes.md").write_text("one\n2\n"),
+    "edited": lambda root: (root / "notes.txt").write_text("one\n2\n"),
     "edited elsewhere": lambda root: (root / "suites" / "two\nlines é.py").write_text("one\n2\n"),
-    "of equal length": lambda root: (root / "notes.md").write_text("one\nTWO\n"),
-    "staged": lambda root: [(root / "notes.md").write_text("staged"), git(root, "add", ".")],
-    "staged and edited": lambda root: [CHANGES["staged"](root), write(root / "notes.md", "staged and edited")],
-    "emptied": lambda root: (root / "notes.md").write_text(""),
-    "deleted": lambda root: (root / "notes.md").unlink(),
-    "a link": lambda root: [(root / "notes.md").unlink(), (root / "notes.md").symlink_to("suites")],
-    "a directory": lambda root: [(root / "notes.md").unlink(), write(root / "notes.md" / "more.py", "")],
-    "renamed": lambda root: git(root, "mv", "notes.md", "renamed.md"),
+    "of equal length": lambda root: (root / "notes.txt").write_text("one\nTWO\n"),
+    "staged": lambda root: [(root / "notes.txt").write_text("staged"), git(root, "add", ".")],
+    "staged and edited": lambda root: [CHANGES["staged"](root), write(root / "notes.txt", "staged and edited")],
+    "emptied": lambda root: (root / "notes.txt").write_text(""),
+    "deleted": lambda root: (root / "notes.txt").unlink(),
+    "a link": lambda root: [(root / "notes.txt").unlink(), (root / "notes.txt").symlink_to("suites")],
+    "a directory": lambda root: [(root / "notes.txt").unlink(), write(root / "notes.txt" / "more.py", "")],
+    "renamed": lambda root: git(root, "mv", "notes.txt", "renamed.txt"),
     "new": lambda root: write(root / "new.py", "new"),
     "new and empty": lambda root: write(root / "new.py", ""),
     "new below": lambda root: write(root / "kernels" / "deep" / "new.py", "new"),
     "new and staged": lambda root: [write(root / "other.py", "new"), git(root, "add", ".")],
-    "a new link": lambda root: (root / "new.py").symlink_to("notes.md"),
+    "a new link": lambda root: (root / "new.py").symlink_to("notes.txt"),
     "a new link elsewhere": lambda root: (root / "new.py").symlink_to("suites/toy.py"),
     "hidden from git": lambda root: [
-        git(root, "update-index", "--assume-unchanged", "notes.md"),
-        write(root / "notes.md", "hidden"),
+        git(root, "update-index", "--assume-unchanged", "notes.txt"),
+        write(root / "notes.txt", "hidden"),
     ],
     "results and code": lambda root: [save_results(root / "kernels"), write(root / "kernels" / "run.py", "")],
     "no results": lambda root: write(root / "out" / "data.jsonl", '{"kind": "data"}\n'),
+    "as a document elsewhere": lambda root: write(root / "kernels" / "docs" / "new.py", "new"),
+    "under a name like that of a document": lambda root: write(root / "new.md.py", "new"),
+    "a file in place of the documents": lambda root: [shutil.rmtree(root / "docs"), write(root / "docs", "")],
     "a repository": lambda root: commit(Path(write(root / "inner" / "a.py", "")).parent),
     "a changed repository": lambda root: [CHANGES["a repository"](root), write(root / "inner" / "a.py", "changed")],
 }
@@ -64,15 +70,26 @@ CHANGES = {
 
 NO_CHANGES = {
     "nothing": lambda root: None,
-    "touched": lambda root: os.utime(root / "notes.md", (0, 0)),
-    "written again": lambda root: write(root / "notes.md", FILES["notes.md"]),
-    "edited and back": lambda root: [CHANGES["staged"](root), write(root / "notes.md", FILES["notes.md"])],
-    "permissions": lambda root: (root / "notes.md").chmod(0o755),
-    "line ends": lambda root: (root / "notes.md").write_bytes(b"one\r\ntwo\r\n"),
+    "touched": lambda root: os.utime(root / "notes.txt", (0, 0)),
+    "written again": lambda root: write(root / "notes.txt", FILES["notes.txt"]),
+    "edited and back": lambda root: [CHANGES["staged"](root), write(root / "notes.txt", FILES["notes.txt"])],
+    "permissions": lambda root: (root / "notes.txt").chmod(0o755),
+    "line ends": lambda root: (root / "notes.txt").write_bytes(b"one\r\ntwo\r\n"),
     "ignored": lambda root: write(root / "suites" / "ignored.py", "new"),
     "results": lambda root: save_results(root / "out"),
     "results that begin": lambda root: write(root / "out" / "toy.jsonl", ""),
     "an empty directory": lambda root: (root / "new").mkdir(),
+    "a document": lambda root: write(root / "README.md", "two\n"),
+    "a document beside code": lambda root: write(root / "kernels" / "README.md", "two\n"),
+    "a new document": lambda root: write(root / "suites" / "new.md", "new"),
+    "no document": lambda root: (root / "kernels" / "README.md").unlink(),
+    "staged documents": lambda root: [
+        NO_CHANGES["a document"](root),
+        NO_CHANGES["a new document"](root),
+        git(root, "add", "."),
+    ],
+    "code of documents": lambda root: write(root / "docs" / "hooks.py", "print('two')\n"),
+    "all documents": lambda root: shutil.rmtree(root / "docs"),
 }
 
 SETTINGS = {
@@ -163,7 +180,7 @@ class TestChanges:
     def test_of_line_ends_by_git_are_none(self, made, tmp_path):
         clone = tmp_path / "clone"
         git(tmp_path, "clone", "--quiet", "-c", "core.autocrlf=true", str(made()), str(clone))
-        assert b"\r\n" in (clone / "notes.md").read_bytes()
+        assert b"\r\n" in (clone / "notes.txt").read_bytes()
         assert described(clone) == described(made())
 
     @pytest.mark.parametrize(
@@ -178,7 +195,7 @@ class TestChanges:
 
     @given(
         st.lists(
-            st.dictionaries(st.sampled_from(["notes.md", "b.py", "c/d.py"]), st.text("ab\n", max_size=3)), max_size=6
+            st.dictionaries(st.sampled_from(["notes.txt", "b.py", "c/d.py"]), st.text("ab\n", max_size=3)), max_size=6
         )
     )
     @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -190,7 +207,7 @@ class TestChanges:
             git(root, "checkout", "--quiet", ".")
             for name, text in state.items():
                 write(root / name, text)
-            whole = json.dumps({"notes.md": FILES["notes.md"], **state}, sort_keys=True)
+            whole = json.dumps({"notes.txt": FILES["notes.txt"], **state}, sort_keys=True)
             assert seen.setdefault(whole, described(root)) == described(root)
         assert len({str(each) for each in seen.values()}) == len(seen)
 
@@ -199,6 +216,42 @@ class TestChanges:
         begun = perf_counter()
         Code.of(ROOT / "suites" / "__init__.py")
         assert perf_counter() - begun < 0.3
+
+
+class TestNamesOfChangedFiles:
+    @pytest.fixture
+    def named(self, made):
+        """The names of files that a change touches, of those that count."""
+
+        def named(change):
+            root = made()
+            suite = root / "suites" / "toy.py"
+            before = Origin.of(suite)
+            change(root)
+            return Origin.of(suite).changed_files(before)["git"]
+
+        return named
+
+    @pytest.mark.parametrize(("count", "more"), [(1, ""), (3, ""), (4, " and 1 more"), (9, " and 6 more")])
+    def test_are_a_few(self, named, count, more):
+        first = ", ".join(f"kernels/{number}.py" for number in range(min(count, 3)))
+        files = [f"kernels/{number}.py" for number in range(count)]
+        assert named(lambda root: [write(root / name, "new") for name in files]) == first + more
+
+    @pytest.mark.parametrize("kind", NO_CHANGES)
+    def test_are_none_if_nothing_changed(self, named, kind):
+        assert named(NO_CHANGES[kind]) == ""
+
+    def test_include_deleted_and_committed_files(self, named):
+        assert named(CHANGES["deleted"]) == "notes.txt"
+        committed = named(lambda root: [CHANGES["edited"](root), git(root, "commit", "--quiet", "-a", "-m", "two")])
+        assert committed == "notes.txt"
+
+    def test_are_in_one_line(self, named):
+        assert named(CHANGES["edited elsewhere"]) == r"suites/two\nlines é.py"
+
+    def test_are_unknown_without_a_revision(self, named):
+        assert named(lambda root: shutil.rmtree(root / ".git")) == ""
 
 
 @pytest.mark.parametrize("value", [".git", "", "suites", "nowhere"])
@@ -337,6 +390,15 @@ def changing(scores):
     return 2 * scores
 
 
+def documenting(scores):
+    root = os.path.join(os.path.dirname(__file__), "..")
+    os.makedirs(os.path.join(root, "docs"), exist_ok=True)
+    for name in ("README.md", os.path.join("docs", "new.py")):
+        with open(os.path.join(root, name), "a") as file:
+            file.write("#")
+    return 2 * scores
+
+
 
 """
 
@@ -450,15 +512,25 @@ class TestStarting:
         assert run.returncode == UNMEASURED
         after = self.of(places / "here")
         said = f"from {provenance.named(before)} to {provenance.named(after)}"
-        assert f"toy: the code changed while it was measured: {said}: " in run.stderr
+        assert f"toy: the code changed while it was measured: {said}, in kernels/new.py: " in run.stderr
         out = places / "here" / "out"
         (environment,) = load(out).environments.values()
         assert environment["git"]["began"] == before
         assert environment["git"]["ended"] == after
+        assert environment["git"]["files"] == "kernels/new.py"
         assert environment["ceilings"]
         resumed = start("bench.py", *options, "--resume", toy="good,changing")
         assert resumed.returncode == USAGE
         assert "cannot be completed, because" in resumed.stderr
+
+    def test_documents_that_change_under_a_run_are_no_change(self, places, start):
+        here, options = places / "here", ("--suite", "toy", "--preset", "smoke", "--device", "cpu", "--out", "out")
+        before = self.of(here)
+        run = start("bench.py", *options, toy="good,documenting")
+        assert run.returncode == DONE, run.stderr
+        assert "##" in (here / "README.md").read_text()
+        assert self.of(here) == before
+        assert start("bench.py", *options, "--resume", toy="good,documenting").returncode == DONE
 
     def test_shards_and_completed_runs_are_of_one_code(self, places, start, tmp_path):
         here = places / "here"
