@@ -19,7 +19,8 @@ def warning(threads: int, cores: int | None, busy: float | None) -> str:
     if cores is None or busy is None or threads <= max(cores - round(busy), 0):
         return ""
     named, free = f"{threads} thread{'s' if threads > 1 else ''}", max(cores - busy, 0)
+    fewer = ", or set OMP_NUM_THREADS to a lower number" if threads > 1 else ""
     return (
         f"calls use {named}, but only {free:.1f} of {cores} cores were free before: times depend on how busy the "
-        "machine is. Wait until it is idle, or set OMP_NUM_THREADS to a lower number."
+        f"machine is. Wait until it is idle{fewer}."
     )

@@ -19,6 +19,7 @@ def test_it_is_given_where_threads_exceed_free_cores(threads, cores, busy):
     if said:
         assert f"of {cores} cores were free" in said
         assert f"{threads} thread" in said
+        assert ("a lower number" in said) is (threads > 1)
 
 
 def test_a_machine_that_cannot_tell_is_not_accused():
