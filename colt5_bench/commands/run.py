@@ -90,7 +90,7 @@ def main(options: argparse.Namespace) -> int:
             serve()
             return DONE
     suites |= {name: invite(suites[name], (*installed_guests(suites[name]), *request.guests)) for name in options.suite}
-    _validate(options, request, suites, device)
+    _validate(options, request, suites, paths, device)
     chosen = {name: suites[name] for name in options.suite}
     if options.profile:
         return _profile.main(options, request, list(chosen.values()), device, checkout)
@@ -128,14 +128,24 @@ def _service(options: argparse.Namespace, request: Request, suites: dict[str, Gr
     return serve
 
 
-def _validate(options: argparse.Namespace, request: Request, suites: dict[str, Grid], device: torch.device) -> None:
+def _validate(
+    options: argparse.Namespace,
+    request: Request,
+    suites: Mapping[str, Grid],
+    paths: Mapping[str, Path],
+    device: torch.device,
+) -> None:
     wanted = case_filter(request.cases)
     for name in options.suite:
         suite = suites[name]
         for implementation in request.implementations:
             pick(f"implementation in suite {name}", implementation, suite.implementations)
         if not any(wanted(case.id) for case in suite.cases(request.preset, device)):
-            raise SelectionError(f"no case of suite {name}, preset {request.preset}, matches -k {request.cases!r}.")
+            raise SelectionError(
+                f"no case of suite {name}, preset {request.preset}, matches -k {request.cases!r}. -k only chooses "
+                f"among the cases of a suite, which `python bench.py list --suite {paths.get(name, name)} --preset "
+                f"{request.preset}` shows. For other sizes, write a suite of your own: docs/guests.md."
+            )
 
 
 def _run(

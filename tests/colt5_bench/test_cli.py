@@ -191,7 +191,7 @@ def test_what_a_run_would_be_measured_under(here, capsys):
     [
         (["--suite", "coor_decent"], ["no suite 'coor_decent'", "segments", "Did you mean coor_descent?"]),
         (["--suite", "gradients", "--impl", "our"], ["in suite gradients 'our'", "reference", "Did you mean ours?"]),
-        (["--suite", "coor_descent", "-k", "n=513"], ["no case", "'n=513'"]),
+        (["--suite", "coor_descent", "-k", "n=513"], ["no case", "'n=513'", "--suite coor_descent", "guests.md"]),
         (["--suite", "coor_descent", "-k", "(n=512"], ["-k must join parts of case ids", "got '(n=512'"]),
         (
             ["--suite", "coor_descent", "--device", "tpu"],
@@ -215,6 +215,15 @@ def test_what_there_is_not_is_a_usage_error_that_says_what_there_is(here, capsys
     assert error.count("\n") == 1
     for message in messages:
         assert message in error
+
+
+@pytest.mark.parametrize("preset", ["smoke", "default"])
+def test_a_run_without_a_case_names_the_command_that_lists_them(bench_here, capfd, preset):
+    run = bench_here("good", "--preset", preset, "-k", "n=255")
+    assert run.returncode == commands.USAGE
+    command = re.search("`python bench.py (.*?)`", run.stderr)[1].split()
+    assert cli.main([*command, "--device", "cpu"]) == commands.DONE
+    assert capfd.readouterr().out.count("rows=2,n=") == {"smoke": 1, "default": 2}[preset]
 
 
 def test_a_wrong_option_is_told_of_in_a_line(capsys):
