@@ -1,4 +1,4 @@
-"""Launches of kernels: compiled side by side, and known after the first call."""
+"""Launches of kernels: compiled in parallel, and kept after the first call."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,12 +26,12 @@ COUNTS = [
     "n_rows", "n_tokens", "n_windows", "n_queries", "n_keys", "n_slots", "n_batches", "n_routed", "n_blocks",
     "blocks", "parts", "chunks", "tiles", "groups",
 ]  # fmt: skip
-"""Arguments that Triton is not to specialize on. They are bounds, which change with the length of sequences and make no
-address any better aligned. Strides and lengths of rows do that, and stay as they are."""
+"""Arguments that Triton does not specialize on. They are bounds, which change with the length of sequences and do not
+affect the alignment of addresses. Strides and lengths of rows affect it, so Triton specializes on them."""
 
 
 class Scratch:
-    """Memory that the kernels of a launcher share. Each call allocates its own: zeros at first, or anything."""
+    """Memory that the kernels of a launcher share. Each call allocates its own, uninitialized or filled with zeros."""
 
     def __init__(self, *shape: int, dtype: torch.dtype, zeros: bool = False) -> None:
         self._allocate = partial(torch.zeros if zeros else torch.empty, shape, dtype=dtype)
@@ -42,16 +42,17 @@ class Scratch:
 
 
 class Part(NamedTuple):
-    """A pointer to an entry of contiguous memory that is not its first."""
+    """A pointer to an entry of contiguous memory other than the first."""
 
     whole: Tensor | Scratch
     first: int
 
 
 class _Pointer:
-    """As much of a pointer as Triton compiles for.
+    """The properties of a pointer that Triton compiles for.
 
-    This is the dtype of its entries, and whether its address is aligned. Scratch memory is new, and so it is aligned.
+    These are the dtype of its entries, and whether its address is aligned. Scratch memory is newly allocated, so it is
+    aligned.
     """
 
     def __init__(self, pointer: Tensor | Scratch | Part) -> None:
@@ -78,7 +79,7 @@ class Launch:
         self.numbers = arguments[len(self.pointers) :]
 
     def compile(self) -> None:
-        """Have the kernel compiled, and launch nothing."""
+        """Compile the kernel without launching it."""
         self.kernel.warmup(*map(_Pointer, self.pointers), *self.numbers, grid=self.grid, **self.named)
 
     def all_but_pointers(self) -> tuple[Any, ...]:
@@ -90,10 +91,10 @@ class Launch:
 
 
 class _Compilers(ThreadPoolExecutor):
-    """Threads that compile kernels side by side: Triton's passes and the programs it calls leave Python to others.
+    """Threads that compile kernels in parallel. Triton's passes and its programs do not hold Python's lock.
 
     Args:
-        device: number of the GPU that kernels are loaded to; negative: they are compiled alone.
+        device: number of the GPU that kernels are loaded to. If it is negative, kernels are compiled but not loaded.
     """
 
     def __init__(self, device: int) -> None:
@@ -107,18 +108,19 @@ class _Compilers(ThreadPoolExecutor):
         return super().submit(self._compile, compile_kernel)
 
     def _compile(self, compile_kernel: Callable[[], CompiledKernel]) -> CompiledKernel | None:
-        """None where there is an error, as if nothing had been compiled: the launch meets it again, and raises it."""
+        """Compile and load a kernel. The result is None if that fails; the launch then fails too, and raises the
+        error."""
         kernel = None
         with suppress(Exception):
             kernel = compile_kernel()
             if self._is_loading:
-                # Triton loads a kernel, and builds its launcher, when it is asked for the latter.
+                # Triton loads a kernel, and builds its launcher, when this attribute is read.
                 attrgetter("run")(kernel)
         return kernel
 
 
 def compile_side_by_side(launches: Iterable[Launch], later: Callable[[], Iterable[Launch]], device: int) -> None:
-    """Compile what launches lack, and where they lack anything, what later ones lack."""
+    """Compile the missing kernels of launches. If any was missing, also compile those of later launches."""
     with _Compilers(device) as compilers, AsyncCompileMode(compilers) as compiling:
         for each in launches:
             each.compile()
@@ -154,7 +156,7 @@ class _Memory:
 
 
 class _Launched(NamedTuple):
-    """A launch that went Triton's own way, and the compiled kernel that it came to."""
+    """A launch by Triton, and the compiled kernel that Triton chose."""
 
     launch: Launch
     places: list[tuple[int, int]]
@@ -162,7 +164,7 @@ class _Launched(NamedTuple):
 
 
 class _Ready(NamedTuple):
-    """A launch of which all is known but addresses and stream."""
+    """A launch without its addresses and its stream. All else is known."""
 
     run: Callable[..., None]
     programs: int
@@ -170,7 +172,7 @@ class _Ready(NamedTuple):
     metadata: Any
 
     take: Callable[[list[int]], tuple[int, ...]]
-    """Chooses the addresses that the kernel takes from all of the call."""
+    """Chooses the addresses that the kernel takes, from all addresses of the call."""
 
     rest: tuple[Any, ...]
 
@@ -190,7 +192,7 @@ class _Call(NamedTuple):
 
 
 def _runs_as_known() -> bool:
-    """True if this Triton runs a compiled kernel as launchers do. Triton 3.6 to 3.8 does."""
+    """True if this version of Triton runs a compiled kernel as launchers do. Versions 3.6 to 3.8 do."""
     call = (
         "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata,"
         " knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values())"
@@ -199,11 +201,14 @@ def _runs_as_known() -> bool:
 
 
 _run = JITFunction.run if _runs_as_known() else None
-"""Triton's own way to a launch, if a shorter one is known."""
+"""Triton's function that launches a kernel. None if launchers cannot replace it."""
 
 
 def is_watched() -> bool:
-    """True if all launches have to go Triton's own way: for hooks, a replacement of it, or kernels that debug."""
+    """True if Triton itself has to do all launches.
+
+    This is so if there are hooks, if Triton's function was replaced, or if kernels are debugged.
+    """
     runtime = triton.knobs.runtime
     return (
         JITFunction.run is not _run
@@ -216,46 +221,47 @@ def is_watched() -> bool:
 
 
 def _does_something(hook: Any) -> bool:
-    """True for a chain of hooks that has any, and for a function that somebody has put in its place."""
+    """True for a chain with at least one hook, and for a function that replaces the chain."""
     return hook is not None and getattr(hook, "calls", True)
 
 
 PLAIN_VALUES = frozenset({int, float, bool, type(None), torch.dtype})
-"""Types of arguments of a launcher that are no tensors."""
+"""Types of the arguments of a launcher other than tensors."""
 
 LAUNCHERS: list["Launcher"] = []
-"""All of them, for tests that change what they would launch."""
+"""All launchers, for tests that change their launches."""
 
 MOST_KEPT = 4096
-"""Calls that a launcher keeps. It begins anew when there are more."""
+"""Most calls that a launcher keeps. When there are more, it forgets all of them."""
 
 
 class Launcher:
-    """A function that launches kernels, and keeps what it launched for later calls.
+    """A function that launches kernels, and keeps its launches for later calls.
 
-    For each launch, Triton chooses a compiled kernel by the dtypes of tensors, by which addresses are multiples of 16,
-    and by numbers; before that, we choose kernels and plans. All of this follows from a key: the device, type, shape,
-    strides, dtype and alignment of tensors, and type and value of all else. The first call of a key goes Triton's own
-    way, and its compiled kernels are kept. A later one allocates scratch memory and hands addresses to these, on the
-    stream that is current then. Launches that somebody watches all go Triton's own way; see `is_watched`.
+    We choose kernels and plans. For each launch, Triton then chooses a compiled kernel by the dtypes of tensors, by
+    numbers, and by which addresses are multiples of 16. All of this follows from a key: the device, type, shape,
+    strides, dtype and alignment of tensors, and the type and value of all other arguments. Triton does the launches of
+    the first call with a key, and the launcher keeps the compiled kernels. A later call with the same key allocates
+    scratch memory, and calls these kernels with its own addresses on the current stream. If launches are watched,
+    Triton does all of them; see `is_watched`.
 
     Args:
-        choose: yields launches. It is a pure function of positional arguments, the first of which is a tensor. Instead
-            of tensors it gets others of the same memory; it does not compute with them.
+        choose: yields launches. It is a pure function of positional arguments, the first of which is a tensor. It gets
+            other tensors with the same memory, and does not compute with them.
 
     Raises:
-        TypeError: a launch takes a tensor that is no argument.
+        TypeError: a launch takes a tensor that is not an argument.
     """
 
     def __init__(self, choose: Callable[..., Iterator[Launch]]) -> None:
         self.choose = choose
-        """For another launcher, which yields these launches among its own."""
+        """The function, for another launcher that yields these launches among its own."""
         self._kept: dict[tuple[Any, ...], _Call] = {}
         self.__doc__ = choose.__doc__
         LAUNCHERS.append(self)
 
     def forget(self) -> None:
-        """Choose anew from the next call on."""
+        """Drop all kept calls, so that the next call chooses its launches again."""
         self._kept.clear()
 
     def __call__(self, *arguments: Any) -> None:
@@ -286,11 +292,11 @@ class Launcher:
                 key += (kind, each.shape, each.stride(), each.dtype, each.get_device(), address % 16 == 0)
         known = self._kept.get(tuple(key))
         if known is None:
-            # In a context of its own, where nobody else's mode of compiling is.
+            # In a separate context, where no mode of compiling is active.
             Context().run(compile_side_by_side, self.choose(*arguments), launches_of_layer(), index)
             self._keep(tuple(key), *self._launch_by_triton(arguments))
             return
-        # It lives until the kernels are in their stream, which its next owner comes after.
+        # Scratch memory lives until the kernels are queued on the stream. Its next use is queued after them.
         scratch = [allocate() for allocate in known.scratch]
         addresses += [each.data_ptr() for each in scratch]
         recorder = current_recorder()
@@ -304,17 +310,17 @@ class Launcher:
             run(programs, 1, 1, stream, function, metadata, None, None, None, *take(addresses), *rest)
 
     def _launch_by_triton(self, arguments: tuple[Any, ...]) -> tuple[_Memory, list[_Launched]]:
-        """Launch Triton's own way."""
+        """Let Triton do the launches, and return them with their memory."""
         recorder = current_recorder()
         if recorder is not None:
             recorder.call(self, arguments, {}, ())
-            # Triton's own steps are not taken down.
+            # The recorder must not record Triton's own operations.
             with torch._C._DisableTorchDispatch():
                 return self._launch(arguments)
         return self._launch(arguments)
 
     def _launch(self, arguments: tuple[Any, ...]) -> tuple[_Memory, list[_Launched]]:
-        # Each a tensor of its own, so that it tells which argument it stands for.
+        # New tensor objects, because an argument that is passed twice must have two identities.
         stand_ins = [each.detach() if isinstance(each, Tensor) else each for each in arguments]
         memory = _Memory([each for each in stand_ins if isinstance(each, Tensor)], arguments[0].device)
         launched = []
@@ -342,7 +348,7 @@ class Launcher:
 
 
 def taker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """A function that takes what stands at some places, in the time of one that is written out."""
+    """A function that takes the entries at some places, as fast as written-out code."""
     if len(places) == 1:
         return lambda given: (given[places[0]],)
     return itemgetter(*places) if places else lambda given: ()

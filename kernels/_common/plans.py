@@ -1,4 +1,4 @@
-"""Launch settings of kernels: functions of sizes alone, checked against the limits of a GPU."""
+"""Launch settings of kernels, which depend only on sizes and are checked against the limits of a GPU."""
 
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache, wraps
@@ -8,26 +8,26 @@ from typing import Any, NamedTuple, ParamSpec
 import triton
 
 MOST_PROGRAMS = 2**31 - 1
-"""Programs of a launch, in the first dimension of a grid. The other two dimensions end at 65535."""
+"""Most programs of a launch, in the first dimension of a grid. The limit of the other two dimensions is 65535."""
 
 MOST_THREADS = 1024
-"""Threads of a program."""
+"""Most threads of a program."""
 
 REGISTERS = 65536
-"""Registers of a multiprocessor, and so of a program."""
+"""Registers of a multiprocessor, and so the most of a program."""
 
 MOST_REGISTERS = 255
-"""Registers of a thread."""
+"""Most registers of a thread."""
 
 LARGEST = 2**30
-"""Largest size that kernels count in 32 bits, with room for a tile that overhangs. Numbers of rows and sequences may be
-larger."""
+"""Largest size that kernels count in 32 bits, with room for a tile that extends beyond the end. Numbers of rows and
+sequences may be larger."""
 
 P = ParamSpec("P")
 
 
 class Plan(NamedTuple):
-    """Launch settings of a kernel, which depend on sizes alone."""
+    """Launch settings of a kernel, which depend only on sizes."""
 
     programs: int
 
@@ -35,16 +35,16 @@ class Plan(NamedTuple):
     """Tile sizes, and options of the launch."""
 
     pieces: int = 1
-    """Number of pieces of a row, or of what else programs share."""
+    """Number of pieces of a row, or of anything else that several programs share."""
 
     @property
     def grid(self) -> tuple[int]:
-        """Programs in one direction: the other two have too few."""
+        """All programs in the first dimension, because the limit of the other two is too low."""
         return (self.programs,)
 
 
 PLANNERS: list[Any] = []
-"""All functions that plan: tests try all plans that they may choose."""
+"""All planners, for tests that try all of their plans."""
 
 
 def planner(function: Callable[P, Plan]) -> Callable[P, Plan]:
@@ -65,7 +65,7 @@ def planner(function: Callable[P, Plan]) -> Callable[P, Plan]:
 
 
 def check_sizes(sizes: Mapping[str, Any]) -> None:
-    """Raise a NotImplementedError with the name of a size that is too large for kernels to count."""
+    """Raise a NotImplementedError that names a size above `LARGEST`."""
     for name, size in sizes.items():
         if name not in ("n_rows", "batch", "n_entries", "total") and size > LARGEST:
             raise NotImplementedError(f"{name} must be at most {LARGEST} for a kernel, got {size}")
@@ -89,15 +89,15 @@ def check_plan(plan: Plan, sizes: Mapping[str, Any]) -> None:
 
 
 def most_registers(num_warps: int) -> int:
-    """Registers of a thread if a program has a multiprocessor to itself."""
+    """Most registers of a thread if only one program runs on a multiprocessor."""
     return min(MOST_REGISTERS, REGISTERS // (32 * num_warps))
 
 
 @cache
 def tile_settings(entries: int, in_thread: int) -> Mapping[str, int]:
-    """Launch settings for rows of up to `entries`, `in_thread` of them in each thread.
+    """Launch settings for rows of up to `entries`, with `in_thread` of them in each thread.
 
-    At least 4 threads share a row, and rows that leave threads of a warp free share the warp.
+    At least 4 threads share a row. If a row needs fewer threads than a warp has, several rows share the warp.
     """
     threads = max(triton.next_power_of_2(entries) // in_thread, 4)
     width = 4 * threads
@@ -110,9 +110,9 @@ def tile_settings(entries: int, in_thread: int) -> Mapping[str, int]:
 
 
 def registers_of_addresses(tile: Mapping[str, int], aligned: bool) -> int:
-    """Additional registers of a thread if rows are not aligned: each entry then has an address of its own.
+    """Additional registers of a thread if rows are not aligned, because each entry then has its own address.
 
-    A program of several rows or of eight warps gets more: with eight warps no second program fits in any case.
+    A program of several rows or of eight warps gets more. With eight warps, no second program fits in any case.
     """
     if aligned:
         return 0
@@ -120,7 +120,10 @@ def registers_of_addresses(tile: Mapping[str, int], aligned: bool) -> int:
 
 
 def _feature_tile(d: int) -> dict[str, int]:
-    """Launch settings for tiles of whole rows of d features: of 2048 entries, 16 in a thread, or of one longer row."""
+    """Launch settings for tiles of whole rows of d features.
+
+    A tile has 2048 entries, 16 in each thread, or a single longer row.
+    """
     block = triton.next_power_of_2(d)
     return {"ROWS": max(2048 // block, 1), "BLOCK_D": block, "num_warps": max(block, 2048) // 512}
 
@@ -134,16 +137,16 @@ def plan_rows(n_rows: int, d: int) -> Plan:
 
 @planner
 def plan_sweep(n_rows: int, d: int, available: int) -> Plan:
-    """Eight programs per multiprocessor, which go through the tiles of all rows and add them up."""
+    """Eight programs per multiprocessor, which loop over the tiles of all rows and add them up."""
     tile = _feature_tile(d)
     return Plan(min(triton.cdiv(n_rows, tile["ROWS"]), 8 * available), tile)
 
 
 @planner
 def plan_wide_sweep(n_rows: int, d: int, available: int) -> Plan:
-    """As `plan_sweep`, for kernels that need more registers per entry.
+    """The plan of `plan_sweep` for kernels that need more registers per entry.
 
-    A thread has half as many entries, and there are half as many programs.
+    A thread has half as many entries, and there are at most half as many programs.
     """
     sweep = plan_sweep(n_rows, d, available)
     tile = {**sweep.settings, "num_warps": 2 * sweep.settings["num_warps"]}

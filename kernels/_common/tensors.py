@@ -1,4 +1,4 @@
-"""Tensors for kernels: where they run, and their rows."""
+"""Checks whether tensors run on kernels, and their shapes as rows."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,33 +12,36 @@ from torch._subclasses.fake_tensor import FakeTensor
 from kernels._common.dry_run import dry_run_of
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-"""True if kernels run in Triton's interpreter. A kernel has one of the two ways from its definition on."""
+"""True if kernels run in Triton's interpreter. Triton decides this when it defines a kernel."""
 
 _compiling_for = 0
-"""Multiprocessors of the GPU that kernels are compiled for, but do not run on; 0 if they run."""
+"""Number of multiprocessors of the GPU that kernels are only compiled for. It is 0 if kernels run."""
 
 
 def runs_triton(x: Tensor) -> bool:
-    """True if a Triton kernel takes a tensor: on a GPU, in Triton's interpreter, or while kernels are only compiled."""
+    """True if Triton kernels take a tensor.
+
+    They do on a GPU, in Triton's interpreter, and while kernels are only compiled.
+    """
     return x.is_cuda or INTERPRETED or _compiling_for > 0
 
 
 def has_values(x: Tensor) -> bool:
-    """True if a tensor has values to compute with: not if it is empty, on the meta device, or fake.
+    """True if a tensor has values. It has none if it is empty, on the meta device, or fake.
 
-    The fake tensors of a dry run count as if they had values, so that it reaches the launches.
+    The fake tensors of a dry run count as if they had values, so that the dry run reaches the launches.
     """
     is_shape = type(x) is FakeTensor and dry_run_of(x) is None
     return not is_shape and not x.is_meta and x.numel() > 0
 
 
 def address(x: Tensor) -> int:
-    """The address of a tensor. In a dry run it is 0, which is aligned as all new memory is."""
+    """The address of a tensor. In a dry run it is 0, which is aligned like all new memory."""
     return 0 if type(x) is FakeTensor else x.data_ptr()
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Least number of programs that run at the same time. In the interpreter only one does."""
+    """Number of multiprocessors, each of which runs at least one program at a time. It is 1 in the interpreter."""
     if device.type == "cuda":
         return _multiprocessors_of_gpu(device.index if device.index is not None else torch.cuda.current_device())
     return max(_compiling_for, 1)
@@ -51,10 +54,10 @@ def _multiprocessors_of_gpu(index: int) -> int:
 
 @contextmanager
 def triton_for_cpu_tensors(multiprocessors: int = 132) -> Iterator[None]:
-    """Send CPU tensors to the Triton kernels, to compile them where there is no GPU. Launch settings are those of a GPU
-    with so many multiprocessors, by default an H200.
+    """Send CPU tensors to the Triton kernels, to compile these without a GPU.
 
-    Launching is up to the caller to prevent, as `colt5_bench.measuring.static_facts` does.
+    Launch settings are those of a GPU with the given number of multiprocessors. The default is that of an H200. The
+    caller must prevent launches, as `colt5_bench.measuring.static_facts` does.
     """
     global _compiling_for
     _compiling_for = multiprocessors
@@ -65,23 +68,24 @@ def triton_for_cpu_tensors(multiprocessors: int = 132) -> Iterator[None]:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """`... n` as `rows n` whose last stride is 1: a view where the strides allow one, else a copy."""
+    """`... n` as `rows n` whose last stride is 1. It is a view if the strides allow one, else a copy."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
 def in_shape(rows: Tensor, shape: torch.Size) -> Tensor:
-    """A result of rows in the shape of its input. Where it has that shape, no view is made that autograd records."""
+    """Rows of a result in the shape of its input. Rows that have this shape are returned without a view, because
+    autograd would record it."""
     return rows if rows.shape == shape else rows.view(shape)
 
 
 def mask_as_rows(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """A mask that broadcasts to `shape` as `rows n`; rows that it repeats are not copied where strides allow that."""
+    """A mask that broadcasts to `shape`, as `rows n`. Repeated rows are not copied if strides allow that."""
     return None if mask is None else as_rows(mask.expand(shape))
 
 
 def k_as_rows(k: float | Tensor, shape: torch.Size) -> tuple[Tensor | None, float]:
-    """k as one entry a row, next to each other, if it is a tensor, else as a number. A kernel reads one of the two."""
+    """A tensor k as contiguous entries, one for each row, or else k as a number. A kernel reads one of the two."""
     if isinstance(k, Tensor):
         return k.expand(shape[:-1]).reshape(-1).contiguous(), 0.0
     return None, float(k)
