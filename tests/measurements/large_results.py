@@ -40,6 +40,15 @@ print(json.dumps({{"wall": wall, "cpu": cpu, "peak_bytes": 1024 * peak, "records
 LOAD = MEASURING.format(
     imports="from colt5_bench.records.results import load", work="records = len(load(Path(sys.argv[1])).records)"
 )
+PARSE = MEASURING.format(
+    imports="",
+    work="""
+with open(sys.argv[1]) as lines:
+    records = sum(1 for line in lines if json.loads(line)) - 1
+""",
+)
+"""The yardstick of a machine: Python's own parser reads the same file."""
+
 CSV = MEASURING.format(
     imports="",
     work="""

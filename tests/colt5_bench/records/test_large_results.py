@@ -1,13 +1,23 @@
 """Files of many records: 5 s and 1 GB to load 200,000, and 15 s to write them as CSV.
 
-Seconds are processor time, because wall time includes other programs on the machine.
+Seconds are processor time, because wall time includes other programs on the machine. A slower machine has more of them,
+by a yardstick that is measured next to them.
 """
 
 import pytest
 
-from tests.measurements.large_results import CSV, FILE_BYTES, LOAD, RECORDS, measure, write_large
+from tests.measurements.large_results import CSV, FILE_BYTES, LOAD, PARSE, RECORDS, measure, write_large
 
 pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+PARSE_SECONDS = 3.0
+"""Seconds of the yardstick on a machine for which the limits are meant, a virtual one with an AMD EPYC."""
+
+
+def is_within(cost, seconds, large):
+    """Whether a program takes at most so many seconds, or on a slower machine as many more as the yardstick takes."""
+    return cost.cpu < seconds or cost.cpu < seconds * measure(PARSE, large).cpu / PARSE_SECONDS
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +31,7 @@ def large(tmp_path_factory):
 def test_loading(large):
     cost = measure(LOAD, large)
     assert cost.records == RECORDS
-    assert cost.cpu < 5
+    assert is_within(cost, 5, large)
     assert cost.peak_bytes < 1e9
 
 
@@ -29,4 +39,4 @@ def test_csv(large, tmp_path):
     """The whole command, from its start."""
     cost = measure(CSV, large, tmp_path / "large.csv")
     assert cost.records == RECORDS
-    assert cost.cpu < 15
+    assert is_within(cost, 15, large)
