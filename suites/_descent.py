@@ -121,12 +121,12 @@ def both_directions(case: Case) -> tuple[str, ...]:
 
 def problem(case: DescentCase, device: torch.device) -> Problem:
     """Scores and the gradient of the output, the same on every device."""
-    generator, dtype = case.generator(), getattr(torch, case.dtype)
-    scores = case.std * torch.randn(case.rows, case.n, generator=generator)
+    dtype, shape = getattr(torch, case.dtype), (case.rows, case.n)
+    drawn, upstream = case.normal(device, shape, shape)
+    scores = case.std * drawn
     if case.ties:
         scores = (4 * scores).round() / 4
-    upstream = torch.randn(case.rows, case.n, generator=generator)
-    return Problem({"scores": scores.to(device, dtype)}, upstream.to(device, dtype))
+    return Problem({"scores": scores.to(dtype)}, upstream.to(dtype))
 
 
 def descending(function: Callable[..., Tensor]) -> Callable[[DescentCase], Callable[..., Tensor]]:

@@ -24,21 +24,21 @@ from suites._descent import (
 )
 from suites._ours import guest
 
-ROWS = {2048: 32, 32768: 4, 1048576: 1}
-"""Rows by length."""
+SHAPES = [(32, 2048), (4, 32768), (1, 1048576)]
+"""Rows and their length."""
 
 
 def cases(preset: str, device: torch.device) -> list[DescentCase]:
-    spreads, iterations, lengths = [1.0, 5.0, 20.0], [5, 20, 50, 100, 200], list(ROWS)
+    spreads, iterations, shapes = [1.0, 5.0, 20.0], [5, 20, 50, 100, 200], SHAPES
     dtypes = ["float32", "bfloat16", "float16"]
     if preset == "smoke":
-        spreads, iterations, lengths, dtypes = [1.0, 20.0], [5], [2048], ["float32", "bfloat16"]
+        spreads, iterations, shapes, dtypes = [1.0, 20.0], [5], [(31, 2047)], ["float32", "bfloat16"]
     elif preset == "default" and device.type != "cuda":
-        iterations, lengths = [5, 20], [2048, 32768]
+        iterations, shapes = [5, 20], SHAPES[:2]
     return [
-        DescentCase.at(ROWS[n], n, n_iters, temperature, std=std, ties=ties, dtype=dtype)
-        for n, dtype, ties, std, temperature, n_iters in product(
-            lengths, dtypes, (False, True), spreads, (CONSTANT, COLD, DECAYING), iterations
+        DescentCase.at(*shape, n_iters, temperature, std=std, ties=ties, dtype=dtype)
+        for shape, dtype, ties, std, temperature, n_iters in product(
+            shapes, dtypes, (False, True), spreads, (CONSTANT, COLD, DECAYING), iterations
         )
     ]
 

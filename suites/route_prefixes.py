@@ -58,10 +58,10 @@ def directions(case: PrefixCase) -> tuple[str, ...]:
 
 
 def problem(case: PrefixCase, device: torch.device) -> Problem:
-    generator, routes = case.generator(), case.rows // case.batch
-    scores = case.std * torch.randn(case.batch, routes, case.n, generator=generator)
-    upstream = torch.randn(case.batch, len(case.lengths()), routes, case.num_selected, generator=generator)
-    return Problem({"scores": scores.to(device)}, upstream.to(device))
+    routes = case.rows // case.batch
+    selected = case.batch, len(case.lengths()), routes, case.num_selected
+    scores, upstream = case.normal(device, (case.batch, routes, case.n), selected)
+    return Problem({"scores": case.std * scores}, upstream)
 
 
 def weights(function: Callable[..., reference.PrefixSelection]) -> Callable[[PrefixCase], Callable[..., Tensor]]:

@@ -65,9 +65,8 @@ def cases(preset: str, device: torch.device) -> list[SoftTopkCase]:
 
 
 def problem(case: SoftTopkCase, device: torch.device) -> Problem:
-    generator = case.generator()
-    scores, upstream = (torch.randn(case.rows, case.n, generator=generator) for _ in range(2))
-    return Problem({"scores": (case.std * scores).to(device)}, upstream.to(device))
+    scores, upstream = case.normal(device, (case.rows, case.n), (case.rows, case.n))
+    return Problem({"scores": case.std * scores}, upstream)
 
 
 Relax = Callable[[SoftTopkCase], Callable[..., Tensor]]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = "kernels", "reference", "suites", "colt5_bench"
+PACKAGES = "kernels", "reference", "suites", "colt5_bench", "tests"
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 MOST_WORDS = 20

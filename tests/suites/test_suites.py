@@ -97,7 +97,7 @@ def test_cases_have_directions_a_definition_and_a_cost(suite, preset, device):
 OPERATIONS = sorted({path.parent.name for path in (ROOT / "kernels").glob("*/api.py")} & {*SUITES})
 
 
-@pytest.mark.parametrize("name", [*OPERATIONS, "layers"])
+@pytest.mark.parametrize("name", [*OPERATIONS, "gradients", "segments", "layers"])
 def test_an_implementation_that_is_wrong_for_odd_sizes_is_found(name, conditions):
     """By the smallest cases already: the gate of a guest sees no other sizes than those of the suite."""
     suite = replace(SUITES[name], timed=False)
