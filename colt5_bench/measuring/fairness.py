@@ -94,11 +94,13 @@ def _refuse_unfair(watch: Watch, inputs: Inputs, device: torch.device) -> None:
             f"a second call with the same inputs leaves out {', '.join(operations[:5])}: "
             "it keeps results of earlier calls"
         )
-    inputs.renew()
-    if device.type == "cuda" and works_elsewhere(watch.call, device):
-        raise RefusedError(
-            "its results are not complete when its stream has finished: another stream still works on them"
-        )
+    # The caller reports inputs that a call has written to. New values would hide that.
+    if device.type == "cuda" and not inputs.spoilt():
+        inputs.renew()
+        if works_elsewhere(watch.call, device):
+            raise RefusedError(
+                "its results are not complete when its stream has finished: another stream still works on them"
+            )
     watch.look_around()
 
 

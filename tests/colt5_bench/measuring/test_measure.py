@@ -478,6 +478,21 @@ class TestReason:
         assert found[2] < small
 
 
+def test_an_input_that_is_spoilt_after_it_was_timed_is_found(conditions, timed):
+    """In the calls that look for work that is left out, which follow the times and the judgement."""
+
+    def spoiling(scores):
+        y = 2 * scores
+        if timed and torch.autograd._profiler_enabled():
+            scores.zero_()
+        return y
+
+    sly = toy.Implementation("sly", lambda case: spoiling)
+    record = run(toy.suite(implementations={"sly": sly}), conditions, FORWARD)["sly"]
+    assert (record.status, record.timings) == ("wrong", {})
+    assert record.reason == "writes to its input scores, but not at first"
+
+
 def test_a_timed_output_is_judged(conditions, monkeypatch):
     """Any of the timed calls may be judged, so no call is safe to be wrong."""
     being_timed = []
