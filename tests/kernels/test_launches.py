@@ -88,9 +88,9 @@ class Recorder:
         return run
 
     def taken(self, known, calls=1):
-        """Launches since the last time, with scratch memory by the order of its use in each of so many equal calls.
+        """Launches since the last time, of so many equal calls, with names for scratch memory.
 
-        An integer is scratch memory if it is neither known nor small. Another call may have the same memory or other.
+        Names are in the order of use within a call. An integer is scratch memory if it is neither known nor small. Another call may have the same memory or other.
         """
         launches, self.launches = self.launches, []
         names: dict[tuple[int, int], str] = {}

@@ -16,7 +16,7 @@ PARSE_SECONDS = 3.0
 
 
 def is_within(cost, seconds, large):
-    """Whether a program takes at most so many seconds, or on a slower machine as many more as the yardstick takes."""
+    """True if a program took fewer seconds, or on a slower machine fewer in proportion to the yardstick."""
     return cost.cpu < seconds or cost.cpu < seconds * measure(PARSE, large).cpu / PARSE_SECONDS
 
 
