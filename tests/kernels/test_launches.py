@@ -90,7 +90,8 @@ class Recorder:
     def taken(self, known, calls=1):
         """Launches since the last time, of so many equal calls, with names for scratch memory.
 
-        Names are in the order of use within a call. An integer is scratch memory if it is neither known nor small. Another call may have the same memory or other.
+        Names are in the order of use within a call. An integer is scratch memory if it is neither known nor small.
+        Another call may have the same memory or other.
         """
         launches, self.launches = self.launches, []
         names: dict[tuple[int, int], str] = {}
