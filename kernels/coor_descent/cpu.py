@@ -8,6 +8,7 @@ memory takes longer than the computation of its values.
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
+from math import log2
 
 import numpy as np
 import torch
@@ -20,10 +21,6 @@ Sums = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray | float]]
 
 ENTRIES_OF_A_THREAD = 32768
 """Fewest entries that PyTorch gives to a thread in elementwise operations."""
-
-PASSES_OF_A_SORT = 8
-"""Fewest iterations of one temperature for which a sort pays off in one thread. A sort takes as long as 2 iterations if
-NumPy sorts with the widest instructions of a CPU, and several times as long otherwise."""
 
 
 def forward(
@@ -59,7 +56,7 @@ def forward(
         for temperature, repeated in groupby(temperatures[1:]):
             stretch = len(list(repeated))
             sums: Sums
-            if sorting_pays(stretch, rows * n):
+            if sorting_pays(stretch, rows, n):
                 if not is_ordered:
                     s.numpy().sort(axis=-1)
                     is_ordered = True
@@ -84,14 +81,15 @@ def forward(
     return _fill_hidden(y, mask).to(scores.dtype)
 
 
-def sorting_pays(stretch: int, entries: int) -> bool:
-    """True if iterations of one temperature take less time with sorted scores.
+def sorting_pays(stretch: int, rows: int, n: int) -> bool:
+    """True if iterations of one temperature take less time with sorted scores, on any CPU.
 
-    A sort and running sums take as long as several passes over the scores. PyTorch divides a pass among its threads,
-    with at least `ENTRIES_OF_A_THREAD` entries each; NumPy sorts in one thread.
+    A sort of n scores takes up to log2(n) passes over them. It takes a fraction of that where NumPy sorts with wide
+    instructions, but not on each CPU that has them. PyTorch divides a pass among its threads, with at least
+    `ENTRIES_OF_A_THREAD` entries each; NumPy sorts in one thread.
     """
-    threads = max(min(torch.get_num_threads(), entries // ENTRIES_OF_A_THREAD), 1)
-    return stretch >= PASSES_OF_A_SORT * threads
+    threads = max(min(torch.get_num_threads(), rows * n // ENTRIES_OF_A_THREAD), 1)
+    return stretch >= log2(max(n, 2)) * threads
 
 
 def _sums_of_all(
