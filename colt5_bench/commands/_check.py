@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from math import ceil, inf
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED, attempt
 from colt5_bench.commands._comparison import Comparer, add_options, in_scope, status_of, thresholds_file
-from colt5_bench.compare import Comparison, load_rules, read_baseline
+from colt5_bench.compare import Comparison, Finding, load_rules, read_baseline
 from colt5_bench.compare.conditions import Conditions
 from colt5_bench.records.results import Run, load
 from colt5_bench.report.comparison import append_summary, show
@@ -21,8 +22,17 @@ from colt5_bench.selection import WHOLE, SelectionError, Shard
 from colt5_bench.suite import Grid
 
 MOST_REPETITIONS = 2
-"""Most repetitions of a case with unclear times. A worse time needs at least two runs.
-"""
+"""Most repetitions of a case with unclear times."""
+
+FEWEST_RUNS = 2
+"""Fewest runs that show a worse time."""
+
+REPEATED_SHARE = 1 / 6
+"""Most unclear points of a repetition, as a share of all points. A point that seems to be worse is always measured
+again."""
+
+Point = tuple[str, str, str]
+"""Suite, case and direction."""
 
 Measure = Callable[[Grid, Sequence[tuple[str, str]], Path], int]
 """Measures cases and directions of a suite, writes results to a directory, and returns an exit status."""
@@ -86,8 +96,8 @@ class Check:
         return cls(options, baseline, comparer)
 
     def conclude(self, status: int, directories: Mapping[str, Path], suites: Mapping[str, Grid], more: Measure) -> int:
-        """Compare the run, and measure cases again that are unclear or seem to be worse. With `--check`, nothing is
-        measured again that cannot be a regression.
+        """Compare the run, and measure cases again that are unclear or seem to be worse. Those stay unclear whose
+        baseline is too noisy. With `--check`, nothing is measured again that cannot be a regression.
 
         Args:
             status: exit status of the run.
@@ -96,22 +106,18 @@ class Check:
             more: measures cases again.
         """
         comparison = self._compare(directories)
+        most = ceil(REPEATED_SHARE * len({_point(each) for each in comparison.findings}))
         for repetition in range(1, MOST_REPETITIONS + 1):
-            unsettled = [
-                each
-                for each in comparison.unsettled(runs=2)
-                if each.is_regression or each.is_undecided or not self.options.check
-            ]
-            if not unsettled or status not in (DONE, FAILURE):
+            points = self._points_to_repeat(comparison, most)
+            if not points or status not in (DONE, FAILURE):
                 break
-            count = len({(each.suite, each.case) for each in unsettled})
             print(
-                f"{count} cases are unclear or seem to be worse: measuring them again "
+                f"measuring again {len(points)} points that are unclear or seem to be worse "
                 f"({repetition} of {MOST_REPETITIONS})"
             )
-            for name in dict.fromkeys(each.suite for each in unsettled):
-                points = dict.fromkeys((each.case, each.direction) for each in unsettled if each.suite == name)
-                status = max(status, more(suites[name], [*points], _free(directories[name])))
+            for name in dict.fromkeys(suite for suite, _, _ in points):
+                own = [(case, direction) for suite, case, direction in points if suite == name]
+                status = max(status, more(suites[name], own, _free(directories[name])))
                 if status not in (DONE, FAILURE):
                     break
             else:
@@ -127,6 +133,16 @@ class Check:
             print("--check: some cases could not be measured", file=sys.stderr)
             return UNMEASURED
         return status_of(comparison)
+
+    def _points_to_repeat(self, comparison: Comparison, most: int) -> list[Point]:
+        """Points that seem to be worse, and at most so many unclear ones, those first that are nearly clear."""
+        unsettled = comparison.unsettled(FEWEST_RUNS)
+        worse = dict.fromkeys(_point(each) for each in unsettled if each.is_regression)
+        hopeful = [each for each in unsettled if each.may_settle(1 + MOST_REPETITIONS)]
+        if self.options.check:
+            hopeful = [each for each in hopeful if each.is_undecided]
+        unclear = dict.fromkeys(_point(each) for each in sorted(hopeful, key=_width))
+        return [*worse, *[point for point in unclear if point not in worse][:most]]
 
     def _compare(self, directories: Mapping[str, Path]) -> Comparison:
         run = Run(Path("this run"))
@@ -150,3 +166,12 @@ class Check:
 def _free(directory: Path) -> Path:
     """A free directory for more results of a run. A resumed run may have some already."""
     return next(path for number in count(1) if not (path := directory / f"again-{number}").exists())
+
+
+def _point(finding: Finding) -> Point:
+    return finding.suite, finding.case, finding.direction
+
+
+def _width(finding: Finding) -> float:
+    low, high = finding.interval or (0.0, inf)
+    return high / low if low else inf

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import log1p, sqrt
 from typing import Literal
 
 import numpy as np
@@ -50,6 +51,9 @@ class Finding:
     threshold: float | None = None
     """Largest relative increase of a time that counts as the same."""
 
+    baseline_runs: int | None = None
+    """Number of runs of the baseline with this time."""
+
     runs: int | None = None
     """Number of runs on the new side."""
 
@@ -66,6 +70,19 @@ class Finding:
     def is_undecided(self) -> bool:
         """True if it may be a regression: the interval reaches beyond the threshold."""
         return self.verdict == "unclear" and self.interval is not None and self.interval[1] > 1 + (self.threshold or 0)
+
+    def may_settle(self, runs: int) -> bool:
+        """True if an unclear time may become clear with so many runs on the new side.
+
+        More of them average out their own noise. The noise of the baseline remains.
+        """
+        if self.interval is None or self.baseline_runs is None or self.runs is None:
+            return False
+        low, high = np.log(self.interval)
+        of_baseline = 1 / self.baseline_runs
+        reach = (high - low) / 2 * sqrt((of_baseline + 1 / runs) / (of_baseline + 1 / self.runs))
+        bound = log1p(self.threshold or 0)
+        return bool(reach <= bound or (low + high) / 2 - reach > bound)
 
     @property
     def baseline_text(self) -> str:

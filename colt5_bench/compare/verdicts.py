@@ -140,6 +140,7 @@ def _settle(drafts: Sequence[Draft]) -> list[Finding]:
                 verdict=verdict_on(meaning),
                 interval=tuple(interval),
                 threshold=times.threshold,
+                baseline_runs=len(times.before),
                 runs=len(times.after),
             )
     return [settled.get(id(draft), draft.finding) for draft in drafts]

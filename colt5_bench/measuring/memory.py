@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +15,8 @@ SILENT = "6"
 def measure_memory(call: Callable[[], object], *, device: torch.device) -> int:
     """Most bytes allocated at once during a call, in addition to those before it. The result counts.
 
-    Run the call once before if it compiles or fills caches. On a GPU these are the bytes of PyTorch's allocator, which
-    rounds each allocation up to 512. On a CPU they are the exact sizes of tensors, from every thread that works for the
-    call. There, memory from before the call does not become free for it.
+    Run the call once before if it compiles or fills caches. Bytes are those that tensors ask for, on a CPU from every
+    thread that works for the call. There, memory from before the call does not become free for it.
     """
     return _peak_on_gpu(call, device) if device.type == "cuda" else _peak_on_cpu(call)
 
@@ -41,13 +41,24 @@ def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
     return sum(storage.nbytes() for address, storage in saved.items() if address not in not_counted)
 
 
+def requested_bytes(device: torch.device, figure: Literal["current", "peak"]) -> int:
+    """Bytes of all tensors on a GPU, now or at most since `torch.cuda.reset_peak_memory_stats`.
+
+    They are not those of `torch.cuda.max_memory_allocated`, which differ between equal calls: PyTorch's allocator may
+    give a tensor a larger block than it needs, if one is free.
+    """
+    # Allocators other than PyTorch's own do not count what is asked for.
+    counted = "requested" if torch.cuda.get_allocator_backend() == "native" else "allocated"
+    return int(torch.cuda.memory_stats(device)[f"{counted}_bytes.all.{figure}"])
+
+
 def _peak_on_gpu(call: Callable[[], object], device: torch.device) -> int:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    before = requested_bytes(device, "current")
     result = call()
     torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
+    peak = requested_bytes(device, "peak") - before
     del result
     return peak
 

@@ -10,6 +10,7 @@ import torch
 from colt5_bench.case import Case
 from colt5_bench.files import atomic_write
 from colt5_bench.measuring.conditions import Conditions, Tell
+from colt5_bench.measuring.memory import requested_bytes
 from colt5_bench.records.results import Record
 from colt5_bench.suite import Course, Trainee, TrainingSuite
 
@@ -79,7 +80,7 @@ def record_training(
         **{each: curve[-1] for each, curve in progress.curves.items()},
     }
     if device.type == "cuda":
-        record.peak_bytes = torch.cuda.max_memory_allocated(device)
+        record.peak_bytes = requested_bytes(device, "peak")
     record.status, record.reason = "ok", ""
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from colt5_bench import cli
 from colt5_bench.case import DIRECTIONS
 from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNDECIDED, UNMEASURED, USAGE
-from colt5_bench.commands._check import Check, checked
+from colt5_bench.commands._check import REPEATED_SHARE, Check, checked
 from colt5_bench.commands._comparison import expression
 from colt5_bench.compare.revisions import MOST_TURNS, TURNS
 from colt5_bench.records import environment
@@ -510,7 +511,7 @@ class TestCheck:
         assert check(reference(), ours(1.04), more=more) == UNDECIDED
         points = [("rows=8 n=512 eps=0.1", ours().direction)]
         assert asked == [("toy", points, f"again-{number}") for number in (1, 2)]
-        assert "1 cases are unclear or seem to be worse: measuring them again (1 of 2)" in capsys.readouterr().out
+        assert "measuring again 1 points that are unclear or seem to be worse (1 of 2)" in capsys.readouterr().out
 
     @pytest.mark.parametrize(("checked", "times"), [(True, 0), (False, 2)])
     def test_what_can_only_be_better_is_not_measured_again_to_check(self, check, saved, checked, times):
@@ -524,7 +525,7 @@ class TestCheck:
         assert check(reference(), ours(0.96), more=more, check=checked) == DONE
         assert len(asked) == times
 
-    @pytest.mark.parametrize(("again", "status", "times"), [(1.2, FAILURE, 1), (1.0, UNDECIDED, 2)])
+    @pytest.mark.parametrize(("again", "status", "times"), [(1.2, FAILURE, 1), (1.0, UNDECIDED, 1)])
     def test_what_seems_to_be_worse_is_confirmed(self, check, saved, again, status, times):
         asked = []
 
@@ -535,6 +536,31 @@ class TestCheck:
 
         assert check(reference(), ours(1.201), more=more) == status
         assert len(asked) == times
+
+    def test_a_share_of_many_unclear_points_is_measured_again(self, check, saved):
+        """All points that seem to be worse are measured again."""
+        asked, names = [], [f"n={number}" for number in range(30)]
+        known = [each for name in names for each in (replace(reference(), case=name), ours(case=name))]
+
+        def now(name, number):
+            return ours(1.3 if number in (3, 4) else 1.04, case=name)
+
+        def more(suite, points, directory):
+            asked.append([case for case, _ in points])
+            return DONE
+
+        found = [now(name, number) for number, name in enumerate(names)]
+        check(*known[::2], *found, more=more, baseline=saved("many.jsonl", reference(), ours(), *known))
+        worse, unclear = asked[0][:2], asked[0][2:]
+        assert worse == ["n=3", "n=4"]
+        assert len(unclear) == ceil(REPEATED_SHARE * (len(names) + 1))
+
+    def test_noise_of_the_baseline_is_not_measured_again(self, check, saved):
+        asked, noisy = [], ours()
+        noisy.timings["cold"].samples = [1e-3 * (1 + 0.3 * (index % 3)) for index in range(12)]
+        known = saved("noisy.jsonl", reference(), noisy)
+        assert check(reference(), ours(1.2), baseline=known, more=lambda *each: asked.append(each) or DONE) == UNDECIDED
+        assert not asked
 
     def test_interrupting_that_is_interrupting_the_run(self, check):
         asked = []

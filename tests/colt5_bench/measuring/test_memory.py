@@ -1,5 +1,6 @@
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -195,3 +196,12 @@ class TestPeakOnGpu:
 
         assert measure_memory(call, device=self.device) == 3 * 2**20
         assert measure_memory(call, device=self.device) == 3 * 2**20
+
+    @pytest.mark.parametrize("spare", [1, 1000, 700 * 2**10])
+    def test_only_bytes_that_are_asked_for_count(self, spare):
+        """The allocator gives a large block as a whole if less than a megabyte of it would be left."""
+        size = 20 * 2**20 - spare
+        assert (
+            measure_memory(partial(torch.empty, size, dtype=torch.uint8, device=self.device), device=self.device)
+            == size
+        )
