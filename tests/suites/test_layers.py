@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 import reference
 from colt5_bench.case import FORWARD, FORWARD_BACKWARD
@@ -192,3 +193,22 @@ def test_sets_of_keys_share_heads_evenly():
     assert all(case.heads % case.routed_sets == 0 for case in cases)
     router = _layers.without_memory(lambda: heads.HeadsCase(4, 64, 2, 256, 64).layer.make(reference, False)).kv_router
     assert router.num_routing_tokens == 2
+
+
+def observed(case):
+    """The plain layer with an observer on each linear layer, so that all of them are called as PyTorch's modules."""
+    module = _layers.without_memory(lambda: case.layer.make(reference, False))
+    for each in module.modules():
+        if isinstance(each, nn.Linear):
+            each.register_forward_hook(lambda *_: None)
+    return _layers.as_function(module, autocast=case.layer.autocast)
+
+
+@pytest.mark.parametrize("kind", layers.LAYERS)
+def test_linear_layers_may_be_those_of_autocast(kind, conditions):
+    """It rounds a bias and its gradient to bfloat16, which ours keep in fp32 where they can."""
+    alone = {"observed": Implementation("observed", observed, bound=_descent.lenient)}
+    suite = replace(SUITE, timed=False, implementations=alone)
+    case = ModelLayerCase(kind, "tiny", "autocast")
+    (record,) = measure(suite, case, FORWARD_BACKWARD, ["observed"], conditions)
+    assert record.status == "ok", record.reason
