@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from colt5_bench.loading import describe_guest
+from colt5_bench.measuring.host import HostSeconds
 from colt5_bench.measuring.roofline import Ceilings
 from colt5_bench.records import environment, provenance
 from colt5_bench.records.provenance import Code
@@ -64,6 +65,7 @@ def test_all_of_an_environment_is_described(baselines, tmp_path):
         "options": Request().of_results("any"),
         "expected": 0,
         "ceilings": ceilings,
+        "host": {field.name: 1 for field in fields(HostSeconds)},
         "data": "0123456789abcdef",
     }
     lines = [now, {**now, "harness": None}, *(line for run in baselines for line in run.environments.values())]

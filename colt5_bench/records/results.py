@@ -301,7 +301,7 @@ class _Environment(TypedDict, total=False):
     options: _Options
 
 
-_FIGURES = ("fields", "timings", "accuracy", "metrics", "curves", "limit_seconds", "kernels", "ceilings")
+_FIGURES = ("fields", "timings", "accuracy", "metrics", "curves", "limit_seconds", "kernels", "ceilings", "host")
 """Fields of a line that contain numbers."""
 
 _TEXTS = tuple(each.name for each in fields(Timing) if each.type is str)

@@ -293,6 +293,7 @@ def test_who_starts_a_run_may_say_what_the_device_can_do_and_what_is_measured_ma
         os.environ.pop(CEILINGS, None)
     (described,) = load(Path(run.args[-1]) / "toy.jsonl").environments.values()
     assert (described["ceilings"] == asdict(rates)) == (by == "the user")
+    assert described["host"]["linear"] > 0
 
 
 def test_help_has_examples(capsys):
