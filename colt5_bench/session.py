@@ -12,7 +12,6 @@ from typing import Any
 
 from colt5_bench.loading import choose_device, describe_guest, installed_guests
 from colt5_bench.measuring.conditions import Conditions, Tell, silent
-from colt5_bench.measuring.host import measure_host
 from colt5_bench.measuring.isolation import Measurer, Point
 from colt5_bench.records import environment, provenance
 from colt5_bench.records.parts import keep_finished
@@ -204,8 +203,9 @@ class Session:
 
     def _write_environment_once(self, suite: str) -> None:
         if suite not in self._begun:
-            self._environments[suite]["ceilings"] = asdict(self._prepare(suite).ceilings)
-            self._environments[suite]["host"] = asdict(measure_host(self._device))
+            conditions = self._prepare(suite)
+            self._environments[suite]["ceilings"] = asdict(conditions.ceilings)
+            self._environments[suite]["host"] = None if conditions.host is None else asdict(conditions.host)
             self._writers[suite].environment(self._environments[suite])
             self._begun.add(suite)
 

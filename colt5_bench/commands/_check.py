@@ -15,14 +15,14 @@ from colt5_bench.commands import DONE, FAILURE, INTERRUPTED, UNMEASURED, attempt
 from colt5_bench.commands._comparison import Comparer, add_options, in_scope, status_of, thresholds_file
 from colt5_bench.compare import Comparison, Finding, load_rules, read_baseline
 from colt5_bench.compare.conditions import Conditions
-from colt5_bench.records.results import Run, load
+from colt5_bench.records.results import Group, Run, load
 from colt5_bench.report.comparison import append_summary, show
 from colt5_bench.report.layout import View
 from colt5_bench.selection import WHOLE, SelectionError, Shard
 from colt5_bench.suite import Grid
 
 MOST_REPETITIONS = 2
-"""Most repetitions of a case with unclear times."""
+"""Most repetitions of a point."""
 
 FEWEST_RUNS = 2
 """Fewest runs that show a worse time."""
@@ -30,9 +30,6 @@ FEWEST_RUNS = 2
 REPEATED_SHARE = 1 / 6
 """Most unclear points of a repetition, as a share of all points. A point that seems to be worse is always measured
 again."""
-
-Point = tuple[str, str, str]
-"""Suite, case and direction."""
 
 Measure = Callable[[Grid, Sequence[tuple[str, str]], Path], int]
 """Measures cases and directions of a suite, writes results to a directory, and returns an exit status."""
@@ -96,14 +93,14 @@ class Check:
         return cls(options, baseline, comparer)
 
     def conclude(self, status: int, directories: Mapping[str, Path], suites: Mapping[str, Grid], more: Measure) -> int:
-        """Compare the run, and measure cases again that are unclear or seem to be worse. Those stay unclear whose
+        """Compare the run, and measure points again that are unclear or seem to be worse. A point stays unclear if its
         baseline is too noisy. With `--check`, nothing is measured again that cannot be a regression.
 
         Args:
             status: exit status of the run.
             directories: directories of results, by suite.
             suites: measured suites, by name.
-            more: measures cases again.
+            more: measures points again.
         """
         comparison = self._compare(directories)
         most = ceil(REPEATED_SHARE * len({_point(each) for each in comparison.findings}))
@@ -112,8 +109,8 @@ class Check:
             if not points or status not in (DONE, FAILURE):
                 break
             print(
-                f"measuring again {len(points)} points that are unclear or seem to be worse "
-                f"({repetition} of {MOST_REPETITIONS})"
+                f"measuring again what is unclear or seems to be worse: {len(points)} "
+                f"point{'s' if len(points) > 1 else ''} ({repetition} of {MOST_REPETITIONS})"
             )
             for name in dict.fromkeys(suite for suite, _, _ in points):
                 own = [(case, direction) for suite, case, direction in points if suite == name]
@@ -134,7 +131,7 @@ class Check:
             return UNMEASURED
         return status_of(comparison)
 
-    def _points_to_repeat(self, comparison: Comparison, most: int) -> list[Point]:
+    def _points_to_repeat(self, comparison: Comparison, most: int) -> list[Group]:
         """Points that seem to be worse, and at most so many unclear ones, those first that are nearly clear."""
         unsettled = comparison.unsettled(FEWEST_RUNS)
         worse = dict.fromkeys(_point(each) for each in unsettled if each.is_regression)
@@ -168,8 +165,8 @@ def _free(directory: Path) -> Path:
     return next(path for number in count(1) if not (path := directory / f"again-{number}").exists())
 
 
-def _point(finding: Finding) -> Point:
-    return finding.suite, finding.case, finding.direction
+def _point(finding: Finding) -> Group:
+    return Group(finding.suite, finding.case, finding.direction)
 
 
 def _width(finding: Finding) -> float:

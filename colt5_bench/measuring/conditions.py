@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from colt5_bench.measuring import roofline
+from colt5_bench.measuring.host import HostSeconds, measure_host
 from colt5_bench.measuring.roofline import Ceilings
 from colt5_bench.measuring.rounds import CPU_COLUMNS, GPU_COLUMNS
 from colt5_bench.records import environment
@@ -32,6 +33,9 @@ class Conditions:
 
     ceilings: Ceilings
 
+    host: HostSeconds | None = None
+    """Speed of the host; None if it is not to be recorded."""
+
     max_seconds: float = 2.0
     """The longest that sampling one time column of a case may take."""
 
@@ -54,8 +58,10 @@ class Conditions:
 
     @classmethod
     def on(cls, device: torch.device, environment_key: str, ceilings: str = "", **options: Any) -> "Conditions":
-        """The conditions on a device. Its ceilings are read from the JSON if that is for this device, else measured.
-        The options are the other fields."""
+        """The conditions on a device, which are measured before any point: one may break the context of a GPU.
+
+        The ceilings are read from the JSON if that is for this device. The options are the other fields.
+        """
         name = environment.device_name(device)
         found = roofline.read_ceilings(ceilings, name) or roofline.measure_ceilings(device)
-        return cls(device, name, environment_key, found, **options)
+        return cls(device, name, environment_key, found, measure_host(device), **options)

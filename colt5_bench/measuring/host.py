@@ -4,7 +4,9 @@ Hosts differ by a factor of two. Beside these times, host times of two machines 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
 from time import perf_counter
 
@@ -31,15 +33,18 @@ class HostSeconds:
     """Launch of a Triton kernel that does nothing; None without a GPU."""
 
 
+@cache
 @torch.inference_mode()
 def measure_host(device: torch.device) -> HostSeconds:
-    """The speed of the host with this device. This takes about 30 milliseconds."""
+    """The speed of the host with this device, once per process: measured code may break the context of a GPU."""
     small = torch.ones(SIZE, SIZE, device=device)
     launches = device.type == "cuda" and not triton.knobs.runtime.interpret
-    return HostSeconds(
-        linear=_seconds(lambda: F.linear(small, small), device),
-        empty_kernel=_seconds(lambda: _empty_kernel[(1,)](small), device) if launches else None,
-    )
+    # Triton launches on the current device.
+    with torch.cuda.device(device) if launches else nullcontext():
+        return HostSeconds(
+            linear=_seconds(lambda: F.linear(small, small), device),
+            empty_kernel=_seconds(lambda: _empty_kernel[(1,)](small), device) if launches else None,
+        )
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

@@ -19,6 +19,9 @@ from rich.console import Console
 from colt5_bench import cli, commands, startup
 from colt5_bench.commands import env, run
 from colt5_bench.loading import choose_device, load_suites
+from colt5_bench.measuring import conditions
+from colt5_bench.measuring.host import HostSeconds
+from colt5_bench.measuring.isolation import Measurer
 from colt5_bench.measuring.roofline import Ceilings
 from colt5_bench.records.environment import device_name
 from colt5_bench.records.results import FAILED, load
@@ -294,6 +297,17 @@ def test_who_starts_a_run_may_say_what_the_device_can_do_and_what_is_measured_ma
     (described,) = load(Path(run.args[-1]) / "toy.jsonl").environments.values()
     assert (described["ceilings"] == asdict(rates)) == (by == "the user")
     assert described["host"]["linear"] > 0
+
+
+def test_the_host_is_measured_before_any_point(bench_here, monkeypatch):
+    """A point may break the context of a GPU."""
+    order, measured = [], Measurer.measure
+    monkeypatch.setattr(conditions, "measure_host", lambda device: order.append("host") or HostSeconds(1.0, None))
+    monkeypatch.setattr(Measurer, "measure", lambda *each: order.append("point") or measured(*each))
+    bench_here("good", "--preset", "smoke", "--quiet")
+    assert order[0] == "host"
+    assert order.count("host") == 1
+    assert "point" in order
 
 
 def test_help_has_examples(capsys):

@@ -511,7 +511,7 @@ class TestCheck:
         assert check(reference(), ours(1.04), more=more) == UNDECIDED
         points = [("rows=8 n=512 eps=0.1", ours().direction)]
         assert asked == [("toy", points, f"again-{number}") for number in (1, 2)]
-        assert "measuring again 1 points that are unclear or seem to be worse (1 of 2)" in capsys.readouterr().out
+        assert "measuring again what is unclear or seems to be worse: 1 point (1 of 2)" in capsys.readouterr().out
 
     @pytest.mark.parametrize(("checked", "times"), [(True, 0), (False, 2)])
     def test_what_can_only_be_better_is_not_measured_again_to_check(self, check, saved, checked, times):

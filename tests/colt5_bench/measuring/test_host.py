@@ -11,6 +11,13 @@ from colt5_bench.measuring.host import measure_host
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.fixture(autouse=True)
+def not_measured_yet():
+    measure_host.cache_clear()
+    yield
+    measure_host.cache_clear()
+
+
 def test_without_a_gpu_there_is_no_kernel():
     seconds = measure_host(CPU)
     assert 0 < seconds.linear < 1
@@ -29,6 +36,19 @@ def test_the_time_is_that_of_one_call(monkeypatch):
     monkeypatch.setattr(host, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(F, "linear", linear)
     assert math.isclose(measure_host(CPU).linear, 0.25)
+
+
+def test_a_process_measures_once(monkeypatch):
+    first = measure_host(CPU)
+    monkeypatch.setattr(F, "linear", None)
+    assert measure_host(CPU) is first
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_device_need_not_be_the_current_one():
+    assert measure_host(torch.device("cuda", torch.cuda.device_count() - 1)).empty_kernel > 0
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.gpu
