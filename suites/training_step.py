@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import reference
 from colt5_bench.case import FORWARD_BACKWARD
+from colt5_bench.process.workspaces import clear_workspaces
 from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from suites._descent import implementations, lenient
@@ -149,6 +150,7 @@ def _captured(
 def _graphed(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     # Weights that autocast caches for a whole step would be those of the capture.
     torch.set_autocast_cache_enabled(False)
+    clear_workspaces()
     try:
         torch.cuda.make_graphed_callables(module, (x,))
     finally:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from colt5_bench.measuring.refusal import RefusedError
 from colt5_bench.process.garbage import no_garbage_collection
+from colt5_bench.process.workspaces import clear_workspaces
 from colt5_bench.texts import first_line
 
 Call = Callable[[], Any]
@@ -82,6 +83,7 @@ def rounds(
         finally:
             for graph in graphs.values():
                 graph.reset()
+            clear_workspaces()
             torch.cuda.empty_cache()
 
 
@@ -288,6 +290,7 @@ def _capture(call: Call, before: Call) -> _Captured:
             call()
         before()
         torch.cuda.synchronize()
+        clear_workspaces()
         try:
             graph.capture_begin(pool=pool)
             results = call()
@@ -324,6 +327,7 @@ def _recover(device: torch.device) -> None:
     with torch.cuda.graph(graph):
         something.add_(1)
     graph.reset()
+    clear_workspaces()
     torch.cuda.empty_cache()
 
 

@@ -6,6 +6,7 @@ from typing import TypeVar
 import pytest
 import torch
 
+from colt5_bench.process.workspaces import clear_workspaces
 from kernels._common.tensors import INTERPRETED
 
 T = TypeVar("T")
@@ -23,6 +24,7 @@ def capture(step: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)
+    clear_workspaces()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()

@@ -7,6 +7,7 @@ import torch
 import reference
 from suites import _layers
 from suites.layers import LAYERS, WITHOUT_PRODUCTS, ModelLayerCase
+from tests.kernels.devices import capture
 
 pytestmark = pytest.mark.gpu
 
@@ -45,9 +46,7 @@ def test_the_same_bits_from_run_to_run_and_from_a_cuda_graph(case):
     assert all(tensor.isfinite().all() for tensor in first.values())
     assert_same_bits(second, first)
 
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = results_of(function, problem)
+    graph, captured = capture(lambda: results_of(function, problem))
     for _ in range(2):
         graph.replay()
     assert_same_bits(captured, first)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from colt5_bench.measuring.call import Call
+from colt5_bench.process.workspaces import clear_workspaces
 from suites import training_step
 from suites.training_step import MEASURED, StepCase
 
@@ -32,3 +33,25 @@ def test_a_captured_step_has_the_results_of_the_layer(kind):
     assert len(modules) == 1
     Call(captured, replace(problem, inputs={name: each.clone() for name, each in problem.inputs.items()}), "forward")()
     assert len(modules) == 2
+
+
+@pytest.mark.gpu
+def test_graphs_of_a_step_have_their_own_workspace():
+    def graphed():
+        # A product with a long sum, which several parts of the GPU share.
+        layer = nn.Linear(2**16, 64, device="cuda")
+        return training_step._graphed(layer, torch.randn(64, 2**16, device="cuda", requires_grad=True))
+
+    def bytes_of(pools):
+        segments = torch.cuda.memory_snapshot()
+        return sum(each["allocated_size"] for each in segments if each["segment_pool_id"] in pools)
+
+    def pools():
+        return {each["segment_pool_id"] for each in torch.cuda.memory_snapshot()}
+
+    earlier, known = graphed(), pools()
+    later, own = graphed(), pools() - known
+    before = bytes_of(own)
+    clear_workspaces()
+    assert bytes_of(own) < before
+    del earlier, later

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from colt5_bench.measuring import rounds, timing
 from colt5_bench.measuring.spin import Spin
+from colt5_bench.process.workspaces import clear_workspaces
 from colt5_bench.records.environment import GpuState
 
 pytestmark = pytest.mark.alone
@@ -330,6 +331,7 @@ class TestColumnsOfAGpu:
         graph = SimpleNamespace(replay=cuda.call, reset=lambda: None)
         monkeypatch.setattr(rounds, "_capture", lambda call, before: rounds._Captured(graph, call()))
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(rounds, "clear_workspaces", lambda: None)
         before, after = {"a": lambda: None}, {"a": lambda *given: looked.append(given)}
         with rounds.rounds("graph", {"a": lambda: results}, before, after, GPU) as (take, refused):
             looked.clear()
@@ -433,6 +435,16 @@ def test_a_train_takes_as_long_as_its_calls(seconds):
     assert most / 4 < len(durations) <= most
 
 
+def nothing(*_):
+    pass
+
+
+def allocated_bytes(*, of_graphs=True):
+    """Bytes of tensors and workspaces on GPUs, with or without those in the memory of CUDA graphs."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(each["allocated_size"] for each in segments if of_graphs or each["segment_pool_id"] == (0, 0))
+
+
 @pytest.mark.gpu
 class TestOnGpu:
     def test_columns_agree_with_what_the_gpu_is_known_to_do(self):
@@ -503,6 +515,19 @@ class TestOnGpu:
         timing.time_interleaved(calls, device=GPU, columns=("graph",))
         torch.cuda.empty_cache()
         assert torch.cuda.memory_reserved() == reserved
+
+    def test_a_graph_has_its_own_workspace(self):
+        # A product with a long sum, which several parts of the GPU share.
+        x = torch.randn(64, 2**16, device=GPU)
+
+        def product():
+            return x @ x.T
+
+        with rounds.rounds("graph", {"product": product}, {"product": nothing}, {"product": nothing}, GPU):
+            everywhere, outside = allocated_bytes(), allocated_bytes(of_graphs=False)
+            clear_workspaces()
+            assert allocated_bytes() < everywhere
+            assert allocated_bytes(of_graphs=False) == outside
 
     def test_forward_and_backward_are_captured(self):
         x = torch.randn(1000, device=GPU, requires_grad=True)
