@@ -62,7 +62,7 @@ class Shards:
         require(-x.ndim <= dim < x.ndim, name, x.shape, "of a shape with the sharded dimension {}", dim)
         others = [size for each, size in enumerate(x.shape) if each != dim % x.ndim]
         kind = crc32(repr((x.dtype, others)).encode())
-        header = torch.tensor([x.shape[dim], mask is not None, kind], device=x.device)
+        header = torch.tensor([x.shape[dim], mask is not None, kind], device=_device_of_headers(group, x.device))
         lengths, masked, kinds = torch.stack(all_gather(header, group, name)).T.tolist()
         allowed = "of the same dtype and, except for dimension {}, of the same shape on all ranks of the group"
         require(len(set(kinds)) == 1, name, (x.dtype, tuple(x.shape)), allowed, dim)
@@ -91,7 +91,8 @@ class Shards:
 
     def owners(self, indices: Tensor) -> Tensor:
         """The ranks of these places of the whole; past its end, the size of the group."""
-        ends = torch.tensor([*accumulate(self.lengths)], device=indices.device)
+        # The host need not wait until it is copied.
+        ends = torch.tensor([*accumulate(self.lengths)], device="cpu").to(indices.device, non_blocking=True)
         return torch.bucketize(indices, ends, right=True)
 
     def gather(self, x: Tensor, dim: int = -1, name: str = "scores") -> Tensor:
@@ -317,6 +318,11 @@ class _ReturnRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _FetchRows.apply(grad, *ctx.rest), None, None, None, None, None
+
+
+def _device_of_headers(group: ProcessGroup, device: torch.device) -> torch.device:
+    """The CPU if a group can exchange its tensors. Then the host waits for other hosts, but not for a GPU."""
+    return torch.device("cpu") if "cpu:" in dist.get_backend_config(group) else device
 
 
 def _overlaps(shards: Shards, stretches: Sequence[Stretch]) -> tuple[list[Stretch], list[Stretch]]:

@@ -30,7 +30,7 @@ class Ranks:
     """
 
     def __init__(self, store: Path, size: int, seconds: float, backend: str):
-        self.device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
+        self.device = torch.device("cuda", 0) if "nccl" in backend else torch.device("cpu")
         pipes = [CONTEXT.Pipe() for _ in range(size)]
         self.pipes = [mine for mine, _ in pipes]
         options = {"daemon": True}
@@ -98,7 +98,7 @@ def _serve(pipe, store, rank, size, seconds, backend):
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    if backend == "nccl":
+    if "nccl" in backend:
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
         torch.set_default_device(device)

@@ -11,6 +11,7 @@ from torch import Tensor
 import kernels
 import reference
 from reference import parallel
+from reference.parallel import shards
 from tests.calls import arguments_of
 from tests.reference.parallel import sharded
 
@@ -264,3 +265,12 @@ def test_a_mesh_has_one_dimension(ranks):
 def test_a_mesh_is_a_mesh(mesh):
     with pytest.raises(ValueError, match="mesh must be a DeviceMesh or a ProcessGroup"):
         parallel.coor_descent(torch.randn(4), n_iters=1, k=1, mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    ("backends", "expected"),
+    [("cpu:gloo", "cpu"), ("cpu:gloo,cuda:gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cpu"), ("cuda:nccl", "cuda")],
+)
+def test_lengths_travel_between_hosts_if_a_group_can_send_them(monkeypatch, backends, expected):
+    monkeypatch.setattr(shards.dist, "get_backend_config", lambda group: backends)
+    assert shards._device_of_headers(None, torch.device("cuda")) == torch.device(expected)
