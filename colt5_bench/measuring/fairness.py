@@ -37,7 +37,7 @@ def time_correct(
         record, oracle = records[name], oracles[name]
         if record.status == "ok":
             begin(name)
-            with preserved(), failing([record], "after it was timed: "):
+            with failing([record], "after it was timed: "), preserved():
                 watch.finish()
                 fault = _timed_fault(suite.implementations[name], watch, oracle, truths)
                 oracle.inputs.restore()
@@ -109,7 +109,7 @@ def _time_apart(watches: dict[str, Watch], records: dict[str, Record], condition
     alone = [name for name in watches if records[name].changed_settings]
     for names in ([name for name in watches if name not in alone], *([name] for name in alone)):
         if names:
-            with preserved(), failing([records[name] for name in names], "timing: "):
+            with failing([records[name] for name in names], "timing: "), preserved():
                 _time({name: watches[name] for name in names}, records, conditions)
     for name, watch in watches.items():
         if records[name].status == "ok":

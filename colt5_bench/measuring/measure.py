@@ -113,7 +113,7 @@ def _train_all(
     for name, record in records.items():
         begin(name)
         trainee = suite.implementations[name]
-        with preserved() as record.changed_settings, failing([record]):
+        with failing([record]), preserved() as record.changed_settings:
             if why := not_applicable(trainee, case, record.direction, conditions.device):
                 record.status, record.reason = "skipped", printable(str(why))
             else:
@@ -174,7 +174,7 @@ def _measure_each(
         begin(name)
         implementation, oracle = suite.implementations[name], oracles[name]
         inputs = oracle.inputs
-        with preserved() as changed, failing([record]):
+        with failing([record]), preserved() as changed:
             function = implementation.build(case)
             call = Call(function, inputs.problem, direction)
             record.accuracy, record.reason = _judge_first(implementation, oracle, call.results())
@@ -210,7 +210,7 @@ def _measure_energy(
     for name, watch in watches.items():
         begin(name)
         oracles[name].inputs.renew()
-        with preserved(), failing([records[name]], "energy: "):
+        with failing([records[name]], "energy: "), preserved():
             watch.call.renew()
             try:
                 metrics = energy.measure_energy(watch.call, meter, conditions.device).metrics()

@@ -3,7 +3,7 @@
 import os
 import random
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +51,6 @@ SETTINGS: dict[str, Setting] = {
     ),
     "flush denormal": Setting(lambda: _flushes_denormals(), lambda flush: _flush_denormals(flush)),
     "torch's random numbers": Setting(torch.get_rng_state, torch.set_rng_state),
-    "random numbers of CUDA": Setting(lambda: _cuda_random_state(), torch.cuda.set_rng_state_all),
     "numpy's random numbers": Setting(np.random.get_state, np.random.set_state),
     "Python's random numbers": Setting(random.getstate, random.setstate),
 }
@@ -59,6 +58,8 @@ if hasattr(torch._C, "_accelerator_getAllocatorSettings"):  # PyTorch 2.11 has n
     SETTINGS["allocator"] = Setting(
         torch._C._accelerator_getAllocatorSettings, torch._C._accelerator_setAllocatorSettings
     )
+# The last one, because it cannot be read after an error that breaks the GPU's context.
+SETTINGS["random numbers of CUDA"] = Setting(lambda: _cuda_random_state(), torch.cuda.set_rng_state_all)
 
 RANDOM = frozenset(name for name in SETTINGS if "random numbers" in name)
 """States of random number generators. Each draw changes them."""
@@ -75,22 +76,35 @@ class Settings:
         self._values = {name: setting.read() for name, setting in SETTINGS.items() if name not in left_out}
 
     def restore(self) -> list[str]:
-        """Restore changed settings, and name them."""
-        changed = [name for name, value in self._values.items() if not _same(SETTINGS[name].read(), value)]
-        for name in changed:
-            SETTINGS[name].write(self._values[name])
+        """Restore changed settings, and name them.
+
+        Raises:
+            RuntimeError: the GPU's context is broken. All other settings are restored.
+        """
+        changed = []
+        for name, value in self._values.items():
+            if not _same(SETTINGS[name].read(), value):
+                SETTINGS[name].write(value)
+                changed.append(name)
         return changed
 
 
 @contextmanager
 def preserved() -> Iterator[list[str]]:
-    """Restore all settings at the end of this context. The list then names those that had changed."""
+    """Restore all settings at the end of this context. The list then names those that had changed.
+
+    Raises:
+        RuntimeError: no other error ended the context, and a kernel has broken the GPU's.
+    """
     before = Settings()
     changed: list[str] = []
     try:
         yield changed
-    finally:
-        changed += before.restore()
+    except BaseException:
+        with suppress(RuntimeError):
+            changed += before.restore()
+        raise
+    changed += before.restore()
 
 
 def _flushes_denormals() -> bool:

@@ -18,6 +18,7 @@ from colt5_bench.measuring.conditions import Conditions
 from colt5_bench.measuring.failures import BrokenContextError
 from colt5_bench.measuring.isolation import Measurer, Point
 from colt5_bench.measuring.measure import measure
+from colt5_bench.process.settings import SETTINGS, Setting
 from colt5_bench.records.results import load
 from tests.colt5_bench import toy
 
@@ -112,6 +113,31 @@ class TestABrokenContext:
         with pytest.raises(BrokenContextError, match="timing: RuntimeError: Triton Error") as broken:
             measure(toy.suite(toy.good, toy.wrong), CASE, FORWARD, ["reference", "wrong", "good"], conditions)
         assert [record.implementation for record in broken.value.finished] == ["wrong"]
+
+    @pytest.mark.parametrize("at_once", [True, False])
+    def test_is_noticed_although_no_setting_of_the_gpu_can_be_read(self, conditions, monkeypatch, at_once):
+        """An error of a kernel may be raised by the call, or later by any use of the GPU."""
+        is_broken, threads = False, torch.get_num_threads()
+
+        def read():
+            if is_broken:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        def breaking(scores):
+            nonlocal is_broken
+            is_broken = True
+            torch.set_num_threads(threads + 1)
+            if at_once:
+                read()
+            return toy.good(scores)
+
+        monkeypatch.setitem(SETTINGS, "random numbers of CUDA", Setting(read, lambda value: None))
+        listed = {"breaking": toy.Implementation("breaking", lambda case: breaking)}
+        with pytest.raises(BrokenContextError, match="illegal memory access") as broken:
+            measure(toy.suite(implementations=listed), CASE, FORWARD, ["breaking"], conditions)
+        ((name, status),) = ((record.implementation, record.status) for record in broken.value.finished)
+        assert (name, status) == ("breaking", "error")
+        assert torch.get_num_threads() == threads
 
     def test_is_no_ordinary_error(self, conditions):
         records = measure(
