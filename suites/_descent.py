@@ -185,12 +185,12 @@ def entries_at_kink(case: DescentCase, scores: Tensor, k: float | None = None) -
 def cost(case: DescentCase, direction: str) -> Cost:
     """Scores read and output written; then scores and grad_output read and gradient written.
 
-    An entry costs one exponential for each temperature of the iterations after the first, which needs none, and one for
-    the output. The backward pass costs the same again.
+    An entry costs one exponential for each temperature after the first iteration, which needs none. The output costs
+    one only if no iteration has its temperature. The backward pass costs the same again.
     """
-    _, *later, _ = case.temperatures()
+    _, *later = case.temperatures()
     entries, size = case.rows * case.n, getattr(torch, case.dtype).itemsize
-    exponentials = entries * (len(set(later)) + 1)
+    exponentials = entries * len(set(later))
     if direction == FORWARD:
         return Cost(bytes=2 * size * entries, exponentials=exponentials)
     return Cost(bytes=5 * size * entries, exponentials=2 * exponentials)

@@ -102,12 +102,12 @@ def truth(case: RouteCase, problem: Problem, direction: str) -> Truth:
 
 
 def cost(case: RouteCase, direction: str) -> Cost:
-    """Tokens read and the routed ones written, with an exponential for each score and temperature. Then the same again
-    for the gradient, and the gradient of the tokens written."""
+    """Tokens read and the routed ones written, with an exponential for each score and temperature after the first
+    iteration. Then the same again for the gradient, and the gradient of the tokens written."""
     size = case.torch_dtype.itemsize
     tokens, kept = case.n * case.dim * size, case.routes * case.k * (case.dim * size + 12)
     _, *later, _ = epsilon_schedule(N_ITERS, DECAYING.eps, DECAYING.eps_init, DECAYING.eps_decay)
-    exponentials = case.n * case.routes * (len(set(later)) + 1 if case.solver == "coor_descent" else 2)
+    exponentials = case.n * case.routes * (len(set(later)) if case.solver == "coor_descent" else 2)
     forward = tokens + kept
     if direction == FORWARD:
         return Cost(bytes=forward, exponentials=exponentials)

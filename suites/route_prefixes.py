@@ -111,13 +111,13 @@ def cost(case: PrefixCase, direction: str) -> Cost:
     """Scores read, and an index and a weight written for each selected entry. Then the gradient of the weights, indices
     and scores read, and the gradient of the scores written.
 
-    An exponential for each entry and temperature, which prefixes can share, and one for each weight; and the same
+    An exponential for each entry and temperature after the first iteration, which prefixes can share; and the same
     again. Adding them up, for each prefix and iteration, takes longer than all this and is not counted here.
     """
     _, *later, _ = case.temperatures()
     entries = case.rows * case.n
     selected = case.rows * len(case.lengths()) * case.num_selected
-    exponentials = entries * len(set(later)) + selected
+    exponentials = entries * len(set(later))
     forward = 4 * entries + 12 * selected
     if direction == FORWARD:
         return Cost(bytes=forward, exponentials=exponentials)

@@ -83,10 +83,15 @@ class ConditionalRoutedAttention(RoutedBranch):
         if has_light_attn:
             check_counts(light_window_size=light_window_size)
             require(light_window_size >= 2, "light_window_size", light_window_size, ">= 2")
-            radius = light_window_size // 2
-            options: dict[str, Any] = {"rotary_emb": light_rotary_emb, "position_bias": position_bias}
-            options["use_triton"] = self.operations
-            self.light_attn = WindowedAttention(dim, radius, light_dim_head, light_heads, **options)
+            self.light_attn = WindowedAttention(
+                dim,
+                light_window_size // 2,
+                light_dim_head,
+                light_heads,
+                rotary_emb=light_rotary_emb,
+                position_bias=position_bias,
+                use_triton=self.operations,
+            )
         self.rotary_emb = RotaryEmbedding(heavy_dim_head) if rotary_emb else None
 
     @replayed
@@ -112,7 +117,7 @@ class ConditionalRoutedAttention(RoutedBranch):
         Raises:
             ValueError: an argument is out of its range, or shapes do not match.
         """
-        return self.with_weights(
+        return self.forward_rounded(
             self.round_weights(x, self.light_attn),
             x,
             num_heavy_tokens_q=num_heavy_tokens_q,
@@ -123,7 +128,7 @@ class ConditionalRoutedAttention(RoutedBranch):
             residual=residual,
         )
 
-    def with_weights(
+    def forward_rounded(
         self,
         rounded: Rounded,
         x: Tensor,
@@ -144,7 +149,8 @@ class ConditionalRoutedAttention(RoutedBranch):
             q = self.q_router(x, num_tokens=num_q, mask=mask, routing_tokens=routing_tokens_q)
             kv = self.route_context(x, num_kv, mask, routing_tokens_kv, rounded)
         else:
-            q, kv = self._divide(together, rounded)
+            q, kv = self._split_routes(together, rounded)
+            # The same tokens, from the operation that computes their whole gradient.
             residual = together.x if residual is x else residual
         rotations = None
         if self.rotary_emb is not None:
@@ -154,6 +160,7 @@ class ConditionalRoutedAttention(RoutedBranch):
         if self.light_attn is not None and together is not None:
             light = self.light_attn(together.normalized, mask=mask, rounded=rounded, normalized=True)
         elif self.light_attn is not None:
+            # A module that replaces it may not take `normalized`.
             light = self.light_attn(x, mask=mask, rounded=rounded)
         return self.attend_routed(x, q, kv, rounded, rotations, light, residual, normalized=together is not None)
 
@@ -166,8 +173,8 @@ class ConditionalRoutedAttention(RoutedBranch):
         routing_tokens_q: Tensor | None,
         routing_tokens_kv: Tensor | None,
     ) -> Together | None:
-        """Tokens of the light branch, and those that both routers route, unless an observer needs to see the
-        modules."""
+        """Tokens of the light branch, and those that both routers route. None if a hook or a replaced module has to
+        see the calls."""
         light = self.light_attn
         if light is None or not is_plain(light, WindowedAttention) or not is_plain(self.heavy_attn, Attention):
             return None
@@ -176,7 +183,7 @@ class ConditionalRoutedAttention(RoutedBranch):
         routers, counts = (self.q_router, self.kv_router), (num_q, num_kv)
         return route_together(x, light.norm, routers, counts, mask, (routing_tokens_q, routing_tokens_kv))
 
-    def _divide(self, together: Together, rounded: Rounded) -> tuple[RouterReturn, RouterReturn]:
+    def _split_routes(self, together: Together, rounded: Rounded) -> tuple[RouterReturn, RouterReturn]:
         """Normalized queries, and keys and values as from `route_context`."""
         routes = self.kv_router.num_routing_tokens
         indices, indices_kv = together.indices.split((1, routes))

@@ -115,5 +115,5 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         if is_plain(attention, ConditionalRoutedAttention) and is_plain(feed_forward, ConditionalRoutedFeedForward):
             rounded = round_weights(x, *attention.rounding(attention.light_attn), *feed_forward.rounding())
             if rounded:
-                return partial(attention.with_weights, rounded), partial(feed_forward.with_weights, rounded)
+                return partial(attention.forward_rounded, rounded), partial(feed_forward.forward_rounded, rounded)
         return attention, feed_forward

@@ -79,7 +79,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         Raises:
             ValueError: an argument is out of its range, or shapes do not match.
         """
-        return self.with_weights(
+        return self.forward_rounded(
             round_weights(x, *self.rounding()),
             x,
             mask=mask,
@@ -88,7 +88,7 @@ class ConditionalRoutedFeedForward(nn.Module):
             residual=residual,
         )
 
-    def with_weights(
+    def forward_rounded(
         self,
         rounded: Rounded,
         x: Tensor,
@@ -109,6 +109,7 @@ class ConditionalRoutedFeedForward(nn.Module):
             scores, tokens = together.scores.squeeze(0), together.tokens.squeeze(0)
             routed = RouterReturn(together.indices.squeeze(0), scores, tokens, None)
             light, bias = self._run(self.light_ff, together.normalized, rounded, normalized=True)
+            # The same tokens, from the operation that computes their whole gradient.
             residual = together.x if residual is x else residual
         heavy, routed_bias = self._run(self.heavy_ff, routed.routed_tokens, rounded)
         branches: dict[str, Any] = {"light": light, "residual": residual, "bias": bias, "routed_bias": routed_bias}
@@ -121,7 +122,8 @@ class ConditionalRoutedFeedForward(nn.Module):
     def _route_together(
         self, x: Tensor, num_tokens: int, mask: Tensor | None, routing_tokens: Tensor | None
     ) -> Together | None:
-        """Tokens of the narrow layer, and those that are routed, unless an observer needs to see the modules."""
+        """Tokens of the narrow layer, and those that are routed. None if a hook or a replaced module has to see the
+        calls."""
         if not is_plain(self.light_ff, nn.Sequential):
             return None
         return route_together(x, self.light_ff[0], (self.router,), (num_tokens,), mask, (routing_tokens,))

@@ -163,7 +163,7 @@ def _windowed_attention(
     Positions count from the first token in reach, because rotary embedding and position bias depend only on distances.
     """
     shards = Shards.of(qkv, 1, group, mask, "qkv")
-    reaches = [_reach(shards.own(rank), shards.total, window_size, causal) for rank in range(len(shards.lengths))]
+    reaches = [_reach(each, shards.total, window_size, causal) for each in shards.stretches]
     before = shards.start - reaches[shards.rank][0]
     if shards.some_are_masked:
         there = qkv.new_ones(qkv.shape[:2]) if mask is None else mask.to(qkv.dtype)

@@ -268,7 +268,7 @@ def _own(indices: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
 
     Both are `... m`, in the order of the list, for the longest such list of any rank."""
     owners = shards.owners(indices)
-    counts = torch.stack([(owners == rank).sum(dim=-1).amax() for rank in range(len(shards.lengths))])
+    counts = torch.stack([(owners == rank).sum(dim=-1).amax() for rank in shards.ranks])
     is_own = owners == shards.rank
     slots = is_own.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., : int(counts.amax())]
     return slots, is_own.gather(-1, slots)

@@ -60,12 +60,13 @@ class Shards:
         """
         group = group_of(mesh)
         require(-x.ndim <= dim < x.ndim, name, x.shape, "of a shape with the sharded dimension {}", dim)
-        others = [size for each, size in enumerate(x.shape) if each != dim % x.ndim]
-        kind = crc32(repr((x.dtype, others)).encode())
-        header = torch.tensor([x.shape[dim], mask is not None, kind], device=_device_of_headers(group, x.device))
-        lengths, masked, kinds = torch.stack(all_gather(header, group, name)).T.tolist()
+        others = [size for axis, size in enumerate(x.shape) if axis != dim % x.ndim]
+        # Not Python's `hash`, which differs between processes for texts.
+        fingerprint = crc32(repr((x.dtype, others)).encode())
+        header = torch.tensor([x.shape[dim], mask is not None, fingerprint], device=_device_of_headers(group, x.device))
+        lengths, masked, fingerprints = torch.stack(all_gather(header, group, name)).T.tolist()
         allowed = "of the same dtype and, except for dimension {}, of the same shape on all ranks of the group"
-        require(len(set(kinds)) == 1, name, (x.dtype, tuple(x.shape)), allowed, dim)
+        require(len(set(fingerprints)) == 1, name, (x.dtype, tuple(x.shape)), allowed, dim)
         require(min(lengths) >= 1, name, f"lengths {lengths}", "of at least one entry on each rank")
         return cls(group, tuple(lengths), any(masked))
 
@@ -82,7 +83,18 @@ class Shards:
     @property
     def start(self) -> int:
         """Place of this rank's first entry in the whole."""
-        return self.own(self.rank)[0]
+        return self.stretches[self.rank][0]
+
+    @property
+    def ranks(self) -> range:
+        """All ranks of the group."""
+        return range(len(self.lengths))
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        """The entries of each rank."""
+        ends = [*accumulate(self.lengths)]
+        return [*zip([0, *ends], ends, strict=False)]
 
     @property
     def total(self) -> int:
@@ -121,13 +133,12 @@ class Shards:
         Raises:
             NotImplementedError: a shard begins within a window.
         """
-        if any(self.own(rank)[0] % window_size for rank in range(len(self.lengths))):
+        if any(first % window_size for first, _ in self.stretches):
             raise NotImplementedError(
                 f"heavy_window_size must divide the lengths of all shards but the last, got {window_size}, and lengths "
                 f"{list(self.lengths)}"
             )
-        stretches = [self.own(rank) for rank in range(len(self.lengths))]
-        return self.fetch(x, [(max(first - window_size, 0), end) for first, end in stretches], "x")
+        return self.fetch(x, [(max(first - window_size, 0), end) for first, end in self.stretches], "x")
 
     def fetch_rows(self, x: Tensor, indices: Tensor, name: str) -> Tensor:
         """Entries `b r m ...` of the whole of local x `b r n ...`, as a local value.
@@ -135,15 +146,14 @@ class Shards:
         Args:
             indices: `m`, the places that this rank requests, in ascending order.
         """
-        ranks = range(len(self.lengths))
         owners = self.owners(indices)
-        counts = torch.stack([(owners == rank).sum() for rank in ranks])
+        counts = torch.stack([(owners == rank).sum() for rank in self.ranks])
         one = torch.Size((1,))
-        asked = _all_to_all([*counts.split(1)], [one] * len(ranks), self.group, f"counts of {name}")
-        taken, sent = (each.tolist() for each in (counts, torch.cat(asked)))
+        asked = _all_to_all([*counts.split(1)], [one] * len(self.ranks), self.group, f"counts of {name}")
+        received, sent = (each.tolist() for each in (counts, torch.cat(asked)))
         shapes = [torch.Size((count,)) for count in sent]
-        places = _all_to_all([*indices.split(taken)], shapes, self.group, f"indices of {name}")
-        return _FetchRows.apply(x, [each - self.start for each in places], taken, self.group, name)
+        places = _all_to_all([*indices.split(received)], shapes, self.group, f"indices of {name}")
+        return _FetchRows.apply(x, [each - self.start for each in places], received, self.group, name)
 
     def gather_mask(self, mask: Tensor | None, scores: Tensor) -> Tensor | None:
         """The whole of a mask that broadcasts to this rank's scores. None if no rank has a mask."""
@@ -151,11 +161,6 @@ class Shards:
             return None
         there = scores.new_ones((), dtype=torch.bool) if mask is None else mask
         return _gathered(there.expand(scores.shape), self, -1, "mask")
-
-    def own(self, rank: int) -> Stretch:
-        """The entries of a rank."""
-        start = sum(self.lengths[:rank])
-        return start, start + self.lengths[rank]
 
 
 def share(x: Tensor, group: ProcessGroup, name: str) -> Tensor:
@@ -171,6 +176,8 @@ def common(k: float | Tensor, group: ProcessGroup) -> float | Tensor:
 
 
 class _Gather(torch.autograd.Function):
+    """All entries, for the same use on all ranks: each rank has the whole gradient, and keeps its part."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: Shards, dim: int, name: str) -> Tensor:
         ctx.rest = shards, dim, name
@@ -182,6 +189,8 @@ class _Gather(torch.autograd.Function):
 
 
 class _Keep(torch.autograd.Function):
+    """A rank's entries of a common value. The gradient of the whole is gathered from all ranks."""
+
     @staticmethod
     def forward(ctx: Any, whole: Tensor, shards: Shards, dim: int, name: str) -> Tensor:
         ctx.rest = shards, dim, name
@@ -195,6 +204,8 @@ class _Keep(torch.autograd.Function):
 
 
 class _Share(torch.autograd.Function):
+    """A common value, for a use that differs between ranks: its gradient is a sum over ranks."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup, name: str) -> Tensor:
         ctx.rest = group, name
@@ -220,6 +231,8 @@ class _Sum(torch.autograd.Function):
 
 
 class _GatherForEach(torch.autograd.Function):
+    """All entries, for a use that differs between ranks: their gradient is a sum over ranks."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: Shards, dim: int, name: str) -> Tensor:
         ctx.rest = shards, dim, name
@@ -247,12 +260,14 @@ class _SumAtOwner(torch.autograd.Function):
 
 
 class _Fetch(torch.autograd.Function):
+    """The entries that each rank needs, from the ranks that hold them."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: Shards, stretches: Sequence[Stretch], name: str) -> Tensor:
         ctx.rest = shards, stretches, name
-        sent, taken = _overlaps(shards, stretches)
+        sent, received = _overlaps(shards, stretches)
         parts = [x[:, first - shards.start : end - shards.start] for first, end in sent]
-        shapes = [torch.Size((x.shape[0], end - first, *x.shape[2:])) for first, end in taken]
+        shapes = [torch.Size((x.shape[0], end - first, *x.shape[2:])) for first, end in received]
         parts = _all_to_all(parts, shapes, shards.group, name)
         parts[shards.rank] = x
         return torch.cat(parts, dim=1)
@@ -260,17 +275,17 @@ class _Fetch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         shards, stretches, name = ctx.rest
-        return _Return.apply(grad, shards, stretches, f"the gradient of {name}"), None, None, None
+        return _SumFetched.apply(grad, shards, stretches, f"the gradient of {name}"), None, None, None
 
 
-class _Return(torch.autograd.Function):
+class _SumFetched(torch.autograd.Function):
     """Fetched entries are returned to their ranks, and added up there."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: Shards, stretches: Sequence[Stretch], name: str) -> Tensor:
         ctx.rest = shards, stretches, name
-        sent, taken = _overlaps(shards, stretches)
-        sizes = [end - first for first, end in taken]
+        sent, received = _overlaps(shards, stretches)
+        sizes = [end - first for first, end in received]
         sizes[shards.rank] = shards.length
         parts = [*x.split(sizes, dim=1)]
         total = parts[shards.rank].to(torch.promote_types(x.dtype, torch.float32), copy=True)
@@ -286,31 +301,36 @@ class _Return(torch.autograd.Function):
 
 
 class _FetchRows(torch.autograd.Function):
+    """Rows at the places that other ranks request, sent to them; and the rows that this rank has requested."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: list[Tensor], taken: list[int], group: ProcessGroup, name: str) -> Tensor:
-        ctx.rest, ctx.n = (places, taken, group, name), x.shape[2]
-        shapes = [torch.Size((*x.shape[:2], count, *x.shape[3:])) for count in taken]
+    def forward(
+        ctx: Any, x: Tensor, places: list[Tensor], received: list[int], group: ProcessGroup, name: str
+    ) -> Tensor:
+        ctx.rest, ctx.n = (places, received, group, name), x.shape[2]
+        shapes = [torch.Size((*x.shape[:2], count, *x.shape[3:])) for count in received]
         return torch.cat(_all_to_all([x[:, :, each] for each in places], shapes, group, name), dim=2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        places, taken, group, name = ctx.rest
-        return _ReturnRows.apply(grad, ctx.n, places, taken, group, f"the gradient of {name}"), None, None, None, None
+        *rest, name = ctx.rest
+        grad_x = _SumFetchedRows.apply(grad, ctx.n, *rest, f"the gradient of {name}")
+        return grad_x, None, None, None, None
 
 
-class _ReturnRows(torch.autograd.Function):
+class _SumFetchedRows(torch.autograd.Function):
     """Fetched rows are returned to their ranks, and added up there."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, n: int, places: list[Tensor], taken: list[int], group: ProcessGroup, name: str
+        ctx: Any, x: Tensor, n: int, places: list[Tensor], received: list[int], group: ProcessGroup, name: str
     ) -> Tensor:
-        ctx.rest = places, taken, group, name
+        ctx.rest = places, received, group, name
         shape = [*x.shape]
         shape[2] = n
         total = x.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
         shapes = [torch.Size((*x.shape[:2], len(each), *x.shape[3:])) for each in places]
-        for each, part in zip(places, _all_to_all([*x.split(taken, dim=2)], shapes, group, name), strict=True):
+        for each, part in zip(places, _all_to_all([*x.split(received, dim=2)], shapes, group, name), strict=True):
             # All rows from one rank are different, so their order does not matter.
             total[:, :, each] += part
         return total.to(x.dtype)
@@ -327,9 +347,9 @@ def _device_of_headers(group: ProcessGroup, device: torch.device) -> torch.devic
 
 def _overlaps(shards: Shards, stretches: Sequence[Stretch]) -> tuple[list[Stretch], list[Stretch]]:
     """Places that this rank sends to each rank, and those that it receives from each. Its own entries stay."""
-    ranks, me = range(len(shards.lengths)), shards.rank
-    sent = [_overlap(shards.own(me), stretches[rank], rank == me) for rank in ranks]
-    return sent, [_overlap(shards.own(rank), stretches[me], rank == me) for rank in ranks]
+    me, held = shards.rank, shards.stretches
+    sent = [_overlap(held[me], stretches[rank], rank == me) for rank in shards.ranks]
+    return sent, [_overlap(held[rank], stretches[me], rank == me) for rank in shards.ranks]
 
 
 def _overlap(held: Stretch, wanted: Stretch, is_own: bool) -> Stretch:
@@ -348,9 +368,9 @@ def _gathered(x: Tensor, shards: Shards, dim: int, name: str) -> Tensor:
     sizes."""
     shape = list(x.shape)
     shape[dim] = max(shards.lengths)
-    filled_up = x.new_zeros(shape)
-    filled_up.narrow(dim, 0, x.shape[dim]).copy_(x)
-    parts = all_gather(filled_up, shards.group, name)
+    padded = x.new_zeros(shape)
+    padded.narrow(dim, 0, x.shape[dim]).copy_(x)
+    parts = all_gather(padded, shards.group, name)
     return torch.cat([part.narrow(dim, 0, n) for part, n in zip(parts, shards.lengths, strict=True)], dim=dim)
 
 
@@ -358,23 +378,23 @@ def all_gather(x: Tensor, group: ProcessGroup, name: str) -> list[Tensor]:
     """x of each rank; all have one shape."""
     x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(group.size())]
-    with _travelling(name, group):
+    with _naming_exchange(name, group):
         dist.all_gather(parts, x, group=group)
     return parts
 
 
 def _all_to_all(parts: list[Tensor], shapes: list[torch.Size], group: ProcessGroup, name: str) -> list[Tensor]:
-    """Tensors of these shapes that the ranks send to this one, after it sends each of them its part."""
+    """Send each rank its part. Returns the tensors, of these shapes, that the ranks send to this one."""
     sent = torch.cat([part.flatten() for part in parts])
     sizes = [shape.numel() for shape in shapes]
-    taken = sent.new_empty(sum(sizes))
-    with _travelling(name, group):
-        dist.all_to_all_single(taken, sent, sizes, [part.numel() for part in parts], group=group)
-    return [part.view(shape) for part, shape in zip(taken.split(sizes), shapes, strict=True)]
+    received = sent.new_empty(sum(sizes))
+    with _naming_exchange(name, group):
+        dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=group)
+    return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
 
 
 @contextmanager
-def _travelling(name: str, group: ProcessGroup) -> Iterator[None]:
+def _naming_exchange(name: str, group: ProcessGroup) -> Iterator[None]:
     """Name the failed exchange in the error, and possible reasons."""
     try:
         yield

@@ -126,16 +126,16 @@ def _fastest(records: Records, implementations: Iterable[str], direction: str, c
     return f"{1e3 * min(map(float, filter(None, seconds))):#.3g}".rstrip(".") if any(seconds) else "-"
 
 
-def megabytes(records: Records, *implementations: str) -> str:
+def megabytes(records: Records, *implementations: str) -> list[str]:
     found = (records.get((name, FORWARD_BACKWARD)) for name in implementations)
-    return ", ".join("-" if each is None else f"{float(each.peak_bytes or 0) / 1e6:.0f}" for each in found)
+    return ["-" if each is None else f"{float(each.peak_bytes or 0) / 1e6:.0f}" for each in found]
 
 
 def _headlines(baseline: Baseline) -> list[list[str]]:
     def row(title: str, records: Records) -> list[str]:
-        others = (("reference",), ("compile",), ("colt5_triton", "colt5_triton_segmented"))
+        others = (("segmented",), ("colt5_triton", "colt5_triton_segmented"), ("compile",), ("reference",))
         times = [milliseconds(records, *names) for names in (("ours",), *others)]
-        return [title, *times, megabytes(records, "ours", "reference")]
+        return [title, *times, *megabytes(records, "ours", "reference")]
 
     return [row(title, baseline.of("coor_descent", **fields)) for title, fields in HEADLINES.items()]
 
@@ -143,7 +143,7 @@ def _headlines(baseline: Baseline) -> list[list[str]]:
 def _layers(baseline: Baseline) -> list[list[str]]:
     def row(title: str, records: Records) -> list[str]:
         times = [milliseconds(records, name) for name in ("ours", "reference")]
-        return [title, *times, megabytes(records, "ours", "reference")]
+        return [title, *times, *megabytes(records, "ours", "reference")]
 
     return [row(title, baseline.of("layers", **OF_LAYERS | fields)) for title, fields in LAYERS.items()]
 

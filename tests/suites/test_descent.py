@@ -91,10 +91,12 @@ def test_an_entry_at_a_kink_is_marked(iteration, temperature):
 def test_cost_is_the_least_that_has_to_be_done():
     constant, decaying = (DescentCase.at(8, 4096, 20, temperature) for temperature in (CONSTANT, DECAYING))
     entries = 8 * 4096
-    assert _descent.cost(constant, FORWARD) == _descent.Cost(bytes=8 * entries, exponentials=2 * entries)
-    assert _descent.cost(constant, FORWARD_BACKWARD) == _descent.Cost(bytes=20 * entries, exponentials=4 * entries)
+    assert _descent.cost(constant, FORWARD) == _descent.Cost(bytes=8 * entries, exponentials=entries)
+    assert _descent.cost(constant, FORWARD_BACKWARD) == _descent.Cost(bytes=20 * entries, exponentials=2 * entries)
     # 4 x .7 ** 13 is the last temperature above .03; the first iteration needs no exponential.
-    assert _descent.cost(decaying, FORWARD).exponentials == (13 + 1 + 1) * entries
+    assert _descent.cost(decaying, FORWARD).exponentials == (13 + 1) * entries
+    # After two iterations the output has a temperature of its own.
+    assert _descent.cost(replace(decaying, n_iters=2), FORWARD).exponentials == 2 * entries
     assert _descent.cost(replace(constant, dtype="bfloat16"), FORWARD).bytes == 4 * entries
 
 
