@@ -48,8 +48,8 @@ CALLS_IN_A_TRAIN, TRAIN_SECONDS = 50, 0.02
 and at the end of a train of calls; that share is small."""
 
 SPIN_MARGIN, SPIN_EXTRA, LONGEST_SPIN = 1.5, 20e-6, 0.05
-"""A spin lasts this many times the host time of the call and these seconds more. The last one is its limit in seconds.
-"""
+"""A spin lasts this many times the host time of the call and these seconds more. The last one limits the first length
+of a spin in seconds; see `SPIN_GROWTH`."""
 
 SPIN_GROWTH = 4
 """A spin that is too short is doubled, until it is this many times as long as at first. No spin is long enough for a
@@ -226,7 +226,8 @@ class GpuRound:
         if start.query():
             # The GPU finished the spin before all kernels were launched.
             self._spin[name] = min(2 * self._spin[name], self._longest_spin[name])
-        # In the same stream, before it waits for other streams.
+        # The check is queued right after the call. Work on other streams that the call should have waited for is then
+        # not in the copies.
         self._after[name](result, False)
         return start, end
 
@@ -319,8 +320,8 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
 
 
 def _recover(device: torch.device) -> None:
-    """Capture all calls that can be captured. Until then, PyTorch's default random number generator treats a failed
-    capture as if it were still running, and raises an error."""
+    """Capture a trivial graph after a failed capture. Until a capture succeeds, PyTorch's random number generator
+    behaves as if the failed one were still running, and raises errors."""
     torch.cuda.synchronize(device)
     something = torch.zeros(1, device=device)
     graph = torch.cuda.CUDAGraph()
