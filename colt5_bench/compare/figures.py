@@ -15,7 +15,7 @@ from colt5_bench.records.samples import Runs, beside, middle
 
 @dataclass(frozen=True)
 class Measured:
-    """A point of one side."""
+    """An implementation at a point, on one side."""
 
     record: Record
     runs: Sequence[Record]
@@ -63,8 +63,8 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Point:
-    """Common part of the findings of a record."""
+class Subject:
+    """The implementation at a point that findings are about. Its record gives the common part of them."""
 
     record: Record
     label: str
@@ -95,42 +95,42 @@ class Point:
 
 
 def figures(
-    point: Point,
+    subject: Subject,
     before: Measured,
     after: Measured,
     pairing: Pairing,
     thresholds: Thresholds,
     references: tuple[Measured | None, Measured | None],
 ) -> Iterator[Draft]:
-    """Findings on all comparable figures of two records of a point.
+    """Findings on all comparable figures of an implementation at a point.
 
     Args:
-        point: the point of the findings.
-        before: the point in the baseline, which is ok.
-        after: the point in the run, which is ok, too.
+        subject: the implementation at the point.
+        before: its records in the baseline, which are ok.
+        after: its records in the run, which are ok, too.
         pairing: conditions of both.
         thresholds: smallest changes that count.
         references: the reference of each side.
     """
     old, new = before.record, after.record
-    yield point.draft("same", "status", "ok", "ok")
+    yield subject.draft("same", "status", "ok", "ok")
     if pairing.times:
         for column in before.columns:
-            yield from _of_times(point, column, before, after, references, getattr(thresholds, column))
+            yield from _of_times(subject, column, before, after, references, getattr(thresholds, column))
     elif pairing.speed_ups:
-        yield from _of_speed_ups(point, before, after, references, thresholds.speed_up)
+        yield from _of_speed_ups(subject, before, after, references, thresholds.speed_up)
     if pairing.memory:
-        yield from _of_number(point, PEAK.name, old.peak_bytes, new.peak_bytes, thresholds.peak, "B")
-        yield from _of_number(point, SAVED.name, old.saved_bytes, new.saved_bytes, thresholds.saved, "B")
+        yield from _of_number(subject, PEAK.name, old.peak_bytes, new.peak_bytes, thresholds.peak, "B")
+        yield from _of_number(subject, SAVED.name, old.saved_bytes, new.saved_bytes, thresholds.saved, "B")
     if pairing.same_kind:
-        yield from _of_errors(point, old, new, thresholds)
-        yield from _of_metrics(point, old, new, thresholds.metrics)
+        yield from _of_errors(subject, old, new, thresholds)
+        yield from _of_metrics(subject, old, new, thresholds.metrics)
     if pairing.kernels:
-        yield from _of_kernels(point, old.kernels, new.kernels, thresholds)
+        yield from _of_kernels(subject, old.kernels, new.kernels, thresholds)
 
 
 def _of_times(
-    point: Point,
+    subject: Subject,
     column: str,
     before: Measured,
     after: Measured,
@@ -141,14 +141,14 @@ def _of_times(
     seconds = _middle(earlier), _middle(later)
     if verdict := _without_a_number(*seconds):
         stopped = [record.timings[column].stopped for record in after.runs if column in record.timings]
-        yield point.draft(verdict, column, *seconds, "s", stopped[-1] if stopped and not later else "")
+        yield subject.draft(verdict, column, *seconds, "s", stopped[-1] if stopped and not later else "")
     elif earlier:
         relative = before.beside(references[0], column), after.beside(references[1], column)
-        yield point.draft("unclear", column, *seconds, "s", "", Times(column, earlier, later, relative, threshold))
+        yield subject.draft("unclear", column, *seconds, "s", "", Times(column, earlier, later, relative, threshold))
 
 
 def _of_speed_ups(
-    point: Point,
+    subject: Subject,
     before: Measured,
     after: Measured,
     references: tuple[Measured | None, Measured | None],
@@ -162,9 +162,9 @@ def _of_speed_ups(
     ratios = _inverse(_middle(earlier)), _inverse(_middle(later))
     metric = f"{SPEED_UP.name}, {column}"
     if verdict := _without_a_number(*ratios):
-        yield point.draft(verdict, metric, *ratios, "x")
+        yield subject.draft(verdict, metric, *ratios, "x")
     else:
-        yield point.draft("unclear", metric, *ratios, "x", "", Times(column, earlier, later, ((), ()), threshold))
+        yield subject.draft("unclear", metric, *ratios, "x", "", Times(column, earlier, later, ((), ()), threshold))
 
 
 def _middle(runs: Runs) -> float | None:
@@ -181,13 +181,13 @@ def _inverse(ratio: float | None) -> float | None:
 
 
 def _of_number(
-    point: Point, metric: str, before: float | None, after: float | None, relative: float, unit: Unit = ""
+    subject: Subject, metric: str, before: float | None, after: float | None, relative: float, unit: Unit = ""
 ) -> Iterator[Draft]:
     """Findings of a figure whose lower values are better."""
     if before is None and after is None:
         return
     verdict = _without_a_number(before, after) or _by(before, after, relative)
-    yield point.draft(verdict, metric, before, after, unit)
+    yield subject.draft(verdict, metric, before, after, unit)
 
 
 def _by(before: float | None, after: float | None, relative: float) -> Verdict:
@@ -208,7 +208,7 @@ def _without_a_number(before: float | None, after: float | None) -> Verdict | No
     return "new" if has else "same"
 
 
-def _of_errors(point: Point, old: Record, new: Record, thresholds: Thresholds) -> Iterator[Draft]:
+def _of_errors(subject: Subject, old: Record, new: Record, thresholds: Thresholds) -> Iterator[Draft]:
     for tensor in dict.fromkeys([*old.accuracy, *new.accuracy]):
         of_old, of_new = old.accuracy.get(tensor), new.accuracy.get(tensor)
         before, after = of_old.largest if of_old else None, of_new.largest if of_new else None
@@ -220,10 +220,10 @@ def _of_errors(point: Point, old: Record, new: Record, thresholds: Thresholds) -
             # The allowed error of the baseline counts: a new one may have grown together with the error.
             if of_old.budget is not None and max(before, after) <= thresholds.error_share * of_old.budget:
                 verdict = "same"
-        yield point.draft(verdict, error_of(tensor).name, before, after, "error")
+        yield subject.draft(verdict, error_of(tensor).name, before, after, "error")
 
 
-def _of_metrics(point: Point, old: Record, new: Record, bounds: Mapping[str, Bound]) -> Iterator[Draft]:
+def _of_metrics(subject: Subject, old: Record, new: Record, bounds: Mapping[str, Bound]) -> Iterator[Draft]:
     for name in dict.fromkeys([*old.metrics, *new.metrics]):
         before, after = old.metrics.get(name), new.metrics.get(name)
         verdict = _without_a_number(before, after)
@@ -234,7 +234,7 @@ def _of_metrics(point: Point, old: Record, new: Record, bounds: Mapping[str, Bou
             assert before is not None
             assert after is not None
             verdict = _within(bounds[name], before, after)
-        yield point.draft(verdict or "same", name, before, after)
+        yield subject.draft(verdict or "same", name, before, after)
 
 
 def _within(bound: Bound, before: float, after: float) -> Verdict:
@@ -246,7 +246,7 @@ def _within(bound: Bound, before: float, after: float) -> Verdict:
 
 
 def _of_kernels(
-    point: Point, old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], thresholds: Thresholds
+    subject: Subject, old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], thresholds: Thresholds
 ) -> Iterator[Draft]:
     """Pair kernels with the same name and target in the order of their launches."""
     before, after = _numbered(old), _numbered(new)
@@ -254,16 +254,16 @@ def _of_kernels(
         was, now = before.get(name), after.get(name)
         if was is None or now is None:
             verdict: Verdict = "missing" if now is None else "new"
-            yield point.draft(verdict, name, "launched" if was else None, "launched" if now else None)
+            yield subject.draft(verdict, name, "launched" if was else None, "launched" if now else None)
             continue
         constants = "" if was["constants"] == now["constants"] else "compiled for other settings than in the baseline"
         for fact in ("registers", "spilled_bytes", "shared_bytes"):
             verdict = _by(was[fact], now[fact], getattr(thresholds, fact))
-            yield point.draft(verdict, f"{name} {fact}", was[fact], now[fact], "", constants)
+            yield subject.draft(verdict, f"{name} {fact}", was[fact], now[fact], "", constants)
         for kind in sorted({*was["instructions"], *now["instructions"]}):
             counts = was["instructions"].get(kind, 0), now["instructions"].get(kind, 0)
             verdict = _by(*counts, thresholds.instructions)
-            yield point.draft(verdict, f"{name} {kind} instructions", *counts, "", constants)
+            yield subject.draft(verdict, f"{name} {kind} instructions", *counts, "", constants)
 
 
 def _numbered(kernels: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

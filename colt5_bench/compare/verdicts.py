@@ -6,13 +6,12 @@ same rounds, take their place. A case that has a value in the baseline needs one
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from colt5_bench.compare.baselines import fault
 from colt5_bench.compare.conditions import Conditions, Pairing, notes_on
-from colt5_bench.compare.figures import Draft, Measured, Point, Times, figures
+from colt5_bench.compare.figures import Draft, Measured, Subject, Times, figures
 from colt5_bench.compare.findings import Comparison, Finding, Verdict, verdict_on
 from colt5_bench.compare.thresholds import Rules
 from colt5_bench.records.derived import group_by, label, varying_fields
@@ -35,8 +34,8 @@ def compare(
     scope: Callable[[Record], bool] = lambda record: True,
     any_machine: bool = False,
 ) -> Comparison:
-    """Compare a run with a baseline. Several records of a point count as several runs, and duplicates
-    count once.
+    """Compare a run with a baseline. Several records of an implementation at a point count as several runs, and
+    duplicates count once.
 
     Args:
         baseline: the old side.
@@ -47,8 +46,8 @@ def compare(
         any_machine: compare speed-ups over the reference instead of times, even on hardware of the same name.
 
     Raises:
-        IncomparableError: a side has records of one point from several devices or revisions, or the baseline a time
-            that is none.
+        IncomparableError: a side has records of one point from several devices or revisions, or the baseline has an
+            impossible value.
     """
     for record in filter(scope, baseline.records):
         if why := fault(record):
@@ -56,25 +55,26 @@ def compare(
     before, after = _Side.of(baseline, scope), _Side.of(run, scope)
     kinds = {conditions.kind for conditions in after.conditions.values()}
     left_out = {key for key, each in before.conditions.items() if kinds and each.kind not in kinds}
-    labels = _labels([each.record for side in (before, after) for each in side.points.values()])
+    labels = _labels([each.record for side in (before, after) for each in side.by_key.values()])
     pairings: list[Pairing] = []
     drafts: list[Draft] = []
-    for key in dict.fromkeys([*before.points, *after.points]):
-        old, new = None if key in left_out else before.points.get(key), after.points.get(key)
-        if (about := new or old) is None:
+    for key in dict.fromkeys([*before.by_key, *after.by_key]):
+        old, new = None if key in left_out else before.by_key.get(key), after.by_key.get(key)
+        if (shown := new or old) is None:
             continue
-        point = Point(about.record, labels[key])
+        subject = Subject(shown.record, labels[key])
         if old is None or new is None or old.record.status != "ok" or new.record.status != "ok":
-            drafts += [point.draft(*each) for each in _of_status(old, new)]
+            drafts += _of_status(subject, old, new)
             continue
         pairing = Pairing(before.conditions[key], after.conditions[key], any_machine)
         pairings.append(pairing)
         thresholds = rules.of(new.record, pairing.kind)
-        beside = replace(point.record, implementation=references.get(point.record.suite, "")).key
-        drafts += figures(point, old, new, pairing, thresholds, (before.points.get(beside), after.points.get(beside)))
+        reference_key = replace(new.record, implementation=references.get(new.record.suite, "")).key
+        of_reference = before.by_key.get(reference_key), after.by_key.get(reference_key)
+        drafts += figures(subject, old, new, pairing, thresholds, of_reference)
     notes = notes_on(pairings)
     if left_out:
-        devices = ", ".join(dict.fromkeys(before.conditions[key].device for key in before.points if key in left_out))
+        devices = ", ".join(dict.fromkeys(before.conditions[key].device for key in before.by_key if key in left_out))
         notes.append(
             f"{len(left_out)} records of the baseline are left out: they were measured on {devices}, this run was not"
         )
@@ -86,14 +86,14 @@ def compare(
 
 @dataclass(frozen=True)
 class _Side:
-    """The points of a run by their key, and their conditions."""
+    """The records of a run by their key, and their conditions."""
 
-    points: Mapping[Key, Measured]
+    by_key: Mapping[Key, Measured]
     conditions: Mapping[Key, Conditions]
 
     @classmethod
     def of(cls, run: Run, scope: Callable[[Record], bool]) -> "_Side":
-        points, conditions = {}, {}
+        by_key, conditions = {}, {}
         for same in group_by(filter(scope, run.records), lambda record: record.key):
             key, under = same[0].key, {Conditions.of(record, run) for record in same}
             for what in ("device", "revision"):
@@ -101,36 +101,37 @@ class _Side:
                     raise IncomparableError(
                         f"{run.path} has {' '.join(key)} from more than one {what}: compare runs of one {what}"
                     )
-            points[key], conditions[key] = _together(same), under.pop()
-        return cls(points, conditions)
+            by_key[key], conditions[key] = _merged(same), under.pop()
+        return cls(by_key, conditions)
 
 
-def _together(same: Sequence[Record]) -> Measured:
-    """Records of a point. One failure makes the point fail. Duplicates count as one run."""
+def _merged(same: Sequence[Record]) -> Measured:
+    """Records with the same key as one. If one of them failed, all count as failed. Duplicates count as one run."""
     failed = next((record for record in same if record.status in FAILED), None)
     ok = [record for record in same if record.status == "ok"]
     distinct = {str([timing.samples for timing in record.timings.values()]): record for record in ok}
-    return Measured(failed or [*ok, *same][max(len(ok) - 1, 0)], list(distinct.values()))
+    return Measured(failed or (ok[-1] if ok else same[0]), list(distinct.values()))
 
 
 def _labels(records: Sequence[Record]) -> dict[Key, str]:
     """Labels that distinguish the cases of a suite."""
     labels = {}
-    for own in group_by(records, lambda record: record.suite):
-        varying = varying_fields(own)
-        labels.update({record.key: label(record.fields, varying) for record in own})
+    for group in group_by(records, lambda record: record.suite):
+        varying = varying_fields(group)
+        labels.update({record.key: label(record.fields, varying) for record in group})
     return labels
 
 
 def _settle(drafts: Sequence[Draft]) -> list[Finding]:
-    """The verdicts on times. Times of a column show each other's noise, and all tests are corrected for their
-    number."""
-    tested = [draft for draft in drafts if draft.times]
+    """All findings, those on times with their verdicts. Times of a column show each other's noise, and all tests are
+    corrected for their number."""
+    timed = [(draft, draft.times) for draft in drafts if draft.times]
     settled = {}
-    if tested:
-        found = [_changes([draft.times for draft in own if draft.times]) for own in _by_metric(tested)]
+    if timed:
+        groups = group_by(timed, lambda pair: pair[0].finding.metric)
+        found = [_changes([times for _, times in group]) for group in groups]
         change, other = (Changes.joined(each) for each in zip(*found, strict=True))
-        in_order = [(draft, draft.times) for own in _by_metric(tested) for draft in own if draft.times]
+        in_order = [pair for group in groups for pair in group]
         bounds = np.log1p([times.threshold for _, times in in_order])
         meanings = judge(change, holm(change.p), bounds, other)
         intervals = np.exp([change.low, change.high]).T.tolist()
@@ -146,10 +147,6 @@ def _settle(drafts: Sequence[Draft]) -> list[Finding]:
     return [settled.get(id(draft), draft.finding) for draft in drafts]
 
 
-def _by_metric(drafts: Sequence[Draft]) -> list[list[Draft]]:
-    return group_by(drafts, lambda draft: draft.finding.metric)
-
-
 def _changes(times: Sequence[Times]) -> tuple[Changes, Changes]:
     """Changes of the times of a column, alone or relative to the reference, and the other figure."""
     column = times[0].column
@@ -157,8 +154,8 @@ def _changes(times: Sequence[Times]) -> tuple[Changes, Changes]:
     return narrower(alone, compared([each.relative for each in times], column))
 
 
-def _of_status(old: Measured | None, new: Measured | None) -> Iterator[tuple[Any, ...]]:
-    """Findings of a point that has no values on one side, or on both."""
+def _of_status(subject: Subject, old: Measured | None, new: Measured | None) -> Iterator[Draft]:
+    """Findings about an implementation at a point that has no values on one side, or on both."""
     before, after = old.record.status if old else None, new.record.status if new else None
     why = new.record.reason if new else ""
     if after == "refused" or (after in FAILED and before not in (None, *FAILED)):
@@ -172,5 +169,5 @@ def _of_status(old: Measured | None, new: Measured | None) -> Iterator[tuple[Any
         return
     else:
         verdict = "same"
-    statuses = (status.replace("_", " ") if status else None for status in (before, after))
-    yield verdict, "status", *statuses, "", why
+    was, now = (status.replace("_", " ") if status else None for status in (before, after))
+    yield subject.draft(verdict, "status", was, now, "", why)
