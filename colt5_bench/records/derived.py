@@ -128,12 +128,14 @@ def faster_from(records: Sequence[Record], reference: str, column: str, x: str) 
     fields = [name for name in varying_fields(records) if name != x]
     lines = group_by(records, lambda each: (each.implementation, each.direction, label(each.fields, fields)))
     found = {}
-    for own in lines:
-        compared = sorted((each for each in own if bounds[id(each)]), key=lambda each: cast(float, each.fields[x]))
+    for group in lines:
+        compared = sorted((each for each in group if bounds[id(each)]), key=lambda each: cast(float, each.fields[x]))
         faster = list(takewhile(lambda each: (bounds[id(each)] or (0.0,))[0] > 1, reversed(compared)))
-        line = f"{label(own[0].fields, fields)} {own[0].direction}".strip()
+        line = f"{label(group[0].fields, fields)} {group[0].direction}".strip()
         last = text(compared[-1].fields[x]) if compared else ""
-        found[own[0].implementation, line] = text(faster[-1].fields[x]) if faster else f"not to {last}" if last else ""
+        found[group[0].implementation, line] = (
+            text(faster[-1].fields[x]) if faster else f"not to {last}" if last else ""
+        )
     return found
 
 

@@ -41,10 +41,10 @@ def write(comparison: Comparison, form: str) -> None:
 
 def show(comparison: Comparison, console: Console) -> None:
     """Print a table of changes for each suite, then notes, then the number of each verdict."""
-    for own in group_by(comparison.notable(), lambda finding: finding.suite):
-        groups = [Group(heading, list(rows)) for heading, rows in groupby(own, _about)]
+    for findings in group_by(comparison.notable(), lambda finding: finding.suite):
+        groups = [Group(heading, list(rows)) for heading, rows in groupby(findings, _about)]
         print_table(
-            own[0].suite,
+            findings[0].suite,
             COLUMNS,
             groups,
             console,
@@ -93,9 +93,9 @@ def as_markdown(comparison: Comparison) -> str:
 def as_junit(comparison: Comparison) -> str:
     """A test for each finding, which fails if it is a regression."""
     root = ElementTree.Element("testsuites", {"name": "colt5-bench", **_counted(comparison.findings)})
-    for own in group_by(comparison.findings, lambda finding: finding.suite):
-        suite = ElementTree.SubElement(root, "testsuite", {"name": own[0].suite, **_counted(own)})
-        for finding in own:
+    for findings in group_by(comparison.findings, lambda finding: finding.suite):
+        suite = ElementTree.SubElement(root, "testsuite", {"name": findings[0].suite, **_counted(findings)})
+        for finding in findings:
             test = ElementTree.SubElement(
                 suite,
                 "testcase",

@@ -221,14 +221,14 @@ def _directions(records: Iterable[Record]) -> list[str]:
 def _lines(plot: _Plot, records: Sequence[Record], drawn: Drawn) -> list[dict[str, Any]]:
     """A line for each implementation and each combination of the fields that make lines."""
     traces = []
-    for own in group_by(records, lambda record: series(record, plot.lines)):
-        points = [(record, value) for record in own if (value := drawn.of(record)) is not None]
+    for group in group_by(records, lambda record: series(record, plot.lines)):
+        points = [(record, value) for record in group if (value := drawn.of(record)) is not None]
         points.sort(key=lambda point: axes.sortable(point[0].fields[plot.x]))
         if not points:
             continue
-        line, implementation = series(own[0], plot.lines), own[0].implementation
+        line, implementation = series(group[0], plot.lines), group[0].implementation
         shade, symbol = colour(implementation), SYMBOLS[place(implementation) % len(SYMBOLS)]
-        dash = "dot" if drawn.name else plot.dashes[label(own[0].fields, plot.lines)]
+        dash = "dot" if drawn.name else plot.dashes[label(group[0].fields, plot.lines)]
         x = [axes.plain(record.fields[plot.x]) for record, _ in points]
         trace = go.Scatter(
             x=x,

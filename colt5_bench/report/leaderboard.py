@@ -95,12 +95,12 @@ def write_leaderboard(path: Path, runs: Sequence[Run], views: Mapping[str, View]
     environments = {key: environment for run in runs for key, environment in run.environments.items()}
     distinct = {(record.environment, *record.key): record for run in runs for record in run.records}
     records = _newest(distinct.values(), environments)
-    suites = [own for own in group_by(records, lambda each: each.suite) if any(record.timings for record in own)]
-    measured = {record.environment: machine(record, environments) for own in suites for record in own}
+    suites = [group for group in group_by(records, lambda each: each.suite) if any(record.timings for record in group)]
+    measured = {record.environment: machine(record, environments) for group in suites for record in group}
     page = template("leaderboard.html").render(
         title="Leaderboard",
         subtitle=", ".join(dict.fromkeys(measured.values())),
-        boards=[_board(own, environments, views.get(own[0].suite, View())) for own in suites],
+        boards=[_board(group, environments, views.get(group[0].suite, View())) for group in suites],
         runs=sorted(f"{measured_under(environments.get(key, {}))} {name}" for key, name in measured.items()),
         cut_off=[file.name for run in runs for file in run.cut_off],
     )
@@ -121,17 +121,18 @@ def machine(record: Record, environments: Environments) -> str:
 def _newest(records: Iterable[Record], environments: Environments) -> list[Record]:
     """The records of each point and machine, from one run, because times of different runs are not compared."""
 
-    def age(own: Sequence[Record]) -> tuple[bool, str]:
-        return any(record.timings for record in own), str(environments.get(own[0].environment, {}).get("utc", ""))
+    def age(group: Sequence[Record]) -> tuple[bool, str]:
+        return any(record.timings for record in group), str(environments.get(group[0].environment, {}).get("utc", ""))
 
     points = group_by(records, lambda record: (record.group, machine(record, environments)))
-    return [record for own in points for record in max(group_by(own, lambda each: each.environment), key=age)]
+    return [record for point in points for record in max(group_by(point, lambda each: each.environment), key=age)]
 
 
 def _board(records: Sequence[Record], environments: Environments, view: View) -> Board:
-    by_machine = {machine(own[0], environments): own for own in group_by(records, lambda r: machine(r, environments))}
-    columns = [main_column(own) for own in by_machine.values()]
-    ranked = [rank(own, column) for own, column in zip(by_machine.values(), columns, strict=True)]
+    machines = group_by(records, lambda record: machine(record, environments))
+    by_machine = {machine(group[0], environments): group for group in machines}
+    columns = [main_column(group) for group in by_machine.values()]
+    ranked = [rank(group, column) for group, column in zip(by_machine.values(), columns, strict=True)]
     fields = varying_fields(records)
     rows = [
         Row(label(point.fields, fields), point.direction, [entries.get(point.group, []) for entries in ranked])
@@ -160,7 +161,7 @@ def rank(records: Sequence[Record], column: str) -> dict[Group, list[Entry]]:
     timed = [record for record in records if record.seconds(column) is not None]
     timed.sort(key=lambda record: record.seconds(column) or 0.0)
     uncertain = dict(zip(map(id, timed), time_intervals(timed, column), strict=True))
-    fastest = {own[0].group: own[0] for own in group_by(filter(_has_a_place, timed), lambda record: record.group)}
+    fastest = {first.group: first for first, *_ in group_by(filter(_has_a_place, timed), lambda record: record.group)}
     behind = _behind(timed, fastest, column)
     tied = {record.group for record in timed if _has_a_place(record) and _is_tied(behind.get(id(record)))}
 
@@ -178,7 +179,7 @@ def rank(records: Sequence[Record], column: str) -> dict[Group, list[Entry]]:
 
     failed = [record for record in records if record.status in FAILED]
     points = group_by([*timed, *failed], lambda record: record.group)
-    return {own[0].group: [entry(record) for record in own] for own in points}
+    return {point[0].group: [entry(record) for record in point] for point in points}
 
 
 def _has_a_place(record: Record) -> bool:

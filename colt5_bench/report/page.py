@@ -135,7 +135,7 @@ def write_page(
         findings: findings of a comparison with a baseline, shown at the top; None without a baseline.
     """
     suites = group_by(run.records, lambda record: record.suite)
-    sections = [_section(own, views.get(own[0].suite, View())) for own in suites]
+    sections = [_section(group, views.get(group[0].suite, View())) for group in suites]
     page = template("page.html").render(
         title=title or ", ".join(section.name for section in sections) or "No records",
         subtitle=", ".join(dict.fromkeys(record.device for record in run.records)),
@@ -144,8 +144,8 @@ def write_page(
         sections=sections,
         headlines=[
             headline
-            for own, section in zip(suites, sections, strict=True)
-            if (headline := _fastest(own, section.reference) or _most_exact(section))
+            for group, section in zip(suites, sections, strict=True)
+            if (headline := _fastest(group, section.reference) or _most_exact(section))
         ],
         environments=_environments(run),
         cut_off=[file.name for file in run.cut_off],
@@ -213,17 +213,17 @@ def _standings(records: Sequence[Record], reference: str, dtype: str) -> list[St
     over = {key: (ratio, interval) for key, ratio, interval in known if ratio is not None}
     uncertain = dict(zip(map(id, records), time_intervals(records, main), strict=True))
     standings = []
-    for own in group_by(records, lambda record: record.implementation):
-        pairs = sorted((over[id(record)] for record in own if id(record) in over), key=lambda pair: pair[0])
-        shares = [(share, record) for record in own if (share := share_of_limit(record, main)) is not None]
+    for group in group_by(records, lambda record: record.implementation):
+        pairs = sorted((over[id(record)] for record in group if id(record) in over), key=lambda pair: pair[0])
+        shares = [(share, record) for record in group if (share := share_of_limit(record, main)) is not None]
         share, nearest = max(shares, key=lambda each: each[0], default=(None, None))
-        alike = [record for record in own if not dtype or str(record.fields.get("dtype")) == dtype]
+        alike = [record for record in group if not dtype or str(record.fields.get("dtype")) == dtype]
         gradients = [gradient for record in alike if (gradient := worst_gradient(record))]
         farthest = max(gradients, key=severity, default=None)
         standings.append(
             Standing(
-                implementation=own[0].implementation,
-                endings=_count_endings(own),
+                implementation=group[0].implementation,
+                endings=_count_endings(group),
                 pairs=len(pairs),
                 speed_up=_mean(pairs),
                 slowest=format_ratio(*pairs[0]) if pairs else "",

@@ -290,12 +290,14 @@ def _draw(
 ) -> None:
     """Draw a marker for each record, hollow if it is wrong, its interval, and a line. The line goes through the largest
     value at each x."""
-    for own in group_by(records, lambda record: series(record, lines)):
-        shade, marker = colour(own[0].implementation), _marker(own[0].implementation)
+    for group in group_by(records, lambda record: series(record, lines)):
+        shade, marker = colour(group[0].implementation), _marker(group[0].implementation)
         for quantity in quantities:
-            dash = ":" if quantity is SAVED_MEGABYTES else dashes[label(own[0].fields, lines)]
+            dash = ":" if quantity is SAVED_MEGABYTES else dashes[label(group[0].fields, lines)]
             points: list[tuple[Any, float, str]] = [
-                (record.fields[x], value, record.status) for record in own if (value := quantity.of(record)) is not None
+                (record.fields[x], value, record.status)
+                for record in group
+                if (value := quantity.of(record)) is not None
             ]
             highest = {at: max(value for where, value, _ in points if where == at) for at, _, _ in points}
             ax.plot(sorted(highest), [highest[at] for at in sorted(highest)], ls=dash, color=shade, lw=1.2)
@@ -303,7 +305,7 @@ def _draw(
                 of_status = [(at, value) for at, value, which in points if which == status]
                 places, values = zip(*of_status, strict=True) if of_status else ((), ())
                 ax.plot(places, values, marker, color=shade, markerfacecolor=face)
-            _draw_intervals(ax, own, x, quantity, shade)
+            _draw_intervals(ax, group, x, quantity, shade)
 
 
 def _draw_intervals(ax: Axes, records: Iterable[Record], x: str, quantity: Drawn, shade: str) -> None:

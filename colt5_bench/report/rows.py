@@ -93,13 +93,13 @@ def rows(
     """
     times = _time_columns(records)
     cells: dict[int, list[Cell]] = {}
-    for own in group_by(records, lambda record: record.suite):
-        varying, main = varying_fields(own), main_column(own)
-        reference = views.get(own[0].suite, View()).reference
-        ratios, bounds = speed_ups(own, reference, main), speed_up_intervals(own, reference, main)
-        by_column = [time_intervals(own, name) for name in times]
-        of_main = time_intervals(own, main)
-        for at, record in enumerate(own):
+    for group in group_by(records, lambda record: record.suite):
+        varying, main = varying_fields(group), main_column(group)
+        reference = views.get(group[0].suite, View()).reference
+        ratios, bounds = speed_ups(group, reference, main), speed_up_intervals(group, reference, main)
+        by_column = [time_intervals(group, name) for name in times]
+        of_main = time_intervals(group, main)
+        for at, record in enumerate(group):
             divergence, ratio = worst(record), ratios[at]
             environment = environments.get(record.environment, {})
             cells[id(record)] = [

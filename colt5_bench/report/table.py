@@ -105,7 +105,7 @@ def _print(records: Sequence[Record], groups: Iterable[Group], columns: Sequence
     print_table(
         f"{records[0].suite} on {records[0].device}",
         [_implementation(), *columns],
-        [terminal.Group(f"{label(own[0].fields, varying)} {own[0].direction}", own) for own in groups],
+        [terminal.Group(f"{label(group[0].fields, varying)} {group[0].direction}", group) for group in groups],
         console,
         style=lambda record: STYLES[record.status],
         elsewhere=", and so does the CSV of `bench.py report`",
@@ -128,13 +128,13 @@ def endings(records: Sequence[Record], console: Console) -> None:
     console.print(counted or "nothing was measured", highlight=False)
     varying, totals = varying_fields(records), Counter(record.implementation for record in records)
     failed = (record for record in records if record.status != "ok")
-    for own in group_by(failed, lambda each: (each.implementation, each.status, NUMBER.sub("", each.reason))):
-        first, total = own[0], totals[own[0].implementation]
+    for group in group_by(failed, lambda each: (each.implementation, each.status, NUMBER.sub("", each.reason))):
+        first, total = group[0], totals[group[0].implementation]
         line = f"  {first.implementation}: {_status(first.status)}"
         # The case explains nothing if it is the only one, or if all of them are skipped.
-        if len(own) < total or (total > 1 and first.status != "skipped"):
+        if len(group) < total or (total > 1 and first.status != "skipped"):
             case = f"{label(first.fields, varying)} {first.direction}".strip()
-            line += f" in {len(own)} of {total}, {'first ' if len(own) > 1 else ''}{case}"
+            line += f" in {len(group)} of {total}, {'first ' if len(group) > 1 else ''}{case}"
         line += f": {first.reason or 'no reason given'}"
         console.print(Text(line, style=STYLES[first.status]), soft_wrap=True)
 
