@@ -32,7 +32,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             unfinished.unlink(missing_ok=True)
 
 
-def own(path: Path) -> FileIO:
+def open_exclusively(path: Path) -> FileIO:
     """Open a file to append to. Until it is closed, no other process can open it.
 
     Raises:

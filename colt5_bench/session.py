@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from colt5_bench.loading import choose_device, describe_guest, installed_guests
 from colt5_bench.measuring.conditions import Conditions, Tell, silent
-from colt5_bench.measuring.isolation import Measurer, Point
+from colt5_bench.measuring.isolation import Measurer, Task
 from colt5_bench.records import environment, provenance
 from colt5_bench.records.parts import keep_finished
 from colt5_bench.records.provenance import Origin
@@ -41,10 +41,10 @@ class Session:
         self._device = choose_device(request.device)
         if request.energy:
             self._refuse_without_meter()
-        self._wanted = case_filter(request.cases)
+        self._selects_case = case_filter(request.cases)
         isolated = request.isolate or request.time_limit is not None
         self._measurer = Measurer(isolated=isolated, time_limit=request.time_limit or TIME_LIMIT)
-        self._points: dict[Group, Point] = {}
+        self._tasks: dict[Group, Task] = {}
         self._expected: dict[Group, list[str]] = {}
         self._records: dict[tuple[Group, str], Record] = {}
         self._environments: dict[str, dict[str, object]] = {}
@@ -64,25 +64,24 @@ class Session:
         self.changed: list[str] = []
         """Changes of the code during the run, as lines."""
 
-    def points(self, suite: Grid, file: Path) -> Iterator[tuple[Group, str]]:
-        """The group and the implementation of all points of the request."""
+    def points(self, suite: Grid, file: Path) -> list[tuple[Group, str]]:
+        """Add a suite of a file, and return the group and the implementation of each of its requested points."""
         self._files[suite.name] = file
         self._guests[suite.name] = (*installed_guests(suite), *self._request.guests)
         if isinstance(suite, TrainingSuite):
             self._data[suite.name] = _hash_of_data(suite, self._request.corpus)
         wanted = self._request.implementations
         names = [name for name in suite.implementations if not wanted or name in wanted]
-        cases = [case for case in suite.cases(self._request.preset, self._device) if self._wanted(case.id)]
+        cases = [case for case in suite.cases(self._request.preset, self._device) if self._selects_case(case.id)]
+        points = []
         for case in self._request.shard.of(cases):
             for direction in suite.directions(case):
                 if self._request.points and (case.id, direction) not in self._request.points:
                     continue
                 group = Group(suite.name, case.id, direction)
-                self._points[group] = Point(
-                    suite, case, direction, file, self._request.preset, self._guests[suite.name]
-                )
-                for name in names:
-                    yield group, name
+                self._tasks[group] = Task(suite, case, direction, file, self._request.preset, self._guests[suite.name])
+                points += [(group, name) for name in names]
+        return points
 
     def begin(self, expected: Iterable[tuple[Group, str]], suites: Sequence[str]) -> None:
         """Take the points to record and the names of their suites. An interrupted run is read.
@@ -107,7 +106,7 @@ class Session:
             digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
             self._environments[suite] = {"key": digest, **described}
             if self._request.out is not None:
-                self._own(suite, self._request.out / f"{suite}.jsonl")
+                self._open_results(suite, self._request.out / f"{suite}.jsonl")
 
     def groups(self) -> dict[Group, list[str]]:
         """The implementations to record in each group. They are measured together."""
@@ -121,11 +120,11 @@ class Session:
         """
         names = self._expected[group]
         if any((group, name) not in self._records for name in names):
-            conditions = self._prepare(group.suite)
+            conditions = self._conditions_for(group.suite)
             with warnings.catch_warnings():
                 # A warning of a measured implementation is no failure, under any filter of warnings.
                 warnings.simplefilter("default")
-                records = self._measurer.measure(self._points[group], names, conditions, tell)
+                records = self._measurer.measure(self._tasks[group], names, conditions, tell)
             for record in records:
                 self._records[group, record.implementation] = record
                 if group.suite in self._writers:
@@ -152,15 +151,15 @@ class Session:
 
     def close(self) -> None:
         """Check whether the code has changed, and close the results files."""
-        for suite, before in self._environments.items():
+        for suite, described in self._environments.items():
             origin = Origin.of(self._files[suite])
             files = origin.changed_files(self._origins[suite])
-            if changes := provenance.changed(before, self._code(suite, origin), files):
-                before |= changes
-                self.changed.append(f"{suite}: {provenance.change(before)}")
+            if changes := provenance.changed(described, self._code(suite, origin), files):
+                described |= changes
+                self.changed.append(f"{suite}: {provenance.change(described)}")
                 if suite in self._begun:
                     # This line has the key of the first one, and replaces it.
-                    self._writers[suite].environment(before)
+                    self._writers[suite].environment(described)
         for suite, writer in self._writers.items():
             nothing = not self._environments[suite]["expected"] and not writer.path.stat().st_size
             if nothing and self._request.shard != WHOLE:
@@ -173,7 +172,7 @@ class Session:
         guests = {guest.name: describe_guest(guest) for guest in self._guests[suite]}
         return {**origin.described, **({provenance.GUESTS: guests} if guests else {})}
 
-    def _own(self, suite: str, path: Path) -> None:
+    def _open_results(self, suite: str, path: Path) -> None:
         self._writers[suite] = writer = Writer(path)
         if not path.stat().st_size:
             return
@@ -184,7 +183,7 @@ class Session:
         for record in keep_finished(writer, self._environments[suite], self._expected):
             self._records[record.group, record.implementation] = record
 
-    def _prepare(self, suite: str) -> Conditions:
+    def _conditions_for(self, suite: str) -> Conditions:
         if self._conditions is None:
             self._conditions = Conditions.on(
                 self._device,
@@ -203,7 +202,7 @@ class Session:
 
     def _write_environment_once(self, suite: str) -> None:
         if suite not in self._begun:
-            conditions = self._prepare(suite)
+            conditions = self._conditions_for(suite)
             self._environments[suite]["ceilings"] = asdict(conditions.ceilings)
             self._environments[suite]["host"] = None if conditions.host is None else asdict(conditions.host)
             self._writers[suite].environment(self._environments[suite])

@@ -227,7 +227,7 @@ def _run_suite(
 def _measure(options: argparse.Namespace, request: Request, suite: Grid, file: Path) -> int:
     """Measure group after group. An error of the harness affects only its group."""
     session, failed = Session(request), False
-    points = list(session.points(suite, file))
+    points = session.points(suite, file)
     try:
         session.begin(points, [suite.name])
         with (

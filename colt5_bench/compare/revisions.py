@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from colt5_bench.compare.processes import die_with, unwinding_when_terminated
-from colt5_bench.files import own
+from colt5_bench.files import open_exclusively
 from colt5_bench.records import git, provenance
 from colt5_bench.records.parts import read
 from colt5_bench.records.results import Run
@@ -118,7 +118,7 @@ class Alternating:
         _put_away(self._checkout)
         self._stack.enter_context(unwinding_when_terminated())
         temporary = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX)))
-        self._stack.enter_context(own(temporary / OWNER))
+        self._stack.enter_context(open_exclusively(temporary / OWNER))
         self._worktrees = [temporary / side for side in SIDES]
         try:
             for worktree, commit in zip(self._worktrees, self._revisions, strict=True):
@@ -209,7 +209,7 @@ def _put_away(checkout: Path) -> None:
     for directory in directories:
         if directory.name.startswith(PREFIX) and (directory / OWNER).exists():
             # Running comparisons have the file open. Directories of other users stay.
-            with suppress(OSError), own(directory / OWNER):
+            with suppress(OSError), open_exclusively(directory / OWNER):
                 for side in SIDES:
                     # Forced twice, to remove unfinished worktrees, too.
                     git.run(checkout, "worktree", "remove", "--force", "--force", str(directory / side))

@@ -41,7 +41,7 @@ call."""
 
 
 @dataclass(frozen=True)
-class Point:
+class Task:
     """A case in a direction, described so that another process can find it."""
 
     suite: Grid
@@ -56,7 +56,7 @@ class Point:
 
 @dataclass(frozen=True)
 class _Address:
-    """Part of a point that is sent to another process. A suite itself cannot be pickled, because of its lambdas."""
+    """Part of a task that is sent to another process. A suite itself cannot be pickled, because of its lambdas."""
 
     file: Path
     guests: tuple[Guest, ...]
@@ -96,7 +96,7 @@ class Measurer:
         self._time_limit = time_limit
 
     def measure(
-        self, point: Point, implementations: Sequence[str], conditions: Conditions, tell: Tell = silent
+        self, task: Task, implementations: Sequence[str], conditions: Conditions, tell: Tell = silent
     ) -> list[Record]:
         """One record for each named implementation.
 
@@ -107,22 +107,22 @@ class Measurer:
         waiting = [list(implementations)]
         while waiting:
             names = waiting.pop(0)
-            attempt = self._attempt(point, names, conditions, tell)
+            attempt = self._attempt(task, names, conditions, tell)
             records.update({record.implementation: record for record in attempt.finished})
             left = [name for name in names if name not in records]
             if blamed := attempt.culprit or (left[0] if len(names) == len(left) == 1 else ""):
-                suite, case, direction = point.suite, point.case, point.direction
+                suite, case, direction = task.suite, task.case, task.direction
                 records[blamed] = unmeasured(suite, case, direction, blamed, conditions, attempt.why)
                 left.remove(blamed)
             together = len(left) < len(names)
             waiting += ([left] if together else [[name] for name in left]) if left else []
         return [records[name] for name in implementations]
 
-    def _attempt(self, point: Point, names: list[str], conditions: Conditions, tell: Tell) -> _Attempt:
+    def _attempt(self, task: Task, names: list[str], conditions: Conditions, tell: Tell) -> _Attempt:
         if self.isolated:
-            return _in_a_process(point, names, conditions, self._time_limit, tell)
+            return _in_a_process(task, names, conditions, self._time_limit, tell)
         try:
-            return _Attempt(measure(point.suite, point.case, point.direction, names, conditions, tell=tell))
+            return _Attempt(measure(task.suite, task.case, task.direction, names, conditions, tell=tell))
         except BrokenContextError as error:
             self.isolated = True
             if conditions.device.type == "cuda":
@@ -143,10 +143,10 @@ def _reset_context(device: torch.device, error: BrokenContextError) -> None:
     driver.cuDevicePrimaryCtxReset_v2(handle)
 
 
-def _in_a_process(point: Point, names: list[str], conditions: Conditions, time_limit: float, tell: Tell) -> _Attempt:
+def _in_a_process(task: Task, names: list[str], conditions: Conditions, time_limit: float, tell: Tell) -> _Attempt:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    where = (point.file, point.guests, point.preset, point.case.id, point.direction)
+    where = (task.file, task.guests, task.preset, task.case.id, task.direction)
     address = _Address(*where, torch.get_num_threads(), sys.path)
     answers, answering = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(answering, address, names, conditions))

@@ -71,32 +71,32 @@ def _measure_all(
     conditions: Conditions,
     begin: Callable[[str], None],
 ) -> None:
-    running: dict[str, Record] = {}
+    applicable: dict[str, Record] = {}
     for name, record in records.items():
         with failing([record], "the check whether it is available failed: "):
             implementation = suite.implementations[name]
             if implementation.refused:
                 raise RefusedError(implementation.refused)
-            if why := not_applicable(implementation, case, direction, conditions.device):
+            if why := reason_to_skip(implementation, case, direction, conditions.device):
                 record.status, record.reason = "skipped", printable(str(why))
             else:
-                running[name] = record
-    oracles = _consult(suite, case, direction, running, conditions)
-    _measure_each(suite, case, direction, {name: running[name] for name in oracles}, oracles, conditions, begin)
+                applicable[name] = record
+    oracles = _consult(suite, case, direction, applicable, conditions)
+    _measure_each(suite, case, direction, {name: applicable[name] for name in oracles}, oracles, conditions, begin)
 
 
 def _consult(
-    suite: Suite, case: Case, direction: str, running: dict[str, Record], conditions: Conditions
+    suite: Suite, case: Case, direction: str, applicable: dict[str, Record], conditions: Conditions
 ) -> dict[str, Oracle]:
     """The oracle that judges each implementation, made before any of them is called."""
     oracles: dict[str, Oracle] = {}
     # One for all operations, so that they draw the same numbers.
     secret = token_hex() if suite.timed else None
-    operations = {name: suite.implementations[name].operation for name in running}
+    operations = {name: suite.implementations[name].operation for name in applicable}
     for operation in dict.fromkeys(operations.values()):
-        own = [name for name in running if operations[name] is operation]
-        with failing([running[name] for name in own], "fp64 truth: ", out_of_memory="error"):
-            _describe_cost(suite, case, direction, [running[name] for name in own], conditions.ceilings)
+        own = [name for name in applicable if operations[name] is operation]
+        with failing([applicable[name] for name in own], "fp64 truth: ", out_of_memory="error"):
+            _describe_cost(suite, case, direction, [applicable[name] for name in own], conditions.ceilings)
             oracle = Oracle.consult(operation or suite, case, direction, conditions.device, secret)
             oracles.update(dict.fromkeys(own, oracle))
     return oracles
@@ -114,7 +114,7 @@ def _train_all(
         begin(name)
         trainee = suite.implementations[name]
         with failing([record]), preserved() as record.changed_settings:
-            if why := not_applicable(trainee, case, record.direction, conditions.device):
+            if why := reason_to_skip(trainee, case, record.direction, conditions.device):
                 record.status, record.reason = "skipped", printable(str(why))
             else:
                 record_training(suite, case, trainee, record, conditions, tell)
@@ -140,7 +140,7 @@ def unmeasured(
     )
 
 
-def not_applicable(
+def reason_to_skip(
     implementation: Implementation | Trainee, case: Case, direction: str, device: torch.device
 ) -> str | None:
     """The reason why an implementation cannot run a case in a direction on a device, or None."""
@@ -189,7 +189,8 @@ def _measure_each(
         if replaced := functions.restore():
             record.status, record.reason = "refused", f"it replaces {replaced}"
         if record.status == "ok" and suite.timed:
-            # A new call: CUDA graphs are empty if kernels were compiled but not launched.
+            # A new call: `_describe_call` may leave kernels compiled but never launched, and a CUDA graph of those is
+            # empty.
             call = Call(function, inputs.problem, direction)
             watches[name] = Watch(call, inputs, functions, record.changed_settings)
     time_correct(suite, watches, records, oracles, conditions, begin)

@@ -18,7 +18,7 @@ import nvtx
 import torch
 
 from colt5_bench.measuring.call import Call
-from colt5_bench.measuring.measure import not_applicable
+from colt5_bench.measuring.measure import reason_to_skip
 from colt5_bench.measuring.memory import SILENT
 from colt5_bench.measuring.timing import current
 from colt5_bench.selection import case_filter
@@ -150,7 +150,7 @@ def _prepare(point: Point, suite: Suite, preset: str, device: torch.device) -> C
     """A call, after it was compiled and has filled its caches."""
     implementation = suite.implementations[point.implementation]
     case = next(case for case in suite.cases(preset, device) if case.id == point.case)
-    if why := not_applicable(implementation, case, point.direction, device):
+    if why := reason_to_skip(implementation, case, point.direction, device):
         raise _Skipped(why)
     problem = (implementation.operation or suite).problem(case, device)
     call = Call(implementation.build(case), problem, point.direction)

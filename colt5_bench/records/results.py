@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict
 
 import msgspec
 
-from colt5_bench.files import append, atomic_write, own
+from colt5_bench.files import append, atomic_write, open_exclusively
 from colt5_bench.process.garbage import no_garbage_collection
 from colt5_bench.records.lines import decode, encode, entries, figures, is_simple, lines
 from colt5_bench.texts import Plain
@@ -198,7 +198,7 @@ class Writer:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = own(path)
+        self._file = open_exclusively(path)
 
     def environment(self, environment: dict[str, object]) -> None:
         """Write the first line, the environment of the records."""

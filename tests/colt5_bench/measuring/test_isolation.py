@@ -16,7 +16,7 @@ from colt5_bench.loading import load_suite
 from colt5_bench.measuring import isolation
 from colt5_bench.measuring.conditions import Conditions
 from colt5_bench.measuring.failures import BrokenContextError
-from colt5_bench.measuring.isolation import Measurer, Point
+from colt5_bench.measuring.isolation import Measurer, Task
 from colt5_bench.measuring.measure import measure
 from colt5_bench.process.settings import SETTINGS, Setting
 from colt5_bench.records.results import load
@@ -33,23 +33,23 @@ def conditions():
 
 
 @pytest.fixture
-def point(tmp_path, monkeypatch):
+def task(tmp_path, monkeypatch):
     """The toy case, in a suite that is the same in this process and in another."""
     monkeypatch.chdir(tmp_path)
 
-    def point(source):
+    def task(source):
         file = tmp_path / "suite_of_this_test.py"
         file.write_text(f"from tests.colt5_bench import toy\nSUITE = {source}\n")
-        return Point(load_suite(file), CASE, FORWARD, file, "default")
+        return Task(load_suite(file), CASE, FORWARD, file, "default")
 
-    return point
+    return task
 
 
 @pytest.mark.alone
-def test_what_dies_hangs_or_breaks_its_context_is_recorded_and_the_others_are_measured(point, conditions):
+def test_what_dies_hangs_or_breaks_its_context_is_recorded_and_the_others_are_measured(task, conditions):
     names = ["reference", "dying", "wrong", "breaking", "hanging", "good"]
     measurer = Measurer(isolated=True, time_limit=4)
-    given = point("toy.suite(toy.good, toy.dying, toy.hanging, toy.breaking, toy.wrong)")
+    given = task("toy.suite(toy.good, toy.dying, toy.hanging, toy.breaking, toy.wrong)")
     records = measurer.measure(given, names, conditions)
     assert [record.implementation for record in records] == names
     assert {record.implementation: (record.status, record.reason) for record in records if record.status != "ok"} == {
@@ -65,26 +65,24 @@ def test_what_dies_hangs_or_breaks_its_context_is_recorded_and_the_others_are_me
         os.kill(int(Path("hanging").read_text()), 0)
 
 
-def test_a_broken_context_makes_a_run_go_on_in_other_processes(point, conditions):
+def test_a_broken_context_makes_a_run_go_on_in_other_processes(task, conditions):
     measurer = Measurer(isolated=False)
-    records = measurer.measure(
-        point("toy.suite(toy.good, toy.breaking)"), ["reference", "breaking", "good"], conditions
-    )
+    records = measurer.measure(task("toy.suite(toy.good, toy.breaking)"), ["reference", "breaking", "good"], conditions)
     assert [record.status for record in records] == ["ok", "error", "ok"]
     assert records[1].reason == ASSERTED
     assert measurer.isolated
 
 
-def test_where_nobody_knows_what_was_to_blame_each_is_measured_alone(point, conditions):
-    given = point("toy.suite(toy.good, truth=lambda case, problem, direction: toy.dying(None))")
+def test_where_nobody_knows_what_was_to_blame_each_is_measured_alone(task, conditions):
+    given = task("toy.suite(toy.good, truth=lambda case, problem, direction: toy.dying(None))")
     records = Measurer(isolated=True).measure(given, ["reference", "good"], conditions)
     assert {(record.status, record.reason[:35]) for record in records} == {
         ("error", "its process was ended by SIGKILL, a"),
     }
 
 
-def test_a_process_that_cannot_even_begin_says_why(point, conditions):
-    given = point("toy.suite(toy.good)")
+def test_a_process_that_cannot_even_begin_says_why(task, conditions):
+    given = task("toy.suite(toy.good)")
     given.file.write_text("import no_such_module")
     (record,) = Measurer(isolated=True).measure(given, ["good"], conditions)
     assert record.status == "error"

@@ -289,8 +289,8 @@ def test_where_another_run_writes_none_begins(run, pytester, resume):
 
 
 FAILING_FILES = [
-    ("own", errno.EACCES, pytest.ExitCode.USAGE_ERROR),
-    ("own", errno.EROFS, pytest.ExitCode.USAGE_ERROR),
+    ("open_exclusively", errno.EACCES, pytest.ExitCode.USAGE_ERROR),
+    ("open_exclusively", errno.EROFS, pytest.ExitCode.USAGE_ERROR),
     ("atomic_write", errno.EACCES, pytest.ExitCode.USAGE_ERROR),
     ("atomic_write", errno.ENOSPC, pytest.ExitCode.USAGE_ERROR),
     ("append", errno.ENOSPC, pytest.ExitCode.INTERNAL_ERROR),
