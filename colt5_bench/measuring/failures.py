@@ -43,7 +43,8 @@ class BrokenContextError(RuntimeError):
     def __init__(self, why: str, finished: Sequence[Record] = ()) -> None:
         super().__init__(why)
         self.finished = list(finished)
-        """Records that stay valid: skipped or failed ones, and the one that broke the context, if it is known."""
+        """Records that stay valid. They are skipped or failed, or complete without times; one may have broken the
+        context."""
 
 
 @contextmanager

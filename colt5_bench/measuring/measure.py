@@ -58,7 +58,9 @@ def measure(
                 assert isinstance(suite, Suite)
                 _measure_all(suite, case, direction, records, conditions, begin)
     except BrokenContextError as error:
-        finished = [record for record in records.values() if record.status != "ok" and record.reason != NOT_MEASURED]
+        begun = [record for record in records.values() if record.reason != NOT_MEASURED]
+        # Times are taken last, so an `ok` record of a timed suite may lack them.
+        finished = [record for record in begun if record.status != "ok" or not suite.timed]
         raise BrokenContextError(str(error), finished) from None
     return list(records.values())
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from colt5_bench.case import FORWARD
+from colt5_bench.case import FORWARD, TRAINING
 from colt5_bench.loading import load_suite
 from colt5_bench.measuring import isolation
 from colt5_bench.measuring.conditions import Conditions
@@ -20,7 +20,9 @@ from colt5_bench.measuring.isolation import Measurer, Task
 from colt5_bench.measuring.measure import measure
 from colt5_bench.process.settings import SETTINGS, Setting
 from colt5_bench.records.results import load
+from colt5_bench.suite import Trainee, TrainingSuite
 from tests.colt5_bench import toy
+from tests.colt5_bench.measuring.test_training import course
 
 ROOT = Path(__file__).parents[3]
 CASE = toy.ToyCase(2, 16)
@@ -102,6 +104,38 @@ class TestABrokenContext:
             "breaking": "error",
         }
         assert begun == names[:4]
+
+    def test_leaves_models_that_are_trained(self, conditions):
+        """Otherwise they would be trained again."""
+
+        def build(case, trainee, device, corpus):
+            if trainee.name == "breaking":
+                raise RuntimeError(ASSERTED)
+            return course()
+
+        suite = TrainingSuite(
+            name="lines",
+            description="",
+            cases=toy.cases,
+            implementations={name: Trainee(name, lambda case: None) for name in ("first", "breaking", "last")},
+            reference="first",
+            data=lambda corpus: "",
+            course=build,
+        )
+        with pytest.raises(BrokenContextError, match="device-side assert") as broken:
+            measure(suite, CASE, TRAINING, list(suite.implementations), conditions)
+        assert {record.implementation: (record.status, bool(record.curves)) for record in broken.value.finished} == {
+            "first": ("ok", True),
+            "breaking": ("error", False),
+        }
+
+    def test_leaves_what_is_right_if_nothing_is_timed(self, conditions):
+        suite = toy.suite(toy.good, toy.breaking, timed=False)
+        with pytest.raises(BrokenContextError, match="device-side assert") as broken:
+            measure(suite, CASE, FORWARD, ["good", "breaking", "reference"], conditions)
+        good, breaking = broken.value.finished
+        assert (good.implementation, good.status, {*good.accuracy}) == ("good", "ok", {"output"})
+        assert (breaking.implementation, breaking.status) == ("breaking", "error")
 
     def test_while_several_are_timed_blames_none(self, conditions, monkeypatch):
         def time_interleaved(calls, **_):
