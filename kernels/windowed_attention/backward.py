@@ -59,17 +59,17 @@ def _query_gradient(
     first_key, _ = keys_of(start, n, window_size, CAUSAL)
     _, end_key = keys_of(tl.minimum(start + BLOCK, n) - 1, n, window_size, CAUSAL)
 
-    own, owned = tile_at(grad_output_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
-    grad_output = tl.load(own, mask=owned, other=0.0)
-    own, owned = tile_at(out_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
-    out = tl.load(own, mask=owned, other=0.0)
+    block_at, in_block = tile_at(grad_output_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
+    grad_output = tl.load(block_at, mask=in_block, other=0.0)
+    block_at, in_block = tile_at(out_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
+    out = tl.load(block_at, mask=in_block, other=0.0)
     delta = tl.sum(grad_output.to(tl.float32) * out.to(tl.float32), axis=1)
     lse = tl.load(lse_ptr + query, mask=query < n, other=float("inf"))
     if ROTARY:
         q = load_arranged(turned_ptr + WIDTH, start, n, BLOCK, HEAD_DIM, BLOCK_D, 2 * WIDTH)
     else:
-        own, owned = tile_at(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-        q = tl.load(own, mask=owned, other=0.0)
+        block_at, in_block = tile_at(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        q = tl.load(block_at, mask=in_block, other=0.0)
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for tile in range(tl.cdiv(end_key - first_key, TILE)):
         start_n = first_key + tile * TILE
@@ -92,8 +92,8 @@ def _query_gradient(
     if ROTARY:
         store_turned_back(dqkv_ptr, start, n, dq * dim_scale, turns_ptr, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
     else:
-        own, owned = tile_at(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-        tl.store(own, (dq * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=owned)
+        block_at, in_block = tile_at(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        tl.store(block_at, (dq * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=in_block)
 
 
 @triton.jit
@@ -130,13 +130,13 @@ def _key_value_gradient(
     first_query, _ = queries_of(start, n, window_size, CAUSAL)
     _, end_query = queries_of(tl.minimum(start + BLOCK, n) - 1, n, window_size, CAUSAL)
 
-    own, owned = tile_at(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    block_at, in_block = tile_at(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
     if ROTARY:
         k = load_arranged(turned_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 2 * WIDTH)
     else:
-        k = tl.load(own + WIDTH, mask=owned, other=0.0)
+        k = tl.load(block_at + WIDTH, mask=in_block, other=0.0)
     dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    v = tl.load(own + 2 * WIDTH, mask=owned, other=0.0)
+    v = tl.load(block_at + 2 * WIDTH, mask=in_block, other=0.0)
     dv = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for tile in range(tl.cdiv(end_query - first_query, TILE)):
         start_m = first_query + tile * TILE
@@ -161,12 +161,12 @@ def _key_value_gradient(
         dp = dot(v, grad_output.T, None, PRECISION)
         dlogits = p * (dp - delta[None, :])
         dk = dot(dlogits.to(q.dtype), q, dk, PRECISION)
-    own, owned = tile_at(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+    block_at, in_block = tile_at(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
     if ROTARY:
         store_turned_back(dqkv_ptr + WIDTH, start, n, dk * dim_scale, turns_ptr, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
     else:
-        tl.store(own + WIDTH, (dk * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=owned)
-    tl.store(own + 2 * WIDTH, dv.to(dqkv_ptr.dtype.element_ty), mask=owned)
+        tl.store(block_at + WIDTH, (dk * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=in_block)
+    tl.store(block_at + 2 * WIDTH, dv.to(dqkv_ptr.dtype.element_ty), mask=in_block)
 
 
 @triton.jit

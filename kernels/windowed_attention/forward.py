@@ -65,8 +65,8 @@ def _forward_kernel(
     _, end_key = keys_of(tl.minimum(start + BLOCK, n) - 1, n, window_size, CAUSAL)
 
     if TURNED == 0:
-        own, owned = tile_at(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-        q = tl.load(own, mask=owned, other=0.0)
+        block_at, in_block = tile_at(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        q = tl.load(block_at, mask=in_block, other=0.0)
     else:
         turned_ptr += row * (TURNED * WIDTH) + column
         q = turned_queries(qkv_ptr, turns_ptr, turned_ptr, start, n, BLOCK, HEADS, HEAD_DIM, BLOCK_D, TURNED)
@@ -98,8 +98,8 @@ def _forward_kernel(
 
     nothing = total == 0
     out = out / tl.where(nothing, 1.0, total)[:, None]
-    own, owned = tile_at(out_ptr + row * WIDTH + column, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
-    tl.store(own, out.to(out_ptr.dtype.element_ty), mask=owned)
+    block_at, in_block = tile_at(out_ptr + row * WIDTH + column, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
+    tl.store(block_at, out.to(out_ptr.dtype.element_ty), mask=in_block)
     # p is exp2(logits * scale - lse): 0 without keys to attend to.
     lse = tl.where(nothing, float("inf"), max_logit * scale + tl.log2(total))
     tl.store(lse_ptr + numbers + query, lse, mask=query < n)
