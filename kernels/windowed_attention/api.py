@@ -45,11 +45,11 @@ def _forward(
     batch, n, width = qkv.shape
     out = qkv.new_empty(batch, n, width // 3)
     lse = qkv.new_empty(batch, heads, n, dtype=torch.promote_types(qkv.dtype, torch.float32))
-    turned = qkv.new_empty(batch, n, 0 if rotary_theta is None else 1 + save, width // 3)
+    rotated = qkv.new_empty(batch, n, 0 if rotary_theta is None else 1 + save, width // 3)
     if has_values(qkv):
         options = (heads, window_size, causal, _contiguous(mask), rotary_theta, _contiguous(position_bias))
-        launch_forward(qkv.contiguous(), *options, out, lse, turned)
-    return out, lse, turned
+        launch_forward(qkv.contiguous(), *options, out, lse, rotated)
+    return out, lse, rotated
 
 
 def _backward(
@@ -59,7 +59,7 @@ def _backward(
     position_bias: Tensor | None,
     output: Tensor,
     lse: Tensor,
-    turned: Tensor,
+    rotated: Tensor,
     heads: int,
     window_size: int,
     causal: bool,
@@ -72,7 +72,7 @@ def _backward(
         dbias = torch.zeros_like(position_bias, memory_format=torch.contiguous_format)
     if has_values(qkv):
         options = (heads, window_size, causal, _contiguous(mask), rotary_theta, _contiguous(position_bias))
-        launch_backward(grad_output.contiguous(), qkv.contiguous(), *options, output, lse, turned, dqkv, dbias)
+        launch_backward(grad_output.contiguous(), qkv.contiguous(), *options, output, lse, rotated, dqkv, dbias)
     return dqkv, dbias
 
 
@@ -86,7 +86,7 @@ def _runs_kernel(qkv: Tensor, heads: int) -> bool:
 
 
 _operation = Operation(
-    "windowed_attention", _forward, _backward, outputs=("output", "lse", "turned"), gradients=("qkv", "position_bias")
+    "windowed_attention", _forward, _backward, outputs=("output", "lse", "rotated"), gradients=("qkv", "position_bias")
 )
 
 

@@ -11,7 +11,13 @@ from kernels._common.launch import Launch, Launcher
 from kernels._common.plans import Plan, planner
 from kernels._common.primitives import LOG2_E
 from kernels.windowed_attention.bias_gradient import launch_bias_gradient
-from kernels.windowed_attention.positions import bias_of_head, launch_turns, load_arranged, load_bias, store_turned_back
+from kernels.windowed_attention.positions import (
+    bias_of_head,
+    launch_rotations,
+    load_arranged,
+    load_bias,
+    store_rotated_back,
+)
 from kernels.windowed_attention.tiles import (
     NOWHERE,
     PRECISION,
@@ -35,8 +41,8 @@ def _query_gradient(
     lse_ptr,
     dqkv_ptr,
     bias_ptr,
-    turns_ptr,
-    turned_ptr,
+    rotations_ptr,
+    rotated_ptr,
     start,
     n,
     window_size,
@@ -66,7 +72,8 @@ def _query_gradient(
     delta = tl.sum(grad_output.to(tl.float32) * out.to(tl.float32), axis=1)
     lse = tl.load(lse_ptr + query, mask=query < n, other=float("inf"))
     if ROTARY:
-        q = load_arranged(turned_ptr + WIDTH, start, n, BLOCK, HEAD_DIM, BLOCK_D, 2 * WIDTH)
+        # Queries are after keys here, and before keys in qkv.
+        q = load_arranged(rotated_ptr + WIDTH, start, n, BLOCK, HEAD_DIM, BLOCK_D, 2 * WIDTH)
     else:
         block_at, in_block = tile_at(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
         q = tl.load(block_at, mask=in_block, other=0.0)
@@ -77,7 +84,7 @@ def _query_gradient(
         key = tl.where(are_present(mask_ptr, key, n, HAS_MASK), key, NOWHERE)
         at, inside = tile_at(qkv_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
         if ROTARY:
-            k = load_arranged(turned_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, 2 * WIDTH)
+            k = load_arranged(rotated_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, 2 * WIDTH)
         else:
             k = tl.load(at + WIDTH, mask=inside, other=0.0)
         v = tl.load(at + 2 * WIDTH, mask=inside, other=0.0)
@@ -90,7 +97,7 @@ def _query_gradient(
         dlogits = p * (dp - delta[:, None])
         dq = dot(dlogits.to(k.dtype), k, dq, PRECISION)
     if ROTARY:
-        store_turned_back(dqkv_ptr, start, n, dq * dim_scale, turns_ptr, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        store_rotated_back(dqkv_ptr, start, n, dq * dim_scale, rotations_ptr, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
     else:
         block_at, in_block = tile_at(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
         tl.store(block_at, (dq * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=in_block)
@@ -105,8 +112,8 @@ def _key_value_gradient(
     lse_ptr,
     dqkv_ptr,
     bias_ptr,
-    turns_ptr,
-    turned_ptr,
+    rotations_ptr,
+    rotated_ptr,
     start,
     n,
     window_size,
@@ -132,7 +139,7 @@ def _key_value_gradient(
 
     block_at, in_block = tile_at(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
     if ROTARY:
-        k = load_arranged(turned_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 2 * WIDTH)
+        k = load_arranged(rotated_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 2 * WIDTH)
     else:
         k = tl.load(block_at + WIDTH, mask=in_block, other=0.0)
     dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
@@ -142,7 +149,7 @@ def _key_value_gradient(
         start_m = first_query + tile * TILE
         query = start_m + tl.arange(0, TILE)
         if ROTARY:
-            q = load_arranged(turned_ptr + WIDTH, start_m, n, TILE, HEAD_DIM, BLOCK_D, 2 * WIDTH)
+            q = load_arranged(rotated_ptr + WIDTH, start_m, n, TILE, HEAD_DIM, BLOCK_D, 2 * WIDTH)
         else:
             at, inside = tile_at(qkv_ptr, start_m, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
             q = tl.load(at, mask=inside, other=0.0)
@@ -163,7 +170,9 @@ def _key_value_gradient(
         dk = dot(dlogits.to(q.dtype), q, dk, PRECISION)
     block_at, in_block = tile_at(dqkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
     if ROTARY:
-        store_turned_back(dqkv_ptr + WIDTH, start, n, dk * dim_scale, turns_ptr, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
+        store_rotated_back(
+            dqkv_ptr + WIDTH, start, n, dk * dim_scale, rotations_ptr, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH
+        )
     else:
         tl.store(block_at + WIDTH, (dk * dim_scale).to(dqkv_ptr.dtype.element_ty), mask=in_block)
     tl.store(block_at + 2 * WIDTH, dv.to(dqkv_ptr.dtype.element_ty), mask=in_block)
@@ -178,8 +187,8 @@ def _backward_kernel(
     lse_ptr,  # b h n, fp32, to the base 2
     dqkv_ptr,  # b n 3 h d
     bias_ptr,  # h 2r+1
-    turns_ptr,  # STRETCH+stretches 2 d/2, fp32
-    turned_ptr,  # b n 2 h d: rotated keys and queries
+    rotations_ptr,  # STRETCH+stretches 2 d/2, fp32: cosines, sines
+    rotated_ptr,  # b n 2 h d: rotated keys, then queries; qkv has queries first
     n,
     window_size,
     scale,
@@ -203,7 +212,7 @@ def _backward_kernel(
     out_ptr += row * WIDTH + column
     lse_ptr += numbers
     dqkv_ptr += row * (3 * WIDTH) + column
-    turned_ptr += row * (2 * WIDTH) + column
+    rotated_ptr += row * (2 * WIDTH) + column
     bias_ptr = bias_of_head(bias_ptr, column // HEAD_DIM, BIAS_REACH)
     if tl.program_id(0) % 2 == 0:
         _query_gradient(
@@ -214,8 +223,8 @@ def _backward_kernel(
             lse_ptr,
             dqkv_ptr,
             bias_ptr,
-            turns_ptr,
-            turned_ptr,
+            rotations_ptr,
+            rotated_ptr,
             start,
             n,
             window_size,
@@ -240,8 +249,8 @@ def _backward_kernel(
             lse_ptr,
             dqkv_ptr,
             bias_ptr,
-            turns_ptr,
-            turned_ptr,
+            rotations_ptr,
+            rotated_ptr,
             start,
             n,
             window_size,
@@ -295,14 +304,14 @@ def launch_backward(
     position_bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    turned: Tensor,
+    rotated: Tensor,
     dqkv: Tensor,
     dbias: Tensor | None,
 ) -> Iterator[Launch]:
     """Fill in the gradients `b n (3 h d)` and, if it is needed, `h (2 r + 1)`, from contiguous tensors."""
     batch, n, width = out.shape
     head_dim = width // heads
-    turns = yield from launch_turns(rotary_theta, n, head_dim)
+    rotations = yield from launch_rotations(rotary_theta, n, head_dim)
     yield Launch(
         _backward_kernel,
         _plan_backward(batch, n, heads, head_dim, out.itemsize),
@@ -313,14 +322,14 @@ def launch_backward(
         lse,
         dqkv,
         qkv if position_bias is None else position_bias,
-        qkv if turns is None else turns,
-        qkv if turns is None else turned,
+        qkv if rotations is None else rotations,
+        qkv if rotations is None else rotated,
         n,
         min(window_size, n),
         LOG2_E.value * head_dim**-0.5,
         head_dim**-0.5,
         **constants_of(heads, head_dim, causal, mask, position_bias),
-        ROTARY=turns is not None,
+        ROTARY=rotations is not None,
     )
     if position_bias is not None and dbias is not None:
         inputs = (grad_output, qkv, qkv if mask is None else mask, out, lse)

@@ -91,10 +91,10 @@ def _bias_gradient_kernel(
             p = tl.where(within(key[None, :], first[:, None], end[:, None]), p, 0.0)
             total += p * (dp - delta[:, None])
 
-    # Row i is rotated by i columns. Then a column is one diagonal, and its wrapped part is another.
-    turned = tl.gather(total, (i + j) % BLOCK, axis=1)
-    before = tl.sum(tl.where(i + j < BLOCK, 0.0, turned), axis=0)
-    after = tl.sum(tl.where(i + j < BLOCK, turned, 0.0), axis=0)
+    # Row i is rolled by i columns. Then a column is one diagonal, and its wrapped part is another.
+    rolled = tl.gather(total, (i + j) % BLOCK, axis=1)
+    before = tl.sum(tl.where(i + j < BLOCK, 0.0, rolled), axis=0)
+    after = tl.sum(tl.where(i + j < BLOCK, rolled, 0.0), axis=0)
     sums_ptr += ((head * offsets + offset).to(tl.int64) * chunks + chunk) * (2 * BLOCK)
     tl.store(sums_ptr + tl.arange(0, BLOCK), before)
     tl.store(sums_ptr + BLOCK + tl.arange(0, BLOCK), after)

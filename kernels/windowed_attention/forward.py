@@ -12,11 +12,11 @@ from kernels._common.plans import Plan, planner
 from kernels._common.primitives import LOG2_E
 from kernels.windowed_attention.positions import (
     bias_of_head,
-    launch_turn_keys,
-    launch_turns,
+    launch_rotated_keys,
+    launch_rotations,
     load_arranged,
     load_bias,
-    turned_queries,
+    rotated_queries,
 )
 from kernels.windowed_attention.tiles import (
     NOWHERE,
@@ -38,8 +38,8 @@ def _forward_kernel(
     out_ptr,  # b n h d
     lse_ptr,  # b h n, fp32, to the base 2
     bias_ptr,  # h 2r+1
-    turns_ptr,  # STRETCH+stretches 2 d/2, fp32
-    turned_ptr,  # b n TURNED h d: rotated keys, and queries, if they are kept
+    rotations_ptr,  # STRETCH+stretches 2 d/2, fp32: cosines, sines
+    rotated_ptr,  # b n ROTATED h d: rotated keys, then queries if they are kept; qkv has queries first
     n,
     window_size,
     scale,
@@ -49,7 +49,7 @@ def _forward_kernel(
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BIAS_REACH: tl.constexpr,
-    TURNED: tl.constexpr,
+    ROTATED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -64,22 +64,22 @@ def _forward_kernel(
     first_key, _ = keys_of(start, n, window_size, CAUSAL)
     _, end_key = keys_of(tl.minimum(start + BLOCK, n) - 1, n, window_size, CAUSAL)
 
-    if TURNED == 0:
+    if ROTATED == 0:
         block_at, in_block = tile_at(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
         q = tl.load(block_at, mask=in_block, other=0.0)
     else:
-        turned_ptr += row * (TURNED * WIDTH) + column
-        q = turned_queries(qkv_ptr, turns_ptr, turned_ptr, start, n, BLOCK, HEADS, HEAD_DIM, BLOCK_D, TURNED)
+        rotated_ptr += row * (ROTATED * WIDTH) + column
+        q = rotated_queries(qkv_ptr, rotations_ptr, rotated_ptr, start, n, BLOCK, HEADS, HEAD_DIM, BLOCK_D, ROTATED)
     max_logit = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     out = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for tile in range(tl.cdiv(end_key - first_key, TILE)):
         start_n = first_key + tile * TILE
         at, inside = tile_at(qkv_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, 3 * WIDTH)
-        if TURNED == 0:
+        if ROTATED == 0:
             k = tl.load(at + WIDTH, mask=inside, other=0.0)
         else:
-            k = load_arranged(turned_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, TURNED * WIDTH)
+            k = load_arranged(rotated_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, ROTATED * WIDTH)
         v = tl.load(at + 2 * WIDTH, mask=inside, other=0.0)
         key = start_n + tl.arange(0, TILE)
         key = tl.where(are_present(mask_ptr + row, key, n, HAS_MASK), key, NOWHERE)
@@ -133,15 +133,15 @@ def launch_forward(
     position_bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    turned: Tensor,
+    rotated: Tensor,
 ) -> Iterator[Launch]:
     """Fill in the output `b n (h d)`, the lse `b h n`, and rotated keys and queries `b n t (h d)`, from contiguous
     tensors. Without rotary position embedding t is 0; queries are not kept if t is 1."""
     batch, n, width = out.shape
     head_dim = width // heads
-    turns = yield from launch_turns(rotary_theta, n, head_dim)
-    if turns is not None:
-        yield launch_turn_keys(qkv, heads, turns, turned)
+    rotations = yield from launch_rotations(rotary_theta, n, head_dim)
+    if rotations is not None:
+        yield launch_rotated_keys(qkv, heads, rotations, rotated)
     yield Launch(
         _forward_kernel,
         _plan_forward(batch, n, heads, head_dim, out.itemsize),
@@ -150,11 +150,11 @@ def launch_forward(
         out,
         lse,
         qkv if position_bias is None else position_bias,
-        qkv if turns is None else turns,
-        qkv if turns is None else turned,
+        qkv if rotations is None else rotations,
+        qkv if rotations is None else rotated,
         n,
         min(window_size, n),
         LOG2_E.value * head_dim**-0.5,
         **constants_of(heads, head_dim, causal, mask, position_bias),
-        TURNED=turned.shape[2],
+        ROTATED=rotated.shape[2],
     )

@@ -41,8 +41,8 @@ def _cos_and_sin(angle):
 
 
 @triton.jit
-def _turns_kernel(
-    turns_ptr,  # STRETCH+stretches 2 d/2, fp32: cosines, sines
+def _rotations_kernel(
+    rotations_ptr,  # STRETCH+stretches 2 d/2, fp32: cosines, sines
     rows,
     LOG2_THETA: tl.constexpr,
     HALF: tl.constexpr,
@@ -55,14 +55,14 @@ def _turns_kernel(
     column = tl.arange(0, BLOCK_H)
     frequency = tl.exp2(column.to(tl.float64) * (-LOG2_THETA / HALF))
     cos, sin = _cos_and_sin(position.to(tl.float64)[:, None] * frequency[None, :])
-    at = turns_ptr + row.to(tl.int64)[:, None] * (2 * HALF) + column[None, :]
+    at = rotations_ptr + row.to(tl.int64)[:, None] * (2 * HALF) + column[None, :]
     inside = (row < rows)[:, None] & (column < HALF)[None, :]
     tl.store(at, cos, mask=inside)
     tl.store(at + HALF, sin, mask=inside)
 
 
 @triton.jit
-def _load_turns(ptr, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr):
+def _load_rotations(ptr, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr):
     """Cosines and sines `ROWS BLOCK_H` of the angles from position start on."""
     HALF: tl.constexpr = HEAD_DIM // 2
     tl.static_assert(STRETCH % ROWS == 0, "a block may not reach into another stretch")
@@ -77,9 +77,9 @@ def _load_turns(ptr, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H:
 
 
 @triton.jit
-def _load_and_turn(
+def _load_and_rotate(
     ptr,
-    turns_ptr,
+    rotations_ptr,
     start,
     n,
     ROWS: tl.constexpr,
@@ -90,7 +90,7 @@ def _load_and_turn(
     """Both halves `ROWS BLOCK_H` of rotated queries or keys from position start on."""
     at, inside = tile_at(ptr, start, n, ROWS, HEAD_DIM // 2, BLOCK_H, STRIDE)
     first, second = tl.load(at, mask=inside, other=0.0), tl.load(at + HEAD_DIM // 2, mask=inside, other=0.0)
-    cos, sin = _load_turns(turns_ptr, start, ROWS, HEAD_DIM, BLOCK_H)
+    cos, sin = _load_rotations(rotations_ptr, start, ROWS, HEAD_DIM, BLOCK_H)
     x, y = first.to(tl.float32), second.to(tl.float32)
     return (x * cos - y * sin).to(first.dtype), (y * cos + x * sin).to(first.dtype)
 
@@ -113,25 +113,25 @@ def _store_halves(
 
 
 @triton.jit
-def turned_queries(
+def rotated_queries(
     qkv_ptr,
-    turns_ptr,
-    turned_ptr,
+    rotations_ptr,
+    rotated_ptr,
     start,
     n,
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    TURNED: tl.constexpr,
+    ROTATED: tl.constexpr,
 ):
     """Rotated queries `BLOCK BLOCK_D` of a block, arranged as by `load_arranged`, and stored if there is memory for
     them."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     BLOCK_H: tl.constexpr = BLOCK_D // 2
-    first, second = _load_and_turn(qkv_ptr, turns_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_H, 3 * WIDTH)
-    if TURNED == 2:
-        _store_halves(turned_ptr + WIDTH, start, n, first, second, BLOCK, HEAD_DIM, BLOCK_H, 2 * WIDTH)
+    first, second = _load_and_rotate(qkv_ptr, rotations_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_H, 3 * WIDTH)
+    if ROTATED == 2:
+        _store_halves(rotated_ptr + WIDTH, start, n, first, second, BLOCK, HEAD_DIM, BLOCK_H, 2 * WIDTH)
     return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [BLOCK, BLOCK_D])
 
 
@@ -151,12 +151,12 @@ def load_arranged(
 
 
 @triton.jit
-def store_turned_back(
+def store_rotated_back(
     ptr,
     start,
     n,
     x,
-    turns_ptr,
+    rotations_ptr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -165,30 +165,30 @@ def store_turned_back(
     """Write the gradient of queries or keys from that of the rotated ones, arranged in the same way."""
     BLOCK_H: tl.constexpr = BLOCK_D // 2
     first, second = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, BLOCK_H]), (0, 2, 1)))
-    cos, sin = _load_turns(turns_ptr, start, ROWS, HEAD_DIM, BLOCK_H)
+    cos, sin = _load_rotations(rotations_ptr, start, ROWS, HEAD_DIM, BLOCK_H)
     back = first * cos + second * sin
     _store_halves(ptr, start, n, back, second * cos - first * sin, ROWS, HEAD_DIM, BLOCK_H, STRIDE)
 
 
 @triton.jit
-def _turn_keys_kernel(
+def _rotated_keys_kernel(
     qkv_ptr,  # b n 3 h d
-    turns_ptr,
-    turned_ptr,  # b n TURNED h d: keys, and queries, if they are kept
+    rotations_ptr,  # STRETCH+stretches 2 d/2, fp32: cosines, sines
+    rotated_ptr,  # b n ROTATED h d: rotated keys, then queries if they are kept; qkv has queries first
     n,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    TURNED: tl.constexpr,
+    ROTATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Rotated keys of a block and head."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     start, row, column, _ = place_of(tl.program_id(0), n, HEADS, HEAD_DIM, BLOCK)
     keys_ptr = qkv_ptr + row * (3 * WIDTH) + (WIDTH + column)
-    first, second = _load_and_turn(keys_ptr, turns_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_H, 3 * WIDTH)
-    turned_ptr += row * (TURNED * WIDTH) + column
-    _store_halves(turned_ptr, start, n, first, second, BLOCK, HEAD_DIM, BLOCK_H, TURNED * WIDTH)
+    first, second = _load_and_rotate(keys_ptr, rotations_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_H, 3 * WIDTH)
+    rotated_ptr += row * (ROTATED * WIDTH) + column
+    _store_halves(rotated_ptr, start, n, first, second, BLOCK, HEAD_DIM, BLOCK_H, ROTATED * WIDTH)
 
 
 @triton.jit
@@ -206,35 +206,38 @@ def load_bias(ptr, distance, HEAD_DIM: tl.constexpr, BIAS_REACH: tl.constexpr):
     return tl.load(ptr + near).to(tl.float32) * (HEAD_DIM**0.5)
 
 
-def _plan_turns(rows: int, half: int) -> Plan:
+def _plan_rotations(rows: int, half: int) -> Plan:
     columns = triton.next_power_of_2(half)
     block = max(128 // columns, 1)
     settings = {"BLOCK": block, "BLOCK_H": columns, "num_warps": 4, "num_stages": 1}
     return Plan(triton.cdiv(rows, block), settings)
 
 
-def launch_turns(theta: float | None, n: int, head_dim: int) -> Generator[Launch, None, Scratch | None]:
+def launch_rotations(theta: float | None, n: int, head_dim: int) -> Generator[Launch, None, Scratch | None]:
     """Cosines and sines of angles for other kernels; None without rotary position embedding."""
     if theta is None:
         return None
     rows = STRETCH.value + triton.cdiv(n, STRETCH.value)
-    turns = Scratch(rows, head_dim, dtype=torch.float32)
+    rotations = Scratch(rows, head_dim, dtype=torch.float32)
     options = {"LOG2_THETA": math.log2(theta), "HALF": head_dim // 2}
-    yield Launch(_turns_kernel, _plan_turns(rows, head_dim // 2), turns, rows, **options)
-    return turns
+    yield Launch(_rotations_kernel, _plan_rotations(rows, head_dim // 2), rotations, rows, **options)
+    return rotations
 
 
 @planner
-def _plan_turn_keys(batch: int, n: int, heads: int, head_dim: int) -> Plan:
+def _plan_rotated_keys(batch: int, n: int, heads: int, head_dim: int) -> Plan:
     columns = triton.next_power_of_2(triton.cdiv(head_dim, 2))
     block = min(2048 // columns, STRETCH.value)
     settings = {"BLOCK": block, "BLOCK_H": columns, "num_warps": 4, "num_stages": 1}
     return Plan(batch * heads * triton.cdiv(n, block), settings)
 
 
-def launch_turn_keys(qkv: Tensor, heads: int, turns: Scratch, turned: Tensor) -> Launch:
-    """Write rotated keys to `turned`, `b n t (h d)`, as the first of t; rotated queries may follow."""
+def launch_rotated_keys(qkv: Tensor, heads: int, rotations: Scratch, rotated: Tensor) -> Launch:
+    """Write rotated keys to `rotated`, `b n t (h d)`, as the first of t. They are before queries, unlike in `qkv`,
+    because queries are kept only for a backward pass."""
     batch, n, width = qkv.shape
     head_dim = width // (3 * heads)
-    options = {"HEADS": heads, "HEAD_DIM": head_dim, "TURNED": turned.shape[2]}
-    return Launch(_turn_keys_kernel, _plan_turn_keys(batch, n, heads, head_dim), qkv, turns, turned, n, **options)
+    options = {"HEADS": heads, "HEAD_DIM": head_dim, "ROTATED": rotated.shape[2]}
+    return Launch(
+        _rotated_keys_kernel, _plan_rotated_keys(batch, n, heads, head_dim), qkv, rotations, rotated, n, **options
+    )

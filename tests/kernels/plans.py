@@ -455,7 +455,7 @@ OPERATIONS = {
         (
             windowed_forward._plan_forward,
             windowed_backward._plan_backward,
-            positions._plan_turn_keys,
+            positions._plan_rotated_keys,
             bias_gradient._plan_bias_gradient,
         ),
         windowed_attention,

@@ -33,9 +33,9 @@ def dense(qkv, heads, window_size, causal, mask=None, theta=None, bias=None):
     if theta is not None:
         half = query.shape[-1] // 2
         frequencies = theta ** -(torch.arange(half, device=qkv.device, dtype=qkv.dtype) / half)
-        turns = torch.arange(n, device=qkv.device)[:, None] * frequencies
-        turns = torch.polar(torch.ones_like(turns), turns)
-        query, key = (torch.view_as_real(torch.complex(*x.chunk(2, -1)) * turns) for x in (query, key))
+        angles = torch.arange(n, device=qkv.device)[:, None] * frequencies
+        rotations = torch.polar(torch.ones_like(angles), angles)
+        query, key = (torch.view_as_real(torch.complex(*x.chunk(2, -1)) * rotations) for x in (query, key))
         query, key = (x.transpose(-1, -2).flatten(-2) for x in (query, key))
     i, j = torch.arange(n, device=qkv.device)[:, None], torch.arange(n, device=qkv.device)
     near = (j <= i) & (j // window_size >= i // window_size - 1) if causal else (i - j).abs() <= window_size
