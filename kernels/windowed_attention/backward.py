@@ -205,15 +205,15 @@ def _backward_kernel(
 ):
     """Compute all gradients of a block with two adjacent programs. One then finds data of the other in the L2 cache."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
-    start, row, column, numbers = place_of(tl.program_id(0) // 2, n, HEADS, HEAD_DIM, BLOCK)
-    grad_output_ptr += row * WIDTH + column
-    qkv_ptr += row * (3 * WIDTH) + column
-    mask_ptr += row
-    out_ptr += row * WIDTH + column
-    lse_ptr += numbers
-    dqkv_ptr += row * (3 * WIDTH) + column
-    rotated_ptr += row * (2 * WIDTH) + column
-    bias_ptr = bias_of_head(bias_ptr, column // HEAD_DIM, BIAS_REACH)
+    start, first_row, first_column, first_lse = place_of(tl.program_id(0) // 2, n, HEADS, HEAD_DIM, BLOCK)
+    grad_output_ptr += first_row * WIDTH + first_column
+    qkv_ptr += first_row * (3 * WIDTH) + first_column
+    mask_ptr += first_row
+    out_ptr += first_row * WIDTH + first_column
+    lse_ptr += first_lse
+    dqkv_ptr += first_row * (3 * WIDTH) + first_column
+    rotated_ptr += first_row * (2 * WIDTH) + first_column
+    bias_ptr = bias_of_head(bias_ptr, first_column // HEAD_DIM, BIAS_REACH)
     if tl.program_id(0) % 2 == 0:
         _query_gradient(
             grad_output_ptr,

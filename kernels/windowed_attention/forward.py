@@ -55,9 +55,9 @@ def _forward_kernel(
 ):
     """The output of a block of queries, and the lse of each query."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
-    start, row, column, numbers = place_of(tl.program_id(0), n, HEADS, HEAD_DIM, BLOCK)
-    qkv_ptr += row * (3 * WIDTH) + column
-    bias_ptr = bias_of_head(bias_ptr, column // HEAD_DIM, BIAS_REACH)
+    start, first_row, first_column, first_lse = place_of(tl.program_id(0), n, HEADS, HEAD_DIM, BLOCK)
+    qkv_ptr += first_row * (3 * WIDTH) + first_column
+    bias_ptr = bias_of_head(bias_ptr, first_column // HEAD_DIM, BIAS_REACH)
 
     query = start + tl.arange(0, BLOCK)
     first, end = keys_of(query, n, window_size, CAUSAL)
@@ -68,7 +68,7 @@ def _forward_kernel(
         block_at, in_block = tile_at(qkv_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_D, 3 * WIDTH)
         q = tl.load(block_at, mask=in_block, other=0.0)
     else:
-        rotated_ptr += row * (ROTATED * WIDTH) + column
+        rotated_ptr += first_row * (ROTATED * WIDTH) + first_column
         q = rotated_queries(qkv_ptr, rotations_ptr, rotated_ptr, start, n, BLOCK, HEADS, HEAD_DIM, BLOCK_D, ROTATED)
     max_logit = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -82,7 +82,7 @@ def _forward_kernel(
             k = load_arranged(rotated_ptr, start_n, n, TILE, HEAD_DIM, BLOCK_D, ROTATED * WIDTH)
         v = tl.load(at + 2 * WIDTH, mask=inside, other=0.0)
         key = start_n + tl.arange(0, TILE)
-        key = tl.where(are_present(mask_ptr + row, key, n, HAS_MASK), key, NOWHERE)
+        key = tl.where(are_present(mask_ptr + first_row, key, n, HAS_MASK), key, NOWHERE)
         logits = dot(q, k.T, None, PRECISION)
         if BIAS_REACH is not None:
             logits += load_bias(bias_ptr, key[None, :] - query[:, None], HEAD_DIM, BIAS_REACH)
@@ -98,11 +98,11 @@ def _forward_kernel(
 
     nothing = total == 0
     out = out / tl.where(nothing, 1.0, total)[:, None]
-    block_at, in_block = tile_at(out_ptr + row * WIDTH + column, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
+    block_at, in_block = tile_at(out_ptr + first_row * WIDTH + first_column, start, n, BLOCK, HEAD_DIM, BLOCK_D, WIDTH)
     tl.store(block_at, out.to(out_ptr.dtype.element_ty), mask=in_block)
     # p is exp2(logits * scale - lse): 0 without keys to attend to.
     lse = tl.where(nothing, float("inf"), max_logit * scale + tl.log2(total))
-    tl.store(lse_ptr + numbers + query, lse, mask=query < n)
+    tl.store(lse_ptr + first_lse + query, lse, mask=query < n)
 
 
 # By the bytes of a number and the largest dimension of a head. Settings for 2 bytes and 64 were the fastest in a sweep

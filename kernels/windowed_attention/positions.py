@@ -184,10 +184,10 @@ def _rotated_keys_kernel(
 ):
     """Rotated keys of a block and head."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
-    start, row, column, _ = place_of(tl.program_id(0), n, HEADS, HEAD_DIM, BLOCK)
-    keys_ptr = qkv_ptr + row * (3 * WIDTH) + (WIDTH + column)
+    start, first_row, first_column, _ = place_of(tl.program_id(0), n, HEADS, HEAD_DIM, BLOCK)
+    keys_ptr = qkv_ptr + first_row * (3 * WIDTH) + (WIDTH + first_column)
     first, second = _load_and_rotate(keys_ptr, rotations_ptr, start, n, BLOCK, HEAD_DIM, BLOCK_H, 3 * WIDTH)
-    rotated_ptr += row * (ROTATED * WIDTH) + column
+    rotated_ptr += first_row * (ROTATED * WIDTH) + first_column
     _store_halves(rotated_ptr, start, n, first, second, BLOCK, HEAD_DIM, BLOCK_H, ROTATED * WIDTH)
 
 

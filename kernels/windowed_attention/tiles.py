@@ -64,7 +64,8 @@ def tile_at(ptr, start, n, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: 
 
 @triton.jit
 def place_of(program, n, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Start of the program's block, and the numbers of rows, entries of a row and positions before its own.
+    """The first position of the program's block, and the place where its head begins. The place is a row and a column
+    of `b n (h d)`, and an entry of `b h n`.
 
     Programs for the heads of a block are adjacent, as the heads are in memory.
     """
