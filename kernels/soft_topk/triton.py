@@ -55,7 +55,8 @@ its own."""
 RESIDENT_PROBES = 8
 TOGETHER_PROBES = 8
 CHUNK_PROBES = 16
-"""More probes need fewer passes: if a pass is a launch, it takes longer than the exponentials in it."""
+"""Probes of a pass that is a launch. With more probes a search needs fewer passes. A launch for each pass takes longer
+than the exponentials of more probes."""
 
 
 @triton.jit
@@ -258,21 +259,21 @@ def _together_kernel(
 
     store_survey(partials_ptr + chunk * (2 * PROBES), *survey(scores, WIDTH))
     wait_for_all(arrived_ptr, chunks)
-    bracket, aim, n_valid, passes = first_state(partials_ptr, chunks, k, eps, PROBES, SLOTS)
-    turn = 1
+    bracket, aim, n_valid, _ = first_state(partials_ptr, chunks, k, eps, PROBES, SLOTS)
+    passes = 1
     while is_searching(bracket, n_valid, k, eps):
         probes = place_probes(bracket, aim, PROBES)
         counts, totals = measure(scores, probes, rate, WIDTH, PROBES)
         # Passes alternate between two places: when a program writes to one, all programs have read its old values.
-        pass_ptr = partials_ptr + (turn % 2) * tl.cast(n_rows, tl.int64) * chunks * (2 * PROBES)
+        pass_ptr = partials_ptr + (passes % 2) * tl.cast(n_rows, tl.int64) * chunks * (2 * PROBES)
         store_partials(pass_ptr + chunk * (2 * PROBES), counts, totals, PROBES)
-        turn += 1
-        wait_for_all(arrived_ptr, turn * chunks)
+        passes += 1
+        wait_for_all(arrived_ptr, passes * chunks)
         counts, totals = sum_partials(pass_ptr, chunks, PROBES, SLOTS)
         bracket, aim = refine(bracket, aim, probes, counts, totals, k, eps)
 
     anchor, scale = conclude(bracket, n_valid, k, eps)
-    store_solution(solution_ptr, row, anchor, scale, passes + turn, chunk == 0)
+    store_solution(solution_ptr, row, anchor, scale, passes + 1, chunk == 0)
     y, _ = select(scores, anchor, scale, rate)
     tl.store(y_ptr + row * n + columns, y.to(y_ptr.dtype.element_ty), mask=columns < n)
 
@@ -368,12 +369,12 @@ def _gradient_kernel(
 
 
 @planner
-def _plan(n_rows: int, n: int, simple: bool, aligned: bool) -> Plan:
-    """Pieces are chunks. A thread has 16 entries, 32 in the largest tile. Rows are simple without a mask.
+def _plan(n_rows: int, n: int, unmasked: bool, aligned: bool) -> Plan:
+    """Pieces are chunks. A thread has 16 entries, 32 in the largest tile.
 
     The explicit limit on registers equals the hardware's: without it, ptxas spills some to fit more programs.
     """
-    resident = RESIDENT if simple or aligned else RESIDENT // 2
+    resident = RESIDENT if unmasked or aligned else RESIDENT // 2
     chunks = 1 if n <= resident else triton.cdiv(n, CHUNK)
     block = max(triton.next_power_of_2(n if chunks == 1 else CHUNK), 128)
     num_warps = min(max(block // 512, 1), 16)
@@ -387,17 +388,17 @@ def _plan(n_rows: int, n: int, simple: bool, aligned: bool) -> Plan:
 
 
 @planner
-def _plan_slots(n_rows: int, n: int, simple: bool, aligned: bool) -> Plan:
+def _plan_slots(n_rows: int, n: int, unmasked: bool, aligned: bool) -> Plan:
     """The plan of chunks, and the number of chunks that a program reads at a time."""
-    plan = _plan(n_rows, n, simple, aligned)
+    plan = _plan(n_rows, n, unmasked, aligned)
     return plan._replace(settings={**plan.settings, "SLOTS": min(triton.next_power_of_2(plan.pieces), 128)})
 
 
 @planner
-def _plan_together(n_rows: int, n: int, simple: bool, aligned: bool, available: int) -> Plan:
+def _plan_together(n_rows: int, n: int, unmasked: bool, aligned: bool, available: int) -> Plan:
     """All passes in one launch, with chunks as small as the number of multiprocessors allows, one chunk for each. If
     there are too few multiprocessors, each pass is a launch."""
-    plan = _plan_slots(n_rows, n, simple, aligned)
+    plan = _plan_slots(n_rows, n, unmasked, aligned)
     if plan.pieces == 1 or plan.programs > available:
         return plan
     chunk = CHUNK
@@ -419,6 +420,7 @@ def _sizes_of(scores: Tensor, mask: Tensor | None) -> tuple[int, int, bool, bool
     """Sizes and options that a plan depends on."""
     n_rows, n = scores.shape
     stride = 0 if mask is None else mask.stride(0)
+    # The bitwise or is a multiple of 16 only if each of the numbers is.
     return n_rows, n, mask is None, (n | address(scores) | scores.stride(0) | stride) % 16 == 0
 
 
@@ -429,6 +431,7 @@ def launch_forward(
     n_rows, n = scores.shape
     inputs = (scores, scores if mask is None else mask, scores if k_rows is None else k_rows)
     strides = (scores.stride(0), 0 if mask is None else mask.stride(0))
+    # Kernels take k, eps for scores in UNITs, and the rate log2(e) / eps, since they compute powers of two.
     numbers = (k, UNIT.value * eps, math.log2(math.e) / (UNIT.value * eps))
     variant = {"HAS_MASK": mask is not None, "HAS_K": k_rows is not None}
     sizes = _sizes_of(scores, mask)
@@ -440,8 +443,10 @@ def launch_forward(
         )
         return
 
-    together = _plan_together(*sizes, multiprocessors(scores.device))
-    if "launch_cooperative_grid" in together.settings:
+    available = multiprocessors(scores.device)
+    together = _plan_together(*sizes, available)
+    # With a multiprocessor for each, all programs run at the same time, and can wait for each other.
+    if together.programs <= available:
         chunks = together.pieces
         partials = Scratch(2, n_rows, chunks, 2 * TOGETHER_PROBES, dtype=torch.float64)
         pointers = (*inputs, partials, Scratch(n_rows, dtype=torch.int32, zeros=True), y, solution)

@@ -76,6 +76,7 @@ COUNTS = {
     "sweeps": BOOL,
     "tiles": around(most=2**12),
     "total": (1, 2, 1023, 1024, 1025, 2**20, 2**31, 2**33),
+    "unmasked": BOOL,
     "window_size": around(prefix_forward.LONGEST_END, most=8192),
 }
 """Tested sizes by name. A launcher with other names has to add its sizes here."""
@@ -90,6 +91,7 @@ NOT_A_COUNT = {
     "positions",
     "simple",
     "sweeps",
+    "unmasked",
 }
 """Names among these that do not make a tensor larger."""
 
@@ -185,8 +187,8 @@ def topk(n_rows, n, selected, masked=False, save=True, itemsize=4, **_):
     kernels.topk(x, min(selected, n), n_iters=4, mask=mask, fused=True)
 
 
-def soft_topk(n_rows, n, simple=True, aligned=True, per_row=False, itemsize=4, **_):
-    scores, mask, k = _rows(n_rows, n, DTYPES[itemsize], not simple, per_row, aligned=aligned)
+def soft_topk(n_rows, n, unmasked=True, aligned=True, per_row=False, itemsize=4, **_):
+    scores, mask, k = _rows(n_rows, n, DTYPES[itemsize], not unmasked, per_row, aligned=aligned)
     _call_and_differentiate(True, lambda: kernels.soft_topk(scores, k=k, eps=0.1, mask=mask))
 
 
@@ -470,7 +472,7 @@ OPTIONS = ("launch_cooperative_grid", "maxnreg", "num_stages", "num_warps")
 
 def _kind_of(sizes: Mapping[str, Any]) -> dict[str, Any]:
     """Properties of a plan's sizes that make another kernel with the same settings."""
-    kind = {name: sizes[name] for name in ("aligned", "simple", "itemsize") if name in sizes}
+    kind = {name: sizes[name] for name in ("aligned", "simple", "unmasked", "itemsize") if name in sizes}
     dim = sizes.get("dim", sizes.get("head_dim"))
     return {**kind, "ragged": is_ragged(dim, sizes["itemsize"])} if dim is not None and "itemsize" in sizes else kind
 
