@@ -213,12 +213,12 @@ def _is_tensor(annotation: Any) -> bool:
     return annotation in (Tensor, Tensor | None)
 
 
-def _eager(forward: Callable[..., Any], gradient: _Gradient) -> Callable[..., Any]:
+def _eager(compute: Callable[..., Any], gradient: _Gradient) -> Callable[..., Any]:
     class Eager(_SingleLevelFunction):
         @staticmethod
         def forward(ctx, *inputs):
             # Not in a `setup_context`, for which PyTorch inspects the signature of `forward` in each call.
-            outputs = forward(*inputs)
+            outputs = compute(*inputs)
             gradient.keep(ctx, inputs, outputs)
             return outputs
 
@@ -294,9 +294,10 @@ def _define_gradient(
     class Differentiable(_SingleLevelFunction):
         @staticmethod
         def forward(ctx, *arguments):
-            # An argument in last place leaves `needs_input_grad` unchanged.
+            # The keyset is last, so that `needs_input_grad` has the places of the inputs.
             *inputs, keyset = arguments
-            # For the outer levels of `torch.func`, which come next: autograd turns off both.
+            # PyTorch turns off gradients and forward mode in this function. The outer levels of `torch.func` run
+            # inside, and need both.
             outer = _are_functorch_transforms_active()
             with torch.set_grad_enabled(outer), forward_ad._set_fwd_grad_enabled(outer):
                 outputs = run(keyset, inputs)
@@ -313,8 +314,11 @@ def _define_gradient(
             refuse("forward mode")
         if not torch.is_grad_enabled() or not any(each.requires_grad for each in tensors):
             return run(keyset, inputs)
+        if saves:
+            # The last input is `save`.
+            inputs = (*inputs[:-1], True)
         with enable_single_level_autograd_function():
-            return Differentiable.apply(*inputs[:-1], saves or inputs[-1], keyset)  # type: ignore[attr-defined]
+            return Differentiable.apply(*inputs, keyset)  # type: ignore[attr-defined]
 
     _library.impl(operator.__name__, dispatch, "Autograd", with_keyset=True)
 
