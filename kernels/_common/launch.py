@@ -26,8 +26,9 @@ COUNTS = [
     "n_rows", "n_tokens", "n_windows", "n_queries", "n_keys", "n_slots", "n_batches", "n_routed", "n_blocks",
     "blocks", "parts", "chunks", "tiles", "groups",
 ]  # fmt: skip
-"""Arguments that Triton does not specialize on. They are bounds, which change with the length of sequences and do not
-affect the alignment of addresses. Strides and lengths of rows affect it, so Triton specializes on them."""
+"""Common names for `do_not_specialize`, which each kernel passes itself. They are bounds, which change with the length
+of sequences and do not affect the alignment of addresses. Strides and lengths of rows affect it, so Triton specializes
+on them."""
 
 
 class Scratch:
@@ -200,18 +201,19 @@ def _runs_as_known() -> bool:
     return not INTERPRETED and call in " ".join(getsource(JITFunction.run).split())
 
 
-_run = JITFunction.run if _runs_as_known() else None
+_KNOWN_RUN = JITFunction.run if _runs_as_known() else None
 """Triton's function that launches a kernel. None if launchers cannot replace it."""
 
 
 def is_watched() -> bool:
     """True if Triton itself has to do all launches.
 
-    This is so if there are hooks, if Triton's function was replaced, or if kernels are debugged.
+    This is so if there are hooks, if Triton's function was replaced, or if kernels are debugged. It is also so if this
+    version of Triton is unknown, or interprets kernels.
     """
     runtime = triton.knobs.runtime
     return (
-        JITFunction.run is not _run
+        JITFunction.run is not _KNOWN_RUN
         or _does_something(runtime.launch_enter_hook)
         or _does_something(runtime.launch_exit_hook)
         or runtime.debug
@@ -287,9 +289,9 @@ class Launcher:
             if kind in PLAIN_VALUES:
                 key += (kind, each)
             else:
-                address = each.data_ptr()
-                addresses.append(address)
-                key += (kind, each.shape, each.stride(), each.dtype, each.get_device(), address % 16 == 0)
+                pointer = each.data_ptr()
+                addresses.append(pointer)
+                key += (kind, each.shape, each.stride(), each.dtype, each.get_device(), pointer % 16 == 0)
         known = self._kept.get(tuple(key))
         if known is None:
             # In a separate context, where no mode of compiling is active.
@@ -332,15 +334,25 @@ class Launcher:
         return memory, launched
 
     def _keep(self, key: tuple[Any, ...], memory: _Memory, launched: list[_Launched]) -> None:
+        # Triton returns None if `jit_cache_hook` refuses to compile, and a `FutureKernel` while another thread compiles
+        # the kernel. Then a later call is kept.
         if not all(isinstance(each.compiled, CompiledKernel) for each in launched):
             return
         parts = list(dict.fromkeys(place for each in launched for place in each.places if place[1]))
         numbered = [*((number, 0) for number in range(len(memory.tensors))), *parts]
         ready = []
         for launch, places, compiled in launched:
-            take = taker([numbered.index(place) for place in places])
-            how = (compiled.run, *launch.grid, compiled.function, compiled.packed_metadata)
-            ready.append(_Ready(*how, take, launch.all_but_pointers(), compiled))
+            ready.append(
+                _Ready(
+                    run=compiled.run,
+                    programs=launch.grid[0],
+                    function=compiled.function,
+                    metadata=compiled.packed_metadata,
+                    take=taker([numbered.index(place) for place in places]),
+                    rest=launch.all_but_pointers(),
+                    compiled=compiled,
+                )
+            )
         if len(self._kept) >= MOST_KEPT:
             self._kept.clear()
         offsets = [(number, first * memory.tensors[number].itemsize) for number, first in parts]

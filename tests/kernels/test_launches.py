@@ -346,7 +346,7 @@ def inspected_stages(monkeypatch, seen):
 
 
 def another_triton(monkeypatch, seen):
-    monkeypatch.setattr(launch, "_run", None)
+    monkeypatch.setattr(launch, "_KNOWN_RUN", None)
 
 
 @pytest.mark.parametrize(

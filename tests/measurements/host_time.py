@@ -77,7 +77,7 @@ def launching_nothing() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(JITFunction, "run", compile_nothing))
         stack.enter_context(patch.object(JITFunction, "warmup", compile_nothing))
-        stack.enter_context(patch.object(launch, "_run", compile_nothing))
+        stack.enter_context(patch.object(launch, "_KNOWN_RUN", compile_nothing))
         driver.set_active(SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0))
         stack.callback(driver.set_active, active)
         stack.enter_context(triton_for_cpu_tensors())
