@@ -101,13 +101,16 @@ def test_the_recipe_of_training_learns():
 
 
 def execute(source):
-    """Names that a block defines, after a check that tensors have the shapes in its comments."""
+    """Names that a block defines, after a check that tensors have the shapes and sums of rows in its comments."""
     namespace = {"__name__": "docs"}
     exec(compile(source, "a block of the docs", "exec"), namespace)
     shapes = re.findall(r"^(\w+)\b.*  # \((\d+(?:, \d+)+)\)", source, flags=re.MULTILINE)
     assert shapes or "ConditionalRouted" not in source
     for name, shape in shapes:
         assert tuple(namespace[name].shape) == ast.literal_eval(shape), name
+    for name, about, total in re.findall(r"^(\w+)\b.*  # sums to (about )?(\d+)", source, flags=re.MULTILINE):
+        expected = torch.full(namespace[name].shape[:-1], float(total), device=namespace[name].device)
+        torch.testing.assert_close(namespace[name].sum(-1), expected, rtol=0.05 if about else 1e-4, atol=0)
     return namespace
 
 

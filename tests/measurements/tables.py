@@ -4,14 +4,18 @@
 whose words no longer hold. The author of the new baseline has to correct these sentences.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from colt5_bench.case import DIRECTIONS, FORWARD_BACKWARD
 from colt5_bench.records.results import Record, load
+from suites import _descent
+from suites._descent import DescentCase
 
 ROOT = Path(__file__).parents[2]
 BASELINE = ROOT / "reports" / "baselines" / "nvidia-h200.jsonl"
@@ -54,6 +58,9 @@ BY_LENGTH = {
     "autoregressive": "autocast",
 }
 """Columns of the table by length. All but the first are compared with the dense layer."""
+
+BYTES_PER_SECOND, EXPONENTIALS_PER_SECOND = 4.30e12, 4.18e12
+"""Rates of an H200, by which docs/performance.md gives limits. Records of the headlines have no measured ones."""
 
 WINDOWED = {"radius 64": 64, "causal windows of 128": 128}
 
@@ -138,6 +145,39 @@ def _headlines(baseline: Baseline) -> list[list[str]]:
         return [title, *times, *megabytes(records, "ours", "reference")]
 
     return [row(title, baseline.of("coor_descent", **fields)) for title, fields in HEADLINES.items()]
+
+
+def _limits(records: Records) -> dict[str, tuple[float, str]]:
+    """By direction, the least microseconds for a case of coordinate descent, and whether bytes or exponentials take
+    them."""
+    case = DescentCase(**records["ours", FORWARD_BACKWARD].fields)
+    costs = {direction: _descent.cost(case, direction) for direction in DIRECTIONS}
+    return {
+        direction: max(
+            (1e6 * cost.bytes / BYTES_PER_SECOND, "bytes"),
+            (1e6 * cost.exponentials / EXPONENTIALS_PER_SECOND, "exponentials"),
+        )
+        for direction, cost in costs.items()
+    }
+
+
+def _table_of_limits(baseline: Baseline) -> list[list[str]]:
+    def row(title: str, records: Records) -> list[str]:
+        limits = _limits(records).values()
+        return [title, *chain.from_iterable((f"{us:.1f} us" if us < 50 else f"{us:.0f} us", by) for us, by in limits)]
+
+    return [row(title, baseline.of("coor_descent", **fields)) for title, fields in HEADLINES.items()]
+
+
+def _shares(fields: Mapping[str, object], baseline: Baseline) -> dict[str, str]:
+    """Microseconds of a headline, forward and with the backward pass, and the shares of the limit in percent."""
+    records = baseline.of("coor_descent", **fields)
+    limits = _limits(records)
+    figures = {}
+    for name, direction in zip(("forward", "both"), DIRECTIONS, strict=True):
+        us = 1e6 * (records["ours", direction].seconds("cold") or math.nan)
+        figures |= {name: f"{us:.0f}", f"share_{name}": f"{100 * limits[direction][0] / us:.0f}"}
+    return figures
 
 
 def _layers(baseline: Baseline) -> list[list[str]]:
@@ -265,6 +305,15 @@ WRITTEN: Sequence[Table | Sentence] = (
         RESULTS,
         "a call takes the host {ours} ms with routing, and {dense} ms with the dense layer",
         _host_times,
+    ),
+    Table(PERFORMANCE, "rows x n, iterations, temperature | limit forward", _table_of_limits),
+    *(
+        Sentence(
+            PERFORMANCE,
+            f"| {title} | {{forward}} us | {{share_forward}} % | {{both}} us | {{share_both}} % |",
+            partial(_shares, fields),
+        )
+        for title, fields in HEADLINES.items()
     ),
     Table(PERFORMANCE, "2 x 32768, 8 heads of 64", _windowed),
     Table(PERFORMANCE, "heads", _heads),

@@ -268,9 +268,17 @@ def test_a_mesh_is_a_mesh(mesh):
 
 
 @pytest.mark.parametrize(
-    ("backends", "expected"),
-    [("cpu:gloo", "cpu"), ("cpu:gloo,cuda:gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cpu"), ("cuda:nccl", "cuda")],
+    ("backends", "device"),
+    [("cpu:gloo", "cpu"), ("cpu:gloo,cuda:gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cpu"), ("cuda:nccl", "meta")],
 )
-def test_lengths_travel_between_hosts_if_a_group_can_send_them(monkeypatch, backends, expected):
+def test_lengths_travel_between_hosts_if_a_group_can_send_them(monkeypatch, backends, device):
+    """A meta tensor stands for one on a GPU."""
+
+    def all_gather(header, group, name):
+        assert header.device.type == device
+        return [torch.tensor([3, 0, 7]), torch.tensor([2, 0, 7])]
+
+    monkeypatch.setattr(shards, "group_of", lambda mesh: mesh)
+    monkeypatch.setattr(shards, "all_gather", all_gather)
     monkeypatch.setattr(shards.dist, "get_backend_config", lambda group: backends)
-    assert shards._device_of_headers(None, torch.device("cuda")) == torch.device(expected)
+    assert shards.Shards.of(torch.empty(2, 3, device="meta"), -1, None).lengths == (3, 2)
