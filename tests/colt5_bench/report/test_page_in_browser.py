@@ -15,6 +15,7 @@ from colt5_bench.report.colours import colour
 from colt5_bench.report.layout import View
 from colt5_bench.report.leaderboard import write_leaderboard
 from colt5_bench.report.page import write_page
+from tests.attempts import first_good
 from tests.colt5_bench.made import BOTH, FORWARD, diverging, record, timed
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -145,14 +146,16 @@ def heading(page, name):
 
 @pytest.mark.alone
 def test_2000_records_are_soon_there(opened, tmp_path):
-    taken, url = [], written(tmp_path, lengths=50, errors=100)
-    # The least of a few, because other programs on the machine may slow it down.
-    while len(taken) < 8 and min(taken, default=LOADS_WITHIN) >= LOADS_WITHIN:
-        started = perf_counter()
+    url = written(tmp_path, lengths=50, errors=100)
+
+    def load():
+        begun = perf_counter()
         page = opened(url=url)
         page.wait_for_selector("#table tbody tr")
-        taken.append(perf_counter() - started)
-    assert min(taken) < LOADS_WITHIN
+        return perf_counter() - begun, page
+
+    seconds, page = first_good(load, lambda loaded: loaded[0] < LOADS_WITHIN, attempts=8)
+    assert seconds < LOADS_WITHIN
     assert page.locator("#count").inner_text() == "2,000 records, the first 100 shown"
     page.get_by_role("button", name="Show all").click()
     assert len(column(page, 1)) == 2000
