@@ -36,6 +36,7 @@ def test_a_captured_step_has_the_results_of_the_layer(kind):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")
 def test_graphs_of_a_step_have_their_own_workspace():
     def graphed():
         # A product with a long sum, which several parts of the GPU share.
