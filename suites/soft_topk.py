@@ -25,12 +25,16 @@ import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Operation, Suite
-from suites._descent import HEAVY_SHARE, both_directions, implementations, lenient
+from suites._descent import HEAVY_SHARE, UNIT_ROUNDOFF, both_directions, implementations, lenient
 from suites._ours import by_kernels, guest
 from suites.peers import ENTMAX, SOFTTORCH
 
 HALVINGS = 100
 """More steps than fp64 numbers have bits."""
+
+ROUNDINGS = 4
+"""Distance to a kink at which fp32 cannot decide the side, in unit roundoffs of the score and of as many temperatures:
+an exponential in fp32 is exact to 4 of them."""
 
 MOST_OF_MATRICES = {"cuda": 2**30, "cpu": 2**26}
 """Most elements of k x n matrices, for all rows, for SoftTorch, by type of device."""
@@ -80,14 +84,62 @@ def relaxing(function: Callable[..., Tensor]) -> Relax:
 plain = relaxing(reference.soft_topk)
 
 
-def truth(case: SoftTopkCase, problem: Problem, direction: str, plain: Relax = plain) -> Truth:
+@dataclass(frozen=True)
+class Kinks:
+    """Where a relaxed selection y of scores has no derivative, and what it is next to it.
+
+    Entries between 0 and 1 have the derivative weight / temperature by their own score.
+    """
+
+    places: Callable[[Tensor, Tensor, float], list[Tensor]]
+    """From the score of any entry between 0 and 1, its y and the temperature, to the scores of the kinks of its row."""
+
+    weights: Callable[[Tensor], Tensor]
+    """From y to the weights."""
+
+    def distances(self, scores: Tensor, y: Tensor, eps: float) -> Tensor:
+        """Distances of fp64 scores `... n` from the closest kink; infinite in a row with no entry between 0 and 1."""
+        largest, index = y.masked_fill(y == 1, 0.0).max(dim=-1, keepdim=True)
+        distances = [(scores - place).abs() for place in self.places(scores.gather(-1, index), largest, eps)]
+        return torch.stack(distances).amin(0).masked_fill(largest == 0, torch.inf)
+
+    def gradient(self, y: Tensor, between: Tensor, upstream: Tensor, eps: float) -> Tensor:
+        """The gradient of the scores if the entries of a mask are those between 0 and 1."""
+        weights = self.weights(y).masked_fill(~between, 0.0)
+        mean = (upstream * weights).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
+        return (upstream - mean.nan_to_num()) * weights / eps
+
+    def undecided(self, scores: Tensor, y: Tensor, upstream: Tensor, eps: float) -> Tensor:
+        """bool: True for entries of fp64 scores `... n` with a gradient that is another one on both sides of a kink,
+        because a score is so close to it that fp32 cannot decide its side.
+
+        The side decides whether that entry has a gradient, and the gradients of all others in its row depend on that.
+        """
+        near = self.distances(scores, y, eps) <= ROUNDINGS * UNIT_ROUNDOFF * (scores.abs() + ROUNDINGS * eps)
+        between = (y > 0) & (y < 1)
+        one, other = (self.gradient(y, each, upstream, eps) for each in (between | near, between & ~near))
+        return (one - other).abs() > UNIT_ROUNDOFF * one.abs().amax(dim=-1, keepdim=True)
+
+
+SATURATION = Kinks(lambda score, y, eps: [score - eps * y.log()], weights=lambda y: y)
+"""The kink of the exact soft top-k, where it reaches 1."""
+
+ENDS = Kinks(lambda score, y, eps: [score - eps * y, score + eps * (1 - y)], weights=torch.ones_like)
+"""The kinks of the projection, where it reaches 0 and 1."""
+
+
+def truth(
+    case: SoftTopkCase, problem: Problem, direction: str, plain: Relax = plain, kinks: Kinks | None = SATURATION
+) -> Truth:
     """A closed form in fp64, by autograd."""
     scores = problem.inputs["scores"].detach().double().requires_grad_(direction != FORWARD)
     y = plain(case)(scores)
     if direction == FORWARD:
         return Truth(y)
-    (gradient,) = torch.autograd.grad(y, scores, problem.upstream.double())
-    return Truth(y.detach(), {"scores": gradient})
+    upstream = problem.upstream.double()
+    (gradient,) = torch.autograd.grad(y, scores, upstream)
+    at_kink = {} if kinks is None else {"scores": kinks.undecided(scores.detach(), y.detach(), upstream, case.eps)}
+    return Truth(y.detach(), {"scores": gradient}, at_kink)
 
 
 def cost(case: SoftTopkCase, direction: str) -> Cost:
@@ -140,11 +192,15 @@ def softtorch_missing(case: SoftTopkCase, device: torch.device) -> str | None:
 
 
 def _relaxation(
-    name: str, build: Relax, missing: Callable[..., str | None], define: Relax | None = None
+    name: str,
+    build: Relax,
+    missing: Callable[..., str | None],
+    define: Relax | None = None,
+    kinks: Kinks | None = None,
 ) -> Implementation[SoftTopkCase]:
     """Another relaxation, judged by its definition in fp64, or by itself in fp64 if it has none."""
     define = build if define is None else define
-    operation = Operation(problem, partial(truth, plain=define), define)
+    operation = Operation(problem, partial(truth, plain=define, kinks=kinks), define)
     return Implementation(name, build, missing, bound=lenient, operation=operation)
 
 
@@ -156,7 +212,7 @@ SUITE = Suite(
     implementations=implementations(
         Implementation("reference", plain),
         by_kernels(relaxing(kernels.soft_topk)),
-        _relaxation("entmax", by_entmax, ENTMAX, projected),
+        _relaxation("entmax", by_entmax, ENTMAX, projected, ENDS),
         _relaxation("softtorch", by_softtorch, softtorch_missing),
     ),
     reference="reference",

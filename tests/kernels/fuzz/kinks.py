@@ -9,6 +9,7 @@ from torch import Tensor
 
 import reference
 from reference._shared.arguments import epsilon_schedule
+from suites.soft_topk import SATURATION
 
 UNIT = torch.finfo(torch.float32).eps / 2
 
@@ -89,10 +90,8 @@ def _near_saturation(s: Tensor, valid: Tensor, options: dict[str, Any], spread: 
     """Entries close to the point where the exact solution reaches 1; they include all that round to 1."""
     eps = options["eps"]
     y = reference.soft_topk(s, **{**options, "mask": valid})
-    below = s.masked_fill(~valid | (y == 1), -torch.inf).amax(-1, keepdim=True)
-    largest = y.masked_fill(y == 1, 0.0).amax(-1, keepdim=True)
-    distance = (s - below + eps * largest.log()).abs() - 1e-6 * eps
-    return _is_near(s, distance.nan_to_num(torch.inf).masked_fill(~below.isfinite(), torch.inf), spread)
+    distance = SATURATION.distances(s, y, eps) - 1e-6 * eps
+    return _is_near(s, distance.nan_to_num(torch.inf), spread)
 
 
 def _is_near(s: Tensor, distance: Tensor, off: Tensor | float) -> Tensor:
