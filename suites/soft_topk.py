@@ -33,8 +33,8 @@ HALVINGS = 100
 """More steps than fp64 numbers have bits."""
 
 ROUNDINGS = 4
-"""Distance to a kink at which fp32 cannot decide the side, in unit roundoffs of the score and of as many temperatures:
-an exponential in fp32 is exact to 4 of them."""
+"""Unit roundoffs within which fp32 cannot decide the side of a kink. They are those of the score and of this number of
+temperatures, because an exponential is exact to 4 roundings."""
 
 MOST_OF_MATRICES = {"cuda": 2**30, "cpu": 2**26}
 """Most elements of k x n matrices, for all rows, for SoftTorch, by type of device."""
@@ -92,7 +92,7 @@ class Kinks:
     """
 
     places: Callable[[Tensor, Tensor, float], list[Tensor]]
-    """From the score of any entry between 0 and 1, its y and the temperature, to the scores of the kinks of its row."""
+    """From the score of an entry between 0 and 1, its y, and the temperature, to the scores of the row's kinks."""
 
     weights: Callable[[Tensor], Tensor]
     """From y to the weights."""
@@ -110,10 +110,9 @@ class Kinks:
         return (upstream - mean.nan_to_num()) * weights / eps
 
     def undecided(self, scores: Tensor, y: Tensor, upstream: Tensor, eps: float) -> Tensor:
-        """bool: True for entries of fp64 scores `... n` with a gradient that is another one on both sides of a kink,
-        because a score is so close to it that fp32 cannot decide its side.
+        """bool: True for entries of fp64 scores `... n` whose gradient depends on a side that fp32 cannot decide.
 
-        The side decides whether that entry has a gradient, and the gradients of all others in its row depend on that.
+        The side of a score decides whether its entry has a gradient. The gradients of its whole row depend on that.
         """
         near = self.distances(scores, y, eps) <= ROUNDINGS * UNIT_ROUNDOFF * (scores.abs() + ROUNDINGS * eps)
         between = (y > 0) & (y < 1)

@@ -65,7 +65,7 @@ def test_rows_are_undecided_where_fp32_cannot_decide(name):
 
 
 def test_entries_that_have_the_same_gradient_on_both_sides_are_judged():
-    """At low temperatures the k-th entry is 1 except for a rounding, and no other one has a part in the rest."""
+    """At low temperatures the k-th entry is 1 up to a rounding, and the sum of all others is another rounding."""
     scores = torch.tensor([[3.0, 2.0, 1.0, -5.0, -5.1]], dtype=torch.float64)
     y = torch.tensor([[1.0, 1.0, 1.0 - 1e-9, 6e-10, 4e-10]], dtype=torch.float64)
     upstream = torch.tensor([[1.0, -2.0, 3.0, 4.0, 5.0]], dtype=torch.float64)
