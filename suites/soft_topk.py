@@ -117,7 +117,7 @@ class Kinks:
         near = self.distances(scores, y, eps) <= ROUNDINGS * UNIT_ROUNDOFF * (scores.abs() + ROUNDINGS * eps)
         between = (y > 0) & (y < 1)
         one, other = (self.gradient(y, each, upstream, eps) for each in (between | near, between & ~near))
-        return (one - other).abs() > UNIT_ROUNDOFF * one.abs().amax(dim=-1, keepdim=True)
+        return (one - other).abs() > UNIT_ROUNDOFF * upstream.abs().amax(dim=-1, keepdim=True) / eps
 
 
 SATURATION = Kinks(lambda score, y, eps: [score - eps * y.log()], weights=lambda y: y)
