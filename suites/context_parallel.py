@@ -176,9 +176,9 @@ class Routed(nn.Module):
         """Tokens `b n d` to `b n 1`."""
         n, routed = x.shape[1], self.router(x, num_tokens=self.num_tokens)
         means = routed.scores * routed.routed_tokens.mean(dim=-1)
-        # An index past the end is no place.
-        places = x.new_zeros(x.shape[0], n + 1).scatter(1, routed.indices.clamp(max=n), means)
-        return places[:, :n].unsqueeze(-1)
+        # An index past the end has the weight 0.
+        places = x.new_zeros(x.shape[0], n).scatter_add_(1, routed.indices.clamp(max=n - 1), means)
+        return places.unsqueeze(-1)
 
 
 def _router(package: ModuleType, case: ParallelCase, use_triton: bool) -> nn.Module:

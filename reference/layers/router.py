@@ -59,10 +59,9 @@ def is_selected(x: Tensor, mask: Tensor | None, indices: Tensor, more: int) -> T
     Args:
         indices: `b r k`, some of which may be past the end by less than `more`.
     """
-    if mask is None and is_certain(more == 0):
-        return None
-    there = x.new_ones((1, x.shape[1]), dtype=torch.bool) if mask is None else mask
-    filled_up = there if is_certain(more == 0) else F.pad(there, (0, more))
+    if mask is None:
+        return None if is_certain(more == 0) else indices < x.shape[1]
+    filled_up = mask if is_certain(more == 0) else F.pad(mask, (0, more))
     return filled_up[:, None].expand(*indices.shape[:2], -1).gather(-1, indices)
 
 

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from reference import topk as whole_topk
 from reference._shared.arguments import Solver, check_route, check_scores
 from reference._shared.returns import RouteReturn, TopkReturn
 from reference.layers.operations import Operations, UseTriton
-from reference.parallel.shards import Mesh, Shards, common, share
+from reference.parallel.shards import Mesh, Shards, all_gather, common, share
 from reference.route import choose, gather_tokens
 
 
@@ -211,10 +212,77 @@ def route(
         relax = partial(operations.coor_descent, k=k, **schedule)
     options: dict[str, Any] = {"block_size": block_size, "straight_through": straight_through}
     indices, weights = choose(rows.scores, rows.mask, num_selected, relax, operations.select, **options)
-    slots, there = _own(indices, shards)
-    places = (indices.gather(-1, slots) - shards.start).masked_fill(~there, shards.length)
-    weights = share(weights, shards.group, "weights").gather(-1, slots).masked_fill(~there, 0.0)
-    return RouteReturn(places, weights, _Gathered.apply(x, places, given))
+    owned = _Owned.among(indices, shards)
+    return RouteReturn(owned.places, _Own.apply(weights, owned), _Gathered.apply(x, owned.places, given))
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """The entries that this rank owns of lists `... s` of places in the whole, which all ranks have.
+
+    Entries are in the order of the list. This list is as long as the longest one of any rank: `... m`.
+    """
+
+    places: Tensor
+    """Places among the rank's own; after the last entry, their number."""
+
+    slots: Tensor
+    """Place of each entry in the whole list."""
+
+    there: Tensor
+    """False after the last entry."""
+
+    sources: Tensor
+    """`... s`: place of each entry of the whole list in the lists of all ranks, `... m ranks` as one dimension."""
+
+    group: ProcessGroup
+
+    @classmethod
+    def among(cls, indices: Tensor, shards: Shards) -> "_Owned":
+        owners, size = shards.owners(indices), len(shards.lengths)
+        is_of_rank = owners.unsqueeze(-1) == torch.arange(size, device=indices.device)
+        numbers = is_of_rank.cumsum(dim=-2)
+        longest = numbers[..., -1, :].amax()
+        # Entries past the end of the whole have no owner, but they are masked, and pass no gradient on.
+        owners = owners.clamp(max=size - 1)
+        numbers = numbers.gather(-1, owners.unsqueeze(-1)).squeeze(-1)
+        sources = (numbers - 1).clamp(min=0) * size + owners
+
+        is_own = is_of_rank[..., shards.rank]
+        slots = is_own.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices
+        there = is_own.gather(-1, slots)
+        places = (indices.gather(-1, slots) - shards.start).masked_fill(~there, shards.length)
+        # Here the host waits for the GPU. All that does not depend on the length is queued before.
+        m = int(longest)
+        places, slots, there = (each[..., :m].contiguous() for each in (places, slots, there))
+        return cls(places, slots, there, sources, shards.group)
+
+
+class _Own(torch.autograd.Function):
+    """A rank's entries of lists that all ranks have; 0 after the last one."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, owned: _Owned) -> Tensor:
+        ctx.owned = owned
+        return torch.where(owned.there, whole.gather(-1, owned.slots), 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _OfOwners.apply(grad, ctx.owned), None
+
+
+class _OfOwners(torch.autograd.Function):
+    """Lists for all ranks, with each entry from its owner."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, owned: _Owned) -> Tensor:
+        ctx.owned = owned
+        parts = torch.stack(all_gather(own, owned.group, "the gradient of weights"), dim=-1)
+        return parts.flatten(-2).gather(-1, owned.sources)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Own.apply(grad, ctx.owned), None
 
 
 class _Gathered(torch.autograd.Function):
@@ -261,14 +329,3 @@ def _add_tokens(total: Tensor, indices: Tensor, x: Tensor, *, in_place: bool = F
     batch = torch.arange(total.shape[0], device=total.device).view(-1, *(1,) * (indices.dim() - 1))
     add = total.index_put_ if in_place else total.index_put
     return add((batch, indices.clamp(max=total.shape[1] - 1)), x, accumulate=True)
-
-
-def _own(indices: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
-    """Entries of lists `... s` of places in the whole that this rank owns, and a mask of valid ones.
-
-    Both are `... m`, in the order of the list, for the longest such list of any rank."""
-    owners = shards.owners(indices)
-    counts = torch.stack([(owners == rank).sum(dim=-1).amax() for rank in shards.ranks])
-    is_own = owners == shards.rank
-    slots = is_own.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., : int(counts.amax())]
-    return slots, is_own.gather(-1, slots)

@@ -366,11 +366,14 @@ def _summed(parts: list[Tensor]) -> Tensor:
 def _gathered(x: Tensor, shards: Shards, dim: int, name: str) -> Tensor:
     """All entries of a dimension. Shards are padded to the longest one, because not every backend supports different
     sizes."""
-    shape = list(x.shape)
-    shape[dim] = max(shards.lengths)
-    padded = x.new_zeros(shape)
-    padded.narrow(dim, 0, x.shape[dim]).copy_(x)
-    parts = all_gather(padded, shards.group, name)
+    longest = max(shards.lengths)
+    if min(shards.lengths) < longest:
+        shape = list(x.shape)
+        shape[dim] = longest
+        padded = x.new_zeros(shape)
+        padded.narrow(dim, 0, x.shape[dim]).copy_(x)
+        x = padded
+    parts = all_gather(x, shards.group, name)
     return torch.cat([part.narrow(dim, 0, n) for part, n in zip(parts, shards.lengths, strict=True)], dim=dim)
 
 
