@@ -42,6 +42,9 @@ HEAVY_SHARE = 16
 FORWARD_BOUND, GRADIENT_BOUND = 2e-6, 1e-4
 """Bounds for the project's own kernels in fp32: the largest error of an output, and of a gradient."""
 
+LENIENT_SHARE = 1e-3
+"""Share of the largest gradient that counts as rounding in `lenient`."""
+
 LONGEST_SEGMENTED = 131072
 """Most entries of a row for the published algorithm, which has a whole row in one program."""
 
@@ -211,7 +214,7 @@ def lenient(case: Case, tensor: str, expected: Tensor, tolerance: Tolerance) -> 
     An entry near a kink is on either side of it by chance, so errors of gradients are erratic: up to a thousandth of
     the largest gradient counts as rounding.
     """
-    return tolerance if tensor == "output" else tolerance.at_least(1e-3 * expected.abs().max().item())
+    return tolerance if tensor == "output" else tolerance.at_least(LENIENT_SHARE * expected.abs().max().item())
 
 
 def segments_of(case: DescentCase) -> int:

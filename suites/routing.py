@@ -15,7 +15,7 @@ colt5-attention has no accuracy gate, because its selection of other tokens is w
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from itertools import product
@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import reference
-from colt5_bench.case import FORWARD_BACKWARD, Case, Cost, Problem, Truth
+from colt5_bench.case import FORWARD, FORWARD_BACKWARD, Case, Cost, Problem, Truth
 from colt5_bench.pytest_plugin.replay import check
 from colt5_bench.suite import Implementation, Suite
 from suites._descent import HEAVY_SHARE, implementations, lenient
+from suites._kinks import undecided_routes
 from suites._layers import as_function, truth_of, without_memory
 from suites._ours import by_kernels
 from suites.peers import colt5_not_installed
@@ -173,7 +174,14 @@ def plain(case: RoutingCase) -> Callable[..., Tensor]:
 
 
 def truth(case: RoutingCase, problem: Problem, direction: str) -> Truth:
-    return truth_of(plain(case), problem, direction)
+    """The definition in fp64. No gradient of an undecided route is judged."""
+    found = truth_of(plain(case), problem, direction)
+    if direction == FORWARD or case.solver != "exact":
+        return found
+    x, token = problem.inputs["x"], problem.inputs["router.routing_token"]
+    undecided = undecided_routes(x, token[None], case.sum_to, case.eps)
+    at_kink = {"x": undecided[..., None].expand(x.shape), "router.routing_token": undecided.any().expand(token.shape)}
+    return replace(found, at_kink=at_kink)
 
 
 def cost(case: RoutingCase, direction: str) -> Cost:

@@ -25,16 +25,13 @@ import reference
 from colt5_bench.case import FORWARD, Case, Cost, Problem, Truth
 from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Operation, Suite
-from suites._descent import HEAVY_SHARE, UNIT_ROUNDOFF, both_directions, implementations, lenient
+from suites._descent import HEAVY_SHARE, both_directions, implementations, lenient
+from suites._kinks import ENDS, SATURATION, Kinks
 from suites._ours import by_kernels, guest
 from suites.peers import ENTMAX, SOFTTORCH
 
 HALVINGS = 100
 """More steps than fp64 numbers have bits."""
-
-ROUNDINGS = 4
-"""Unit roundoffs within which fp32 cannot decide the side of a kink. They are those of the score and of this number of
-temperatures, because an exponential is exact to 4 roundings."""
 
 MOST_OF_MATRICES = {"cuda": 2**30, "cpu": 2**26}
 """Most elements of k x n matrices, for all rows, for SoftTorch, by type of device."""
@@ -82,49 +79,6 @@ def relaxing(function: Callable[..., Tensor]) -> Relax:
 
 
 plain = relaxing(reference.soft_topk)
-
-
-@dataclass(frozen=True)
-class Kinks:
-    """Where a relaxed selection y of scores has no derivative, and what it is next to it.
-
-    Entries between 0 and 1 have the derivative weight / temperature by their own score.
-    """
-
-    places: Callable[[Tensor, Tensor, float], list[Tensor]]
-    """From the score of an entry between 0 and 1, its y, and the temperature, to the scores of the row's kinks."""
-
-    weights: Callable[[Tensor], Tensor]
-    """From y to the weights."""
-
-    def distances(self, scores: Tensor, y: Tensor, eps: float) -> Tensor:
-        """Distances of fp64 scores `... n` from the closest kink; infinite in a row with no entry between 0 and 1."""
-        largest, index = y.masked_fill(y == 1, 0.0).max(dim=-1, keepdim=True)
-        distances = [(scores - place).abs() for place in self.places(scores.gather(-1, index), largest, eps)]
-        return torch.stack(distances).amin(0).masked_fill(largest == 0, torch.inf)
-
-    def gradient(self, y: Tensor, between: Tensor, upstream: Tensor, eps: float) -> Tensor:
-        """The gradient of the scores if the entries of a mask are those between 0 and 1."""
-        weights = self.weights(y).masked_fill(~between, 0.0)
-        mean = (upstream * weights).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
-        return (upstream - mean.nan_to_num()) * weights / eps
-
-    def undecided(self, scores: Tensor, y: Tensor, upstream: Tensor, eps: float) -> Tensor:
-        """bool: True for entries of fp64 scores `... n` whose gradient depends on a side that fp32 cannot decide.
-
-        The side of a score decides whether its entry has a gradient. The gradients of its whole row depend on that.
-        """
-        near = self.distances(scores, y, eps) <= ROUNDINGS * UNIT_ROUNDOFF * (scores.abs() + ROUNDINGS * eps)
-        between = (y > 0) & (y < 1)
-        one, other = (self.gradient(y, each, upstream, eps) for each in (between | near, between & ~near))
-        return (one - other).abs() > UNIT_ROUNDOFF * upstream.abs().amax(dim=-1, keepdim=True) / eps
-
-
-SATURATION = Kinks(lambda score, y, eps: [score - eps * y.log()], weights=lambda y: y)
-"""The kink of the exact soft top-k, where it reaches 1."""
-
-ENDS = Kinks(lambda score, y, eps: [score - eps * y, score + eps * (1 - y)], weights=torch.ones_like)
-"""The kinks of the projection, where it reaches 0 and 1."""
 
 
 def truth(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import reference
 from reference._shared.arguments import epsilon_schedule
-from suites.soft_topk import SATURATION
+from suites._kinks import SATURATION
 
 UNIT = torch.finfo(torch.float32).eps / 2
 

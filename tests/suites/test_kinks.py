@@ -11,7 +11,8 @@ import reference
 from colt5_bench.case import FORWARD_BACKWARD, Problem
 from colt5_bench.measuring.accuracy import diverge
 from suites import soft_topk
-from suites.soft_topk import ENDS, SATURATION, SoftTopkCase, projected
+from suites._kinks import ENDS, SATURATION, undecided_routes
+from suites.soft_topk import SoftTopkCase, projected
 
 CPU = torch.device("cpu")
 CASE = SoftTopkCase(rows=64, n=509, k=31, eps=1.0, std=5.0)
@@ -62,6 +63,20 @@ def test_rows_are_undecided_where_fp32_cannot_decide(name):
     assert all(each.all() for each in rows(moved_to_kink(CASE, plain, kinks, 0.0)))
     for offset in (-3e-4, 3e-4):
         assert not any(each.any() for each in rows(moved_to_kink(CASE, plain, kinks, offset)))
+
+
+def test_routes_are_undecided_where_their_scores_are():
+    """Tokens whose first feature is the score."""
+    routing_tokens = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+
+    def undecided(scores):
+        x = torch.stack([scores, 0 * scores + torch.arange(CASE.n) / CASE.n], dim=-1)
+        return undecided_routes(x, routing_tokens, CASE.k, CASE.eps)
+
+    assert not undecided(scores_of(CASE)).any()
+    moved = undecided(moved_to_kink(CASE, soft_topk.plain, SATURATION, 0.0))
+    assert moved[:, 0].all()
+    assert not moved[:, 1].any()
 
 
 def test_entries_that_have_the_same_gradient_on_both_sides_are_judged():
