@@ -5,7 +5,7 @@ of selected tokens, because rounding may exchange two of almost equal scores.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from reference._shared.arguments import epsilon_schedule
 from suites._descent import DECAYING, both_directions, implementations, lenient
-from suites._kinks import undecided_routes
 from suites._layers import SCORE_STD, truth_of
 from suites._ours import by_kernels, guest
 
@@ -99,17 +98,7 @@ def problem(case: RouteCase, device: torch.device) -> Problem:
 
 
 def truth(case: RouteCase, problem: Problem, direction: str) -> Truth:
-    """The definition in fp64. No gradient of an undecided route is judged."""
-    found = truth_of(routed(reference.route)(case), problem, direction)
-    if direction == FORWARD or case.solver != "exact":
-        return found
-    x, routing_tokens = problem.inputs["x"], problem.inputs["routing_tokens"]
-    undecided = undecided_routes(x, routing_tokens, case.options["k"], DECAYING.eps)
-    at_kink = {
-        "x": undecided.any(dim=1)[:, None, None].expand(x.shape),
-        "routing_tokens": undecided[..., None].expand(routing_tokens.shape),
-    }
-    return replace(found, at_kink=at_kink)
+    return truth_of(routed(reference.route)(case), problem, direction)
 
 
 def cost(case: RouteCase, direction: str) -> Cost:

@@ -218,9 +218,9 @@ def route(
 
 @dataclass(frozen=True)
 class _Owned:
-    """The entries that this rank owns of lists `... s` of places in the whole, which all ranks have.
+    """A rank's own entries of lists `... s` of places in the whole sequence. All ranks have the same lists.
 
-    Entries are in the order of the list. This list is as long as the longest one of any rank: `... m`.
+    The rank's lists are in the same order, and have `... m` entries: as many as the longest of any rank has.
     """
 
     places: Tensor
@@ -242,8 +242,9 @@ class _Owned:
         owners, size = shards.owners(indices), len(shards.lengths)
         is_of_rank = owners.unsqueeze(-1) == torch.arange(size, device=indices.device)
         numbers = is_of_rank.cumsum(dim=-2)
-        longest = numbers[..., -1, :].amax()
-        # Entries past the end of the whole have no owner, but they are masked, and pass no gradient on.
+        longest = numbers[..., -1, :].amax() if numbers.numel() else 0
+        # Entries past the end of the whole have no owner. They get the gradient of another entry, which the mask of
+        # the blocks that they fill up removes.
         owners = owners.clamp(max=size - 1)
         numbers = numbers.gather(-1, owners.unsqueeze(-1)).squeeze(-1)
         sources = (numbers - 1).clamp(min=0) * size + owners

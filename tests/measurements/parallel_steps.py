@@ -2,9 +2,10 @@
 
 `torchrun --nproc-per-node=2 -m tests.measurements.parallel_steps [KIND ...]`
 
-The suite `context_parallel` measures the same steps, but its first rank sends commands to the others, which takes some
-milliseconds of a step. A step is a forward and a backward pass, with sums of the parameters' gradients over ranks. Its
-time is that of the slowest rank. Without GPUs it runs on gloo with few tokens, only to try it.
+The suite `context_parallel` measures each call by itself, and its first rank sends commands to the others. Here ranks
+run one step after the other, as in training, and each has a loss of its own tokens. A step is a forward and a backward
+pass, with sums of the parameters' gradients over ranks. Its time is that of the slowest rank. Without GPUs it runs on
+gloo with few tokens, only to try it.
 """
 
 import os
@@ -31,10 +32,11 @@ def step_of(case: ParallelCase, group: ProcessGroup | None, device: torch.device
     tokens = context_parallel.held(case, range(rank, rank + 1), device, torch.float32)
     leaves = {name: each.detach().requires_grad_() for name, each in tokens.items()}
     sources = [*leaves.values(), *module.parameters()]
+    upstream = torch.ones((), device=device)
 
     def step() -> None:
         output = module(**leaves)
-        grads = torch.autograd.grad(output, sources, torch.ones_like(output))
+        grads = torch.autograd.grad(output, sources, upstream.expand(output.shape))
         if group is not None:
             dist.all_reduce(torch.cat([each.flatten() for each in grads[len(leaves) :]]), group=group)
 

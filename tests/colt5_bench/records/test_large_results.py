@@ -1,7 +1,8 @@
 """Files of many records: 5 s and 1 GB to load 200,000, and 15 s to write them as CSV.
 
 Seconds are processor time, because wall time includes other programs on the machine. A slower machine has more of them,
-by a yardstick that is measured next to them. Other programs also make processor time longer, and for a moment.
+by a yardstick that is measured next to them. Other programs make processor time longer, too, so a program is measured
+several times if it takes too long.
 """
 
 import pytest
@@ -17,7 +18,7 @@ PARSE_SECONDS = 3.0
 
 
 def measured_within(seconds, large, program, *arguments):
-    """Cost of a program, and if it took fewer seconds, on a slower machine in proportion to the yardstick."""
+    """Cost of a program, and whether it took fewer seconds; on a slower machine, in proportion to the yardstick."""
 
     def attempt():
         cost = measure(program, large, *arguments)

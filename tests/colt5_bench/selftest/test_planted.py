@@ -20,7 +20,7 @@ from colt5_bench.measuring.timing import time_interleaved
 from colt5_bench.records.results import load
 from colt5_bench.selftest import planted
 from colt5_bench.selftest.planted import slowed
-from tests.attempts import first_good
+from tests.attempts import typical
 from tests.colt5_bench import toy
 
 pytestmark = pytest.mark.alone
@@ -101,7 +101,7 @@ def test_a_call_takes_longer_by_the_share(share):
         return after / before - 1
 
     expected = pytest.approx(share, abs=0.05, rel=0.3)
-    assert first_good(measured, lambda seen: seen == expected) == expected
+    assert typical(measured, lambda seen: seen == expected) == expected
 
 
 @pytest.fixture
@@ -156,7 +156,8 @@ def test_a_copy_is_measured_to_be_slower(repository, tmp_path):
     after = with_appended(repository, commit, {"suites/toy.py": PLANT.format(name="ours", share=0.5)})
     selection = ("--preset", "smoke", "--device", "cpu")
 
-    def ratios():
+    def ratio():
+        """The ratio of the direction in which it is further from the expected one."""
         alternating.measure(["toy"], "")
         before, slower = (
             {
@@ -166,11 +167,11 @@ def test_a_copy_is_measured_to_be_slower(repository, tmp_path):
             }
             for place in alternating.places
         )
-        return {direction: slower[direction] / before[direction] for direction in DIRECTIONS}
+        return max((slower[each] / before[each] for each in DIRECTIONS), key=lambda seen: abs(seen - 1.5))
 
-    expected = dict.fromkeys(DIRECTIONS, pytest.approx(1.5, rel=0.2))
+    expected = pytest.approx(1.5, rel=0.2)
     with Alternating(repository, (commit, after), selection, tmp_path / "out") as alternating:
-        assert first_good(ratios, lambda seen: seen == expected) == expected
+        assert typical(ratio, lambda seen: seen == expected) == expected
     # A turn makes no plots and no page.
     assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} == {"toy.jsonl"}
 
