@@ -192,6 +192,22 @@ def test_route(ranks, size, seed):
     torch.testing.assert_close(shares.sum(dim=0), leaves["routing_tokens"].grad, rtol=1e-5, atol=atol)
 
 
+def sum_of_routed(group, lengths, out):
+    return out.weights.sum() + out.tokens.sum()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_route_of_an_empty_batch(ranks, size):
+    each = 60 // size
+    arguments = {"x": torch.randn(0, 60, 8), "routing_tokens": torch.randn(1, 2, 8), "num_selected": 4}
+    arguments |= {"k": 4.5, "n_iters": 5}
+    for (indices, *_), grads in ranks(
+        size, sharded.operation, "route", size * [each], arguments, {"x": 1}, sum_of_routed
+    ):
+        assert indices.shape[:2] == (0, 2)
+        assert grads["x"].shape == (0, each, 8)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("routes", [1, 3])
 def test_one_gradient_is_as_large_as_the_tokens(ranks, routes, size):
