@@ -4,13 +4,14 @@ At a kink, the side of a score decides whether its entry has a gradient, and the
 that. So a correct computation in fp32 may differ from fp64 by much more than a rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from suites._descent import UNIT_ROUNDOFF
+import reference
+from suites._descent import LENIENT_SHARE, UNIT_ROUNDOFF
 
 OF_A_SCORE, OF_AN_EXPONENT = 4, 16
 """Unit roundoffs within which fp32 cannot decide the side of a kink: of the score, and of the temperature. A kernel's
@@ -86,3 +87,30 @@ SATURATION = Kinks(lambda score, y, eps: [score - eps * y.log()], weights=lambda
 
 ENDS = Kinks(lambda score, y, eps: [score - eps * y, score + eps * (1 - y)], weights=torch.ones_like)
 """The kinks of the projection, where it reaches 0 and 1."""
+
+
+def undecided_of_tokens(
+    inputs: Mapping[str, Tensor], gradients: Mapping[str, Tensor], of_weights: Tensor, k: float, eps: float
+) -> dict[str, Tensor]:
+    """Gradients of an exact router that change, with sides that fp32 cannot decide, by more than `lenient` allows.
+
+    Args:
+        inputs: tokens `b n d`, then routing tokens `1 r d` or `r d`, by name. Scores are their products.
+        gradients: their fp64 gradients, by name.
+        of_weights: gradient of the relaxed selection, `b r n`.
+        k, eps: of the soft top-k.
+
+    Returns:
+        bool, in the shapes of the inputs, by name.
+    """
+    x, routing_tokens = (each.detach().double() for each in inputs.values())
+    scores = routing_tokens @ x.mT
+    y = reference.soft_topk(scores, k=k, eps=eps)
+    # Roundings of the terms of a score are independent, so their squares add up.
+    size = (routing_tokens.square() @ x.square().mT).sqrt()
+    change = SATURATION.change(scores, y, of_weights, eps, size)
+    changes = change.mT @ routing_tokens.abs(), (change @ x.abs()).sum(0)
+    return {
+        name: each.view(gradient.shape) > LENIENT_SHARE / 2 * gradient.abs().max()
+        for (name, gradient), each in zip(gradients.items(), changes, strict=True)
+    }

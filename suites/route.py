@@ -5,7 +5,7 @@ of selected tokens, because rounding may exchange two of almost equal scores.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from colt5_bench.pytest_plugin.replay import replay
 from colt5_bench.suite import Implementation, Suite
 from reference._shared.arguments import epsilon_schedule
 from suites._descent import DECAYING, both_directions, implementations, lenient
+from suites._kinks import undecided_of_tokens
 from suites._layers import SCORE_STD, truth_of
 from suites._ours import by_kernels, guest
 
@@ -98,7 +99,16 @@ def problem(case: RouteCase, device: torch.device) -> Problem:
 
 
 def truth(case: RouteCase, problem: Problem, direction: str) -> Truth:
-    return truth_of(routed(reference.route)(case), problem, direction)
+    found = truth_of(routed(reference.route)(case), problem, direction)
+    if direction == FORWARD or case.solver != "exact":
+        return found
+    assert case.block_size is None
+    x, routing_tokens = (each.detach().double() for each in problem.inputs.values())
+    selected = (routing_tokens @ x.mT).topk(case.k).indices
+    of_all = problem.upstream.double() @ x.mT
+    of_weights = torch.zeros_like(of_all).scatter(-1, selected, of_all.gather(-1, selected))
+    k, eps = case.options["k"], case.options["eps"]
+    return replace(found, at_kink=undecided_of_tokens(problem.inputs, found.gradients, of_weights, k, eps))
 
 
 def cost(case: RouteCase, direction: str) -> Cost:

@@ -30,8 +30,8 @@ import reference
 from colt5_bench.case import FORWARD, FORWARD_BACKWARD, Case, Cost, Problem, Truth
 from colt5_bench.pytest_plugin.replay import check
 from colt5_bench.suite import Implementation, Suite
-from suites._descent import HEAVY_SHARE, LENIENT_SHARE, implementations, lenient
-from suites._kinks import SATURATION
+from suites._descent import HEAVY_SHARE, implementations, lenient
+from suites._kinks import undecided_of_tokens
 from suites._layers import as_function, truth_of, without_memory
 from suites._ours import by_kernels
 from suites.peers import colt5_not_installed
@@ -174,23 +174,14 @@ def plain(case: RoutingCase) -> Callable[..., Tensor]:
 
 
 def truth(case: RoutingCase, problem: Problem, direction: str) -> Truth:
-    """The definition in fp64. Gradients that fp32 cannot decide are those that change by more than `lenient` allows."""
     found = truth_of(plain(case), problem, direction)
     if direction == FORWARD or case.solver != "exact":
         return found
     x, token = (each.detach().double() for each in problem.inputs.values())
     scores = token @ x.mT
-    y = reference.soft_topk(scores, k=case.sum_to, eps=case.eps)
     selected = scores.topk(case.selected).indices.sort(dim=-1).values
     of_weights = torch.zeros_like(scores).scatter(-1, selected, problem.upstream.double()[:, None])
-    # Roundings of the terms of a score are independent, so their squares add up.
-    size = (token.square() @ x.square().mT).sqrt()
-    change = SATURATION.change(scores, y, of_weights, case.eps, size)
-    changes = change.mT @ token.abs(), (change @ x.abs()).sum(0)
-    at_kink = {
-        name: each > LENIENT_SHARE / 2 * gradient.abs().max()
-        for (name, gradient), each in zip(found.gradients.items(), changes, strict=True)
-    }
+    at_kink = undecided_of_tokens(problem.inputs, found.gradients, of_weights, case.sum_to, case.eps)
     return replace(found, at_kink=at_kink)
 
 
