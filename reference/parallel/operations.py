@@ -240,18 +240,20 @@ class _Owned:
     @classmethod
     def among(cls, indices: Tensor, shards: Shards) -> "_Owned":
         owners, size = shards.owners(indices), len(shards.lengths)
-        is_of_rank = owners.unsqueeze(-1) == torch.arange(size, device=indices.device)
-        numbers = is_of_rank.cumsum(dim=-2)
-        longest = numbers[..., -1, :].amax() if numbers.numel() else 0
+        # By rank, in the order of the list. This takes no tensor of the size of lists times ranks.
+        ordered, order = owners.sort(dim=-1, stable=True)
+        ranks = torch.arange(size + 1, device=indices.device).repeat(*owners.shape[:-1], 1)
+        firsts = torch.searchsorted(ordered, ranks)
+        counts = firsts.diff(dim=-1)
+        longest = counts.amax() if counts.numel() else 0
+        at = torch.arange(indices.shape[-1], device=indices.device)
+        sources = (at - firsts.gather(-1, ordered)) * size + ordered
         # Entries past the end of the whole have no owner. They get the gradient of another entry, which the mask of
         # the blocks that they fill up removes.
-        owners = owners.clamp(max=size - 1)
-        numbers = numbers.gather(-1, owners.unsqueeze(-1)).squeeze(-1)
-        sources = (numbers - 1).clamp(min=0) * size + owners
+        sources = torch.empty_like(order).scatter_(-1, order, sources.masked_fill(ordered == size, 0))
 
-        is_own = is_of_rank[..., shards.rank]
-        slots = is_own.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices
-        there = is_own.gather(-1, slots)
+        slots = order.gather(-1, (firsts[..., shards.rank, None] + at).clamp(max=len(at) - 1))
+        there = at < counts[..., shards.rank, None]
         places = (indices.gather(-1, slots) - shards.start).masked_fill(~there, shards.length)
         # Here the host waits for the GPU. All that does not depend on the length is queued before.
         m = int(longest)

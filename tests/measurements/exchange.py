@@ -9,42 +9,20 @@ The latter is a lower bound: a kernel would have to end, or to wait, for each ex
 by a one-shot all-reduce through symmetric memory. Without GPUs it runs on gloo, only to try it.
 """
 
-import os
-import time
 from collections.abc import Callable
-from statistics import median
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
 
 import kernels
+from tests.measurements.ranks import ON_GPU, joined, seconds
 
-ITERATIONS, SAMPLES, WARM_UP = 20, 20, 3
+ITERATIONS = 20
 SHARE = 1024
 """Entries per selected entry."""
 
-ON_GPU = torch.cuda.is_available()
 LENGTHS = [2**power for power in (range(18, 27, 2) if ON_GPU else (12, 14))]
-
-
-def seconds(call: Callable[[], object], in_a_row: int = 1) -> float:
-    """Median time of a call in a series. All ranks begin together."""
-    samples = []
-    for _ in range(WARM_UP + SAMPLES):
-        dist.barrier()
-        _wait()
-        start = time.perf_counter()
-        for _ in range(in_a_row):
-            call()
-        _wait()
-        samples.append((time.perf_counter() - start) / in_a_row)
-    return median(samples[WARM_UP:])
-
-
-def _wait() -> None:
-    if ON_GPU:
-        torch.cuda.synchronize()
 
 
 def exchanges_of_a_number(device: torch.device) -> dict[str, Callable[[], object]]:
@@ -71,12 +49,9 @@ def descent(n: int, k: int, device: torch.device) -> Callable[[], object]:
 
 
 def main() -> None:
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if ON_GPU else torch.device("cpu")
-    if ON_GPU:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if ON_GPU else "gloo")
+    device = joined("nccl")
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    of_a_number = {name: seconds(way, ITERATIONS) for name, way in exchanges_of_a_number(device).items()}
+    of_a_number = {name: seconds(way, in_a_row=ITERATIONS) for name, way in exchanges_of_a_number(device).items()}
     lines = [f"{name} of a number: {1e6 * each:.1f} us" for name, each in of_a_number.items()]
     for n in LENGTHS:
         k, own = n // SHARE, torch.randn(n // ranks, device=device)

@@ -8,11 +8,8 @@ pass, with sums of the parameters' gradients over ranks. Its time is that of the
 gloo with few tokens, only to try it.
 """
 
-import os
 import sys
-import time
 from collections.abc import Callable, Iterator
-from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -20,9 +17,9 @@ from torch.distributed import ProcessGroup
 
 from suites import context_parallel
 from suites.context_parallel import ParallelCase
+from tests.measurements.ranks import ON_GPU, joined, seconds
 
-STEPS, SAMPLES, WARM_UP = 10, 5, 3
-ON_GPU = torch.cuda.is_available()
+STEPS, SAMPLES = 10, 5
 
 
 def step_of(case: ParallelCase, group: ProcessGroup | None, device: torch.device) -> Callable[[], None]:
@@ -43,29 +40,11 @@ def step_of(case: ParallelCase, group: ProcessGroup | None, device: torch.device
     return step
 
 
-def seconds(step: Callable[[], None], group: ProcessGroup | None, device: torch.device) -> float:
-    """Median time of a step in series of them, on the slowest rank."""
-    for _ in range(WARM_UP):
-        step()
-    samples = []
-    for _ in range(SAMPLES):
-        if group is not None:
-            dist.barrier(group)
-        _wait()
-        begun = time.perf_counter()
-        for _ in range(STEPS):
-            step()
-        _wait()
-        samples.append((time.perf_counter() - begun) / STEPS)
-    taken = torch.tensor(median(samples), device=device)
-    if group is not None:
-        dist.all_reduce(taken, dist.ReduceOp.MAX, group=group)
-    return taken.item()
-
-
-def _wait() -> None:
-    if ON_GPU:
-        torch.cuda.synchronize()
+def slowest(taken: float, group: ProcessGroup, device: torch.device) -> float:
+    """The longest time of any rank."""
+    seconds_of_ranks = torch.tensor(taken, device=device)
+    dist.all_reduce(seconds_of_ranks, dist.ReduceOp.MAX, group=group)
+    return seconds_of_ranks.item()
 
 
 def cases(kinds: list[str], ranks: int) -> Iterator[ParallelCase]:
@@ -80,19 +59,19 @@ def main() -> None:
     kinds = sys.argv[1:]
     if unknown := set(kinds) - set(context_parallel.MAKE):
         sys.exit(f"KIND must be one of {', '.join(context_parallel.MAKE)}, got {', '.join(sorted(unknown))}")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if ON_GPU else torch.device("cpu")
-    if ON_GPU:
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if ON_GPU else "gloo")
+    device = joined("cpu:gloo,cuda:nccl")
     counts = [2**power for power in range(dist.get_world_size().bit_length())]
-    groups = {ranks: None if ranks == 1 else dist.new_group([*range(ranks)]) for ranks in counts}
+    groups = {ranks: dist.new_group([*range(ranks)]) for ranks in counts}
     alone: dict[tuple[str, str], float] = {}
     for many in zip(*(cases(kinds, ranks) for ranks in counts), strict=True):
         for case in many:
             dist.barrier()
             if dist.get_rank() >= case.ranks:
                 continue
-            taken = seconds(step_of(case, groups[case.ranks], device), groups[case.ranks], device)
+            group = groups[case.ranks]
+            step = step_of(case, None if case.ranks == 1 else group, device)
+            taken = slowest(seconds(step, in_a_row=STEPS, samples=SAMPLES, group=group), group, device)
+            del step
             if ON_GPU:
                 torch.cuda.empty_cache()
             if dist.get_rank() == 0:

@@ -192,6 +192,27 @@ def test_route(ranks, size, seed):
     torch.testing.assert_close(shares.sum(dim=0), leaves["routing_tokens"].grad, rtol=1e-5, atol=atol)
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("n", "selected"), [(21, 7), (9, 8)])
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize("solver", ["coor_descent", "exact"])
+def test_route_of_more_than_the_last_block_has(ranks, size, n, selected, straight_through, solver):
+    """Padding is selected, too. It belongs to no rank, and passes no gradient on."""
+    x, tokens = exact(2, n, 8), exact(1, 2, 8)
+    arguments = {"x": x, "routing_tokens": tokens, "num_selected": selected, "k": 4.0, "n_iters": 5, "eps": 1.0}
+    arguments |= {"block_size": 8, "straight_through": straight_through, "solver": solver}
+    whole, leaves = whole_of("route", arguments)
+    assert (whole.indices >= n).any()
+    by_place = {"weights": torch.randn(2, 2, n), "tokens": torch.randn(2, 2, n, 8)}
+    loss_of_routed(by_place, sharded.Alone(), [n], whole).backward()
+    lengths = cut(random.Random(0), n, size)
+    loss = partial(loss_of_routed, by_place)
+    outs = ranks(size, sharded.operation, "route", lengths, arguments, {"x": 1}, loss)
+    torch.testing.assert_close(
+        torch.cat([grads["x"] for _, grads in outs], dim=1), leaves["x"].grad, rtol=1e-5, atol=1e-5
+    )
+
+
 def sum_of_routed(group, lengths, out):
     return out.weights.sum() + out.tokens.sum()
 
